@@ -1,0 +1,32 @@
+"""Packaging. Versions of everything that is installed are pinned in requirements*.txt; the ranges here say what the code accepts."""
+
+from setuptools import find_packages, setup
+
+RUNTIME = [
+    "torch>=2.11",
+    "deepspeed==0.19.8",  # llm/parallel/deepspeed_private.py reads private attributes of exactly this version
+    "fairscale==0.4.13",
+    "fire>=0.7",
+    "numpy>=2.0",
+    "pyarrow>=16",
+    "pydantic>=2.7",
+    "pyyaml>=6.0",
+    "safetensors>=0.5",
+    "sentencepiece>=0.2",
+    "tensorboard>=2.17",
+    "tqdm>=4.66",
+]
+
+setup(
+    name="lattice-llm",
+    version="0.1.0",
+    description="Distributed training of large transformer models: one model, any layout, one answer",
+    python_requires=">=3.11",
+    packages=find_packages(include=["llm", "llm.*", "vision", "vision.*", "launch", "launch.*", "tools", "tools.*"]),
+    install_requires=RUNTIME,
+    extras_require={
+        "dev": ["pytest>=8", "ruff>=0.8", "mypy>=1.13", "transformers>=5.0", "types-PyYAML", "types-tqdm"],
+        "eval": ["lm-eval>=0.4.9"],  # harness of the evaluation suites
+        "gpu": ["nvidia-ml-py>=12"],  # names the GPU and its power cap in benchmark results
+    },
+)
