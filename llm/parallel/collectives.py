@@ -1,0 +1,78 @@
+"""Small agreements between ranks: integers, sums, JSON. Nothing here pickles."""
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from llm.errors import DamagedFile, UserError
+from llm.parallel.launch import World
+
+T = TypeVar("T")
+
+
+def sum_over_ranks(values: list[float], world: World) -> list[float]:
+    """Element-wise float64 sum over all ranks; counts up to 2^53 stay exact."""
+    total = torch.tensor(values, dtype=torch.float64, device=world.device)
+    if world.size > 1:
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def gather_json(value: Any, world: World) -> list[Any]:
+    """Every rank's JSON value, in the order of ranks, on every rank."""
+    if world.size == 1:
+        return [value]
+    mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(world.device)
+    lengths = [torch.zeros(1, dtype=torch.int64, device=world.device) for _ in range(world.size)]
+    dist.all_gather(lengths, torch.tensor([mine.numel()], dtype=torch.int64, device=world.device))
+    longest = max(int(length) for length in lengths)
+    padded = torch.zeros(longest, dtype=torch.uint8, device=world.device)
+    padded[: mine.numel()] = mine
+    rows = [torch.empty_like(padded) for _ in range(world.size)]
+    dist.all_gather(rows, padded)
+    return [
+        json.loads(bytes(row[: int(length)].cpu().numpy()).decode()) for row, length in zip(rows, lengths, strict=True)
+    ]
+
+
+def main_decides(choose: Callable[[], Any], world: World) -> Any:
+    """Rank 0 calls `choose`; its JSON result, or its UserError, is the same on every rank."""
+    outcome: list[Any] = [None, None]
+    if world.is_main:
+        try:
+            outcome = [choose(), None]
+        except UserError as error:
+            outcome = [None, str(error)]
+    value, message = gather_json(outcome, world)[0]
+    if message is not None:
+        raise agreed_error(message)
+    return value
+
+
+def all_or_none(action: Callable[[], T], world: World) -> T:
+    """Every rank calls `action`; when any rank meets a UserError or OSError, all ranks raise the same error.
+
+    It is a DamagedFile when the first failing rank found one.
+    """
+    result: T | None = None
+    failure = None
+    try:
+        result = action()
+    except (UserError, OSError) as error:
+        text = str(error) if world.size == 1 else f"{error} (rank {world.rank})"
+        failure = [text, isinstance(error, DamagedFile)]
+    failures = [item for item in gather_json(failure, world) if item is not None]
+    if failures:
+        message, damaged = failures[0]
+        raise agreed_error(message, DamagedFile if damaged else UserError)
+    return result  # type: ignore[return-value]
+
+
+def agreed_error(message: str, kind: type[UserError] = UserError) -> UserError:
+    """A UserError that every rank raises together, so that only rank 0 prints it."""
+    error = kind(message)
+    error.agreed = True
+    return error
