@@ -1,0 +1,111 @@
+"""One rank's file of a checkpoint: flat pieces of parameters and optimizer states, each with digests of its blocks.
+
+A fragment is a flat range of one tensor (the float32 master of a parameter, or one optimizer state of it), exactly as
+ZeRO left it on the rank that owns it: nothing is gathered to write it. The file is a safetensors file, so it holds
+data and no code; which range of which parameter a tensor is, stands in the checkpoint's manifest together with a
+digest per 16 MiB block, because safetensors itself loads a flipped bit in silence.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llm.errors import DamagedFile
+
+BLOCK_BYTES = 16 << 20
+DTYPES = {"float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Values [start, start + numel) of the flattened `box` of parameter `name`.
+
+    `box` is a (start, stop) pair per dimension: the part of the whole parameter that tensor or expert parallelism
+    left on the rank. `kind` is "master" or the key of an optimizer state. `offset` counts bytes from the start of the
+    file.
+    """
+
+    name: str
+    kind: str
+    box: tuple[tuple[int, int], ...]
+    start: int
+    numel: int
+    dtype: str
+    file: str
+    offset: int
+    blocks: tuple[str, ...]
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> "Fragment":
+        """The fragment of a manifest row."""
+        box = tuple((int(a), int(b)) for a, b in row["box"])
+        return cls(**{**row, "box": box, "blocks": tuple(row["blocks"])})
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest row of this fragment."""
+        return asdict(self)
+
+
+def digest(data: bytes | memoryview) -> str:
+    """blake2b-128 of a block, hexadecimal."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def write_fragments(
+    path: Path, pieces: Iterable[tuple[str, str, tuple[tuple[int, int], ...], int, Tensor]]
+) -> list[Fragment]:
+    """Write (name, kind, box, start, flat float32 values) pieces to a new file, flushed to the disk; return their
+    records.
+    """
+    rows = [
+        (f"{name}|{kind}|{start}", name, kind, box, start, values.detach().to("cpu", torch.float32).contiguous())
+        for name, kind, box, start, values in pieces
+    ]
+    save_file({key: values for key, *_, values in rows}, path)
+    path.chmod(0o644)  # safetensors makes it readable by its owner only
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        (header_bytes,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(header_bytes))
+    fragments = []
+    for key, name, kind, box, start, values in rows:
+        data = memoryview(values.numpy().data).cast("B") if values.numel() else memoryview(b"")
+        blocks = tuple(digest(data[i : i + BLOCK_BYTES]) for i in range(0, len(data), BLOCK_BYTES))
+        offset = 8 + header_bytes + header[key]["data_offsets"][0]
+        fragments.append(Fragment(name, kind, box, start, values.numel(), "float32", path.name, offset, blocks))
+    return fragments
+
+
+def read_fragment(folder: Path, fragment: Fragment, first: int, last: int) -> Tensor:
+    """Values [first, last) of the fragment's own numbering, a flat tensor; every block they lie in is verified.
+
+    Raises DamagedFile naming the file when it is missing, too short or differs from its digest.
+    """
+    dtype = DTYPES[fragment.dtype]
+    width = torch.empty((), dtype=dtype).element_size()
+    total = fragment.numel * width
+    first_block, last_block = first * width // BLOCK_BYTES, -(-last * width // BLOCK_BYTES)
+    path = folder / fragment.file
+    buffer = bytearray()
+    try:
+        with open(path, "rb") as file:
+            for i in range(first_block, last_block):
+                size = min(BLOCK_BYTES, total - i * BLOCK_BYTES)
+                file.seek(fragment.offset + i * BLOCK_BYTES)
+                block = file.read(size)
+                if len(block) != size or digest(block) != fragment.blocks[i]:
+                    raise DamagedFile(f"{path}: damaged: {fragment.name} ({fragment.kind}) does not match its digest")
+                buffer += block
+    except OSError as error:
+        raise DamagedFile(f"{path}: {error.strerror or error}") from None
+    skip = first - first_block * BLOCK_BYTES // width
+    return torch.frombuffer(buffer, dtype=dtype)[skip : skip + last - first] if buffer else torch.empty(0, dtype=dtype)

@@ -1,0 +1,126 @@
+"""A committed checkpoint folder, opened for reading by any number of ranks: manifest first, then only the ranges
+asked for.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm.checkpoint.fragments import Fragment, digest, read_fragment
+from llm.errors import DamagedFile, UserError
+
+FORMAT = "lattice-checkpoint"
+VERSION = 1
+MANIFEST = "manifest.json"
+
+
+def seal(manifest: dict[str, Any]) -> bytes:
+    """The manifest as written: canonical JSON with a digest of itself, so that an edited one is refused."""
+    body = json.dumps(manifest, sort_keys=True)
+    return json.dumps({**manifest, "digest": digest(body.encode())}, sort_keys=True).encode()
+
+
+class Checkpoint:
+    """One checkpoint: `step`, `meta` (what the trainer saved), and the tensors by canonical name and flat range."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.step: int = manifest["step"]
+        self.meta: dict[str, Any] = manifest["meta"]
+        self.shapes: dict[str, tuple[int, ...]] = {n: tuple(s) for n, s in manifest["parameters"].items()}
+        self._fragments: dict[tuple[str, str], list[Fragment]] = {}
+        for row in manifest["fragments"]:
+            fragment = Fragment.from_json(row)
+            self._fragments.setdefault((fragment.name, fragment.kind), []).append(fragment)
+
+    @classmethod
+    def open(cls, path: Path) -> "Checkpoint":
+        """Read and check the manifest, and that every file is there in full length. UserError names what is wrong."""
+        file = path / MANIFEST
+        try:
+            manifest = json.loads(file.read_bytes())
+            stated = manifest.pop("digest")
+        except OSError as error:
+            raise DamagedFile(f"{file}: {error.strerror or error}") from None
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise DamagedFile(f"{file}: damaged: not a checkpoint manifest") from None
+        if digest(json.dumps(manifest, sort_keys=True).encode()) != stated:
+            raise DamagedFile(f"{file}: damaged: its content does not match its digest")
+        if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+            raise DamagedFile(
+                f"{file}: format {manifest.get('format')} {manifest.get('version')}, expected {FORMAT} {VERSION}"
+            )
+        for name, size in manifest["files"].items():
+            actual = (path / name).stat().st_size if (path / name).is_file() else None
+            if actual != size:
+                found = "is missing" if actual is None else f"has {actual} bytes"
+                raise DamagedFile(f"{path / name}: damaged: {found}, expected {size} bytes")
+        return cls(path, manifest)
+
+    def kinds(self) -> list[str]:
+        """Optimizer states in the checkpoint, such as exp_avg."""
+        return sorted({kind for _, kind in self._fragments} - {"master"})
+
+    def read(self, name: str, kind: str = "master", start: int = 0, stop: int | None = None) -> Tensor:
+        """Values [start, stop) of the flattened parameter, float32, flat; each byte used is verified."""
+        if name not in self.shapes:
+            raise UserError(f"{self.path}: holds no parameter {name}")
+        full = tuple((0, n) for n in self.shapes[name])
+        stop = math.prod(self.shapes[name]) if stop is None else stop
+        result = torch.empty(stop - start, dtype=torch.float32)
+        filled = 0
+        for fragment in self._fragments.get((name, kind), []):
+            if fragment.box != full:
+                raise UserError(f"{self.path}: {name} comes from a tensor- or expert-parallel layout; not readable yet")
+            first, last = max(start, fragment.start), min(stop, fragment.start + fragment.numel)
+            if first < last:
+                part = read_fragment(self.path, fragment, first - fragment.start, last - fragment.start)
+                result[first - start : last - start] = part
+                filled += last - first
+        if filled != stop - start:
+            raise DamagedFile(f"{self.path}: {name} ({kind}) is not complete: {filled} of {stop - start} values")
+        return result
+
+
+def list_steps(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of every committed checkpoint below a `checkpoints` folder, newest first."""
+    found = []
+    for path in folder.glob("step_*") if folder.is_dir() else []:
+        number = path.name.removeprefix("step_")
+        if path.is_dir() and number.isdigit():
+            found.append((int(number), path))
+    return sorted(found, reverse=True)
+
+
+def newest_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint whose manifest and file lengths are right, and one line for each newer one that was
+    skipped.
+    """
+    skipped: list[str] = []
+    for _, path in list_steps(folder):
+        try:
+            return Checkpoint.open(path), skipped
+        except DamagedFile as error:
+            skipped.append(str(error))
+    return None, skipped
+
+
+def resolve(path: str | Path) -> Checkpoint:
+    """The checkpoint meant by a run folder (its newest valid one), a `checkpoints` folder or a checkpoint folder.
+
+    Raises UserError when there is none.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if (path / MANIFEST).exists() or path.name.startswith("step_"):
+        return Checkpoint.open(path)
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    checkpoint, skipped = newest_valid(folder)
+    if checkpoint is None:
+        raise UserError(f"{path}: holds no checkpoint" if not skipped else skipped[0])
+    return checkpoint

@@ -1,0 +1,166 @@
+"""The `checkpoints` folder of a run: atomic saving by all ranks, retention, and choosing what to resume from.
+
+A checkpoint comes to life in one rename. Before that: every rank writes its own file into a hidden folder and flushes
+it, the ranks exchange their records, rank 0 checks that the records cover every tensor exactly once and writes the
+manifest. A kill at any moment leaves either the whole checkpoint or a hidden folder that the next start removes.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llm.checkpoint.fragments import Fragment, write_fragments
+from llm.checkpoint.reader import FORMAT, MANIFEST, VERSION, Checkpoint, list_steps, seal
+from llm.errors import DamagedFile, UserError
+from llm.parallel.collectives import agreed_error, all_or_none, gather_json
+from llm.parallel.launch import World
+
+HIDDEN = ".unfinished-"
+Load = Callable[[Checkpoint], Callable[[], None]]
+
+
+class CheckpointStore:
+    """Checkpoints of one run in `folder`; every method that says so is called by all ranks together."""
+
+    def __init__(self, folder: Path, world: World, *, keep: int, keep_best: bool) -> None:
+        self.folder = folder
+        self.world = world
+        self.keep = keep
+        self.keep_best = keep_best
+
+    def clean(self) -> None:
+        """Remove what a killed save left behind (rank 0)."""
+        if self.world.is_main and self.folder.is_dir():
+            for path in self.folder.glob(HIDDEN + "*"):
+                shutil.rmtree(path)
+
+    def save(
+        self,
+        step: int,
+        shapes: dict[str, tuple[int, ...]],
+        pieces: Iterable[tuple[str, str, int, Tensor]],
+        meta: dict[str, Any],
+    ) -> Path:
+        """Write the checkpoint of `step` and commit it (collective). UserError on every rank when one could not
+        write.
+        """
+        final = self.folder / f"step_{step:08d}"
+        work = self.folder / f"{HIDDEN}step_{step:08d}"
+        world = self.world
+
+        def write() -> dict[str, Any]:
+            work.mkdir(parents=True, exist_ok=True)
+            path = work / f"rank_{world.rank:05d}.safetensors"
+            rows = (
+                (name, kind, tuple((0, n) for n in shapes[name]), start, values) for name, kind, start, values in pieces
+            )
+            fragments = write_fragments(path, rows)
+            return {"file": path.name, "bytes": path.stat().st_size, "fragments": [f.to_json() for f in fragments]}
+
+        records = gather_json(all_or_none(write, world), world)
+
+        def commit() -> None:
+            if not world.is_main:
+                return
+            rows = [row for record in records for row in record["fragments"]]
+            _check_coverage(shapes, [Fragment.from_json(row) for row in rows])
+            manifest = {
+                "format": FORMAT,
+                "version": VERSION,
+                "step": step,
+                "parameters": {name: list(shape) for name, shape in shapes.items()},
+                "files": {record["file"]: record["bytes"] for record in records},
+                "fragments": rows,
+                "meta": meta,
+            }
+            _write_durably(work / MANIFEST, seal(manifest))
+            _flush_folder(work)
+            if final.exists():  # a damaged one of the same step, skipped when this run resumed from an older one
+                replaced = self.folder / f"{HIDDEN}replaced-{step:08d}"
+                os.replace(final, replaced)
+                shutil.rmtree(replaced)
+            os.replace(work, final)
+            _flush_folder(self.folder)
+
+        all_or_none(commit, world)
+        return final
+
+    def prune(self, best_step: int | None) -> None:
+        """Drop all but the newest `keep` checkpoints and the best one (rank 0). Never called before a newer one is
+        committed.
+        """
+        if not self.world.is_main:
+            return
+        for i, (step, path) in enumerate(list_steps(self.folder)):
+            if i >= self.keep and not (self.keep_best and step == best_step):
+                doomed = self.folder / f"{HIDDEN}pruned-{step:08d}"
+                os.replace(path, doomed)
+                shutil.rmtree(doomed)
+
+    def load_newest(self, load: Load) -> tuple[Checkpoint | None, list[str]]:
+        """Call `load(checkpoint)` with the newest checkpoint that every rank can read in full (collective).
+
+        Returns it with one line per newer checkpoint that was skipped. UserError when there are checkpoints but none
+        is valid: a damaged run never starts again from step 0 by itself.
+        """
+        skipped: list[str] = []
+        for _, path in list_steps(self.folder):
+            try:
+                return self.load_exactly(path, load), skipped
+            except DamagedFile as error:
+                skipped.append(str(error))
+        if skipped:
+            raise agreed_error(f"{self.folder}: no valid checkpoint among {len(skipped)}; the newest: {skipped[0]}")
+        return None, []
+
+    def load_exactly(self, path: Path, load: Load) -> Checkpoint:
+        """Open the checkpoint at `path` and call `load(checkpoint)`, which reads, and returns a function that applies.
+
+        Nothing is applied unless all ranks have read all of theirs (collective).
+        """
+
+        def read() -> tuple[Checkpoint, Callable[[], None]]:
+            checkpoint = Checkpoint.open(path)
+            return checkpoint, load(checkpoint)
+
+        checkpoint, apply = all_or_none(read, self.world)
+        apply()
+        return checkpoint
+
+
+def _check_coverage(shapes: dict[str, tuple[int, ...]], fragments: list[Fragment]) -> None:
+    kinds = {f.kind for f in fragments}
+    covered: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for fragment in fragments:
+        covered.setdefault((fragment.name, fragment.kind), []).append((fragment.start, fragment.start + fragment.numel))
+    for name, shape in shapes.items():
+        for kind in kinds:
+            at = 0
+            for start, stop in sorted(covered.get((name, kind), [])):
+                if start != at:
+                    break
+                at = stop
+            if at != math.prod(shape):
+                raise UserError(
+                    f"refusing to commit a checkpoint: {name} ({kind}) is covered up to {at} of {math.prod(shape)}"
+                )
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
