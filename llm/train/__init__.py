@@ -1,0 +1,1 @@
+"""The run: its config, the training loop and what watches over it."""

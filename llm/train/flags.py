@@ -1,0 +1,91 @@
+"""The command line of a run: `--config FILE` and `--section.key=value` overrides, checked before any work.
+
+Values read as they would in the YAML file, and the schema in llm/train/config.py has the say on names and types.
+"""
+
+import difflib
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel
+
+from llm.cli import split
+from llm.errors import UserError
+from llm.train.config import RunConfig, scalar, section_of
+
+OWN_FLAGS = {
+    "config": "YAML run config (required)",
+    "run_dir": "folder of the run; default runs/<name of the config>",
+    "nproc": "start this many processes on this machine (instead of calling torchrun yourself)",
+    "dry_run": "check everything, print the resolved config, stop",
+    "help": "this text",
+}
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """The command line, taken apart; `overrides` maps dotted config keys to values."""
+
+    config: str
+    run_dir: str | None = None
+    nproc: int | None = None
+    dry_run: bool = False
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    def without_nproc(self, words: list[str]) -> list[str]:
+        """The words for each process: torchrun would take --nproc for an abbreviation of its own flag."""
+        text = str(self.nproc)
+        joined = [word for word in words if word != f"--nproc={text}"]
+        for i in range(len(joined) - 1):
+            if joined[i] == "--nproc" and joined[i + 1] == text:
+                return joined[:i] + joined[i + 2 :]
+        return joined
+
+
+def parse_run_flags(words: list[str]) -> RunFlags:
+    """RunFlags of the words after the script's name. UserError naming the flag and the nearest known one."""
+    values, texts = split(words)
+    if values:
+        raise UserError(f"unexpected word {values[0]!r}; every option is --key=value")
+    flags: dict[str, Any] = {key: True if text is None else scalar(text) for key, text in texts.items()}
+    own = {key: flags.pop(key) for key in list(flags) if key in OWN_FLAGS}
+    for key in flags:
+        if "." not in key and key not in RunConfig.model_fields:
+            near = difflib.get_close_matches(key, [*OWN_FLAGS, *_dotted(RunConfig)], n=1)
+            raise UserError(f"unknown flag --{key}" + (f"; did you mean --{near[0]}?" if near else "; see --help"))
+    if not own.get("config") or own["config"] is True:
+        raise UserError("--config FILE is missing; for a start: --config configs/pretrain/quickstart.yaml")
+    dry_run = own.get("dry_run", False)
+    if not isinstance(dry_run, bool):
+        raise UserError(f"--dry_run={dry_run}: expected true or false")
+    nproc = own.get("nproc")
+    if nproc is not None and (not isinstance(nproc, int) or isinstance(nproc, bool) or nproc < 1):
+        raise UserError(f"--nproc={nproc}: expected a number of processes, 1 or more")
+    return RunFlags(
+        config=str(own["config"]),
+        run_dir=None if own.get("run_dir") is None else str(own["run_dir"]),
+        nproc=nproc,
+        dry_run=dry_run,
+        overrides=flags,
+    )
+
+
+def help_text() -> str:
+    """What `--help` prints: the flags, then every config key with its default and its line of documentation."""
+    lines = ["usage: torchrun [torchrun options] launch/pretrain.py --config FILE [--section.key=value ...]", ""]
+    lines += [f"  --{key:<34} {text}" for key, text in OWN_FLAGS.items()]
+    lines += ["", "config keys:"]
+    lines += [f"  --{key:<34} {text}" for key, text in _dotted(RunConfig).items()]
+    return "\n".join(lines)
+
+
+def _dotted(schema: type[BaseModel], prefix: str = "") -> dict[str, str]:
+    rows: dict[str, str] = {}
+    for name, info in schema.model_fields.items():
+        inner = section_of(info.annotation)
+        if inner is not None:
+            rows.update(_dotted(inner, f"{prefix}{name}."))
+        else:
+            default = "" if info.is_required() else f" [{info.get_default(call_default_factory=True)}]"
+            rows[prefix + name] = f"{info.description or ''}{default}"
+    return rows
