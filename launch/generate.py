@@ -1,0 +1,61 @@
+"""Continue a prompt with a trained model.
+
+    python launch/generate.py --model runs/quickstart --prompt "def " --max_new_tokens 200 --temperature 0.7
+
+--model is a run folder (its newest checkpoint), a checkpoint folder, or a `checkpoints` folder.
+"""
+
+import sys
+
+import torch
+
+from llm import LLM
+from llm.checkpoint.pretrained import load_run_tokenizer
+from llm.cli import run_cli
+from llm.errors import UserError
+from llm.generate import generate
+
+
+def continue_prompt(
+    model: str,
+    prompt: str = "",
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop: bool = True,
+) -> None:
+    """Print the continuation of a prompt.
+
+    model: run folder, checkpoint folder or checkpoints folder
+    prompt: text to continue; empty = begin a document
+    max_new_tokens: most tokens to add
+    temperature: 0 = greedy; 1 = the model's own distribution
+    top_k: keep only the k likeliest tokens
+    top_p: keep the likeliest tokens up to this probability
+    seed: of the random choices
+    stop: end at the end of the document
+    """
+    tokenizer = load_run_tokenizer(model)
+    network = LLM.from_pretrained(model)
+    if torch.cuda.is_available():
+        network = network.to("cuda", torch.bfloat16)
+    try:
+        (ids,) = generate(
+            network,
+            [[tokenizer.bos_id, *tokenizer.encode(prompt)]],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop_ids=(tokenizer.eos_id,) if stop else (),
+            seed=seed,
+        )
+    except ValueError as error:  # a setting out of range
+        raise UserError(f"--{error}") from None
+    sys.stdout.write(tokenizer.decode(ids) + "\n")
+
+
+if __name__ == "__main__":
+    run_cli(continue_prompt)

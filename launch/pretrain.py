@@ -1,0 +1,51 @@
+"""Train a language model.
+
+    torchrun --nproc_per_node 2 launch/pretrain.py --config configs/pretrain/quickstart.yaml [--run_dir D]
+    [--train.steps=200 ...] python launch/pretrain.py --config ... --nproc 2      the same on one machine, without
+    torchrun's own flags
+
+The same command again resumes. `--dry_run` checks and prints the resolved config; `--help` lists every key.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import yaml
+
+from llm.parallel import launch
+from llm.train.config import RunConfig, accumulation_steps, load_config
+from llm.train.flags import RunFlags, help_text, parse_run_flags
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    if "--help" in words or "-h" in words:
+        print(help_text())
+        return
+    flags = parse_run_flags(words)
+    config = load_config(flags.config, flags.overrides)
+    in_torchrun = "RANK" in os.environ
+    ranks = int(os.environ["WORLD_SIZE"]) if in_torchrun else flags.nproc or 1
+    accumulation_steps(config, ranks)
+    if flags.dry_run:
+        if not in_torchrun or os.environ["RANK"] == "0":
+            print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+        return
+    if flags.nproc and not in_torchrun:
+        sys.exit(launch.torchrun(__file__, flags.without_nproc(words), flags.nproc, config.train.threads))
+    train(config, flags)
+
+
+def train(config: RunConfig, flags: RunFlags) -> None:
+    launch.quiet_libraries()
+    world = launch.start(config.parallel.timeout_s, config.train.threads)
+    from llm.train.trainer import (
+        Trainer,
+    )  # after the config is known to be good: brings DeepSpeed's and TensorBoard's import time
+
+    Trainer(config, Path(flags.run_dir or Path("runs") / Path(flags.config).stem), world).fit()
+
+
+if __name__ == "__main__":
+    launch.run(main)

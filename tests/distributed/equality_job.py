@@ -1,0 +1,32 @@
+"""Run under torchrun: one run of the tiny model per accumulation and optimizer, all in one job to save start-up time.
+"""
+
+import sys
+from pathlib import Path
+
+import yaml
+
+from llm.parallel import launch
+from llm.train.config import validate
+
+ACCUMULATIONS = (1, 2, 4)
+OPTIMIZERS = ("adamw", "sgd")
+
+
+def main() -> None:
+    config_path, out = Path(sys.argv[1]), Path(sys.argv[2])
+    raw = yaml.safe_load(config_path.read_text())
+    launch.quiet_libraries()
+    world = launch.start(60, 1)
+    from llm.train.trainer import Trainer
+
+    for optimizer in OPTIMIZERS:
+        for accumulation in ACCUMULATIONS:
+            raw["optim"]["name"] = optimizer
+            raw["train"]["micro_batch_size"] = raw["train"]["global_batch_size"] // (world.size * accumulation)
+            config = validate(raw, str(config_path))
+            Trainer(config, out / f"{optimizer}-{world.size}x{accumulation}", world).fit()
+
+
+if __name__ == "__main__":
+    launch.run(main)

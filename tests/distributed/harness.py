@@ -1,0 +1,105 @@
+"""Start real jobs of this project on a tiny model and read what they wrote."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMING_FIELDS = ("tokens_per_s", "tokens_per_s_per_device", "step_time_s", "data_wait_s", "memory_gb", "mfu")
+
+# Everything on: NoPE and chunked layers, QK-norm, temperature, MoE with shared expert and both auxiliary losses.
+TINY_MODEL: dict[str, Any] = {
+    "dim": 32, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 64, "ffn_hidden": 48, "qk_norm": "l2",
+    "rope_theta": 10000.0, "nope_layer_interval": 4, "attention_chunk_size": 16, "attn_temperature_tuning": True,
+    "floor_scale": 8,
+    "moe": {"n_experts": 4, "top_k": 2, "hidden": 24, "interleave": 2, "aux_alpha": 0.01, "z_alpha": 0.001},
+}  # fmt: skip
+
+
+def write_text(folder: Path, documents: int = 400) -> None:
+    """Train and held-out JSONL of random word salad: documents of very different lengths."""
+    draw = random.Random(7)
+    words = ["".join(draw.choices("abcdefgh", k=draw.randint(1, 6))) for _ in range(60)]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, count in (("train", documents), ("valid", 12)):
+        rows = [{"text": " ".join(draw.choices(words, k=draw.randint(1, 60)))} for _ in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def tiny_config(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    """A run config over the text in `folder`; each section given is merged over the default one."""
+    config: dict[str, Any] = {
+        "model": TINY_MODEL,
+        "tokenizer": {"kind": "bytes"},
+        "data": {
+            "train": str(folder / "train.jsonl"),
+            "valid": str(folder / "valid.jsonl"),
+            "cache_dir": str(folder / "cache"),
+        },
+        "parallel": {"timeout_s": 60},
+        "optim": {"lr": 1.0e-3, "warmup_steps": 5, "min_lr": 1.0e-4, "clip_norm": 0.5},
+        "train": {"steps": 20, "global_batch_size": 16, "micro_batch_size": 4, "seq_len": 48, "precision": "fp32"},
+        "checkpoint": {"interval": 1000, "keep": 2, "keep_best": False},
+        "eval": {"interval": 1000},
+        "log": {"interval": 10, "tensorboard": False},
+    }
+    for name, section in sections.items():
+        config[name] = {**config.get(name, {}), **section}
+    return config
+
+
+def write_config(path: Path, config: dict[str, Any]) -> Path:
+    """The config as a YAML file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def environment() -> dict[str, str]:
+    """This environment without what an outer torchrun or pytest left in it; one thread, as torchrun sets it."""
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("TORCHELASTIC", "PYTEST")) and k not in ("RANK", "WORLD_SIZE")
+    }
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def command(script: str, *arguments: str, nproc: int | None = None) -> list[str]:
+    """The command line of a script of this project: under torchrun with `nproc` processes, or plain python."""
+    if nproc is None:
+        return [sys.executable, str(ROOT / script), *arguments]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+    return [*launcher, str(ROOT / script), *arguments]
+
+
+def run(
+    script: str, *arguments: str, nproc: int | None = None, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end; output captured."""
+    return subprocess.run(
+        command(script, *arguments, nproc=nproc),
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl, without a torn last line."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def without_timing(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows less the fields that depend on the clock and the machine."""
+    return [{k: v for k, v in row.items() if k not in TIMING_FIELDS} for row in rows]

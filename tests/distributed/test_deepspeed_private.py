@@ -1,0 +1,109 @@
+"""The private attributes of DeepSpeed that llm/parallel/deepspeed_private.py reads: this fails by name when one
+moves.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.harness import TINY_MODEL, run
+
+pytestmark = pytest.mark.distributed
+
+REPORT_KEYS = ("covered", "state_covered", "master_is_exact", "scalars", "kinds", "norm", "class")
+
+
+def main(out: Path) -> None:
+    """Run under torchrun: what each function of the private module gives, for both precisions."""
+    import torch
+
+    from llm.args import ModelArgs
+    from llm.data.batch import MicroBatch, StepBatch
+    from llm.init import initial_values
+    from llm.model import LLM
+    from llm.parallel import deepspeed_private as private
+    from llm.parallel import launch
+    from llm.parallel.collectives import gather_json
+    from llm.parallel.engine import Engine, parameter_groups
+
+    launch.quiet_libraries()
+    world = launch.start(60, 1)
+    args = ModelArgs.model_validate({**TINY_MODEL, "vocab_size": 64})
+    report: dict[str, Any] = {}
+    for precision in ("fp32", "bf16"):
+        model = LLM(args, seed=3)
+        engine = Engine(
+            model,
+            torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-3, fused=True),
+            world=world,
+            precision=precision,
+            micro_batch_size=1,
+            accumulation=1,
+            clip_norm=1.0,
+            seed=3,
+        )
+        exact = all(
+            torch.equal(f.values, initial_values(args, f.name, 3, f.start, f.start + f.values.numel()))
+            for f in engine.owned_fragments()
+        )
+        tokens = torch.arange(16).view(1, 16) + 16 * world.rank
+        micro_batch = MicroBatch(tokens, tokens + 1, torch.tensor([0, 16], dtype=torch.int32))
+        result = engine.train_step(StepBatch([micro_batch], 16, 16, 0, world.size, 0.0), lr=1e-3)
+        mine = [[f.name, f.kind, f.start, f.values.numel()] for f in engine.owned_fragments()]
+        everything = [row for rows in gather_json(mine, world) for row in rows]
+        numel = {name: p.numel() for name, p in model.named_parameters()}
+
+        def covers(kind: str, everything: list[Any] = everything, numel: dict[str, int] = numel) -> bool:
+            return all(
+                sum(n for name, k, _, n in everything if (name, k) == (p, kind)) == size for p, size in numel.items()
+            )
+
+        report[precision] = {
+            "covered": covers("master"),
+            "state_covered": covers("exp_avg") and covers("exp_avg_sq"),
+            "master_is_exact": all(gather_json(exact, world)),
+            "scalars": private.optimizer_scalars(engine._deepspeed),
+            "kinds": sorted({kind for _, kind, _, _ in everything}),
+            "norm": result.grad_norm,
+            "class": type(engine._deepspeed.optimizer).__name__,
+        }
+    if world.is_main:
+        out.write_text(json.dumps(report))
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("private") / "report.json"
+    done = run("tests/distributed/test_deepspeed_private.py", str(out), nproc=2)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(out.read_text()))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_each_rank_knows_its_masters_and_states(report: dict[str, Any], precision: str) -> None:
+    found = report[precision]
+    assert sorted(found) == sorted(REPORT_KEYS)
+    assert found["covered"], "_hp_mapping.lp_fragment_address no longer covers every parameter once"
+    assert found["state_covered"], "the base optimizer's state no longer lines up with hp_fragment_address"
+    assert found["kinds"] == ["exp_avg", "exp_avg_sq", "master"]
+    assert found["scalars"] == {"step": 1.0}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_masters_start_from_the_unrounded_initial_values(report: dict[str, Any], precision: str) -> None:
+    assert report[precision]["master_is_exact"]
+
+
+def test_both_classes_report_the_same_gradient_norm(report: dict[str, Any]) -> None:
+    assert report["fp32"]["class"] == "DeepSpeedZeroOptimizer" and report["bf16"]["class"] == "BF16_Optimizer"
+    # bf16 has 8 bits of mantissa: 2^-8 per rounding, a few of them in a row
+    assert report["bf16"]["norm"] == pytest.approx(report["fp32"]["norm"], rel=0.02)
+
+
+if __name__ == "__main__":
+    from llm.parallel.launch import run as run_process
+
+    run_process(lambda: main(Path(sys.argv[1])))
