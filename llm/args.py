@@ -1,0 +1,285 @@
+"""What a model is: `ModelArgs`, and the layer-pattern grammar that resolves it to one frozen `LayerSpec` a layer.
+
+Everything that differs between layers (mask, RoPE or not, QK norm, temperature, dense or MoE) is decided here, once;
+building, attention plans, caches, parameter and FLOP counts read the specs and never the args. Names and rules follow
+Llama 4 (Meta's params.json).
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NoReturn
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Mask = Literal["full", "chunk"]
+Ffn = Literal["dense", "moe", "none"]
+
+PATTERN_ALIASES = {"alternating": ["ssm", "attn"]}
+MIXERS = ("attn", "ssm", "routed", "none")
+FLAGS = {"full": "mask", "chunk": "mask", "window": "mask", "rope": "rope", "nope": "rope"}
+FFNS: tuple[Ffn, ...] = ("dense", "moe", "none")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One layer, fully resolved."""
+
+    index: int
+    mixer: str
+    stride: int
+    mask: Mask
+    span: int | None  # chunk length of a chunked layer
+    rope: bool
+    qk_norm: bool
+    temperature: bool
+    ffn: Ffn
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class RopeScaling(_Group):
+    """Llama 3's stretching of the slow RoPE frequencies."""
+
+    kind: Literal["llama3"] = "llama3"
+    """Which rule; only Llama 3's piecewise one is built."""
+    factor: float = Field(8.0, gt=0)
+    """How many times longer the context became."""
+    low_freq_factor: float = Field(1.0, gt=0)
+    """Wavelengths above original_max_position / this are stretched in full."""
+    high_freq_factor: float = Field(4.0, gt=0)
+    """Wavelengths below original_max_position / this are left alone."""
+    original_max_position: int = Field(8192, gt=0)
+    """Context length before the stretching."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "RopeScaling":
+        if self.high_freq_factor < self.low_freq_factor:
+            raise ValueError(
+                f"model.rope_scaling.high_freq_factor={self.high_freq_factor} is below "
+                f"low_freq_factor={self.low_freq_factor}; it must be at least as large"
+            )
+        return self
+
+
+class MoEArgs(_Group):
+    """Mixture-of-experts layers."""
+
+    n_experts: int = Field(gt=0)
+    """Experts in each MoE layer."""
+    top_k: int = Field(1, gt=0)
+    """Experts each token visits."""
+    hidden: int | None = Field(None, gt=0)
+    """Width of an expert and of the shared expert; unset = the rule from ffn_exp."""
+    interleave: int = Field(1, gt=0)
+    """Layer i is MoE when (i + 1) is a multiple of this."""
+    score: Literal["sigmoid", "softmax"] = "sigmoid"
+    """How router logits become weights."""
+    renorm: bool = False
+    """Divide the chosen weights by their sum (no effect with top_k=1, which would cut the router off from the loss)."""
+    apply: Literal["input", "output"] = "input"
+    """Where an expert's weight multiplies: its input (Llama 4) or its output (Mixtral, Qwen)."""
+    shared: bool = True
+    """Add one expert that every token visits, unweighted."""
+    balance: Literal["lag", "none"] = "lag"
+    """Balance loss: against the expert counts of the whole previous step, or none."""
+    aux_alpha: float = Field(0.0, ge=0)
+    """Weight of the balance loss."""
+    z_alpha: float = Field(0.0, ge=0)
+    """Weight of the router z-loss, the mean of logsumexp squared."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers that stay dense whatever interleave says (0-based)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "MoEArgs":
+        if self.top_k > self.n_experts:
+            raise ValueError(f"model.moe.top_k={self.top_k} exceeds model.moe.n_experts={self.n_experts}")
+        if self.balance == "none" and self.aux_alpha:
+            raise ValueError(f"model.moe.aux_alpha={self.aux_alpha} needs model.moe.balance=lag; or set aux_alpha to 0")
+        return self
+
+
+class ModelArgs(_Group):
+    """The architecture of one model. Checked at construction; a ValueError names the key and what is possible."""
+
+    dim: int = Field(gt=0)
+    """Width of the residual stream."""
+    n_layers: int = Field(gt=0)
+    """Number of layers."""
+    n_heads: int = Field(gt=0)
+    """Query heads."""
+    n_kv_heads: int | None = Field(None, gt=0)
+    """Key and value heads; unset = n_heads."""
+    head_dim: int | None = Field(None, gt=0)
+    """Width of one head; unset = dim / n_heads."""
+    vocab_size: int = -1
+    """Rows of the token table; -1 = taken from the tokenizer before the model is built."""
+    max_seq_len: int = Field(2048, gt=0)
+    """Longest text the model is meant for; nothing in the model is sized by it."""
+    layer_pattern: list[str] | str | None = None
+    """Items mixer[:flag...][+ffn] (attn, full|chunk, rope|nope, dense|moe|none), repeated over the layers."""
+    ffn_hidden: int | None = Field(None, gt=0)
+    """Width of the dense feed-forward; unset = 8/3 dim, times ffn_dim_multiplier, rounded up to multiple_of."""
+    multiple_of: int = Field(256, gt=0)
+    """Feed-forward widths made by rule are rounded up to a multiple of this."""
+    ffn_dim_multiplier: float | None = Field(None, gt=0)
+    """Factor on feed-forward widths made by rule."""
+    ffn_exp: float = Field(4.0, gt=0)
+    """Expansion from which the width of an expert is made by rule."""
+    norm_eps: float = Field(1e-5, gt=0)
+    """Added to the mean square in every RMS norm."""
+    qk_norm: Literal["l2"] | None = None
+    """Normalise queries and keys after RoPE, without weights, on RoPE layers."""
+    rope_theta: float = Field(5e5, gt=0)
+    """RoPE base."""
+    rope_interleaved: bool = True
+    """Rotate neighbouring pairs (Meta); false = the two halves of a head (Hugging Face Llama)."""
+    rope_scaling: RopeScaling | None = None
+    """Frequency scaling for longer contexts."""
+    nope_layer_interval: int | None = Field(None, gt=0)
+    """Every interval-th layer has no RoPE and, where chunking is on, global attention."""
+    attention_chunk_size: int | None = Field(None, gt=0)
+    """RoPE layers attend within chunks of this many positions, counted from the start of the document."""
+    attn_temperature_tuning: bool = False
+    """Scale queries of NoPE layers with the logarithm of the position."""
+    floor_scale: int = Field(8192, gt=0)
+    """Positions per step of the temperature."""
+    attn_scale: float = 0.1
+    """Strength of the temperature."""
+    tie_embeddings: bool = False
+    """Use the token table as output matrix."""
+    init_std: float = Field(0.02, gt=0)
+    """Standard deviation of initial weights."""
+    init_depth_scale: bool = False
+    """Divide the initial wo and w2 by sqrt(2 n_layers)."""
+    moe: MoEArgs | None = None
+    """Mixture of experts; unset = every layer is dense."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelArgs":
+        if self.vocab_size != -1 and self.vocab_size < 1:
+            raise ValueError(f"model.vocab_size={self.vocab_size} must be positive, or -1 to take the tokenizer's")
+        if self.n_heads % self.kv_heads:
+            raise ValueError(
+                f"model.n_kv_heads={self.kv_heads} does not divide model.n_heads={self.n_heads}; "
+                f"use {_either(_divisors(self.n_heads))}"
+            )
+        if self.head_dim is None and self.dim % self.n_heads:
+            raise ValueError(
+                f"model.n_heads={self.n_heads} does not divide model.dim={self.dim}; "
+                f"use {_either(_divisors(self.dim))}, or give model.head_dim"
+            )
+        if self.head_width % 2:
+            raise ValueError(f"model.head_dim={self.head_width} is odd; RoPE rotates pairs, use an even width")
+        if self.moe is not None and any(not 0 <= i < self.n_layers for i in self.moe.dense_layers):
+            raise ValueError(
+                f"model.moe.dense_layers={list(self.moe.dense_layers)}: layers are 0 to {self.n_layers - 1}"
+            )
+        self.layer_specs()
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key and value heads, resolved."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head, resolved."""
+        return self.dim // self.n_heads if self.head_dim is None else self.head_dim
+
+    def ffn_width(self) -> int:
+        """Hidden width of a dense feed-forward: `ffn_hidden`, else Llama's rule int(2 * 4 dim / 3)."""
+        return self._rule_width(4 * self.dim) if self.ffn_hidden is None else self.ffn_hidden
+
+    def moe_width(self) -> int:
+        """Hidden width of an expert: `moe.hidden`, else Llama 4's rule, which starts from int(ffn_exp * dim)."""
+        if self.moe is not None and self.moe.hidden is not None:
+            return self.moe.hidden
+        return self._rule_width(int(self.ffn_exp * self.dim))
+
+    def _rule_width(self, expanded: int) -> int:
+        width = int(2 * expanded / 3)
+        if self.ffn_dim_multiplier is not None:
+            width = int(self.ffn_dim_multiplier * width)
+        return -(-width // self.multiple_of) * self.multiple_of
+
+    def layer_specs(self) -> tuple[LayerSpec, ...]:
+        """The layers, resolved: the pattern tiled over n_layers, unwritten parts filled by the rules of Llama 4."""
+        pattern = ["attn"] if self.layer_pattern is None else self.layer_pattern
+        if isinstance(pattern, str):
+            pattern = PATTERN_ALIASES.get(pattern) or [item.strip() for item in pattern.split(",")]
+        if not pattern:
+            raise ValueError("model.layer_pattern is empty; leave it out, or give items like attn:chunk+moe")
+        return tuple(self._resolve(index, pattern[index % len(pattern)]) for index in range(self.n_layers))
+
+    def _resolve(self, index: int, item: str) -> LayerSpec:
+        mixer, stride, flags, ffn = _parse_item(item)
+        if mixer != "attn":
+            _refuse(item, f"mixer {mixer} is not built yet; use attn")
+        if stride != 1:
+            _refuse(item, f"stride @{stride} is not built yet; leave it out")
+        interval = self.nope_layer_interval
+        rope = flags["rope"] == "rope" if "rope" in flags else not (interval and (index + 1) % interval == 0)
+        mask: Mask = "full"
+        if "mask" not in flags:
+            mask = "chunk" if rope and self.attention_chunk_size else "full"
+        elif flags["mask"] == "chunk":
+            if self.attention_chunk_size is None:
+                _refuse(item, "chunk needs model.attention_chunk_size")
+            mask = "chunk"
+        elif flags["mask"] == "window":
+            _refuse(item, "mask window is not built yet; use full or chunk")
+        if ffn is None:
+            on = self.moe is not None and (index + 1) % self.moe.interleave == 0 and index not in self.moe.dense_layers
+            ffn = "moe" if on else "dense"
+        elif ffn == "moe" and self.moe is None:
+            _refuse(item, "+moe needs the group model.moe (at least n_experts)")
+        return LayerSpec(
+            index=index,
+            mixer=mixer,
+            stride=stride,
+            mask=mask,
+            span=self.attention_chunk_size if mask == "chunk" else None,
+            rope=rope,
+            qk_norm=rope and self.qk_norm is not None,
+            temperature=self.attn_temperature_tuning and not rope,
+            ffn=ffn,
+        )
+
+
+def _parse_item(item: str) -> tuple[str, int, dict[str, str], Ffn | None]:
+    """Split `mixer[@stride][:flag...][+ffn]`; flags come back as {"mask": ..., "rope": ...}, as far as written."""
+    head, plus, ffn_text = item.partition("+")
+    ffn = next((known for known in FFNS if known == ffn_text), None)
+    if plus and ffn is None:
+        _refuse(item, f"unknown feed-forward +{ffn_text}; use {_either(FFNS)}")
+    mixer_text, *flag_texts = head.split(":")
+    mixer, at, stride_text = mixer_text.partition("@")
+    if mixer not in MIXERS:
+        _refuse(
+            item, f"unknown mixer {mixer!r}; the grammar is mixer[@stride][:flag...][+ffn], mixers {_either(MIXERS)}"
+        )
+    if at and not (stride_text.isdecimal() and int(stride_text) > 0):
+        _refuse(item, f"stride @{stride_text} must be a positive whole number")
+    flags: dict[str, str] = {}
+    for flag in flag_texts:
+        if flag not in FLAGS:
+            _refuse(item, f"unknown flag :{flag}; use {_either(FLAGS)}")
+        if FLAGS[flag] in flags:
+            _refuse(item, f"flags :{flags[FLAGS[flag]]} and :{flag} exclude each other")
+        flags[FLAGS[flag]] = flag
+    return mixer, int(stride_text) if at else 1, flags, ffn
+
+
+def _refuse(item: str, reason: str) -> NoReturn:
+    raise ValueError(f"model.layer_pattern item {item!r}: {reason}")
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _either(options: object) -> str:
+    *most, last = [str(option) for option in options]  # type: ignore[attr-defined]
+    return f"{', '.join(most)} or {last}" if most else last

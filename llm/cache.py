@@ -1,0 +1,189 @@
+"""Keys and values of earlier tokens, for decoding: an explicit object, one per generation; the model holds none.
+
+Each key keeps its absolute position, and what a query sees is decided on absolute positions alone, so that prompts of
+different lengths, several new tokens at once and chunk boundaries are all the same case. Chunked layers forget keys
+below the current chunk.
+
+Shapes: B batch, T new tokens, S remembered slots, H query heads, K kv heads, d head width.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llm.args import LayerSpec, Mask, ModelArgs
+from llm.layers.plan import AttentionPlan
+
+Ints = NDArray[np.int64]
+MaskKind = tuple[Mask, int | None]  # of a LayerSpec: mask and span
+QUERY_BLOCK = 256  # queries masked at a time, so that no (T, S) mask of a long continuation exists
+SPARE_SLOTS = 64
+
+
+class Cache:
+    """Memory of a batch of rows. Give the same object to every forward of one generation."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        self._specs = args.layer_specs()
+        self._kinds = {(spec.mask, spec.span): _Kind(spec.span) for spec in self._specs}
+        self.length = 0
+        """Tokens seen in each row, padding included."""
+        self.next_position: Ints | None = None
+        """(B,) position that each row's next token has, unless given; None while empty."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by keys and values."""
+        return sum(kind.nbytes for kind in self._kinds.values())
+
+    def reorder(self, rows: Tensor | Sequence[int]) -> None:
+        """Keep row rows[i] as row i; rows may repeat (beam search) or be left out."""
+        index = torch.as_tensor(rows, dtype=torch.int64).cpu()
+        if self.next_position is None:
+            raise ValueError("the cache is empty: there are no rows to reorder")
+        self.next_position = self.next_position[index.numpy()]
+        for kind in self._kinds.values():
+            kind.reorder(index)
+
+    def first_positions(self, n_rows: int) -> Ints:
+        """(B,) where rows continue. Raises ValueError if the cache holds another number of rows."""
+        if self.next_position is None:
+            return np.zeros(n_rows, dtype=np.int64)
+        if len(self.next_position) != n_rows:
+            raise ValueError(f"the cache holds {len(self.next_position)} rows, the input has {n_rows}")
+        return self.next_position
+
+    def extend(self, positions_BT: Ints, document_starts: Ints, device: torch.device) -> "CachedPlan":
+        """Make room for new tokens at these positions (negative = padding), which must continue the rows."""
+        n_rows, row_length = positions_BT.shape
+        if len(document_starts) != n_rows:
+            raise ValueError("cu_seqlens cannot be used with a cache: each row of a cache is one document")
+        if self.next_position is not None:
+            lowest_B = np.where(positions_BT >= 0, positions_BT, np.iinfo(np.int64).max).min(axis=1)
+            if (lowest_B < self.next_position).any():
+                row = int(np.flatnonzero(lowest_B < self.next_position)[0])
+                raise ValueError(
+                    f"row {row} continues at {lowest_B[row]}, but the cache goes on at {self.next_position[row]}"
+                )
+        prefill = AttentionPlan(self._specs, positions_BT, document_starts, device) if self.length == 0 else None
+        self.next_position = np.maximum(self.first_positions(n_rows), positions_BT.max(axis=1) + 1)
+        self.length += row_length
+        for kind in self._kinds.values():
+            kind.extend(positions_BT)
+        return CachedPlan(self._kinds, positions_BT, prefill)
+
+    def forget(self) -> None:
+        """Drop what no later token can see. Called after each forward."""
+        assert self.next_position is not None
+        for kind in self._kinds.values():
+            kind.forget(self.next_position)
+
+
+class CachedPlan:
+    """Attention of new tokens to themselves and to what the cache remembers."""
+
+    def __init__(self, kinds: dict[MaskKind, "_Kind"], positions_BT: Ints, prefill: AttentionPlan | None) -> None:
+        self._kinds = kinds
+        self._positions_BT = positions_BT
+        self._prefill = prefill
+        self._single_masks: dict[MaskKind, Tensor | None] = {}
+
+    def attend(self, spec: LayerSpec, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
+        keys, values = self._kinds[spec.mask, spec.span].append(spec.index, k_BTKd, v_BTKd)
+        if self._prefill is not None:
+            return self._prefill.attend(spec, q_BTHd, k_BTKd, v_BTKd)
+        k, v = keys.transpose(1, 2), values.transpose(1, 2)
+        pieces = [
+            F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+            for q, mask in zip(q_BTHd.split(QUERY_BLOCK, dim=1), self._masks(spec, q_BTHd.device), strict=True)
+        ]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+    def _masks(self, spec: LayerSpec, device: torch.device) -> Iterator[Tensor | None]:
+        """One (B, 1, t, S) bool mask for each block of queries, None where everything is seen."""
+        key = spec.mask, spec.span
+        if self._positions_BT.shape[1] <= QUERY_BLOCK:  # then all layers of a kind share one
+            if key not in self._single_masks:
+                self._single_masks[key] = self._mask(key, self._positions_BT, device)
+            yield self._single_masks[key]
+            return
+        for low in range(0, self._positions_BT.shape[1], QUERY_BLOCK):
+            yield self._mask(key, self._positions_BT[:, low : low + QUERY_BLOCK], device)
+
+    def _mask(self, key: MaskKind, query_BT: Ints, device: torch.device) -> Tensor | None:
+        seen = visible(query_BT, self._kinds[key].positions_BS, key[1])
+        return None if seen.all() else torch.from_numpy(seen[:, None]).to(device)
+
+
+def visible(query_BT: Ints, key_BS: Ints, span: int | None) -> NDArray[np.bool_]:
+    """Whether each query sees each key, by position; (B, T, S). Padding sees padding, as no query may see nothing."""
+    query, key = query_BT[:, :, None], key_BS[:, None, :]
+    seen = (key <= query) & (key >= 0)
+    if span is not None:
+        seen &= key // span == query // span
+    return np.where(query < 0, key < 0, seen)
+
+
+class _Kind:
+    """What the layers of one kind of mask remember: all their buffers hold the slots that self.positions_BS lists."""
+
+    def __init__(self, span: int | None) -> None:
+        self.span = span
+        self.positions_BS: Ints = np.empty((0, 0), dtype=np.int64)
+        self._start = 0  # slots of the buffers before it are forgotten
+        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for pair in self._buffers.values() for buffer in pair)
+
+    def extend(self, positions_BT: Ints) -> None:
+        old = self.positions_BS if self.positions_BS.size else positions_BT[:, :0]
+        self.positions_BS = np.concatenate([old, positions_BT], axis=1)
+
+    def append(self, layer: int, k_BTKd: Tensor, v_BTKd: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the newest slots of a layer and return all of its remembered keys and values, (B, S, K, d)."""
+        end = self._start + self.positions_BS.shape[1]
+        kept = end - k_BTKd.shape[1]
+        old = self._buffers.get(layer, (k_BTKd[:, :0], v_BTKd[:, :0]))
+        if end > old[0].shape[1]:
+            old = tuple(_enlarged(buffer, kept, end) for buffer in old)  # type: ignore[assignment]
+        for buffer, new in zip(old, (k_BTKd, v_BTKd), strict=True):
+            buffer[:, kept:end] = new
+        self._buffers[layer] = old
+        return old[0][:, self._start : end], old[1][:, self._start : end]
+
+    def forget(self, next_position_B: Ints) -> None:
+        """Drop the oldest slots as far as they are padding or lie below the chunk of the next token, in every row."""
+        if self.span is None:
+            return
+        chunk_start_B1 = (next_position_B // self.span * self.span)[:, None]
+        needed = (self.positions_BS >= chunk_start_B1).any(axis=0)
+        dead = int(needed.argmax()) if needed.any() else needed.size
+        self.positions_BS = self.positions_BS[:, dead:]
+        self._start += dead
+        alive = self.positions_BS.shape[1]
+        # moving what is alive then costs less than what was written since the last move
+        if self._start > max(alive, SPARE_SLOTS):
+            low, high = self._start, self._start + alive
+            for layer, pair in self._buffers.items():
+                self._buffers[layer] = pair[0][:, low:high].clone(), pair[1][:, low:high].clone()
+            self._start = 0
+
+    def reorder(self, index: Tensor) -> None:
+        self.positions_BS = self.positions_BS[index.numpy()]
+        for layer, pair in self._buffers.items():
+            rows = index.to(pair[0].device)
+            self._buffers[layer] = pair[0].index_select(0, rows), pair[1].index_select(0, rows)
+
+
+def _enlarged(buffer: Tensor, kept: int, needed: int) -> Tensor:
+    """A copy of the first `kept` slots with room for `needed` and half as many more, so that appending stays cheap."""
+    capacity = needed + max(SPARE_SLOTS, needed // 2) if buffer.shape[1] else needed
+    larger = buffer.new_empty(buffer.shape[0], capacity, *buffer.shape[2:])
+    larger[:, :kept] = buffer[:, :kept]
+    return larger

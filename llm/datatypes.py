@@ -1,0 +1,144 @@
+"""What goes into and comes out of `LLM.forward`.
+
+Shapes: B batch, T tokens, D model width, V vocabulary, S documents, E experts, M number of MoE layers.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Ints = NDArray[np.int64]
+
+
+@dataclass
+class TransformerInput:
+    """A batch of token rows."""
+
+    tokens: Tensor
+    """(B, T) int64 token ids."""
+    tokens_position: int | Tensor | None = None
+    """Position of each token in its document: None counts from 0 (with a cache, from its end), an int is the first
+    position of every row, else (T,) or (B, T). Positions rise strictly inside a document; negative ones mark padding,
+    which no token sees."""
+    cu_seqlens: Tensor | None = None
+    """(S + 1,) integers on the CPU: document boundaries in the flattened B*T tokens, from 0 to B*T, every row start
+    among them. None = one document a row."""
+
+    def check_tokens(self) -> None:
+        """Raise ValueError unless tokens is a (B, T) int64 tensor with at least one token."""
+        if self.tokens.ndim != 2 or self.tokens.dtype != torch.int64 or self.tokens.numel() == 0:
+            raise ValueError(
+                f"tokens must be non-empty (B, T) int64 (one row is tokens[None]); got {_describe(self.tokens)}"
+            )
+
+    def resolve(self, first_position_B: Ints | None = None) -> tuple[Ints, Ints]:
+        """Positions (B, T) and the flat indices where documents start, on the host. Malformed input: ValueError.
+
+        first_position_B: where each row continues when tokens_position is None; unset = 0.
+        """
+        self.check_tokens()
+        n_rows, row_length = self.tokens.shape
+        starts = self._document_starts()
+        if isinstance(self.tokens_position, Tensor):
+            positions = self._given_positions(self.tokens_position)
+        elif self.tokens_position is None and self.cu_seqlens is not None:
+            lengths = np.diff(np.append(starts, self.tokens.numel()))
+            positions = (np.arange(self.tokens.numel()) - np.repeat(starts, lengths)).reshape(n_rows, row_length)
+        else:
+            positions = self._counted_from(self.tokens_position, first_position_B)
+        self._check_rising(positions, starts)
+        return positions, starts
+
+    def _document_starts(self) -> Ints:
+        n_tokens, row_length = self.tokens.numel(), self.tokens.shape[1]
+        if self.cu_seqlens is None:
+            return np.arange(0, n_tokens, row_length)
+        if self.cu_seqlens.ndim != 1 or self.cu_seqlens.is_floating_point() or self.cu_seqlens.device.type != "cpu":
+            raise ValueError(f"cu_seqlens must be a 1-D integer tensor on the CPU; got {_describe(self.cu_seqlens)}")
+        bounds = self.cu_seqlens.numpy().astype(np.int64)
+        if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != n_tokens or (np.diff(bounds) <= 0).any():
+            raise ValueError(f"cu_seqlens must rise strictly from 0 to B*T={n_tokens}; got {_shortened(bounds)}")
+        if not np.isin(np.arange(0, n_tokens, row_length), bounds).all():
+            raise ValueError(
+                f"cu_seqlens must contain every row start (multiples of T={row_length}): no document spans rows"
+            )
+        return bounds[:-1]
+
+    def _given_positions(self, position: Tensor) -> Ints:
+        n_rows, row_length = self.tokens.shape
+        if position.is_floating_point() or tuple(position.shape) not in ((row_length,), (n_rows, row_length)):
+            raise ValueError(
+                f"tokens_position must be None, an int, or integers of shape ({row_length},) or "
+                f"({n_rows}, {row_length}); got {_describe(position)}"
+            )
+        return np.broadcast_to(position.cpu().numpy().astype(np.int64), (n_rows, row_length))
+
+    def _counted_from(self, first: int | None, first_position_B: Ints | None) -> Ints:
+        n_rows, row_length = self.tokens.shape
+        if first is not None:
+            if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+                raise ValueError(f"tokens_position={first!r} must be None, an int >= 0 or an integer tensor")
+            if self.cu_seqlens is not None:
+                raise ValueError(
+                    f"tokens_position={first} with cu_seqlens: give a tensor, or None to count inside documents"
+                )
+            first_position_B = np.full(n_rows, first)
+        if first_position_B is None:
+            first_position_B = np.zeros(n_rows, dtype=np.int64)
+        return first_position_B[:, None] + np.arange(row_length)
+
+    @staticmethod
+    def _check_rising(positions_BT: Ints, starts: Ints) -> None:
+        positions = positions_BT.reshape(-1)
+        inside = np.ones(positions.size, dtype=bool)
+        inside[starts] = False
+        falls = inside[1:] & (positions[1:] >= 0) & (positions[:-1] >= positions[1:])
+        if falls.any():
+            row, column = divmod(int(np.flatnonzero(falls)[0]) + 1, positions_BT.shape[1])
+            raise ValueError(
+                f"tokens_position must rise strictly inside a document (negative = padding); row {row} has "
+                f"{positions_BT[row, column - 1]} then {positions_BT[row, column]} at token {column}"
+            )
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
+
+
+def _shortened(values: Ints) -> str:
+    return str(values.tolist()) if len(values) <= 8 else f"{values[:4].tolist()} ... {values[-4:].tolist()}"
+
+
+class RouterStats(NamedTuple):
+    """What MoE layers report of their routing: sums, so that the cuts of a batch add up to the whole."""
+
+    balance_sum: Tensor
+    """float32 scalar: aux_alpha * E * sum over tokens t and experts e of f_e P_te."""
+    z_sum: Tensor
+    """float32 scalar: z_alpha * sum over tokens of logsumexp(logits)^2."""
+    expert_counts: Tensor
+    """(E,) int64: assignments to each expert."""
+
+
+@dataclass
+class TransformerOutput:
+    """What was asked for; the rest is None."""
+
+    logits: Tensor | None = None
+    """(B, T, V) float32; None when labels or return_hidden were given."""
+    hidden: Tensor | None = None
+    """(B, T, D) final normed hidden states, with return_hidden."""
+    loss_sum: Tensor | None = None
+    """float32 scalar: sum of the negative log-likelihood, in nats, over labels >= 0."""
+    n_targets: Tensor | None = None
+    """int64 scalar: number of labels >= 0."""
+    balance_sum: Tensor | None = None
+    """float32 scalar summed over tokens and MoE layers (see RouterStats); divide by the global number of tokens."""
+    z_sum: Tensor | None = None
+    """float32 scalar, in the same way."""
+    expert_counts: Tensor | None = None
+    """(M, E) int64: assignments to each expert of each MoE layer in this call."""

@@ -1,0 +1,105 @@
+"""Initial weights as a pure function of (seed, canonical name, element index), the same bits on every CPU and layout.
+
+Each element owns one 64-bit word of a Philox4x64 stream (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
+3") keyed by seed and name, so a rank can draw any range alone. The word becomes a normal through the inverse
+distribution function (Wichura 1988, algorithm AS 241, routine PPND7, relative error about 1e-7). Only + - * /, sqrt and
+frexp are used: IEEE fixes their results, while exp and log differ between math libraries.
+"""
+
+import hashlib
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from llm.args import ModelArgs
+from llm.plans import plan_for
+
+WORDS_PER_BLOCK = 4  # one step of Philox4x64 gives four words
+PIECE = 1 << 18  # elements drawn at a time, so that the float64 temporaries stay in cache
+LN2 = 0.6931471805599453
+ONE_OVER_ROOT2 = 0.7071067811865476
+
+# AS 241, PPND7: numerators and denominators of its three rational approximations, lowest power first
+CENTRE = ((3.3871327179, 50.434271938, 159.29113202, 59.109374720), (1.0, 17.895169469, 78.757757664, 67.187563600))
+NEAR_TAIL = ((1.4234372777, 2.7568153900, 1.3067284816, 0.17023821103), (1.0, 0.73700164250, 0.12021132975))
+FAR_TAIL = ((6.6579051150, 3.0812263860, 0.42868294337, 0.017337203997), (1.0, 0.24197894225, 0.012258202635))
+
+
+def initialise(model: nn.Module, args: ModelArgs, seed: int) -> None:
+    """Fill every parameter of `model` in place; parameters on the meta device are left as they are."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta:
+            values = initial_values(args, name, seed, 0, parameter.numel())
+            with torch.no_grad():
+                parameter.copy_(values.view(parameter.shape))
+
+
+def initial_values(args: ModelArgs, name: str, seed: int, start: int, stop: int) -> Tensor:
+    """Elements [start, stop) of the flattened (row-major, unsliced) parameter `name`: 1 for norms, else normal. 1-D
+    float32."""
+    if plan_for(name).kind == "norm":
+        return torch.ones(stop - start)
+    return torch.from_numpy(normal(seed, name, start, stop, initial_std(args, name)))
+
+
+def initial_std(args: ModelArgs, name: str) -> float:
+    """Standard deviation of the initial values; init_depth_scale lowers it for what writes into the residual."""
+    writes_residual = name.removesuffix(".weight").endswith((".wo", ".w2"))
+    return args.init_std / math.sqrt(2 * args.n_layers) if args.init_depth_scale and writes_residual else args.init_std
+
+
+def normal(seed: int, name: str, start: int, stop: int, std: float = 1.0) -> NDArray[np.float32]:
+    """Normal values number start to stop - 1 of the stream (seed, name), float32."""
+    out = np.empty(stop - start, dtype=np.float32)
+    for low in range(start, stop, PIECE):
+        high = min(low + PIECE, stop)
+        out[low - start : high - start] = inverse_normal(uniform(seed, name, low, high)) * std
+    return out
+
+
+def uniform(seed: int, name: str, start: int, stop: int) -> NDArray[np.float64]:
+    """Uniform values number start to stop - 1 of the stream (seed, name), float64, strictly inside (0, 1)."""
+    key = int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=16).digest(), "little")
+    first_block, skip = divmod(start, WORDS_PER_BLOCK)
+    words = np.random.Philox(key=key, counter=first_block).random_raw(skip + stop - start)[skip:]
+    # 52 bits and a half: exact in float64, symmetric about 1/2, never 0 or 1
+    return ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+
+
+def inverse_normal(p: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Standard normal quantile of each 0 < p < 1, float64."""
+    q = p - 0.5
+    z = q * _rational(CENTRE, 0.180625 - q * q)
+    tail = np.abs(q) > 0.425
+    q_tail = q[tail]
+    r = np.sqrt(-_log(np.where(q_tail < 0, p[tail], 1 - p[tail])))
+    size = np.where(r <= 5, _rational(NEAR_TAIL, r - 1.6), _rational(FAR_TAIL, r - 5))
+    z[tail] = np.where(q_tail < 0, -size, size)
+    return z
+
+
+def _rational(ratio: tuple[tuple[float, ...], tuple[float, ...]], x: NDArray[np.float64]) -> NDArray[np.float64]:
+    numerator, denominator = (_polynomial(coefficients, x) for coefficients in ratio)
+    return numerator / denominator
+
+
+def _polynomial(coefficients: tuple[float, ...], x: NDArray[np.float64]) -> NDArray[np.float64]:
+    value = np.full_like(x, coefficients[-1])
+    for coefficient in coefficients[-2::-1]:
+        value *= x
+        value += coefficient
+    return value
+
+
+def _log(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Natural logarithm to about 1e-12: exponent times ln 2, plus 2 artanh of the mantissa's (m - 1) / (m + 1) as a
+    series."""
+    mantissa, exponent = np.frexp(x)
+    small = mantissa < ONE_OVER_ROOT2
+    mantissa = np.where(small, mantissa * 2, mantissa)
+    exponent = exponent - small
+    s = (mantissa - 1) / (mantissa + 1)
+    return exponent * LN2 + 2 * s * _polynomial(tuple(1 / k for k in range(1, 16, 2)), s * s)

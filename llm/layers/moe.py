@@ -1,0 +1,234 @@
+"""Mixture of experts: a router sends each token to top_k SwiGLU experts, and a shared expert sees every token.
+
+As in Llama 4 (github.com/meta-llama/llama-models) an expert's weight multiplies its input, or as in Mixtral
+(arXiv:2401.04088) its output. Tokens are sorted by expert and each expert multiplies its own rows only; no token is
+dropped and nothing is detached, so the result and all gradients equal evaluating every expert on every token with the
+weights of the unchosen set to 0.
+
+Shapes: N tokens, D model width, E experts, F expert width, k experts a token, P = N*k (token, choice) pairs, R
+dispatched rows.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from llm.args import ModelArgs, MoEArgs
+from llm.datatypes import RouterStats
+from llm.layers.ffn import FeedForward
+from llm.layers.linear import Linear
+
+ROW_MULTIPLE = 16
+"""Rows of an expert are padded to this on a CPU: its GEMM picks kernels, and so bits, by the row count when that is
+small (measured up to 10 rows). Padded, a token's result is the same bits whatever the other tokens chose."""
+
+
+class MoE(nn.Module):
+    """One MoE feed-forward layer."""
+
+    expert_counts: Tensor
+
+    def __init__(self, dim: int, hidden: int, moe: MoEArgs) -> None:
+        super().__init__()
+        self.moe = moe
+        self.router = Router(dim, moe.n_experts)
+        self.experts = Experts(moe.n_experts, dim, hidden)
+        self.shared_expert = FeedForward(dim, hidden) if moe.shared else None
+        # assignments of the whole previous step, set by the trainer; all 0 = not known yet
+        self.register_buffer("expert_counts", torch.zeros(moe.n_experts, dtype=torch.int64), persistent=False)
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, RouterStats]:
+        x_ND = x_BTD.flatten(0, -2)
+        logits_NE = self.router(x_ND)
+        weight_Nk, expert_Nk = route(logits_NE, self.moe)
+        dispatch = Dispatch.sort(expert_Nk, self.moe.n_experts, ROW_MULTIPLE if x_ND.device.type == "cpu" else 1)
+        weight_R1 = weight_Nk.to(x_ND.dtype).flatten()[dispatch.pair_of_row].unsqueeze(-1)
+        x_RD = dispatch.scatter(x_ND)
+        if self.moe.apply == "input":
+            y_RD = self.experts(x_RD * weight_R1, dispatch.sizes)
+        else:
+            y_RD = self.experts(x_RD, dispatch.sizes) * weight_R1
+        y_BTD = dispatch.gather(y_RD).view_as(x_BTD)
+        if self.shared_expert is not None:
+            y_BTD = y_BTD + self.shared_expert(x_BTD)
+        return y_BTD, self.statistics(logits_NE, dispatch.counts)
+
+    def statistics(self, logits_NE: Tensor, counts: Tensor) -> RouterStats:
+        """The losses' sums and the counts of this call.
+
+        The balance loss compares each token's softmax with the previous whole step's counts, not with its own batch's:
+        so it is linear in tokens, and any cut of a batch over ranks and micro-batches adds up to the same number.
+        """
+        zero = logits_NE.new_zeros(())
+        balance = self._balance(logits_NE) if self.moe.balance == "lag" and self.moe.aux_alpha else zero
+        z = self.moe.z_alpha * logits_NE.logsumexp(-1).square().sum() if self.moe.z_alpha else zero
+        return RouterStats(balance, z, counts)
+
+    def _balance(self, logits_NE: Tensor) -> Tensor:
+        n_experts, total = self.moe.n_experts, self.expert_counts.sum()
+        share_E = torch.where(total > 0, self.expert_counts.double() / total.clamp(min=1), 1 / n_experts).to(
+            logits_NE.dtype
+        )
+        return self.moe.aux_alpha * n_experts * (logits_NE.softmax(-1).sum(0) @ share_E)
+
+
+class Router(Linear):
+    """A Linear that works in float32 whatever its weight is: rounded logits would change which experts are chosen."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.float(), self.weight.float())
+
+
+def route(logits_NE: Tensor, moe: MoEArgs) -> tuple[Tensor, Tensor]:
+    """Weights (float32) and expert indices of each token's choices, both (N, k)."""
+    chosen_Nk, expert_Nk = logits_NE.topk(moe.top_k, dim=-1)
+    if moe.score == "sigmoid":
+        weight_Nk = chosen_Nk.sigmoid()
+    else:
+        weight_Nk = (chosen_Nk - logits_NE.logsumexp(-1, keepdim=True)).exp()
+    if moe.renorm and moe.top_k > 1:
+        weight_Nk = weight_Nk / weight_Nk.sum(-1, keepdim=True)
+    return weight_Nk, expert_Nk
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """Where each (token, choice) pair sits when pairs are sorted by expert. Pair p belongs to token p // k."""
+
+    row_of_pair: Tensor
+    """(P,) int64."""
+    pair_of_row: Tensor
+    """(R,) int64; padding rows repeat pair 0 and are never read back."""
+    padding: Tensor
+    """Indices of the padding rows."""
+    counts: Tensor
+    """(E,) int64 pairs of each expert."""
+    sizes: Tensor
+    """(E,) int64 rows of each expert: its pairs and padding."""
+    top_k: int
+
+    @classmethod
+    def sort(cls, expert_Nk: Tensor, n_experts: int, multiple: int) -> "Dispatch":
+        """Stable sort of the pairs by expert, each expert's rows padded to `multiple`."""
+        expert_P = expert_Nk.flatten()
+        order_P = torch.argsort(expert_P, stable=True)
+        counts_E = torch.bincount(expert_P, minlength=n_experts)
+        index_P = torch.arange(expert_P.numel(), device=order_P.device)
+        if multiple == 1:  # no padding; and no reading of counts, which would make the host wait for the device
+            row_of_pair = torch.empty_like(order_P).scatter_(0, order_P, index_P)
+            return cls(row_of_pair, order_P, order_P[:0], counts_E, counts_E, expert_Nk.shape[1])
+        sizes_E = (counts_E + multiple - 1) // multiple * multiple
+        shift_E = (sizes_E.cumsum(0) - sizes_E) - (counts_E.cumsum(0) - counts_E)
+        row_of_sorted = index_P + shift_E[expert_P[order_P]]
+        pair_of_row = order_P.new_full((int(sizes_E.sum()),), -1)
+        pair_of_row[row_of_sorted] = order_P
+        padding = (pair_of_row < 0).nonzero().flatten()
+        row_of_pair = torch.empty_like(order_P).scatter_(0, order_P, row_of_sorted)
+        return cls(row_of_pair, pair_of_row.clamp_(min=0), padding, counts_E, sizes_E, expert_Nk.shape[1])
+
+    def scatter(self, x_ND: Tensor) -> Tensor:
+        """Each pair's token, at the pair's row; (R, D)."""
+        return _Scatter.apply(x_ND, self)
+
+    def gather(self, y_RD: Tensor) -> Tensor:
+        """Sum over each token's choices, in the order of choice, so the same bits every time; (N, D)."""
+        return _Gather.apply(y_RD, self)
+
+    def rows_from_tokens(self, x_ND: Tensor) -> Tensor:
+        return x_ND.index_select(0, self.pair_of_row // self.top_k)
+
+    def tokens_from_rows(self, y_RD: Tensor) -> Tensor:
+        y_PD = y_RD.index_select(0, self.row_of_pair)
+        return y_PD if self.top_k == 1 else y_PD.view(-1, self.top_k, y_PD.shape[-1]).sum(1)
+
+
+class _Scatter(torch.autograd.Function):
+    """Its gradient is the gather: no atomic additions, as an index_select's own backward would use."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, dispatch: Dispatch) -> Tensor:
+        ctx.dispatch = dispatch
+        return dispatch.rows_from_tokens(x_ND)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
+        return ctx.dispatch.tokens_from_rows(grad_RD), None
+
+
+class _Gather(torch.autograd.Function):
+    """Its gradient is the scatter, with nothing in the padding rows."""
+
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor, dispatch: Dispatch) -> Tensor:
+        ctx.dispatch = dispatch
+        return dispatch.tokens_from_rows(y_RD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:
+        return ctx.dispatch.rows_from_tokens(grad_ND).index_fill_(0, ctx.dispatch.padding, 0), None
+
+
+class Experts(nn.Module):
+    """The experts' SwiGLU weights, stacked: w1, w3 (E, D, F) and w2 (E, F, D)."""
+
+    def __init__(self, n_experts: int, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.empty(n_experts, dim, hidden))
+        self.w2 = nn.Parameter(torch.empty(n_experts, hidden, dim))
+        self.w3 = nn.Parameter(torch.empty(n_experts, dim, hidden))
+
+    def forward(self, x_RD: Tensor, sizes_E: Tensor) -> Tensor:
+        """x_RD holds sizes_E[0] rows of expert 0, then those of expert 1, and so on."""
+        sizes: Tensor | list[int] = sizes_E if x_RD.is_cuda else sizes_E.tolist()
+        hidden_RF = F.silu(grouped_matmul(x_RD, self.w1, sizes)) * grouped_matmul(x_RD, self.w3, sizes)
+        return grouped_matmul(hidden_RF, self.w2, sizes)
+
+
+def grouped_matmul(x_RD: Tensor, w_EDF: Tensor, sizes: Tensor | list[int]) -> Tensor:
+    """Multiply each group of consecutive rows by its own matrix; (R, F). Sizes are a tensor for the CUDA kernel, else a
+    list."""
+    if isinstance(sizes, list):
+        return _GroupedMatmul.apply(x_RD, w_EDF, sizes)
+    if x_RD.dtype == torch.bfloat16:
+        return torch._grouped_mm(x_RD, w_EDF, offs=sizes.cumsum(0).to(torch.int32))
+    return _GroupedMatmul.apply(x_RD, w_EDF, sizes.tolist())
+
+
+class _GroupedMatmul(torch.autograd.Function):
+    """A loop of products that write straight into their place, where autograd would cut and join copies."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, w_EDF: Tensor, sizes: list[int]) -> Tensor:
+        ctx.save_for_backward(x_RD, w_EDF)
+        ctx.sizes = sizes
+        out_RF = x_RD.new_empty(x_RD.shape[0], w_EDF.shape[2])
+        for x, w, out in zip(x_RD.split(sizes), w_EDF, out_RF.split(sizes), strict=True):
+            torch.mm(x, w, out=out)
+        return out_RF
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_RD, w_EDF = ctx.saved_tensors
+        grad_RF = grad_RF.contiguous()
+        grad_x_RD, grad_w_EDF = torch.empty_like(x_RD), torch.empty_like(w_EDF)
+        groups = zip(
+            x_RD.split(ctx.sizes), w_EDF, grad_RF.split(ctx.sizes), grad_x_RD.split(ctx.sizes), grad_w_EDF, strict=True
+        )
+        for x, w, grad, grad_x, grad_w in groups:
+            torch.mm(grad, w.t(), out=grad_x)
+            torch.mm(x.t(), grad, out=grad_w)  # of no rows, it is 0
+        return grad_x_RD, grad_w_EDF, None
+
+
+def build_moe(args: ModelArgs) -> MoE:
+    """The MoE layer that `args` describes. Raises ValueError without args.moe."""
+    if args.moe is None:
+        raise ValueError("this layer is MoE but model.moe is not given")
+    return MoE(args.dim, args.moe_width(), args.moe)

@@ -1,0 +1,100 @@
+"""Losses over hidden states, without ever holding the logits of a long batch.
+
+The logits of a language model are its largest tensor by far (tokens x vocabulary, float32). Here they exist for one
+chunk of tokens at a time: the chunk's gradients are taken at once, while its logits are there, so that the backward has
+nothing to recompute.
+
+Shapes: B batch, T tokens, N = B*T, D model width, V vocabulary, n tokens of a chunk.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK_ELEMENTS = {"cpu": 1 << 20, "accelerator": 1 << 25}
+"""Logits that exist at a time, in elements: few on a CPU, where a chunk that stays in cache is faster (measured)."""
+MIN_CHUNK_TOKENS = 256
+"""Smallest chunk whatever the vocabulary, as each chunk adds to the whole weight gradient."""
+
+
+def lm_loss_sum(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor) -> Tensor:
+    """Sum of the negative log-likelihood of labels >= 0, in nats: float32 scalar, differentiable in hidden and weight.
+
+    Softmax and sums are float32, and the weight gradient is accumulated in float32, whatever the dtype of the
+    arguments. Without targets the loss is 0 and its gradients are zeros. Any negative label is ignored; one >= V
+    raises.
+    """
+    return _ChunkedCrossEntropy.apply(
+        hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), weight_VD, labels_BT.reshape(-1), torch.is_grad_enabled()
+    )
+
+
+@torch.no_grad()
+def token_nll(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor) -> Tensor:
+    """Negative log-likelihood of each label in nats, (B, T) float32, 0 where the label is negative. No gradient."""
+    nll = [
+        _chunk_nll(F.linear(hidden, weight_VD).float(), labels)[0]
+        for hidden, labels in _chunks(hidden_BTD.flatten(0, 1), labels_BT.flatten(), weight_VD.shape[0])
+    ]
+    return torch.cat(nll).view(labels_BT.shape)
+
+
+def _chunks(hidden_ND: Tensor, labels_N: Tensor, vocab_size: int) -> list[tuple[Tensor, Tensor]]:
+    elements = CHUNK_ELEMENTS["cpu" if hidden_ND.device.type == "cpu" else "accelerator"]
+    n = max(MIN_CHUNK_TOKENS, elements // vocab_size)
+    return list(zip(hidden_ND.split(n), labels_N.split(n), strict=True))
+
+
+def _chunk_nll(logits_nV: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihoods (n,) and log-probabilities (n, V)."""
+    log_p_nV = F.log_softmax(logits_nV, dim=-1)
+    nll_n = -log_p_nV.gather(-1, labels_n.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return nll_n.masked_fill_(labels_n < 0, 0), log_p_nV
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, with_grad: bool) -> Tensor:
+        with_hidden, with_weight = (with_grad and need for need in ctx.needs_input_grad[:2])
+        wide = torch.promote_types(hidden_ND.dtype, torch.float32)
+        total = hidden_ND.new_zeros((), dtype=wide)
+        grad_hidden = torch.empty_like(hidden_ND) if with_hidden else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=wide) if with_weight else None
+        done = 0
+        for hidden, labels in _chunks(hidden_ND, labels_N, weight_VD.shape[0]):
+            nll, log_p = _chunk_nll(F.linear(hidden, weight_VD).to(wide), labels)
+            total += nll.sum()
+            if with_hidden or with_weight:
+                grad_logits = _grad_logits(log_p, labels).to(hidden.dtype)
+                if grad_hidden is not None:
+                    torch.mm(grad_logits, weight_VD, out=grad_hidden[done : done + len(labels)])
+                if grad_weight is not None:
+                    _accumulate(grad_weight, grad_logits.t(), hidden)
+            done += len(labels)
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_hidden, grad_weight = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
+        return grad_hidden, grad_weight, None, None
+
+
+def _grad_logits(log_p_nV: Tensor, labels_n: Tensor) -> Tensor:
+    """softmax - one_hot(label), and 0 for ignored labels; overwrites its argument."""
+    kept_n1 = (labels_n >= 0).unsqueeze(-1)
+    grad = log_p_nV.exp_()
+    grad.scatter_add_(-1, labels_n.clamp(min=0).unsqueeze(-1), -torch.ones_like(kept_n1, dtype=grad.dtype))
+    return grad if bool(kept_n1.all()) else grad.mul_(kept_n1)
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in total's dtype."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b

@@ -1,0 +1,182 @@
+"""The model: token table, blocks, norm, output. Each block is told by its LayerSpec what it is.
+
+Positions, documents and caches are arguments of a call; the module keeps nothing between calls.
+
+Shapes: B batch, T tokens, D model width, V vocabulary, E experts, M number of MoE layers.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from llm.args import LayerSpec, ModelArgs
+from llm.cache import Cache
+from llm.datatypes import RouterStats, TransformerInput, TransformerOutput
+from llm.init import initialise
+from llm.layers.attention import Attention, Context
+from llm.layers.ffn import FeedForward
+from llm.layers.linear import Embedding, Linear
+from llm.layers.moe import MoE, build_moe
+from llm.layers.norm import RMSNorm
+from llm.layers.plan import AttentionPlan
+from llm.losses import lm_loss_sum
+
+
+class Block(nn.Module):
+    """One pre-norm layer: h = x + attention(norm(x)); y = h + feed_forward(norm(h))."""
+
+    def __init__(self, args: ModelArgs, spec: LayerSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.attention = Attention(args, spec)
+        if spec.ffn != "none":
+            self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+            self.feed_forward = build_moe(args) if spec.ffn == "moe" else FeedForward(args.dim, args.ffn_width())
+
+    def forward(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, RouterStats | None]:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), ctx)
+        if self.spec.ffn == "none":
+            return x_BTD, None
+        update = self.feed_forward(self.ffn_norm(x_BTD))
+        y_BTD, stats = update if self.spec.ffn == "moe" else (update, None)
+        return x_BTD + y_BTD, stats
+
+
+class LLM(nn.Module):
+    """A causal language model, initialised from (args, seed) alone; works without process groups.
+
+    On device="meta" it has shapes but no values. Raises ValueError while args.vocab_size is unset.
+    """
+
+    def __init__(self, args: ModelArgs, seed: int = 0, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        if args.vocab_size < 1:
+            raise ValueError("model.vocab_size is not set; give the number of tokens of the tokenizer")
+        self.args = args
+        self.specs = args.layer_specs()
+        with torch.device(device or torch.get_default_device()):
+            self.tok_embeddings = Embedding(args.vocab_size, args.dim)
+            self.layers = nn.ModuleList(Block(args, spec) for spec in self.specs)
+            self.norm = RMSNorm(args.dim, args.norm_eps)
+            self.output = None if args.tie_embeddings else Linear(args.dim, args.vocab_size)
+        initialise(self, args, seed)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32) -> "LLM":
+        """The model of a run folder (its newest valid checkpoint), a `checkpoints` folder or a checkpoint, in `dtype`.
+
+        One process, no launcher. Raises UserError naming the file when something is missing or damaged.
+        """
+        from llm.checkpoint.pretrained import (
+            fill_from_checkpoint,
+            load_checkpoint,
+        )  # checkpoints know models, not the reverse
+
+        checkpoint, args = load_checkpoint(path)
+        model = cls(args, device="meta").to_empty(device="cpu").to(dtype)
+        fill_from_checkpoint(model, checkpoint)
+        return model.eval()
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The (V, D) output matrix: the token table when tied."""
+        return self.tok_embeddings.weight if self.output is None else self.output.weight
+
+    def forward(
+        self,
+        inputs: TransformerInput | Tensor,
+        *,
+        labels: Tensor | None = None,
+        cache: Cache | None = None,
+        return_hidden: bool = False,
+    ) -> TransformerOutput:
+        """Logits; or the loss, given labels; or hidden states instead of logits, with return_hidden.
+
+        labels: (B, T) int64, labels[b, t] being the token after tokens[b, t]; negative ones are ignored. A cache makes
+        the tokens continue its rows, and turns gradients off. Raises ValueError where inputs, labels or cache do not
+        fit together.
+        """
+        if isinstance(inputs, Tensor):
+            inputs = TransformerInput(inputs)
+        if cache is not None:
+            with torch.no_grad():
+                hidden_BTD, stats = self._trunk(inputs, cache)
+                cache.forget()
+        else:
+            hidden_BTD, stats = self._trunk(inputs, None)
+        out = TransformerOutput(hidden=hidden_BTD if return_hidden else None)
+        if stats:
+            out.balance_sum = torch.stack([layer.balance_sum for layer in stats]).sum()
+            out.z_sum = torch.stack([layer.z_sum for layer in stats]).sum()
+            out.expert_counts = torch.stack([layer.expert_counts for layer in stats])
+        if labels is not None:
+            if labels.shape != inputs.tokens.shape:
+                raise ValueError(
+                    f"labels {tuple(labels.shape)} must have the shape of tokens {tuple(inputs.tokens.shape)}"
+                )
+            out.loss_sum = lm_loss_sum(hidden_BTD, self.head_weight, labels)
+            out.n_targets = (labels >= 0).sum()
+        elif not return_hidden:
+            out.logits = self.logits(hidden_BTD)
+        return out
+
+    def _trunk(self, inputs: TransformerInput, cache: Cache | None) -> tuple[Tensor, list[RouterStats]]:
+        x_BTD, ctx = self.embed(inputs), self.context(inputs, cache)
+        stats = []
+        for layer in self.layers:
+            x_BTD, layer_stats = layer(x_BTD, ctx)
+            if layer_stats is not None:
+                stats.append(layer_stats)
+        return self.norm(x_BTD), stats
+
+    def embed(self, inputs: TransformerInput) -> Tensor:
+        """Token vectors, (B, T, D). Ids outside the table: ValueError on a CPU; on a GPU looking would stall it."""
+        inputs.check_tokens()
+        if inputs.tokens.device.type == "cpu":
+            low, high = (int(bound) for bound in inputs.tokens.aminmax())
+            if low < 0 or high >= self.args.vocab_size:
+                raise ValueError(
+                    f"token ids go from {low} to {high}; model.vocab_size={self.args.vocab_size} allows 0 and up"
+                )
+        return self.tok_embeddings(inputs.tokens)
+
+    def context(self, inputs: TransformerInput, cache: Cache | None = None) -> Context:
+        """What the layers share in one forward over these inputs; checks their positions and documents."""
+        device = inputs.tokens.device
+        positions_BT, document_starts = inputs.resolve(
+            None if cache is None else cache.first_positions(len(inputs.tokens))
+        )
+        plan = (
+            AttentionPlan(self.specs, positions_BT, document_starts, device)
+            if cache is None
+            else cache.extend(positions_BT, document_starts, device)
+        )
+        agree = (positions_BT == positions_BT[:1]).all()
+        shared_BT = torch.tensor(positions_BT[:1] if agree else positions_BT, device=device)
+        return Context.build(self.args, self.specs, shared_BT, plan)
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Float32 logits (B, T, V) of final hidden states."""
+        return nn.functional.linear(hidden_BTD, self.head_weight).float()
+
+    def moe_layers(self) -> list[MoE]:
+        """The MoE feed-forwards, in order."""
+        return [module for module in self.modules() if isinstance(module, MoE)]
+
+    def expert_counts(self) -> Tensor:
+        """(M, E) int64: assignments of the previous whole step, for the balance loss; all 0 at first."""
+        counts = [moe.expert_counts for moe in self.moe_layers()]
+        return torch.stack(counts) if counts else torch.zeros(0, 0, dtype=torch.int64)
+
+    def set_expert_counts(self, counts: Tensor) -> None:
+        """Set them, summed over all ranks and micro-batches of the step. Raises ValueError on a wrong shape."""
+        layers = self.moe_layers()
+        expected = self.expert_counts().shape
+        if counts.shape != expected:
+            raise ValueError(
+                f"expert counts must have shape {tuple(expected)} (MoE layers, experts); got {tuple(counts.shape)}"
+            )
+        for moe, row in zip(layers, counts, strict=True):
+            moe.expert_counts.copy_(row)

@@ -1,0 +1,96 @@
+"""Attention over segments equals attention with a dense mask, on every path."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llm.args import ModelArgs
+from llm.datatypes import TransformerInput
+from llm.layers import plan as plan_module
+from llm.layers.plan import AttentionPlan, Segments, attend
+from tests.model.oracle import dense_attention
+
+ROWS, LENGTH, SPAN = 3, 40, 8
+LAYERS = ModelArgs(
+    dim=32, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=9, attention_chunk_size=SPAN,
+    layer_pattern=["attn:full", "attn:chunk", "attn:nope"],
+).layer_specs()  # fmt: skip
+BATCHES = {
+    "one document a row": {},
+    "packed": {"cu_seqlens": torch.tensor([0, 1, 13, 29, 40, 57, 80, 120], dtype=torch.int32)},
+    "equal documents": {"cu_seqlens": torch.arange(0, 121, 20)},
+    "rows that start later": {"tokens_position": torch.arange(LENGTH) + torch.tensor([[0], [5], [1000]])},
+    "left padding": {"tokens_position": (torch.arange(LENGTH) - torch.tensor([[0], [3], [39]])).clamp(min=-1)},
+    "positions with gaps": {"tokens_position": torch.arange(LENGTH) * 3},
+}
+
+
+def qkv(dtype=torch.float32):
+    torch.manual_seed(0)
+    heads = (4, 2, 2)
+    return [torch.randn(ROWS, LENGTH, h, 8, dtype=dtype).requires_grad_() for h in heads]
+
+
+def resolved(batch):
+    return TransformerInput(torch.zeros(ROWS, LENGTH, dtype=torch.int64), **BATCHES[batch]).resolve()
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("spec", LAYERS, ids=["full", "chunk", "nope"])
+def test_attention_equals_the_dense_mask_in_values_and_gradients(batch, spec):
+    positions, starts = resolved(batch)
+    q, k, v = qkv()
+    ours = AttentionPlan(LAYERS, positions, starts, torch.device("cpu")).attend(spec, q, k, v)
+    oracle = dense_attention(q, k, v, positions, starts, spec.span).transpose(0, 1).view_as(q).float()
+    upstream = torch.randn_like(ours)
+    # float32 sums of at most 40 terms of size 1
+    torch.testing.assert_close(ours, oracle, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(*(torch.autograd.grad(out, (q, k, v), upstream) for out in (ours, oracle)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("spec", LAYERS[:2], ids=["full", "chunk"])
+def test_the_gpu_branch_gives_its_kernel_the_same_segments(monkeypatch, batch, spec):
+    def reference_kernel(q, k, v, cu_seqlens, max_length):
+        assert cu_seqlens.dtype == torch.int32 and max_length == int(cu_seqlens.diff().max())
+        pieces = [x.split(cu_seqlens.diff().tolist()) for x in (q, k, v)]
+        outs = [
+            F.scaled_dot_product_attention(*(p.transpose(0, 1) for p in piece), is_causal=True, enable_gqa=True)
+            for piece in zip(*pieces, strict=True)
+        ]
+        return torch.cat([out.transpose(0, 1) for out in outs])
+
+    monkeypatch.setattr(plan_module, "has_varlen_kernel", lambda q: True)
+    monkeypatch.setattr(plan_module, "varlen_causal", reference_kernel)
+    positions, starts = resolved(batch)
+    q, k, v = qkv()
+    ours = AttentionPlan(LAYERS, positions, starts, torch.device("cpu")).attend(spec, q, k, v)
+    oracle = dense_attention(q, k, v, positions, starts, spec.span).transpose(0, 1).view_as(q).float()
+    torch.testing.assert_close(ours, oracle, rtol=1e-5, atol=1e-5)
+
+
+def test_the_result_of_a_segment_does_not_depend_on_the_lengths_of_others():
+    q, k, v = qkv()
+    last = [
+        attend(q, k, v, Segments(np.array([0, *cuts, 107, 120]), torch.device("cpu"))).flatten(0, 1)[107:]
+        for cuts in ([], [50], [3, 9, 20, 94])
+    ]
+    assert torch.equal(last[0], last[1]) and torch.equal(last[0], last[2])
+
+
+def test_many_segments_need_few_calls():
+    lengths = np.random.default_rng(0).integers(1, 60, 200)
+    slots = Segments(np.append(0, np.cumsum(lengths)), torch.device("cpu")).slots
+    assert len(slots.lengths) <= 6
+    assert sum(slots.sizes) < 1.25 * lengths.sum()
+
+
+def test_half_precision_attention_is_close_to_the_oracle():
+    positions, starts = resolved("packed")
+    q, k, v = qkv(torch.bfloat16)
+    ours = AttentionPlan(LAYERS, positions, starts, torch.device("cpu")).attend(LAYERS[0], q, k, v)
+    oracle = dense_attention(q, k, v, positions, starts, None).transpose(0, 1).view_as(q)
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours.double(), oracle, rtol=2**-7, atol=2**-7)  # bf16 has 8 bits

@@ -1,0 +1,97 @@
+"""Decoding through the cache equals the full forward, wherever the text is cut."""
+
+import pytest
+import torch
+
+from llm.cache import Cache
+from llm.datatypes import TransformerInput
+from tests.model.models import MOE, llama4, tokens
+
+TOLERANCE = dict(rtol=1e-5, atol=1e-5)  # float32 sums in another order; logits are about 3
+
+
+@pytest.mark.parametrize("moe", [None, MOE | {"top_k": 2}], ids=["dense", "moe"])
+@pytest.mark.parametrize("cuts", [[1] * 40, [5] + [1] * 35, [8, 8, 8, 8, 8], [13, 1, 1, 18, 1, 6], [40]])
+def test_cached_decoding_equals_the_full_forward_past_chunk_boundaries(moe, cuts):
+    model, ids = llama4(moe=moe), tokens(2, 40)
+    cache = Cache(model.args)
+    pieces = [model(piece, cache=cache).logits for piece in ids.split(cuts, dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids).logits, **TOLERANCE)
+    assert cache.length == 40
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_ragged_rows_decode_as_if_alone(padding):
+    model, ids, lengths = llama4(moe=MOE), tokens(3, 34), [5, 14, 1]
+    longest = max(lengths)
+    prompt, positions = torch.zeros(3, longest, dtype=torch.int64), torch.full((3, longest), -1)
+    for row, n in enumerate(lengths):
+        where = slice(longest - n, None) if padding == "left" else slice(0, n)
+        prompt[row, where], positions[row, where] = ids[row, :n], torch.arange(n)
+    cache = Cache(model.args)
+    model(TransformerInput(prompt, tokens_position=positions), cache=cache)
+    position = torch.tensor(lengths)
+    for n_new in (1, 1, 1, 3, 5, 9):  # each row passes chunk boundaries at its own time
+        new = position[:, None] + torch.arange(n_new)
+        logits = model(TransformerInput(ids.gather(1, new), tokens_position=new), cache=cache).logits
+        position += n_new
+        for row in range(3):
+            alone = model(ids[row : row + 1, : position[row]]).logits[:, -n_new:]
+            torch.testing.assert_close(logits[row : row + 1], alone, **TOLERANCE)
+
+
+def test_rows_continue_at_their_own_positions_by_default():
+    model, ids = llama4(), tokens(2, 12)
+    cache = Cache(model.args)
+    positions = torch.tensor([[-1, -1, 0, 1, 2], [0, 1, 2, 3, 4]])
+    model(TransformerInput(ids[:, :5], tokens_position=positions), cache=cache)
+    given = model(ids[:, 5:6], cache=cache).logits
+    alone = model(ids[:1, 2:6]).logits[:, -1:]
+    torch.testing.assert_close(given[:1], alone, **TOLERANCE)
+
+
+def test_chunked_layers_forget_earlier_chunks():
+    model, ids = llama4(layer_pattern="attn:chunk", attention_chunk_size=16), tokens(1, 600)
+    cache, sizes = Cache(model.args), []
+    model(ids[:, :300], cache=cache)
+    for i in range(300, 600):
+        model(ids[:, i : i + 1], cache=cache)
+        sizes.append(cache.nbytes)
+    bytes_per_slot = 4 * 2 * 2 * 12 * 4  # layers x (key, value) x kv heads x head width x float32
+    assert max(sizes) <= 160 * bytes_per_slot  # a chunk, spare room and what waits to be moved; not 600
+
+
+def test_reordered_rows_take_their_memory_along():
+    model, ids = llama4(), tokens(3, 20)
+    cache = Cache(model.args)
+    model(ids[:, :13], cache=cache)
+    cache.reorder([2, 0, 2])
+    logits = model(ids[[2, 0, 2], 13:], cache=cache).logits
+    torch.testing.assert_close(logits, model(ids[[2, 0, 2]]).logits[:, 13:], **TOLERANCE)
+
+
+def test_a_long_continuation_is_masked_in_blocks(monkeypatch):
+    monkeypatch.setattr("llm.cache.QUERY_BLOCK", 5)
+    model, ids = llama4(), tokens(2, 40)
+    cache = Cache(model.args)
+    pieces = [model(piece, cache=cache).logits for piece in ids.split([3, 37], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids).logits, **TOLERANCE)
+
+
+def test_a_cache_turns_gradients_off():
+    model = llama4()
+    assert not model(tokens(1, 4), cache=Cache(model.args), return_hidden=True).hidden.requires_grad
+
+
+def test_what_does_not_continue_the_rows_is_refused():
+    model, ids = llama4(), tokens(2, 6)
+    cache = Cache(model.args)
+    with pytest.raises(ValueError, match="cu_seqlens cannot be used with a cache"):
+        model(TransformerInput(ids, cu_seqlens=torch.tensor([0, 3, 6, 12])), cache=cache)
+    with pytest.raises(ValueError, match="the cache is empty"):
+        cache.reorder([0])
+    model(ids, cache=cache)
+    with pytest.raises(ValueError, match="the cache holds 2 rows, the input has 1"):
+        model(ids[:1], cache=cache)
+    with pytest.raises(ValueError, match="row 0 continues at 3, but the cache goes on at 6"):
+        model(TransformerInput(ids, tokens_position=3), cache=cache)

@@ -1,0 +1,111 @@
+"""The chunked loss equals F.cross_entropy, and never holds a long batch's logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llm import losses
+from llm.losses import lm_loss_sum, token_nll
+from tests.model.models import VOCAB, llama4, tokens
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", {"cpu": 7 * 31})
+    monkeypatch.setattr(losses, "MIN_CHUNK_TOKENS", 1)
+
+
+def problem(dtype=torch.float32):
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 20, 16, dtype=dtype, requires_grad=True)
+    weight = torch.randn(31, 16, dtype=dtype, requires_grad=True)
+    labels = torch.randint(0, 31, (2, 20))
+    labels[0, 3], labels[0, 4], labels[1, 5:13] = -100, -1, -100
+    return hidden, weight, labels
+
+
+def reference(hidden, weight, labels, reduction="sum"):
+    logits = F.linear(hidden, weight)
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten().clamp(min=-1), ignore_index=-1, reduction=reduction)
+
+
+def test_loss_and_gradients_equal_cross_entropy():
+    hidden, weight, labels = problem()
+    ours, theirs = lm_loss_sum(hidden, weight, labels), reference(hidden, weight, labels)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    for mine, reference_gradient in zip(
+        *(torch.autograd.grad(loss / 30, (hidden, weight)) for loss in (ours, theirs)), strict=True
+    ):
+        torch.testing.assert_close(mine, reference_gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_the_backward_is_the_derivative():
+    hidden, weight, labels = problem(torch.float64)
+    assert torch.autograd.gradcheck(lambda h, w: lm_loss_sum(h[:, :5, :4], w[:, :4], labels[:, :5]), (hidden, weight))
+
+
+def test_only_what_needs_a_gradient_gets_one():
+    hidden, weight, labels = problem()
+    lm_loss_sum(hidden, weight.detach(), labels).backward()
+    assert hidden.grad is not None
+    lm_loss_sum(hidden.detach(), weight, labels).backward()
+    assert weight.grad is not None
+
+
+def test_bf16_gradients_are_accumulated_in_float32():
+    hidden, weight, labels = (x.detach() for x in problem(torch.bfloat16))
+    hidden, labels = hidden.repeat(64, 1, 1), labels.repeat(64, 1)  # hundreds of chunks: bf16 sums would stall
+    weight.requires_grad_()
+    lm_loss_sum(hidden, weight, labels).backward()
+    wide = weight.detach().float().requires_grad_()
+    reference(hidden.float(), wide, labels).backward()
+    error = (weight.grad.float() - wide.grad).norm() / wide.grad.norm()
+    assert error < 2**-7  # one rounding to bf16 of the sum, and one of each chunk's
+
+
+def test_without_targets_the_loss_is_zero_and_tied_to_the_graph():
+    hidden, weight, labels = problem()
+    loss = lm_loss_sum(hidden, weight, torch.full_like(labels, -100))
+    loss.backward()
+    assert loss.item() == 0 and not hidden.grad.any() and not weight.grad.any()
+
+
+def test_no_gradient_is_computed_under_no_grad(monkeypatch):
+    hidden, weight, labels = problem()
+    monkeypatch.setattr(losses, "_grad_logits", lambda *_: pytest.fail("gradients under no_grad"))
+    with torch.no_grad():
+        torch.testing.assert_close(lm_loss_sum(hidden, weight, labels), reference(hidden, weight, labels).detach())
+
+
+def test_only_a_chunk_of_logits_exists_at_a_time(monkeypatch):
+    hidden, weight, labels = problem()
+    largest, plain = [], F.log_softmax
+    monkeypatch.setattr(F, "log_softmax", lambda x, dim: (largest.append(x.numel()), plain(x, dim=dim))[1])
+    lm_loss_sum(hidden, weight, labels).backward()
+    assert max(largest) <= 7 * 31 and sum(largest) == 40 * 31
+
+
+def test_token_nll_is_each_targets_loss():
+    hidden, weight, labels = problem()
+    nll = token_nll(hidden, weight, labels)
+    expected = reference(hidden, weight, labels, reduction="none").view(2, 20)
+    torch.testing.assert_close(nll, expected.detach(), rtol=1e-6, atol=1e-6)
+    assert not nll.requires_grad and nll.dtype == torch.float32
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_models_loss_equals_cross_entropy_of_its_logits(tied):
+    model, ids = llama4(tie_embeddings=tied), tokens(2, 12)
+    labels = tokens(2, 12, seed=2)
+    labels[:, -1] = -100
+    out = model(ids, labels=labels)
+    out.loss_sum.backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    loss = F.cross_entropy(model(ids).logits.view(-1, VOCAB), labels.view(-1), reduction="sum")
+    loss.backward()
+    assert out.n_targets == 22 and out.logits is None
+    torch.testing.assert_close(out.loss_sum, loss, rtol=1e-6, atol=0)
+    for name, parameter in model.named_parameters():
+        scale = parameter.grad.abs().max().item()
+        torch.testing.assert_close(ours[name], parameter.grad, rtol=0, atol=1e-5 * scale, msg=name)

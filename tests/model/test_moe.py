@@ -1,0 +1,162 @@
+"""Sparse mixture of experts equals the dense definition, in values and in every gradient."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llm.args import MoEArgs
+from llm.layers.moe import Dispatch, MoE, grouped_matmul
+from tests.model.models import MOE, llama4, tokens
+
+VARIANTS = {
+    "llama 4": dict(),
+    "llama 4, top 2": dict(top_k=2),
+    "mixtral": dict(top_k=2, score="softmax", apply="output", renorm=True, shared=False),
+    "qwen": dict(top_k=3, score="softmax", apply="output", shared=False),
+    "switch": dict(top_k=1, score="softmax", apply="output", renorm=True),
+    "losses": dict(top_k=2, aux_alpha=0.3, z_alpha=0.2),
+}
+
+
+def layer(dtype=torch.float32, n_experts=5, **changes) -> MoE:
+    torch.manual_seed(0)
+    moe = MoE(16, 24, MoEArgs(n_experts=n_experts, **changes))
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return moe.to(dtype)
+
+
+def dense(moe: MoE, x):
+    """Every expert on every token, the weights of the unchosen 0; and the losses by their definitions."""
+    args, x = moe.moe, x.flatten(0, 1)
+    logits = x @ moe.router.weight.t()
+    p = logits.softmax(-1)
+    chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, logits.topk(args.top_k, dim=-1).indices, True)
+    weight = (logits.sigmoid() if args.score == "sigmoid" else p) * chosen
+    if args.renorm and args.top_k > 1:
+        weight = weight / weight.sum(-1, keepdim=True)
+    y = torch.zeros_like(x)
+    for e in range(args.n_experts):
+        w1, w2, w3 = moe.experts.w1[e], moe.experts.w2[e], moe.experts.w3[e]
+        on_input, on_output = (weight[:, e : e + 1], 1) if args.apply == "input" else (1, weight[:, e : e + 1])
+        xe = x * on_input
+        y = y + (F.silu(xe @ w1) * (xe @ w3)) @ w2 * on_output
+    if moe.shared_expert is not None:
+        s = moe.shared_expert
+        y = y + (F.silu(x @ s.w1.weight.t()) * (x @ s.w3.weight.t())) @ s.w2.weight.t()
+    total = moe.expert_counts.sum()
+    share = moe.expert_counts / total if total else torch.full((args.n_experts,), 1 / args.n_experts)
+    balance = args.aux_alpha * args.n_experts * (p * share).sum()
+    z = args.z_alpha * logits.exp().sum(-1).log().square().sum()
+    return y, balance, z, chosen.sum(0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("known_counts", [False, True])
+def test_sparse_equals_dense_in_values_and_gradients(variant, known_counts):
+    moe = layer(**variant)
+    if known_counts:
+        moe.expert_counts.copy_(torch.tensor([7, 0, 3, 9, 1]))
+    x = torch.randn(3, 13, 16, requires_grad=True)
+    sparse_y, stats = moe(x)
+    dense_y, balance, z, counts = dense(moe, x)
+    # 1e-6 of values of size 1: float32 sums in another order
+    close = dict(rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sparse_y.flatten(0, 1), dense_y, **close)
+    torch.testing.assert_close((stats.balance_sum, stats.z_sum), (balance, z), **close)
+    assert torch.equal(stats.expert_counts, counts)
+    upstream = torch.randn_like(dense_y) / 10
+    inputs = (x, *moe.parameters())
+    ours = torch.autograd.grad((sparse_y.flatten(0, 1) * upstream).sum() + stats.balance_sum + stats.z_sum, inputs)
+    theirs = torch.autograd.grad((dense_y * upstream).sum() + balance + z, inputs)
+    for mine, reference in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-6 * max(1.0, reference.abs().max().item()))
+
+
+@pytest.mark.parametrize("apply", ["input", "output"])
+def test_the_hand_written_backwards_are_the_derivatives(apply):
+    moe = layer(torch.float64, n_experts=3, top_k=2, apply=apply)
+    x = torch.randn(1, 4, 16, dtype=torch.float64)
+    # weights held fixed: the router computes in float32, too coarse for finite differences
+    dispatch = Dispatch.sort(torch.tensor([[0, 2], [2, 0], [0, 2], [2, 0]]), 3, 16)
+
+    def through_experts(x, w1, w2, w3):
+        rows = dispatch.scatter(x)
+        hidden = F.silu(grouped_matmul(rows, w1, dispatch.sizes.tolist()))
+        hidden = hidden * grouped_matmul(rows, w3, dispatch.sizes.tolist())
+        return dispatch.gather(grouped_matmul(hidden, w2, dispatch.sizes.tolist()))
+
+    weights = [w.detach()[:, :4, :4].clone().requires_grad_() for w in (moe.experts.w1, moe.experts.w2, moe.experts.w3)]
+    assert torch.autograd.gradcheck(through_experts, (x[0, :, :4].clone().requires_grad_(), *weights))
+
+
+def test_the_router_learns_from_the_task_and_from_both_losses():
+    for changes in (dict(), dict(aux_alpha=0.1), dict(z_alpha=0.1)):
+        moe = layer(shared=False, **changes)
+        y, stats = moe(torch.randn(1, 6, 16))
+        target = y.sum() if not changes else stats.balance_sum + stats.z_sum
+        (gradient,) = torch.autograd.grad(target, moe.router.weight)
+        assert gradient.abs().max() > 0
+
+
+def test_an_unvisited_expert_gets_a_gradient_of_zeros():
+    moe = layer()
+    moe(torch.randn(1, 1, 16))[0].sum().backward()
+    visited = moe.experts.w1.grad.flatten(1).abs().amax(1) > 0
+    assert visited.sum() == 1
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_tokens_bits_do_not_depend_on_what_others_choose(top_k):
+    moe = layer(n_experts=4, top_k=top_k)
+    token = torch.randn(1, 1, 16)
+    results = [moe(torch.cat([token, torch.randn(1, 39, 16)], dim=1))[0][:, :1] for _ in range(20)]
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_values_and_gradients_are_the_same_bits_every_time():
+    moe, x = layer(top_k=3, aux_alpha=0.1), torch.randn(2, 50, 16, requires_grad=True)
+
+    def run():
+        y, stats = moe(x)
+        return (y, *torch.autograd.grad(y.square().sum() + stats.balance_sum, (x, *moe.parameters())))
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@pytest.mark.parametrize("multiple", [1, 16])
+def test_dispatch_sorts_pairs_by_expert_in_order_of_tokens(multiple):
+    expert = torch.tensor([[2, 0], [0, 3], [2, 3]])
+    dispatch = Dispatch.sort(expert, 4, multiple)
+    assert dispatch.counts.tolist() == [2, 0, 2, 2]
+    assert dispatch.sizes.tolist() == [-(-n // multiple) * multiple for n in (2, 0, 2, 2)]
+    by_expert = [rows.tolist() for rows in dispatch.pair_of_row.split(dispatch.sizes.tolist())]
+    assert [rows[:2] for rows in by_expert] == [[1, 2], [], [0, 4], [3, 5]]
+    assert torch.equal(dispatch.pair_of_row[dispatch.row_of_pair], torch.arange(6))
+
+
+def test_losses_of_cuts_add_up_to_the_whole():
+    model, ids = llama4(moe=MOE | dict(aux_alpha=0.1, z_alpha=0.01)), tokens(4, 16)
+    model.set_expert_counts(torch.randint(1, 50, (4, 4)))
+    whole, parts = model(ids), [model(part) for part in ids.split(1)]
+    for name in ("balance_sum", "z_sum", "expert_counts"):
+        total = sum(getattr(part, name) for part in parts)
+        torch.testing.assert_close(getattr(whole, name), total, rtol=1e-5, atol=0)
+
+
+def test_a_balanced_router_costs_alpha_per_token_and_layer():
+    model, ids = llama4(moe=MOE | dict(aux_alpha=0.1)), tokens(2, 8)
+    # unknown counts are uniform, and then the loss is alpha whatever the router does
+    torch.testing.assert_close(model(ids).balance_sum, torch.tensor(0.1 * 16 * 4))
+
+
+def test_expert_counts_are_state_that_the_forward_leaves_alone():
+    model = llama4(moe=MOE | dict(interleave=2))
+    counts = torch.arange(8).view(2, 4)
+    model.set_expert_counts(counts)
+    out = model(tokens(2, 8))
+    assert torch.equal(model.expert_counts(), counts)
+    assert out.expert_counts.sum(1).tolist() == [16, 16]
+    assert not any("expert_counts" in name for name in model.state_dict())
+    with pytest.raises(ValueError, match=r"must have shape \(2, 4\)"):
+        model.set_expert_counts(counts[:1])
