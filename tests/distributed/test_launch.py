@@ -1,5 +1,8 @@
 """A run from the command line to sampled text, and on another number of ranks."""
 
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,7 @@ import torch
 from llm import LLM
 from llm.checkpoint.pretrained import load_run_tokenizer
 from llm.generate import generate
-from tests.distributed.harness import metrics, run, tiny_config, write_config, write_text
+from tests.distributed.harness import ROOT, environment, metrics, run, tiny_config, write_config, write_text
 
 pytestmark = pytest.mark.distributed
 
@@ -103,3 +106,23 @@ def test_a_run_goes_on_with_another_number_of_ranks(folder: Path) -> None:
         # mean over 768 targets
         assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-3)
         assert row["tokens"] == wanted["tokens"] and row["targets"] == wanted["targets"]
+
+
+def test_two_nodes_meet_by_the_readmes_command(tmp_path: Path) -> None:
+    """Two torchruns on this machine stand for two nodes: the same command on each, one rendezvous address."""
+    write_text(tmp_path, documents=60)
+    config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path, train={"steps": 3}))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
+    node = [sys.executable, "-m", "torch.distributed.run", *options, "--rdzv_id=test", str(ROOT / "launch/pretrain.py")]
+    words = [*node, "--config", str(config), "--run_dir", str(tmp_path / "run")]
+    nodes = [
+        subprocess.Popen(words, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=120) for process in nodes]
+    assert [process.returncode for process in nodes] == [0, 0], outputs
+    assert sum("2 process(es)" in out for out, _ in outputs) == 1, "rank 0 alone reports"
+    assert len(metrics(tmp_path / "run")) == 3
