@@ -14,4 +14,7 @@ class UserError(Exception):
 
 
 class DamagedFile(UserError):
-    """A file whose content is not what was written: automatic resume falls back to an older checkpoint, nothing else does."""
+    """A file whose content is not what was written.
+
+    Automatic resume falls back to an older checkpoint; nothing else goes on.
+    """
