@@ -1,4 +1,4 @@
-"""Packaging. Versions of everything that is installed are pinned in requirements*.txt; the ranges here say what the code accepts."""
+"""Packaging. The ranges here say what the code accepts; what is installed is pinned in requirements*.txt."""
 
 from setuptools import find_packages, setup
 

@@ -1,0 +1,186 @@
+"""Command lines: fire reads them, but every flag is checked against the function's signature before the function runs.
+
+fire alone runs a job first and complains about a mistyped flag afterwards, and takes `--x=false` for a true string. So
+fire only splits the line here, all values as text; names and types are settled before any work. Whatever the user must
+mend ends as one last line `error: ...` and exit code 2; a bug keeps its traceback.
+"""
+
+import difflib
+import inspect
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import fire
+from fire.decorators import SetParseFn
+from pydantic import ValidationError
+
+from llm.errors import UserError
+
+TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+HELP = ("--help", "-h")
+
+
+def run_cli(
+    function: Callable[..., object], /, argv: Sequence[str] | None = None, **commands: Callable[..., object]
+) -> None:
+    """Run `function` with the flags of the command line, or one of `commands` when the line begins with its name.
+
+    Parameters are given by name (`--name=value`, `--name value`) or by place. Annotations decide how a value is read:
+    str, int, float, bool, `list[str]` (separated by commas) and any of them `| None`. Exits with 2 and one line on bad
+    input.
+    """
+    line = list(sys.argv[1:] if argv is None else argv)
+    if line and line[0] in commands:
+        function = commands[line.pop(0)]
+    try:
+        if any(word in HELP for word in line):
+            print(describe(function, commands))
+            return
+        arguments = bind(function, *split(line))
+    except UserError as error:
+        stop(str(error))
+    run_or_stop(lambda: function(**arguments))
+
+
+def run_or_stop(job: Callable[[], object]) -> None:
+    """Run a job; what the user must mend becomes one last line on stderr and exit code 2."""
+    try:
+        job()
+    except UserError as error:
+        stop(str(error))
+    except ValidationError as error:
+        stop("; ".join(_validation_line(problem) for problem in error.errors()))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        stop(f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        stop("interrupted", code=130)
+
+
+def stop(message: str, code: int = 2) -> NoReturn:
+    """End the process with `error: message` as the last line."""
+    sys.stdout.flush()
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def split(line: Sequence[str]) -> tuple[list[str], dict[str, str | None]]:
+    """(values by place, values by flag name) of a command line: `x --a.b=1 --c` gives (["x"], {"a.b": "1", "c": None}).
+
+    UserError on a flag given twice and on words with a meaning to fire alone.
+    """
+    names = [word.lstrip("-").split("=")[0].replace("-", "_") for word in line if _is_flag(word)]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--{name} is given {names.count(name)} times")
+    for word in line:
+        if word in ("-", "--"):
+            raise UserError(f"a lone {word} means nothing here")
+    without_value = [
+        _is_flag(word) and "=" not in word and (following is None or _is_flag(following))
+        for word, following in zip(line, [*line, None][1:], strict=True)
+    ]
+    found: tuple[list[str], dict[str, str | None]] = ([], {})
+
+    @SetParseFn(str)
+    def collect(*values: str, **flags: str) -> None:
+        found[0].extend(values)
+        found[1].update(flags)
+
+    fire.Fire(collect, command=[word for word, bare in zip(line, without_value, strict=True) if not bare])
+    bare_words = [word for word, bare in zip(line, without_value, strict=True) if bare]
+    found[1].update({word.lstrip("-").replace("-", "_"): None for word in bare_words})
+    return found
+
+
+def bind(function: Callable[..., object], values: Sequence[str], flags: dict[str, str | None]) -> dict[str, Any]:
+    """The arguments of `function` by name, each with its annotated type. UserError names the flag and what is
+    possible.
+    """
+    parameters = inspect.signature(function).parameters
+    types_of = typing.get_type_hints(function)
+    if len(values) > len(parameters):
+        raise UserError(f"{values[len(parameters)]!r} is one value too many; the flags are {_flag_list(parameters)}")
+    given: dict[str, str] = dict(zip(parameters, values, strict=False))
+    for name, text in flags.items():
+        if name not in parameters:
+            near = difflib.get_close_matches(name, parameters, n=1, cutoff=0.5)
+            raise UserError(
+                f"unknown flag --{name}; "
+                + (f"did you mean --{near[0]}?" if near else f"the flags are {_flag_list(parameters)}")
+            )
+        if name in given:
+            raise UserError(f"--{name} is given twice: {given[name]!r} by place and {text!r} by name")
+        if text is None and types_of[name] is not bool:
+            raise UserError(f"--{name} has no value")
+        given[name] = "true" if text is None else text
+    missing = [
+        name for name, parameter in parameters.items() if parameter.default is parameter.empty and name not in given
+    ]
+    if missing:
+        raise UserError(f"missing {' and '.join('--' + name for name in missing)}; see --help")
+    return {name: convert(f"--{name}", text, types_of[name]) for name, text in given.items()}
+
+
+def convert(name: str, text: str, kind: Any) -> Any:
+    """`text` as a value of the annotation `kind`; UserError names `name` when it is none."""
+    if isinstance(kind, types.UnionType):
+        if text in ("None", "none", "null"):
+            return None
+        (kind,) = (option for option in typing.get_args(kind) if option is not types.NoneType)
+    if typing.get_origin(kind) in (list, tuple):
+        return typing.get_origin(kind)(
+            convert(name, part, typing.get_args(kind)[0]) for part in text.split(",") if part
+        )
+    if kind is bool:
+        if text.lower() not in TRUE + FALSE:
+            raise UserError(f"{name}={text}: expected true or false")
+        return text.lower() in TRUE
+    if typing.get_origin(kind) is typing.Literal:
+        if text not in typing.get_args(kind):
+            raise UserError(f"{name}={text}: possible are {', '.join(typing.get_args(kind))}")
+        return text
+    try:
+        return kind(text)
+    except ValueError:
+        raise UserError(f"{name}={text}: expected {'a whole number' if kind is int else 'a number'}") from None
+
+
+def describe(function: Callable[..., object], commands: dict[str, Callable[..., object]] | None = None) -> str:
+    """The text of --help: docstring, flags with types and defaults, commands."""
+    lines = [inspect.getdoc(function) or function.__name__, "", "flags:"]
+    hints = typing.get_type_hints(function)
+    for name, parameter in inspect.signature(function).parameters.items():
+        default = "(required)" if parameter.default is parameter.empty else f"(default {parameter.default})"
+        lines.append(f"  --{name}: {_type_name(hints[name])} {default}")
+    others = {name: command for name, command in (commands or {}).items() if command is not function}
+    if others:
+        lines += ["", "commands:"]
+        lines += [f"  {name}: {(inspect.getdoc(command) or name).splitlines()[0]}" for name, command in others.items()]
+    return "\n".join(lines)
+
+
+def _is_flag(word: str) -> bool:
+    """What fire takes for a flag: --name, -n, -n=value; a negative number is a value."""
+    return re.match(r"--.|-[A-Za-z](=|$)", word) is not None
+
+
+def _type_name(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return " | ".join(typing.get_args(kind))
+    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+
+
+def _flag_list(parameters: typing.Iterable[str]) -> str:
+    return ", ".join(f"--{name}" for name in parameters)
+
+
+def _validation_line(problem: Any) -> str:
+    place = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{place}: {message}" if place else message

@@ -1,0 +1,78 @@
+"""Micro-batches: rows side by side, labels already shifted, document boundaries beside them.
+
+Shapes: B rows, T tokens of a row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm.data.source import TokenSource
+
+IGNORE = -100  # label of a token that is no target
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """tokens_BT, labels_BT: int64 on CPU; labels_BT[b, t] follows tokens_BT[b, t], or is negative where that is no
+    target.
+
+    cu_seqlens: int32 on CPU, (pieces + 1,): where each piece of a document begins in the flattened tokens, row starts
+        included, then B * T.
+    """
+
+    tokens_BT: Tensor
+    labels_BT: Tensor
+    cu_seqlens: Tensor
+
+    def n_targets(self) -> int:
+        """Number of labels that count."""
+        return int((self.labels_BT >= 0).sum())
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One rank's part of a step. n_targets and n_tokens count this rank's labels and tokens; first_row and n_rows are
+    the whole step's global rows; wait_s is how long the trainer waited for it.
+    """
+
+    micro_batches: list[MicroBatch]
+    n_targets: int
+    n_tokens: int
+    first_row: int
+    n_rows: int
+    wait_s: float
+
+
+def collate(rows: Sequence[tuple[TokenSource, int] | None], seq_len: int, fill: int = 0) -> MicroBatch:
+    """Read rows (source, row number) into a micro-batch.
+
+    A document's last token gets no label, because what follows it is another document. A row past the end of its
+    source, or None, is filled up with tokens `fill` without labels, in a piece of their own.
+    """
+    stream = np.full((len(rows), seq_len + 1), fill, dtype=np.int64)
+    n_filled = np.zeros(len(rows), dtype=np.int64)
+    row_starts = np.arange(0, (len(rows) + 1) * seq_len, seq_len)
+    inner_starts = [row_starts[:0]]
+    filler_starts = [row_starts[:0]]
+    for b, place in enumerate(rows):
+        if place is not None:
+            source, k = place
+            n_filled[b] = length = min(seq_len + 1, source.n_tokens - k * seq_len)
+            starts = source.read(k * seq_len, stream[b, :length])
+            inner_starts.append(starts[starts.searchsorted(1) :] + b * seq_len)
+    labels_BT = stream[:, 1:].copy()
+    labels_BT.reshape(-1)[np.concatenate(inner_starts) - 1] = IGNORE
+    for b in np.flatnonzero(n_filled <= seq_len).tolist():
+        labels_BT[b, max(0, n_filled[b] - 1) :] = IGNORE
+        filler_starts.append(b * seq_len + n_filled[b : b + 1])
+    return MicroBatch(
+        tokens_BT=torch.from_numpy(stream[:, :-1].copy()),
+        labels_BT=torch.from_numpy(labels_BT),
+        cu_seqlens=torch.from_numpy(
+            np.unique(np.concatenate([row_starts, *inner_starts, *filler_starts])).astype(np.int32)
+        ),
+    )

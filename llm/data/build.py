@@ -1,0 +1,140 @@
+"""Text to a source folder: documents are tokenised in blocks (the tokenizer's threads, no processes) and written shard
+by shard, whole or not at all.
+"""
+
+import hashlib
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from llm.data.atomic import new_directory
+from llm.data.documents import Document
+from llm.data.shards import EncodedDocument, ShardEntry, write_shard
+from llm.data.source import MANIFEST, SHARDS, Manifest, TokenizerEntry, TokenSource
+from llm.errors import UserError
+from llm.tokenizer import Tokenizer
+
+BLOCK_CHARACTERS = 1 << 22  # text handed to the tokenizer at once: enough to share out among threads, little memory
+SHARD_BYTES = 128 << 20
+LINE_INTERVAL_S = 10.0
+
+
+def build_source(
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    output: str | Path,
+    *,
+    total_bytes: int,
+    shard_bytes: int = SHARD_BYTES,
+    threads: int = 1,
+) -> TokenSource:
+    """Tokenise the documents into a new source folder at `output`.
+
+    Args:
+        total_bytes: bytes of the input files, for the progress bar.
+        shard_bytes: a shard is closed once its tokens take this much; a document is never split.
+
+    FileExistsError when `output` exists; UserError when there are no documents or a text cannot be encoded (the
+    document is named).
+    """
+    output = Path(output)
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    with new_directory(output) as folder:
+        (folder / SHARDS).mkdir()
+        entries: list[ShardEntry] = []
+        for shard in _shards(
+            _encoded(_with_progress(documents, output.name, total_bytes), tokenizer, threads),
+            shard_bytes // dtype.itemsize,
+        ):
+            entries.append(write_shard(folder / SHARDS / f"{len(entries):05d}.arrow", shard, dtype))
+        if not entries:
+            raise UserError(f"{output}: the input has no documents")
+        manifest = Manifest(
+            tokenizer=TokenizerEntry(
+                kind=tokenizer.kind,
+                fingerprint=tokenizer.fingerprint,
+                vocab_size=tokenizer.vocab_size,
+                bos_id=tokenizer.bos_id,
+                eos_id=tokenizer.eos_id,
+            ),
+            dtype="uint16" if dtype == np.uint16 else "uint32",
+            documents=sum(entry.documents for entry in entries),
+            tokens=sum(entry.tokens for entry in entries),
+            text_bytes=sum(entry.text_bytes for entry in entries),
+            shards=tuple(entries),
+        )
+        (folder / MANIFEST).write_bytes(manifest.serialized())
+    return TokenSource.open(output)
+
+
+def _encoded(documents: Iterable[Document], tokenizer: Tokenizer, threads: int) -> Iterator[EncodedDocument]:
+    bos, eos = np.array([tokenizer.bos_id], np.uint32), np.array([tokenizer.eos_id], np.uint32)
+    for block in _blocks(documents):
+        for document, ids in zip(block, _encode_block(block, tokenizer, threads), strict=True):
+            text = document.text.encode()
+            digest = hashlib.blake2b(text, digest_size=16).digest()
+            yield EncodedDocument(np.concatenate((bos, ids, eos)), document.key, digest, len(text))
+
+
+def _encode_block(block: list[Document], tokenizer: Tokenizer, threads: int) -> list[np.ndarray]:
+    try:
+        return tokenizer.encode_batch([document.text for document in block], threads)
+    except UserError:
+        for document in block:  # which of them was it?
+            try:
+                tokenizer.encode(document.text)
+            except UserError as error:
+                raise UserError(f"{document.key}: {error}") from None
+        raise
+
+
+def _blocks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    block: list[Document] = []
+    size = 0
+    for document in documents:
+        block.append(document)
+        size += len(document.text)
+        if size >= BLOCK_CHARACTERS:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+def _shards(documents: Iterable[EncodedDocument], shard_tokens: int) -> Iterator[list[EncodedDocument]]:
+    shard: list[EncodedDocument] = []
+    size = 0
+    for document in documents:
+        shard.append(document)
+        size += len(document.tokens)
+        if size >= shard_tokens:
+            yield shard
+            shard, size = [], 0
+    if shard:
+        yield shard
+
+
+def _with_progress(documents: Iterable[Document], name: str, total_bytes: int) -> Iterator[Document]:
+    """A bar on a terminal; elsewhere (log files) a plain line now and then."""
+    if sys.stderr.isatty():
+        with tqdm(total=total_bytes, unit="B", unit_scale=True, desc=f"sharding {name}") as bar:
+            for document in documents:
+                yield document
+                bar.update(document.consumed - bar.n)
+        return
+    began = last = time.monotonic()
+    for document in documents:
+        yield document
+        now = time.monotonic()
+        if now - last >= LINE_INTERVAL_S:
+            last = now
+            share = document.consumed / max(1, total_bytes)
+            print(
+                f"sharding {name}: {share:.0%} of {total_bytes / 1e6:.1f} MB, {now - began:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )

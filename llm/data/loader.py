@@ -1,0 +1,138 @@
+"""The training loader: one thread that reads ahead, and the fixed-order pass over validation data.
+
+Rows have one global order (`mixture`). Step s of global batch G covers rows [c, c + G), where c counts the rows
+consumed before; micro-batch m of data-parallel rank d takes the b rows from c + m D b + d b on. So what a step contains
+does not depend on the number of ranks D or on b, and a checkpoint needs no more than c. Tensor-parallel and pipeline
+ranks of one data-parallel rank ask with the same d and get the same rows.
+"""
+
+import dataclasses
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from types import TracebackType
+
+import numpy as np
+
+from llm.data.batch import MicroBatch, StepBatch, collate
+from llm.data.mixture import Mixture
+from llm.data.source import TokenSource
+from llm.errors import UserError
+
+
+class TrainLoader:
+    """Endless steps of one rank. A thread, not worker processes: gathering rows is a thousand times faster than handing
+    tensors between processes.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        *,
+        seq_len: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        start_row: int = 0,
+        prefetch: int = 2,
+    ) -> None:
+        """global_batch_size and micro_batch_size count rows; `start_row` is the number of rows consumed so far;
+        `prefetch` steps are read ahead.
+
+        UserError when the batch cannot be cut evenly.
+        """
+        if seq_len != mixture.seq_len:
+            raise ValueError(f"seq_len={seq_len}, but the mixture was made for {mixture.seq_len}")
+        if global_batch_size % (micro_batch_size * dp_size):
+            raise UserError(
+                f"train.global_batch_size={global_batch_size} is not a multiple of train.micro_batch_size="
+                f"{micro_batch_size} times {dp_size} data-parallel ranks; with this micro batch it can be cut for "
+                f"{_valid_dp_sizes(global_batch_size, micro_batch_size)} ranks"
+            )
+        self.mixture = mixture
+        self._batch = (global_batch_size, micro_batch_size, dp_rank, dp_size)
+        self._next_row = start_row
+        self._ready: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=prefetch)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._read_ahead, name="TrainLoader", daemon=True)
+        self._thread.start()
+
+    def next(self) -> StepBatch:
+        """The next step's micro-batches. What went wrong in the thread is raised here; RuntimeError after close()."""
+        if self._stop.is_set():
+            raise RuntimeError("this TrainLoader is closed")
+        began = time.perf_counter()
+        item = self._ready.get()
+        if isinstance(item, BaseException):
+            self.close()
+            raise item
+        return dataclasses.replace(item, wait_s=time.perf_counter() - began)
+
+    def close(self) -> None:
+        """Stop the thread and wait for it; again is harmless."""
+        self._stop.set()
+        while self._thread.is_alive():
+            self._drop_one()  # the thread may be waiting for room
+            self._thread.join(timeout=0.01)
+
+    def __enter__(self) -> "TrainLoader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _read_ahead(self) -> None:
+        try:
+            while not self._stop.is_set():
+                self._ready.put(self._read_step(self._next_row))
+                self._next_row += self._batch[0]
+        except BaseException as error:  # it belongs to the trainer: next() raises it there
+            self._ready.put(error)
+
+    def _read_step(self, first_row: int) -> StepBatch:
+        n_rows, b, rank, ranks = self._batch
+        mine = np.arange(first_row, first_row + n_rows).reshape(-1, ranks, b)[:, rank]
+        sources, rows = self.mixture.locate(mine.reshape(-1))
+        places = [(self.mixture.sources[j], k) for j, k in zip(sources.tolist(), rows.tolist(), strict=True)]
+        micro_batches = [collate(places[m : m + b], self.mixture.seq_len) for m in range(0, len(places), b)]
+        return StepBatch(
+            micro_batches=micro_batches,
+            n_targets=sum(micro_batch.n_targets() for micro_batch in micro_batches),
+            n_tokens=sum(micro_batch.tokens_BT.numel() for micro_batch in micro_batches),
+            first_row=first_row,
+            n_rows=n_rows,
+            wait_s=0.0,
+        )
+
+    def _drop_one(self) -> None:
+        try:
+            self._ready.get_nowait()
+        except queue.Empty:
+            return
+
+
+def validation_batches(
+    source: TokenSource, *, seq_len: int, micro_batch_size: int, dp_rank: int, dp_size: int, max_rows: int | None = None
+) -> Iterator[MicroBatch]:
+    """All rows of a source in order, cut over the ranks like a training step; every rank gets the same number of
+    micro-batches.
+
+    Each token of the source is a target exactly once, except the first of each document. The last row is filled up
+    without labels, and so are the rows that some ranks lack. `max_rows` stops earlier.
+    """
+    total = -(-max(0, source.n_tokens - 1) // seq_len)
+    total = total if max_rows is None else min(total, max_rows)
+    for begin in range(0, total, micro_batch_size * dp_size):
+        first = begin + dp_rank * micro_batch_size
+        places = [(source, k) if k < total else None for k in range(first, first + micro_batch_size)]
+        yield collate(places, seq_len, fill=source.eos_id)
+
+
+def _valid_dp_sizes(global_batch_size: int, micro_batch_size: int) -> str:
+    whole = global_batch_size // micro_batch_size if global_batch_size % micro_batch_size == 0 else 0
+    sizes = [str(size) for size in range(1, whole + 1) if whole % size == 0]
+    return ", ".join(sizes) or "no number of"

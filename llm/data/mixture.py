@@ -1,0 +1,158 @@
+"""Which row of which source is global row i: exact proportions in every cycle of 4096 rows, a fresh permutation of each
+source in each epoch.
+
+Within cycle c the slots go to the sources by largest remainder and are shuffled by (seed, "mixture", c). The n-th row
+asked of a source is row perm(seed, name, n div N)(n mod N) of its N rows, so an epoch of a source has each of its rows
+once, whatever the other sources are. Nothing depends on ranks, batch sizes or the length of the run.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import numpy as np
+
+from llm.data.order import ORDER_VERSION, permute, round_keys
+from llm.data.source import TokenSource
+from llm.errors import UserError
+
+CYCLE = 4096
+
+
+class Mixture:
+    """Named, weighted sources read as one endless sequence of rows of `seq_len` tokens."""
+
+    def __init__(self, sources: Sequence[tuple[str, TokenSource, float]], seq_len: int, seed: int) -> None:
+        """`sources`: (name, source, weight); weights count rows, that is tokens. UserError when a source is too short
+        or its weight too small.
+        """
+        self.names = [name for name, _, _ in sources]
+        self.sources = [source for _, source, _ in sources]
+        self.seq_len = seq_len
+        self.seed = seed
+        if len(set(self.names)) != len(self.names):
+            raise UserError(
+                f"data sources need different names, not {', '.join(self.names)}; the order of rows depends on the name"
+            )
+        self.rows_of = [source.n_rows(seq_len) for source in self.sources]
+        for name, source, rows in zip(self.names, self.sources, self.rows_of, strict=True):
+            if rows == 0:
+                raise UserError(
+                    f"data source {name} ({source.path}) has {source.n_tokens} tokens, "
+                    f"too few for one row of seq_len={seq_len} + 1"
+                )
+        self.slots = _largest_remainder([weight for _, _, weight in sources])
+        for name, slots in zip(self.names, self.slots, strict=True):
+            if slots == 0:
+                raise UserError(
+                    f"data source {name}: its weight is below 1/{2 * CYCLE} of the total, so it would never be read; "
+                    f"raise it or leave it out"
+                )
+        self._last_cycle: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of all sources together."""
+        return sum(self.rows_of)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of everything but the seed that decides the content of row i."""
+        return hashlib.blake2b(json.dumps(self._parts(), sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    def epoch(self, i: int) -> float:
+        """Passes over all rows when `i` rows have been read."""
+        return i / self.n_rows
+
+    def epochs(self, i: int) -> dict[str, float]:
+        """Passes over each source when `i` rows have been read, up to one cycle's rounding."""
+        return {
+            name: i * slots / CYCLE / rows
+            for name, slots, rows in zip(self.names, self.slots, self.rows_of, strict=True)
+        }
+
+    def locate(self, i: np.ndarray | Sequence[int] | int) -> tuple[np.ndarray, np.ndarray]:
+        """(source number, row in that source) of global rows `i` (k,), each (k,) int64."""
+        index = np.atleast_1d(np.asarray(i, dtype=np.int64))
+        source, row = np.empty_like(index), np.empty_like(index)
+        cycle_of = index // CYCLE
+        for cycle in np.unique(cycle_of):
+            here = cycle_of == cycle
+            slot = index[here] - cycle * CYCLE
+            sources, rows = self._cycle(int(cycle))
+            source[here], row[here] = sources[slot], rows[slot]
+        return source, row
+
+    def state(self, consumed: int) -> dict:
+        """What a checkpoint keeps: the same on every rank and layout."""
+        return {
+            "order_version": ORDER_VERSION,
+            "fingerprint": self.fingerprint,
+            "seed": self.seed,
+            "consumed": consumed,
+            "data": self._parts(),
+        }
+
+    def check_state(self, state: dict) -> None:
+        """UserError that lists all differences between a checkpoint's state and this mixture; silent when the order of
+        rows goes on unchanged.
+        """
+        now = self.state(consumed=0)
+        if all(state.get(key) == now[key] for key in ("order_version", "fingerprint", "seed")):
+            return
+        before, after = _flat(state), _flat(now)
+        changed = [
+            f"{key}: {before.get(key, 'absent')} in the checkpoint, {after.get(key, 'absent')} now"
+            for key in sorted(before.keys() | after.keys())
+            if key not in ("consumed", "fingerprint") and before.get(key) != after.get(key)
+        ]
+        raise UserError(
+            f"the training data differs from the checkpoint's, so its rows cannot go on: "
+            f"{'; '.join(changed) or 'fingerprint'}"
+        )
+
+    def _parts(self) -> dict:
+        return {
+            "cycle": CYCLE,
+            "seq_len": self.seq_len,
+            "sources": {
+                name: {"fingerprint": source.fingerprint, "slots": slots}
+                for name, source, slots in zip(self.names, self.sources, self.slots, strict=True)
+            },
+        }
+
+    def _cycle(self, cycle: int) -> tuple[np.ndarray, np.ndarray]:
+        """(source number, row) of all slots of a cycle. One cycle is kept: the loader asks for its rows in order."""
+        if self._last_cycle is not None and self._last_cycle[0] == cycle:
+            return self._last_cycle[1], self._last_cycle[2]
+        shuffled = permute(np.arange(CYCLE), CYCLE, round_keys(self.seed, "mixture", cycle))
+        source_of_slot = np.searchsorted(np.cumsum(self.slots), shuffled, side="right")
+        row_of_slot = np.empty(CYCLE, dtype=np.int64)
+        for number, (name, slots, rows) in enumerate(zip(self.names, self.slots, self.rows_of, strict=True)):
+            epoch, position = np.divmod(cycle * slots + np.arange(slots, dtype=np.int64), rows)
+            epochs, epoch_index = np.unique(epoch, return_inverse=True)
+            keys = np.stack([round_keys(self.seed, "source", name, int(e)) for e in epochs], axis=1)
+            row_of_slot[source_of_slot == number] = permute(position, rows, keys[:, epoch_index])
+        self._last_cycle = (cycle, source_of_slot, row_of_slot)
+        return source_of_slot, row_of_slot
+
+
+def _largest_remainder(weights: Sequence[float]) -> list[int]:
+    """Whole slots per source that add up to CYCLE and are nearest to the weights; ties go to the earlier source."""
+    total = sum(weights)
+    exact = [CYCLE * weight / total for weight in weights]
+    slots = [int(share) for share in exact]
+    by_remainder = sorted(range(len(weights)), key=lambda j: (slots[j] - exact[j], j))
+    for j in by_remainder[: CYCLE - sum(slots)]:
+        slots[j] += 1
+    return slots
+
+
+def _flat(value: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        key: leaf
+        for name, inner in value.items()
+        for key, leaf in _flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
+    }

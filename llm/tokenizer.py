@@ -1,0 +1,398 @@
+"""Text to token ids and back, losslessly: SentencePiece, raw bytes or characters behind one small protocol.
+
+`decode(encode(text)) == text` holds for every string that can be written as UTF-8 (one without lone surrogates). The
+losses in nats that training reports mean something per byte only because of that. No text ever encodes to the begin and
+end marks: they are added by whoever builds documents.
+
+Source: SentencePiece (Kudo & Richardson 2018, arXiv:1808.06226) with byte fallback.
+"""
+
+import hashlib
+import io
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import sentencepiece
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from llm.errors import UserError
+
+TokenIds = Sequence[int] | np.ndarray
+
+META_SPACE = "\u2581"  # SentencePiece writes a space as this character, and so cannot tell the two apart
+META_SPACE_UTF8 = META_SPACE.encode()
+
+# A tokenizer that changes any of this changes real text too: runs of blanks, line ends, compatibility and combining
+# characters, unknown letters.
+LOSSLESS_PROBE = (
+    "  a  b \t\r\n\n    c\u2581 \u2581\u2581d \ufb01\uff21 e\u0301\u00e9 \u200b\u00a0\x00"
+    "<s></s><unk><0x0A> \U0001f600\u4e9c "
+)
+
+CHUNK_CHARACTERS = 2000  # SentencePiece drops long training sentences; texts are cut at line ends to about this
+
+
+class TokenizerConfig(BaseModel):
+    """Which tokenizer, as it stands under `tokenizer:` in a run config."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    kind: Literal["sentencepiece", "bytes", "characters"]
+    """sentencepiece (a .model file), bytes (256 ids, no file) or characters (a JSON file); tools/train_tokenizer.py
+    makes the files
+    """
+    path: str | None = None
+    """the tokenizer's file; none for bytes"""
+
+    @model_validator(mode="after")
+    def _file_goes_with_kind(self) -> "TokenizerConfig":
+        if self.kind == "bytes" and self.path is not None:
+            raise ValueError(f"tokenizer.path={self.path}: the bytes tokenizer has no file; leave the path out")
+        if self.kind != "bytes" and self.path is None:
+            raise ValueError(
+                f"tokenizer.path is missing: kind {self.kind} needs a file; tools/train_tokenizer.py makes one"
+            )
+        return self
+
+
+class Tokenizer(Protocol):
+    """What training, sharding and generation know of a tokenizer."""
+
+    kind: str
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    fingerprint: str
+    """hex digest of everything that decides the ids: two tokenizers with the same fingerprint give the same ids"""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without begin and end marks. UnicodeEncodeError (a ValueError) on a lone surrogate."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        """`encode` of each text as uint32 arrays; `threads` is used where the tokenizer can."""
+        return [np.asarray(self.encode(text), dtype=np.uint32) for text in texts]
+
+    def decode_bytes(self, ids: TokenIds) -> bytes:
+        """UTF-8 bytes of `ids`; marks give nothing. ValueError on an id outside the vocabulary."""
+        ...
+
+    def decode(self, ids: TokenIds) -> str:
+        """Text of `ids`; bytes that are no UTF-8 (a character cut in the middle) become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes that each id adds to a text, int64 (vocab_size,); 0 for the marks. Summed over targets they give
+        bits per byte.
+        """
+        return np.array([len(self.decode_bytes([i])) for i in range(self.vocab_size)], dtype=np.int64)
+
+    def save(self, directory: Path) -> TokenizerConfig:
+        """Write what is needed into `directory`; returns the config that opens it again with `base=directory`."""
+        ...
+
+
+def load_tokenizer(config: TokenizerConfig, base: Path | None = None) -> Tokenizer:
+    """Open the tokenizer of a config; a relative path starts at `base` (default: the working directory). UserError
+    names what is wrong with the file.
+    """
+    if config.path is None:
+        return ByteTokenizer()
+    path = Path(base or ".") / config.path
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"tokenizer.path={config.path}: cannot read {path} ({error.strerror}); tools/train_tokenizer.py makes one"
+        ) from None
+    if config.kind == "characters":
+        return CharacterTokenizer(_read_characters(content, path))
+    return SentencePieceTokenizer(content, str(path))
+
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes as ids 0..255, then the two marks."""
+
+    kind = "bytes"
+    vocab_size = 258
+    bos_id = 256
+    eos_id = 257
+    fingerprint = hashlib.blake2b(b"bytes 256 + bos + eos", digest_size=16).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32) for text in texts]
+
+    def decode_bytes(self, ids: TokenIds) -> bytes:
+        ids = _checked_ids(ids, self.vocab_size)
+        return ids[ids < 256].astype(np.uint8).tobytes()
+
+    def save(self, directory: Path) -> TokenizerConfig:
+        return TokenizerConfig(kind="bytes")
+
+
+class CharacterTokenizer(Tokenizer):
+    """One id per character of a fixed alphabet, then the two marks. A character outside the alphabet is an error: there
+    is nothing to fall back on.
+    """
+
+    kind = "characters"
+
+    def __init__(self, characters: str) -> None:
+        """`characters`: the alphabet; character i has id i."""
+        self.characters = characters
+        self.bos_id = len(characters)
+        self.eos_id = len(characters) + 1
+        self.vocab_size = len(characters) + 2
+        self.fingerprint = hashlib.blake2b(b"characters\0" + characters.encode(), digest_size=16).hexdigest()
+        self._code_points = np.frombuffer(characters.encode("utf-32-le"), dtype=np.uint32)
+        self._id_of_code_point = np.full(int(self._code_points.max(initial=0)) + 2, -1, dtype=np.int64)
+        self._id_of_code_point[self._code_points] = np.arange(len(characters))
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0].tolist()
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        return [self._encode_array(text).astype(np.uint32) for text in texts]
+
+    def _encode_array(self, text: str) -> np.ndarray:
+        code_points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+        ids = self._id_of_code_point[np.minimum(code_points, len(self._id_of_code_point) - 1)]
+        if ids.min(initial=0) < 0:
+            position = int(np.argmax(ids < 0))
+            character = text[position]
+            raise UserError(
+                f"character {character!r} (U+{ord(character):04X}, at position {position} of the text) is not among "
+                f"the tokenizer's {len(self.characters)} characters; train the tokenizer on text that has it"
+            )
+        return ids
+
+    def decode_bytes(self, ids: TokenIds) -> bytes:
+        ids = _checked_ids(ids, self.vocab_size)
+        return self._code_points[ids[ids < self.bos_id]].tobytes().decode("utf-32-le").encode()
+
+    def save(self, directory: Path) -> TokenizerConfig:
+        (Path(directory) / "tokenizer.json").write_bytes(self.serialized())
+        return TokenizerConfig(kind="characters", path="tokenizer.json")
+
+    def serialized(self) -> bytes:
+        """The content of the tokenizer's file."""
+        return (json.dumps({"kind": "characters", "characters": self.characters}) + "\n").encode()
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model with byte fallback and identity normalisation.
+
+    U+2581 in the text goes through its three byte pieces, because the model would read it as a space. Decoding joins
+    the bytes of the pieces here, for the same reason. A model that puts a space before the text (Llama 2's does) keeps
+    doing so at the start of a text only.
+    """
+
+    kind = "sentencepiece"
+
+    def __init__(self, model: bytes, name: str = "the SentencePiece model") -> None:
+        """`model`: content of a .model file; `name` is used in errors. UserError when it is damaged or not lossless."""
+        self._model = model
+        self._processor = _open_model(model, name)
+        self.vocab_size = self._processor.vocab_size()
+        self.bos_id = self._processor.bos_id()
+        self.eos_id = self._processor.eos_id()
+        self.fingerprint = hashlib.blake2b(b"sentencepiece\0" + model, digest_size=16).hexdigest()
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise UserError(f"{name}: the model has no begin (<s>) or no end (</s>) piece; train it with both")
+
+        self._bytes_of_id, byte_ids = _piece_bytes(self._processor)
+        if len(byte_ids) < 256:
+            raise UserError(
+                f"{name}: the model has no byte fallback, so unknown characters would be lost; "
+                f"train one with tools/train_tokenizer.py"
+            )
+        self._meta_space_ids = [byte_ids[byte] for byte in META_SPACE_UTF8]
+
+        self._adds_space = self._processor.normalize("a") != "a"
+        # Protocol buffers merge when concatenated: this overrides one field of the model,
+        # normalizer_spec.add_dummy_prefix = false.
+        self._inner = _open_model(model + b"\x1a\x02\x18\x00", name) if self._adds_space else self._processor
+        self._opens_with_space = {
+            i
+            for i in range(self.vocab_size)
+            if self._adds_space and self._processor.id_to_piece(i).startswith(META_SPACE)
+        }
+        if self.decode(self.encode(LOSSLESS_PROBE)) != LOSSLESS_PROBE:
+            raise UserError(
+                f"{name}: the model changes text (it normalises or drops characters); "
+                f"train one with tools/train_tokenizer.py"
+            )
+
+    def encode(self, text: str) -> list[int]:
+        first, *rest = text.split(META_SPACE)
+        ids: list[int] = self._processor.encode(first)
+        for part in rest:
+            ids += self._meta_space_ids
+            ids += self._inner.encode(part)
+        return ids
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        if any(META_SPACE in text for text in texts):
+            return [np.asarray(self.encode(text), dtype=np.uint32) for text in texts]
+        return [np.asarray(ids, dtype=np.uint32) for ids in self._processor.encode(list(texts), num_threads=threads)]
+
+    def decode_bytes(self, ids: TokenIds) -> bytes:
+        numbers = _checked_ids(ids, self.vocab_size).tolist()
+        text = b"".join([self._bytes_of_id[number] for number in numbers])
+        first = next((number for number in numbers if self._bytes_of_id[number]), None)
+        return text[1:] if first in self._opens_with_space else text
+
+    def token_bytes(self) -> np.ndarray:
+        return np.array([len(text) for text in self._bytes_of_id], dtype=np.int64)
+
+    def save(self, directory: Path) -> TokenizerConfig:
+        (Path(directory) / "tokenizer.model").write_bytes(self._model)
+        return TokenizerConfig(kind="sentencepiece", path="tokenizer.model")
+
+
+def train_sentencepiece(
+    texts: Iterable[str],
+    vocab_size: int,
+    *,
+    model_type: str = "bpe",
+    boundaries: str = "none",
+    character_coverage: float = 0.9999,
+    max_bytes: int = 100_000_000,
+    threads: int = 1,
+) -> bytes:
+    """Train a lossless SentencePiece model; returns the content of its .model file.
+
+    Args:
+        model_type: bpe or unigram.
+        boundaries: what a piece may not cross: `script` (SentencePiece's default: spaces and changes of script),
+            `space`, or `none`, which learns pieces such as a line end with the indentation after it.
+        character_coverage: share of the text's characters that get a piece of their own; the others are written in
+            bytes.
+        max_bytes: text beyond this is sampled, evenly and repeatably.
+
+    UserError when SentencePiece refuses (too little text for the vocabulary, ...).
+    """
+    output = io.BytesIO()
+    sample = _sample(_chunks(texts), max(1, max_bytes // CHUNK_CHARACTERS))
+    if not sample:
+        raise UserError("the text is empty, so there is nothing to train a tokenizer on")
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sample),
+            model_writer=output,
+            model_type=model_type,
+            vocab_size=vocab_size,
+            character_coverage=character_coverage,
+            num_threads=threads,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            byte_fallback=True,
+            allow_whitespace_only_pieces=True,
+            split_by_unicode_script=boundaries == "script",
+            split_by_number=boundaries == "script",
+            split_by_whitespace=boundaries != "none",
+            max_sentencepiece_length=32,
+            max_sentence_length=1 << 30,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[-1].rpartition("] ")[2]
+        raise UserError(f"vocab_size={vocab_size}: SentencePiece cannot train on this text: {reason}") from None
+    return output.getvalue()
+
+
+def alphabet(texts: Iterable[str]) -> str:
+    """All characters of the texts, each once, in code-point order."""
+    seen: set[str] = set()
+    for text in texts:
+        seen.update(text)
+    return "".join(sorted(seen))
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[str]:
+    """Texts cut at line ends to about CHUNK_CHARACTERS; a longer line is cut hard. The meta space is left out: it can
+    have no piece.
+    """
+    for text in texts:
+        start = 0
+        while start < len(text):
+            stop = start + CHUNK_CHARACTERS
+            line_end = text.find("\n", stop - 1, stop + CHUNK_CHARACTERS)
+            stop = line_end + 1 if line_end >= 0 else stop
+            yield text[start:stop].replace(META_SPACE, "").replace("\0", "")  # SentencePiece reserves NUL as well
+            start = stop
+
+
+def _sample(chunks: Iterable[str], limit: int) -> list[str]:
+    """At most `limit` of the chunks, each equally likely, the same ones each time (reservoir sampling)."""
+    kept: list[str] = []
+    draw = random.Random(0)
+    for index, chunk in enumerate(chunks):
+        if index < limit:
+            kept.append(chunk)
+        elif (slot := draw.randrange(index + 1)) < limit:
+            kept[slot] = chunk
+    return kept
+
+
+def _open_model(model: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        processor.encode("a")
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"{name}: not a SentencePiece model, or damaged ({str(error).splitlines()[0]})") from None
+    return processor
+
+
+def _piece_bytes(processor: sentencepiece.SentencePieceProcessor) -> tuple[list[bytes], dict[int, int]]:
+    """UTF-8 bytes of each id (marks: none), and the id of each byte piece."""
+    bytes_of_id, byte_ids = [], {}
+    for number in range(processor.vocab_size()):
+        piece = processor.id_to_piece(number)
+        if processor.is_byte(number):
+            byte = int(piece[3:5], 16)  # "<0x0A>"
+            byte_ids[byte] = number
+            bytes_of_id.append(bytes([byte]))
+        elif processor.is_control(number) or processor.is_unknown(number):
+            bytes_of_id.append(b"")
+        else:
+            bytes_of_id.append(piece.replace(META_SPACE, " ").encode())
+    return bytes_of_id, byte_ids
+
+
+def _read_characters(content: bytes, path: Path) -> str:
+    try:
+        document = json.loads(content)
+        characters = document["characters"]
+        if (
+            document["kind"] != "characters"
+            or not isinstance(characters, str)
+            or len(set(characters)) != len(characters)
+        ):
+            raise ValueError("no list of distinct characters")
+        characters.encode()
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path}: not a characters tokenizer, or damaged ({error}); tools/train_tokenizer.py makes one"
+        ) from None
+    return characters
+
+
+def _checked_ids(ids: TokenIds, vocab_size: int) -> np.ndarray:
+    """The ids as an int64 array, all inside the vocabulary."""
+    array = np.asarray(ids, dtype=np.int64).reshape(-1)
+    if array.size and not 0 <= int(array.min()) <= int(array.max()) < vocab_size:
+        raise ValueError(f"token ids {int(array.min())}..{int(array.max())} are not all within 0..{vocab_size - 1}")
+    return array

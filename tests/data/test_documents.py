@@ -1,0 +1,157 @@
+"""Reading text: exact, in a fixed order, and every fault with its file and line."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from llm.data import documents
+from llm.data.documents import read_documents
+from llm.errors import UserError
+
+TEXTS = ["one\r\ntwo\r\n", "", "  tabs\tand\n\n\nblank lines \n", "\u00e9\u0301 \U0001f600 \u2028 \x00 \x85 end"]
+
+
+def jsonl(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)).encode()
+
+
+def texts_of(path: Path, text_field: str = "text") -> list[str]:
+    return [document.text for document in read_documents(path, text_field=text_field)]
+
+
+def write_parquet(path: Path, values: list, column: str = "text", **options: object) -> None:
+    pq.write_table(pa.table({column: values, "other": list(range(len(values)))}), path, **options)
+
+
+def test_a_text_file_is_one_document_byte_for_byte(tmp_path: Path) -> None:
+    for number, text in enumerate(TEXTS):
+        path = tmp_path / f"{number}.txt"
+        path.write_bytes(text.encode())
+        assert texts_of(path) == [text]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_rows_come_out_as_they_went_in(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name.endswith(".parquet"):
+        write_parquet(path, TEXTS)
+    else:
+        path.write_bytes(gzip.compress(jsonl(TEXTS)) if name.endswith(".gz") else jsonl(TEXTS))
+    found = list(read_documents(path))
+    assert [document.text for document in found] == TEXTS
+    assert [document.key for document in found] == [f"{name}:{row}" for row in range(1, len(TEXTS) + 1)]
+    assert found[-1].consumed == path.stat().st_size
+
+
+def test_a_folder_is_read_in_the_order_of_paths_without_hidden_files(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/z.txt", "a/b/c.txt", ".hidden/x.txt", "a/.swp"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "c.jsonl").write_bytes(jsonl(["row"]))
+    assert [document.key for document in read_documents(tmp_path)] == ["a/b/c.txt", "a/z.txt", "b.txt", "c.jsonl:1"]
+
+
+def test_several_paths_follow_one_another_and_count_their_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "b.jsonl").write_bytes(jsonl(["second", "third"]))
+    found = list(read_documents(tmp_path / "a.txt", tmp_path / "b.jsonl"))
+    assert [document.text for document in found] == ["first", "second", "third"]
+    consumed = [document.consumed for document in found]
+    assert consumed == sorted(consumed)
+    assert consumed[-1] == sum(path.stat().st_size for path in tmp_path.iterdir())
+
+
+def test_a_missing_path_is_found_before_others_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("first")
+    with pytest.raises(UserError, match="nowhere"):
+        read_documents(tmp_path / "a.txt", tmp_path / "nowhere")
+
+
+def test_the_text_field_can_be_chosen(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"story": "x"}\n\n{"story": "y"}\n')
+    write_parquet(tmp_path / "a.parquet", ["z"], column="story")
+    assert texts_of(tmp_path / "a.jsonl", "story") == ["x", "y"]
+    assert texts_of(tmp_path / "a.parquet", "story") == ["z"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"{not json}", "not JSON"),
+        (b'"text"', "a str where an object"),
+        (b'{"story": "x"}', "no text in field 'text'.*'story'"),
+        (b'{"text": 5}', "no text in field 'text'"),
+        (b'{"text": "caf\xe9"}', "not UTF-8"),
+        (b'{"text": "\\ud800"}', "lone surrogate"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"text": "cut', "not JSON"),
+    ],
+)
+def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, line: bytes, reason: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl(["fine", "fine too"]) + line + b"\n" + jsonl(["after"]))
+    with pytest.raises(UserError, match=rf"(?s)a\.jsonl, (line|row) 3: .*{reason}"):
+        texts_of(path)
+
+
+def test_an_endless_line_is_refused_before_it_fills_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "MAX_RECORD_BYTES", 1000)
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "' + b"x" * 1_000_000))
+    with pytest.raises(UserError, match="line 1: longer than 1000 bytes"):
+        texts_of(path)
+
+
+def test_a_cut_off_gzip_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(jsonl(TEXTS * 100))[:-20])
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz: damaged or cut-off"):
+        texts_of(path)
+
+
+def test_a_text_file_in_another_encoding_is_named_with_the_place(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"a\.txt: not UTF-8 at byte 3"):
+        texts_of(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.txt.gz", "weights.safetensors"])
+def test_a_binary_file_is_refused_by_its_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"data")
+    with pytest.raises(UserError, match=f"{name}: cannot be read as text"):
+        texts_of(tmp_path)
+
+
+def test_a_missing_path_and_an_empty_folder_are_named_with_their_key(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.train=.*nowhere: no such file"):
+        list(read_documents(tmp_path / "nowhere", key="data.train"))
+    with pytest.raises(UserError, match="has no files"):
+        list(read_documents(tmp_path))
+
+
+def test_a_parquet_file_without_the_column_names_those_it_has(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", ["x"], column="story")
+    with pytest.raises(UserError, match="no column 'text'; it has 'story', 'other'"):
+        texts_of(tmp_path / "a.parquet")
+
+
+def test_an_empty_cell_in_parquet_is_named_by_its_row(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", ["x", None])
+    with pytest.raises(UserError, match=r"a\.parquet, row 2"):
+        texts_of(tmp_path / "a.parquet")
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    texts = [f"some text {i}" for i in range(5000)]
+    write_parquet(path, texts, use_dictionary=False, compression="none", write_page_checksum=True)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 4] ^= 1
+    for damaged in (bytes(content), bytes(content[:-10]), b"PAR1"):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"a\.parquet.*damaged"):
+            texts_of(path)

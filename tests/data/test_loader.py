@@ -1,0 +1,182 @@
+"""Steps: labels and boundaries, the same rows on any number of ranks, resuming, the thread's manners, validation."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from llm.data.batch import IGNORE, MicroBatch, collate
+from llm.data.loader import TrainLoader, validation_batches
+from llm.data.mixture import Mixture
+from llm.data.source import TokenSource
+from llm.errors import UserError
+from llm.tokenizer import ByteTokenizer
+from tests.data.helpers import flip_byte, make_source, random_texts, stream_of
+
+T = 32
+G = 24
+TEXTS = random_texts(150)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> TokenSource:
+    return make_source(tmp_path_factory.mktemp("loader") / "source", TEXTS, shard_bytes=4000)
+
+
+@pytest.fixture(scope="module")
+def mixture(source: TokenSource, tmp_path_factory: pytest.TempPathFactory) -> Mixture:
+    other = make_source(tmp_path_factory.mktemp("loader") / "other", random_texts(50, seed=1))
+    return Mixture([("a", source, 2.0), ("b", other, 1.0)], T, seed=3)
+
+
+def global_steps(mixture: Mixture, dp_size: int, micro: int, n_steps: int, start_row: int = 0) -> list[torch.Tensor]:
+    """Tokens and labels (G, 2 T) of each step, put together from all ranks in the order of global rows."""
+    steps: list[list[torch.Tensor]] = [[] for _ in range(n_steps)]
+    for rank in range(dp_size):
+        with TrainLoader(
+            mixture,
+            seq_len=T,
+            global_batch_size=G,
+            micro_batch_size=micro,
+            dp_rank=rank,
+            dp_size=dp_size,
+            start_row=start_row,
+        ) as loader:
+            for s in range(n_steps):
+                batch = loader.next()
+                assert (batch.first_row, batch.n_rows) == (start_row + s * G, G)
+                steps[s].append(torch.stack([torch.cat([m.tokens_BT, m.labels_BT], 1) for m in batch.micro_batches]))
+    # (micro-batch m, rank d, row b) is global row m D b + d b + row
+    return [torch.stack(ranks, dim=1).reshape(G, 2 * T) for ranks in steps]
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 3, 4, 6, 8, 12, 24])
+def test_any_number_of_ranks_gets_the_same_global_batches(mixture: Mixture, dp_size: int) -> None:
+    reference = global_steps(mixture, dp_size=1, micro=G, n_steps=8)
+    for micro in {1, G // dp_size}:
+        steps = global_steps(mixture, dp_size, micro, n_steps=8)
+        assert all(torch.equal(one, other) for one, other in zip(steps, reference, strict=True))
+
+
+def test_resuming_on_other_ranks_goes_on_bit_by_bit(mixture: Mixture) -> None:
+    reference = global_steps(mixture, dp_size=1, micro=4, n_steps=9)
+    resumed = [
+        *global_steps(mixture, dp_size=8, micro=3, n_steps=3),
+        *global_steps(mixture, dp_size=3, micro=2, n_steps=3, start_row=3 * G),
+        *global_steps(mixture, dp_size=24, micro=1, n_steps=3, start_row=6 * G),
+    ]
+    assert all(torch.equal(one, other) for one, other in zip(resumed, reference, strict=True))
+
+
+def test_one_epoch_reads_every_row_once(source: TokenSource) -> None:
+    mixture = Mixture([("a", source, 1.0)], T, seed=0)
+    with TrainLoader(mixture, seq_len=T, global_batch_size=1, micro_batch_size=1, dp_rank=0, dp_size=1) as loader:
+        rows = [loader.next().micro_batches[0].tokens_BT[0].numpy() for _ in range(mixture.n_rows)]
+    expected = [source.row(k, T).tokens[:-1] for k in range(mixture.n_rows)]
+    assert sorted(row.tobytes() for row in rows) == sorted(row.tobytes() for row in expected)
+
+
+def test_labels_are_the_next_tokens_of_the_same_document(source: TokenSource) -> None:
+    batch = collate([(source, k) for k in range(20)], T)
+    stream = stream_of(TEXTS)
+    for k in range(20):
+        tokens, labels = batch.tokens_BT[k].numpy(), batch.labels_BT[k].numpy()
+        following = stream[k * T + 1 : (k + 1) * T + 1]
+        assert np.array_equal(tokens, stream[k * T : (k + 1) * T])
+        assert np.array_equal(labels, np.where(tokens == ByteTokenizer.eos_id, IGNORE, following))
+
+
+def test_boundaries_are_row_starts_and_document_starts(source: TokenSource) -> None:
+    batch = collate([(source, k) for k in (5, 0, 9)], T)
+    flat = batch.tokens_BT.reshape(-1).numpy()
+    at = np.arange(len(flat))
+    expected = np.flatnonzero((at % T == 0) | (flat == ByteTokenizer.bos_id))
+    assert batch.cu_seqlens.dtype == torch.int32
+    assert batch.cu_seqlens.tolist() == [*expected, 3 * T]
+
+
+def test_a_steps_counts_are_those_of_its_labels(mixture: Mixture) -> None:
+    with TrainLoader(mixture, seq_len=T, global_batch_size=G, micro_batch_size=2, dp_rank=1, dp_size=3) as loader:
+        step = loader.next()
+    labels = torch.cat([micro_batch.labels_BT for micro_batch in step.micro_batches])
+    assert step.n_targets == int((labels != IGNORE).sum())
+    assert step.n_tokens == labels.numel() > step.n_targets
+    assert labels.shape == (G // 3, T)
+
+
+def test_a_batch_that_cannot_be_cut_names_the_ranks_that_can(mixture: Mixture) -> None:
+    with pytest.raises(UserError, match=r"train\.global_batch_size=24 .*cut for 1, 2, 3, 4, 6, 12 ranks"):
+        TrainLoader(mixture, seq_len=T, global_batch_size=G, micro_batch_size=2, dp_rank=0, dp_size=5)
+
+
+def loader_threads() -> int:
+    return sum(thread.name == "TrainLoader" for thread in threading.enumerate())
+
+
+def test_closing_ends_the_thread_and_may_be_repeated(mixture: Mixture) -> None:
+    loader = TrainLoader(mixture, seq_len=T, global_batch_size=G, micro_batch_size=G, dp_rank=0, dp_size=1)
+    loader.next()
+    loader.close()
+    loader.close()
+    assert loader_threads() == 0
+    with pytest.raises(RuntimeError, match="closed"):
+        loader.next()
+
+
+def test_an_error_in_the_thread_reaches_the_trainer_with_the_shards_name(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source", TEXTS)
+    path = source.shard_path(source.manifest.shards[0])
+    flip_byte(path, path.read_bytes().index(stream_of(TEXTS)[100:130].astype(np.uint16).tobytes()))
+    mixture = Mixture([("a", TokenSource.open(source.path), 1.0)], T, seed=0)
+    loader = TrainLoader(mixture, seq_len=T, global_batch_size=G, micro_batch_size=G, dp_rank=0, dp_size=1)
+    with pytest.raises(UserError, match=r"00000\.arrow"):
+        loader.next()
+    assert loader_threads() == 0
+
+
+def test_steps_follow_one_another_however_far_is_read_ahead(mixture: Mixture) -> None:
+    for prefetch in (1, 5):
+        with TrainLoader(
+            mixture, seq_len=T, global_batch_size=G, micro_batch_size=G, dp_rank=0, dp_size=1, prefetch=prefetch
+        ) as loader:
+            assert [loader.next().first_row for _ in range(4)] == [0, G, 2 * G, 3 * G]
+
+
+def all_validation(source: TokenSource, ranks: int, micro: int, max_rows: int | None = None) -> list[list[MicroBatch]]:
+    return [
+        list(
+            validation_batches(
+                source, seq_len=T, micro_batch_size=micro, dp_rank=rank, dp_size=ranks, max_rows=max_rows
+            )
+        )
+        for rank in range(ranks)
+    ]
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 1), (1, 8), (3, 4), (8, 5)])
+def test_validation_has_every_token_as_a_target_once(source: TokenSource, ranks: int, micro: int) -> None:
+    batches = all_validation(source, ranks, micro)
+    assert len({len(of_rank) for of_rank in batches}) == 1
+    labels = torch.cat([batch.labels_BT for step in zip(*batches, strict=True) for batch in step]).reshape(-1).numpy()
+    stream = stream_of(TEXTS)
+    assert np.array_equal(labels[labels >= 0], stream[stream != ByteTokenizer.bos_id])
+
+
+def test_what_fills_the_last_row_is_a_piece_of_its_own(source: TokenSource) -> None:
+    (batches,) = all_validation(source, ranks=1, micro=4)
+    last = batches[-1]
+    n_real = source.n_tokens - (len(batches) - 1) * 4 * T
+    assert n_real % T > 0 and n_real < 4 * T
+    assert n_real in last.cu_seqlens.tolist()
+    assert (last.labels_BT.reshape(-1)[n_real - 1 :] == IGNORE).all()
+    assert set(range(0, 4 * T + 1, T)) <= set(last.cu_seqlens.tolist())
+
+
+def test_validation_stops_after_max_rows_on_every_layout(source: TokenSource) -> None:
+    targets = [
+        sum(batch.n_targets() for of_rank in all_validation(source, ranks, micro, max_rows=10) for batch in of_rank)
+        for ranks, micro in ((1, 10), (3, 2), (4, 4))
+    ]
+    assert targets[0] == targets[1] == targets[2] > 0

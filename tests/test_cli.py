@@ -1,0 +1,167 @@
+"""Command lines: every flag is settled before the job runs; what the user must mend is one last line."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from pydantic import BaseModel
+
+from llm.cli import run_cli, split
+from llm.errors import UserError
+
+Job = tuple[Callable[..., None], list[dict]]
+
+
+@pytest.fixture
+def job() -> Job:
+    """A function with flags of all kinds, and the list of what it was called with."""
+    calls: list[dict] = []
+
+    def shout(
+        word: str,
+        times: int = 1,
+        volume: float = 0.5,
+        polite: bool = False,
+        tags: tuple[str, ...] = (),
+        numbers: list[int] | None = None,
+        mood: Literal["good", "bad"] = "good",
+    ) -> None:
+        """Shout a word."""
+        calls.append(dict(locals()))
+
+    return shout, calls
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (["--word=10"], {"word": "10"}),
+        (["--word=1e5,2"], {"word": "1e5,2"}),
+        (["--word", "None"], {"word": "None"}),
+        (["hello", "--times", "-3"], {"word": "hello", "times": -3}),
+        (["hello", "2"], {"word": "hello", "times": 2}),
+        (["hello", "--volume=1e-4"], {"volume": 1e-4}),
+        (["hello", "--polite"], {"polite": True}),
+        (["--polite", "--word", "hello"], {"word": "hello", "polite": True}),
+        (["hello", "--polite=false"], {"polite": False}),
+        (["hello", "--polite=True"], {"polite": True}),
+        (["hello", "--tags=a,b"], {"tags": ("a", "b")}),
+        (["hello", "--numbers=1,2"], {"numbers": [1, 2]}),
+        (["hello", "--numbers=None"], {"numbers": None}),
+        (["hello", "--mood=bad"], {"mood": "bad"}),
+        (["--word", ""], {"word": ""}),
+        (["--word="], {"word": ""}),
+        (["--word", "- a=b --c"], {"word": "- a=b --c"}),
+    ],
+    ids=" ".join,
+)
+def test_values_have_the_types_of_the_signature(job: Job, line: list[str], expected: dict) -> None:
+    shout, calls = job
+    run_cli(shout, argv=line)
+    assert {name: calls[0][name] for name in expected} == expected
+    assert all(type(calls[0][name]) is type(value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["hello", "--tmies=3"], "unknown flag --tmies; did you mean --times?"),
+        (["hello", "--zzz"], "unknown flag --zzz; the flags are --word, --times"),
+        (["hello", "--nopolite"], "unknown flag --nopolite; did you mean --polite?"),
+        ([], "missing --word"),
+        (["hello", "--times=two"], "--times=two: expected a whole number"),
+        (["hello", "--times=1.5"], "--times=1.5: expected a whole number"),
+        (["hello", "--volume=loud"], "--volume=loud: expected a number"),
+        (["hello", "--polite=perhaps"], "--polite=perhaps: expected true or false"),
+        (["hello", "--mood=so-so"], "--mood=so-so: possible are good, bad"),
+        (["hello", "--times"], "--times has no value"),
+        (["--word", "--polite"], "--word has no value"),
+        (["hello", "--times=1", "--times=2"], "--times is given 2 times"),
+        (["hello", "--word=bye"], "--word is given twice"),
+        ([str(i) for i in range(8)], "'7' is one value too many"),
+        (["hello", "--", "--interactive"], "a lone -- means nothing here"),
+        (["hello", "-", "upper"], "a lone - means nothing here"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_bad_line_stops_before_the_job(
+    job: Job, line: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shout, calls = job
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(shout, argv=line)
+    assert stopped.value.code == 2
+    assert not calls
+    assert last_line(capsys).startswith(f"error: {message}")
+
+
+def test_help_prints_docstring_and_flags_and_runs_nothing(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    shout, calls = job
+    run_cli(shout, argv=["hello", "--help"])
+    text = capsys.readouterr().out
+    assert not calls
+    assert "Shout a word." in text and "--times: int (default 1)" in text and "--mood: good | bad" in text
+
+
+def test_a_command_is_chosen_by_the_first_word(job: Job) -> None:
+    shout, calls = job
+    whispered = []
+
+    def whisper(word: str) -> None:
+        whispered.append(word)
+
+    run_cli(shout, argv=["whisper", "--word=hush"], whisper=whisper)
+    assert whispered == ["hush"] and not calls
+
+
+class Settings(BaseModel):
+    width: int
+
+
+def missing_data() -> None:
+    raise UserError("data.train=x: no such\nfile")
+
+
+def wrong_setting() -> None:
+    Settings.model_validate({"width": "wide"})
+
+
+def missing_file() -> None:
+    Path("/nonexistent/file").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("work", "message"),
+    [
+        (missing_data, "data.train=x: no such file"),
+        (wrong_setting, "width: Input should be a valid integer"),
+        (missing_file, "/nonexistent/file: No such file or directory"),
+    ],
+)
+def test_what_the_user_must_mend_is_one_last_line(
+    work: Callable[[], None], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(work, argv=[])
+    assert stopped.value.code == 2
+    assert last_line(capsys).startswith(f"error: {message}")
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    def buggy() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_cli(buggy, argv=[])
+
+
+def test_dotted_flags_are_split_and_kept_as_text() -> None:
+    assert split(["run", "--train.steps=200", "--optim.lr", "1e-4", "--dry_run"]) == (
+        ["run"],
+        {"train.steps": "200", "optim.lr": "1e-4", "dry_run": None},
+    )

@@ -1,0 +1,71 @@
+"""Text to token shards: `python tools/shard.py --input a.jsonl,texts/ --output DIR --tokenizer t.model`; `check DIR`
+verifies them.
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from llm.cli import run_cli
+from llm.data.build import build_source
+from llm.data.documents import input_files, read_documents
+from llm.data.source import TokenSource
+from llm.errors import UserError
+from llm.tokenizer import TokenizerConfig, load_tokenizer
+
+
+def shard(
+    input: list[str],
+    output: str,
+    tokenizer: str | None = None,
+    kind: Literal["sentencepiece", "bytes", "characters"] = "sentencepiece",
+    text_field: str = "text",
+    shard_mb: int = 128,
+    threads: int = 1,
+) -> None:
+    """Tokenise text into a new folder of shards with a manifest, whole or not at all.
+
+    input: text files, folders, .jsonl, .jsonl.gz, .parquet, separated by commas
+    output: the folder to make; it must not exist
+    tokenizer: the tokenizer's file; none for --kind=bytes
+    kind: what sort of tokenizer that is
+    text_field: field of JSONL and Parquet rows that holds the text
+    shard_mb: a shard is closed once its tokens take this many MiB
+    threads: threads SentencePiece may use; the shards do not depend on it
+    """
+    if shard_mb < 1 or threads < 1:
+        raise UserError(f"--shard_mb={shard_mb} --threads={threads}: both must be at least 1")
+    if Path(output).exists():
+        raise UserError(f"--output={output}: exists already; remove it or name another folder")
+    encoder = load_tokenizer(TokenizerConfig(kind=kind, path=tokenizer))
+    total_bytes = sum(file.stat().st_size for path in input for file in input_files(Path(path), "--input"))
+    documents = read_documents(*input, text_field=text_field, key="--input")
+    began = time.perf_counter()
+    source = build_source(
+        documents, encoder, output, total_bytes=total_bytes, shard_bytes=shard_mb << 20, threads=threads
+    )
+    seconds = time.perf_counter() - began
+    print(f"{output}: {_summary(source)}; {seconds:.1f} s, {source.n_tokens / seconds / 1e6:.2f} Mtok/s")
+
+
+def check(source: str) -> None:
+    """Verify all digests of a folder of shards and every token's range.
+
+    source: the folder
+    """
+    print(f"{source}: whole; {_summary(TokenSource.open(source, verify=True))}")
+
+
+def _summary(source: TokenSource) -> str:
+    return (
+        f"{source.n_docs} documents, {source.n_bytes} bytes of text, {source.n_tokens} tokens "
+        f"in {len(source.manifest.shards)} shards, fingerprint {source.fingerprint}"
+    )
+
+
+if __name__ == "__main__":
+    run_cli(shard, check=check)

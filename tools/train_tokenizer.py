@@ -1,0 +1,72 @@
+"""Train a tokenizer on text: `python tools/train_tokenizer.py --input a.jsonl,texts/ --output t.model --vocab_size
+4096`.
+"""
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from llm.cli import run_cli
+from llm.data.atomic import write_file
+from llm.data.documents import read_documents
+from llm.errors import UserError
+from llm.tokenizer import CharacterTokenizer, alphabet, train_sentencepiece
+
+
+def train(
+    input: list[str],
+    output: str,
+    vocab_size: int = 4096,
+    kind: Literal["sentencepiece", "characters"] = "sentencepiece",
+    model_type: Literal["bpe", "unigram"] = "bpe",
+    boundaries: Literal["none", "space", "script"] = "none",
+    character_coverage: float = 0.9999,
+    max_bytes: int = 100_000_000,
+    text_field: str = "text",
+    threads: int = 1,
+) -> None:
+    """Train a lossless tokenizer and write it to one file, whole or not at all.
+
+    input: text files, folders, .jsonl, .jsonl.gz, .parquet, separated by commas
+    output: the file to write (.model for SentencePiece, .json for characters)
+    vocab_size: number of ids, marks and the 256 byte pieces included; of no meaning for characters
+    kind: sentencepiece, or characters: every character of the text is one id
+    model_type: bpe is quick to train; unigram encodes faster but takes minutes to train when --boundaries=none
+    boundaries: what a piece may not cross: none (shortest code), space, or script (SentencePiece's usual: words)
+    character_coverage: share of the text's characters with a piece of their own; the others are written in bytes
+    max_bytes: text beyond this is sampled evenly
+    text_field: field of JSONL and Parquet rows that holds the text
+    threads: threads SentencePiece may use; the ids do not depend on it
+    """
+    if vocab_size < 1 or max_bytes < 1 or threads < 1:
+        raise UserError(
+            f"--vocab_size={vocab_size} --max_bytes={max_bytes} --threads={threads}: all must be at least 1"
+        )
+    if not 0.9 <= character_coverage <= 1:
+        raise UserError(f"--character_coverage={character_coverage}: expected 0.9 to 1")
+    if Path(output).is_dir():
+        raise UserError(f"--output={output}: is a folder; name a file")
+    texts = (document.text for document in read_documents(*input, text_field=text_field, key="--input"))
+    if kind == "characters":
+        tokenizer = CharacterTokenizer(alphabet(texts))
+        write_file(Path(output), tokenizer.serialized())
+        print(f"{output}: {len(tokenizer.characters)} characters")
+        return
+    model = train_sentencepiece(
+        texts,
+        vocab_size,
+        model_type=model_type,
+        boundaries=boundaries,
+        character_coverage=character_coverage,
+        max_bytes=max_bytes,
+        threads=threads,
+    )
+    write_file(Path(output), model)
+    print(f"{output}: {vocab_size} pieces")
+
+
+if __name__ == "__main__":
+    run_cli(train)
