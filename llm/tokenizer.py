@@ -262,7 +262,7 @@ def train_sentencepiece(
     vocab_size: int,
     *,
     model_type: str = "bpe",
-    boundaries: str = "none",
+    boundaries: str = "script",
     character_coverage: float = 0.9999,
     max_bytes: int = 100_000_000,
     threads: int = 1,

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SAMPLE_TOKENS = 300
 
 
-def prepare(data: str = "runs/data/stdlib", vocab_size: int = 4096) -> None:
+def prepare(data: str = "runs/data/stdlib", vocab_size: int = 8192) -> None:
     """Make the corpus, the tokenizer and the shards of the quickstart configs.
 
     data: folder to fill

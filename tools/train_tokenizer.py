@@ -22,7 +22,7 @@ def train(
     vocab_size: int = 4096,
     kind: Literal["sentencepiece", "characters"] = "sentencepiece",
     model_type: Literal["bpe", "unigram"] = "bpe",
-    boundaries: Literal["none", "space", "script"] = "none",
+    boundaries: Literal["script", "space", "none"] = "script",
     character_coverage: float = 0.9999,
     max_bytes: int = 100_000_000,
     text_field: str = "text",
@@ -35,7 +35,9 @@ def train(
     vocab_size: number of ids, marks and the 256 byte pieces included; of no meaning for characters
     kind: sentencepiece, or characters: every character of the text is one id
     model_type: bpe is quick to train; unigram encodes faster but takes minutes to train when --boundaries=none
-    boundaries: what a piece may not cross: none (shortest code), space, or script (SentencePiece's usual: words)
+    boundaries: what a piece may not cross: script (SentencePiece's usual: words; easiest to learn), space, or none
+        (shortest code: 4.1 instead of 3.5 bytes per token on Python source, but a small model reached 2.27 instead of
+        2.01 bits per byte with it after a million tokens)
     character_coverage: share of the text's characters with a piece of their own; the others are written in bytes
     max_bytes: text beyond this is sampled evenly
     text_field: field of JSONL and Parquet rows that holds the text
