@@ -1,8 +1,8 @@
 """Train a language model.
 
-    torchrun --nproc_per_node 2 launch/pretrain.py --config configs/pretrain/quickstart.yaml [--run_dir D]
-    [--train.steps=200 ...] python launch/pretrain.py --config ... --nproc 2      the same on one machine, without
-    torchrun's own flags
+    torchrun --nproc_per_node 2 launch/pretrain.py --config configs/pretrain/quickstart.yaml [--train.steps=200 ...]
+
+    python launch/pretrain.py --nproc 2 --config ...      # the same on one machine, without torchrun's own flags
 
 The same command again resumes. `--dry_run` checks and prints the resolved config; `--help` lists every key.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 
+from llm.errors import UserError
 from llm.parallel import launch
 from llm.train.config import RunConfig, accumulation_steps, load_config
 from llm.train.flags import RunFlags, help_text, parse_run_flags
@@ -26,6 +27,8 @@ def main() -> None:
     flags = parse_run_flags(words)
     config = load_config(flags.config, flags.overrides)
     in_torchrun = "RANK" in os.environ
+    if in_torchrun and flags.nproc:
+        raise UserError(f"--nproc={flags.nproc} is for plain python; torchrun has --nproc_per_node")
     ranks = int(os.environ["WORLD_SIZE"]) if in_torchrun else flags.nproc or 1
     accumulation_steps(config, ranks)
     if flags.dry_run:
@@ -40,9 +43,7 @@ def main() -> None:
 def train(config: RunConfig, flags: RunFlags) -> None:
     launch.quiet_libraries()
     world = launch.start(config.parallel.timeout_s, config.train.threads)
-    from llm.train.trainer import (
-        Trainer,
-    )  # after the config is known to be good: brings DeepSpeed's and TensorBoard's import time
+    from llm.train.trainer import Trainer  # its imports take seconds, so a wrong config is told first
 
     Trainer(config, Path(flags.run_dir or Path("runs") / Path(flags.config).stem), world).fit()
 

@@ -89,7 +89,9 @@ def _grad_logits(log_p_nV: Tensor, labels_n: Tensor) -> Tensor:
     kept_n1 = (labels_n >= 0).unsqueeze(-1)
     grad = log_p_nV.exp_()
     grad.scatter_add_(-1, labels_n.clamp(min=0).unsqueeze(-1), -torch.ones_like(kept_n1, dtype=grad.dtype))
-    return grad if bool(kept_n1.all()) else grad.mul_(kept_n1)
+    if grad.device.type == "cpu" and bool(kept_n1.all()):  # on a GPU the question would stall the queue
+        return grad
+    return grad.mul_(kept_n1)
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:

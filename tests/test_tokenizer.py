@@ -134,8 +134,10 @@ def test_the_bytes_of_ids_add_up_to_the_texts_bytes(trained: SentencePieceTokeni
         assert bytes_of[tokenizer.bos_id] == bytes_of[tokenizer.eos_id] == 0
 
 
-def test_a_line_end_with_its_indentation_can_be_one_piece(trained: SentencePieceTokenizer) -> None:
-    assert any("\n    " in trained.decode([number]) for number in range(trained.vocab_size))
+def test_without_boundaries_a_line_end_with_its_indentation_is_one_piece(trained: SentencePieceTokenizer) -> None:
+    crossing = SentencePieceTokenizer(train_sentencepiece(CODE, trained.vocab_size, boundaries="none"))
+    assert any("\n    " in crossing.decode([number]) for number in range(crossing.vocab_size))
+    assert not any("\n    " in trained.decode([number]) for number in range(trained.vocab_size))
 
 
 def test_training_again_gives_the_same_file(model: bytes) -> None:

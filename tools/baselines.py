@@ -19,8 +19,8 @@ import numpy as np
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from llm.atomic import write_file
 from llm.cli import run_cli
-from llm.data.atomic import write_file
 from llm.data.documents import read_documents
 from llm.errors import UserError
 

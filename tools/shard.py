@@ -46,7 +46,13 @@ def shard(
     documents = read_documents(*input, text_field=text_field, key="--input")
     began = time.perf_counter()
     source = build_source(
-        documents, encoder, output, total_bytes=total_bytes, shard_bytes=shard_mb << 20, threads=threads
+        documents,
+        encoder,
+        output,
+        total_bytes=total_bytes,
+        shard_bytes=shard_mb << 20,
+        threads=threads,
+        name=f"--input={','.join(input)}",
     )
     seconds = time.perf_counter() - began
     print(f"{output}: {_summary(source)}; {seconds:.1f} s, {source.n_tokens / seconds / 1e6:.2f} Mtok/s")

@@ -19,8 +19,8 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from llm.atomic import new_directory
 from llm.cli import run_cli
-from llm.data.atomic import new_directory
 from llm.errors import UserError
 
 EXCLUDED_FOLDERS = frozenset({"test", "encodings", "site-packages", "dist-packages", "__pycache__"})

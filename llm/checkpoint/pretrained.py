@@ -1,12 +1,14 @@
 """A trained model and its tokenizer, read back from a run folder or a checkpoint on one process, without DeepSpeed."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from llm.args import ModelArgs
+from llm.atomic import new_directory
 from llm.checkpoint.reader import Checkpoint, resolve
 from llm.errors import UserError
 from llm.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
@@ -34,15 +36,21 @@ def fill_from_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def save_tokenizer(tokenizer: Tokenizer, run_dir: Path) -> None:
-    """Keep the tokenizer in the run folder, so that the folder alone is enough to generate text."""
+    """Keep the tokenizer in the run folder, whole or not at all: the folder alone is then enough to generate text."""
     folder = run_dir / TOKENIZER_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    config = tokenizer.save(folder)
-    (folder / "config.json").write_text(config.model_dump_json() + "\n")
+    if folder.exists():
+        if load_run_tokenizer(run_dir).fingerprint == tokenizer.fingerprint:
+            return
+        shutil.rmtree(folder)
+    with new_directory(folder) as temporary:
+        config = tokenizer.save(temporary)
+        (temporary / "config.json").write_text(config.model_dump_json() + "\n")
 
 
 def load_run_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a run folder, or of the run that a checkpoint folder lies in."""
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such file or folder")
     for folder in (Path(path), *Path(path).resolve().parents[:2]):
         file = folder / TOKENIZER_FOLDER / "config.json"
         if file.exists():

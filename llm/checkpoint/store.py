@@ -14,10 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
+from llm.atomic import sync, write_file
 from llm.checkpoint.fragments import Fragment, write_fragments
 from llm.checkpoint.reader import FORMAT, MANIFEST, VERSION, Checkpoint, list_steps, seal
 from llm.errors import DamagedFile, UserError
-from llm.parallel.collectives import agreed_error, all_or_none, gather_json
+from llm.parallel.collectives import agreed_error, all_or_none, gather_json, main_decides
 from llm.parallel.launch import World
 
 HIDDEN = ".unfinished-"
@@ -34,10 +35,13 @@ class CheckpointStore:
         self.keep_best = keep_best
 
     def clean(self) -> None:
-        """Remove what a killed save left behind (rank 0)."""
-        if self.world.is_main and self.folder.is_dir():
+        """Remove what a killed save left behind (collective)."""
+
+        def remove() -> None:
             for path in self.folder.glob(HIDDEN + "*"):
                 shutil.rmtree(path)
+
+        main_decides(remove, self.world)
 
     def save(
         self,
@@ -78,26 +82,25 @@ class CheckpointStore:
                 "fragments": rows,
                 "meta": meta,
             }
-            _write_durably(work / MANIFEST, seal(manifest))
-            _flush_folder(work)
-            if final.exists():  # a damaged one of the same step, skipped when this run resumed from an older one
-                replaced = self.folder / f"{HIDDEN}replaced-{step:08d}"
+            write_file(work / MANIFEST, seal(manifest))
+            replaced = self.folder / f"{HIDDEN}replaced-{step:08d}"
+            if final.exists():
                 os.replace(final, replaced)
-                shutil.rmtree(replaced)
             os.replace(work, final)
-            _flush_folder(self.folder)
+            sync(self.folder)
+            shutil.rmtree(replaced, ignore_errors=True)
 
         all_or_none(commit, world)
         return final
 
     def prune(self, best_step: int | None) -> None:
-        """Drop all but the newest `keep` checkpoints and the best one (rank 0). Never called before a newer one is
-        committed.
-        """
-        if not self.world.is_main:
-            return
+        """Drop all but the newest `keep` checkpoints and the best one (collective). Called after a commit only."""
+        main_decides(lambda: self._prune(best_step), self.world)
+
+    def _prune(self, best_step: int | None) -> None:
         for i, (step, path) in enumerate(list_steps(self.folder)):
             if i >= self.keep and not (self.keep_best and step == best_step):
+                # a rename takes it off the list at once; a kill while it is deleted leaves nothing that looks whole
                 doomed = self.folder / f"{HIDDEN}pruned-{step:08d}"
                 os.replace(path, doomed)
                 shutil.rmtree(doomed)
@@ -109,14 +112,26 @@ class CheckpointStore:
         is valid: a damaged run never starts again from step 0 by itself.
         """
         skipped: list[str] = []
-        for _, path in list_steps(self.folder):
+        damaged: list[Path] = []
+        for path in main_decides(lambda: [str(folder) for _, folder in list_steps(self.folder)], self.world):
             try:
-                return self.load_exactly(path, load), skipped
+                checkpoint = self.load_exactly(Path(path), load)
             except DamagedFile as error:
                 skipped.append(str(error))
+                damaged.append(Path(path))
+                continue
+            main_decides(lambda: self._set_aside(damaged), self.world)
+            return checkpoint, skipped
         if skipped:
             raise agreed_error(f"{self.folder}: no valid checkpoint among {len(skipped)}; the newest: {skipped[0]}")
         return None, []
+
+    def _set_aside(self, damaged: list[Path]) -> None:
+        """Rename damaged checkpoints, so that they neither count as kept ones nor stand in the way of their step."""
+        for path in damaged:
+            aside = path.with_name(f"damaged_{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(path, aside)
 
     def load_exactly(self, path: Path, load: Load) -> Checkpoint:
         """Open the checkpoint at `path` and call `load(checkpoint)`, which reads, and returns a function that applies.
@@ -149,18 +164,3 @@ def _check_coverage(shapes: dict[str, tuple[int, ...]], fragments: list[Fragment
                 raise UserError(
                     f"refusing to commit a checkpoint: {name} ({kind}) is covered up to {at} of {math.prod(shape)}"
                 )
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from llm.data.atomic import new_directory
+from llm.atomic import new_directory
 from llm.data.documents import Document
 from llm.data.shards import EncodedDocument, ShardEntry, write_shard
 from llm.data.source import MANIFEST, SHARDS, Manifest, TokenizerEntry, TokenSource
@@ -31,11 +31,13 @@ def build_source(
     total_bytes: int,
     shard_bytes: int = SHARD_BYTES,
     threads: int = 1,
+    name: str = "the input",
 ) -> TokenSource:
     """Tokenise the documents into a new source folder at `output`.
 
     Args:
         total_bytes: bytes of the input files, for the progress bar.
+        name: of the input, for errors.
         shard_bytes: a shard is closed once its tokens take this much; a document is never split.
 
     FileExistsError when `output` exists; UserError when there are no documents or a text cannot be encoded (the
@@ -52,7 +54,7 @@ def build_source(
         ):
             entries.append(write_shard(folder / SHARDS / f"{len(entries):05d}.arrow", shard, dtype))
         if not entries:
-            raise UserError(f"{output}: the input has no documents")
+            raise UserError(f"{name}: has no documents")
         manifest = Manifest(
             tokenizer=TokenizerEntry(
                 kind=tokenizer.kind,

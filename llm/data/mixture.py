@@ -38,8 +38,8 @@ class Mixture:
         for name, source, rows in zip(self.names, self.sources, self.rows_of, strict=True):
             if rows == 0:
                 raise UserError(
-                    f"data source {name} ({source.path}) has {source.n_tokens} tokens, "
-                    f"too few for one row of seq_len={seq_len} + 1"
+                    f"data.train: source {name} ({source.path}) has {source.n_tokens} tokens, "
+                    f"too few for one row of train.seq_len={seq_len} and the token after it"
                 )
         self.slots = _largest_remainder([weight for _, _, weight in sources])
         for name, slots in zip(self.names, self.slots, strict=True):

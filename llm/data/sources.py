@@ -27,7 +27,7 @@ class SourceSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    path: str
+    path: str = Field(min_length=1)
     """a source folder made by tools/shard.py, or raw text: a text file, a folder, .jsonl, .jsonl.gz, .parquet"""
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """share of the rows, relative to the other sources"""
@@ -50,6 +50,14 @@ def source_specs(data: DataSpec) -> list[SourceSpec]:
     return [SourceSpec(path=str(data))] if isinstance(data, str | Path) else list(data)
 
 
+def check_data(data: DataSpec, *, key: str = "data.train") -> None:
+    """UserError naming `key` and the path where there is nothing to read; looks at names only."""
+    for spec in source_specs(data):
+        path = Path(spec.path)
+        if not _is_native(path, key):
+            input_files(path, key)
+
+
 def prepare_data(
     data: DataSpec, tokenizer: Tokenizer, cache_dir: str | Path, *, key: str = "data.train", threads: int = 1
 ) -> None:
@@ -66,7 +74,9 @@ def prepare_data(
         documents = read_documents(path, text_field=spec.text_field, key=key)
         total_bytes = sum(file.stat().st_size for file in input_files(path, key))
         with suppress(FileExistsError):  # another run prepared the same text meanwhile
-            build_source(documents, tokenizer, target, total_bytes=total_bytes, threads=threads)
+            build_source(
+                documents, tokenizer, target, total_bytes=total_bytes, threads=threads, name=f"{key}={path}"
+            )
 
 
 def open_data(

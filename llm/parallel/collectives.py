@@ -1,7 +1,9 @@
 """Small agreements between ranks: integers, sums, JSON. Nothing here pickles."""
 
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -11,9 +13,10 @@ from llm.errors import DamagedFile, UserError
 from llm.parallel.launch import World
 
 T = TypeVar("T")
+_decisions = itertools.count()  # every rank asks the same questions in the same order
 
 
-def sum_over_ranks(values: list[float], world: World) -> list[float]:
+def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
     """Element-wise float64 sum over all ranks; counts up to 2^53 stay exact."""
     total = torch.tensor(values, dtype=torch.float64, device=world.device)
     if world.size > 1:
@@ -39,14 +42,25 @@ def gather_json(value: Any, world: World) -> list[Any]:
 
 
 def main_decides(choose: Callable[[], Any], world: World) -> Any:
-    """Rank 0 calls `choose`; its JSON result, or its UserError, is the same on every rank."""
-    outcome: list[Any] = [None, None]
+    """Rank 0 calls `choose`; its JSON result, or its UserError or OSError, is the same on every rank.
+
+    The others wait at the key-value store, not in a collective: rank 0 may take hours (sharding raw text), far beyond
+    the time-out of the process group.
+    """
+    key = f"main_decides/{next(_decisions)}"
     if world.is_main:
         try:
             outcome = [choose(), None]
-        except UserError as error:
+        except (UserError, OSError) as error:
             outcome = [None, str(error)]
-    value, message = gather_json(outcome, world)[0]
+        if world.size > 1:
+            assert world.store is not None
+            world.store.set(key, json.dumps(outcome))
+    else:
+        assert world.store is not None
+        world.store.wait([key], timedelta(days=30))
+        outcome = json.loads(world.store.get(key))
+    value, message = outcome
     if message is not None:
         raise agreed_error(message)
     return value

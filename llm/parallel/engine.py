@@ -96,7 +96,9 @@ class Engine:
         if precision == "bf16":
             config["bf16"] = {"enabled": True}
             config["data_types"] = {"grad_accum_dtype": "fp32"}
-        self._deepspeed = private.initialize(model, optimizer, {**config, **(extra_config or {})})
+        for key, value in (extra_config or {}).items():
+            config[key] = {**config[key], **value} if isinstance(config.get(key), dict) else value
+        self._deepspeed = private.initialize(model, optimizer, config)
         if precision == "bf16":
             self._draw_masters(seed)
 
@@ -109,10 +111,12 @@ class Engine:
                 private.owned_master(parameter).data.copy_(values)
         private.publish_masters(self._deepspeed)
 
-    def train_step(self, batch: StepBatch, lr: float) -> StepResult:
-        """Forward and backward over the micro-batches, one optimizer step at learning rate `lr` (collective)."""
+    def train_step(self, batch: StepBatch, n_targets: int, n_tokens: int, lr: float) -> StepResult:
+        """Forward and backward over this rank's micro-batches, one optimizer step at learning rate `lr` (collective).
+
+        n_targets, n_tokens: of the global batch.
+        """
         engine, world = self._deepspeed, self.world
-        n_targets, n_tokens = (int(n) for n in sum_over_ranks([batch.n_targets, batch.n_tokens], world))
         scale = len(batch.micro_batches) * world.size
         sums = torch.zeros(3, dtype=torch.float64, device=world.device)
         counts: Tensor | None = None
@@ -132,8 +136,11 @@ class Engine:
                     group["lr"] = lr
             engine.step()
         totals = sum_over_ranks(sums.tolist() + ([] if counts is None else counts.flatten().tolist()), world)
+        checksum = None
         if counts is not None:
-            self.model.set_expert_counts(torch.tensor(totals[3:], dtype=torch.int64).view(counts.shape))
+            global_counts = torch.tensor(totals[3:], dtype=torch.int64).view(counts.shape)
+            self.model.set_expert_counts(global_counts)
+            checksum = zlib.crc32(global_counts.numpy().tobytes())
         lm, balance, z = totals[0] / max(n_targets, 1), totals[1] / n_tokens, totals[2] / n_tokens
         return StepResult(
             loss=lm + balance + z,
@@ -143,7 +150,7 @@ class Engine:
             grad_norm=private.gradient_norm(engine),
             n_targets=n_targets,
             n_tokens=n_tokens,
-            routing_checksum=None if counts is None else zlib.crc32(self.model.expert_counts().numpy().tobytes()),
+            routing_checksum=checksum,
         )
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -37,6 +37,8 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    store: dist.Store | None = None
+    """Key-value store shared by all ranks; None before the process group exists."""
 
     @property
     def is_main(self) -> bool:
@@ -70,14 +72,16 @@ def start(timeout_s: float, threads: int) -> World:
         base = dist.HashStore()
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt{attempt}", base)
     dist.init_process_group(
         backend="nccl" if world.device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"attempt{attempt}", base),
+        store=store,
         rank=world.rank,
         world_size=world.size,
         timeout=timeout,
+        device_id=world.device if world.device.type == "cuda" else None,
     )
-    return world
+    return replace(world, store=store)
 
 
 def quiet_libraries() -> None:
@@ -141,6 +145,7 @@ def torchrun(script: str, arguments: list[str], nproc: int, threads: int) -> int
     For one machine this saves typing torchrun's own flags, and a failed worker's line stays the last one: torchrun
     would add a traceback of its own.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun_main
 
@@ -154,6 +159,9 @@ def torchrun(script: str, arguments: list[str], nproc: int, threads: int) -> int
             return failure.exitcode
         print(f"error: rank {rank} was killed by {failure.signal_name()}; the same command resumes", file=sys.stderr)
         return 128 - failure.exitcode
+    except SignalException as signal:
+        print(f"stopped by {signal.sigval.name}; the same command resumes from the last checkpoint", file=sys.stderr)
+        return 128 + signal.sigval
     return 0
 
 

@@ -9,7 +9,7 @@ import difflib
 import math
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -23,14 +23,16 @@ from llm.tokenizer import TokenizerConfig
 class Section(BaseModel):
     """A part of the config: frozen, no unknown keys, field documentation from the line under the field."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class DataConfig(Section):
-    train: str | list[SourceSpec]
+    train: Annotated[str, Field(min_length=1)] | Annotated[list[SourceSpec], Field(min_length=1)]
     """Training text: a path, or a list of {path, weight, name, text_field}; raw text is sharded into the cache first.
     """
-    valid: str | list[SourceSpec] | None = None
+    valid: Annotated[str, Field(min_length=1)] | Annotated[list[SourceSpec], Field(min_length=1)] | None = None
     """Held-out text, in the same form (weights do not matter); no validation without it."""
     cache_dir: str = "runs/cache"
     """Where raw text is kept as token shards after its first use."""
@@ -75,7 +77,7 @@ class OptimConfig(Section):
     """Steps of the decay at the end of wsd; default: 20 % of the steps."""
     min_lr: float = Field(3.0e-5, ge=0)
     """Learning rate at the last step."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """AdamW's averages of gradient and squared gradient."""
     eps: float = Field(1.0e-8, gt=0)
     """AdamW's epsilon."""
@@ -134,7 +136,7 @@ class EvalConfig(Section):
     """Tokens per sample."""
     temperature: float = Field(0.8, ge=0)
     """Temperature of the samples; 0 = greedy."""
-    prompts: tuple[str, ...] = ("",)
+    prompts: tuple[str, ...] = Field(("",), min_length=1)
     """Prompts of the samples; an empty one starts a document."""
 
 
@@ -143,6 +145,13 @@ class LogConfig(Section):
     """Steps between lines on the screen; metrics.jsonl gets every step."""
     tensorboard: bool = True
     """Write curves to tb/ in the run folder."""
+
+
+# What the config's own sections decide of DeepSpeed's JSON; the rest may be passed through.
+OWNED_BY_CONFIG = frozenset(
+    ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    + ("optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "data_types")
+)
 
 
 class RunConfig(Section):
@@ -171,6 +180,12 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
+        owned = sorted(OWNED_BY_CONFIG & self.deepspeed.keys())
+        if owned:
+            raise ValueError(f"deepspeed.{owned[0]} is set by the other sections of the config; leave it out")
+        zero = self.deepspeed.get("zero_optimization", {})
+        if not isinstance(zero, dict) or "stage" in zero:
+            raise ValueError("deepspeed.zero_optimization.stage is set by parallel.zero_stage; leave it out")
         if self.train.seq_len > self.model.max_seq_len:
             raise ValueError(f"train.seq_len={self.train.seq_len} is above model.max_seq_len={self.model.max_seq_len}")
         return self
@@ -204,15 +219,38 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Ru
 def validate(raw: dict[str, Any], where: str) -> RunConfig:
     """RunConfig of a nested dict; UserError with one line that names the first wrong key."""
     try:
+        _refuse_booleans(raw, RunConfig)
         return RunConfig.model_validate(raw)
     except ValidationError as error:
         raise UserError(f"{where}: {explain(error, RunConfig)}") from None
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _refuse_booleans(raw: Any, schema: type[BaseModel], prefix: str = "") -> None:
+    """pydantic would read true as the number 1, and a flag without its value is true."""
+    for name, value in raw.items() if isinstance(raw, dict) else ():
+        info = schema.model_fields.get(name)
+        if info is None:
+            continue
+        inner = section_of(info.annotation)
+        if inner is not None:
+            _refuse_booleans(value, inner, f"{prefix}{name}.")
+        elif isinstance(value, bool) and bool not in _leaf_types(info.annotation):
+            raise ValueError(f"{prefix}{name}={str(value).lower()}: expected a value other than true or false")
+
+
+def _leaf_types(annotation: Any) -> set[Any]:
+    inner = getattr(annotation, "__args__", None)
+    return {annotation} if inner is None else set().union(*(_leaf_types(argument) for argument in inner))
 
 
 def explain(error: ValidationError, schema: type[BaseModel]) -> str:
     """One line for the first problem of a pydantic error, naming the key as it is written on the command line."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"] if not (isinstance(part, str) and "[" in part))
+    problems = error.errors()
+    # of a value that may be a string or a list, pydantic tells both ways in which it failed: the longer one is meant
+    first = max(problems[:2], key=lambda problem: len(problem["loc"])) if len(problems) > 1 else problems[0]
+    key = ".".join(str(part) for part in first["loc"] if not isinstance(part, str) or part.isidentifier())
     if first["type"] == "extra_forbidden":
         known = _fields(schema, [str(part) for part in first["loc"][:-1]])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
@@ -256,12 +294,19 @@ def _set(raw: dict[str, Any], dotted: str, value: Any) -> None:
     node[leaf] = value
 
 
+# The parser's own error, and what its constructors raise for a date that does not exist, a list as a key, endless
+# nesting.
+NOT_YAML = (yaml.YAMLError, ValueError, TypeError, RecursionError)
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-4 as a number and refuses a key given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<`: its keys may be given again
+                continue
             key = self.construct_object(key_node, deep=deep)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
@@ -279,12 +324,14 @@ _Loader.add_implicit_resolver(
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; UserError naming the file when it is missing or malformed."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file; expected YAML") from None
     try:
         value = _Loader(text).get_single_data()
-    except yaml.YAMLError as error:
+    except NOT_YAML as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a mapping of sections, found {type(value).__name__}")
@@ -295,7 +342,7 @@ def scalar(text: str) -> Any:
     """What `text` would be as a value in the YAML file: `1e-4` a number, `false` false, `[a, b]` a list."""
     try:
         return _Loader(text).get_single_data()
-    except yaml.YAMLError:
+    except NOT_YAML:
         return text
 
 

@@ -49,11 +49,14 @@ def parse_run_flags(words: list[str]) -> RunFlags:
         raise UserError(f"unexpected word {values[0]!r}; every option is --key=value")
     flags: dict[str, Any] = {key: True if text is None else scalar(text) for key, text in texts.items()}
     own = {key: flags.pop(key) for key in list(flags) if key in OWN_FLAGS}
+    for key in ("config", "run_dir"):  # paths stay as they were typed
+        if key in own and not texts[key]:
+            raise UserError(f"--{key} needs a value")
     for key in flags:
         if "." not in key and key not in RunConfig.model_fields:
             near = difflib.get_close_matches(key, [*OWN_FLAGS, *_dotted(RunConfig)], n=1)
             raise UserError(f"unknown flag --{key}" + (f"; did you mean --{near[0]}?" if near else "; see --help"))
-    if not own.get("config") or own["config"] is True:
+    if "config" not in own:
         raise UserError("--config FILE is missing; for a start: --config configs/pretrain/quickstart.yaml")
     dry_run = own.get("dry_run", False)
     if not isinstance(dry_run, bool):
@@ -62,8 +65,8 @@ def parse_run_flags(words: list[str]) -> RunFlags:
     if nproc is not None and (not isinstance(nproc, int) or isinstance(nproc, bool) or nproc < 1):
         raise UserError(f"--nproc={nproc}: expected a number of processes, 1 or more")
     return RunFlags(
-        config=str(own["config"]),
-        run_dir=None if own.get("run_dir") is None else str(own["run_dir"]),
+        config=str(texts["config"]),
+        run_dir=texts.get("run_dir"),
         nproc=nproc,
         dry_run=dry_run,
         overrides=flags,

@@ -18,17 +18,19 @@ import torch
 import yaml
 
 from llm.args import ModelArgs
+from llm.atomic import write_file
 from llm.checkpoint.pretrained import save_tokenizer
-from llm.checkpoint.reader import Checkpoint
+from llm.checkpoint.reader import Checkpoint, list_steps, newest_valid, resolve
 from llm.checkpoint.store import CheckpointStore
+from llm.data.batch import StepBatch
 from llm.data.loader import TrainLoader, validation_batches
 from llm.data.mixture import Mixture
 from llm.data.source import TokenSource
-from llm.data.sources import open_data, prepare_data
+from llm.data.sources import check_data, open_data, prepare_data
 from llm.errors import UserError
 from llm.generate import generate
 from llm.model import LLM
-from llm.parallel.collectives import agreed_error, all_or_none, gather_json, main_decides
+from llm.parallel.collectives import agreed_error, all_or_none, main_decides, sum_over_ranks
 from llm.parallel.engine import Engine, StepResult, parameter_groups
 from llm.parallel.launch import World
 from llm.tokenizer import Tokenizer, load_tokenizer
@@ -60,12 +62,13 @@ class Trainer:
         self.run_dir = run_dir
         accumulation = accumulation_steps(config, world.size)
         self.tokenizer: Tokenizer = all_or_none(lambda: load_tokenizer(config.tokenizer), world)
+        self.prompts = all_or_none(lambda: [_prompt(self.tokenizer, text) for text in config.eval.prompts], world)
         config = config.model_copy(update={"model": _with_vocabulary(config.model, self.tokenizer)})
         self.store = CheckpointStore(
             run_dir / "checkpoints", world, keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
         )
         sources, self.valid = self._open_data(config)
-        self.mixture = Mixture(sources, config.train.seq_len, config.train.seed)
+        self.mixture = all_or_none(lambda: Mixture(sources, config.train.seq_len, config.train.seed), world)
         self.config, self.precision_reason = self._settle_precision(config)
         model = LLM(self.config.model, seed=config.train.seed).to(world.device)
         self.n_parameters = sum(p.numel() for p in model.parameters())
@@ -89,6 +92,9 @@ class Trainer:
         """The training sources with their names and weights, and the held-out sources; raw text is sharded by rank 0.
         """
         cache = config.data.cache_dir
+        for key, spec in (("data.train", config.data.train), ("data.valid", config.data.valid)):
+            if spec is not None:  # both before the first is sharded, which may take long
+                main_decides(partial(check_data, spec, key=key), self.world)
         opened: dict[str, list[tuple[str, TokenSource, float]]] = {"data.train": [], "data.valid": []}
         for key, spec in (("data.train", config.data.train), ("data.valid", config.data.valid)):
             if spec is not None:
@@ -102,7 +108,7 @@ class Trainer:
     def _settle_precision(self, config: RunConfig) -> tuple[RunConfig, str]:
         if config.train.precision != "auto":
             return config, "set in the config"
-        saved = main_decides(lambda: _saved_precision(self.run_dir), self.world)
+        saved = main_decides(lambda: self._saved_precision(config.checkpoint.resume), self.world)
         if saved is not None:
             precision, reason = saved, "as this run began"
         else:
@@ -111,30 +117,41 @@ class Trainer:
         train = config.train.model_copy(update={"precision": precision})
         return config.model_copy(update={"train": train}), reason
 
-    # ---- resuming
-    # -------------------------------------------------------------------------------------------------------
+    def _saved_precision(self, resume: str) -> str | None:
+        """What `auto` was settled to in the checkpoint that this run will continue; None for a new run."""
+        checkpoint, _ = newest_valid(self.store.folder)
+        if checkpoint is None and resume not in ("auto", "never"):
+            checkpoint = resolve(resume)
+        return None if checkpoint is None else str(checkpoint.meta["config"]["train"]["precision"])
 
     def resume(self) -> list[str]:
-        """Continue from the checkpoint that the config names; return lines that say what was taken and what was
-        skipped.
+        """Continue the run folder's newest valid checkpoint, or begin from the one that the config names.
+
+        Returns lines that say what was taken and what was skipped. A named checkpoint is where a new run folder begins;
+        once the folder has checkpoints of its own, the same command, given by a person or by a restart, goes on there.
         """
-        mode = self.config.checkpoint.resume
+        mode, folder = self.config.checkpoint.resume, self.store.folder
         self.store.clean()
-        if mode == "never":
-            used = main_decides(lambda: (self.run_dir / "checkpoints").is_dir(), self.world)
-            if used:
+        used = main_decides(lambda: bool(list_steps(folder)), self.world)
+        if mode == "never" and used:
+            raise agreed_error(
+                f"{self.run_dir}: checkpoint.resume=never, but it holds checkpoints; use another --run_dir"
+            )
+        if mode not in ("auto", "never"):
+            named = Path(main_decides(lambda: str(resolve(mode).path.resolve()), self.world))
+            if named.is_relative_to(self.run_dir.resolve()):
                 raise agreed_error(
-                    f"{self.run_dir}: checkpoint.resume=never, but the folder holds checkpoints; use another --run_dir"
+                    f"checkpoint.resume={mode} lies in the run folder itself, which continues its newest checkpoint; "
+                    f"to go back to an older one, give another --run_dir"
                 )
-            return []
-        if mode == "auto":
-            checkpoint, skipped = self.store.load_newest(self._read_checkpoint)
-        else:
-            checkpoint, skipped = self.store.load_exactly(Path(mode), self._read_checkpoint), []
-        lines = [f"skipped a checkpoint: {line}" for line in skipped]
-        if checkpoint is not None:
-            lines.append(f"resumed from {checkpoint.path} (step {checkpoint.step}, {self.consumed_rows:,} rows seen)")
-        return lines
+            if not used:
+                return [self._resumed(self.store.load_exactly(named, self._read_checkpoint))]
+        checkpoint, skipped = self.store.load_newest(self._read_checkpoint)
+        lines = [f"skipped a checkpoint, now set aside: {line}" for line in skipped]
+        return lines + ([self._resumed(checkpoint)] if checkpoint is not None else [])
+
+    def _resumed(self, checkpoint: Checkpoint) -> str:
+        return f"resumed from {checkpoint.path} (step {checkpoint.step}, {self.consumed_rows:,} rows seen)"
 
     def _read_checkpoint(self, checkpoint: Checkpoint) -> Any:
         """Compare configs, read this rank's ranges; return the function that puts everything in place."""
@@ -191,18 +208,21 @@ class Trainer:
         self.store.prune(self.best["step"])
         return path
 
-    # ---- the loop
-    # -------------------------------------------------------------------------------------------------------
-
     def fit(self) -> None:
         """Train from the current step to the last one."""
-        config, world = self.config, self.world
         notes = self.resume()
-        log = self._open_log(notes)
+        log = all_or_none(lambda: self._open_log(notes) if self.world.is_main else None, self.world)
+        try:
+            self._run(log)
+        finally:
+            if log:
+                log.close()
+
+    def _run(self, log: RunLog | None) -> None:
+        config, world = self.config, self.world
         if self.step >= config.train.steps:
             if log:
                 log.say(f"nothing to do: the run is at step {self.step} of train.steps={config.train.steps}")
-                log.close()
             return
         loader = TrainLoader(
             self.mixture,
@@ -216,9 +236,9 @@ class Trainer:
         with loader:
             while self.step < config.train.steps:
                 started = time.perf_counter()
-                batch = loader.next()
+                batch, n_targets, n_tokens = self._next_batch(loader)
                 lr = learning_rate(config.optim, config.train.steps, self.step + 1)
-                result = self.engine.train_step(batch, lr)
+                result = self.engine.train_step(batch, n_targets, n_tokens, lr)
                 self.step += 1
                 self.consumed_rows += batch.n_rows
                 self.tokens += result.n_tokens
@@ -228,26 +248,46 @@ class Trainer:
             log.say(
                 f"done: {self.step} steps, {self.tokens:,} tokens; curves: tensorboard --logdir {self.run_dir / 'tb'}"
             )
-            log.close()
+
+    def _next_batch(self, loader: TrainLoader) -> tuple[StepBatch, int, int]:
+        """This rank's batch, and the global numbers of its targets and tokens.
+
+        What one rank cannot read stops them all, with one message.
+        """
+        failure: Exception | None = None
+        batch: StepBatch | None = None
+        try:
+            batch = loader.next()
+        except (UserError, OSError) as error:
+            failure = error
+        counts = [0, 0, 1] if batch is None else [batch.n_targets, batch.n_tokens, 0]
+        n_targets, n_tokens, failures = (int(n) for n in sum_over_ranks(counts, self.world))
+        if failures:
+            all_or_none(partial(_raise, failure), self.world)
+        assert batch is not None
+        return batch, n_targets, n_tokens
 
     def _after_step(self, row: dict[str, Any], log: RunLog | None) -> None:
         config, last = self.config, self.step == self.config.train.steps
-        if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
-            raise agreed_error(
-                f"step {self.step}: loss {row['loss']}, gradient norm {row['grad_norm']}; the last checkpoint is intact"
-            )
+        self._check_finite(row, "loss", "grad_norm")
         new_best = False
         if self.valid and (last or self.step % config.eval.interval == 0):
             row.update(self.validate())
+            self._check_finite(row, "valid_loss")
             new_best = self.best["valid_loss"] is None or row["valid_loss"] < self.best["valid_loss"]
             if new_best:
                 self.best = {"valid_loss": row["valid_loss"], "step": self.step}
         if log:
             log.step(row)
-        if config.eval.sample_interval and (last or self.step % config.eval.sample_interval == 0) and log:
-            self._sample(log)
         if last or self.step % config.checkpoint.interval == 0 or (new_best and config.checkpoint.keep_best):
             self.save()
+        if config.eval.sample_interval and (last or self.step % config.eval.sample_interval == 0):
+            main_decides(lambda: self._sample(log) if log else None, self.world)
+
+    def _check_finite(self, row: dict[str, Any], *keys: str) -> None:
+        for key in keys:
+            if not math.isfinite(row[key]):
+                raise agreed_error(f"step {self.step}: {key} is {row[key]}; the last checkpoint is intact")
 
     def validate(self) -> dict[str, float]:
         """Loss per target (nats), perplexity and bits per byte of the original text over the held-out source
@@ -279,10 +319,9 @@ class Trainer:
     def _sample(self, log: RunLog) -> None:
         model, tokenizer, config = self.engine.model, self.tokenizer, self.config
         model.eval()
-        prompts = [[tokenizer.bos_id] + tokenizer.encode(text) for text in config.eval.prompts]
         continuations = generate(
             model,
-            prompts,
+            self.prompts,
             max_new_tokens=config.eval.sample_tokens,
             temperature=config.eval.temperature,
             stop_ids=(tokenizer.eos_id,),
@@ -315,15 +354,12 @@ class Trainer:
             "memory_gb": memory,
         }
 
-    def _open_log(self, notes: list[str]) -> RunLog | None:
-        """The run folder and, on rank 0, its log with the opening lines."""
-        if not self.world.is_main:
-            gather_json(None, self.world)
-            return None
+    def _open_log(self, notes: list[str]) -> RunLog:
+        """The run folder and its log with the opening lines (rank 0)."""
         config = self.config
         self.run_dir.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        (self.run_dir / "config.yaml").write_text(text)
+        write_file(self.run_dir / "config.yaml", text.encode())
         save_tokenizer(self.tokenizer, self.run_dir)
         log = RunLog(
             self.run_dir,
@@ -339,7 +375,6 @@ class Trainer:
             f"{config.parallel.zero_stage}, {config.train.precision} ({self.precision_reason}); one epoch is "
             f"{self.mixture.n_rows:,} rows of {config.train.seq_len} tokens; run folder {self.run_dir}"
         )
-        gather_json(None, self.world)
         return log
 
 
@@ -358,8 +393,13 @@ def _verify(source: TokenSource) -> None:
     TokenSource.open(source.path, verify=True)
 
 
-def _saved_precision(run_dir: Path) -> str | None:
-    path = run_dir / "config.yaml"
-    if not (run_dir / "checkpoints").is_dir() or not path.exists():
-        return None
-    return str(yaml.safe_load(path.read_text())["train"]["precision"])
+def _prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    try:
+        return [tokenizer.bos_id, *tokenizer.encode(text)]
+    except UserError as error:
+        raise UserError(f"eval.prompts: {error}") from None
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error

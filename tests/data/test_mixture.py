@@ -76,7 +76,7 @@ def test_a_far_row_is_found_at_once(sources: list[TokenSource]) -> None:
 
 
 def test_a_source_shorter_than_a_row_is_refused_by_name(sources: list[TokenSource]) -> None:
-    with pytest.raises(UserError, match=r"data source b .* too few .*seq_len=100000"):
+    with pytest.raises(UserError, match=r"source b .* too few .*seq_len=100000"):
         Mixture([("b", sources[1], 1.0)], 100_000, seed=0)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from llm.data.atomic import new_directory, write_file
+from llm.atomic import new_directory, write_file
 from llm.data.source import TokenSource
 from llm.data.sources import SourceSpec, open_data, prepare_data
 from llm.errors import UserError

@@ -51,7 +51,8 @@ def main(out: Path) -> None:
         )
         tokens = torch.arange(16).view(1, 16) + 16 * world.rank
         micro_batch = MicroBatch(tokens, tokens + 1, torch.tensor([0, 16], dtype=torch.int32))
-        result = engine.train_step(StepBatch([micro_batch], 16, 16, 0, world.size, 0.0), lr=1e-3)
+        batch = StepBatch([micro_batch], 16, 16, 0, world.size, 0.0)
+        result = engine.train_step(batch, 16 * world.size, 16 * world.size, lr=1e-3)
         mine = [[f.name, f.kind, f.start, f.values.numel()] for f in engine.owned_fragments()]
         everything = [row for rows in gather_json(mine, world) for row in rows]
         numel = {name: p.numel() for name, p in model.named_parameters()}

@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from launch import pretrain
 from llm.errors import UserError
 from llm.train.config import OptimConfig, accumulation_steps, differences, learning_rate, load_config, validate
-from llm.train.flags import parse_run_flags
+from llm.train.flags import help_text, parse_run_flags
 from tests.distributed.harness import tiny_config, write_config
 
 
@@ -91,3 +93,84 @@ def test_only_what_changes_the_mathematics_counts_as_a_difference(tmp_path: Path
     other = config_with(tmp_path, train={"seed": 3}, optim={"lr": 0.5}).model_dump(mode="json")
     assert differences(saved, other) == ["optim.lr: 0.001 -> 0.5", "train.seed: 0 -> 3"]
     assert differences(saved, other, allowed=("optim",)) == ["train.seed: 0 -> 3"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sections", "expected"),
+    [
+        ([], {"train": {"stesp": 3}}, "unknown key train.stesp; did you mean steps?"),
+        (["--runn_dir=x"], {}, "unknown flag --runn_dir; did you mean --run_dir?"),
+        (["--dry_run=maybe"], {}, "--dry_run=maybe: expected true or false"),
+        (["--log.tensorboard=perhaps"], {}, "log.tensorboard='perhaps'"),
+        (["--train.steps=many"], {}, "train.steps='many'"),
+        (["--train.steps"], {}, "train.steps=true: expected a value other than true or false"),
+        (["--optim.clip_norm=false"], {}, "optim.clip_norm=false: expected a value"),
+        (["--run_dir"], {}, "--run_dir needs a value"),
+        (["stray"], {}, "unexpected word 'stray'"),
+        (
+            [],
+            {"train": {"global_batch_size": 7}},
+            "train.global_batch_size=7 is not divisible by train.micro_batch_size=4",
+        ),
+        ([], {"model": {"n_kv_heads": 3}}, "n_kv_heads=3"),
+        ([], {"model": {"layer_pattern": ["attn:sideways"]}}, "sideways"),
+        ([], {"parallel": {"tensor": 2}}, "parallel.tensor=2"),
+        (["--optim.min_lr=1"], {}, "optim.min_lr=1"),
+        (["--optim.betas=[1.5, 0.9]"], {}, "optim.betas.0=1.5"),
+        ([], {"eval": {"prompts": []}}, "eval.prompts"),
+        ([], {"deepspeed": {"zero_optimization": {"stage": 3}}}, "deepspeed.zero_optimization.stage"),
+        ([], {"deepspeed": {"bf16": {"enabled": True}}}, "deepspeed.bf16"),
+        (
+            [],
+            {"data": {"train": [{"path": "a", "wieght": 2}]}},
+            "unknown key data.train.0.wieght; did you mean weight?",
+        ),
+        ([], {"data": {"train": []}}, "data.train"),
+    ],
+)
+def test_a_launch_refuses_before_any_process_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], sections: dict[str, Any], expected: str
+) -> None:
+    config = write_config(tmp_path / "c.yaml", tiny_config(tmp_path, **sections))
+    monkeypatch.setattr("sys.argv", ["pretrain.py", "--config", str(config), *flags])
+    with pytest.raises(UserError) as error:
+        pretrain.main()
+    assert expected in str(error.value)
+    assert not torch.distributed.is_initialized()
+
+
+def test_false_on_the_command_line_is_false(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path / "c.yaml", tiny_config(tmp_path, log={"tensorboard": True}))
+    monkeypatch.setattr("sys.argv", ["p", "--config", str(config), "--dry_run", "--log.tensorboard=false"])
+    pretrain.main()
+    assert "tensorboard: false" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (bytes(range(256)), "not a text file; expected YAML"),
+        (b"- a\n- b\n", "expected a mapping of sections, found list"),
+        (b"a: [1\n", "not valid YAML"),
+        (b"? [1, 2]\n: 3\n", "not valid YAML"),
+        (b"a: 2024-99-99\n", "not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_config_is_named(tmp_path: Path, content: bytes, expected: str) -> None:
+    (tmp_path / "c.yaml").write_bytes(content)
+    with pytest.raises(UserError) as error:
+        load_config(tmp_path / "c.yaml")
+    assert str(error.value).startswith(f"{tmp_path / 'c.yaml'}: {expected}")
+
+
+def test_a_path_stays_as_it_was_typed() -> None:
+    flags = parse_run_flags(["--config", "c.yaml", "--run_dir", "2024_01"])
+    assert flags.run_dir == "2024_01"
+
+
+def test_help_lists_every_key_with_its_documentation() -> None:
+    text = help_text()
+    assert "--train.global_batch_size" in text and "over all ranks; does not depend on the layout" in text
+    assert "--model.moe.n_experts" in text

@@ -27,8 +27,8 @@ def new_directory(target: Path) -> Iterator[Path]:
         yield temporary
         for folder, _, files in os.walk(temporary):
             for name in files:
-                _sync(Path(folder) / name)
-            _sync(Path(folder))
+                sync(Path(folder) / name)
+            sync(Path(folder))
         if target.exists():
             raise FileExistsError(f"{target} exists")
         try:
@@ -37,7 +37,7 @@ def new_directory(target: Path) -> Iterator[Path]:
             if target.exists():  # another process was a moment faster
                 raise FileExistsError(f"{target} exists") from None
             raise
-        _sync(target.parent)
+        sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -49,9 +49,9 @@ def write_file(target: Path, content: bytes) -> None:
     temporary = target.parent / f"{_temporary_prefix(target)}{os.getpid()}"
     try:
         temporary.write_bytes(content)
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(target)
-        _sync(target.parent)
+        sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -77,7 +77,8 @@ def _is_alive(process_id: int) -> bool:
     return True
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file's or a folder's entries to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
