@@ -2,37 +2,42 @@
 # make test       all tests but the long ones;   make test-full   every test
 # make lint       style and types
 #
-# TORCH is what pip installs as torch. The default is the CPU build where the index offers one; a user with GPUs gives the build
-# of their CUDA version, e.g.  make pretrain TORCH="torch==2.13.0 --index-url URL_OF_THE_CUDA_BUILDS"
-TORCH ?= torch==2.13.0
+# TORCH is what pip installs as torch. Left empty, it is version 2.13.0, the CPU build where pip's index offers one by that name.
+# A user with GPUs gives the build of their CUDA version:  make pretrain TORCH="torch==2.13.0 --index-url URL_OF_THE_CUDA_BUILDS"
+TORCH ?=
 PYTHON ?= python3
 NPROC ?= 2
 RUN ?= runs/quickstart
 
 BIN := .venv/bin
+RUNTIME := .venv/.runtime-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: pretrain pretrain-long test test-full lint setup clean
 
-setup: .venv/.runtime
+setup: $(RUNTIME)
 
-.venv/.runtime: requirements.txt constraints.txt setup.py
+$(RUNTIME): requirements.txt constraints.txt setup.py
 	$(PYTHON) -m venv .venv
+ifeq ($(TORCH),)
+	$(BIN)/pip install -q torch==2.13.0+cpu 2>/dev/null || $(BIN)/pip install -q torch==2.13.0
+else
 	$(BIN)/pip install -q $(TORCH)
+endif
 	$(BIN)/pip install -q -r requirements.txt -c constraints.txt
 	$(BIN)/pip install -q --no-deps -e .
 	touch $@
 
-.venv/.dev: .venv/.runtime requirements-dev.txt
+.venv/.dev: $(RUNTIME) requirements-dev.txt
 	$(BIN)/pip install -q -r requirements-dev.txt -c constraints.txt
 	touch $@
 
-pretrain: .venv/.runtime
+pretrain: $(RUNTIME)
 	$(BIN)/python tools/quickstart.py prepare
 	$(BIN)/python launch/pretrain.py --config configs/pretrain/quickstart.yaml --run_dir $(RUN) --nproc $(NPROC)
 	$(BIN)/python tools/quickstart.py report --run_dir $(RUN)
 
-pretrain-long: .venv/.runtime
+pretrain-long: $(RUNTIME)
 	$(BIN)/python tools/quickstart.py prepare
 	$(BIN)/python launch/pretrain.py --config configs/pretrain/quickstart_long.yaml --run_dir $(RUN)_long --nproc $(NPROC)
 	$(BIN)/python tools/quickstart.py report --run_dir $(RUN)_long
@@ -48,4 +53,4 @@ lint: .venv/.dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv runs build *.egg-info
+	rm -rf .venv build *.egg-info
