@@ -1,8 +1,8 @@
 """What a model is: `ModelArgs`, and the layer-pattern grammar that resolves it to one frozen `LayerSpec` a layer.
 
 Everything that differs between layers (mask, RoPE or not, QK norm, temperature, dense or MoE) is decided here, once;
-building, attention plans, caches, parameter and FLOP counts read the specs and never the args. Names and rules follow
-Llama 4 (Meta's params.json).
+building, attention plans and caches read the specs and never the args. Names and rules follow Llama 4 (Meta's
+params.json).
 """
 
 from dataclasses import dataclass
