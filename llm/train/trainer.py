@@ -9,6 +9,7 @@ import itertools
 import math
 import platform
 import resource
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ from llm.tokenizer import Tokenizer, load_tokenizer
 from llm.train.config import OptimConfig, RunConfig, accumulation_steps, differences, learning_rate
 from llm.train.log import RunLog
 from llm.train.precision import faster_precision
+from llm.train.stop import EXIT_STOPPED, Requests
 
 VERIFY_TOKENS = 1 << 28
 """A source up to this size is verified whole before the run begins (under a second); a larger one shard by shard as
@@ -212,13 +214,15 @@ class Trainer:
         """Train from the current step to the last one."""
         notes = self.resume()
         log = all_or_none(lambda: self._open_log(notes) if self.world.is_main else None, self.world)
+        requests = Requests(self.run_dir)
         try:
-            self._run(log)
+            self._run(log, requests)
         finally:
+            requests.close()
             if log:
                 log.close()
 
-    def _run(self, log: RunLog | None) -> None:
+    def _run(self, log: RunLog | None, requests: Requests) -> None:
         config, world = self.config, self.world
         if self.step >= config.train.steps:
             if log:
@@ -236,7 +240,9 @@ class Trainer:
         with loader:
             while self.step < config.train.steps:
                 started = time.perf_counter()
-                batch, n_targets, n_tokens = self._next_batch(loader)
+                batch, n_targets, n_tokens, stop, save = self._next_batch(loader, requests)
+                if stop or save:
+                    self._obey(stop, log, requests)
                 lr = learning_rate(config.optim, config.train.steps, self.step + 1)
                 result = self.engine.train_step(batch, n_targets, n_tokens, lr)
                 self.step += 1
@@ -249,8 +255,9 @@ class Trainer:
                 f"done: {self.step} steps, {self.tokens:,} tokens; curves: tensorboard --logdir {self.run_dir / 'tb'}"
             )
 
-    def _next_batch(self, loader: TrainLoader) -> tuple[StepBatch, int, int]:
-        """This rank's batch, and the global numbers of its targets and tokens.
+    def _next_batch(self, loader: TrainLoader, requests: Requests) -> tuple[StepBatch, int, int, bool, bool]:
+        """This rank's batch, the global numbers of its targets and tokens, and whether any rank was asked to stop or
+        save.
 
         What one rank cannot read stops them all, with one message.
         """
@@ -260,12 +267,25 @@ class Trainer:
             batch = loader.next()
         except (UserError, OSError) as error:
             failure = error
-        counts = [0, 0, 1] if batch is None else [batch.n_targets, batch.n_tokens, 0]
-        n_targets, n_tokens, failures = (int(n) for n in sum_over_ranks(counts, self.world))
-        if failures:
+        flags = [batch is None, requests.stop is not None, self.world.is_main and requests.save_wanted()]
+        counts = [0, 0] if batch is None else [batch.n_targets, batch.n_tokens]
+        n_targets, n_tokens, failed, stop, save = (int(n) for n in sum_over_ranks([*counts, *flags], self.world))
+        if failed:
             all_or_none(partial(_raise, failure), self.world)
         assert batch is not None
-        return batch, n_targets, n_tokens
+        return batch, n_targets, n_tokens, stop > 0, save > 0
+
+    def _obey(self, stop: bool, log: RunLog | None, requests: Requests) -> None:
+        """Save at this step boundary; then leave with EXIT_STOPPED if that was asked for (collective)."""
+        if self.step > 0:
+            path = self.save()
+            if log:
+                log.say(f"saved on request: {path}")
+        main_decides(requests.save_done, self.world)
+        if stop:
+            if log:
+                log.say(f"stopped on request after step {self.step}; the same command goes on")
+            sys.exit(EXIT_STOPPED)
 
     def _after_step(self, row: dict[str, Any], log: RunLog | None) -> None:
         config, last = self.config, self.step == self.config.train.steps
