@@ -14,6 +14,8 @@ RUNTIME = [
     "safetensors>=0.5",
     "sentencepiece>=0.2",
     "tensorboard>=2.17",
+    "tiktoken>=0.9",
+    "tokenizers>=0.21",
     "tqdm>=4.66",
 ]
 

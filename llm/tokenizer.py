@@ -1,4 +1,6 @@
-"""Text to token ids and back, losslessly: SentencePiece, raw bytes or characters behind one small protocol.
+"""Text to token ids and back, losslessly: every kind of tokenizer behind one small protocol.
+
+SentencePiece, raw bytes and characters are here; tokenizer_tiktoken.py and tokenizer_hf.py are imported when used.
 
 `decode(encode(text)) == text` holds for every string that can be written as UTF-8 (one without lone surrogates). The
 losses in nats that training reports mean something per byte only because of that. No text ever encodes to the begin and
@@ -12,6 +14,7 @@ import io
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -22,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from llm.errors import UserError
 
 TokenIds = Sequence[int] | np.ndarray
+TokenizerKind = Literal["sentencepiece", "tiktoken", "hf", "bytes", "characters"]
 
 META_SPACE = "\u2581"  # SentencePiece writes a space as this character, and so cannot tell the two apart
 META_SPACE_UTF8 = META_SPACE.encode()
@@ -41,22 +45,41 @@ class TokenizerConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    kind: Literal["sentencepiece", "bytes", "characters"]
-    """sentencepiece (a .model file), bytes (256 ids, no file) or characters (a JSON file); tools/train_tokenizer.py
-    makes the files
+    kind: TokenizerKind
+    """sentencepiece (a .model file) or characters (a JSON file), which tools/train_tokenizer.py makes; tiktoken (the
+    file of ranks of Llama 3 and 4), hf (a tokenizer.json) or bytes (256 ids, no file)
     """
     path: str | None = None
     """the tokenizer's file; none for bytes"""
+    variant: Literal["llama3", "llama4"] | None = None
+    """tiktoken only: whose pattern and special tokens go with the ranks; null tells it from their number"""
+    bos: str | None = None
+    """hf only: name of the token that begins a document; null finds it by its usual names"""
+    eos: str | None = None
+    """hf only: name of the token that ends a document; null finds it by its usual names"""
 
     @model_validator(mode="after")
     def _file_goes_with_kind(self) -> "TokenizerConfig":
         if self.kind == "bytes" and self.path is not None:
             raise ValueError(f"tokenizer.path={self.path}: the bytes tokenizer has no file; leave the path out")
         if self.kind != "bytes" and self.path is None:
-            raise ValueError(
-                f"tokenizer.path is missing: kind {self.kind} needs a file; tools/train_tokenizer.py makes one"
-            )
+            raise ValueError(f"tokenizer.path is missing: kind {self.kind} needs a file{_where_from(self.kind)}")
         return self
+
+    @model_validator(mode="after")
+    def _option_goes_with_kind(self) -> "TokenizerConfig":
+        for option, kind in (("variant", "tiktoken"), ("bos", "hf"), ("eos", "hf")):
+            if getattr(self, option) is not None and self.kind != kind:
+                raise ValueError(
+                    f"tokenizer.{option}={getattr(self, option)}: of use only with kind {kind}, not {self.kind}; "
+                    f"leave it out"
+                )
+        return self
+
+
+def _where_from(kind: TokenizerKind) -> str:
+    """End of a message about a missing file."""
+    return "; tools/train_tokenizer.py makes one" if kind in ("sentencepiece", "characters") else ""
 
 
 class Tokenizer(Protocol):
@@ -99,6 +122,8 @@ class Tokenizer(Protocol):
 def load_tokenizer(config: TokenizerConfig, base: Path | None = None) -> Tokenizer:
     """Open the tokenizer of a config; a relative path starts at `base` (default: the working directory). UserError
     names what is wrong with the file.
+
+    The packages tiktoken and tokenizers are imported by the first tokenizer that needs them.
     """
     if config.path is None:
         return ByteTokenizer()
@@ -107,8 +132,16 @@ def load_tokenizer(config: TokenizerConfig, base: Path | None = None) -> Tokeniz
         content = path.read_bytes()
     except OSError as error:
         raise UserError(
-            f"tokenizer.path={config.path}: cannot read {path} ({error.strerror}); tools/train_tokenizer.py makes one"
+            f"tokenizer.path={config.path}: cannot read {path} ({error.strerror}){_where_from(config.kind)}"
         ) from None
+    if config.kind == "tiktoken":
+        from llm.tokenizer_tiktoken import TiktokenTokenizer
+
+        return TiktokenTokenizer(content, config.variant, str(path))
+    if config.kind == "hf":
+        from llm.tokenizer_hf import HFTokenizer
+
+        return HFTokenizer(content, config.bos, config.eos, str(path))
     if config.kind == "characters":
         return CharacterTokenizer(_read_characters(content, path))
     return SentencePieceTokenizer(content, str(path))
@@ -130,7 +163,7 @@ class ByteTokenizer(Tokenizer):
         return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32) for text in texts]
 
     def decode_bytes(self, ids: TokenIds) -> bytes:
-        ids = _checked_ids(ids, self.vocab_size)
+        ids = checked_ids(ids, self.vocab_size)
         return ids[ids < 256].astype(np.uint8).tobytes()
 
     def save(self, directory: Path) -> TokenizerConfig:
@@ -174,7 +207,7 @@ class CharacterTokenizer(Tokenizer):
         return ids
 
     def decode_bytes(self, ids: TokenIds) -> bytes:
-        ids = _checked_ids(ids, self.vocab_size)
+        ids = checked_ids(ids, self.vocab_size)
         return self._code_points[ids[ids < self.bos_id]].tobytes().decode("utf-32-le").encode()
 
     def save(self, directory: Path) -> TokenizerConfig:
@@ -186,7 +219,31 @@ class CharacterTokenizer(Tokenizer):
         return (json.dumps({"kind": "characters", "characters": self.characters}) + "\n").encode()
 
 
-class SentencePieceTokenizer(Tokenizer):
+class TableTokenizer(Tokenizer):
+    """What tokenizers of a library share: each id stands for the same bytes everywhere, and the library lets go of
+    Python's lock while it encodes.
+    """
+
+    _bytes_of_id: list[bytes]
+    """UTF-8 bytes of each id, none for marks"""
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        if threads == 1:
+            return [self._encode_array(text) for text in texts]
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(self._encode_array, texts))
+
+    def _encode_array(self, text: str) -> np.ndarray:
+        return np.asarray(self.encode(text), dtype=np.uint32)
+
+    def decode_bytes(self, ids: TokenIds) -> bytes:
+        return b"".join([self._bytes_of_id[number] for number in checked_ids(ids, self.vocab_size).tolist()])
+
+    def token_bytes(self) -> np.ndarray:
+        return np.array([len(text) for text in self._bytes_of_id], dtype=np.int64)
+
+
+class SentencePieceTokenizer(TableTokenizer):
     """A SentencePiece model with byte fallback and identity normalisation.
 
     U+2581 in the text goes through its three byte pieces, because the model would read it as a space. Decoding joins
@@ -244,13 +301,12 @@ class SentencePieceTokenizer(Tokenizer):
         return [np.asarray(ids, dtype=np.uint32) for ids in self._processor.encode(list(texts), num_threads=threads)]
 
     def decode_bytes(self, ids: TokenIds) -> bytes:
-        numbers = _checked_ids(ids, self.vocab_size).tolist()
-        text = b"".join([self._bytes_of_id[number] for number in numbers])
+        text = super().decode_bytes(ids)
+        if not self._opens_with_space:
+            return text
+        numbers = checked_ids(ids, self.vocab_size).tolist()
         first = next((number for number in numbers if self._bytes_of_id[number]), None)
         return text[1:] if first in self._opens_with_space else text
-
-    def token_bytes(self) -> np.ndarray:
-        return np.array([len(text) for text in self._bytes_of_id], dtype=np.int64)
 
     def save(self, directory: Path) -> TokenizerConfig:
         (Path(directory) / "tokenizer.model").write_bytes(self._model)
@@ -390,7 +446,7 @@ def _read_characters(content: bytes, path: Path) -> str:
     return characters
 
 
-def _checked_ids(ids: TokenIds, vocab_size: int) -> np.ndarray:
+def checked_ids(ids: TokenIds, vocab_size: int) -> np.ndarray:
     """The ids as an int64 array, all inside the vocabulary."""
     array = np.asarray(ids, dtype=np.int64).reshape(-1)
     if array.size and not 0 <= int(array.min()) <= int(array.max()) < vocab_size:

@@ -5,7 +5,6 @@ verifies them.
 import sys
 import time
 from pathlib import Path
-from typing import Literal
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -15,33 +14,40 @@ from llm.data.build import build_source
 from llm.data.documents import input_files, read_documents
 from llm.data.source import TokenSource
 from llm.errors import UserError
-from llm.tokenizer import TokenizerConfig, load_tokenizer
+from llm.tokenizer import TokenizerConfig, TokenizerKind, load_tokenizer
 
 
 def shard(
     input: list[str],
     output: str,
     tokenizer: str | None = None,
-    kind: Literal["sentencepiece", "bytes", "characters"] = "sentencepiece",
+    kind: TokenizerKind = "sentencepiece",
     text_field: str = "text",
     shard_mb: int = 128,
     threads: int = 1,
+    variant: str | None = None,
+    bos: str | None = None,
+    eos: str | None = None,
 ) -> None:
     """Tokenise text into a new folder of shards with a manifest, whole or not at all.
 
     input: text files, folders, .jsonl, .jsonl.gz, .parquet, separated by commas
     output: the folder to make; it must not exist
     tokenizer: the tokenizer's file; none for --kind=bytes
-    kind: what sort of tokenizer that is
+    kind: what sort of tokenizer that is; tiktoken is a file of ranks (Llama 3 and 4), hf a tokenizer.json
     text_field: field of JSONL and Parquet rows that holds the text
     shard_mb: a shard is closed once its tokens take this many MiB
-    threads: threads SentencePiece may use; the shards do not depend on it
+    threads: threads the tokenizer may use; the shards do not depend on it
+    variant: llama3 or llama4, for --kind=tiktoken when the number of ranks does not tell
+    bos: name of the token that begins a document, for --kind=hf when its usual names do not tell
+    eos: name of the token that ends a document, likewise
     """
     if shard_mb < 1 or threads < 1:
         raise UserError(f"--shard_mb={shard_mb} --threads={threads}: both must be at least 1")
     if Path(output).exists():
         raise UserError(f"--output={output}: exists already; remove it or name another folder")
-    encoder = load_tokenizer(TokenizerConfig(kind=kind, path=tokenizer))
+    config = {"kind": kind, "path": tokenizer, "variant": variant, "bos": bos, "eos": eos}
+    encoder = load_tokenizer(TokenizerConfig.model_validate(config))
     total_bytes = sum(file.stat().st_size for path in input for file in input_files(Path(path), "--input"))
     documents = read_documents(*input, text_field=text_field, key="--input")
     began = time.perf_counter()
