@@ -1,9 +1,6 @@
 """Every tokenizer gives back exactly the text it was given, and refuses what would make it lie."""
 
-import inspect
 import io
-import json
-import random
 from pathlib import Path
 
 import numpy as np
@@ -22,34 +19,7 @@ from llm.tokenizer import (
     train_sentencepiece,
 )
 from tests.shared import SHARED, needs_shared
-
-CODE = [inspect.getsource(module) for module in (inspect, json, random)]
-
-NASTY = [
-    "",
-    " ",
-    "   leading and trailing   ",
-    "\n",
-    "\r\n\r\r\n",
-    "\t\ttabs\t",
-    "\x00",
-    "a\x00b\x00",
-    "\u2581",
-    "\u2581\u2581 \u2581a\u2581 b",
-    " \u2581 ",
-    "<s>",
-    "</s><unk><pad>",
-    "<0x0A><0xE2><0x96><0x81>",
-    "\u2585\u2047",  # SentencePiece's own marks for unknown
-    "e\u0301 \u00e9 \ufb01 \uff21 \u212b",  # what NFC and NFKC would change
-    "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1eb\U0001f1ee",
-    "\u202eright to left\u202c \u05d0\u05d1\u05d2",
-    "\ufeffbyte order mark \u00a0\u3000\u2028\u2029\x85\x0b\x0c",
-    "\ufffd\ufffe\U0010ffff",
-    "x" * 20_000,
-    " " * 5_000 + "\n" * 5_000,
-    "def f():\n    return {\n        'a': 1,\n    }\n",
-]
+from tests.tokenizer_helpers import CODE, NASTY, random_texts
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +52,7 @@ def test_nasty_text_comes_back_exactly(tokenizer: Tokenizer, text: str) -> None:
 
 
 def test_random_unicode_comes_back_exactly(tokenizer: Tokenizer) -> None:
-    draw = random.Random(0)
-    for _ in range(300):
-        top = draw.choice([0x80, 0x800, 0x3000, 0x110000])
-        points = [draw.choice([draw.randrange(top), 0x2581, 0x20, 0x0A]) for _ in range(draw.randrange(60))]
-        text = "".join(chr(point) for point in points if not 0xD800 <= point < 0xE000)
+    for text in random_texts("\u2581"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
