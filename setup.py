@@ -29,6 +29,7 @@ setup(
     extras_require={
         "dev": ["pytest>=8", "ruff>=0.8", "mypy>=1.13", "transformers>=5.0", "types-PyYAML", "types-tqdm"],
         "eval": ["lm-eval>=0.4.9"],  # harness of the evaluation suites
+        "wandb": ["wandb>=0.17"],  # log.wandb
         "gpu": ["nvidia-ml-py>=12"],  # names the GPU and its power cap in benchmark results
     },
 )

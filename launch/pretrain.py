@@ -5,11 +5,14 @@
     python launch/pretrain.py --nproc 2 --config ...      # the same on one machine, without torchrun's own flags
 
 The same command again resumes. `--dry_run` checks and prints the resolved config; `--help` lists every key.
+
+    python launch/pretrain.py --run_dir runs/quickstart --replay_step 120
+
+rebuilds step 120 of a run and lists its documents, the highest loss first.
 """
 
 import os
 import sys
-from pathlib import Path
 
 import yaml
 
@@ -17,6 +20,8 @@ from llm.errors import UserError
 from llm.parallel import launch
 from llm.train.config import RunConfig, accumulation_steps, load_config
 from llm.train.flags import RunFlags, help_text, parse_run_flags
+from llm.train.replay import check_replay, replay
+from llm.train.stop import leave_before_first_step
 
 
 def main() -> None:
@@ -35,6 +40,8 @@ def main() -> None:
         if not in_torchrun or os.environ["RANK"] == "0":
             print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
         return
+    if flags.replay_step is not None:
+        check_replay(flags.folder(), flags.replay_step, config.train.steps)
     if flags.nproc and not in_torchrun:
         sys.exit(launch.torchrun(__file__, flags.without_nproc(words), flags.nproc, config.train.threads))
     train(config, flags)
@@ -42,10 +49,15 @@ def main() -> None:
 
 def train(config: RunConfig, flags: RunFlags) -> None:
     launch.quiet_libraries()
+    leave_before_first_step()
     world = launch.start(config.parallel.timeout_s, config.train.threads)
     from llm.train.trainer import Trainer  # its imports take seconds, so a wrong config is told first
 
-    Trainer(config, Path(flags.run_dir or Path("runs") / Path(flags.config).stem), world).fit()
+    trainer = Trainer(config, flags.folder(), world)
+    if flags.replay_step is None:
+        trainer.fit()
+    else:
+        replay(trainer, flags.replay_step)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def generate(
     range.
     """
     _check(prompts, max_new_tokens, temperature, top_k, top_p)
-    device = model.head_weight.device
+    device = next(model.parameters()).device
     tokens, positions = _left_padded(prompts)
     new_tokens: list[list[int]] = [[] for _ in prompts]
     active = list(range(len(prompts)))

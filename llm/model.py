@@ -5,6 +5,7 @@ Positions, documents and caches are arguments of a call; the module keeps nothin
 Shapes: B batch, T tokens, D model width, V vocabulary, E experts, M number of MoE layers.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -16,11 +17,11 @@ from llm.datatypes import RouterStats, TransformerInput, TransformerOutput
 from llm.init import initialise
 from llm.layers.attention import Attention, Context
 from llm.layers.ffn import FeedForward
-from llm.layers.linear import Embedding, Linear
+from llm.layers.linear import Embedding, Output, TiedEmbedding
 from llm.layers.moe import MoE, build_moe
 from llm.layers.norm import RMSNorm
 from llm.layers.plan import AttentionPlan
-from llm.losses import lm_loss_sum
+from llm.recompute import Recompute, recomputed
 
 
 class Block(nn.Module):
@@ -56,11 +57,15 @@ class LLM(nn.Module):
             raise ValueError("model.vocab_size is not set; give the number of tokens of the tokenizer")
         self.args = args
         self.specs = args.layer_specs()
+        self.activation_checkpointing: Recompute = "none"
+        """What the forwards to come forget and their backwards recompute, to save memory: see llm/recompute.py."""
+        self.compiled = False
+        """Set by llm/compile.py: blocks are compiled, for forwards with gradients."""
         with torch.device(device or torch.get_default_device()):
-            self.tok_embeddings = Embedding(args.vocab_size, args.dim)
+            self.tok_embeddings = (TiedEmbedding if args.tie_embeddings else Embedding)(args.vocab_size, args.dim)
             self.layers = nn.ModuleList(Block(args, spec) for spec in self.specs)
             self.norm = RMSNorm(args.dim, args.norm_eps)
-            self.output = None if args.tie_embeddings else Linear(args.dim, args.vocab_size)
+            self.output = None if args.tie_embeddings else Output(args.dim, args.vocab_size)
         initialise(self, args, seed)
 
     @classmethod
@@ -78,11 +83,6 @@ class LLM(nn.Module):
         model = cls(args, device="meta").to_empty(device="cpu").to(dtype)
         fill_from_checkpoint(model, checkpoint)
         return model.eval()
-
-    @property
-    def head_weight(self) -> Tensor:
-        """The (V, D) output matrix: the token table when tied."""
-        return self.tok_embeddings.weight if self.output is None else self.output.weight
 
     def forward(
         self,
@@ -116,7 +116,7 @@ class LLM(nn.Module):
                 raise ValueError(
                     f"labels {tuple(labels.shape)} must have the shape of tokens {tuple(inputs.tokens.shape)}"
                 )
-            out.loss_sum = lm_loss_sum(hidden_BTD, self.head_weight, labels)
+            out.loss_sum = self._head(hidden_BTD, labels)
             out.n_targets = (labels >= 0).sum()
         elif not return_hidden:
             out.logits = self.logits(hidden_BTD)
@@ -125,10 +125,12 @@ class LLM(nn.Module):
     def _trunk(self, inputs: TransformerInput, cache: Cache | None) -> tuple[Tensor, list[RouterStats]]:
         x_BTD, ctx = self.embed(inputs), self.context(inputs, cache)
         stats = []
-        for layer in self.layers:
-            x_BTD, layer_stats = layer(x_BTD, ctx)
-            if layer_stats is not None:
-                stats.append(layer_stats)
+        eager = self.compiled and not torch.is_grad_enabled()
+        with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+            for layer in self.layers:
+                x_BTD, layer_stats = recomputed(self.activation_checkpointing, layer, x_BTD, ctx)
+                if layer_stats is not None:
+                    stats.append(layer_stats)
         return self.norm(x_BTD), stats
 
     def embed(self, inputs: TransformerInput) -> Tensor:
@@ -153,13 +155,23 @@ class LLM(nn.Module):
             if cache is None
             else cache.extend(positions_BT, document_starts, device)
         )
-        agree = (positions_BT == positions_BT[:1]).all()
+        # a graph is compiled for one row of positions or for one a row, so compiled blocks always get the latter
+        agree = not self.compiled and (positions_BT == positions_BT[:1]).all()
         shared_BT = torch.tensor(positions_BT[:1] if agree else positions_BT, device=device)
         return Context.build(self.args, self.specs, shared_BT, plan)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Float32 logits (B, T, V) of final hidden states."""
-        return nn.functional.linear(hidden_BTD, self.head_weight).float()
+        return self._head(hidden_BTD)
+
+    def token_nll(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
+        """Negative log-likelihood in nats of each label given final hidden states, (B, T) float32 without gradient, 0
+        where the label is negative."""
+        return self._head(hidden_BTD, labels_BT, per_token=True)
+
+    @property
+    def _head(self) -> nn.Module:
+        return self.tok_embeddings if self.output is None else self.output
 
     def moe_layers(self) -> list[MoE]:
         """The MoE feed-forwards, in order."""

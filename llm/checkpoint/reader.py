@@ -61,9 +61,12 @@ class Checkpoint:
                 raise DamagedFile(f"{path / name}: damaged: {found}, expected {size} bytes")
         return cls(path, manifest)
 
-    def kinds(self) -> list[str]:
-        """Optimizer states in the checkpoint, such as exp_avg."""
-        return sorted({kind for _, kind in self._fragments} - {"master"})
+    def kinds(self) -> dict[str, set[str]]:
+        """For each parameter what is kept of it: master, and optimizer states such as exp_avg."""
+        found: dict[str, set[str]] = {name: set() for name in self.shapes}
+        for name, kind in self._fragments:
+            found.setdefault(name, set()).add(kind)
+        return found
 
     def read(self, name: str, kind: str = "master", start: int = 0, stop: int | None = None) -> Tensor:
         """Values [start, stop) of the flattened parameter, float32, flat; each byte used is verified."""

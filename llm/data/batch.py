@@ -47,8 +47,13 @@ class StepBatch:
     wait_s: float
 
 
-def collate(rows: Sequence[tuple[TokenSource, int] | None], seq_len: int, fill: int = 0) -> MicroBatch:
+def collate(
+    rows: Sequence[tuple[TokenSource, int] | None], seq_len: int, fill: int = 0, piece_len: int | None = None
+) -> MicroBatch:
     """Read rows (source, row number) into a micro-batch.
+
+    `piece_len`, a divisor of seq_len, cuts each row into sequences of that many tokens, in order: the tensors are then
+    (rows x seq_len / piece_len, piece_len). Labels stay: the last token of a piece still predicts the next one's first.
 
     A document's last token gets no label, because what follows it is another document. A row past the end of its
     source, or None, is filled up with tokens `fill` without labels, in a piece of their own.
@@ -69,10 +74,14 @@ def collate(rows: Sequence[tuple[TokenSource, int] | None], seq_len: int, fill: 
     for b in np.flatnonzero(n_filled <= seq_len).tolist():
         labels_BT[b, max(0, n_filled[b] - 1) :] = IGNORE
         filler_starts.append(b * seq_len + n_filled[b : b + 1])
+    width = piece_len or seq_len
+    if seq_len % width:
+        raise ValueError(f"pieces of {width} tokens do not fill a row of {seq_len}")
+    starts = np.arange(0, row_starts[-1] + 1, width)
     return MicroBatch(
-        tokens_BT=torch.from_numpy(stream[:, :-1].copy()),
-        labels_BT=torch.from_numpy(labels_BT),
+        tokens_BT=torch.from_numpy(stream[:, :-1].copy()).view(-1, width),
+        labels_BT=torch.from_numpy(labels_BT).view(-1, width),
         cu_seqlens=torch.from_numpy(
-            np.unique(np.concatenate([row_starts, *inner_starts, *filler_starts])).astype(np.int32)
+            np.unique(np.concatenate([starts, *inner_starts, *filler_starts])).astype(np.int32)
         ),
     )

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from llm.atomic import new_directory
 from llm.data.documents import Document
 from llm.data.shards import EncodedDocument, ShardEntry, write_shard
-from llm.data.source import MANIFEST, SHARDS, Manifest, TokenizerEntry, TokenSource
+from llm.data.source import MANIFEST, SHARDS, FolderEntry, Manifest, TokenizerEntry, TokenSource
 from llm.errors import UserError
 from llm.tokenizer import Tokenizer
 
@@ -48,8 +48,9 @@ def build_source(
     with new_directory(output) as folder:
         (folder / SHARDS).mkdir()
         entries: list[ShardEntry] = []
+        folders: list[tuple[str, int]] = []
         for shard in _shards(
-            _encoded(_with_progress(documents, output.name, total_bytes), tokenizer, threads),
+            _encoded(_with_progress(_noted(documents, folders), output.name, total_bytes), tokenizer, threads),
             shard_bytes // dtype.itemsize,
         ):
             entries.append(write_shard(folder / SHARDS / f"{len(entries):05d}.arrow", shard, dtype))
@@ -68,9 +69,25 @@ def build_source(
             tokens=sum(entry.tokens for entry in entries),
             text_bytes=sum(entry.text_bytes for entry in entries),
             shards=tuple(entries),
+            folders=_folder_entries(folders),
         )
         (folder / MANIFEST).write_bytes(manifest.serialized())
     return TokenSource.open(output)
+
+
+def _noted(documents: Iterable[Document], folders: list[tuple[str, int]]) -> Iterator[Document]:
+    """The documents; `folders` gets each stretch of one folder with its number of documents, so it stays short."""
+    for document in documents:
+        if not folders or folders[-1][0] != document.folder:
+            folders.append((document.folder, 0))
+        folders[-1] = (document.folder, folders[-1][1] + 1)
+        yield document
+
+
+def _folder_entries(folders: list[tuple[str, int]]) -> tuple[FolderEntry, ...]:
+    if not any(path for path, _ in folders):
+        return ()
+    return tuple(FolderEntry(path=path, documents=count) for path, count in folders)
 
 
 def _encoded(documents: Iterable[Document], tokenizer: Tokenizer, threads: int) -> Iterator[EncodedDocument]:

@@ -7,6 +7,7 @@ a document too.
 
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,12 +27,21 @@ BINARY_SUFFIXES = (".gz", ".zst", ".bz2", ".xz", ".zip", ".tar", ".arrow", ".bin
 @dataclass(frozen=True)
 class Document:
     """key: the file's name in its folder, with `:line` or `:row` (from 1) where a file holds several; consumed: bytes
-    of all input files read when it ended.
+    of all input files read when it ended; folder: the absolute path that `key` starts from, empty where there is none.
     """
 
     key: str
     text: str
     consumed: int
+    folder: str = ""
+
+
+def split_key(key: str) -> tuple[str, int | None]:
+    """(file, line or row from 1) of a document's key; None for a file that is one document."""
+    file, _, row = key.rpartition(":")
+    if row.isdecimal() and file.endswith((*JSONL_SUFFIXES, PARQUET_SUFFIX)):
+        return file, int(row)
+    return key, None
 
 
 def input_files(path: Path, key: str = "input") -> list[Path]:
@@ -73,14 +83,16 @@ def read_documents(*paths: str | Path, text_field: str = "text", key: str = "inp
 def _documents(places: list[tuple[Path, Path]], text_field: str, key: str) -> Iterator[Document]:
     before = 0
     for path, file in places:
-        name = file.name if file == path else file.relative_to(path).as_posix()
+        folder = file.parent if file == path else path
+        name = file.relative_to(folder).as_posix()
+        where_from = os.fsencode(folder.absolute()).decode(errors="replace")
         for row, text, consumed in _rows(file, text_field, key):
             try:
                 text.encode()
             except UnicodeEncodeError:
                 where = f"{key}={file}" + (f", row {row}" if row else "")
                 raise UserError(f"{where}: the text has a lone surrogate, which is no character") from None
-            yield Document(f"{name}:{row}" if row else name, text, before + consumed)
+            yield Document(f"{name}:{row}" if row else name, text, before + consumed, where_from)
         before += file.stat().st_size
 
 

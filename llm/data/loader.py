@@ -4,13 +4,16 @@ Rows have one global order (`mixture`). Step s of global batch G covers rows [c,
 consumed before; micro-batch m of data-parallel rank d takes the b rows from c + m D b + d b on. So what a step contains
 does not depend on the number of ranks D or on b, and a checkpoint needs no more than c. Tensor-parallel and pipeline
 ranks of one data-parallel rank ask with the same d and get the same rows.
+
+The batch size G and the length of the sequences that a row is read as may change during a run, at numbers of rows seen;
+a step has what is in force at its first row c. Neither touches the order of rows.
 """
 
 import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 
 import numpy as np
@@ -19,6 +22,19 @@ from llm.data.batch import MicroBatch, StepBatch, collate
 from llm.data.mixture import Mixture
 from llm.data.source import TokenSource
 from llm.errors import UserError
+
+Schedule = Sequence[tuple[int, int]]
+"""(rows, value), by increasing rows: the value from that many rows seen on."""
+
+
+def in_force(first: int, schedule: Schedule, rows: int) -> int:
+    """The schedule's value when `rows` rows have been seen; `first` before its first entry."""
+    value = first
+    for begin, later in schedule:
+        if begin > rows:
+            break
+        value = later
+    return value
 
 
 class TrainLoader:
@@ -37,22 +53,31 @@ class TrainLoader:
         dp_size: int,
         start_row: int = 0,
         prefetch: int = 2,
+        batch_schedule: Schedule = (),
+        seq_len_schedule: Schedule = (),
     ) -> None:
         """global_batch_size and micro_batch_size count rows; `start_row` is the number of rows consumed so far;
-        `prefetch` steps are read ahead.
+        `prefetch` steps are read ahead. The schedules change global_batch_size, and the length of the sequences that
+        each row of seq_len tokens is cut into.
 
-        UserError when the batch cannot be cut evenly.
+        UserError when a batch cannot be cut evenly.
         """
         if seq_len != mixture.seq_len:
             raise ValueError(f"seq_len={seq_len}, but the mixture was made for {mixture.seq_len}")
-        if global_batch_size % (micro_batch_size * dp_size):
-            raise UserError(
-                f"train.global_batch_size={global_batch_size} is not a multiple of train.micro_batch_size="
-                f"{micro_batch_size} times {dp_size} data-parallel ranks; with this micro batch it can be cut for "
-                f"{_valid_dp_sizes(global_batch_size, micro_batch_size)} ranks"
-            )
+        sizes = {"train.global_batch_size": global_batch_size}
+        sizes |= {f"train.batch_schedule.{i}.1": size for i, (_, size) in enumerate(batch_schedule)}
+        for key, size in sizes.items():
+            if size % (micro_batch_size * dp_size):
+                raise UserError(
+                    f"{key}={size} is not a multiple of train.micro_batch_size="
+                    f"{micro_batch_size} times {dp_size} data-parallel ranks; with this micro batch it can be cut for "
+                    f"{_valid_dp_sizes(size, micro_batch_size)} ranks"
+                )
         self.mixture = mixture
-        self._batch = (global_batch_size, micro_batch_size, dp_rank, dp_size)
+        self._global_batch_size = global_batch_size
+        self._batch_schedule = tuple(batch_schedule)
+        self._seq_len_schedule = tuple(seq_len_schedule)
+        self._part = (micro_batch_size, dp_rank, dp_size)
         self._next_row = start_row
         self._ready: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=prefetch)
         self._stop = threading.Event()
@@ -88,17 +113,22 @@ class TrainLoader:
     def _read_ahead(self) -> None:
         try:
             while not self._stop.is_set():
-                self._ready.put(self._read_step(self._next_row))
-                self._next_row += self._batch[0]
+                step = self._read_step(self._next_row)
+                self._next_row += step.n_rows
+                self._ready.put(step)
         except BaseException as error:  # it belongs to the trainer: next() raises it there
             self._ready.put(error)
 
     def _read_step(self, first_row: int) -> StepBatch:
-        n_rows, b, rank, ranks = self._batch
+        n_rows = in_force(self._global_batch_size, self._batch_schedule, first_row)
+        piece_len = in_force(self.mixture.seq_len, self._seq_len_schedule, first_row)
+        b, rank, ranks = self._part
         mine = np.arange(first_row, first_row + n_rows).reshape(-1, ranks, b)[:, rank]
         sources, rows = self.mixture.locate(mine.reshape(-1))
         places = [(self.mixture.sources[j], k) for j, k in zip(sources.tolist(), rows.tolist(), strict=True)]
-        micro_batches = [collate(places[m : m + b], self.mixture.seq_len) for m in range(0, len(places), b)]
+        micro_batches = [
+            collate(places[m : m + b], self.mixture.seq_len, piece_len=piece_len) for m in range(0, len(places), b)
+        ]
         return StepBatch(
             micro_batches=micro_batches,
             n_targets=sum(micro_batch.n_targets() for micro_batch in micro_batches),

@@ -84,6 +84,9 @@ class Shard:
     """
 
     def __init__(self, path: Path, entry: ShardEntry) -> None:
+        self.path = path
+        self._entry = entry
+        self._names: pa.Array | None = None
         batch = _read_batch(path)
         try:
             column = batch.column("tokens")
@@ -97,6 +100,21 @@ class Shard:
             raise damaged(path, "its number of documents or tokens differs from the manifest's")
         if column_crc32(column) != entry.crc32["tokens"]:
             raise damaged(path, "the tokens differ from the manifest's crc32")
+
+    def name(self, document: int) -> str:
+        """The name that the shard's document `document` was written with. UserError naming the shard when its column of
+        names, which is checked when it is first used, is damaged.
+        """
+        if self._names is None:
+            try:
+                names = _read_batch(self.path).column("name")
+                whole = len(names) == self._entry.documents and column_crc32(names) == self._entry.crc32["name"]
+            except (pa.ArrowException, KeyError, ValueError) as error:
+                raise damaged(self.path, str(error)) from None
+            if not whole:
+                raise damaged(self.path, "the names of its documents differ from the manifest's crc32")
+            self._names = names
+        return str(self._names[document].as_py())
 
 
 def check_size(path: Path, entry: ShardEntry) -> None:

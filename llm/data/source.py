@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from llm.data.documents import split_key
 from llm.data.shards import Shard, ShardEntry, check_content, check_size, damaged
 from llm.errors import UserError
 
@@ -37,6 +38,15 @@ class TokenizerEntry(BaseModel):
     eos_id: int
 
 
+class FolderEntry(BaseModel):
+    """Where a stretch of documents, in reading order, was read from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    documents: int = Field(ge=1)
+
+
 class Manifest(BaseModel):
     """`manifest.json`: what the shards hold and how to know that they still do."""
 
@@ -50,16 +60,36 @@ class Manifest(BaseModel):
     tokens: int
     text_bytes: int
     shards: tuple[ShardEntry, ...]
+    folders: tuple[FolderEntry, ...] = ()
+    """Where the names of the documents start from; empty in sources made before this was kept, and for documents that
+    come from no file."""
 
     def fingerprint(self) -> str:
-        """Hex digest of everything above, the shards' digests included."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-        return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
+        """Hex digest of everything but `folders`, the shards' digests included: the same text gives the same one,
+        wherever it lay.
+        """
+        return _digest(self.model_dump(mode="json", exclude={"folders"}))
 
     def serialized(self) -> bytes:
-        """The content of manifest.json: the fields and their fingerprint."""
-        fields = self.model_dump(mode="json") | {"fingerprint": self.fingerprint()}
+        """The content of manifest.json: the fields, their fingerprint, and a digest of the folders if there are any."""
+        fields = self.model_dump(mode="json", exclude=None if self.folders else {"folders"})
+        fields["fingerprint"] = self.fingerprint()
+        if self.folders:
+            fields["folders_digest"] = _digest(fields["folders"])
         return (json.dumps(fields, indent=1) + "\n").encode()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a document was read: `file`, an absolute path where the source knows its folder; `row`, its line (JSONL) or
+    row (Parquet) from 1, None where the file is one document.
+    """
+
+    file: str
+    row: int | None
+
+    def __str__(self) -> str:
+        return self.file if self.row is None else f"{self.file}:{self.row}"
 
 
 @dataclass(frozen=True)
@@ -85,6 +115,8 @@ class TokenSource:
         self.tokenizer_fingerprint = manifest.tokenizer.fingerprint
         self.eos_id = manifest.tokenizer.eos_id
         self._first_token = [0, *accumulate(entry.tokens for entry in manifest.shards)]
+        self._first_document = [0, *accumulate(entry.documents for entry in manifest.shards)]
+        self._folder_end = list(accumulate(folder.documents for folder in manifest.folders))
         self._mapped: dict[int, Shard] = {}
 
     @classmethod
@@ -126,7 +158,7 @@ class TokenSource:
         starts, done = [], 0
         number = bisect_right(self._first_token, first) - 1
         while done < len(out):
-            shard = self._mapped.get(number) or self._map(number)
+            shard = self._shard(number)
             begin = first + done - self._first_token[number]
             end = min(begin + len(out) - done, len(shard.tokens))
             out[done : done + end - begin] = shard.tokens[begin:end]
@@ -135,6 +167,45 @@ class TokenSource:
             done += end - begin
             number += 1
         return starts[0] if len(starts) == 1 else np.concatenate(starts)
+
+    def document_at(self, position: int) -> tuple[int, int]:
+        """(document number in the source, offset in it) of a stream token; IndexError outside the stream.
+
+        The offset counts the document's begin mark as 0.
+        """
+        if not 0 <= position < self.n_tokens:
+            raise IndexError(f"token {position} of {self.path}, which has {self.n_tokens}")
+        number = bisect_right(self._first_token, position) - 1
+        starts, inside = self._shard(number).starts, position - self._first_token[number]
+        document = int(starts.searchsorted(inside, side="right")) - 1
+        return self._first_document[number] + document, inside - int(starts[document])
+
+    def document_length(self, document: int) -> int:
+        """Tokens of a document, its marks included; IndexError when there is no such document."""
+        number, inside = self._place(document)
+        starts = self._shard(number).starts
+        return int(starts[inside + 1] - starts[inside])
+
+    def origin(self, document: int) -> Origin:
+        """The file, and the line or row in it, that a document was read from; IndexError when there is no such
+        document, UserError naming the shard when its names are damaged.
+        """
+        number, inside = self._place(document)
+        file, row = split_key(self._shard(number).name(inside))
+        if self.manifest.folders:
+            folder = self.manifest.folders[bisect_right(self._folder_end, document)].path
+            file = str(Path(folder, file)) if folder else file
+        return Origin(file, row)
+
+    def _place(self, document: int) -> tuple[int, int]:
+        """(shard, document in it)."""
+        if not 0 <= document < self.n_docs:
+            raise IndexError(f"document {document} of {self.path}, which has {self.n_docs}")
+        number = bisect_right(self._first_document, document) - 1
+        return number, document - self._first_document[number]
+
+    def _shard(self, number: int) -> Shard:
+        return self._mapped.get(number) or self._map(number)
 
     def _map(self, number: int) -> Shard:
         entry = self.manifest.shards[number]
@@ -151,11 +222,17 @@ def is_source(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
+def _digest(value: object) -> str:
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
+
+
 def _read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     try:
         fields = json.loads(file.read_bytes())
         written = fields.pop("fingerprint")
+        folders_digest = fields.pop("folders_digest", None)
         manifest = Manifest.model_validate(fields)
     except FileNotFoundError:
         raise UserError(
@@ -170,7 +247,9 @@ def _read_manifest(path: Path) -> Manifest:
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: damaged manifest ({error}); make the source again with tools/shard.py") from None
-    if manifest.fingerprint() != written:
+    folders = [folder.model_dump() for folder in manifest.folders]
+    whole = manifest.fingerprint() == written and folders_digest == (_digest(folders) if folders else None)
+    if not whole or sum(folder.documents for folder in manifest.folders) not in (0, manifest.documents):
         raise UserError(
             f"{file}: damaged manifest (its content differs from its fingerprint); "
             f"make the source again with tools/shard.py"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from llm.args import LayerSpec, ModelArgs
 from llm.layers.linear import Linear
 from llm.layers.norm import rms_normalise
+from llm.layers.opaque import opaque
 from llm.layers.plan import Attend
 from llm.layers.rope import inverse_frequencies, rotate, rotation
 
@@ -69,4 +70,10 @@ class Attention(nn.Module):
             q, k = (rms_normalise(x, self.norm_eps) for x in (q, k))
         if self.spec.temperature:
             q = (q * ctx.temperature_BT11).to(q.dtype)
-        return self.wo(ctx.plan.attend(self.spec, q, k, v).flatten(-2))
+        return self.wo(attend(ctx.plan, self.spec, q, k, v).flatten(-2))
+
+
+@opaque
+def attend(plan: Attend, spec: LayerSpec, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
+    """plan.attend, whose operations follow the documents of a batch."""
+    return plan.attend(spec, q_BTHd, k_BTKd, v_BTKd)

@@ -1,11 +1,17 @@
-"""The only weight-by-activation products outside MoE experts: one Linear and one Embedding, without biases.
+"""The only weight-by-activation products outside MoE experts: one Linear and one Embedding, without biases, and the
+output matrix, which is either of both and knows the loss.
 
-Splitting weights over ranks is a property of these two classes; no other layer knows of it.
+Splitting weights over ranks is a property of these classes; no other layer knows of it. A weight is read in the forward
+of its own module only, so that whatever gathers weights around a module's call (ZeRO-3) finds every use.
+
+Shapes: B batch, T tokens, D model width, V vocabulary.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from llm.losses import lm_loss_sum, token_nll
 
 
 class Linear(nn.Module):
@@ -28,3 +34,32 @@ class Embedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.weight)
+
+
+class Output(Linear):
+    """The output matrix (V, D): see `predict` for what it returns."""
+
+    def __init__(self, dim: int, vocab_size: int) -> None:
+        super().__init__(dim, vocab_size)
+
+    def forward(self, hidden_BTD: Tensor, labels_BT: Tensor | None = None, per_token: bool = False) -> Tensor:
+        return predict(hidden_BTD, self.weight, labels_BT, per_token)
+
+
+class TiedEmbedding(Embedding):
+    """A token table that is the output matrix too: given token ids it returns rows, given hidden states what Output
+    returns."""
+
+    def forward(self, x: Tensor, labels_BT: Tensor | None = None, per_token: bool = False) -> Tensor:
+        if x.is_floating_point():
+            return predict(x, self.weight, labels_BT, per_token)
+        return super().forward(x)
+
+
+def predict(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor | None, per_token: bool) -> Tensor:
+    """Float32 logits (B, T, V); given labels, the sum of their negative log-likelihood, or each one's (B, T) without
+    gradient (see llm/losses.py)."""
+    if labels_BT is None:
+        return F.linear(hidden_BTD, weight_VD).float()
+    loss = token_nll if per_token else lm_loss_sum
+    return loss(hidden_BTD, weight_VD, labels_BT)

@@ -21,6 +21,7 @@ from llm.args import ModelArgs, MoEArgs
 from llm.datatypes import RouterStats
 from llm.layers.ffn import FeedForward
 from llm.layers.linear import Linear
+from llm.layers.opaque import opaque
 
 ROW_MULTIPLE = 16
 """Rows of an expert are padded to this on a CPU: its GEMM picks kernels, and so bits, by the row count when that is
@@ -45,6 +46,15 @@ class MoE(nn.Module):
         x_ND = x_BTD.flatten(0, -2)
         logits_NE = self.router(x_ND)
         weight_Nk, expert_Nk = route(logits_NE, self.moe)
+        y_ND, counts_E = self.routed(x_ND, weight_Nk, expert_Nk)
+        y_BTD = y_ND.view_as(x_BTD)
+        if self.shared_expert is not None:
+            y_BTD = y_BTD + self.shared_expert(x_BTD)
+        return y_BTD, self.statistics(logits_NE, counts_E)
+
+    @opaque
+    def routed(self, x_ND: Tensor, weight_Nk: Tensor, expert_Nk: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of the chosen experts' results (N, D), and how many tokens each expert got (E,)."""
         dispatch = Dispatch.sort(expert_Nk, self.moe.n_experts, ROW_MULTIPLE if x_ND.device.type == "cpu" else 1)
         weight_R1 = weight_Nk.to(x_ND.dtype).flatten()[dispatch.pair_of_row].unsqueeze(-1)
         x_RD = dispatch.scatter(x_ND)
@@ -52,10 +62,7 @@ class MoE(nn.Module):
             y_RD = self.experts(x_RD * weight_R1, dispatch.sizes)
         else:
             y_RD = self.experts(x_RD, dispatch.sizes) * weight_R1
-        y_BTD = dispatch.gather(y_RD).view_as(x_BTD)
-        if self.shared_expert is not None:
-            y_BTD = y_BTD + self.shared_expert(x_BTD)
-        return y_BTD, self.statistics(logits_NE, dispatch.counts)
+        return dispatch.gather(y_RD), dispatch.counts
 
     def statistics(self, logits_NE: Tensor, counts: Tensor) -> RouterStats:
         """The losses' sums and the counts of this call.
@@ -200,6 +207,15 @@ def grouped_matmul(x_RD: Tensor, w_EDF: Tensor, sizes: Tensor | list[int]) -> Te
     return _GroupedMatmul.apply(x_RD, w_EDF, sizes.tolist())
 
 
+@torch.library.custom_op("llm::grouped_matmul", mutates_args=())
+def _grouped_matmul(x_RD: Tensor, w_EDF: Tensor, sizes: list[int]) -> Tensor:
+    """One operation to whoever watches operations, so that activation checkpointing can keep its result."""
+    out_RF = x_RD.new_empty(x_RD.shape[0], w_EDF.shape[2])
+    for x, w, out in zip(x_RD.split(sizes), w_EDF, out_RF.split(sizes), strict=True):
+        torch.mm(x, w, out=out)
+    return out_RF
+
+
 class _GroupedMatmul(torch.autograd.Function):
     """A loop of products that write straight into their place, where autograd would cut and join copies."""
 
@@ -207,10 +223,7 @@ class _GroupedMatmul(torch.autograd.Function):
     def forward(ctx: Any, x_RD: Tensor, w_EDF: Tensor, sizes: list[int]) -> Tensor:
         ctx.save_for_backward(x_RD, w_EDF)
         ctx.sizes = sizes
-        out_RF = x_RD.new_empty(x_RD.shape[0], w_EDF.shape[2])
-        for x, w, out in zip(x_RD.split(sizes), w_EDF, out_RF.split(sizes), strict=True):
-            torch.mm(x, w, out=out)
-        return out_RF
+        return _grouped_matmul(x_RD, w_EDF, sizes)
 
     @staticmethod
     @once_differentiable

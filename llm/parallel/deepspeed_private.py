@@ -1,12 +1,16 @@
 """Every undocumented attribute of DeepSpeed that this project relies on, each behind one function with a meaning.
 
 Written against DeepSpeed 0.19.8; tests/distributed/test_deepspeed_private.py fails by name when one of them moves.
-ZeRO-1 has two classes: DeepSpeedZeroOptimizer (float32 parameters) and BF16_Optimizer (bf16 parameters, float32
-accumulation). Both flatten each parameter group, cut it into one contiguous piece per data-parallel rank, and keep
-the float32 masters of theirs.
+
+The optimizer steps on flat float32 partitions, and `pieces` says what lies where in them. Stages 1 and 2 flatten each
+parameter group and cut it into one contiguous partition per data-parallel rank (class BF16_Optimizer for stage 1 in
+bf16, else DeepSpeedZeroOptimizer); stage 3 cuts every parameter over the ranks and flattens this rank's shares; stage 0
+has no partitions, the parameters themselves are the masters.
 """
 
+import importlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,93 +18,179 @@ from torch import Tensor, nn
 
 from llm.parallel.launch import quiet_libraries, stdout_to_nowhere
 
+LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
-def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
-    """`deepspeed.initialize` without its printing and without compiling its shared-memory operator.
 
-    That operator serves inference only, costs 20 s of compilation at the first start and needs a compiler.
+def _import_deepspeed() -> Any:
+    """DeepSpeed, without compiling its shared-memory operator: that serves inference only, costs 20 s of compilation at
+    the first start and needs a compiler.
     """
     import deepspeed
-    import deepspeed.comm.torch as backend
 
+    # not `import deepspeed.comm.torch as backend`: that finds torch itself, which deepspeed.comm imports by that name
+    backend = importlib.import_module("deepspeed.comm.torch")
     quiet_libraries()
-    backend.build_shm_op = lambda: None
+    backend.build_shm_op = lambda: None  # type: ignore[attr-defined]
+    if deepspeed.comm.comm.cdb is None:
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    return deepspeed
+
+
+def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+    """`deepspeed.initialize` without its printing."""
     with stdout_to_nowhere():
-        if deepspeed.comm.comm.cdb is None:
-            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-        engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        engine, _, _, _ = _import_deepspeed().initialize(model=model, optimizer=optimizer, config=config)
     return engine
 
 
-def master_partitions(engine: Any) -> list[Tensor]:
-    """This rank's flat float32 piece of each parameter group; the keys of the base optimizer's state."""
+def partition_parameters(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Turn a model on the meta device into one of ZeRO-3: each rank allocates its own share of each parameter.
+
+    The shares are left unset. `zero.Init` itself would allocate, and broadcast, one whole parameter after the other.
+    """
+    with stdout_to_nowhere():
+        partitioner = _import_deepspeed().zero.Init(dtype=dtype, mem_efficient_linear=False)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            # pages that nobody writes cost nothing on a CPU: only this rank's share is copied out of it
+            whole = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device))
+            setattr(module, name, whole)
+            partitioner._convert_to_deepspeed_param(whole)
+            whole.partition()  # type: ignore[attr-defined]
+
+
+def share(parameter: Tensor) -> tuple[int, Tensor]:
+    """(start, values) of this rank's share of a ZeRO-3 parameter: a view; empty where the share is only padding."""
+    partition = parameter.ds_tensor  # type: ignore[attr-defined]
+    start = partition.ds_numel * torch.distributed.get_rank()
+    length = max(0, min(partition.ds_numel, parameter.ds_numel - start))  # type: ignore[attr-defined]
+    return start, partition.data.narrow(0, 0, length)
+
+
+def full_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Shape of the whole parameter, which ZeRO-3 hides while it is not gathered."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, start + length) of a flattened parameter: they lie in `flat`, this rank's partition number
+    `partition`, from `offset` on.
+    """
+
+    name: str
+    start: int
+    length: int
+    partition: int
+    flat: Tensor
+    offset: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """This piece of a tensor laid out like `flat`, such as an optimizer state; a view."""
+        return flat.view(-1).narrow(0, self.offset, self.length)
+
+
+def pieces(engine: Any, model: nn.Module) -> list[Piece]:
+    """What this rank's optimizer steps on, in the order of the model's parameters; over all ranks each element once,
+    but at stage 0, where every rank has them all.
+    """
+    zero, flats, found = engine.optimizer, partitions(engine), []
+    number_of = {id(flat): i for i, flat in enumerate(flats)}
+    for name, parameter in model.named_parameters():
+        if hasattr(zero, "fp32_partitioned_groups_flat"):
+            partition, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
+            start, values = share(parameter)
+            place = (start, values.numel(), partition, flats[partition], offset)
+        elif hasattr(zero, "bit16_groups") or hasattr(zero, "bf16_groups"):
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is None:
+                continue
+            here, there = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
+            partition = mapping.param_group_index
+            place = (here.start, here.numel, partition, flats[partition], there.start)
+        else:
+            place = (0, parameter.numel(), number_of[id(parameter)], parameter, 0)
+        if place[1]:
+            found.append(Piece(name, *place))
+    return found
+
+
+def partitions(engine: Any) -> list[Tensor]:
+    """This rank's flat float32 partitions; the keys of the base optimizer's state."""
     zero = engine.optimizer
-    if hasattr(zero, "single_partition_of_fp32_groups"):
-        return list(zero.single_partition_of_fp32_groups)
-    return list(zero.fp32_groups_flat_partition)
+    for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+        if hasattr(zero, attribute):
+            return list(getattr(zero, attribute))
+    return [parameter for group in zero.param_groups for parameter in group["params"]]
 
 
-def _mapping(parameter: Tensor) -> Any:
-    """DeepSpeed's record of which part of the parameter this rank owns, set on the parameter itself; None for no
-    part.
-    """
-    return parameter._hp_mapping  # type: ignore[attr-defined]
+def names_by_partition(engine: Any, model: nn.Module) -> list[list[str]]:
+    """Names of the parameters that each partition number holds parts of, over all ranks, in the order of flattening."""
+    zero = engine.optimizer
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for attribute in ("fp16_groups", "bit16_groups", "bf16_groups"):
+        if hasattr(zero, attribute):
+            return [[names[id(parameter)] for parameter in group] for group in getattr(zero, attribute)]
+    return [[names[id(parameter)]] for parameter in partitions(engine)]
 
 
-def owned_range(parameter: Tensor) -> tuple[int, int] | None:
-    """(start, length) of the part of the flattened parameter whose master this rank owns; None when it owns none."""
-    mapping = _mapping(parameter)
-    if mapping is None:
-        return None
-    return mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
-
-
-def owned_master(parameter: Tensor) -> Tensor:
-    """The float32 master values of the owned range, a view into the partition."""
-    return _mapping(parameter).get_hp_fragment()
-
-
-def owned_states(engine: Any, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """(key, view) of every optimizer state of the owned range, such as exp_avg; nothing before the first step.
-
-    Read from the base optimizer: DeepSpeed's own links stay empty for all groups but the first after the first step
-    of ZeRO-1.
-    """
-    mapping = _mapping(parameter)
-    partition = master_partitions(engine)[mapping.param_group_index]
-    address = mapping.get_hp_fragment_address()
-    state = engine.optimizer.optimizer.state.get(partition, {})
-    for key in sorted(state):
-        if torch.is_tensor(state[key]) and state[key].shape == partition.shape:
-            yield key, state[key].narrow(0, address.start, address.numel)
-
-
-def optimizer_scalars(engine: Any) -> dict[str, float]:
-    """State that is one number per optimizer, such as AdamW's step count (equal in all groups)."""
-    scalars: dict[str, float] = {}
-    for partition in master_partitions(engine):
-        for key, value in engine.optimizer.optimizer.state.get(partition, {}).items():
-            if torch.is_tensor(value) and value.numel() == 1 and value.shape != partition.shape:
-                scalars[key] = float(value)
-    return scalars
-
-
-def create_optimizer_state(engine: Any, keys: list[str], scalars: dict[str, float]) -> None:
-    """Zeroed optimizer state, as if a first step had been made, so that `owned_states` yields it."""
-    for partition in master_partitions(engine):
-        state: dict[str, Tensor] = {
-            name: torch.tensor(value, device=partition.device) for name, value in scalars.items()
-        }
-        state.update({key: torch.zeros_like(partition, requires_grad=False) for key in keys})
-        if state:
-            engine.optimizer.optimizer.state[partition] = state
+def base_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The optimizer that was given to `initialize`; its state is keyed by the partitions."""
+    return engine.optimizer.optimizer if hasattr(engine.optimizer, "optimizer") else engine.optimizer
 
 
 def publish_masters(engine: Any) -> None:
     """Copy the masters into the parameters that the forward uses, on all ranks (collective)."""
-    engine.optimizer.update_lp_params()
+    zero = engine.optimizer
+    if hasattr(zero, "fp32_partitioned_groups_flat"):
+        zero._partition_all_parameters()
+        for i in range(len(zero.fp32_partitioned_groups_flat)):
+            zero._reassign_or_swap_out_partitioned_parameters(i)
+        if zero.persistent_parameters:  # small ones stay gathered between steps
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+    elif hasattr(zero, "update_lp_params"):
+        zero.update_lp_params()
 
 
 def gradient_norm(engine: Any) -> float:
-    """Global 2-norm of the gradients of the last step, before clipping."""
+    """Global 2-norm of the gradients of the last step, before clipping; inf where the step was not applied because it
+    was not finite.
+    """
     return float(engine.get_global_grad_norm())
+
+
+def loss_scaler_state(engine: Any) -> dict[str, float]:
+    """The dynamic loss scaler of fp16, as numbers; empty in other precisions."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if not getattr(scaler, "dynamic", False):
+        return {}
+    return {field: getattr(scaler, field) for field in LOSS_SCALER_FIELDS}
+
+
+def set_loss_scaler_state(engine: Any, state: dict[str, float]) -> None:
+    """Put back what `loss_scaler_state` gave."""
+    for field, value in state.items():
+        setattr(engine.optimizer.loss_scaler, field, value)
+
+
+def states(engine: Any, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """(key, tensor like `flat`) of every element-wise optimizer state of a partition, such as exp_avg; nothing before
+    the first step.
+
+    Read from the base optimizer: DeepSpeed's own links stay empty for all groups but the first after the first step
+    of ZeRO-1.
+    """
+    state = base_optimizer(engine).state.get(flat, {})
+    for key in sorted(state):
+        if torch.is_tensor(state[key]) and state[key].shape == flat.shape:
+            yield key, state[key]
+
+
+def optimizer_scalars(engine: Any) -> dict[str, float]:
+    """State that is one number per optimizer, such as AdamW's step count (equal in all partitions that have one)."""
+    scalars: dict[str, float] = {}
+    for flat in partitions(engine):
+        for key, value in base_optimizer(engine).state.get(flat, {}).items():
+            if torch.is_tensor(value) and value.numel() == 1 and value.shape != flat.shape:
+                scalars[key] = float(value)
+    return scalars

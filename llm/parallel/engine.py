@@ -1,28 +1,41 @@
 """One training step on DeepSpeed: micro-batches in, losses and gradient norm out, the same numbers on every layout.
 
 The loss of a step is the sum of the targets' negative log-likelihood over the *global* batch, divided by N, its
-number of targets. DeepSpeed averages gradients over ranks and over micro-batches, so each micro-batch hands it its
-own sum times (accumulation x ranks) / N: whatever the cut, every target weighs 1/N. The losses of the MoE router have
-their own denominator, the number of tokens in the global batch.
+number of targets. DeepSpeed averages gradients over ranks, so each micro-batch hands it its own sum times ranks / N:
+whatever the cut, every target weighs 1/N. The losses of the MoE router have their own denominator, the number of tokens
+in the global batch.
+
+A step is applied whole or not at all. The global loss is known before the last backward; where it is not finite, or
+above the limit given, that backward is made non-finite, and DeepSpeed drops a step with such gradients on all ranks:
+one mechanism for every reason, without waiting for the device.
 """
 
+import math
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from llm import init
 from llm.data.batch import MicroBatch, StepBatch
 from llm.datatypes import TransformerInput
+from llm.errors import UserError
 from llm.model import LLM
 from llm.parallel import deepspeed_private as private
-from llm.parallel.collectives import sum_over_ranks
+from llm.parallel.collectives import gather_json, sum_over_ranks
 from llm.parallel.launch import World
-from llm.plans import plan_for
+from llm.parallel.muon import Muon
+
+ZERO3_SUB_GROUP = 1 << 24
+"""Elements of a rank's share that ZeRO-3 makes masters of, and steps, at a time: twice their float32 size is what it
+needs above what it keeps."""
+Skipped = Literal["loss", "gradient", "limit", "overflow", "passed over"]
 
 
 @dataclass(frozen=True)
@@ -34,12 +47,26 @@ class StepResult:
     moe_balance_loss: float
     moe_z_loss: float
     grad_norm: float
+    """Before clipping; inf where the step was not applied."""
     n_targets: int
     n_tokens: int
     routing_checksum: int | None
     """CRC-32 of how many tokens each expert of each layer got: equal on two layouts only if every routing decision
     is.
     """
+    loss_scale: float | None = None
+    """Of fp16."""
+    skipped: Skipped | None = None
+    """Why weights and optimizer state were left as they were: the loss or a gradient was not finite, the loss was above
+    its limit, fp16 overflowed and lowers its loss scale, which is part of its work, or the step was not to be made."""
+    culprits: list[str] = field(default_factory=list)
+    """Where the loss or gradient was not finite: rank, rows of the data order, losses of its micro-batches."""
+
+    @classmethod
+    def passed_over(cls, n_targets: int, n_tokens: int) -> "StepResult":
+        """A step that was not computed: its losses are NaN."""
+        unknown = (math.nan,) * 4
+        return cls(*unknown, math.inf, n_targets, n_tokens, None, skipped="passed over")
 
 
 class OwnedFragment(NamedTuple):
@@ -51,21 +78,12 @@ class OwnedFragment(NamedTuple):
     values: Tensor
 
 
-def parameter_groups(model: LLM, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups, decayed and not, by the table in llm/plans.py."""
-    decayed: list[Tensor] = []
-    kept: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        (decayed if plan_for(name).decay else kept).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-
-
 class Engine:
-    """DeepSpeed ZeRO-1 around an LLM.
+    """DeepSpeed around an LLM built by llm/parallel/build.py for the same ZeRO stage.
 
-    `optimizer` is a torch optimizer over `parameter_groups(model)`; DeepSpeed replaces its parameters by flat float32
-    pieces. In bf16 the masters are drawn anew in float32, because DeepSpeed would otherwise start from the rounded
-    parameters.
+    `optimizer` is a torch optimizer over groups of the model's parameters, each with `lr_factor` beside torch's own
+    keys; DeepSpeed replaces its parameters by flat float32 partitions. In bf16 and fp16 the masters are drawn anew in
+    float32, because DeepSpeed would otherwise start from the rounded parameters.
     """
 
     def __init__(
@@ -76,82 +94,197 @@ class Engine:
         world: World,
         precision: str,
         micro_batch_size: int,
-        accumulation: int,
+        max_accumulation: int,
         clip_norm: float,
         seed: int,
+        zero_stage: int = 1,
+        offload_optimizer: bool = False,
+        ema_decay: float | None = None,
         extra_config: dict[str, Any] | None = None,
     ) -> None:
+        """max_accumulation: most micro-batches of a step. Raises UserError where this device has no arithmetic for
+        `precision`.
+        """
         self.world = world
         self.model = model
-        self.accumulation = accumulation
         self.precision = precision
-        config: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": micro_batch_size,
-            "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": clip_norm,
-            "zero_optimization": {"stage": 1, "overlap_comm": False},
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 10**9,
-        }
-        if precision == "bf16":
-            config["bf16"] = {"enabled": True}
-            config["data_types"] = {"grad_accum_dtype": "fp32"}
+        self.zero_stage = zero_stage
+        self._clip_norm = clip_norm
+        config = deepspeed_config(precision, zero_stage, offload_optimizer, clip_norm)
+        config["train_micro_batch_size_per_gpu"] = micro_batch_size
+        config["gradient_accumulation_steps"] = max_accumulation  # sizes its buffers; train_step says which is the last
         for key, value in (extra_config or {}).items():
             config[key] = {**config[key], **value} if isinstance(config.get(key), dict) else value
+        if precision == "fp16":
+            check_fp16()
         self._deepspeed = private.initialize(model, optimizer, config)
-        if precision == "bf16":
+        self.shapes = {name: private.full_shape(p) for name, p in model.named_parameters()}
+        self._pieces = private.pieces(self._deepspeed, model)
+        self._partitions = private.partitions(self._deepspeed)
+        if isinstance(optimizer, Muon):
+            names = private.names_by_partition(self._deepspeed, model)
+            ranks = world.size if zero_stage else 1
+            optimizer.describe(self._partitions, names, self.shapes, self._pieces, ranks)
+        if precision != "fp32":
             self._draw_masters(seed)
+        self._ema_decay = ema_decay
+        self._ema = [flat.detach().clone() for flat in self._partitions] if ema_decay is not None else []
+        self._ema_of = dict(zip(map(id, self._partitions), self._ema, strict=False))
+        self._probe = torch.zeros((), device=world.device)  # not finite once a local gradient was not
+        for parameter in model.parameters():
+            parameter.register_hook(self._probe_gradient)
 
+    def _probe_gradient(self, grad: Tensor) -> None:
+        self._probe += grad.sum(dtype=torch.float32)
+
+    @torch.no_grad()
     def _draw_masters(self, seed: int) -> None:
-        for name, parameter in self.model.named_parameters():
-            owned = private.owned_range(parameter)
-            if owned is not None:
-                start, length = owned
-                values = init.initial_values(self.model.args, name, seed, start, start + length)
-                private.owned_master(parameter).data.copy_(values)
+        for piece in self._pieces:
+            stop = piece.start + piece.length
+            piece.of(piece.flat).copy_(init.initial_values(self.model.args, piece.name, seed, piece.start, stop))
         private.publish_masters(self._deepspeed)
 
-    def train_step(self, batch: StepBatch, n_targets: int, n_tokens: int, lr: float) -> StepResult:
+    @property
+    def n_parameters(self) -> int:
+        """Elements of all parameters of the whole model."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def gradient_scale(self) -> float:
+        """How many times the gradient of a rank's micro-batch is larger than its part of the global gradient."""
+        return self.world.size * private.loss_scaler_state(self._deepspeed).get("cur_scale", 1.0)
+
+    def train_step(
+        self, batch: StepBatch, n_targets: int, n_tokens: int, lr: float, loss_limit: float | None = None
+    ) -> StepResult:
         """Forward and backward over this rank's micro-batches, one optimizer step at learning rate `lr` (collective).
 
-        n_targets, n_tokens: of the global batch.
+        n_targets, n_tokens: of the global batch. loss_limit: no update where the loss is above it. Every group steps at
+        its own `lr_factor` times lr.
         """
         engine, world = self._deepspeed, self.world
-        scale = len(batch.micro_batches) * world.size
         sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+        losses: list[Tensor] = []
         counts: Tensor | None = None
+        totals = sums
+        self._probe.zero_()
         self.model.train()
-        for micro_batch in batch.micro_batches:
+        last = len(batch.micro_batches) - 1
+        for m, micro_batch in enumerate(batch.micro_batches):
+            engine.set_gradient_accumulation_boundary(m == last)
             output = engine(self._inputs(micro_batch), labels=micro_batch.labels_BT.to(world.device))
-            loss = output.loss_sum * (scale / max(n_targets, 1))
+            loss = output.loss_sum * (world.size / max(n_targets, 1))
             sums[0] += output.loss_sum.detach().double()
             if output.expert_counts is not None:
-                loss = loss + (output.balance_sum + output.z_sum) * (scale / n_tokens)
+                loss = loss + (output.balance_sum + output.z_sum) * (world.size / n_tokens)
                 sums[1] += output.balance_sum.detach().double()
                 sums[2] += output.z_sum.detach().double()
                 counts = output.expert_counts if counts is None else counts + output.expert_counts
-            engine.backward(loss)
-            if engine.is_gradient_accumulation_boundary():
-                for group in engine.optimizer.param_groups:
-                    group["lr"] = lr
-            engine.step()
-        totals = sum_over_ranks(sums.tolist() + ([] if counts is None else counts.flatten().tolist()), world)
+            losses.append(loss.detach())
+            if m == last:
+                totals = sums if counts is None else torch.cat([sums, counts.flatten().double()])
+                if world.size > 1:
+                    dist.all_reduce(totals)
+                loss = loss * self._one_or_nan(totals, n_targets, n_tokens, loss_limit)
+            engine.backward(loss, scale_wrt_gas=False)
+            if m < last:
+                engine.step()  # updates nothing yet: DeepSpeed wants it after each backward
+        for group in private.base_optimizer(engine).param_groups:
+            group["lr"] = lr * group["lr_factor"]
+        norm = self._finish_step()
+        numbers = totals.tolist()
+        lm, balance, z = numbers[0] / max(n_targets, 1), numbers[1] / n_tokens, numbers[2] / n_tokens
+        skipped = None if math.isfinite(norm) else self._why_skipped(lm + balance + z, loss_limit)
         checksum = None
         if counts is not None:
-            global_counts = torch.tensor(totals[3:], dtype=torch.int64).view(counts.shape)
-            self.model.set_expert_counts(global_counts)
+            global_counts = torch.tensor(numbers[3:], dtype=torch.int64).view(counts.shape)
             checksum = zlib.crc32(global_counts.numpy().tobytes())
-        lm, balance, z = totals[0] / max(n_targets, 1), totals[1] / n_tokens, totals[2] / n_tokens
+            if skipped is None:
+                self.model.set_expert_counts(global_counts)
+        if skipped is None:
+            self._update_ema()
         return StepResult(
             loss=lm + balance + z,
             lm_loss=lm,
             moe_balance_loss=balance,
             moe_z_loss=z,
-            grad_norm=private.gradient_norm(engine),
+            grad_norm=norm,
             n_targets=n_targets,
             n_tokens=n_tokens,
             routing_checksum=checksum,
+            loss_scale=private.loss_scaler_state(engine).get("cur_scale"),
+            skipped=skipped,
+            culprits=self._find_culprits(batch, losses) if skipped in ("loss", "gradient") else [],
         )
+
+    @staticmethod
+    def _one_or_nan(totals: Tensor, n_targets: int, n_tokens: int, loss_limit: float | None) -> Tensor:
+        """1 where the step is to be applied, else NaN; float32 scalar on the device."""
+        loss = totals[0] / max(n_targets, 1) + (totals[1] + totals[2]) / n_tokens
+        good = loss.isfinite() if loss_limit is None else loss <= loss_limit
+        return torch.where(good, 1.0, math.nan).float()
+
+    def _finish_step(self) -> float:
+        """Apply the gradients unless they are not finite; their norm, inf if they were not applied."""
+        engine = self._deepspeed
+        if self.zero_stage:
+            engine.step()
+            return private.gradient_norm(engine)
+        parameters = list(self.model.parameters())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not norm.isfinite():
+            engine.zero_grad()
+            return math.inf
+        if self._clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
+        engine.step()
+        return float(norm)
+
+    def _why_skipped(self, loss: float, loss_limit: float | None) -> Skipped:
+        if not math.isfinite(loss):
+            return "loss"
+        if loss_limit is not None and loss > loss_limit:
+            return "limit"
+        return "overflow" if self.precision == "fp16" else "gradient"
+
+    def _find_culprits(self, batch: StepBatch, losses: list[Tensor]) -> list[str]:
+        """One line per rank whose own loss or gradient was not finite; where none was, the sum over ranks was not."""
+        rank, ranks = self.world.rank, self.world.size
+        rows = batch.n_rows // (len(losses) * ranks)
+        mine = []
+        for m, loss in enumerate(losses):
+            if not bool(loss.isfinite()):
+                first = batch.first_row + (m * ranks + rank) * rows
+                mine.append(f"rank {rank}: loss of rows {first} to {first + rows - 1} is {float(loss)}")
+        if not mine and not bool(self._probe.isfinite()):
+            spans = [batch.first_row + (m * ranks + rank) * rows for m in range(len(losses))]
+            named = ", ".join(f"{first} to {first + rows - 1}" for first in spans)
+            mine.append(f"rank {rank}: a gradient of rows {named} is not finite")
+        found = [line for lines in gather_json(mine, self.world) for line in lines]
+        losses_bad = [line for line in found if ": loss" in line]  # a bad loss poisons every rank's last backward
+        return losses_bad or found or ["no rank alone: the sum of their gradients is not finite"]
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        if self._ema_decay is not None:
+            torch._foreach_lerp_(self._ema, [flat.detach() for flat in self._partitions], 1 - self._ema_decay)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Inside, the model computes with the moving average of its weights (collective); needs ema_decay."""
+        self._swap_ema()
+        try:
+            yield
+        finally:
+            self._swap_ema()
+
+    @torch.no_grad()
+    def _swap_ema(self) -> None:
+        for flat, average in zip(self._partitions, self._ema, strict=True):
+            kept = flat.detach().clone()
+            flat.copy_(average)
+            average.copy_(kept)
+        private.publish_masters(self._deepspeed)
 
     @torch.no_grad()
     def sum_nll(self, batches: Iterator[MicroBatch], token_bytes: np.ndarray) -> tuple[float, int, int]:
@@ -176,22 +309,73 @@ class Engine:
         return TransformerInput(tokens=batch.tokens_BT.to(self.world.device), cu_seqlens=batch.cu_seqlens)
 
     def owned_fragments(self) -> Iterator[OwnedFragment]:
-        """The masters and optimizer states that this rank owns; over all ranks each parameter exactly once."""
-        for name, parameter in self.model.named_parameters():
-            owned = private.owned_range(parameter)
-            if owned is not None:
-                yield OwnedFragment(name, "master", owned[0], private.owned_master(parameter).data)
-                for key, values in private.owned_states(self._deepspeed, parameter):
-                    yield OwnedFragment(name, key, owned[0], values)
+        """Masters, optimizer states and averages for a checkpoint; over all ranks each element exactly once."""
+        if self.zero_stage or self.world.is_main:  # at stage 0 every rank has everything
+            yield from self.fragments()
+
+    def fragments(self) -> Iterator[OwnedFragment]:
+        """What a checkpoint must fill on this rank."""
+        for piece in self._pieces:
+            yield OwnedFragment(piece.name, "master", piece.start, piece.of(piece.flat.data))
+            for key, values in private.states(self._deepspeed, piece.flat):
+                yield OwnedFragment(piece.name, key, piece.start, piece.of(values))
+            if self._ema:
+                yield OwnedFragment(piece.name, "ema", piece.start, piece.of(self._ema_of[id(piece.flat)]))
 
     def optimizer_scalars(self) -> dict[str, float]:
-        """Optimizer state that is one number, such as AdamW's step count."""
-        return private.optimizer_scalars(self._deepspeed)
+        """State that is one number: AdamW's step count, fp16's loss scaler."""
+        scaler = private.loss_scaler_state(self._deepspeed)
+        return private.optimizer_scalars(self._deepspeed) | {f"loss_scaler.{k}": v for k, v in scaler.items()}
 
-    def prepare_load(self, state_keys: list[str], scalars: dict[str, float]) -> None:
-        """Create optimizer state, so that `owned_fragments` lists everything that a checkpoint must fill."""
-        private.create_optimizer_state(self._deepspeed, state_keys, scalars)
+    def prepare_load(self, kinds: dict[str, set[str]], scalars: dict[str, float]) -> None:
+        """Create optimizer state, so that `fragments` lists everything that a checkpoint must fill.
+
+        kinds: for each parameter the kinds of fragments that the checkpoint has. On a new optimizer state all are zero.
+        """
+        state_of = private.base_optimizer(self._deepspeed).state
+        for number, flat in enumerate(self._partitions):
+            names = [piece.name for piece in self._pieces if piece.partition == number]
+            keys = set().union(*(kinds[name] for name in names)) - {"master", "ema"}
+            state: dict[str, Tensor] = {key: torch.zeros_like(flat, requires_grad=False) for key in sorted(keys)}
+            if "exp_avg" in keys:
+                state["step"] = torch.tensor(scalars["step"], device=flat.device)
+            state_of[flat] = state
+        scaler = {k.removeprefix("loss_scaler."): v for k, v in scalars.items() if k.startswith("loss_scaler.")}
+        private.set_loss_scaler_state(self._deepspeed, scaler)
 
     def finish_load(self) -> None:
         """Make the loaded masters the weights of the next forward (collective)."""
         private.publish_masters(self._deepspeed)
+
+
+def deepspeed_config(precision: str, zero_stage: int, offload_optimizer: bool, clip_norm: float) -> dict[str, Any]:
+    """DeepSpeed's JSON for these settings, less the batch."""
+    zero: dict[str, Any] = {"stage": zero_stage, "overlap_comm": False}
+    if zero_stage == 3:
+        zero["sub_group_size"] = ZERO3_SUB_GROUP
+    config: dict[str, Any] = {
+        "gradient_clipping": clip_norm if zero_stage else 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    if offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        config["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW is as fast, and needs no compiler
+    if precision == "bf16":
+        # without immediate updates BF16_Optimizer adds up the bf16 gradients of earlier micro-batches again (measured)
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True, "immediate_grad_update": True}
+    if precision == "fp16":
+        config["fp16"] = {"enabled": True}  # loss scale 0: dynamic
+    if precision != "fp32":
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["communication_data_type"] = "fp32"
+    return config
+
+
+def check_fp16() -> None:
+    """UserError where the device lacks fp16 arithmetic."""
+    from deepspeed.accelerator import get_accelerator
+
+    if not get_accelerator().is_fp16_supported():
+        raise UserError("train.precision=fp16: this device has no fp16 arithmetic; use bf16 or fp32")

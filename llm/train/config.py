@@ -5,19 +5,24 @@ message names the key (`train.steps`) and says what is possible instead. The lin
 prints.
 """
 
-import difflib
+import importlib.util
 import math
-import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llm.args import ModelArgs
 from llm.data.sources import SourceSpec
 from llm.errors import UserError
+from llm.plans import Kind
 from llm.tokenizer import TokenizerConfig
+from llm.train.explain import explain, refuse_booleans, section_of
+from llm.train.yaml_file import read_yaml
+from llm.train.yaml_file import scalar as scalar
+
+Count = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
@@ -48,7 +53,9 @@ class ParallelConfig(Section):
     context: int = Field(1, ge=1)
     """Context-parallel ranks."""
     zero_stage: int = Field(1, ge=0, le=3)
-    """DeepSpeed ZeRO stage over the data-parallel ranks."""
+    """DeepSpeed ZeRO stage over the data-parallel ranks; 0 (nothing sharded) for plain data parallel in fp32 only."""
+    offload_optimizer: bool = False
+    """Keep the optimizer state and make the update in CPU memory; needs zero_stage 1 or more."""
     timeout_s: float = Field(600.0, gt=0)
     """Seconds after which a collective that a peer never joined ends the job."""
 
@@ -59,24 +66,31 @@ class ParallelConfig(Section):
                 raise ValueError(
                     f"parallel.{name}={getattr(self, name)} is not available yet; use parallel.{name}=1 (data parallel)"
                 )
-        if self.zero_stage != 1:
-            raise ValueError(f"parallel.zero_stage={self.zero_stage} is not available yet; use parallel.zero_stage=1")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("parallel.offload_optimizer=true needs parallel.zero_stage=1, 2 or 3, not 0")
         return self
 
 
 class OptimConfig(Section):
-    name: Literal["adamw", "sgd"] = "adamw"
-    """adamw (fused) or sgd (plain)."""
+    name: Literal["adamw", "sgd", "muon"] = "adamw"
+    """adamw (fused), sgd (plain), or muon (Muon for matrices and expert stacks, AdamW for the rest)."""
     lr: float = Field(3.0e-4, gt=0)
     """Peak learning rate."""
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """cosine; wsd = warm-up, stable, decay (1 - sqrt); constant."""
+    muon_lr: float | None = Field(None, gt=0)
+    """Peak learning rate of what Muon updates; it follows the same schedule; null = optim.lr."""
+    muon_momentum: float = Field(0.95, ge=0, lt=1)
+    """Muon's (Nesterov) momentum."""
+    lr_factors: dict[Kind, Annotated[float, Field(ge=0)]] = {}
+    """Factor on the learning rate for kinds of parameters (matrix, expert, norm, router, embedding, head); 0 freezes.
+    """
+    schedule: Literal["cosine", "linear", "wsd", "one_cycle", "constant"] = "cosine"
+    """cosine; linear; wsd = warm-up, stable, decay (1 - sqrt); one_cycle = cosine from lr/25 up to lr, then down."""
     warmup_steps: int = Field(100, ge=0)
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up; with one_cycle the steps of the rise, which must then be given (1 or more)."""
     decay_steps: int | None = Field(None, ge=1)
     """Steps of the decay at the end of wsd; default: 20 % of the steps."""
     min_lr: float = Field(3.0e-5, ge=0)
-    """Learning rate at the last step."""
+    """Learning rate at the last step (constant: no effect); min_lr / lr holds for muon_lr and lr_factors too."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """AdamW's averages of gradient and squared gradient."""
     eps: float = Field(1.0e-8, gt=0)
@@ -85,6 +99,8 @@ class OptimConfig(Section):
     """Decay of matrices and expert stacks; never of norms, routers and embeddings."""
     clip_norm: float = Field(1.0, ge=0)
     """Largest global gradient norm; 0 = no clipping."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Keep an exponential moving average of the weights with this decay per step; null = none."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "OptimConfig":
@@ -92,24 +108,83 @@ class OptimConfig(Section):
             raise ValueError(f"optim.min_lr={self.min_lr} is above optim.lr={self.lr}")
         if self.decay_steps is not None and self.schedule != "wsd":
             raise ValueError(f"optim.decay_steps belongs to optim.schedule=wsd, not {self.schedule}")
+        if self.muon_lr is not None and self.name != "muon":
+            raise ValueError(f"optim.muon_lr belongs to optim.name=muon, not {self.name}")
+        if self.schedule == "one_cycle" and ("warmup_steps" not in self.model_fields_set or self.warmup_steps == 0):
+            raise ValueError(
+                "optim.schedule=one_cycle needs optim.warmup_steps, the steps of its rise; 30 % of the steps is usual"
+            )
         return self
 
 
 class TrainConfig(Section):
-    steps: int = Field(1000, ge=1)
-    """Optimizer steps of the whole run."""
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps of the whole run; 1000 when train.epochs is not given either."""
+    epochs: float | None = Field(None, gt=0)
+    """Length of the run in passes over the training rows, instead of train.steps; the last step is a whole one."""
     global_batch_size: int = Field(64, ge=1)
     """Sequences per optimizer step, over all ranks; does not depend on the layout."""
+    batch_schedule: tuple[tuple[Count, Count], ...] = ()
+    """[rows, global_batch_size], ...: from that many rows seen on, the batch has that size."""
     micro_batch_size: int = Field(8, ge=1)
     """Sequences per forward on one rank."""
     seq_len: int = Field(1024, ge=1)
     """Tokens per sequence."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16 keeps float32 masters; auto takes the faster of both on this machine and prints which."""
+    seq_len_schedule: tuple[tuple[Annotated[int, Field(ge=0)], Count], ...] = ()
+    """[rows, length], ...: from that many rows seen on, each row is read as train.seq_len / length separate sequences.
+    """
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """bf16 and fp16 (with loss scaling) keep float32 masters; auto takes the faster of fp32 and bf16 and prints which.
+    """
+    compile: bool = False
+    """Compile the blocks with torch.compile (needs a C++ compiler)."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward recomputes to save memory: nothing, cheap elementwise work, or whole blocks."""
+    skip_steps: tuple[Count, ...] = ()
+    """Steps whose rows are passed over without an update."""
     seed: int = 0
     """Seed of the initial weights and of the order of the data."""
     threads: int = Field(1, ge=1)
     """CPU threads per process; part of what makes a run bitwise repeatable."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_length(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("steps") is None and values.get("epochs") is None:
+            return {**values, "steps": 1000}
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainConfig":
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"train.steps={self.steps} and train.epochs={self.epochs} both give the length; set one of them to null"
+            )
+        for key in ("batch_schedule", "seq_len_schedule"):
+            rows = [row for row, _ in getattr(self, key)]
+            for i, (before, after) in enumerate(zip(rows, rows[1:], strict=False)):
+                if after <= before:
+                    raise ValueError(f"train.{key}.{i + 1} begins at row {after}, not after row {before} of the last")
+        for i, (_, length) in enumerate(self.seq_len_schedule):
+            if self.seq_len % length:
+                raise ValueError(
+                    f"train.seq_len_schedule.{i}: {length} does not divide train.seq_len={self.seq_len}; "
+                    f"rows are cut into equal sequences"
+                )
+        return self
+
+
+class GuardConfig(Section):
+    nonfinite: Literal["raise", "skip", "rewind"] = "raise"
+    """At a loss or gradient norm that is no finite number: stop, skip the update, or go back to the last checkpoint."""
+    spike: Literal["off", "warn", "skip", "rewind"] = "warn"
+    """At a loss far above the last ones: nothing, say it, skip the update, or go back and pass over these rows."""
+    spike_threshold: float = Field(8.0, gt=0)
+    """How far is far: robust standard deviations of the last spike_window losses."""
+    spike_window: int = Field(64, ge=8)
+    """Losses that a new one is compared with."""
+    max_events: int = Field(20, ge=0)
+    """Skips and rewinds after which the run stops instead."""
 
 
 class CheckpointConfig(Section):
@@ -130,6 +205,8 @@ class EvalConfig(Section):
     """Steps between validations; the last step always gets one."""
     batches: int | None = Field(None, ge=1)
     """Micro-batches per rank of a validation; null = the whole held-out source."""
+    patience: int | None = Field(None, ge=1)
+    """End the run after this many validations without a new best; null = never."""
     sample_interval: int | None = Field(None, ge=1)
     """Steps between text samples; null = none."""
     sample_tokens: int = Field(128, ge=1)
@@ -145,12 +222,30 @@ class LogConfig(Section):
     """Steps between lines on the screen; metrics.jsonl gets every step."""
     tensorboard: bool = True
     """Write curves to tb/ in the run folder."""
+    wandb: bool = False
+    """Send curves to Weights & Biases, online or offline as its own environment variables say."""
+    peak_flops: float | None = Field(None, gt=0)
+    """Arithmetic peak of one device (FLOP/s), for mfu; null = known for common GPUs, mfu stays null elsewhere."""
+    trace_steps: tuple[Count, Count] | None = None
+    """[first, last]: write statistics of every module's output and every gradient of these steps to trace.jsonl."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "LogConfig":
+        if self.wandb and "wandb" not in sys.modules and importlib.util.find_spec("wandb") is None:
+            raise ValueError(
+                'log.wandb=true: the package wandb is not installed; pip install "lattice-llm[wandb]", '
+                "or log.wandb=false"
+            )
+        if self.trace_steps is not None and self.trace_steps[0] > self.trace_steps[1]:
+            raise ValueError(f"log.trace_steps={list(self.trace_steps)}: the first step lies after the last")
+        return self
 
 
 # What the config's own sections decide of DeepSpeed's JSON; the rest may be passed through.
 OWNED_BY_CONFIG = frozenset(
     ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    + ("optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "data_types")
+    + ("optimizer", "scheduler", "bf16", "fp16", "amp", "torch_autocast", "data_types")
+    + ("activation_checkpointing", "compile", "tensorboard", "wandb")
 )
 
 
@@ -169,6 +264,8 @@ class RunConfig(Section):
     """Optimizer and learning-rate schedule."""
     train: TrainConfig = TrainConfig()
     """Steps, batch, precision."""
+    guard: GuardConfig = GuardConfig()
+    """What happens when the loss is not finite or jumps."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving and resuming."""
     eval: EvalConfig = EvalConfig()
@@ -184,17 +281,36 @@ class RunConfig(Section):
         if owned:
             raise ValueError(f"deepspeed.{owned[0]} is set by the other sections of the config; leave it out")
         zero = self.deepspeed.get("zero_optimization", {})
-        if not isinstance(zero, dict) or "stage" in zero:
-            raise ValueError("deepspeed.zero_optimization.stage is set by parallel.zero_stage; leave it out")
+        for key, owner in (("stage", "zero_stage"), ("offload_optimizer", "offload_optimizer")):
+            if not isinstance(zero, dict) or key in zero:
+                raise ValueError(f"deepspeed.zero_optimization.{key} is set by parallel.{owner}; leave it out")
         if self.train.seq_len > self.model.max_seq_len:
             raise ValueError(f"train.seq_len={self.train.seq_len} is above model.max_seq_len={self.model.max_seq_len}")
+        if self.eval.patience is not None and self.data.valid is None:
+            raise ValueError(f"eval.patience={self.eval.patience} needs held-out text: set data.valid")
+        if self.parallel.zero_stage == 0:
+            self._refuse_unsharded()
         return self
+
+    def _refuse_unsharded(self) -> None:
+        if self.train.precision != "fp32":
+            raise ValueError(
+                f"parallel.zero_stage=0 needs train.precision=fp32, not {self.train.precision}; "
+                f"use parallel.zero_stage=1"
+            )
+        for name in ("tensor", "pipeline", "expert", "context"):
+            ranks = getattr(self.parallel, name)
+            if ranks != 1:
+                raise ValueError(
+                    f"parallel.zero_stage=0 needs parallel.{name}=1, not {ranks}; use parallel.zero_stage=1"
+                )
 
 
 # Keys whose change on resume keeps the mathematics of the run: how it is cut, how long it is, what is watched.
 FREE_ON_RESUME = (
-    "parallel", "train.steps", "train.global_batch_size", "train.micro_batch_size", "train.threads",
-    "checkpoint", "eval", "log", "data", "tokenizer", "deepspeed",
+    "parallel", "train.steps", "train.epochs", "train.global_batch_size", "train.batch_schedule",
+    "train.micro_batch_size", "train.threads", "train.compile", "train.activation_checkpointing", "train.skip_steps",
+    "guard", "checkpoint", "eval", "log", "data", "tokenizer", "deepspeed",
 )  # fmt: skip
 
 
@@ -219,66 +335,12 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Ru
 def validate(raw: dict[str, Any], where: str) -> RunConfig:
     """RunConfig of a nested dict; UserError with one line that names the first wrong key."""
     try:
-        _refuse_booleans(raw, RunConfig)
+        refuse_booleans(raw, RunConfig)
         return RunConfig.model_validate(raw)
     except ValidationError as error:
         raise UserError(f"{where}: {explain(error, RunConfig)}") from None
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
-
-
-def _refuse_booleans(raw: Any, schema: type[BaseModel], prefix: str = "") -> None:
-    """pydantic would read true as the number 1, and a flag without its value is true."""
-    for name, value in raw.items() if isinstance(raw, dict) else ():
-        info = schema.model_fields.get(name)
-        if info is None:
-            continue
-        inner = section_of(info.annotation)
-        if inner is not None:
-            _refuse_booleans(value, inner, f"{prefix}{name}.")
-        elif isinstance(value, bool) and bool not in _leaf_types(info.annotation):
-            raise ValueError(f"{prefix}{name}={str(value).lower()}: expected a value other than true or false")
-
-
-def _leaf_types(annotation: Any) -> set[Any]:
-    inner = getattr(annotation, "__args__", None)
-    return {annotation} if inner is None else set().union(*(_leaf_types(argument) for argument in inner))
-
-
-def explain(error: ValidationError, schema: type[BaseModel]) -> str:
-    """One line for the first problem of a pydantic error, naming the key as it is written on the command line."""
-    problems = error.errors()
-    # of a value that may be a string or a list, pydantic tells both ways in which it failed: the longer one is meant
-    first = max(problems[:2], key=lambda problem: len(problem["loc"])) if len(problems) > 1 else problems[0]
-    key = ".".join(str(part) for part in first["loc"] if not isinstance(part, str) or part.isidentifier())
-    if first["type"] == "extra_forbidden":
-        known = _fields(schema, [str(part) for part in first["loc"][:-1]])
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(known)}"
-        return f"unknown key {key}; {hint}"
-    if first["type"] == "missing":
-        return f"missing key {key}"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        return message
-    return f"{key}={first['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def _fields(schema: type[BaseModel], path: list[str]) -> list[str]:
-    for part in path:
-        field = schema.model_fields.get(part)
-        inner = section_of(field.annotation) if field is not None else None
-        if inner is not None:
-            schema = inner
-    return list(schema.model_fields)
-
-
-def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The schema inside a field's type, as in `ModelArgs` or `MoEArgs | None`; None for plain values."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    inner = [section_of(argument) for argument in getattr(annotation, "__args__", ())]
-    return next((schema for schema in inner if schema is not None), None)
 
 
 def _set(raw: dict[str, Any], dotted: str, value: Any) -> None:
@@ -294,98 +356,52 @@ def _set(raw: dict[str, Any], dotted: str, value: Any) -> None:
     node[leaf] = value
 
 
-# The parser's own error, and what its constructors raise for a date that does not exist, a list as a key, endless
-# nesting.
-NOT_YAML = (yaml.YAMLError, ValueError, TypeError, RecursionError)
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number and refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<`: its keys may be given again
-                continue
-            key = self.construct_object(key_node, deep=deep)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; UserError naming the file when it is missing or malformed."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a text file; expected YAML") from None
-    try:
-        value = _Loader(text).get_single_data()
-    except NOT_YAML as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a mapping of sections, found {type(value).__name__}")
-    return value
-
-
-def scalar(text: str) -> Any:
-    """What `text` would be as a value in the YAML file: `1e-4` a number, `false` false, `[a, b]` a list."""
-    try:
-        return _Loader(text).get_single_data()
-    except NOT_YAML:
-        return text
-
-
 def accumulation_steps(config: RunConfig, data_ranks: int) -> int:
-    """Micro-batches per rank and step; UserError when the global batch cannot be cut evenly."""
-    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
-    if batch % (micro * data_ranks):
-        fits = [m for m in range(1, batch + 1) if batch % (m * data_ranks) == 0]
-        how = (
-            f"use train.micro_batch_size={max([m for m in fits if m <= micro], default=fits[0])}"
-            if fits
-            else f"use a multiple of {data_ranks}"
-        )
-        raise UserError(
-            f"train.global_batch_size={batch} is not divisible by train.micro_batch_size={micro} x {data_ranks} "
-            f"data-parallel ranks; {how}"
-        )
-    return batch // (micro * data_ranks)
-
-
-def learning_rate(optim: OptimConfig, steps: int, step: int) -> float:
-    """Learning rate of step `step` (1-based) of `steps`: linear warm-up, then the schedule; min_lr at the last step."""
-    if step <= optim.warmup_steps:
-        return optim.lr * step / optim.warmup_steps
-    if optim.schedule == "constant":
-        return optim.lr
-    if optim.schedule == "cosine":
-        progress = (step - optim.warmup_steps) / max(steps - optim.warmup_steps, 1)
-        return optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-    decay = optim.decay_steps or max(steps // 5, 1)
-    progress = max(step - (steps - decay), 0) / decay
-    return optim.lr - (optim.lr - optim.min_lr) * math.sqrt(progress) if progress < 1 else optim.min_lr
+    """Most micro-batches per rank and step; UserError when a global batch of the run cannot be cut evenly."""
+    train = config.train
+    batches = {"train.global_batch_size": train.global_batch_size}
+    batches |= {f"train.batch_schedule.{i}.1": size for i, (_, size) in enumerate(train.batch_schedule)}
+    for key, batch in batches.items():
+        if batch % (train.micro_batch_size * data_ranks):
+            common = math.gcd(*batches.values())
+            fits = [m for m in range(1, common + 1) if common % (m * data_ranks) == 0]
+            how = (
+                f"use train.micro_batch_size={max([m for m in fits if m <= train.micro_batch_size], default=fits[0])}"
+                if fits
+                else f"use a multiple of {data_ranks}"
+            )
+            raise UserError(
+                f"{key}={batch} is not divisible by train.micro_batch_size={train.micro_batch_size} x {data_ranks} "
+                f"data-parallel ranks; {how}"
+            )
+    return max(batches.values()) // (train.micro_batch_size * data_ranks)
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[str, ...] = ()) -> list[str]:
-    """Lines `key: saved -> now` for every key that must not change on resume and did."""
-    flat_saved, flat_now = _flatten(saved), _flatten(now)
+    """Lines `key: saved -> now` for every key that must not change on resume and did.
+
+    A key that `saved` does not have, because it was written before the key existed, stands at its default.
+    """
+    flat_saved, flat_now = _flatten(_completed(saved, RunConfig)), _flatten(now)
     lines = []
     for key in sorted(flat_saved.keys() | flat_now.keys()):
         free = any(key == prefix or key.startswith(prefix + ".") for prefix in FREE_ON_RESUME + allowed)
         if not free and flat_saved.get(key) != flat_now.get(key):
             lines.append(f"{key}: {flat_saved.get(key)!r} -> {flat_now.get(key)!r}")
     return lines
+
+
+def _completed(saved: dict[str, Any], schema: type[BaseModel]) -> dict[str, Any]:
+    """`saved` with the schema's default for every key that it lacks."""
+    filled = dict(saved)
+    for name, info in schema.model_fields.items():
+        inner = section_of(info.annotation)
+        if name not in filled and not info.is_required():
+            default = info.get_default(call_default_factory=True)
+            filled[name] = default.model_dump(mode="json") if isinstance(default, BaseModel) else default
+        elif inner is not None and isinstance(filled.get(name), dict):
+            filled[name] = _completed(filled[name], inner)
+    return filled
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

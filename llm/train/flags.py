@@ -5,6 +5,7 @@ Values read as they would in the YAML file, and the schema in llm/train/config.p
 
 import difflib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -14,8 +15,9 @@ from llm.errors import UserError
 from llm.train.config import RunConfig, scalar, section_of
 
 OWN_FLAGS = {
-    "config": "YAML run config (required)",
+    "config": "YAML run config (required; a replay takes the run folder's own without it)",
     "run_dir": "folder of the run; default runs/<name of the config>",
+    "replay_step": "rebuild this step of the run in run_dir, print its documents by loss, stop",
     "nproc": "start this many processes on this machine (instead of calling torchrun yourself)",
     "dry_run": "check everything, print the resolved config, stop",
     "help": "this text",
@@ -30,7 +32,12 @@ class RunFlags:
     run_dir: str | None = None
     nproc: int | None = None
     dry_run: bool = False
+    replay_step: int | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
+
+    def folder(self) -> Path:
+        """The run's folder, given or named after the config."""
+        return Path(self.run_dir or Path("runs") / Path(self.config).stem)
 
     def without_nproc(self, words: list[str]) -> list[str]:
         """The words for each process: torchrun would take --nproc for an abbreviation of its own flag."""
@@ -56,21 +63,31 @@ def parse_run_flags(words: list[str]) -> RunFlags:
         if "." not in key and key not in RunConfig.model_fields:
             near = difflib.get_close_matches(key, [*OWN_FLAGS, *_dotted(RunConfig)], n=1)
             raise UserError(f"unknown flag --{key}" + (f"; did you mean --{near[0]}?" if near else "; see --help"))
-    if "config" not in own:
+    replay_step = _natural(own, "replay_step", "step of the run")
+    if replay_step is not None and "config" not in own:
+        if "run_dir" not in own:
+            raise UserError(f"--replay_step={replay_step}: --run_dir is missing, the folder of the run")
+        texts["config"] = str(Path(str(texts["run_dir"]), "config.yaml"))
+    elif "config" not in own:
         raise UserError("--config FILE is missing; for a start: --config configs/pretrain/quickstart.yaml")
     dry_run = own.get("dry_run", False)
     if not isinstance(dry_run, bool):
         raise UserError(f"--dry_run={dry_run}: expected true or false")
-    nproc = own.get("nproc")
-    if nproc is not None and (not isinstance(nproc, int) or isinstance(nproc, bool) or nproc < 1):
-        raise UserError(f"--nproc={nproc}: expected a number of processes, 1 or more")
     return RunFlags(
         config=str(texts["config"]),
         run_dir=texts.get("run_dir"),
-        nproc=nproc,
+        nproc=_natural(own, "nproc", "number of processes"),
         dry_run=dry_run,
+        replay_step=replay_step,
         overrides=flags,
     )
+
+
+def _natural(own: dict[str, Any], key: str, what: str) -> int | None:
+    value = own.get(key)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise UserError(f"--{key}={value}: expected a {what}, 1 or more")
+    return value
 
 
 def help_text() -> str:

@@ -4,7 +4,9 @@ A signal only sets a flag. Ranks hear of it at different moments, so they add th
 act together: save, then leave with EXIT_STOPPED, which tells a scheduler that the same command goes on.
 """
 
+import os
 import signal
+import sys
 from pathlib import Path
 from types import FrameType
 
@@ -14,6 +16,22 @@ SAVE_FILE = "save"
 """Touching this file in the run folder asks for a checkpoint now; it is removed when that is written."""
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def leave_before_first_step() -> None:
+    """Until a `Requests` takes over, a signal ends this process at once: it has made no step that could be saved."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"stopped by {signal.Signals(number).name} before its first step; the same command goes on", flush=True)
+        sys.stderr.flush()
+        os._exit(EXIT_STOPPED)  # an exception would wait for threads, and for collectives that peers have left
+
+    for number in SIGNALS:
+        signal.signal(number, leave)
+
+
 class Requests:
     """The flags of this process; signals are handled from construction to `close`.
 
@@ -21,13 +39,11 @@ class Requests:
     on.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
     def __init__(self, run_dir: Path) -> None:
         self.stop: str | None = None
         """Name of the signal that asked to stop."""
         self._save_file = run_dir / SAVE_FILE
-        self._previous = {number: signal.signal(number, self._heard) for number in self.SIGNALS}
+        self._previous = {number: signal.signal(number, self._heard) for number in SIGNALS}
 
     def _heard(self, number: int, frame: FrameType | None) -> None:
         self.stop = self.stop or signal.Signals(number).name

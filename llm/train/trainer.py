@@ -5,10 +5,9 @@ Order of building: what can be refused is refused before work is lost (config, f
 engine, checkpoint; the run folder is made last.
 """
 
-import itertools
+import dataclasses
 import math
 import platform
-import resource
 import sys
 import time
 from functools import partial
@@ -18,45 +17,38 @@ from typing import Any
 import torch
 import yaml
 
-from llm.args import ModelArgs
 from llm.atomic import write_file
 from llm.checkpoint.pretrained import save_tokenizer
-from llm.checkpoint.reader import Checkpoint, list_steps, newest_valid, resolve
+from llm.checkpoint.reader import Checkpoint, list_steps, resolve
 from llm.checkpoint.store import CheckpointStore
+from llm.compile import compile_blocks
 from llm.data.batch import StepBatch
-from llm.data.loader import TrainLoader, validation_batches
+from llm.data.loader import TrainLoader
 from llm.data.mixture import Mixture
-from llm.data.source import TokenSource
-from llm.data.sources import check_data, open_data, prepare_data
 from llm.errors import UserError
 from llm.generate import generate
-from llm.model import LLM
+from llm.parallel.build import build_model
 from llm.parallel.collectives import agreed_error, all_or_none, main_decides, sum_over_ranks
-from llm.parallel.engine import Engine, StepResult, parameter_groups
+from llm.parallel.engine import Engine, StepResult
 from llm.parallel.launch import World
 from llm.tokenizer import Tokenizer, load_tokenizer
-from llm.train.config import OptimConfig, RunConfig, accumulation_steps, differences, learning_rate
-from llm.train.log import RunLog
-from llm.train.precision import faster_precision
+from llm.train.config import RunConfig, accumulation_steps, differences
+from llm.train.guard import Guard
+from llm.train.inputs import encode_prompts, open_sources, settle_precision, with_vocabulary
+from llm.train.log import CurveSink, RunLog, TensorBoard, WeightsAndBiases
+from llm.train.metrics import StepMetrics
+from llm.train.optimizer import make_optimizer
+from llm.train.schedule import epoch_rows, learning_rate, steps_between
 from llm.train.stop import EXIT_STOPPED, Requests
-
-VERIFY_TOKENS = 1 << 28
-"""A source up to this size is verified whole before the run begins (under a second); a larger one shard by shard as
-it is first read.
-"""
-
-
-def make_optimizer(model: LLM, optim: OptimConfig) -> torch.optim.Optimizer:
-    """Fused AdamW or plain SGD over the decayed and the undecayed parameters."""
-    groups = parameter_groups(model, optim.weight_decay)
-    if optim.name == "sgd":
-        return torch.optim.SGD(groups, lr=optim.lr)
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+from llm.train.trace import Trace
+from llm.train.validation import Best, validate
 
 
 class Trainer:
-    """One run of one config on this world of processes; `fit()` trains to `train.steps`, resuming where the folder
+    """One run of one config on this world of processes; `fit()` trains to its last step, resuming where the folder
     stands.
+
+    `config` is the resolved one: with a vocabulary, a precision and a number of steps.
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, world: World) -> None:
@@ -64,67 +56,58 @@ class Trainer:
         self.run_dir = run_dir
         accumulation = accumulation_steps(config, world.size)
         self.tokenizer: Tokenizer = all_or_none(lambda: load_tokenizer(config.tokenizer), world)
-        self.prompts = all_or_none(lambda: [_prompt(self.tokenizer, text) for text in config.eval.prompts], world)
-        config = config.model_copy(update={"model": _with_vocabulary(config.model, self.tokenizer)})
+        self.prompts = encode_prompts(config, self.tokenizer, world)
+        config = with_vocabulary(config, self.tokenizer)
         self.store = CheckpointStore(
             run_dir / "checkpoints", world, keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
         )
-        sources, self.valid = self._open_data(config)
+        sources, self.valid = open_sources(config, self.tokenizer, world)
         self.mixture = all_or_none(lambda: Mixture(sources, config.train.seq_len, config.train.seed), world)
-        self.config, self.precision_reason = self._settle_precision(config)
-        model = LLM(self.config.model, seed=config.train.seed).to(world.device)
-        self.n_parameters = sum(p.numel() for p in model.parameters())
+        self.config, self.precision_reason = settle_precision(config, self.store, world)
+        train, parallel = self.config.train, self.config.parallel
+        model = build_model(
+            self.config.model, train.seed, world, zero_stage=parallel.zero_stage, precision=train.precision
+        )
         self.engine = Engine(
             model,
             make_optimizer(model, config.optim),
             world=world,
-            precision=self.config.train.precision,
-            micro_batch_size=config.train.micro_batch_size,
-            accumulation=accumulation,
+            precision=train.precision,
+            micro_batch_size=train.micro_batch_size,
+            max_accumulation=accumulation,
             clip_norm=config.optim.clip_norm,
-            seed=config.train.seed,
+            seed=train.seed,
+            zero_stage=parallel.zero_stage,
+            offload_optimizer=parallel.offload_optimizer,
+            ema_decay=config.optim.ema_decay,
             extra_config=dict(config.deepspeed),
         )
+        model.activation_checkpointing = train.activation_checkpointing
+        if train.compile:
+            all_or_none(partial(compile_blocks, model), world)
+        self.guard = Guard(config.guard)
+        self.metrics = StepMetrics(self.config.model, world, config.log.peak_flops)
         self.step = 0
+        self._saved_step = 0  # what the initial weights need no checkpoint for
         self.consumed_rows = 0
         self.tokens = 0
-        self.best: dict[str, Any] = {"valid_loss": None, "step": None}
+        self.best = Best()
+        self._epochs = train.epochs
+        self._settle_steps()
 
-    def _open_data(self, config: RunConfig) -> tuple[list[tuple[str, TokenSource, float]], list[TokenSource]]:
-        """The training sources with their names and weights, and the held-out sources; raw text is sharded by rank 0.
-        """
-        cache = config.data.cache_dir
-        for key, spec in (("data.train", config.data.train), ("data.valid", config.data.valid)):
-            if spec is not None:  # both before the first is sharded, which may take long
-                main_decides(partial(check_data, spec, key=key), self.world)
-        opened: dict[str, list[tuple[str, TokenSource, float]]] = {"data.train": [], "data.valid": []}
-        for key, spec in (("data.train", config.data.train), ("data.valid", config.data.valid)):
-            if spec is not None:
-                main_decides(partial(prepare_data, spec, self.tokenizer, cache, key=key), self.world)
-                opened[key] = all_or_none(partial(open_data, spec, self.tokenizer, cache, key=key), self.world)
-                for _, source, _ in opened[key]:
-                    if source.n_tokens <= VERIFY_TOKENS:
-                        main_decides(partial(_verify, source), self.world)
-        return opened["data.train"], [source for _, source, _ in opened["data.valid"]]
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        assert self.config.train.steps is not None
+        return self.config.train.steps
 
-    def _settle_precision(self, config: RunConfig) -> tuple[RunConfig, str]:
-        if config.train.precision != "auto":
-            return config, "set in the config"
-        saved = main_decides(lambda: self._saved_precision(config.checkpoint.resume), self.world)
-        if saved is not None:
-            precision, reason = saved, "as this run began"
-        else:
-            dim = config.model.dim
-            precision, reason = main_decides(lambda: list(faster_precision(dim, self.world.device)), self.world)
-        train = config.train.model_copy(update={"precision": precision})
-        return config.model_copy(update={"train": train}), reason
-
-    def _saved_precision(self, resume: str) -> str | None:
-        """What `auto` was settled to in the checkpoint that this run will continue; None for a new run."""
-        checkpoint, _ = newest_valid(self.store.folder)
-        if checkpoint is None and resume not in ("auto", "never"):
-            checkpoint = resolve(resume)
-        return None if checkpoint is None else str(checkpoint.meta["config"]["train"]["precision"])
+    def _settle_steps(self) -> None:
+        """`train.epochs` in steps, from where the run stands: its batch size may have been another one before."""
+        if self._epochs is not None:
+            end = epoch_rows(self._epochs, self.mixture.n_rows)
+            steps = self.step + steps_between(self.config.train, self.consumed_rows, end)
+            train = self.config.train.model_copy(update={"steps": steps, "epochs": None})
+            self.config = self.config.model_copy(update={"train": train})
 
     def resume(self) -> list[str]:
         """Continue the run folder's newest valid checkpoint, or begin from the one that the config names.
@@ -147,15 +130,15 @@ class Trainer:
                     f"to go back to an older one, give another --run_dir"
                 )
             if not used:
-                return [self._resumed(self.store.load_exactly(named, self._read_checkpoint))]
-        checkpoint, skipped = self.store.load_newest(self._read_checkpoint)
+                return [self._resumed(self.store.load_exactly(named, self.read_checkpoint))]
+        checkpoint, skipped = self.store.load_newest(self.read_checkpoint)
         lines = [f"skipped a checkpoint, now set aside: {line}" for line in skipped]
         return lines + ([self._resumed(checkpoint)] if checkpoint is not None else [])
 
     def _resumed(self, checkpoint: Checkpoint) -> str:
         return f"resumed from {checkpoint.path} (step {checkpoint.step}, {self.consumed_rows:,} rows seen)"
 
-    def _read_checkpoint(self, checkpoint: Checkpoint) -> Any:
+    def read_checkpoint(self, checkpoint: Checkpoint) -> Any:
         """Compare configs, read this rank's ranges; return the function that puts everything in place."""
         meta = checkpoint.meta
         config = self.config
@@ -174,7 +157,7 @@ class Trainer:
             )
         self.engine.prepare_load(checkpoint.kinds(), meta["optimizer_scalars"])
         loaded = []
-        for name, kind, start, values in self.engine.owned_fragments():
+        for name, kind, start, values in self.engine.fragments():
             loaded.append((values, checkpoint.read(name, kind, start, start + values.numel())))
 
         def apply() -> None:
@@ -183,10 +166,12 @@ class Trainer:
             self.engine.finish_load()
             if meta["expert_counts"]:
                 self.engine.model.set_expert_counts(torch.tensor(meta["expert_counts"], dtype=torch.int64))
-            self.step = checkpoint.step
+            self.step = self._saved_step = checkpoint.step
             self.consumed_rows = meta["data"]["consumed"]
             self.tokens = meta["tokens"]
-            self.best = meta["best"]
+            self.best = Best(**meta["best"])
+            self.guard.load(meta["guard"])
+            self._settle_steps()
 
         return apply
 
@@ -201,59 +186,123 @@ class Trainer:
             "expert_counts": counts.tolist(),
             "optimizer_scalars": self.engine.optimizer_scalars(),
             "tokens": self.tokens,
-            "best": self.best,
+            "best": dataclasses.asdict(self.best),
+            "guard": self.guard.state(),
             "layout": {"ranks": self.world.size, "zero_stage": self.config.parallel.zero_stage},
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
         }
-        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        path = self.store.save(self.step, shapes, self.engine.owned_fragments(), meta)
-        self.store.prune(self.best["step"])
+        path = self.store.save(self.step, self.engine.shapes, self.engine.owned_fragments(), meta)
+        self.store.prune(self.best.step)
+        self._saved_step = self.step
         return path
 
     def fit(self) -> None:
         """Train from the current step to the last one."""
-        notes = self.resume()
-        log = all_or_none(lambda: self._open_log(notes) if self.world.is_main else None, self.world)
+        notes: list[str] | None = self.resume()
         requests = Requests(self.run_dir)
         try:
-            self._run(log, requests)
+            while notes is not None:
+                log = all_or_none(partial(self._open_log, notes) if self.world.is_main else _nothing, self.world)
+                try:
+                    notes = self._run(log, requests)
+                finally:
+                    if log:
+                        log.close()
         finally:
             requests.close()
-            if log:
-                log.close()
 
-    def _run(self, log: RunLog | None, requests: Requests) -> None:
-        config, world = self.config, self.world
-        if self.step >= config.train.steps:
+    def _run(self, log: RunLog | None, requests: Requests) -> list[str] | None:
+        """Train to the end; or, where a step sent the run back to its last checkpoint, stop there with notes of it."""
+        end = self._end()
+        if end is not None:
             if log:
-                log.say(f"nothing to do: the run is at step {self.step} of train.steps={config.train.steps}")
-            return
-        loader = TrainLoader(
-            self.mixture,
-            seq_len=config.train.seq_len,
-            global_batch_size=config.train.global_batch_size,
-            micro_batch_size=config.train.micro_batch_size,
-            dp_rank=world.rank,
-            dp_size=world.size,
-            start_row=self.consumed_rows,
+                log.say(f"nothing to do: {end}")
+            return None
+        trace = Trace(
+            self.engine.model, self.world, self.run_dir / "trace.jsonl", self.config.log.trace_steps, self.step + 1
         )
-        with loader:
-            while self.step < config.train.steps:
+        with self.loader() as loader:
+            while end is None:
                 started = time.perf_counter()
                 batch, n_targets, n_tokens, stop, save = self._next_batch(loader, requests)
                 if stop or save:
                     self._obey(stop, log, requests)
-                lr = learning_rate(config.optim, config.train.steps, self.step + 1)
-                result = self.engine.train_step(batch, n_targets, n_tokens, lr)
-                self.step += 1
-                self.consumed_rows += batch.n_rows
-                self.tokens += result.n_tokens
-                row = self._row(result, lr, time.perf_counter() - started, batch.wait_s)
-                self._after_step(row, log)
+                with trace.step(self.step + 1, self.engine.gradient_scale):
+                    result, lr = self.take_step(batch, n_targets, n_tokens)
+                action, lines = self.guard.judge(self.step, result)
+                if action == "rewind":
+                    return [*lines, *self._rewind()]
+                row = self.metrics.row(
+                    result,
+                    batch,
+                    step=self.step,
+                    tokens=self.tokens,
+                    epoch=self.mixture.epoch(self.consumed_rows),
+                    lr=lr,
+                    seconds=time.perf_counter() - started,
+                )
+                end = self._after_step(row, log, lines, requests)
         if log:
+            how = "done" if self.step >= self.steps else end
             log.say(
-                f"done: {self.step} steps, {self.tokens:,} tokens; curves: tensorboard --logdir {self.run_dir / 'tb'}"
+                f"{how}: {self.step} steps, {self.tokens:,} tokens; curves: tensorboard --logdir {self.run_dir / 'tb'}"
             )
+        return None
+
+    def take_step(
+        self, batch: StepBatch, n_targets: int, n_tokens: int, always: bool = False
+    ) -> tuple[StepResult, float]:
+        """The next optimizer step, on these rows, at the learning rate that is returned too (collective).
+
+        n_targets, n_tokens: of all ranks. A step that is to be passed over is not computed, unless `always`.
+        """
+        step = self.step + 1
+        lr = learning_rate(self.config.optim, self.steps, step)
+        if not always and (step in self.guard.passed_over or step in self.config.train.skip_steps):
+            result = StepResult.passed_over(n_targets, n_tokens)
+        else:
+            result = self.engine.train_step(batch, n_targets, n_tokens, lr, self.guard.loss_limit())
+        self.step = step
+        self.consumed_rows += batch.n_rows
+        self.tokens += n_tokens
+        return result, lr
+
+    def _rewind(self) -> list[str]:
+        """Go back to the newest checkpoint (collective); UserError where there is none yet."""
+        checkpoint, skipped = self.store.load_newest(self.read_checkpoint)
+        if checkpoint is None:
+            raise agreed_error(
+                f"step {self.step} is to be passed over, but there is no checkpoint yet to go back to; "
+                f"give --train.skip_steps=[{self.step}], or a shorter checkpoint.interval"
+            )
+        return [f"skipped a checkpoint, now set aside: {line}" for line in skipped] + [self._resumed(checkpoint)]
+
+    def _end(self) -> str | None:
+        """Why there is no next step, in words; None when there is one."""
+        patience, best = self.config.eval.patience, self.best
+        if self.step >= self.steps:
+            return f"the run is at step {self.step} of train.steps={self.steps}"
+        if best.exhausted(patience):
+            return (
+                f"stopped early at step {self.step} of train.steps={self.steps}, after {best.since} validations "
+                f"(eval.patience={patience}) without a loss below the {best.valid_loss:.4f} of step {best.step}"
+            )
+        return None
+
+    def loader(self) -> TrainLoader:
+        """This rank's steps from where the run stands."""
+        train, world = self.config.train, self.world
+        return TrainLoader(
+            self.mixture,
+            seq_len=train.seq_len,
+            global_batch_size=train.global_batch_size,
+            micro_batch_size=train.micro_batch_size,
+            dp_rank=world.rank,
+            dp_size=world.size,
+            start_row=self.consumed_rows,
+            batch_schedule=train.batch_schedule,
+            seq_len_schedule=train.seq_len_schedule,
+        )
 
     def _next_batch(self, loader: TrainLoader, requests: Requests) -> tuple[StepBatch, int, int, bool, bool]:
         """This rank's batch, the global numbers of its targets and tokens, and whether any rank was asked to stop or
@@ -277,7 +326,7 @@ class Trainer:
 
     def _obey(self, stop: bool, log: RunLog | None, requests: Requests) -> None:
         """Save at this step boundary; then leave with EXIT_STOPPED if that was asked for (collective)."""
-        if self.step > 0:
+        if self.step != self._saved_step:
             path = self.save()
             if log:
                 log.say(f"saved on request: {path}")
@@ -287,92 +336,56 @@ class Trainer:
                 log.say(f"stopped on request after step {self.step}; the same command goes on")
             sys.exit(EXIT_STOPPED)
 
-    def _after_step(self, row: dict[str, Any], log: RunLog | None) -> None:
-        config, last = self.config, self.step == self.config.train.steps
-        self._check_finite(row, "loss", "grad_norm")
-        new_best = False
-        if self.valid and (last or self.step % config.eval.interval == 0):
-            row.update(self.validate())
-            self._check_finite(row, "valid_loss")
-            new_best = self.best["valid_loss"] is None or row["valid_loss"] < self.best["valid_loss"]
-            if new_best:
-                self.best = {"valid_loss": row["valid_loss"], "step": self.step}
-        if log:
-            log.step(row)
-        if last or self.step % config.checkpoint.interval == 0 or (new_best and config.checkpoint.keep_best):
-            self.save()
-        if config.eval.sample_interval and (last or self.step % config.eval.sample_interval == 0):
-            main_decides(lambda: self._sample(log) if log else None, self.world)
-
-    def _check_finite(self, row: dict[str, Any], *keys: str) -> None:
-        for key in keys:
-            if not math.isfinite(row[key]):
-                raise agreed_error(f"step {self.step}: {key} is {row[key]}; the last checkpoint is intact")
-
-    def validate(self) -> dict[str, float]:
-        """Loss per target (nats), perplexity and bits per byte of the original text over the held-out source
-        (collective).
-        """
+    def _after_step(
+        self, row: dict[str, Any], log: RunLog | None, notes: list[str], requests: Requests
+    ) -> str | None:
+        """Validate, record, save and sample, each when its time has come; why the run ends here, or None."""
         config = self.config
-        max_rows = None
-        if config.eval.batches is not None:
-            max_rows = config.eval.batches * config.train.micro_batch_size * self.world.size
-        batches = itertools.chain.from_iterable(
-            validation_batches(
-                source,
-                seq_len=config.train.seq_len,
-                micro_batch_size=config.train.micro_batch_size,
-                dp_rank=self.world.rank,
-                dp_size=self.world.size,
-                max_rows=max_rows,
-            )
-            for source in self.valid
-        )
-        nll, n_targets, n_bytes = self.engine.sum_nll(batches, self.tokenizer.token_bytes())
-        loss = nll / max(n_targets, 1)
-        return {
-            "valid_loss": loss,
-            "valid_ppl": math.exp(min(loss, 700.0)),
-            "valid_bits_per_byte": nll / (math.log(2) * max(n_bytes, 1)),
-        }
+        new_best = False
+        if self.valid and (self.step == self.steps or self.step % config.eval.interval == 0):
+            found = validate(self.engine, self.valid, self.tokenizer, config, self.world, lambda: bool(requests.stop))
+            if found is None:
+                notes = [*notes, f"step {self.step}: validation given up, as the run is to stop"]
+            else:
+                row.update(found)
+                if not math.isfinite(found["valid_loss"]):
+                    raise agreed_error(
+                        f"step {self.step}: valid_loss is {found['valid_loss']}; the last checkpoint is intact"
+                    )
+                new_best = self.best.update(found["valid_loss"], self.step)
+        end = self._end()
+        if log:
+            for line in notes:
+                log.say(line)
+            log.step(row)
+        if end or self.step % config.checkpoint.interval == 0 or (new_best and config.checkpoint.keep_best):
+            self.save()
+        if config.eval.sample_interval and (end or self.step % config.eval.sample_interval == 0):
+            self._sample(log)
+        return end
 
-    def _sample(self, log: RunLog) -> None:
-        model, tokenizer, config = self.engine.model, self.tokenizer, self.config
-        model.eval()
+    def _sample(self, log: RunLog | None) -> None:
+        """Continue the prompts; by rank 0, or under ZeRO-3, whose forward needs them, by all ranks alike."""
+        config = self.config
+        if config.parallel.zero_stage == 3:
+            texts = self._continuations()
+        else:
+            texts = main_decides(self._continuations, self.world)
+        if log:
+            for prompt, text in zip(config.eval.prompts, texts, strict=True):
+                log.sample(self.step, prompt, prompt + text)
+
+    def _continuations(self) -> list[str]:
+        self.engine.model.eval()
         continuations = generate(
-            model,
+            self.engine.model,
             self.prompts,
-            max_new_tokens=config.eval.sample_tokens,
-            temperature=config.eval.temperature,
-            stop_ids=(tokenizer.eos_id,),
+            max_new_tokens=self.config.eval.sample_tokens,
+            temperature=self.config.eval.temperature,
+            stop_ids=(self.tokenizer.eos_id,),
             seed=self.step,
         )
-        for text, ids in zip(config.eval.prompts, continuations, strict=True):
-            log.sample(self.step, text, text + tokenizer.decode(ids))
-
-    def _row(self, result: StepResult, lr: float, seconds: float, waited: float) -> dict[str, Any]:
-        if self.world.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated() / 2**30
-        else:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        return {
-            "step": self.step,
-            "loss": result.loss,
-            "lm_loss": result.lm_loss,
-            "moe_balance_loss": result.moe_balance_loss,
-            "moe_z_loss": result.moe_z_loss,
-            "grad_norm": result.grad_norm,
-            "routing_checksum": result.routing_checksum,
-            "lr": lr,
-            "tokens": self.tokens,
-            "targets": result.n_targets,
-            "tokens_per_s": result.n_tokens / seconds,
-            "tokens_per_s_per_device": result.n_tokens / seconds / self.world.size,
-            "mfu": None,
-            "step_time_s": seconds,
-            "data_wait_s": waited,
-            "memory_gb": memory,
-        }
+        return [self.tokenizer.decode(ids) for ids in continuations]
 
     def _open_log(self, notes: list[str]) -> RunLog:
         """The run folder and its log with the opening lines (rank 0)."""
@@ -381,45 +394,32 @@ class Trainer:
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         write_file(self.run_dir / "config.yaml", text.encode())
         save_tokenizer(self.tokenizer, self.run_dir)
+        curves: list[CurveSink] = []
+        if config.log.tensorboard:
+            curves.append(TensorBoard(self.run_dir, self.step + 1))
+        if config.log.wandb:
+            curves.append(WeightsAndBiases(self.run_dir, config.model_dump(mode="json")))
         log = RunLog(
             self.run_dir,
             first_step=self.step + 1,
-            steps=config.train.steps,
+            steps=self.steps,
             interval=config.log.interval,
-            tensorboard=config.log.tensorboard,
+            curves=curves,
         )
         for line in notes:
             log.say(line)
         log.say(
-            f"{self.n_parameters:,} parameters, {self.world.size} process(es) on {self.world.device.type}, ZeRO-"
+            f"{self.engine.n_parameters:,} parameters, {self.world.size} process(es) on {self.world.device.type}, ZeRO-"
             f"{config.parallel.zero_stage}, {config.train.precision} ({self.precision_reason}); one epoch is "
             f"{self.mixture.n_rows:,} rows of {config.train.seq_len} tokens; run folder {self.run_dir}"
         )
         return log
 
 
-def _with_vocabulary(args: ModelArgs, tokenizer: Tokenizer) -> ModelArgs:
-    """ModelArgs with the tokenizer's vocabulary when the config leaves it open (-1)."""
-    if args.vocab_size == -1:
-        return ModelArgs.model_validate({**args.model_dump(), "vocab_size": tokenizer.vocab_size})
-    if args.vocab_size < tokenizer.vocab_size:
-        raise agreed_error(
-            f"model.vocab_size={args.vocab_size} is below the tokenizer's {tokenizer.vocab_size} tokens; use -1"
-        )
-    return args
-
-
-def _verify(source: TokenSource) -> None:
-    TokenSource.open(source.path, verify=True)
-
-
-def _prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    try:
-        return [tokenizer.bos_id, *tokenizer.encode(text)]
-    except UserError as error:
-        raise UserError(f"eval.prompts: {error}") from None
-
-
 def _raise(error: Exception | None) -> None:
     if error is not None:
         raise error
+
+
+def _nothing() -> None:
+    return None

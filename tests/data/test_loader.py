@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from llm.data.batch import IGNORE, MicroBatch, collate
-from llm.data.loader import TrainLoader, validation_batches
+from llm.data.batch import IGNORE, MicroBatch, StepBatch, collate
+from llm.data.loader import TrainLoader, in_force, validation_batches
 from llm.data.mixture import Mixture
 from llm.data.source import TokenSource
 from llm.errors import UserError
@@ -180,3 +180,89 @@ def test_validation_stops_after_max_rows_on_every_layout(source: TokenSource) ->
         for ranks, micro in ((1, 10), (3, 2), (4, 4))
     ]
     assert targets[0] == targets[1] == targets[2] > 0
+
+
+BATCHES = ((30, 12), (60, 48), (61, 6))
+LENGTHS = ((0, 8), (31, 16), (60, 32))
+
+
+def planned(mixture: Mixture, start_row: int = 0, dp_rank: int = 0, dp_size: int = 1, micro: int = 6) -> TrainLoader:
+    """A loader whose batches have 24, 24 (at row 24 not yet 30 have been seen), 12, 48, 6, 6, ... rows."""
+    return TrainLoader(
+        mixture,
+        seq_len=T,
+        global_batch_size=G,
+        micro_batch_size=micro,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        start_row=start_row,
+        batch_schedule=BATCHES,
+        seq_len_schedule=LENGTHS,
+    )
+
+
+def tensors_of(batch: StepBatch) -> list[list[torch.Tensor]]:
+    return [[m.tokens_BT, m.labels_BT, m.cu_seqlens] for m in batch.micro_batches]
+
+
+def test_a_value_is_in_force_from_its_row_on() -> None:
+    assert [in_force(24, BATCHES, rows) for rows in (0, 29, 30, 59, 60, 61, 10**9)] == [24, 24, 12, 12, 48, 6, 6]
+    assert in_force(24, (), 5) == 24
+
+
+def test_across_changes_every_row_comes_once_and_in_order(mixture: Mixture) -> None:
+    with planned(mixture) as loader:
+        steps = [loader.next() for _ in range(7)]
+    assert [(step.first_row, step.n_rows) for step in steps] == [
+        (0, 24), (24, 24), (48, 12), (60, 48), (108, 6), (114, 6), (120, 6),
+    ]  # fmt: skip
+    tokens = torch.cat([m.tokens_BT.reshape(-1, T) for step in steps for m in step.micro_batches])
+    labels = torch.cat([m.labels_BT.reshape(-1, T) for step in steps for m in step.micro_batches])
+    sources, rows = mixture.locate(np.arange(126))
+    for i, (j, k) in enumerate(zip(sources.tolist(), rows.tolist(), strict=True)):
+        expected = collate([(mixture.sources[j], k)], T)
+        assert torch.equal(tokens[i], expected.tokens_BT[0]) and torch.equal(labels[i], expected.labels_BT[0])
+
+
+def test_resuming_at_every_step_boundary_goes_on_as_uninterrupted(mixture: Mixture) -> None:
+    with planned(mixture) as loader:
+        whole = [loader.next() for _ in range(7)]
+    for s, first in enumerate(whole):
+        with planned(mixture, start_row=first.first_row) as loader:
+            for expected in whole[s:]:
+                found = loader.next()
+                assert (found.first_row, found.n_rows) == (expected.first_row, expected.n_rows)
+                for one, other in zip(tensors_of(found), tensors_of(expected), strict=True):
+                    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_ranks_share_planned_steps_as_they_share_others(mixture: Mixture) -> None:
+    with planned(mixture, micro=3) as one, planned(mixture, 0, 0, 2, 3) as left, planned(mixture, 0, 1, 2, 3) as right:
+        for _ in range(6):
+            whole, halves = one.next(), (left.next(), right.next())
+            assert whole.n_targets == sum(half.n_targets for half in halves)
+            # micro-batch m of one rank is micro-batch m // 2 of rank m % 2
+            for m, micro_batch in enumerate(whole.micro_batches):
+                assert torch.equal(micro_batch.tokens_BT, halves[m % 2].micro_batches[m // 2].tokens_BT)
+
+
+def test_a_shorter_sequence_is_a_piece_of_its_own_with_the_labels_of_its_row(mixture: Mixture) -> None:
+    with planned(mixture) as loader:
+        steps = [loader.next() for _ in range(4)]
+    for step, width in zip(steps, (8, 8, 16, 32), strict=True):
+        assert step.n_tokens == step.n_rows * T
+        for m, batch in enumerate(step.micro_batches):
+            assert batch.tokens_BT.shape == batch.labels_BT.shape == (6 * T // width, width)
+            starts = set(batch.cu_seqlens.tolist())
+            assert set(range(0, 6 * T + 1, width)) <= starts
+            sources, rows = mixture.locate(np.arange(step.first_row + 6 * m, step.first_row + 6 * m + 6))
+            places = [(mixture.sources[j], k) for j, k in zip(sources.tolist(), rows.tolist(), strict=True)]
+            whole = collate(places, T)
+            assert starts == set(whole.cu_seqlens.tolist()) | set(range(0, 6 * T, width))
+            # the last token of a piece still predicts the first of the next
+            assert torch.equal(batch.labels_BT.reshape(-1), whole.labels_BT.reshape(-1))
+
+
+def test_a_size_of_the_schedule_that_cannot_be_cut_is_named(mixture: Mixture) -> None:
+    with pytest.raises(UserError, match=r"train\.batch_schedule\.2\.1=6 is not a multiple of .*micro_batch_size=12"):
+        planned(mixture, micro=12)

@@ -1,5 +1,6 @@
-"""The run config: what is refused, how it is said, and the learning-rate schedules."""
+"""The run config: what is refused and how it is said, and what may change on resume."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 
 from launch import pretrain
 from llm.errors import UserError
-from llm.train.config import OptimConfig, accumulation_steps, differences, learning_rate, load_config, validate
+from llm.train.config import TrainConfig, accumulation_steps, differences, load_config, validate
 from llm.train.flags import help_text, parse_run_flags
 from tests.distributed.harness import tiny_config, write_config
 
@@ -57,7 +58,27 @@ def test_a_model_file_is_read_from_its_path(tmp_path: Path) -> None:
         ({"model": {"moe": {"n_experts": 4, "topk": 2}}}, "unknown key model.moe.topk; did you mean top_k?"),
         ({"train": {"seq_len": 65}}, "train.seq_len=65 is above model.max_seq_len=64"),
         ({"optim": {"decay_steps": 5}}, "optim.decay_steps belongs to optim.schedule=wsd"),
-        ({"parallel": {"zero_stage": 3}}, "parallel.zero_stage=3 is not available yet"),
+        ({"parallel": {"zero_stage": 4}}, "parallel.zero_stage=4"),
+        ({"parallel": {"zero_stage": 0}, "train": {"precision": "auto"}}, "zero_stage=0 needs train.precision=fp32"),
+        (
+            {"parallel": {"zero_stage": 0, "offload_optimizer": True}},
+            "parallel.offload_optimizer=true needs parallel.zero_stage=1, 2 or 3",
+        ),
+        ({"optim": {"muon_lr": 0.02}}, "optim.muon_lr belongs to optim.name=muon, not adamw"),
+        ({"optim": {"lr_factors": {"matrices": 2.0}}}, "optim.lr_factors.matrices='matrices': input should be"),
+        ({"optim": {"lr_factors": {"norm": True}}}, "optim.lr_factors.norm=true: expected a value other than true"),
+        ({"optim": {"ema_decay": 1.0}}, "optim.ema_decay=1.0"),
+        ({"optim": {"schedule": "one_cycle", "warmup_steps": 0}}, "optim.schedule=one_cycle needs optim.warmup_steps"),
+        ({"train": {"epochs": 2}}, "train.steps=20 and train.epochs=2.0 both give the length"),
+        ({"train": {"batch_schedule": [[64, 32], [64, 48]]}}, "train.batch_schedule.1 begins at row 64"),
+        ({"train": {"batch_schedule": [[0, 32]]}}, "train.batch_schedule.0.0=0"),
+        ({"train": {"batch_schedule": [[64, True]]}}, "train.batch_schedule.0.1=true: expected a value"),
+        ({"train": {"seq_len_schedule": [[0, 12], [64, 20]]}}, "train.seq_len_schedule.1: 20 does not divide"),
+        ({"train": {"skip_steps": [0]}}, "train.skip_steps.0=0"),
+        ({"guard": {"spike": "explode"}}, "guard.spike='explode'"),
+        ({"eval": {"patience": 3}, "data": {"valid": None}}, "eval.patience=3 needs held-out text: set data.valid"),
+        ({"log": {"trace_steps": [5, 4]}}, "log.trace_steps=[5, 4]: the first step lies after the last"),
+        ({"deepspeed": {"zero_optimization": {"offload_optimizer": {}}}}, "set by parallel.offload_optimizer"),
     ],
 )
 def test_a_wrong_config_names_its_key(tmp_path: Path, sections: dict[str, Any], expected: str) -> None:
@@ -74,16 +95,36 @@ def test_the_global_batch_must_be_cut_evenly_and_the_message_says_how(tmp_path: 
         accumulation_steps(config, 2)
 
 
-def test_every_schedule_warms_up_peaks_and_ends_where_it_says() -> None:
-    steps = 100
-    for schedule in ("cosine", "wsd", "constant"):
-        optim = OptimConfig(lr=1.0, min_lr=0.1, warmup_steps=10, schedule=schedule)  # type: ignore[arg-type]
-        rates = [learning_rate(optim, steps, step) for step in range(1, steps + 1)]
-        assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0
-        assert all(later <= earlier for earlier, later in zip(rates[9:], rates[10:], strict=False))
-        assert rates[-1] == pytest.approx(1.0 if schedule == "constant" else 0.1)
-    wsd = OptimConfig(lr=1.0, min_lr=0.0, warmup_steps=10, schedule="wsd", decay_steps=40)
-    assert learning_rate(wsd, steps, 60) == 1.0 and learning_rate(wsd, steps, 70) == pytest.approx(0.5)
+def test_every_size_of_the_batch_schedule_must_be_cut_evenly(tmp_path: Path) -> None:
+    train = {"global_batch_size": 8, "micro_batch_size": 4, "batch_schedule": [[64, 16], [128, 20]]}
+    config = config_with(tmp_path, train=train)
+    assert accumulation_steps(config, 1) == 5  # of the largest batch
+    # the advice holds for all of 8, 16 and 20
+    with pytest.raises(UserError, match=r"train\.batch_schedule\.1\.1=20 .* use train\.micro_batch_size=2"):
+        accumulation_steps(config, 2)
+
+
+def test_the_length_is_steps_or_epochs_and_a_thousand_steps_by_default() -> None:
+    assert TrainConfig().steps == 1000 and TrainConfig(steps=None).steps == 1000
+    assert TrainConfig(epochs=0.5).steps is None
+    assert TrainConfig(epochs=None, steps=3).steps == 3
+
+
+def test_a_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
+    config = config_with(
+        tmp_path,
+        optim={"schedule": "one_cycle", "lr_factors": {"norm": 0.5}},
+        train={"batch_schedule": [[64, 32]], "seq_len_schedule": [[0, 12]], "skip_steps": [3]},
+        log={"trace_steps": [1, 2]},
+    )
+    assert validate(config.model_dump(mode="json"), "again") == config
+
+
+def test_wandb_without_its_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(UserError, match=r"log\.wandb=true.*lattice-llm\[wandb\]"):
+        config_with(tmp_path, log={"wandb": True})
 
 
 def test_only_what_changes_the_mathematics_counts_as_a_difference(tmp_path: Path) -> None:
@@ -93,6 +134,32 @@ def test_only_what_changes_the_mathematics_counts_as_a_difference(tmp_path: Path
     other = config_with(tmp_path, train={"seed": 3}, optim={"lr": 0.5}).model_dump(mode="json")
     assert differences(saved, other) == ["optim.lr: 0.001 -> 0.5", "train.seed: 0 -> 3"]
     assert differences(saved, other, allowed=("optim",)) == ["train.seed: 0 -> 3"]
+
+
+@pytest.mark.parametrize(
+    ("sections", "changed"),
+    [
+        ({"parallel": {"zero_stage": 2, "offload_optimizer": True}}, []),
+        ({"train": {"batch_schedule": [[64, 32]], "compile": True, "activation_checkpointing": "full"}}, []),
+        ({"train": {"skip_steps": [4]}, "guard": {"spike": "rewind"}, "eval": {"patience": 2}}, []),
+        ({"train": {"steps": None, "epochs": 2.0}}, []),
+        ({"train": {"seq_len_schedule": [[0, 24]]}}, ["train.seq_len_schedule"]),
+        ({"train": {"precision": "bf16"}}, ["train.precision"]),
+        ({"optim": {"name": "muon", "ema_decay": 0.99}}, ["optim.ema_decay", "optim.name"]),
+        ({"optim": {"lr_factors": {"head": 0.5}}}, ["optim.lr_factors.head"]),
+    ],
+)
+def test_which_keys_may_change_on_resume(tmp_path: Path, sections: dict[str, Any], changed: list[str]) -> None:
+    saved = config_with(tmp_path).model_dump(mode="json")
+    now = config_with(tmp_path, **sections).model_dump(mode="json")
+    assert [line.split(":")[0] for line in differences(saved, now)] == changed
+
+
+def test_a_checkpoint_written_before_a_key_existed_stands_at_its_default(tmp_path: Path) -> None:
+    now = config_with(tmp_path).model_dump(mode="json")
+    saved = config_with(tmp_path).model_dump(mode="json")
+    del saved["optim"]["muon_momentum"], saved["model"]["qk_norm"], saved["train"]["seq_len_schedule"], saved["guard"]
+    assert differences(saved, now) == ["model.qk_norm: None -> 'l2'"]
 
 
 @pytest.mark.parametrize(
@@ -112,6 +179,8 @@ def test_only_what_changes_the_mathematics_counts_as_a_difference(tmp_path: Path
             {"train": {"global_batch_size": 7}},
             "train.global_batch_size=7 is not divisible by train.micro_batch_size=4",
         ),
+        ([], {"train": {"batch_schedule": [[64, 18]]}}, "train.batch_schedule.0.1=18 is not divisible"),
+        (["--train.epochs=2"], {}, "train.steps=20 and train.epochs=2.0 both give the length; set one of them to null"),
         ([], {"model": {"n_kv_heads": 3}}, "n_kv_heads=3"),
         ([], {"model": {"layer_pattern": ["attn:sideways"]}}, "sideways"),
         ([], {"parallel": {"tensor": 2}}, "parallel.tensor=2"),

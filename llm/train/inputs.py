@@ -1,0 +1,93 @@
+"""What a run needs before its model is built: opened data, the vocabulary's size, the arithmetic, prompts in tokens.
+
+Every function is called by all ranks together, and what one of them meets, all raise.
+"""
+
+from functools import partial
+
+from llm.args import ModelArgs
+from llm.checkpoint.reader import newest_valid, resolve
+from llm.checkpoint.store import CheckpointStore
+from llm.data.source import TokenSource
+from llm.data.sources import check_data, open_data, prepare_data
+from llm.errors import UserError
+from llm.parallel.collectives import agreed_error, all_or_none, main_decides
+from llm.parallel.launch import World
+from llm.tokenizer import Tokenizer
+from llm.train.config import RunConfig
+from llm.train.precision import faster_precision
+
+VERIFY_TOKENS = 1 << 28
+"""A source up to this size is verified whole before the run begins (under a second); a larger one shard by shard as
+it is first read.
+"""
+
+
+def open_sources(
+    config: RunConfig, tokenizer: Tokenizer, world: World
+) -> tuple[list[tuple[str, TokenSource, float]], list[TokenSource]]:
+    """The training sources with their names and weights, and the held-out sources; raw text is sharded by rank 0."""
+    cache = config.data.cache_dir
+    for key, spec in (("data.train", config.data.train), ("data.valid", config.data.valid)):
+        if spec is not None:  # both before the first is sharded, which may take long
+            main_decides(partial(check_data, spec, key=key), world)
+    opened: dict[str, list[tuple[str, TokenSource, float]]] = {"data.train": [], "data.valid": []}
+    for key, spec in (("data.train", config.data.train), ("data.valid", config.data.valid)):
+        if spec is not None:
+            main_decides(partial(prepare_data, spec, tokenizer, cache, key=key), world)
+            opened[key] = all_or_none(partial(open_data, spec, tokenizer, cache, key=key), world)
+            for _, source, _ in opened[key]:
+                if source.n_tokens <= VERIFY_TOKENS:
+                    main_decides(partial(_verify, source), world)
+    return opened["data.train"], [source for _, source, _ in opened["data.valid"]]
+
+
+def _verify(source: TokenSource) -> None:
+    TokenSource.open(source.path, verify=True)
+
+
+def settle_precision(config: RunConfig, store: CheckpointStore, world: World) -> tuple[RunConfig, str]:
+    """The config with `train.precision: auto` replaced, and the reason in words; a continued run keeps what it has."""
+    if config.train.precision != "auto":
+        return config, "set in the config"
+    saved = main_decides(lambda: _saved_precision(store, config.checkpoint.resume), world)
+    if saved is not None:
+        precision, reason = saved, "as this run began"
+    else:
+        dim = config.model.dim
+        precision, reason = main_decides(lambda: list(faster_precision(dim, world.device)), world)
+    train = config.train.model_copy(update={"precision": precision})
+    return config.model_copy(update={"train": train}), reason
+
+
+def _saved_precision(store: CheckpointStore, resume: str) -> str | None:
+    """What `auto` was settled to in the checkpoint that this run will continue; None for a new run."""
+    checkpoint, _ = newest_valid(store.folder)
+    if checkpoint is None and resume not in ("auto", "never"):
+        checkpoint = resolve(resume)
+    return None if checkpoint is None else str(checkpoint.meta["config"]["train"]["precision"])
+
+
+def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
+    """The config with the tokenizer's vocabulary where `model.vocab_size` leaves it open (-1)."""
+    args = config.model
+    if args.vocab_size == -1:
+        filled = ModelArgs.model_validate({**args.model_dump(), "vocab_size": tokenizer.vocab_size})
+        return config.model_copy(update={"model": filled})
+    if args.vocab_size < tokenizer.vocab_size:
+        raise agreed_error(
+            f"model.vocab_size={args.vocab_size} is below the tokenizer's {tokenizer.vocab_size} tokens; use -1"
+        )
+    return config
+
+
+def encode_prompts(config: RunConfig, tokenizer: Tokenizer, world: World) -> list[list[int]]:
+    """`eval.prompts` as token ids, each after the token that begins a document."""
+
+    def encode() -> list[list[int]]:
+        try:
+            return [[tokenizer.bos_id, *tokenizer.encode(text)] for text in config.eval.prompts]
+        except UserError as error:
+            raise UserError(f"eval.prompts: {error}") from None
+
+    return all_or_none(encode, world)

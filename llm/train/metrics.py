@@ -1,0 +1,80 @@
+"""One row of metrics.jsonl: what a step was made of.
+
+| field | what |
+|---|---|
+| step, tokens, epoch | steps, tokens and passes over the training rows so far, this step included |
+| loss, lm_loss, moe_balance_loss, moe_z_loss | nats, mean over the global batch; loss is their sum |
+| grad_norm | global norm before clipping; null, like a loss, where it is no finite number |
+| skipped | why there was no update: loss, gradient, limit (guard.spike), overflow (fp16), passed over; else null |
+| loss_scale | of fp16; else null |
+| lr | learning rate of the step, before optim.lr_factors |
+| batch_size, seq_len, targets | rows of the step, tokens of a sequence, labels that counted |
+| routing_checksum | of how many tokens each expert got; equal on every layout |
+| tokens_per_s, tokens_per_s_per_device | of the whole job, of one of its ranks |
+| mfu | share of the device's peak that the model's own arithmetic took (llm/train/flops.py); null where none is known |
+| step_time_s, data_wait_s | seconds of the step, and of them waiting for data |
+| memory_gb | peak of rank 0 since it began, GiB: allocated on its GPU, or of the whole process on a CPU |
+"""
+
+import math
+import resource
+from typing import Any
+
+import torch
+
+from llm.args import ModelArgs
+from llm.data.batch import StepBatch
+from llm.parallel.engine import StepResult
+from llm.parallel.launch import World
+from llm.train.flops import FlopCount, peak_flops
+
+
+class StepMetrics:
+    """Makes the rows of a run; `configured_peak` is log.peak_flops."""
+
+    def __init__(self, args: ModelArgs, world: World, configured_peak: float | None) -> None:
+        self.world = world
+        self.flops = FlopCount.of(args)
+        self.peak = peak_flops(configured_peak, world.device)
+
+    def row(
+        self, result: StepResult, batch: StepBatch, *, step: int, tokens: int, epoch: float, lr: float, seconds: float
+    ) -> dict[str, Any]:
+        """The row of a step; `seconds` is its wall time, data included."""
+        seq_len = batch.micro_batches[0].tokens_BT.shape[1]
+        per_device = result.n_tokens / seconds / self.world.size
+        return {
+            "step": step,
+            "loss": _finite(result.loss),
+            "lm_loss": _finite(result.lm_loss),
+            "moe_balance_loss": _finite(result.moe_balance_loss),
+            "moe_z_loss": _finite(result.moe_z_loss),
+            "grad_norm": _finite(result.grad_norm),
+            "skipped": result.skipped,
+            "loss_scale": result.loss_scale,
+            "routing_checksum": result.routing_checksum,
+            "lr": lr,
+            "tokens": tokens,
+            "epoch": epoch,
+            "batch_size": batch.n_rows,
+            "seq_len": seq_len,
+            "targets": result.n_targets,
+            "tokens_per_s": result.n_tokens / seconds,
+            "tokens_per_s_per_device": per_device,
+            "mfu": None if self.peak is None else per_device * self.flops.per_token(seq_len) / self.peak,
+            "step_time_s": seconds,
+            "data_wait_s": batch.wait_s,
+            "memory_gb": peak_memory_gb(self.world.device),
+        }
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory (GiB) that this process has had: allocated by PyTorch on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinities."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,43 @@
+"""The optimizer that a config asks for, over the model's parameters in groups by the table in llm/plans.py."""
+
+from typing import Any
+
+import torch
+
+from llm.model import LLM
+from llm.parallel.muon import Muon
+from llm.plans import plan_for
+from llm.train.config import OptimConfig
+
+MUON_KINDS = ("matrix", "expert")
+"""Matrices inside the blocks. Embedding, head and router are AdamW's: their rows, one per token or expert, are not
+mixed by a change of basis."""
+
+
+def parameter_groups(model: LLM, optim: OptimConfig) -> list[dict[str, Any]]:
+    """Parameters that share weight decay, learning rate and algorithm; `lr_factor` times the schedule's learning rate
+    is theirs.
+    """
+    groups: dict[tuple[float, float, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        plan = plan_for(name)
+        muon = optim.name == "muon" and plan.kind in MUON_KINDS
+        factor = optim.lr_factors.get(plan.kind, 1.0)
+        if muon and optim.muon_lr is not None:
+            factor *= optim.muon_lr / optim.lr
+        decay = optim.weight_decay if plan.decay else 0.0
+        groups.setdefault((decay, factor, muon), []).append(parameter)
+    return [
+        {"params": members, "weight_decay": decay, "lr_factor": factor, "muon": muon}
+        for (decay, factor, muon), members in groups.items()
+    ]
+
+
+def make_optimizer(model: LLM, optim: OptimConfig) -> torch.optim.Optimizer:
+    """Fused AdamW, plain SGD, or Muon with AdamW, over the groups above."""
+    groups = parameter_groups(model, optim)
+    if optim.name == "sgd":
+        return torch.optim.SGD(groups, lr=optim.lr)
+    if optim.name == "muon":
+        return Muon(groups, lr=optim.lr, momentum=optim.muon_momentum, betas=optim.betas, eps=optim.eps, fused=True)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)

@@ -1,0 +1,93 @@
+"""Run under torchrun: the engine alone on a tiny model with everything on, one short training per case, all in one job
+to save start-up time. Batches are a function of the step, cut over ranks and micro-batches.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm.args import ModelArgs
+from llm.data.batch import IGNORE, MicroBatch, StepBatch
+from llm.parallel import launch
+from llm.parallel.build import build_model
+from llm.parallel.engine import Engine
+from llm.parallel.launch import World
+from llm.train.config import OptimConfig
+from llm.train.optimizer import make_optimizer
+from tests.distributed.harness import TINY_MODEL
+
+ROWS, SEQ_LEN, VOCAB, SEED = 8, 48, 64, 3
+Hook = Callable[[Engine, int], None]
+
+
+def cut_batch(step: int, world: World, accumulation: int) -> tuple[StepBatch, int]:
+    """This rank's part of step `step`, and the global number of targets: rows in two documents, some with few targets.
+    """
+    draw = torch.Generator().manual_seed(step)
+    stream = torch.randint(0, VOCAB, (ROWS, SEQ_LEN + 1), generator=draw)
+    stream[:, 1::2] = (stream[:, 0:-1:2] * 7 + 3) % VOCAB  # half of the text can be learned
+    labels = stream[:, 1:].clone()
+    labels[torch.rand(ROWS, SEQ_LEN, generator=draw) < torch.arange(ROWS)[:, None] / ROWS] = IGNORE
+    rows = ROWS // (world.size * accumulation)
+    micro_batches = []
+    for m in range(accumulation):
+        mine = slice((m * world.size + world.rank) * rows, (m * world.size + world.rank + 1) * rows)
+        starts = sorted({*range(0, rows * SEQ_LEN + 1, SEQ_LEN), *(r * SEQ_LEN + 17 for r in range(rows))})
+        tokens = stream[mine, :-1].contiguous()
+        micro_batches.append(MicroBatch(tokens, labels[mine].contiguous(), torch.tensor(starts, dtype=torch.int32)))
+    return StepBatch(micro_batches, 0, 0, step * ROWS, ROWS, 0.0), int((labels >= 0).sum())
+
+
+def build(case: dict[str, Any], world: World) -> Engine:
+    """The engine of a case; keys that it leaves out are the plain choice."""
+    args = ModelArgs.model_validate({**TINY_MODEL, "vocab_size": VOCAB, "tie_embeddings": case.get("tied", False)})
+    stage, precision, accumulation = case.get("stage", 1), case.get("precision", "fp32"), case.get("accumulation", 1)
+    model = build_model(args, SEED, world, zero_stage=stage, precision=precision)
+    optim = OptimConfig.model_validate({"name": case.get("optimizer", "adamw"), "lr": 1e-3, "min_lr": 0.0})
+    return Engine(
+        model,
+        make_optimizer(model, optim),
+        world=world,
+        precision=precision,
+        micro_batch_size=ROWS // (world.size * accumulation),
+        max_accumulation=accumulation,
+        clip_norm=0.5,
+        seed=SEED,
+        zero_stage=stage,
+        offload_optimizer=case.get("offload", False),
+        ema_decay=case.get("ema_decay"),
+    )
+
+
+def train(engine: Engine, case: dict[str, Any], steps: range) -> list[dict[str, Any]]:
+    """The steps' numbers."""
+    rows = []
+    for step in steps:
+        batch, n_targets = cut_batch(step, engine.world, case.get("accumulation", 1))
+        result = engine.train_step(batch, n_targets, ROWS * SEQ_LEN, lr=1e-3)
+        rows.append(
+            {
+                "loss": result.loss,
+                "grad_norm": result.grad_norm,
+                "checksum": result.routing_checksum,
+                "skipped": result.skipped,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    launch.quiet_libraries()
+    world = launch.start(60, 1)
+    results = [train(build(case, world), case, range(case.get("steps", 12))) for case in cases]
+    if world.is_main:
+        out.write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    launch.run(main)

@@ -1,0 +1,94 @@
+"""Run under torchrun: runs of the tiny model in which one rank's loss or gradient is spoiled on chosen rows, and runs
+that pass over the step of these rows.
+"""
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from llm.datatypes import TransformerInput
+from llm.errors import UserError
+from llm.model import LLM
+from llm.parallel import launch
+from llm.parallel.engine import Engine
+from llm.train.config import validate
+from llm.train.trainer import Trainer
+
+BAD_STEP = 10  # from 1, behind the window of the spike detector
+CASES: dict[str, dict[str, Any]] = {
+    "skipped": {"train": {"skip_steps": [BAD_STEP]}},
+    "loss-skip": {"spoil": "loss", "guard": {"nonfinite": "skip"}},
+    "gradient-skip": {"spoil": "gradient", "guard": {"nonfinite": "skip"}},
+    "loss-rewind": {"spoil": "loss", "guard": {"nonfinite": "rewind"}},
+    "gradient-rewind": {"spoil": "gradient", "guard": {"nonfinite": "rewind"}},
+    "spike-skip": {"spoil": "spike", "guard": {"spike": "skip", "spike_window": 8, "spike_threshold": 50.0}},
+    "loss-raise": {"spoil": "loss", "guard": {"nonfinite": "raise"}},
+}
+STAGES = {1: "fp32", 2: "bf16", 3: "fp32"}
+
+
+class _Spoil(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad.fill_(math.inf)
+
+
+def spoil(engine: Engine, kind: str | None, rank: int) -> None:
+    """Spoil the last micro-batch of BAD_STEP on one rank, whenever its rows come up."""
+    step, forward, embed = engine.train_step, LLM.forward, LLM.embed
+    state = {"bad": False, "left": 0}
+
+    def train_step(batch: Any, *args: Any) -> Any:
+        state["bad"] = batch.first_row == (BAD_STEP - 1) * batch.n_rows and engine.world.rank == rank
+        state["left"] = len(batch.micro_batches)
+        return step(batch, *args)
+
+    def spoiled_forward(self: LLM, *args: Any, **kwargs: Any) -> Any:
+        state["left"] -= 1
+        out = forward(self, *args, **kwargs)
+        if state["bad"] and self.training and state["left"] == 0 and out.loss_sum is not None:
+            if kind == "loss":
+                out.loss_sum = out.loss_sum * math.nan
+            elif kind == "spike":
+                out.loss_sum = out.loss_sum * 10
+        return out
+
+    def spoiled_embed(self: LLM, inputs: TransformerInput) -> torch.Tensor:
+        x = embed(self, inputs)
+        return _Spoil.apply(x) if state["bad"] and kind == "gradient" and state["left"] == 0 else x
+
+    engine.train_step = train_step  # type: ignore[method-assign]
+    LLM.forward, LLM.embed = spoiled_forward, spoiled_embed  # type: ignore[method-assign]
+
+
+def main() -> None:
+    config_path, out = Path(sys.argv[1]), Path(sys.argv[2])
+    launch.quiet_libraries()
+    world = launch.start(60, 1)
+    plain = LLM.forward, LLM.embed
+    for stage, precision in STAGES.items():
+        for name, case in CASES.items():
+            raw = yaml.safe_load(config_path.read_text())
+            raw["guard"] = case.get("guard", {})
+            raw["train"].update(case.get("train", {}), precision=precision)
+            raw["parallel"]["zero_stage"] = stage
+            trainer = Trainer(validate(raw, str(config_path)), out / f"{stage}-{name}", world)
+            spoil(trainer.engine, case.get("spoil"), rank=1)
+            try:
+                trainer.fit()
+            except UserError as error:
+                finite = all(bool(f.values.isfinite().all()) for f in trainer.engine.owned_fragments())
+                (out / f"{stage}-{name}" / f"error{world.rank}.txt").write_text(f"{finite} {error}")
+            LLM.forward, LLM.embed = plain  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    launch.run(main)

@@ -1,0 +1,41 @@
+"""Run under torchrun: train a run, then replay some of its steps, all in one job to save start-up time."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from llm.parallel import launch
+from llm.parallel.collectives import main_decides
+from llm.train.config import load_config
+from llm.train.replay import replay
+
+
+def main() -> None:
+    config_path, run_dir, steps = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+    launch.quiet_libraries()
+    world = launch.start(60, 1)
+    from llm.train.trainer import Trainer
+
+    config = load_config(config_path)
+    Trainer(config, run_dir, world).fit()
+    main_decides(lambda: cut_off(run_dir), world)
+    for folder, step in [*((run_dir, step) for step in steps), (stopped(run_dir), config.train.steps)]:
+        replay(Trainer(load_config(folder / "config.yaml"), folder, world), step)
+
+
+def stopped(run_dir: Path) -> Path:
+    """Where the copy lies that looks as if the run had ended in its last step, before it was recorded."""
+    return run_dir.with_name("stopped")
+
+
+def cut_off(run_dir: Path) -> None:
+    folder = stopped(run_dir)
+    shutil.copytree(run_dir, folder)
+    rows = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(rows[:-1]))
+    shutil.rmtree(max((folder / "checkpoints").glob("step_*")))
+
+
+if __name__ == "__main__":
+    launch.run(main)

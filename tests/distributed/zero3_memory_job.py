@@ -1,0 +1,59 @@
+"""Run under torchrun: peak memory of each rank while a ZeRO-3 model and its optimizer masters come into being."""
+
+import json
+import sys
+from pathlib import Path
+
+from llm.args import ModelArgs
+from llm.parallel import deepspeed_private as private
+from llm.parallel import launch
+from llm.parallel.build import build_model
+from llm.parallel.collectives import gather_json
+from llm.parallel.engine import Engine
+from llm.train.config import OptimConfig
+from llm.train.optimizer import make_optimizer
+
+MODEL = {"dim": 1024, "n_layers": 8, "n_heads": 8, "n_kv_heads": 8, "ffn_hidden": 2816, "vocab_size": 8192}
+SMALL = {**MODEL, "dim": 64, "ffn_hidden": 64, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2}
+
+
+def memory(field: str) -> int:
+    """A line of /proc/self/status in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def main() -> None:
+    launch.quiet_libraries()
+    world = launch.start(60, 1)
+
+    def build(shape: dict[str, int]) -> Engine:
+        args = ModelArgs.model_validate(shape)
+        model = build_model(args, 0, world, zero_stage=3, precision="bf16")
+        return Engine(
+            model,
+            make_optimizer(model, OptimConfig()),
+            world=world,
+            precision="bf16",
+            micro_batch_size=1,
+            max_accumulation=1,
+            clip_norm=1.0,
+            seed=0,
+            zero_stage=3,
+        )
+
+    build(SMALL)  # what any model costs: libraries, buffers of the process group
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    engine = build(MODEL)
+    grown = memory("VmHWM") - before
+    owned = sum(piece.length for piece in private.pieces(engine._deepspeed, engine.model))
+    rows = gather_json([grown, owned, engine.n_parameters], world)
+    if world.is_main:
+        Path(sys.argv[1]).write_text(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    launch.run(main)

@@ -1,0 +1,108 @@
+"""Compiled blocks give the same answers, and how documents are packed compiles nothing anew.
+
+Most tests compile for the "aot_eager" backend, which makes the same graphs as the default one and runs them uncompiled:
+seconds instead of a minute.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from llm.compile import compile_blocks
+from llm.datatypes import TransformerInput
+from llm.errors import UserError
+from llm.generate import generate
+from tests.model.models import MOE, llama4, tokens
+
+# a dense chunked RoPE layer and a global NoPE layer with experts
+EVERYTHING = dict(n_layers=2, nope_layer_interval=2, moe=MOE | dict(interleave=2, aux_alpha=0.01, z_alpha=0.001))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def packed(rows: int, length: int, seed: int) -> TransformerInput:
+    """Rows cut into documents at random places."""
+    draw = torch.Generator().manual_seed(seed)
+    cuts = torch.randperm(rows * length, generator=draw)[: int(torch.randint(1, 6, (), generator=draw))]
+    bounds = torch.cat([cuts, torch.arange(0, rows * length + 1, length)]).unique()
+    return TransformerInput(tokens(rows, length, seed=seed), cu_seqlens=bounds)
+
+
+def step(model, inputs: TransformerInput) -> tuple[float, dict[str, Tensor]]:
+    model.zero_grad()
+    out = model(inputs, labels=inputs.tokens.roll(-1, 1))
+    loss = out.loss_sum if out.expert_counts is None else out.loss_sum + out.balance_sum + out.z_sum
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_same_step(compiled, eager, inputs: TransformerInput) -> None:
+    (loss, gradients), (expected, references) = step(compiled, inputs), step(eager, inputs)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    for name, reference in references.items():
+        error = (gradients[name] - reference).norm() / reference.norm().clamp(min=1e-6)
+        assert error < 1e-5, name  # float32 sums in another order
+
+
+def test_compiled_steps_equal_eager_ones():
+    eager, compiled = (llama4(**EVERYTHING) for _ in range(2))
+    compile_blocks(compiled)
+    assert compiled.state_dict().keys() == eager.state_dict().keys()
+    for seed in range(2):
+        assert_same_step(compiled, eager, packed(3, 24, seed))
+    assert graphs() > 0
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_compiled_blocks_can_be_recomputed(mode):
+    eager, compiled = (llama4(**EVERYTHING) for _ in range(2))
+    compile_blocks(compiled, "aot_eager")
+    compiled.activation_checkpointing = mode
+    for seed in range(2):
+        assert_same_step(compiled, eager, packed(3, 24, seed))
+    assert graphs() > 0
+
+
+def test_twenty_batches_compile_once_for_their_shape_and_once_for_all_others():
+    eager, compiled = (llama4(**EVERYTHING) for _ in range(2))
+    compile_blocks(compiled, "aot_eager")
+    found = []
+    for seed in range(20):
+        rows, length = (4, 24) if seed < 10 else (2 + seed % 4, 16 + seed)
+        inputs = packed(rows, length, seed)
+        if seed == 9:
+            inputs.cu_seqlens = None  # all rows at the same positions
+        assert_same_step(compiled, eager, inputs)
+        found.append(graphs())
+    assert found[9] == found[0], "a new packing or routing was compiled"
+    assert found[19] <= 3 * found[0], "rows and length become dynamic one after the other, at most"
+    assert found[19] == found[12], "shapes go on being compiled"
+
+
+def test_without_gradients_nothing_is_compiled():
+    eager, compiled = (llama4(**EVERYTHING) for _ in range(2))
+    compile_blocks(compiled, "aot_eager")
+    prompts = [[1, 2, 3], [4], list(range(20))]
+    assert generate(compiled, prompts, max_new_tokens=6) == generate(eager, prompts, max_new_tokens=6)
+    with torch.no_grad():
+        assert torch.equal(compiled(tokens(3, 9)).logits, eager(tokens(3, 9)).logits)
+    assert graphs() == 0
+
+
+def test_a_missing_compiler_is_said_before_any_work(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    with pytest.raises(UserError, match="train.compile=true needs a compiler, but no-such-compiler is not installed"):
+        compile_blocks(llama4())

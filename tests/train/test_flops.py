@@ -1,0 +1,76 @@
+"""Utilisation: the arithmetic of known shapes, and the peaks of known devices."""
+
+import pytest
+import torch
+
+from llm.args import ModelArgs, MoEArgs
+from llm.data.batch import MicroBatch, StepBatch
+from llm.parallel.engine import StepResult
+from llm.parallel.launch import World
+from llm.train.flops import FlopCount, peak_by_name, peak_flops
+from llm.train.metrics import StepMetrics, peak_memory_gb
+
+D, V, F = 32, 100, 48
+DENSE = ModelArgs(dim=D, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=V, ffn_hidden=F)
+BLOCK = 2 * D + (D * D + 2 * D * D // 2 + D * D)  # norms; wq, wk and wv at half width, wo
+
+
+def test_a_dense_model_counts_everything_but_its_token_table() -> None:
+    count = FlopCount.of(DENSE)
+    assert count == FlopCount(2 * (BLOCK + 3 * D * F) + D + V * D, attention_layers=2, width=D)
+    assert count.per_token(64) == 6 * count.active_parameters + 12 * 2 * D * 64
+
+
+def test_tied_embeddings_count_once_as_the_output_matrix() -> None:
+    assert FlopCount.of(DENSE.model_copy(update={"tie_embeddings": True})) == FlopCount.of(DENSE)
+
+
+def test_a_token_meets_top_k_experts_the_shared_one_and_the_router() -> None:
+    moe = MoEArgs(n_experts=8, top_k=2, hidden=24, interleave=2, shared=True)
+    dense_layer, moe_layer = BLOCK + 3 * D * F, BLOCK + 3 * D * 24 * (2 + 1) + 8 * D
+    found = FlopCount.of(DENSE.model_copy(update={"moe": moe}))
+    assert found.active_parameters == dense_layer + moe_layer + D + V * D
+
+
+def test_heads_wider_than_the_model_count_with_their_width() -> None:
+    assert FlopCount.of(DENSE.model_copy(update={"head_dim": 16})).width == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_peaks_by_name(name: str, peak: float | None) -> None:
+    assert peak_by_name(name) == peak
+
+
+def test_a_cpu_has_a_peak_only_if_the_config_gives_it() -> None:
+    assert peak_flops(None, torch.device("cpu")) is None
+    assert peak_flops(1e12, torch.device("cpu")) == 1e12
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_mfu_is_per_device_and_uses_the_steps_own_length(ranks: int) -> None:
+    world = World(0, ranks, 0, torch.device("cpu"))
+    tokens = torch.zeros(6, 16, dtype=torch.int64)
+    batch = StepBatch([MicroBatch(tokens, tokens, torch.zeros(0))], 96, 96, 0, 2, wait_s=0.0)
+    result = StepResult(1.0, 1.0, 0.0, 0.0, 1.0, n_targets=96 * ranks, n_tokens=96 * ranks, routing_checksum=None)
+    when = {"step": 1, "tokens": 96, "epoch": 0.1, "lr": 0.1, "seconds": 2.0}
+    row = StepMetrics(DENSE, world, 1e9).row(result, batch, **when)  # type: ignore[arg-type]
+    assert row["tokens_per_s_per_device"] == 48.0 and row["tokens_per_s"] == 48.0 * ranks
+    assert row["mfu"] == pytest.approx(48.0 * FlopCount.of(DENSE).per_token(16) / 1e9)
+    assert StepMetrics(DENSE, world, None).row(result, batch, **when)["mfu"] is None  # type: ignore[arg-type]
+
+
+def test_the_peak_of_memory_holds_what_is_freed_again() -> None:
+    block = torch.ones(64 << 20)  # 256 MiB, written to
+    with_block = peak_memory_gb(torch.device("cpu"))
+    del block
+    assert peak_memory_gb(torch.device("cpu")) >= with_block
+    assert 0.25 < with_block < 1000  # GiB

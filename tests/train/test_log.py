@@ -1,0 +1,102 @@
+"""What a run tells: rows of repeated steps are replaced, every sink of curves gets the same points."""
+
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm.errors import UserError
+from llm.train.log import WANDB_ID, RunLog, WeightsAndBiases
+
+ROW = {
+    "loss": 2.0, "lm_loss": 2.0, "grad_norm": 1.0, "lr": 0.1, "tokens_per_s": 10.0, "data_wait_s": 0.0, "mfu": None,
+    "step_time_s": 1.0, "memory_gb": 1.0,
+}  # fmt: skip
+
+
+class FakeRun:
+    """Keeps what a real run would send; like the service it drops steps that lie behind."""
+
+    def __init__(self, module: Any, **options: Any) -> None:
+        self.module, self.options, self.finished = module, options, False
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        points = self.module.points.setdefault(self.options["id"], {})
+        if step >= max(points, default=0):
+            points.setdefault(step, {}).update(values)
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> Any:
+    module: Any = types.ModuleType("wandb")
+    module.runs, module.points, module.refuse = [], {}, False
+    module.Error = type("Error", (Exception,), {})
+    module.Html = lambda text: ("html", text)
+
+    def init(**options: Any) -> FakeRun:
+        if module.refuse:
+            raise module.Error("api_key not configured")
+        module.runs.append(FakeRun(module, **options))
+        return module.runs[-1]
+
+    module.init = init
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+def write_steps(run_dir: Path, first: int, last: int, loss: float = 2.0) -> None:
+    sink = WeightsAndBiases(run_dir, {"train": {"seed": 0}})
+    log = RunLog(run_dir, first_step=first, steps=9, interval=100, curves=[sink])
+    for step in range(first, last + 1):
+        log.step({**ROW, "step": step, "loss": loss})
+    log.sample(last, "a", "<b>text")
+    log.close()
+
+
+def test_wandb_gets_every_step_under_the_names_of_the_curves(tmp_path: Path, wandb: Any) -> None:
+    write_steps(tmp_path, 1, 3)
+    (run,) = wandb.runs
+    assert run.finished and run.options["config"] == {"train": {"seed": 0}} and run.options["dir"] == str(tmp_path)
+    points = wandb.points[run.options["id"]]
+    assert list(points) == [1, 2, 3]
+    assert points[2]["train/loss"] == 2.0 and points[2]["optim/lr"] == 0.1
+    assert "throughput/mfu" not in points[2], "null is no point"
+    assert points[3]["sample"] == ("html", "<pre>&lt;b&gt;text</pre>")
+
+
+def test_a_resumed_run_goes_on_with_the_same_wandb_run_and_no_curve_doubles_back(tmp_path: Path, wandb: Any) -> None:
+    write_steps(tmp_path, 1, 5)
+    write_steps(tmp_path, 4, 7)
+    first, second = wandb.runs
+    assert first.options["id"] == second.options["id"] == (tmp_path / WANDB_ID).read_text()
+    assert second.options["resume"] == "allow"
+    assert list(wandb.points) == [first.options["id"]]
+    assert list(wandb.points[first.options["id"]]) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_two_run_folders_are_two_wandb_runs(tmp_path: Path, wandb: Any) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_steps(tmp_path / name, 1, 1)
+    assert len(wandb.points) == 2 and [run.options["name"] for run in wandb.runs] == ["a", "b"]
+
+
+def test_what_wandb_refuses_is_one_line_that_says_what_to_do(tmp_path: Path, wandb: Any) -> None:
+    wandb.refuse = True
+    with pytest.raises(UserError, match="log.wandb=true: api_key not configured; try `wandb login`, or WANDB_MODE"):
+        write_steps(tmp_path, 1, 1)
+
+
+def test_rows_of_repeated_steps_are_replaced_and_a_torn_one_is_dropped(tmp_path: Path, wandb: Any) -> None:
+    write_steps(tmp_path, 1, 5, loss=2.0)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')
+    write_steps(tmp_path, 4, 6, loss=3.0)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 2.0), (2, 2.0), (3, 2.0), (4, 3.0), (5, 3.0), (6, 3.0)]

@@ -1,0 +1,246 @@
+"""A step's documents: each traced to its file and line, scored as if it stood alone, the worst first."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from llm.args import ModelArgs
+from llm.data.batch import MicroBatch, collate
+from llm.data.mixture import Mixture
+from llm.data.sources import SourceSpec, open_data, prepare_data
+from llm.datatypes import TransformerInput
+from llm.errors import UserError
+from llm.model import LLM
+from llm.tokenizer import ByteTokenizer
+from llm.train.flags import parse_run_flags
+from llm.train.replay import (
+    COMPARED,
+    Piece,
+    _compare,
+    _order,
+    _strict,
+    check_replay,
+    piece_gradient_norm,
+    read_metrics,
+    score_pieces,
+)
+
+SEQ_LEN = 40
+CPU = torch.device("cpu")
+POISONED = ("part2.jsonl", 17)  # file and line
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four JSONL files of letters and spaces; one line among them is random bytes."""
+    folder = tmp_path_factory.mktemp("texts")
+    draw = random.Random(5)
+    for number in range(4):
+        rows = [{"text": "".join(draw.choices("abcd ", k=draw.randint(0, 90)))} for _ in range(25)]
+        if f"part{number}.jsonl" == POISONED[0]:
+            rows[POISONED[1] - 1] = {"text": draw.randbytes(30).decode("latin-1")}
+        (folder / f"part{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mixture(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Mixture:
+    """The folder, and one of its files again as a second source."""
+    data = [SourceSpec(path=str(texts)), SourceSpec(path=str(texts / "part0.jsonl"), name="again")]
+    cache = tmp_path_factory.mktemp("cache")
+    prepare_data(data, ByteTokenizer(), cache)
+    return Mixture(open_data(data, ByteTokenizer(), cache), SEQ_LEN, seed=1)
+
+
+@pytest.fixture(scope="module")
+def model(mixture: Mixture) -> LLM:
+    """Sixty quick steps: it has learnt which letters there are."""
+    args = ModelArgs(
+        vocab_size=ByteTokenizer().vocab_size, dim=16, n_layers=2, n_heads=2, n_kv_heads=1, ffn_hidden=32,
+        max_seq_len=SEQ_LEN, attention_chunk_size=16, nope_layer_interval=2,
+    )  # fmt: skip
+    model = LLM(args, seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
+    for step in range(60):
+        batch = batch_of(mixture, np.arange(8 * step, 8 * step + 8))
+        loss = model(inputs(batch), labels=batch.labels_BT).loss_sum / batch.n_targets()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    return model
+
+
+def batch_of(mixture: Mixture, rows: np.ndarray, piece_len: int | None = None) -> MicroBatch:
+    sources, numbers = mixture.locate(rows)
+    batch = collate([(mixture.sources[j], int(k)) for j, k in zip(sources, numbers, strict=True)], SEQ_LEN)
+    if piece_len is None:
+        return batch
+    cuts = torch.arange(0, batch.tokens_BT.numel() + 1, piece_len, dtype=torch.int32)
+    return MicroBatch(
+        batch.tokens_BT.view(-1, piece_len),
+        batch.labels_BT.view(-1, piece_len),
+        torch.unique(torch.cat([batch.cu_seqlens, cuts])),
+    )
+
+
+def inputs(batch: MicroBatch) -> TransformerInput:
+    return TransformerInput(tokens=batch.tokens_BT, cu_seqlens=batch.cu_seqlens)
+
+
+def scored(model: LLM, mixture: Mixture, rows: np.ndarray, batch: MicroBatch) -> list[tuple[int, int, Piece]]:
+    return score_pieces(model, mixture, ByteTokenizer(), batch, rows, CPU)
+
+
+def origins(mixture: Mixture, row: int) -> set[tuple[str, int | None]]:
+    """(file name, line) of the documents in a global row."""
+    number, k = (int(part[0]) for part in mixture.locate(row))
+    source = mixture.sources[number]
+    first, last = (source.document_at(k * SEQ_LEN + i)[0] for i in (0, SEQ_LEN - 1))
+    found = [source.origin(document) for document in range(first, last + 1)]
+    return {(Path(origin.file).name, origin.row) for origin in found}
+
+
+def test_the_poisoned_document_is_named_first_with_its_file_and_line(
+    model: LLM, mixture: Mixture, texts: Path
+) -> None:
+    poisoned = [row for row in range(4 * mixture.n_rows) if POISONED in origins(mixture, row)]
+    assert poisoned
+    for row in poisoned:
+        rows = np.arange(row - row % 8, row - row % 8 + 8)
+        ordered = sorted((piece for *_, piece in scored(model, mixture, rows, batch_of(mixture, rows))), key=_order)
+        assert (ordered[0].file, ordered[0].file_row) == (str(texts / POISONED[0]), POISONED[1])
+        innocent = next(piece for piece in ordered if piece.document != ordered[0].document)
+        assert ordered[0].loss is not None and innocent.loss is not None and ordered[0].loss > 1.5 * innocent.loss
+
+
+@pytest.mark.parametrize("piece_len", [None, 10])
+def test_every_piece_is_the_text_at_its_file_line_and_place(
+    model: LLM, mixture: Mixture, piece_len: int | None
+) -> None:
+    rows = np.arange(16, 48)
+    batch = batch_of(mixture, rows, piece_len)
+    tokens_N = batch.tokens_BT.reshape(-1)
+    tokenizer = ByteTokenizer()
+    found = scored(model, mixture, rows, batch)
+    assert {piece.source for *_, piece in found} == {mixture.names[0], "again"}
+    for start, stop, piece in found:
+        assert piece.file_row is not None
+        text = json.loads(Path(piece.file).read_text().splitlines()[piece.file_row - 1])["text"]
+        document = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+        assert len(document) == piece.document_tokens and stop - start == piece.n_tokens
+        assert tokens_N[start:stop].tolist() == document[piece.first_token : piece.first_token + piece.n_tokens]
+        assert piece.row == rows[start // SEQ_LEN]
+    assert sum(piece.n_tokens for *_, piece in found) == len(rows) * SEQ_LEN
+
+
+def test_a_piece_is_scored_as_if_it_stood_alone_and_all_add_up_to_the_batch(model: LLM, mixture: Mixture) -> None:
+    rows = np.arange(8)
+    batch = batch_of(mixture, rows)
+    found = scored(model, mixture, rows, batch)
+    with torch.no_grad():
+        together = float(model(inputs(batch), labels=batch.labels_BT).loss_sum)
+        for start, stop, piece in found:
+            tokens, labels = (part.reshape(1, -1)[:, start:stop] for part in (batch.tokens_BT, batch.labels_BT))
+            alone = model(TransformerInput(tokens), labels=labels)
+            # float32 sums of other lengths
+            assert piece.loss_sum == pytest.approx(float(alone.loss_sum), rel=1e-5, abs=1e-6)
+            assert piece.n_targets == int(alone.n_targets)
+    assert math.fsum(piece.loss_sum for *_, piece in found) == pytest.approx(together, rel=1e-6)
+
+
+def test_the_gradient_of_a_piece_is_its_part_of_the_batchs_and_leaves_no_trace(model: LLM, mixture: Mixture) -> None:
+    """Its part is what the batch's loss gives when no other piece has targets."""
+    batch = batch_of(mixture, np.arange(8))
+    bounds = batch.cu_seqlens.tolist()
+    for start, stop in list(zip(bounds, bounds[1:], strict=False))[:6]:
+        only = torch.full_like(batch.labels_BT.reshape(-1), -100)
+        only[start:stop] = batch.labels_BT.reshape(-1)[start:stop]
+        loss = model(inputs(batch), labels=only.view_as(batch.labels_BT)).loss_sum / 100
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        expected = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+        found = piece_gradient_norm(model, batch, start, stop, n_targets=100, device=CPU)
+        assert found == pytest.approx(expected, rel=1e-5)  # float32 sums of other lengths
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def piece(loss_sum: float, n_targets: int) -> Piece:
+    return Piece(0, "s", 0, 0, "f", None, 0, n_targets, n_targets, n_targets, loss_sum, "")
+
+
+def test_what_is_not_a_number_comes_first_and_what_has_no_targets_last() -> None:
+    pieces = [piece(0.0, 0), piece(2.0, 4), piece(9.0, 3), piece(math.nan, 2), piece(1.0, 1)]
+    ordered = sorted(pieces, key=_order)
+    assert [p.n_targets for p in ordered] == [2, 3, 1, 4, 0]
+
+
+def test_a_step_that_was_not_applied_compares_with_its_record_of_nulls() -> None:
+    row = dict.fromkeys(COMPARED, 1.0) | {"loss": math.nan, "grad_norm": math.inf}
+    recorded = json.loads(json.dumps(_strict(row), allow_nan=False))
+    assert all(_compare(row, recorded)["equal"].values())
+    found = _compare(row | {"lm_loss": 1.5, "loss": 2.0}, recorded)
+    assert [key for key, equal in found["equal"].items() if not equal] == ["loss", "lm_loss"]
+    assert found["relative_difference"] == {"lm_loss": pytest.approx(1 / 3)}
+
+
+def write_metrics(run_dir: Path, first: int, last: int, tail: str = "") -> Path:
+    run_dir.mkdir(exist_ok=True)
+    rows = "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(first, last + 1))
+    (run_dir / "metrics.jsonl").write_text(rows + tail)
+    return run_dir
+
+
+@pytest.mark.parametrize("step", [4, 6, 9, 10])
+def test_recorded_steps_and_the_one_that_a_run_stopped_in_can_be_replayed(tmp_path: Path, step: int) -> None:
+    check_replay(write_metrics(tmp_path, 4, 9), step, steps=20)
+    check_replay(tmp_path, step, steps=None)
+
+
+@pytest.mark.parametrize(
+    ("step", "steps", "expected"),
+    [(3, 20, "steps 4 to 10 .recorded: to 9."), (11, 20, "steps 4 to 10"), (10, 9, r"steps 4 to 9$")],
+)
+def test_a_step_out_of_range_is_refused_with_the_range(tmp_path: Path, step: int, steps: int, expected: str) -> None:
+    with pytest.raises(UserError, match=f"--replay_step={step}.*{expected}"):
+        check_replay(write_metrics(tmp_path, 4, 9), step, steps)
+
+
+def test_a_torn_last_row_does_not_count(tmp_path: Path) -> None:
+    assert sorted(read_metrics(write_metrics(tmp_path, 1, 3, tail='{"step": 4, "lo'))) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("content", [None, "", "{"])
+def test_a_run_without_recorded_steps_is_named(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: .*only a run with recorded steps can be replayed"):
+        check_replay(tmp_path, 1, 10)
+
+
+def test_a_replay_takes_the_config_of_the_run_folder_or_the_one_given() -> None:
+    flags = parse_run_flags(["--run_dir", "runs/7", "--replay_step=12", "--train.micro_batch_size=2"])
+    assert (flags.config, flags.replay_step) == ("runs/7/config.yaml", 12)
+    assert flags.overrides == {"train.micro_batch_size": 2} and flags.folder() == Path("runs/7")
+    flags = parse_run_flags(["--config", "c.yaml", "--replay_step", "12"])
+    assert (flags.config, flags.folder()) == ("c.yaml", Path("runs/c"))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--replay_step=3"], "--replay_step=3: --run_dir is missing"),
+        (["--run_dir=r", "--replay_step=0"], "--replay_step=0: expected a step of the run, 1 or more"),
+        (["--run_dir=r", "--replay_step=two"], "--replay_step=two: expected a step"),
+        (["--run_dir=r", "--replay_step"], "--replay_step=True: expected a step"),
+        (["--run_dir=r", "--replay_stp=2"], "did you mean --replay_step"),
+        (["--run_dir=r"], "--config FILE is missing"),
+    ],
+)
+def test_a_wrong_replay_flag_is_refused(words: list[str], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        parse_run_flags(words)

@@ -1,0 +1,87 @@
+"""The learning rate at named points of every schedule; steps of epochs under a changing batch size."""
+
+import math
+from typing import Any
+
+import pytest
+
+from llm.data.loader import in_force
+from llm.train.config import OptimConfig, TrainConfig
+from llm.train.schedule import epoch_rows, learning_rate, lr_factor, steps_between
+
+STEPS = 100
+FALLING = ("cosine", "linear", "wsd", "one_cycle")
+
+
+def optim_with(**values: Any) -> OptimConfig:
+    return OptimConfig(**{"lr": 1.0, "min_lr": 0.1, "warmup_steps": 10, **values})
+
+
+@pytest.mark.parametrize("schedule", [*FALLING, "constant"])
+def test_every_schedule_rises_to_its_peak_and_ends_where_it_says(schedule: str) -> None:
+    optim = optim_with(schedule=schedule)
+    rates = [learning_rate(optim, STEPS, step) for step in range(1, STEPS + 1)]
+    assert rates[0] == pytest.approx(1 / 25 if schedule == "one_cycle" else 1 / 10) and rates[9] == 1.0
+    assert all(later > earlier for earlier, later in zip(rates[:9], rates[1:10], strict=True))
+    assert all(later <= earlier for earlier, later in zip(rates[9:], rates[10:], strict=False))
+    assert rates[-1] == pytest.approx(1.0 if schedule == "constant" else 0.1)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "expected"),
+    [
+        ("linear", 55, 0.55),  # half-way from 1 at step 10 to 0.1 at step 100
+        ("cosine", 55, 0.55),
+        ("cosine", 32, 1 - 0.9 * 0.5 * (1 - math.cos(math.pi * 22 / 90))),
+        ("one_cycle", 55, 0.55),
+        ("one_cycle", 4, 1 / 25 + 24 / 25 * 0.5 * (1 - math.cos(math.pi / 3))),  # a third of the way up
+        ("wsd", 80, 1.0),
+        ("wsd", 85, 1 - 0.9 * 0.5),  # sqrt(5 / 20)
+        ("constant", 99, 1.0),
+    ],
+)
+def test_named_points(schedule: str, step: int, expected: float) -> None:
+    assert learning_rate(optim_with(schedule=schedule), STEPS, step) == pytest.approx(expected)
+
+
+def test_decay_steps_decide_where_wsd_falls() -> None:
+    wsd = optim_with(schedule="wsd", min_lr=0.0, decay_steps=40)
+    assert learning_rate(wsd, STEPS, 60) == 1.0 and learning_rate(wsd, STEPS, 70) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("schedule", [*FALLING, "constant"])
+def test_the_factor_has_no_scale(schedule: str) -> None:
+    small, large = optim_with(schedule=schedule), optim_with(schedule=schedule, lr=50.0, min_lr=5.0)
+    for step in range(1, STEPS + 1):
+        assert lr_factor(small, STEPS, step) == pytest.approx(lr_factor(large, STEPS, step), rel=1e-12)
+        assert learning_rate(large, STEPS, step) == 50.0 * lr_factor(large, STEPS, step)
+
+
+@pytest.mark.parametrize("schedule", [*FALLING, "constant"])
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 1), (2, 1), (5, 5), (3, 10)])
+def test_a_run_as_short_as_its_warm_up_stays_within_its_bounds(schedule: str, steps: int, warmup: int) -> None:
+    optim = optim_with(schedule=schedule, warmup_steps=warmup)
+    assert all(0 < learning_rate(optim, steps, step) <= 1.0 for step in range(1, steps + 1))
+
+
+def counted(train: TrainConfig, first: int, end: int) -> int:
+    """Steps by going through them one by one."""
+    steps = 0
+    while first < end:
+        first += in_force(train.global_batch_size, train.batch_schedule, first)
+        steps += 1
+    return steps
+
+
+@pytest.mark.parametrize("schedule", [[], [[50, 24]], [[50, 24], [60, 8], [61, 40]], [[1, 3], [2, 5], [500, 7]]])
+def test_steps_between_are_those_that_the_loader_makes(schedule: list[list[int]]) -> None:
+    train = TrainConfig(global_batch_size=16, batch_schedule=schedule)  # type: ignore[arg-type]
+    for first in (0, 16, 48, 60, 64, 700):
+        for end in (0, 1, 16, 17, 49, 51, 60, 64, 99, 499, 600, 701):
+            assert steps_between(train, first, end) == counted(train, first, end), (first, end)
+
+
+def test_an_epoch_sees_every_row_and_a_tenth_of_1000_rows_is_100() -> None:
+    assert epoch_rows(1.0, 1000) == 1000 and epoch_rows(0.1, 1000) == 100 and epoch_rows(0.3, 10) == 3
+    assert epoch_rows(2.5, 3) == 8
+    assert steps_between(TrainConfig(global_batch_size=64), 0, epoch_rows(1.0, 1000)) == 16  # 15.6 steps

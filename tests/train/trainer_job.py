@@ -1,0 +1,40 @@
+"""Run as one process: runs whose length, batch and sequences follow a plan, cut in two and uncut, and runs that stop
+early.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llm.parallel import launch
+from llm.train.config import validate
+from tests.train.plans import CUTS, EPOCHS, PATIENCE, PLANNED
+
+
+def main() -> None:
+    config_path, out = Path(sys.argv[1]), Path(sys.argv[2])
+    base = yaml.safe_load(config_path.read_text())
+    launch.quiet_libraries()
+    world = launch.start(60, 1)
+    from llm.train.trainer import Trainer
+
+    def fit(name: str, **sections: dict[str, Any]) -> None:
+        raw = {**base, **{key: {**base.get(key, {}), **section} for key, section in sections.items()}}
+        Trainer(validate(raw, name), out / name, world).fit()
+
+    fit("whole", train={**PLANNED, **EPOCHS})
+    for steps in CUTS:
+        fit("cut", train={**PLANNED, "steps": steps})
+    fit("cut", train={**PLANNED, **EPOCHS})
+    fit("doubled", train={"global_batch_size": 8, "steps": 3})
+    fit("doubled", train={**EPOCHS, "global_batch_size": 16})
+    still = {"lr": 1e-30, "min_lr": 0.0}  # a model that does not move never improves on its first validation
+    fit("early", optim=still, train={"steps": 6}, eval=PATIENCE)
+    fit("early", optim=still, train={"steps": 6}, eval=PATIENCE)
+    fit("early", optim=still, train={"steps": 6}, eval={**PATIENCE, "patience": 4})
+
+
+if __name__ == "__main__":
+    launch.run(main)
