@@ -25,6 +25,7 @@ def continue_prompt(
     top_p: float | None = None,
     seed: int = 0,
     stop: bool = True,
+    average: bool = False,
 ) -> None:
     """Print the continuation of a prompt.
 
@@ -36,9 +37,10 @@ def continue_prompt(
     top_p: keep the likeliest tokens up to this probability
     seed: of the random choices
     stop: end at the end of the document
+    average: use the moving average of the weights, of a run with optim.ema_decay
     """
     tokenizer = load_run_tokenizer(model)
-    network = LLM.from_pretrained(model)
+    network = LLM.from_pretrained(model, average=average)
     if torch.cuda.is_available():
         network = network.to("cuda", torch.bfloat16)
     try:

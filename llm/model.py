@@ -69,10 +69,11 @@ class LLM(nn.Module):
         initialise(self, args, seed)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32) -> "LLM":
+    def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32, *, average: bool = False) -> "LLM":
         """The model of a run folder (its newest valid checkpoint), a `checkpoints` folder or a checkpoint, in `dtype`.
 
-        One process, no launcher. Raises UserError naming the file when something is missing or damaged.
+        average: the moving average of its weights, which a run with optim.ema_decay keeps. One process, no launcher.
+        Raises UserError naming the file when something is missing or damaged.
         """
         from llm.checkpoint.pretrained import (
             fill_from_checkpoint,
@@ -81,7 +82,7 @@ class LLM(nn.Module):
 
         checkpoint, args = load_checkpoint(path)
         model = cls(args, device="meta").to_empty(device="cpu").to(dtype)
-        fill_from_checkpoint(model, checkpoint)
+        fill_from_checkpoint(model, checkpoint, average)
         return model.eval()
 
     def forward(

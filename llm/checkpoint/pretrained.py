@@ -21,16 +21,19 @@ def model_args(checkpoint: Checkpoint) -> ModelArgs:
     return ModelArgs.model_validate(checkpoint.meta["config"]["model"])
 
 
-def fill_from_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Copy the float32 masters into `model` (cast to its dtype). UserError when a parameter is missing or has another
-    shape.
+def fill_from_checkpoint(model: nn.Module, checkpoint: Checkpoint, average: bool = False) -> None:
+    """Copy the float32 masters, or their moving average, into `model` (cast to its dtype). UserError when a parameter
+    is missing or has another shape, or there is no average.
     """
+    kind = "ema" if average else "master"
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             found, expected = checkpoint.shapes.get(name), tuple(parameter.shape)
             if found != expected:
                 raise UserError(f"{checkpoint.path}: {name} has shape {found}, expected {expected}")
-            parameter.copy_(checkpoint.read(name).view(parameter.shape))
+            if kind not in checkpoint.kinds()[name]:
+                raise UserError(f"{checkpoint.path}: holds no averaged weights; the run had no optim.ema_decay")
+            parameter.copy_(checkpoint.read(name, kind).view(parameter.shape))
     for buffer in model.buffers():  # counts of a training step, of no use to a finished model
         buffer.zero_()
 

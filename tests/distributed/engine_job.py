@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from llm.args import ModelArgs
+from llm.compile import compile_blocks
 from llm.data.batch import IGNORE, MicroBatch, StepBatch
 from llm.parallel import launch
 from llm.parallel.build import build_model
@@ -47,8 +48,9 @@ def build(case: dict[str, Any], world: World) -> Engine:
     args = ModelArgs.model_validate({**TINY_MODEL, "vocab_size": VOCAB, "tie_embeddings": case.get("tied", False)})
     stage, precision, accumulation = case.get("stage", 1), case.get("precision", "fp32"), case.get("accumulation", 1)
     model = build_model(args, SEED, world, zero_stage=stage, precision=precision)
+    model.activation_checkpointing = case.get("recompute", "none")
     optim = OptimConfig.model_validate({"name": case.get("optimizer", "adamw"), "lr": 1e-3, "min_lr": 0.0})
-    return Engine(
+    engine = Engine(
         model,
         make_optimizer(model, optim),
         world=world,
@@ -61,6 +63,9 @@ def build(case: dict[str, Any], world: World) -> Engine:
         offload_optimizer=case.get("offload", False),
         ema_decay=case.get("ema_decay"),
     )
+    if case.get("compile"):
+        compile_blocks(model)
+    return engine
 
 
 def train(engine: Engine, case: dict[str, Any], steps: range) -> list[dict[str, Any]]:

@@ -26,13 +26,13 @@ ON_TWO_RANKS: list[dict[str, Any]] = [
     {"stage": 2, "optimizer": "adamw", "accumulation": 2},
     {"stage": 2, "optimizer": "sgd"},
     {"stage": 2, "optimizer": "adamw", "accumulation": 2, "offload": True},
-    {"stage": 3, "optimizer": "adamw", "accumulation": 2},
+    {"stage": 3, "optimizer": "adamw", "accumulation": 2, "recompute": "selective"},
     {"stage": 3, "optimizer": "sgd", "tied": True},
     {"stage": 3, "optimizer": "muon"},
     {"stage": 3, "optimizer": "adamw", "offload": True},
     {"stage": 1, "precision": "bf16", "accumulation": 4},
-    {"stage": 2, "precision": "bf16", "accumulation": 2},
-    {"stage": 3, "precision": "bf16"},
+    {"stage": 2, "precision": "bf16", "accumulation": 2, "recompute": "selective"},
+    {"stage": 3, "precision": "bf16", "recompute": "full"},
     {"stage": 1, "precision": "fp16"},
     {"stage": 3, "precision": "fp16", "accumulation": 2},
 ]
@@ -40,6 +40,11 @@ EVERYTHING: list[dict[str, Any]] = [
     {"stage": stage, "optimizer": optimizer, "precision": precision, "accumulation": accumulation, "steps": 20}
     for stage, optimizer, precision, accumulation in itertools.product(
         (1, 2, 3), ("adamw", "sgd", "muon"), ("fp32", "bf16", "fp16"), (1, 2)
+    )
+] + [
+    {"stage": stage, "optimizer": "adamw", "precision": precision, **memory, "steps": 20}
+    for stage, precision, memory in itertools.product(
+        (1, 2, 3), ("fp32", "bf16"), ({"recompute": "selective"}, {"recompute": "full"}, {"compile": True})
     )
 ]
 

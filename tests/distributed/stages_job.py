@@ -1,0 +1,70 @@
+"""Run under torchrun: one run carried through all ZeRO stages, and what the average of the weights is made of."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from llm.parallel import launch
+from llm.parallel.collectives import gather_json
+from llm.parallel.engine import Engine
+from llm.parallel.launch import World
+from llm.train.config import validate
+from llm.train.trainer import Trainer
+from tests.distributed.engine_job import ROWS, SEQ_LEN, build, cut_batch
+
+JOURNEYS: dict[str, list[tuple[int, int]]] = {  # (stage, steps)
+    "adamw": [(1, 4), (3, 8), (2, 12), (0, 16)],
+    "muon": [(0, 4), (2, 8), (3, 12), (1, 16)],
+}
+DECAY = 0.75
+
+
+def values(engine: Engine, kind: str) -> dict[tuple[str, int], torch.Tensor]:
+    return {(f.name, f.start): f.values.clone() for f in engine.owned_fragments() if f.kind == kind}
+
+
+def average_is_right(world: World) -> dict[str, bool]:
+    """Whether the average follows its formula bit for bit, and lending it to the model leaves no trace."""
+    case = {"stage": 3, "ema_decay": DECAY}
+    engine = build(case, world)
+    expected = values(engine, "master")
+    for step in range(3):
+        batch, n_targets = cut_batch(step, world, 1)
+        engine.train_step(batch, n_targets, ROWS * SEQ_LEN, lr=1e-2)
+        expected = {k: v.lerp(now, 1 - DECAY) for (k, v), now in zip(expected.items(), values(engine, "master").values())}
+    masters = values(engine, "master")
+    batch, _ = cut_batch(9, world, 1)
+    own = engine.sum_nll(iter(batch.micro_batches), torch.ones(64, dtype=torch.int64).numpy())[0]
+    with engine.averaged_weights():
+        averaged = engine.sum_nll(iter(batch.micro_batches), torch.ones(64, dtype=torch.int64).numpy())[0]
+    again = engine.sum_nll(iter(batch.micro_batches), torch.ones(64, dtype=torch.int64).numpy())[0]
+    equal = [
+        all(torch.equal(expected[key], value) for key, value in values(engine, "ema").items()),
+        all(torch.equal(masters[key], value) for key, value in values(engine, "master").items()),
+    ]
+    formula, restored = (all(column) for column in zip(*gather_json(equal, world), strict=True))
+    return {"formula": formula, "restored": restored and again == own, "lent": averaged != own}
+
+
+def main() -> None:
+    config_path, out = Path(sys.argv[1]), Path(sys.argv[2])
+    raw: dict[str, Any] = yaml.safe_load(config_path.read_text())
+    launch.quiet_libraries()
+    world = launch.start(60, 1)
+    for optimizer, journey in JOURNEYS.items():
+        raw["optim"]["name"] = optimizer
+        for name, legs in (("whole", [(1, 16)]), ("moved", journey)):
+            for stage, steps in legs:
+                raw["parallel"]["zero_stage"], raw["train"]["steps"] = stage, steps
+                Trainer(validate(raw, str(config_path)), out / f"{optimizer}-{name}", world).fit()
+    report = average_is_right(world)
+    if world.is_main:
+        (out / "average.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    launch.run(main)
