@@ -18,6 +18,8 @@ CHUNK_ELEMENTS = {"cpu": 1 << 20, "accelerator": 1 << 25}
 """Logits that exist at a time, in elements: few on a CPU, where a chunk that stays in cache is faster (measured)."""
 MIN_CHUNK_TOKENS = 256
 """Smallest chunk whatever the vocabulary, as each chunk adds to the whole weight gradient."""
+BLOCK_ELEMENTS = 1 << 18
+"""Logits of a chunk that a CPU turns into gradients at a time, so that softmax and what follows stay in its cache."""
 
 
 def lm_loss_sum(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor) -> Tensor:
@@ -43,9 +45,18 @@ def token_nll(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor) -> Tenso
 
 
 def _chunks(hidden_ND: Tensor, labels_N: Tensor, vocab_size: int) -> list[tuple[Tensor, Tensor]]:
-    elements = CHUNK_ELEMENTS["cpu" if hidden_ND.device.type == "cpu" else "accelerator"]
-    n = max(MIN_CHUNK_TOKENS, elements // vocab_size)
+    on_cpu = hidden_ND.device.type == "cpu"
+    n = max(MIN_CHUNK_TOKENS, CHUNK_ELEMENTS["cpu" if on_cpu else "accelerator"] // vocab_size)
+    if on_cpu and hidden_ND.element_size() == 2:
+        n *= 2  # the same bytes, as only a block of the chunk is ever float32
     return list(zip(hidden_ND.split(n), labels_N.split(n), strict=True))
+
+
+def _blocks(logits_nV: Tensor, labels_n: Tensor) -> list[tuple[Tensor, Tensor]]:
+    if logits_nV.device.type != "cpu":
+        return [(logits_nV, labels_n)]
+    rows = max(1, BLOCK_ELEMENTS // logits_nV.shape[1])
+    return list(zip(logits_nV.split(rows), labels_n.split(rows), strict=True))
 
 
 def _chunk_nll(logits_nV: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,14 +76,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VD, dtype=wide) if with_weight else None
         done = 0
         for hidden, labels in _chunks(hidden_ND, labels_N, weight_VD.shape[0]):
-            nll, log_p = _chunk_nll(F.linear(hidden, weight_VD).to(wide), labels)
-            total += nll.sum()
-            if with_hidden or with_weight:
-                grad_logits = _grad_logits(log_p, labels).to(hidden.dtype)
-                if grad_hidden is not None:
-                    torch.mm(grad_logits, weight_VD, out=grad_hidden[done : done + len(labels)])
-                if grad_weight is not None:
-                    _accumulate(grad_weight, grad_logits.t(), hidden)
+            logits = F.linear(hidden, weight_VD)
+            for logits_block, labels_block in _blocks(logits, labels):
+                nll, log_p = _chunk_nll(logits_block.to(wide), labels_block)
+                total += nll.sum()
+                if with_hidden or with_weight:  # the logits have served, and make room for their gradients
+                    logits_block.copy_(_grad_logits(log_p, labels_block))
+            if grad_hidden is not None:
+                torch.mm(logits, weight_VD, out=grad_hidden[done : done + len(labels)])
+            if grad_weight is not None:
+                _accumulate(grad_weight, logits.t(), hidden)
             done += len(labels)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype))
         return total
@@ -89,8 +102,8 @@ def _grad_logits(log_p_nV: Tensor, labels_n: Tensor) -> Tensor:
     kept_n1 = (labels_n >= 0).unsqueeze(-1)
     grad = log_p_nV.exp_()
     grad.scatter_add_(-1, labels_n.clamp(min=0).unsqueeze(-1), -torch.ones_like(kept_n1, dtype=grad.dtype))
-    if grad.device.type == "cpu" and bool(kept_n1.all()):  # on a GPU the question would stall the queue
-        return grad
+    if grad.device.type == "cpu":  # on a GPU, asking which rows are ignored would stall the queue
+        return grad.index_fill_(0, (labels_n < 0).nonzero().flatten(), 0)
     return grad.mul_(kept_n1)
 
 

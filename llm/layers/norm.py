@@ -27,38 +27,47 @@ class RMSNorm(nn.Module):
 
 def rms_normalise(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
     """RMS-normalise the last dimension of x, and multiply by weight (D,) if given. Same shape and dtype as x."""
+    if torch.compiler.is_compiling():  # the compiler fuses the formula by itself, and not through a custom backward
+        wide = x.to(_accumulation_dtype(x))
+        y = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+        return y if weight is None else y * weight
     return _RMSNormalise.apply(x, weight, eps)
 
 
 class _RMSNormalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        wide = _accumulation_dtype(x)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        wide = x.to(_accumulation_dtype(x))
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        y = (x.to(wide) * scale).to(x.dtype)
+        y = (wide * scale).to(x.dtype)
         return y if weight is None else y.mul_(weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        """The layer norm's kernel, told that the mean is 0, subtracts scale * mean(grad * weight), which would flow
+        through the mean; the RMS norm has none, so that is added back. Its own formula would walk the tensor six times.
+        """
         x, weight, scale = ctx.saved_tensors
         width = x.shape[-1]
-        x_ND, grad_ND, scale_N1 = x.reshape(-1, width).to(scale.dtype), grad.reshape(-1, width), scale.view(-1, 1)
-        grad_ND = grad_ND.to(scale.dtype)
-        product_ND = grad_ND * x_ND
-        if weight is None:
-            grad_weight = None
-            along_N1 = product_ND.sum(-1, keepdim=True)
-            grad_x_ND = grad_ND * scale_N1
-        else:
-            wide_weight = weight.to(scale.dtype)
-            grad_weight = torch.mv(product_ND.t(), scale_N1.view(-1)).to(weight.dtype)
-            along_N1 = torch.mv(product_ND, wide_weight).unsqueeze(-1)
-            grad_x_ND = torch.mul(grad_ND, wide_weight, out=product_ND).mul_(scale_N1)
-        grad_x_ND.addcmul_(x_ND, along_N1.mul_(scale_N1.pow(3)).div_(-width))
-        return grad_x_ND.to(x.dtype).view_as(x), grad_weight, None
+        x_ND, grad_ND = (t.reshape(-1, width).to(scale.dtype) for t in (x, grad))
+        scale_N1, wide_weight = scale.view(-1, 1), None if weight is None else weight.to(scale.dtype)
+        through_mean_ND, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            grad_ND,
+            x_ND,
+            [width],
+            torch.zeros_like(scale_N1),
+            scale_N1,
+            wide_weight,
+            None,
+            [True, weight is not None, False],
+        )
+        sum_N = grad_ND.sum(-1) if wide_weight is None else torch.mv(grad_ND, wide_weight)
+        grad_x_ND = through_mean_ND.addcmul_(sum_N.unsqueeze(-1), scale_N1, value=1 / width)
+        grad_x = grad_x_ND.to(x.dtype).view(x.shape)
+        return grad_x, None if weight is None else grad_weight.to(weight.dtype), None
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:

@@ -24,7 +24,11 @@ from llm.args import LayerSpec
 
 Ints = NDArray[np.int64]
 PADDED_LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128)
-WIDE_ATTENTION = 8192  # segment length x head width up to which attention on a CPU is float32
+# torch's bf16 attention on a CPU: the forward is up to three times faster than in float32, but the backward pays for
+# each small product and is up to five times slower (measured). So short segments are attended in float32, middling ones
+# go forward in bf16 and backward in float32, long ones are bf16 both ways.
+SHORT = 64  # segment length below which all is float32
+WIDE_BACKWARD = 16384  # segment length x head width up to which the backward is float32
 
 
 class Attend(Protocol):
@@ -178,12 +182,38 @@ class _FromSlots(torch.autograd.Function):
 
 
 def _causal(q_BLHd: Tensor, k_BLKd: Tensor, v_BLKd: Tensor) -> Tensor:
-    dtype = q_BLHd.dtype
-    # torch's half-precision backward on a CPU pays for each small product: 1.4 to 5 times slower than float32, measured
-    widen = q_BLHd.device.type == "cpu" and q_BLHd.shape[1] * q_BLHd.shape[3] <= WIDE_ATTENTION
-    wide = torch.promote_types(dtype, torch.float32) if widen else dtype
-    q, k, v = (x.to(wide).transpose(1, 2) for x in (q_BLHd, k_BLKd, v_BLKd))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).to(dtype)
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHd, k_BLKd, v_BLKd))
+    length, width = q.shape[2:]
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and length * width <= WIDE_BACKWARD:
+        if length < SHORT:
+            return _sdpa(q.float(), k.float(), v.float()).to(q.dtype).transpose(1, 2)
+        out: Tensor = _WideBackward.apply(q, k, v)
+        return out.transpose(1, 2)
+    return _sdpa(q, k, v).transpose(1, 2)
+
+
+def _sdpa(q_BHLd: Tensor, k_BKLd: Tensor, v_BKLd: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q_BHLd, k_BKLd, v_BKLd, is_causal=True, enable_gqa=True)
+
+
+class _WideBackward(torch.autograd.Function):
+    """Causal attention on a CPU, forward in bf16 and backward in float32, each by torch's own kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, q_BHLd: Tensor, k_BKLd: Tensor, v_BKLd: Tensor) -> Tensor:
+        out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_BHLd, k_BKLd, v_BKLd, 0.0, True)
+        ctx.save_for_backward(q_BHLd, k_BKLd, v_BKLd, out, logsumexp)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        *saved, logsumexp = ctx.saved_tensors
+        q, k, v, out, wide_grad = (x.float() for x in (*saved, grad))
+        grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            wide_grad, q, k, v, out, logsumexp, 0.0, True
+        )
+        return grad_q.to(grad.dtype), grad_k.to(grad.dtype), grad_v.to(grad.dtype)
 
 
 def has_varlen_kernel(q: Tensor) -> bool:

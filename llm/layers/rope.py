@@ -64,8 +64,13 @@ class _Rotate(torch.autograd.Function):
 def _turn(x: Tensor, turn: Tensor, interleaved: bool) -> Tensor:
     real_dtype = torch.promote_types(x.dtype, torch.float32)
     wide = x.to(real_dtype)
+    if torch.compiler.is_compiling():  # complex numbers are not fused with what is around them
+        a, b = wide.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else wide.chunk(2, dim=-1)
+        pair = a * turn.real - b * turn.imag, a * turn.imag + b * turn.real
+        turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+        return turned.to(x.dtype)
     if interleaved:
-        turned = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous()) * turn
-        return torch.view_as_real(turned).flatten(-2).to(x.dtype)
-    turned = torch.complex(*wide.chunk(2, dim=-1)) * turn
-    return torch.cat([turned.real, turned.imag], dim=-1).to(x.dtype)
+        pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous()) * turn
+        return torch.view_as_real(pairs).flatten(-2).to(x.dtype)
+    pairs = torch.complex(*wide.chunk(2, dim=-1)) * turn
+    return torch.cat([pairs.real, pairs.imag], dim=-1).to(x.dtype)

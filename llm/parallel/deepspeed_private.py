@@ -139,6 +139,14 @@ def base_optimizer(engine: Any) -> torch.optim.Optimizer:
     return engine.optimizer.optimizer if hasattr(engine.optimizer, "optimizer") else engine.optimizer
 
 
+def skip_reduction(engine: Any) -> None:
+    """On one rank, do not flatten and unflatten gradients for the sake of a sum over one; the classes that reduce by
+    their own hooks are left alone.
+    """
+    if type(engine.optimizer).__name__ == "BF16_Optimizer" or isinstance(engine.optimizer, torch.optim.Optimizer):
+        engine.enable_backward_allreduce = False
+
+
 def publish_masters(engine: Any) -> None:
     """Copy the masters into the parameters that the forward uses, on all ranks (collective)."""
     zero = engine.optimizer

@@ -108,6 +108,8 @@ class Engine:
         self.world = world
         self.model = model
         self.precision = precision
+        if precision == "fp32" and zero_stage == 1 and world.size == 1 and not offload_optimizer:
+            zero_stage = 0  # nothing to cut: masters beside the parameters, and copies of gradients, would only cost
         self.zero_stage = zero_stage
         self._clip_norm = clip_norm
         config = deepspeed_config(precision, zero_stage, offload_optimizer, clip_norm)
@@ -118,6 +120,8 @@ class Engine:
         if precision == "fp16":
             check_fp16()
         self._deepspeed = private.initialize(model, optimizer, config)
+        if world.size == 1:
+            private.skip_reduction(self._deepspeed)
         self.shapes = {name: private.full_shape(p) for name, p in model.named_parameters()}
         self._pieces = private.pieces(self._deepspeed, model)
         self._partitions = private.partitions(self._deepspeed)
@@ -351,6 +355,8 @@ class Engine:
 def deepspeed_config(precision: str, zero_stage: int, offload_optimizer: bool, clip_norm: float) -> dict[str, Any]:
     """DeepSpeed's JSON for these settings, less the batch."""
     zero: dict[str, Any] = {"stage": zero_stage, "overlap_comm": False}
+    if zero_stage == 1 and not torch.cuda.is_available():
+        zero["contiguous_gradients"] = False  # against fragmented GPU memory; elsewhere only a copy
     if zero_stage == 3:
         zero["sub_group_size"] = ZERO3_SUB_GROUP
     config: dict[str, Any] = {

@@ -20,7 +20,6 @@ from llm.plans import Kind
 from llm.tokenizer import TokenizerConfig
 from llm.train.explain import explain, refuse_booleans, section_of
 from llm.train.yaml_file import read_yaml
-from llm.train.yaml_file import scalar as scalar
 
 Count = Annotated[int, Field(ge=1)]
 

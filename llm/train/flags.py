@@ -12,7 +12,9 @@ from pydantic import BaseModel
 
 from llm.cli import split
 from llm.errors import UserError
-from llm.train.config import RunConfig, scalar, section_of
+from llm.train.config import RunConfig
+from llm.train.explain import section_of
+from llm.train.yaml_file import scalar
 
 OWN_FLAGS = {
     "config": "YAML run config (required; a replay takes the run folder's own without it)",

@@ -35,7 +35,8 @@ def average_is_right(world: World) -> dict[str, bool]:
     for step in range(3):
         batch, n_targets = cut_batch(step, world, 1)
         engine.train_step(batch, n_targets, ROWS * SEQ_LEN, lr=1e-2)
-        expected = {k: v.lerp(now, 1 - DECAY) for (k, v), now in zip(expected.items(), values(engine, "master").values())}
+        now = values(engine, "master")
+        expected = {key: average.lerp(now[key], 1 - DECAY) for key, average in expected.items()}
     masters = values(engine, "master")
     batch, _ = cut_batch(9, world, 1)
     own = engine.sum_nll(iter(batch.micro_batches), torch.ones(64, dtype=torch.int64).numpy())[0]
