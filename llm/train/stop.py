@@ -24,7 +24,8 @@ def leave_before_first_step() -> None:
 
     def leave(number: int, frame: FrameType | None) -> None:
         if os.environ.get("RANK", "0") == "0":
-            print(f"stopped by {signal.Signals(number).name} before a step was made; the same command goes on", flush=True)
+            name = signal.Signals(number).name
+            print(f"stopped by {name} before a step was made; the same command goes on", flush=True)
         sys.stderr.flush()
         os._exit(EXIT_STOPPED)  # an exception would wait for threads, and for collectives that peers have left
 
