@@ -87,13 +87,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if grad_weight is not None:
                 _accumulate(grad_weight, logits.t(), hidden)
             done += len(labels)
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype))
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.dtypes = hidden_ND.dtype, weight_VD.dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        grad_hidden, grad_weight = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
+        # scaled before rounding: a rounded 1/N would scale the whole gradient, and fp16 cannot hold a sum over tokens
+        grad_hidden, grad_weight = (
+            None if g is None else (g.to(grad.dtype) * grad).to(dtype)
+            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
         return grad_hidden, grad_weight, None, None
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -70,7 +71,10 @@ def write_fragments(
         (f"{name}|{kind}|{start}", name, kind, box, start, values.detach().to("cpu", torch.float32).contiguous())
         for name, kind, box, start, values in pieces
     ]
-    save_file({key: values for key, *_, values in rows}, path)
+    try:
+        save_file({key: values for key, *_, values in rows}, path)
+    except SafetensorError as error:  # a full disk is one of these, and no OSError
+        raise OSError(f"{path}: {error}") from None
     path.chmod(0o644)  # safetensors makes it readable by its owner only
     with open(path, "rb") as file:
         os.fsync(file.fileno())

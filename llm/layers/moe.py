@@ -202,7 +202,7 @@ def grouped_matmul(x_RD: Tensor, w_EDF: Tensor, sizes: Tensor | list[int]) -> Te
     list."""
     if isinstance(sizes, list):
         return _GroupedMatmul.apply(x_RD, w_EDF, sizes)
-    if x_RD.dtype == torch.bfloat16:
+    if x_RD.dtype == torch.bfloat16 and w_EDF.shape[1] % 8 == 0 and w_EDF.shape[2] % 8 == 0:  # rows of 16 bytes
         return torch._grouped_mm(x_RD, w_EDF, offs=sizes.cumsum(0).to(torch.int32))
     return _GroupedMatmul.apply(x_RD, w_EDF, sizes.tolist())
 

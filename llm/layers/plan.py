@@ -217,8 +217,12 @@ class _WideBackward(torch.autograd.Function):
 
 
 def has_varlen_kernel(q: Tensor) -> bool:
-    """Whether the variable-length kernel takes this tensor: half precision on a CUDA device."""
-    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    """Whether the variable-length kernel takes this tensor: half precision and a head width that it knows, on a CUDA
+    device from Ampere on.
+    """
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] % 8 or q.shape[-1] > 256:
+        return False
+    return torch.cuda.get_device_capability(q.device)[0] >= 8
 
 
 def varlen_causal(q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, cu_seqlens: Tensor, max_length: int) -> Tensor:

@@ -147,6 +147,16 @@ def skip_reduction(engine: Any) -> None:
         engine.enable_backward_allreduce = False
 
 
+def forget_gradients(engine: Any) -> None:
+    """Drop what a step that was not applied left behind: with an offloaded optimizer ZeRO-1 and 2 keep their sums in
+    half precision, and would add every later gradient to them.
+    """
+    zero = engine.optimizer
+    if hasattr(zero, "single_partition_of_fp32_groups") and zero.cpu_offload:
+        for number in zero.averaged_gradients:
+            zero.averaged_gradients[number] = None
+
+
 def publish_masters(engine: Any) -> None:
     """Copy the masters into the parameters that the forward uses, on all ranks (collective)."""
     zero = engine.optimizer
@@ -177,7 +187,7 @@ def loss_scaler_state(engine: Any) -> dict[str, float]:
 
 def set_loss_scaler_state(engine: Any, state: dict[str, float]) -> None:
     """Put back what `loss_scaler_state` gave."""
-    for field, value in state.items():
+    for field, value in state.items() if loss_scaler_state(engine) else ():
         setattr(engine.optimizer.loss_scaler, field, value)
 
 

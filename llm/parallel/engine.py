@@ -233,7 +233,10 @@ class Engine:
         engine = self._deepspeed
         if self.zero_stage:
             engine.step()
-            return private.gradient_norm(engine)
+            reported = private.gradient_norm(engine)
+            if not math.isfinite(reported):
+                private.forget_gradients(engine)
+            return reported
         parameters = list(self.model.parameters())
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if not norm.isfinite():
@@ -336,7 +339,10 @@ class Engine:
 
         kinds: for each parameter the kinds of fragments that the checkpoint has. On a new optimizer state all are zero.
         """
-        state_of = private.base_optimizer(self._deepspeed).state
+        base = private.base_optimizer(self._deepspeed)
+        if isinstance(base, Muon) != any("momentum_buffer" in kept for kept in kinds.values()):
+            kinds = {name: {"master"} for name in kinds}  # of another optimizer: this one begins anew
+        state_of = base.state
         for number, flat in enumerate(self._partitions):
             names = [piece.name for piece in self._pieces if piece.partition == number]
             keys = set().union(*(kinds[name] for name in names)) - {"master", "ema"}

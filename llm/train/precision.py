@@ -15,7 +15,7 @@ def faster_precision(dim: int, device: torch.device) -> tuple[str, str]:
     precision and casts.
     """
     if device.type == "cuda":
-        supported = torch.cuda.is_bf16_supported()
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bf16" if supported else "fp32"), ("the GPU has bf16 arithmetic" if supported else "the GPU lacks bf16")
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):

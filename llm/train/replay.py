@@ -186,6 +186,7 @@ def _load_before(trainer: "Trainer", step: int, first_recorded: int) -> tuple[st
     paths = main_decides(lambda: [str(path) for at, path in list_steps(store.folder) if at < step], trainer.world)
     if first_recorded > 1 and resume not in ("auto", "never"):  # where the run began
         paths.append(main_decides(lambda: str(resolve(resume).path.resolve()), trainer.world))
+    untouched = trainer.engine.optimizer_scalars()
     for path in paths:
         try:
             store.load_exactly(Path(path), trainer.read_checkpoint)
@@ -194,6 +195,8 @@ def _load_before(trainer: "Trainer", step: int, first_recorded: int) -> tuple[st
             continue
         started_from = path
         break
+    if skipped and started_from is None:  # a damaged checkpoint's reading has begun with the optimizer
+        trainer.engine.prepare_load({name: {"master"} for name in trainer.engine.shapes}, untouched)
     if not first_recorded - 1 <= trainer.step < step:
         raise agreed_error(
             f"--replay_step={step}: the run begins with step {first_recorded}, but the state to start from is that of "

@@ -155,9 +155,12 @@ class Trainer:
                 f"{checkpoint.path} belongs to another configuration: {'; '.join(changed)}. "
                 f"Use another --run_dir, or --checkpoint.allow_changes=KEY,KEY to accept"
             )
-        self.engine.prepare_load(checkpoint.kinds(), meta["optimizer_scalars"])
+        kinds = checkpoint.kinds()
+        self.engine.prepare_load(kinds, meta["optimizer_scalars"])
         loaded = []
         for name, kind, start, values in self.engine.fragments():
+            if kind == "ema" and kind not in kinds[name]:
+                kind = "master"  # an average that begins now begins with the weights
             loaded.append((values, checkpoint.read(name, kind, start, start + values.numel())))
 
         def apply() -> None:

@@ -29,6 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "loss-raise": {"spoil": "loss", "guard": {"nonfinite": "raise"}},
 }
 STAGES = {1: "fp32", 2: "bf16", 3: "fp32"}
+OFFLOADED = 2  # the stage whose optimizer works in CPU memory
 
 
 class _Spoil(torch.autograd.Function):
@@ -79,7 +80,7 @@ def main() -> None:
             raw = yaml.safe_load(config_path.read_text())
             raw["guard"] = case.get("guard", {})
             raw["train"].update(case.get("train", {}), precision=precision)
-            raw["parallel"]["zero_stage"] = stage
+            raw["parallel"].update(zero_stage=stage, offload_optimizer=stage == OFFLOADED)
             trainer = Trainer(validate(raw, str(config_path)), out / f"{stage}-{name}", world)
             spoil(trainer.engine, case.get("spoil"), rank=1)
             try:
