@@ -1,6 +1,7 @@
 """Checkpoint files on one process: what is written is read back, in any ranges, and nothing damaged is read at all."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,18 @@ def test_incomplete_pieces_are_not_committed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a.weight"):
         store.save(1, SHAPES, pieces, {})
     assert not list(tmp_path.glob("step_*"))
+
+
+def test_a_disk_that_takes_no_more_is_named_and_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, WORLD, keep=1, keep_best=False)
+    save(tmp_path, 1)
+    large = torch.zeros(100_000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # python ignores the signal, so writing fails
+    try:
+        with pytest.raises(UserError, match=r"rank_00000.safetensors"):
+            store.save(2, {"c.weight": (100_000,)}, [("c.weight", "master", 0, large)], {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    checkpoint, skipped = newest_valid(tmp_path)
+    assert checkpoint is not None and checkpoint.step == 1 and not skipped

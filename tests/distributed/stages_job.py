@@ -51,6 +51,16 @@ def average_is_right(world: World) -> dict[str, bool]:
     return {"formula": formula, "restored": restored and again == own, "lent": averaged != own}
 
 
+def change_what_may_be_changed(raw: dict[str, Any], config_path: Path, run_dir: Path, world: World) -> None:
+    """A run whose optimizer, precision and average change on the way, as checkpoint.allow_changes lets them."""
+    for optimizer, precision, decay, steps in (("muon", "fp16", None, 4), ("adamw", "fp32", DECAY, 8)):
+        raw["optim"].update(name=optimizer, ema_decay=decay)
+        raw["train"].update(precision=precision, steps=steps)
+        raw["parallel"]["zero_stage"] = 1
+        raw["checkpoint"]["allow_changes"] = ["optim", "train.precision"]
+        Trainer(validate(raw, str(config_path)), run_dir, world).fit()
+
+
 def main() -> None:
     config_path, out = Path(sys.argv[1]), Path(sys.argv[2])
     raw: dict[str, Any] = yaml.safe_load(config_path.read_text())
@@ -62,6 +72,7 @@ def main() -> None:
             for stage, steps in legs:
                 raw["parallel"]["zero_stage"], raw["train"]["steps"] = stage, steps
                 Trainer(validate(raw, str(config_path)), out / f"{optimizer}-{name}", world).fit()
+    change_what_may_be_changed(raw, config_path, out / "changed", world)
     report = average_is_right(world)
     if world.is_main:
         (out / "average.json").write_text(json.dumps(report))

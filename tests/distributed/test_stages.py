@@ -68,5 +68,14 @@ def test_the_average_is_read_back_without_deepspeed(runs: Path) -> None:
     assert not torch.equal(average.get_parameter(name), plain.get_parameter(name))
 
 
+def test_optimizer_precision_and_average_change_where_that_is_allowed(runs: Path) -> None:
+    rows = metrics(runs / "changed")
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert all(row["skipped"] is None for row in rows) and rows[-1]["loss_scale"] is None
+    kinds = Checkpoint.open(runs / "changed" / "checkpoints" / "step_00000008").kinds()
+    assert all(kept == {"master", "exp_avg", "exp_avg_sq", "ema"} for kept in kinds.values())
+    assert not list((runs / "changed" / "checkpoints").glob("damaged_*"))
+
+
 def test_the_average_follows_its_formula_and_is_only_lent(runs: Path) -> None:
     assert json.loads((runs / "average.json").read_text()) == {"formula": True, "restored": True, "lent": True}
