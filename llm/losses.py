@@ -73,7 +73,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
         total = hidden_ND.new_zeros((), dtype=wide)
         grad_hidden = torch.empty_like(hidden_ND) if with_hidden else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=wide) if with_weight else None
+        grad_weight = torch.empty_like(weight_VD, dtype=wide) if with_weight else None
         done = 0
         for hidden, labels in _chunks(hidden_ND, labels_N, weight_VD.shape[0]):
             logits = F.linear(hidden, weight_VD)
@@ -85,7 +85,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(logits, weight_VD, out=grad_hidden[done : done + len(labels)])
             if grad_weight is not None:
-                _accumulate(grad_weight, logits.t(), hidden)
+                _accumulate(grad_weight, logits.t(), hidden, first=done == 0)
             done += len(labels)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden_ND.dtype, weight_VD.dtype
@@ -112,9 +112,11 @@ def _grad_logits(log_p_nV: Tensor, labels_n: Tensor) -> Tensor:
     return grad.mul_(kept_n1)
 
 
-def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in total's dtype."""
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total += a @ b in total's dtype; the first time total = a @ b, whatever it holds."""
     if total.dtype == a.dtype:
-        total.addmm_(a, b)
+        torch.addmm(total, a, b, beta=0 if first else 1, out=total)
+    elif first:
+        total.copy_(a @ b)
     else:
         total += a @ b

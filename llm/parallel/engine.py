@@ -242,7 +242,11 @@ class Engine:
         if not norm.isfinite():
             engine.zero_grad()
             return math.inf
-        if self._clip_norm:
+        base = private.base_optimizer(engine)
+        if self._clip_norm and type(base) is torch.optim.AdamW and base.defaults["fused"]:
+            # divides in the same pass over memory as the update, where clipping would be one more
+            base.grad_scale = (norm / self._clip_norm).clamp(min=1).float()  # type: ignore[attr-defined]
+        elif self._clip_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
         engine.step()
         return float(norm)
