@@ -1,16 +1,17 @@
 """One rank's file of a checkpoint: flat pieces of parameters and optimizer states, each with digests of its blocks.
 
-A fragment is a flat range of one tensor (the float32 master of a parameter, or one optimizer state of it), exactly as
-ZeRO left it on the rank that owns it: nothing is gathered to write it. The file is a safetensors file, so it holds
-data and no code; which range of which parameter a tensor is, stands in the checkpoint's manifest together with a
-digest per 16 MiB block, because safetensors itself loads a flipped bit in silence.
+A fragment is a flat range of a box of one tensor (the float32 master of a parameter, or one optimizer state of it),
+exactly as tensor and expert parallelism and ZeRO left it on the rank that owns it: nothing is gathered to write it.
+The file is a safetensors file, so it holds data and no code; which range of which parameter a tensor is, stands in the
+checkpoint's manifest together with a digest per 16 MiB block, because safetensors itself loads a flipped bit in
+silence.
 """
 
 import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llm.boxes import Box
+from llm.checkpoint.overlap import Part
 from llm.errors import DamagedFile
 
 BLOCK_BYTES = 16 << 20
 DTYPES = {"float32": torch.float32}
+Piece = tuple[str, str, Box, int, Tensor]
+"""(name, kind, box, start, values): flat values of the elements [start, start + len(values)) of the flattened box."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Fragment:
 
     name: str
     kind: str
-    box: tuple[tuple[int, int], ...]
+    box: Box
     start: int
     numel: int
     dtype: str
@@ -55,20 +60,27 @@ class Fragment:
         """The manifest row of this fragment."""
         return asdict(self)
 
+    @property
+    def part(self) -> Part:
+        """Which elements of the parameter it holds."""
+        return Part(self.box, self.start, self.start + self.numel)
 
-def digest(data: bytes | memoryview) -> str:
+    def block_parts(self) -> list[Part]:
+        """Which elements each of its blocks holds."""
+        step = BLOCK_BYTES // DTYPES[self.dtype].itemsize
+        stop = self.start + self.numel
+        return [Part(self.box, first, min(first + step, stop)) for first in range(self.start, stop, step)]
+
+
+def digest(data: bytes | bytearray | memoryview) -> str:
     """blake2b-128 of a block, hexadecimal."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def write_fragments(
-    path: Path, pieces: Iterable[tuple[str, str, tuple[tuple[int, int], ...], int, Tensor]]
-) -> list[Fragment]:
-    """Write (name, kind, box, start, flat float32 values) pieces to a new file, flushed to the disk; return their
-    records.
-    """
+def write_fragments(path: Path, pieces: Iterable[Piece]) -> list[Fragment]:
+    """Write pieces as float32 to a new file, flushed to the disk; return their records."""
     rows = [
-        (f"{name}|{kind}|{start}", name, kind, box, start, values.detach().to("cpu", torch.float32).contiguous())
+        (_key(name, kind, box, start), name, kind, box, start, values.detach().to("cpu", torch.float32).contiguous())
         for name, kind, box, start, values in pieces
     ]
     try:
@@ -89,27 +101,26 @@ def write_fragments(
     return fragments
 
 
-def read_fragment(folder: Path, fragment: Fragment, first: int, last: int) -> Tensor:
-    """Values [first, last) of the fragment's own numbering, a flat tensor; every block they lie in is verified.
+def _key(name: str, kind: str, box: Box, start: int) -> str:
+    """The name of a piece inside its file; nothing reads it."""
+    return f"{name}|{kind}|{','.join(f'{a}:{b}' for a, b in box)}|{start}"
 
-    Raises DamagedFile naming the file when it is missing, too short or differs from its digest.
+
+def read_blocks(folder: Path, fragment: Fragment, indices: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
+    """(i, flat values) of the blocks of a fragment that `indices` names, each verified before it is given out.
+
+    Raises DamagedFile naming the file when it is missing, too short or a block differs from its digest.
     """
     dtype = DTYPES[fragment.dtype]
-    width = torch.empty((), dtype=dtype).element_size()
-    total = fragment.numel * width
-    first_block, last_block = first * width // BLOCK_BYTES, -(-last * width // BLOCK_BYTES)
+    total = fragment.numel * dtype.itemsize
     path = folder / fragment.file
-    buffer = bytearray()
     try:
         with open(path, "rb") as file:
-            for i in range(first_block, last_block):
-                size = min(BLOCK_BYTES, total - i * BLOCK_BYTES)
+            for i in indices:
+                block = bytearray(min(BLOCK_BYTES, total - i * BLOCK_BYTES))
                 file.seek(fragment.offset + i * BLOCK_BYTES)
-                block = file.read(size)
-                if len(block) != size or digest(block) != fragment.blocks[i]:
+                if file.readinto(block) != len(block) or digest(block) != fragment.blocks[i]:
                     raise DamagedFile(f"{path}: damaged: {fragment.name} ({fragment.kind}) does not match its digest")
-                buffer += block
+                yield i, torch.frombuffer(block, dtype=dtype)
     except OSError as error:
         raise DamagedFile(f"{path}: {error.strerror or error}") from None
-    skip = first - first_block * BLOCK_BYTES // width
-    return torch.frombuffer(buffer, dtype=dtype)[skip : skip + last - first] if buffer else torch.empty(0, dtype=dtype)

@@ -1,5 +1,5 @@
-"""A committed checkpoint folder, opened for reading by any number of ranks: manifest first, then only the ranges
-asked for.
+"""A committed checkpoint folder, opened for reading by any number of ranks: manifest first, then only the blocks that
+hold what is asked for. On which layout it was written makes no difference.
 """
 
 import json
@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm.checkpoint.fragments import Fragment, digest, read_fragment
+from llm.boxes import Box, box_shape, whole
+from llm.checkpoint.fragments import Fragment, digest, read_blocks
+from llm.checkpoint.overlap import Part, common, rectangles, view
 from llm.errors import DamagedFile, UserError
 
 FORMAT = "lattice-checkpoint"
@@ -25,7 +27,7 @@ def seal(manifest: dict[str, Any]) -> bytes:
 
 
 class Checkpoint:
-    """One checkpoint: `step`, `meta` (what the trainer saved), and the tensors by canonical name and flat range."""
+    """One checkpoint: `step`, `meta` (what the trainer saved), and the tensors by canonical name."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
@@ -68,24 +70,37 @@ class Checkpoint:
             found.setdefault(name, set()).add(kind)
         return found
 
-    def read(self, name: str, kind: str = "master", start: int = 0, stop: int | None = None) -> Tensor:
-        """Values [start, stop) of the flattened parameter, float32, flat; each byte used is verified."""
+    def read(
+        self, name: str, kind: str = "master", box: Box | None = None, start: int = 0, stop: int | None = None
+    ) -> Tensor:
+        """Values [start, stop) of the flattened `box` (None: the whole parameter), float32, flat.
+
+        Reads the blocks of 16 MiB that hold any of them, each once and verified: a box that cuts the columns of a
+        matrix saves no reading from fragments that hold whole rows. UserError when there is no such parameter or no
+        such part of it, DamagedFile when values of it are missing or do not match their digest.
+        """
         if name not in self.shapes:
             raise UserError(f"{self.path}: holds no parameter {name}")
-        full = tuple((0, n) for n in self.shapes[name])
-        stop = math.prod(self.shapes[name]) if stop is None else stop
-        result = torch.empty(stop - start, dtype=torch.float32)
+        shape = self.shapes[name]
+        box = whole(shape) if box is None else box
+        fits = len(box) == len(shape) and all(0 <= a <= b <= n for (a, b), n in zip(box, shape, strict=True))
+        size = math.prod(box_shape(box))
+        asked = Part(box, start, size if stop is None else stop)
+        if not fits or not 0 <= asked.start <= asked.stop <= size:
+            raise UserError(f"{self.path}: {name}, of shape {shape}, has no elements {start} to {asked.stop} of {box}")
+        result = torch.empty(asked.stop - asked.start, dtype=torch.float32)
+        areas = rectangles(asked)
         filled = 0
         for fragment in self._fragments.get((name, kind), []):
-            if fragment.box != full:
-                raise UserError(f"{self.path}: {name} comes from a tensor- or expert-parallel layout; not readable yet")
-            first, last = max(start, fragment.start), min(stop, fragment.start + fragment.numel)
-            if first < last:
-                part = read_fragment(self.path, fragment, first - fragment.start, last - fragment.start)
-                result[first - start : last - start] = part
-                filled += last - first
-        if filled != stop - start:
-            raise DamagedFile(f"{self.path}: {name} ({kind}) is not complete: {filled} of {stop - start} values")
+            near = common(areas, rectangles(fragment.part))
+            parts = fragment.block_parts() if near else []
+            needed = {i: found for i, part in enumerate(parts) if (found := common(near, rectangles(part)))}
+            for i, values in read_blocks(self.path, fragment, needed):
+                for rectangle in needed[i]:
+                    view(result, asked, rectangle).copy_(view(values, parts[i], rectangle))
+                    filled += math.prod(box_shape(rectangle))
+        if filled != result.numel():
+            raise DamagedFile(f"{self.path}: {name} ({kind}) is not complete: {filled} of {result.numel()} values")
         return result
 
 

@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from llm.atomic import sync, write_file
-from llm.checkpoint.fragments import Fragment, write_fragments
+from llm.boxes import Box, box_shape
+from llm.checkpoint.fragments import Fragment, Piece, write_fragments
 from llm.checkpoint.reader import FORMAT, MANIFEST, VERSION, Checkpoint, list_steps, seal
 from llm.errors import DamagedFile, UserError
 from llm.parallel.collectives import agreed_error, all_or_none, gather_json, main_decides
@@ -44,14 +43,12 @@ class CheckpointStore:
         main_decides(remove, self.world)
 
     def save(
-        self,
-        step: int,
-        shapes: dict[str, tuple[int, ...]],
-        pieces: Iterable[tuple[str, str, int, Tensor]],
-        meta: dict[str, Any],
+        self, step: int, shapes: dict[str, tuple[int, ...]], pieces: Iterable[Piece], meta: dict[str, Any]
     ) -> Path:
-        """Write the checkpoint of `step` and commit it (collective). UserError on every rank when one could not
-        write.
+        """Write the checkpoint of `step` and commit it (collective).
+
+        `shapes` are those of whole parameters. Over all ranks the pieces hold every element of each (name, kind) once.
+        UserError on every rank when they do not or one rank could not write.
         """
         final = self.folder / f"step_{step:08d}"
         work = self.folder / f"{HIDDEN}step_{step:08d}"
@@ -60,10 +57,7 @@ class CheckpointStore:
         def write() -> dict[str, Any]:
             work.mkdir(parents=True, exist_ok=True)
             path = work / f"rank_{world.rank:05d}.safetensors"
-            rows = (
-                (name, kind, tuple((0, n) for n in shapes[name]), start, values) for name, kind, start, values in pieces
-            )
-            fragments = write_fragments(path, rows)
+            fragments = write_fragments(path, pieces)
             return {"file": path.name, "bytes": path.stat().st_size, "fragments": [f.to_json() for f in fragments]}
 
         records = gather_json(all_or_none(write, world), world)
@@ -151,16 +145,43 @@ class CheckpointStore:
 def _check_coverage(shapes: dict[str, tuple[int, ...]], fragments: list[Fragment]) -> None:
     """Every parameter needs its master; of a state that it has, it needs every element. Which states a parameter has
     depends on its optimizer."""
-    covered: dict[tuple[str, str], list[tuple[int, int]]] = {(name, "master"): [] for name in shapes}
+    held: dict[tuple[str, str], dict[Box, list[tuple[int, int]]]] = {(name, "master"): {} for name in shapes}
     for fragment in fragments:
-        covered.setdefault((fragment.name, fragment.kind), []).append((fragment.start, fragment.start + fragment.numel))
-    for (name, kind), ranges in covered.items():
-        at = 0
-        for start, stop in sorted(ranges):
-            if start != at:
-                break
-            at = stop
-        if at != math.prod(shapes[name]):
-            raise UserError(
-                f"refusing to commit a checkpoint: {name} ({kind}) is covered up to {at} of {math.prod(shapes[name])}"
-            )
+        if fragment.numel:
+            boxes = held.setdefault((fragment.name, fragment.kind), {})
+            boxes.setdefault(fragment.box, []).append((fragment.start, fragment.start + fragment.numel))
+    for (name, kind), boxes in held.items():
+        fault = _fault(shapes[name], boxes) if name in shapes else "belongs to no parameter"
+        if fault:
+            raise UserError(f"refusing to commit a checkpoint: {name} ({kind}) {fault}")
+
+
+def _fault(shape: tuple[int, ...], boxes: dict[Box, list[tuple[int, int]]]) -> str | None:
+    """What keeps the flat ranges inside boxes from being every element of `shape` once, if anything does.
+
+    The boxes have to be all cells of a grid, so that no two of them need be compared.
+    """
+    for box, ranges in boxes.items():
+        if len(box) != len(shape):
+            return f"has a box {box} of a shape {shape}"
+        if fault := _not_tiled(ranges, math.prod(box_shape(box))):
+            return f"{fault} of the elements of box {box}"
+    if math.prod(shape) == 0:
+        return None
+    cells = 1
+    for i, n in enumerate(shape):
+        ranges = list({box[i] for box in boxes})
+        if fault := _not_tiled(ranges, n):
+            return f"{fault} of dimension {i}"
+        cells *= len(ranges)
+    return None if len(boxes) == cells else f"has {len(boxes)} of {cells} boxes"
+
+
+def _not_tiled(ranges: list[tuple[int, int]], total: int) -> str | None:
+    """What is missing or surplus in ranges that should be 0 to `total` in pieces."""
+    at = 0
+    for start, stop in sorted(ranges):
+        if start != at:
+            return f"misses {at} to {start}" if start > at else f"holds {start} to {min(at, stop)} twice"
+        at = stop
+    return None if at == total else f"is covered up to {at} of {total}"

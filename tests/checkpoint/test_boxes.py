@@ -1,0 +1,252 @@
+"""Checkpoints of ranks that own flat ranges inside boxes: any other layout reads them, and nothing is missing."""
+
+import json
+import math
+import random
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from llm.boxes import Box, box_shape, share_of, whole
+from llm.checkpoint import fragments, reader, store
+from llm.checkpoint.fragments import Fragment, Piece, digest
+from llm.checkpoint.overlap import Part, rectangles, view
+from llm.checkpoint.reader import Checkpoint, seal
+from llm.checkpoint.store import CheckpointStore
+from llm.errors import DamagedFile, UserError
+from llm.parallel.launch import World
+
+BLOCK = 8  # values; so that small parameters already span several blocks
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fragments, "BLOCK_BYTES", 4 * BLOCK)
+
+
+@pytest.fixture
+def save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Checkpoint]:
+    """Saves what each of several ranks holds, a file each; the ranks run one after the other, rank 0 last."""
+
+    def save_as_ranks(shapes: dict[str, tuple[int, ...]], ranks: list[list[Piece]]) -> Checkpoint:
+        records: list[object] = []
+        monkeypatch.setattr(store, "all_or_none", lambda action, world: action())
+        monkeypatch.setattr(store, "gather_json", lambda record, world: records.append(record) or records)
+        for rank in reversed(range(len(ranks))):
+            world = World(rank=rank, size=len(ranks), local_rank=rank, device=torch.device("cpu"))
+            path = CheckpointStore(tmp_path, world, keep=1, keep_best=False).save(1, shapes, ranks[rank], {})
+        return Checkpoint.open(path)
+
+    return save_as_ranks
+
+
+def random_cuts(rng: random.Random, total: int, ranges: int) -> list[tuple[int, int]]:
+    """Ranges that tile [0, total), some of them perhaps empty."""
+    places = [0, *sorted(rng.randint(0, total) for _ in range(ranges - 1)), total]
+    return list(zip(places, places[1:], strict=False))
+
+
+def random_parts(rng: random.Random, shape: tuple[int, ...]) -> Iterator[Part]:
+    """Every element of the shape once: a grid of boxes, each cut at places of its own."""
+    for box in product(*(random_cuts(rng, n, rng.randint(1, 3)) for n in shape)):
+        for start, stop in random_cuts(rng, math.prod(box_shape(box)), rng.randint(1, 4)):
+            yield Part(box, start, stop)
+
+
+def elements(whole_tensor: Tensor, part: Part) -> Tensor:
+    return whole_tensor[tuple(slice(*ends) for ends in part.box)].reshape(-1)[part.start : part.stop]
+
+
+def random_tensors(rng: random.Random) -> dict[str, Tensor]:
+    shapes = [tuple(rng.randint(1, 9) for _ in range(dimensions)) for dimensions in (0, 1, 2, 2, 3, 4)]
+    # every value is a number of its own, so that no exchange of two goes unseen
+    return {f"p{i}": torch.arange(math.prod(s), dtype=torch.float32).reshape(s) + 1 for i, s in enumerate(shapes)}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_layout_reads_what_any_other_wrote(save: Callable[..., Checkpoint], seed: int) -> None:
+    rng = random.Random(seed)
+    tensors = random_tensors(rng)
+    ranks: list[list[Piece]] = [[] for _ in range(5)]
+    for (name, tensor), kind in product(tensors.items(), ("master", "exp_avg")):
+        for part in random_parts(rng, tuple(tensor.shape)):
+            values = elements(tensor, part) * (1 if kind == "master" else -1)
+            rng.choice(ranks).append((name, kind, part.box, part.start, values))
+    checkpoint = save({name: tuple(tensor.shape) for name, tensor in tensors.items()}, ranks)
+    for name, tensor in tensors.items():
+        assert torch.equal(checkpoint.read(name).view(tensor.shape), tensor)
+        for part in random_parts(rng, tuple(tensor.shape)):
+            box, start, stop = part
+            assert torch.equal(checkpoint.read(name, "master", box, start, stop), elements(tensor, part))
+            assert torch.equal(checkpoint.read(name, "exp_avg", box, start, stop), -elements(tensor, part))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_flat_range_is_few_rectangles_and_each_is_a_view_of_it(seed: int) -> None:
+    rng = random.Random(seed)
+    for tensor in random_tensors(rng).values():
+        for part in random_parts(rng, tuple(tensor.shape)):
+            found = rectangles(part)
+            assert len(found) <= max(1, 2 * tensor.dim() - 1)
+            cells = [tensor[tuple(slice(*ends) for ends in box)] for box in found]
+            assert all(cell.numel() for cell in cells)
+            values = elements(tensor, part)
+            assert sorted(n for cell in cells for n in cell.flatten().tolist()) == values.tolist()
+            held = torch.cat([torch.zeros(3), values])[3:]  # where it lies in its storage does not matter
+            assert all(torch.equal(view(held, part, box), cell) for box, cell in zip(found, cells, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_only_blocks_that_hold_what_is_asked_for_are_read_and_each_once(
+    save: Callable[..., Checkpoint], monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    rng = random.Random(seed)
+    places = torch.arange(12 * 17).reshape(12, 17)
+    parts = list(random_parts(rng, (12, 17)))
+    checkpoint = save({"w": (12, 17)}, [[("w", "master", p.box, p.start, elements(places, p)) for p in parts]])
+    seen: list[tuple[Part, int]] = []
+    original = reader.read_blocks
+
+    def watch(folder: Path, fragment: Fragment, indices: Iterator[int]) -> Iterator[tuple[int, Tensor]]:
+        for i, values in original(folder, fragment, indices):
+            seen.append((fragment.part, i))
+            yield i, values
+
+    monkeypatch.setattr(reader, "read_blocks", watch)
+    for asked in random_parts(rng, (12, 17)):
+        seen.clear()
+        checkpoint.read("w", "master", *asked)
+        wanted = set(elements(places, asked).tolist())
+        expected = [
+            (part, i)
+            for part in parts
+            for i, block in enumerate(elements(places, part).split(BLOCK))
+            if wanted & set(block.tolist())
+        ]
+        assert sorted(seen) == sorted(expected)
+
+
+def columns(tensor: Tensor, ranks: int) -> list[list[Piece]]:
+    """The pieces of a matrix cut by columns over ranks, in the order of elements as they lie in each box."""
+    boxes = [((0, tensor.shape[0]), share_of(tensor.shape[1], rank, ranks)) for rank in range(ranks)]
+    return [[("w", "master", box, 0, elements(tensor, Part(box, 0, math.prod(box_shape(box)))))] for box in boxes]
+
+
+def test_a_damaged_block_stops_those_who_use_it_and_nobody_else(save: Callable[..., Checkpoint]) -> None:
+    w = torch.randn(8, 10, generator=torch.Generator().manual_seed(0))
+    checkpoint = save({"w": (8, 10)}, columns(w, 2))
+    file = checkpoint.path / "rank_00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1  # in the fifth and last block of columns 5 to 10: from row 6, column 7 on
+    file.write_bytes(content)
+    checkpoint = Checkpoint.open(checkpoint.path)
+    upper: Box = ((0, 6), (0, 10))
+    assert torch.equal(checkpoint.read("w", "master", upper).view(6, 10), w[:6])
+    assert torch.equal(checkpoint.read("w", "master", None, 0, 6 * 10 + 7), w.flatten()[: 6 * 10 + 7])
+    for box, start in [(whole((8, 10)), 0), (((6, 7), (7, 8)), 0), (whole((8, 10)), 79)]:
+        with pytest.raises(DamagedFile, match=r"rank_00001.safetensors: damaged: w \(master\)"):
+            checkpoint.read("w", "master", box, start)
+
+
+LEFT, RIGHT = ((0, 4), (0, 3)), ((0, 4), (3, 5))
+
+
+def piece(box: Box, start: int, n: int, kind: str = "master", name: str = "w") -> Piece:
+    return name, kind, box, start, torch.zeros(n)
+
+
+GOOD = [piece(LEFT, 0, 7), piece(LEFT, 7, 5), piece(RIGHT, 0, 8), piece(whole((3,)), 0, 3, name="b")]
+FAULTS = {
+    "a range is missing at the end": ([GOOD[0], *GOOD[2:]], "up to 7 of 12"),
+    "a range is missing at the start": ([GOOD[1], *GOOD[2:]], "misses 0 to 7"),
+    "a range comes twice": ([*GOOD, GOOD[1]], "holds 7 to 12 twice"),
+    "the whole of a box comes twice": ([*GOOD, GOOD[2]], "holds 0 to 8 twice"),
+    "two ranges overlap": ([piece(LEFT, 0, 8), *GOOD[1:]], "holds 7 to 8 twice"),
+    "a range goes beyond its box": ([GOOD[0], piece(LEFT, 7, 6), *GOOD[2:]], "up to 13 of 12"),
+    "a box is missing": ([GOOD[2], GOOD[3]], "misses 0 to 3 of dimension 1"),
+    "a cell of the grid is missing": (
+        [piece(((0, 2), (0, 3)), 0, 6), piece(((2, 4), (0, 3)), 0, 6), piece(((0, 2), (3, 5)), 0, 4), GOOD[3]],
+        "has 3 of 4 boxes",
+    ),
+    "two boxes overlap": ([*GOOD[:2], piece(((0, 4), (2, 5)), 0, 12), GOOD[3]], "holds 2 to 3 twice of dimension 1"),
+    "a box lies on the whole": ([*GOOD, piece(whole((4, 5)), 0, 20)], "twice of dimension 1"),
+    "two boxes overlap and as much is missing": (
+        [piece(LEFT, 0, 12), piece(((0, 2), (1, 5)), 0, 8), GOOD[3]],
+        "w .master.",
+    ),
+    "a box goes beyond the parameter": ([*GOOD[:2], piece(((0, 4), (3, 6)), 0, 12), GOOD[3]], "up to 6 of 5"),
+    "a box has another number of dimensions": ([piece(((0, 20),), 0, 20), GOOD[3]], "of a shape"),
+    "a parameter is missing": (GOOD[:3], r"b \(master\)"),
+    "a state is not whole": ([*GOOD, piece(LEFT, 0, 12, "exp_avg")], r"w \(exp_avg\) is covered up to 3 of 5"),
+    "a piece is of no parameter": ([*GOOD, piece(RIGHT, 0, 8, name="v")], "v .master. belongs to no parameter"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_what_is_not_every_element_once_is_not_committed(
+    save: Callable[..., Checkpoint], tmp_path: Path, case: str
+) -> None:
+    pieces, message = FAULTS[case]
+    with pytest.raises(UserError, match=message):
+        save({"w": (4, 5), "b": (3,)}, [[p] for p in pieces])
+    assert not list(tmp_path.glob("step_*"))
+
+
+def test_pieces_without_values_and_empty_boxes_do_no_harm(save: Callable[..., Checkpoint]) -> None:
+    nothing = [piece(LEFT, 7, 0), piece(((0, 4), (5, 5)), 0, 0), piece(LEFT, 0, 0, "exp_avg")]
+    checkpoint = save({"w": (4, 5), "b": (3,), "none": (0, 4)}, [GOOD, nothing])
+    assert torch.equal(checkpoint.read("w"), torch.zeros(20))
+    assert checkpoint.read("none").numel() == checkpoint.read("w", "master", ((2, 2), (0, 5))).numel() == 0
+
+
+@pytest.mark.parametrize(
+    "part", [(((0, 4),),), (((0, 5), (0, 5)),), (((-1, 2), (0, 5)),), (LEFT, 0, 13), (LEFT, -1), (LEFT, 3, 2)]
+)
+def test_a_part_that_the_parameter_does_not_have_is_refused(save: Callable[..., Checkpoint], part: tuple) -> None:
+    checkpoint = save({"w": (4, 5), "b": (3,)}, [GOOD])
+    with pytest.raises(UserError, match=r"w, of shape \(4, 5\), has no elements"):
+        checkpoint.read("w", "master", *part)
+
+
+def test_values_that_the_manifest_does_not_know_are_missed(save: Callable[..., Checkpoint]) -> None:
+    w = torch.randn(8, 10, generator=torch.Generator().manual_seed(0))
+    path = save({"w": (8, 10)}, columns(w, 2)).path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["digest"]
+    manifest["fragments"] = [row for row in manifest["fragments"] if row["box"][1][0] == 0]
+    path.write_bytes(seal(manifest))
+    checkpoint = Checkpoint.open(path.parent)
+    assert torch.equal(checkpoint.read("w", "master", ((0, 8), (0, 5))), w[:, :5].flatten())
+    with pytest.raises(DamagedFile, match=r"w \(master\) is not complete: 40 of 80 values"):
+        checkpoint.read("w")
+
+
+def test_a_checkpoint_of_whole_parameters_keeps_its_form(save: Callable[..., Checkpoint]) -> None:
+    """Byte for byte the rows of format version 1 from before there were boxes, so that old runs go on."""
+    flat = torch.arange(6.0)
+    ranks = [[("w", "master", whole((2, 3)), 0, flat[:4])], [("w", "master", whole((2, 3)), 4, flat[4:])]]
+    checkpoint = save({"w": (2, 3)}, ranks)
+    manifest = json.loads((checkpoint.path / "manifest.json").read_text())
+    expected = []
+    for rank, (start, stop) in enumerate([(0, 4), (4, 6)]):
+        file = f"rank_{rank:05d}.safetensors"
+        content = (checkpoint.path / file).read_bytes()
+        expected.append(
+            {
+                "name": "w",
+                "kind": "master",
+                "box": [[0, 2], [0, 3]],
+                "start": start,
+                "numel": stop - start,
+                "dtype": "float32",
+                "file": file,
+                "offset": len(content) - 4 * (stop - start),
+                "blocks": [digest(flat[start:stop].numpy().tobytes())],
+            }
+        )
+    assert manifest["version"] == 1
+    assert sorted(manifest["fragments"], key=lambda row: row["start"]) == expected
