@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable, Sequence
-from datetime import timedelta
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from llm.errors import DamagedFile, UserError
 from llm.parallel.launch import World
+from llm.parallel.peers import heard, wait_for
 
 T = TypeVar("T")
 _decisions = itertools.count()  # every rank asks the same questions in the same order
@@ -45,21 +46,21 @@ def main_decides(choose: Callable[[], Any], world: World) -> Any:
     """Rank 0 calls `choose`; its JSON result, or its UserError or OSError, is the same on every rank.
 
     The others wait at the key-value store, not in a collective: rank 0 may take hours (sharding raw text), far beyond
-    the time-out of the process group.
+    the time-out of the process group. They give up when they have heard nothing of it for that long.
     """
     key = f"main_decides/{next(_decisions)}"
     if world.is_main:
-        try:
-            outcome = [choose(), None]
-        except (UserError, OSError) as error:
-            outcome = [None, str(error)]
+        with nullcontext() if world.store is None else heard(world.store, key, world.timeout_s):
+            try:
+                outcome = [choose(), None]
+            except (UserError, OSError) as error:
+                outcome = [None, str(error)]
         if world.size > 1:
             assert world.store is not None
             world.store.set(key, json.dumps(outcome))
     else:
         assert world.store is not None
-        world.store.wait([key], timedelta(days=30))
-        outcome = json.loads(world.store.get(key))
+        outcome = json.loads(wait_for(world.store, key, world.timeout_s, "rank 0"))
     value, message = outcome
     if message is not None:
         raise agreed_error(message)

@@ -1,17 +1,20 @@
 """Start and end of a process of a job: the only place that creates the default process group or ends a process.
 
-Three habits, each bought with a hang that somebody had to debug:
+Four habits, each bought with a hang or a riddle that somebody had to debug:
 - the rendezvous store gets a prefix per restart attempt; otherwise a restarted job reads the addresses of its dead
   predecessor;
 - the time-out is set before any group exists, because every later group copies it and never asks again;
 - an exception ends the process by flush and `os._exit`, so that no peer waits for a clean-up that itself waits for
-  peers.
+  peers;
+- a rank that only lost a peer waits before it says so: the report is to name the rank that failed by itself.
 """
 
 import contextlib
+import faulthandler
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -19,14 +22,17 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
 from llm.errors import UserError
+from llm.parallel.peers import GRACE_S, PeerError, Roll, is_peers_fault
 
 EXIT_USER_ERROR = 2
 EXIT_FAILURE = 1
+_roll: Roll | None = None  # of this process's job, from `start` on, for the end of `run`
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ class World:
     device: torch.device
     store: dist.Store | None = None
     """Key-value store shared by all ranks; None before the process group exists."""
+    timeout_s: float = 600.0
+    """Seconds after which a rank gives up waiting for another."""
 
     @property
     def is_main(self) -> bool:
@@ -58,10 +66,12 @@ def start(timeout_s: float, threads: int) -> World:
     `threads` are the CPU threads of this process. They are set here because sums change their bits with the number of
     threads.
     """
+    global _roll
     world = read_world()
     torch.set_num_threads(threads)
     timeout = timedelta(seconds=timeout_s)
     dist.distributed_c10d.default_pg_timeout = timeout
+    dist.distributed_c10d.default_pg_nccl_timeout = timeout  # NCCL's groups copy this one
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     else:
@@ -71,8 +81,8 @@ def start(timeout_s: float, threads: int) -> World:
     else:
         base = dist.HashStore()
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"attempt{attempt}", base)
+    _roll = Roll(base, world.rank, world.size)
+    store = _roll.meet(timeout_s)
     dist.init_process_group(
         backend="nccl" if world.device.type == "cuda" else "gloo",
         store=store,
@@ -81,7 +91,7 @@ def start(timeout_s: float, threads: int) -> World:
         timeout=timeout,
         device_id=world.device if world.device.type == "cuda" else None,
     )
-    return replace(world, store=store)
+    return replace(world, store=store, timeout_s=timeout_s)
 
 
 def quiet_libraries() -> None:
@@ -108,17 +118,19 @@ def run(main: Callable[[], None]) -> None:
     A UserError in which all ranks agree is printed by rank 0 alone. torchrun hears of a failure through its error
     file, so that its own report repeats the line.
     """
+    faulthandler.enable()  # a crash in native code says where
     rank = int(os.environ.get("RANK", 0))
     try:
         main()
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
     except UserError as error:
-        line = f"error: {' '.join(str(error).split())}"
+        line = f"error: {_one_line(error)}"
         if rank != 0 and (error.agreed or not dist.is_initialized()):
-            time.sleep(
-                3
-            )  # all ranks found the same; rank 0 says it, unless torchrun ends it because another rank left first
-        else:
-            print(line if rank == 0 else f"{line} (rank {rank})", file=sys.stderr)
+            _wait_for_the_end()  # rank 0 has probably found the same, and says it
+        if rank == 0 or not error.agreed:
+            _fail(line if rank == 0 else f"{line} (rank {rank})", EXIT_USER_ERROR)
         _tell_torchrun(line)
         _leave(EXIT_USER_ERROR)
     except KeyboardInterrupt:
@@ -126,17 +138,55 @@ def run(main: Callable[[], None]) -> None:
             print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         _leave(130)
     except SystemExit as leaving:
-        _leave(leaving.code if isinstance(leaving.code, int) else EXIT_FAILURE)
-    except BaseException as error:  # a bug, or a peer that died: keep the traceback, name the rank in the last line
-        traceback.print_exc()
-        line = f"error: rank {rank}: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
-        print(line, file=sys.stderr)
-        _tell_torchrun(line)
-        _leave(EXIT_FAILURE)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+        status = leaving.code
+        if status is None or status in (0, os.EX_TEMPFAIL) or (isinstance(status, int) and "RANK" not in os.environ):
+            _leave(int(status or 0))
+        if isinstance(status, int):
+            _fail(f"error: rank {rank}: exit status {status}", status)
+        _fail(f"error: rank {rank}: {_one_line(status)}", EXIT_FAILURE)
+    except BaseException as error:
+        if is_peers_fault(error):
+            _fail_for_a_peer(error, rank)
+        traceback.print_exc()  # a bug: keep the traceback, name the rank in the last line
+        _fail(f"error: rank {rank}: {type(error).__name__}: {_one_line(error)}", EXIT_FAILURE)
     _leave(0)
+
+
+def _fail(line: str, status: int) -> NoReturn:
+    """Say why this rank ends, to the user, to torchrun and to its peers, and end it."""
+    print(line, file=sys.stderr)
+    _tell_torchrun(line)
+    if _roll:
+        _roll.failed(line.removeprefix("error: "))
+    _leave(status)
+
+
+def _fail_for_a_peer(error: BaseException, rank: int) -> NoReturn:
+    """End this rank, which lost a peer or waited in vain for one; with the reason as far as it can be known."""
+    met = time.time()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    reason = _roll.why_alone() if _roll else None
+    if reason and not reason.sure and isinstance(error, PeerError):
+        reason = None  # the error itself says more
+    if reason is None or not reason.sure:
+        traceback.print_exception(error)
+    met_as = f"{type(error).__name__}: {_one_line(error)}"
+    line = f"error: rank {rank}: {met_as}" if reason is None else f"error: rank {rank}: {reason.text}; met as {met_as}"
+    print(line, file=sys.stderr)
+    _tell_torchrun(line, met)
+    if _roll:
+        _roll.end_stopped()
+    _leave(EXIT_FAILURE)
+
+
+def _wait_for_the_end() -> None:
+    """Time for torchrun to end this process, because another rank has left first and said why."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(GRACE_S)
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())[:500]
 
 
 def torchrun(script: str, arguments: list[str], nproc: int, threads: int) -> int:
@@ -156,6 +206,9 @@ def torchrun(script: str, arguments: list[str], nproc: int, threads: int) -> int
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode > 0:
+            said = isinstance(failure.error_file_data.get("message"), dict)  # what `_tell_torchrun` writes
+            if not said and failure.exitcode != os.EX_TEMPFAIL:
+                print(f"error: rank {rank} left with status {failure.exitcode}", file=sys.stderr)
             return failure.exitcode
         print(f"error: rank {rank} was killed by {failure.signal_name()}; the same command resumes", file=sys.stderr)
         return 128 - failure.exitcode
@@ -165,14 +218,16 @@ def torchrun(script: str, arguments: list[str], nproc: int, threads: int) -> int
     return 0
 
 
-def _tell_torchrun(line: str) -> None:
+def _tell_torchrun(line: str, when: float | None = None) -> None:
+    """Leave the line where torchrun looks for it; it reports the earliest failure, by whole seconds, as the cause."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
+        message = {"message": line, "extraInfo": {"timestamp": str(int(when or time.time()))}}
         with contextlib.suppress(OSError), open(path, "w") as file:
-            json.dump({"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}, file)
+            json.dump({"message": message}, file)
 
 
-def _leave(status: int) -> None:
+def _leave(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
