@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Mask = Literal["full", "chunk"]
 Ffn = Literal["dense", "moe", "none"]
+QKNorm = Literal["l2", "head", "full"]
 
 PATTERN_ALIASES = {"alternating": ["ssm", "attn"]}
 MIXERS = ("attn", "ssm", "routed", "none")
@@ -29,7 +30,7 @@ class LayerSpec:
     mask: Mask
     span: int | None  # chunk length of a chunked layer
     rope: bool
-    qk_norm: bool
+    qk_norm: QKNorm | None
     temperature: bool
     ffn: Ffn
 
@@ -128,8 +129,8 @@ class ModelArgs(_Group):
     """Expansion from which the width of an expert is made by rule."""
     norm_eps: float = Field(1e-5, gt=0)
     """Added to the mean square in every RMS norm."""
-    qk_norm: Literal["l2"] | None = None
-    """Normalise queries and keys after RoPE, without weights, on RoPE layers."""
+    qk_norm: QKNorm | None = None
+    """l2: each head after RoPE, without weights, on RoPE layers; head, full: before RoPE, each head or all as one."""
     rope_theta: float = Field(5e5, gt=0)
     """RoPE base."""
     rope_interleaved: bool = True
@@ -242,7 +243,7 @@ class ModelArgs(_Group):
             mask=mask,
             span=self.attention_chunk_size if mask == "chunk" else None,
             rope=rope,
-            qk_norm=rope and self.qk_norm is not None,
+            qk_norm=self.qk_norm if rope or self.qk_norm != "l2" else None,
             temperature=self.attn_temperature_tuning and not rope,
             ffn=ffn,
         )

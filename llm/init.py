@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llm.args import ModelArgs
+from llm.boxes import Box, runs
 from llm.plans import plan_for
 
 WORDS_PER_BLOCK = 4  # one step of Philox4x64 gives four words
 PIECE = 1 << 18  # elements drawn at a time, so that the float64 temporaries stay in cache
+SHORT_RUN = 1 << 10  # shorter runs of a box cost less when what lies between them is drawn too
 LN2 = 0.6931471805599453
 ONE_OVER_ROOT2 = 0.7071067811865476
 
@@ -43,6 +45,33 @@ def initial_values(args: ModelArgs, name: str, seed: int, start: int, stop: int)
     if plan_for(name).kind == "norm":
         return torch.ones(stop - start)
     return torch.from_numpy(normal(seed, name, start, stop, initial_std(args, name)))
+
+
+def initial_values_in_box(
+    args: ModelArgs, name: str, seed: int, shape: tuple[int, ...], box: Box, start: int, stop: int
+) -> Tensor:
+    """Elements [start, stop) of the flattened `box` of parameter `name`, of whole `shape`. 1-D float32.
+
+    The parts of a box that are contiguous in the parameter are drawn alone, or where they are short, together with what
+    lies between them, a piece at a time.
+    """
+    values = torch.empty(stop - start)
+    pending: list[tuple[int, int, int]] = []
+
+    def draw() -> None:
+        low, high = pending[0][0], pending[-1][0] + pending[-1][2]
+        drawn = initial_values(args, name, seed, low, high)
+        for first, at, length in pending:
+            values[at - start : at - start + length] = drawn[first - low : first - low + length]
+        pending.clear()
+
+    for first, at, length in runs(shape, box, start, stop):
+        if pending and (length >= SHORT_RUN or first + length - pending[0][0] > PIECE):
+            draw()
+        pending.append((first, at, length))
+    if pending:
+        draw()
+    return values
 
 
 def initial_std(args: ModelArgs, name: str) -> float:

@@ -4,7 +4,10 @@ The logits of a language model are its largest tensor by far (tokens x vocabular
 chunk of tokens at a time: the chunk's gradients are taken at once, while its logits are there, so that the backward has
 nothing to recompute.
 
-Shapes: B batch, T tokens, N = B*T, D model width, V vocabulary, n tokens of a chunk.
+Where the vocabulary is cut over ranks, a rank has its part of a chunk's logits, and all that ranks tell each other is
+two numbers a token, once a chunk.
+
+Shapes: B batch, T tokens, N = B*T, D model width, V vocabulary (or this rank's share), n tokens of a chunk.
 """
 
 from typing import Any
@@ -14,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from llm.layers.region import VocabularyShare
+
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "accelerator": 1 << 25}
 """Logits that exist at a time, in elements: few on a CPU, where a chunk that stays in cache is faster (measured)."""
 MIN_CHUNK_TOKENS = 256
@@ -22,25 +27,34 @@ BLOCK_ELEMENTS = 1 << 18
 """Logits of a chunk that a CPU turns into gradients at a time, so that softmax and what follows stay in its cache."""
 
 
-def lm_loss_sum(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor) -> Tensor:
+def lm_loss_sum(
+    hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, vocabulary: VocabularyShare | None = None
+) -> Tensor:
     """Sum of the negative log-likelihood of labels >= 0, in nats: float32 scalar, differentiable in hidden and weight.
 
     Softmax and sums are float32, and the weight gradient is accumulated in float32, whatever the dtype of the
     arguments. Without targets the loss is 0 and its gradients are zeros. Any negative label is ignored; one >= V
-    raises.
+    raises. With a share of the vocabulary, the gradient of hidden is this rank's term of a sum over ranks.
     """
+    hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
     return _ChunkedCrossEntropy.apply(
-        hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), weight_VD, labels_BT.reshape(-1), torch.is_grad_enabled()
+        hidden_ND, weight_VD, labels_BT.reshape(-1), vocabulary, torch.is_grad_enabled()
     )
 
 
 @torch.no_grad()
-def token_nll(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor) -> Tensor:
+def token_nll(
+    hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, vocabulary: VocabularyShare | None = None
+) -> Tensor:
     """Negative log-likelihood of each label in nats, (B, T) float32, 0 where the label is negative. No gradient."""
-    nll = [
-        _chunk_nll(F.linear(hidden, weight_VD).float(), labels)[0]
-        for hidden, labels in _chunks(hidden_BTD.flatten(0, 1), labels_BT.flatten(), weight_VD.shape[0])
-    ]
+    nll = []
+    for hidden, labels in _chunks(hidden_BTD.flatten(0, 1), labels_BT.flatten(), weight_VD.shape[0]):
+        logits = F.linear(hidden, weight_VD).float()
+        if vocabulary is None:
+            nll.append(_chunk_nll(logits, labels)[0])
+        else:
+            log_z, target = _across_shares(*_of_share(logits, labels, vocabulary), vocabulary)
+            nll.append((log_z - target).masked_fill_(labels < 0, 0))
     return torch.cat(nll).view(labels_BT.shape)
 
 
@@ -66,9 +80,52 @@ def _chunk_nll(logits_nV: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor]:
     return nll_n.masked_fill_(labels_n < 0, 0), log_p_nV
 
 
+def _of_share(logits_nV: Tensor, labels_n: Tensor, vocabulary: VocabularyShare) -> tuple[Tensor, Tensor]:
+    """logsumexp (n,) over this rank's share, and the label's logit (n,), 0 where the label lies elsewhere."""
+    row_n, mine_n = _in_share(labels_n, vocabulary.first, logits_nV.shape[1])
+    target_n = logits_nV.gather(-1, row_n.unsqueeze(-1)).squeeze(-1)
+    return logits_nV.logsumexp(-1), target_n.masked_fill_(~mine_n, 0)
+
+
+def _in_share(labels_n: Tensor, first: int, n_rows: int) -> tuple[Tensor, Tensor]:
+    """Row of each label in the share, 0 where it has none, and whether it has one."""
+    row_n = labels_n - first
+    mine_n = (labels_n >= 0) & (row_n >= 0) & (row_n < n_rows)
+    return row_n.masked_fill(~mine_n, 0), mine_n
+
+
+def _across_shares(log_z_n: Tensor, target_n: Tensor, vocabulary: VocabularyShare) -> tuple[Tensor, Tensor]:
+    """The same two over the whole vocabulary: equal bits on every rank."""
+    both_r2n = vocabulary.gather(torch.stack([log_z_n, target_n]))
+    return both_r2n[:, 0].logsumexp(0), both_r2n[:, 1].sum(0)
+
+
+def _share_nll(
+    logits_nV: Tensor, labels_n: Tensor, vocabulary: VocabularyShare, wide: torch.dtype, grad: bool
+) -> Tensor:
+    """Sum of the chunk's negative log-likelihoods; with `grad` this rank's logits become their gradients."""
+    blocks = _blocks(logits_nV, labels_n)
+    own_log_z, own_target = zip(*(_of_share(x.to(wide), labels, vocabulary) for x, labels in blocks), strict=True)
+    log_z_n, target_n = _across_shares(torch.cat(own_log_z), torch.cat(own_target), vocabulary)
+    if grad:
+        for (logits, labels), log_z in zip(blocks, log_z_n.split([len(b) for _, b in blocks]), strict=True):
+            row, mine = _in_share(labels, vocabulary.first, logits.shape[1])
+            p = logits.to(wide).sub_(log_z.unsqueeze(-1)).exp_()
+            p.scatter_add_(-1, row.unsqueeze(-1), -mine.unsqueeze(-1).to(wide))
+            logits.copy_(p.mul_((labels >= 0).unsqueeze(-1)))
+    return (log_z_n - target_n).masked_fill_(labels_n < 0, 0).sum()
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, with_grad: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        labels_N: Tensor,
+        vocabulary: VocabularyShare | None,
+        with_grad: bool,
+    ) -> Tensor:
         with_hidden, with_weight = (with_grad and need for need in ctx.needs_input_grad[:2])
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
         total = hidden_ND.new_zeros((), dtype=wide)
@@ -77,7 +134,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         done = 0
         for hidden, labels in _chunks(hidden_ND, labels_N, weight_VD.shape[0]):
             logits = F.linear(hidden, weight_VD)
-            for logits_block, labels_block in _blocks(logits, labels):
+            if vocabulary is not None:
+                total += _share_nll(logits, labels, vocabulary, wide, with_hidden or with_weight)
+            for logits_block, labels_block in _blocks(logits, labels) if vocabulary is None else ():
                 nll, log_p = _chunk_nll(logits_block.to(wide), labels_block)
                 total += nll.sum()
                 if with_hidden or with_weight:  # the logits have served, and make room for their gradients
@@ -93,13 +152,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         # scaled before rounding: a rounded 1/N would scale the whole gradient, and fp16 cannot hold a sum over tokens
         grad_hidden, grad_weight = (
             None if g is None else (g.to(grad.dtype) * grad).to(dtype)
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
 def _grad_logits(log_p_nV: Tensor, labels_n: Tensor) -> Tensor:

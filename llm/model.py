@@ -21,6 +21,7 @@ from llm.layers.linear import Embedding, Output, TiedEmbedding
 from llm.layers.moe import MoE, build_moe
 from llm.layers.norm import RMSNorm
 from llm.layers.plan import AttentionPlan
+from llm.layers.region import WHOLE, Region
 from llm.recompute import Recompute, recomputed
 
 
@@ -50,6 +51,9 @@ class LLM(nn.Module):
 
     On device="meta" it has shapes but no values. Raises ValueError while args.vocab_size is unset.
     """
+
+    region: Region = WHOLE
+    """Of embedding and head; cut over ranks by llm/parallel/build.py, as the layers' are."""
 
     def __init__(self, args: ModelArgs, seed: int = 0, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -132,18 +136,23 @@ class LLM(nn.Module):
                 x_BTD, layer_stats = recomputed(self.activation_checkpointing, layer, x_BTD, ctx)
                 if layer_stats is not None:
                     stats.append(layer_stats)
-        return self.norm(x_BTD), stats
+        hidden = self.region.enter(self.norm(x_BTD))
+        return hidden.view(*inputs.tokens.shape, -1), stats
 
     def embed(self, inputs: TransformerInput) -> Tensor:
-        """Token vectors, (B, T, D). Ids outside the table: ValueError on a CPU; on a GPU looking would stall it."""
+        """Token vectors, (B, T, D), or with sequence parallelism this rank's part of them, (n, D).
+
+        Ids outside the table: ValueError on a CPU; on a GPU looking would stall it.
+        """
         inputs.check_tokens()
+        self.region.begin(inputs.tokens.numel())
         if inputs.tokens.device.type == "cpu":
             low, high = (int(bound) for bound in inputs.tokens.aminmax())
             if low < 0 or high >= self.args.vocab_size:
                 raise ValueError(
                     f"token ids go from {low} to {high}; model.vocab_size={self.args.vocab_size} allows 0 and up"
                 )
-        return self.tok_embeddings(inputs.tokens)
+        return self.region.leave(self.tok_embeddings(inputs.tokens))
 
     def context(self, inputs: TransformerInput, cache: Cache | None = None) -> Context:
         """What the layers share in one forward over these inputs; checks their positions and documents."""
@@ -159,7 +168,8 @@ class LLM(nn.Module):
         # a graph is compiled for one row of positions or for one a row, so compiled blocks always get the latter
         agree = not self.compiled and (positions_BT == positions_BT[:1]).all()
         shared_BT = torch.tensor(positions_BT[:1] if agree else positions_BT, device=device)
-        return Context.build(self.args, self.specs, shared_BT, plan)
+        n_rows, row_length = inputs.tokens.shape
+        return Context.build(self.args, self.specs, shared_BT, plan, (n_rows, row_length))
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Float32 logits (B, T, V) of final hidden states."""

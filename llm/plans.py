@@ -17,16 +17,18 @@ class ParamPlan:
 
     kind: Kind
     tp_dim: int | None
-    """Dimension that tensor parallelism cuts; None = whole on every rank."""
+    """Dimension that tensor parallelism cuts (llm/boxes.py has the exceptions); None = whole on every rank."""
     ep_dim: int | None
     """Dimension that expert parallelism cuts."""
     decay: bool
     """Whether weight decay applies."""
+    in_region: bool = True
+    """Whether it is used inside a tensor-parallel region, so that a rank makes one term of its gradient."""
 
 
 _COLUMN = ParamPlan("matrix", tp_dim=0, ep_dim=None, decay=True)
 _ROW = ParamPlan("matrix", tp_dim=1, ep_dim=None, decay=True)
-_NORM = ParamPlan("norm", tp_dim=None, ep_dim=None, decay=False)
+_NORM = ParamPlan("norm", tp_dim=None, ep_dim=None, decay=False, in_region=False)
 
 PLANS: tuple[tuple[str, ParamPlan], ...] = (
     (r"tok_embeddings\.weight", ParamPlan("embedding", tp_dim=0, ep_dim=None, decay=False)),
@@ -35,6 +37,7 @@ PLANS: tuple[tuple[str, ParamPlan], ...] = (
     (r"layers\.\d+\.(attention|ffn)_norm\.weight", _NORM),
     (r"layers\.\d+\.attention\.w[qkv]\.weight", _COLUMN),
     (r"layers\.\d+\.attention\.wo\.weight", _ROW),
+    (r"layers\.\d+\.attention\.[qk]_norm\.weight", ParamPlan("norm", tp_dim=0, ep_dim=None, decay=False)),
     (r"layers\.\d+\.feed_forward\.(shared_expert\.)?w[13]\.weight", _COLUMN),
     (r"layers\.\d+\.feed_forward\.(shared_expert\.)?w2\.weight", _ROW),
     (r"layers\.\d+\.feed_forward\.router\.weight", ParamPlan("router", tp_dim=None, ep_dim=None, decay=False)),

@@ -1,7 +1,9 @@
-"""Grouped-query self-attention (Ainslie et al. 2023, arXiv:2305.13245) with the additions of Llama 4.
+"""Grouped-query self-attention (Ainslie et al. 2023, arXiv:2305.13245) with the additions of Llama 4 and others.
 
-On RoPE layers queries and keys are rotated and then, with qk_norm, RMS-normalised without weights. On NoPE layers with
-temperature tuning, queries at position p are multiplied by 1 + attn_scale ln(1 + floor((p + 1) / floor_scale)).
+On RoPE layers queries and keys are rotated. qk_norm RMS-normalises them: "l2" each head without weights, after that
+(Llama 4); before it, "head" each head with one weight for all (Qwen 3), and "full" all heads of a token as one (OLMo
+2). On NoPE layers with temperature tuning, queries at position p are multiplied by
+1 + attn_scale ln(1 + floor((p + 1) / floor_scale)).
 
 Shapes: B batch, T tokens, D model width, H query heads, K kv heads, d head width.
 """
@@ -13,9 +15,10 @@ from torch import Tensor, nn
 
 from llm.args import LayerSpec, ModelArgs
 from llm.layers.linear import Linear
-from llm.layers.norm import rms_normalise
+from llm.layers.norm import HeadsNorm, RMSNorm, rms_normalise
 from llm.layers.opaque import opaque
 from llm.layers.plan import Attend
+from llm.layers.region import WHOLE, Region
 from llm.layers.rope import inverse_frequencies, rotate, rotation
 
 
@@ -29,15 +32,20 @@ class Context:
     """float32, for layers with temperature tuning."""
     plan: Attend
     """Attention over the batch itself, or over a cache."""
+    shape: tuple[int, int]
+    """Rows B and tokens T of the batch."""
 
     @classmethod
-    def build(cls, args: ModelArgs, specs: tuple[LayerSpec, ...], positions_BT: Tensor, plan: Attend) -> "Context":
+    def build(
+        cls, args: ModelArgs, specs: tuple[LayerSpec, ...], positions_BT: Tensor, plan: Attend, shape: tuple[int, int]
+    ) -> "Context":
         """positions_BT: int64, (1, T) where all rows agree, on the device of the layers."""
         frequency = inverse_frequencies(args.head_width, args.rope_theta, args.rope_scaling)
         return cls(
             rotation_BT1m=rotation(positions_BT, frequency) if any(spec.rope for spec in specs) else None,
             temperature_BT11=temperature(args, positions_BT) if any(spec.temperature for spec in specs) else None,
             plan=plan,
+            shape=shape,
         )
 
 
@@ -50,6 +58,8 @@ def temperature(args: ModelArgs, positions_BT: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Self-attention of one layer, told by its LayerSpec what to do."""
 
+    region: Region = WHOLE
+
     def __init__(self, args: ModelArgs, spec: LayerSpec) -> None:
         super().__init__()
         self.spec = spec
@@ -60,17 +70,30 @@ class Attention(nn.Module):
         self.wk = Linear(args.dim, args.kv_heads * args.head_width)
         self.wv = Linear(args.dim, args.kv_heads * args.head_width)
         self.wo = Linear(args.n_heads * args.head_width, args.dim)
+        self.q_norm, self.k_norm = (head_norm(args, spec, heads) for heads in (args.n_heads, args.kv_heads))
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
-        q, k, v = (w(x_BTD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        x = self.region.enter(x_BTD)
+        if x.ndim == 2:
+            x = x.unflatten(0, ctx.shape)
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if self.spec.rope:
             assert ctx.rotation_BT1m is not None
-            q, k = (rotate(x, ctx.rotation_BT1m, self.interleaved) for x in (q, k))
-        if self.spec.qk_norm:
-            q, k = (rms_normalise(x, self.norm_eps) for x in (q, k))
+            q, k = (rotate(y, ctx.rotation_BT1m, self.interleaved) for y in (q, k))
+        if self.spec.qk_norm == "l2":
+            q, k = (rms_normalise(y, self.norm_eps) for y in (q, k))
         if self.spec.temperature:
             q = (q * ctx.temperature_BT11).to(q.dtype)
-        return self.wo(attend(ctx.plan, self.spec, q, k, v).flatten(-2))
+        return self.region.leave(self.wo(attend(ctx.plan, self.spec, q, k, v).flatten(-2)))
+
+
+def head_norm(args: ModelArgs, spec: LayerSpec, n_heads: int) -> RMSNorm | None:
+    """The norm with weights of so many heads (..., H, d), where the layer has one."""
+    if spec.qk_norm == "head":
+        return RMSNorm(args.head_width, args.norm_eps)
+    return HeadsNorm(n_heads * args.head_width, args.norm_eps) if spec.qk_norm == "full" else None
 
 
 @opaque

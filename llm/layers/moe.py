@@ -6,7 +6,7 @@ dropped and nothing is detached, so the result and all gradients equal evaluatin
 weights of the unchosen set to 0.
 
 Shapes: N tokens, D model width, E experts, F expert width, k experts a token, P = N*k (token, choice) pairs, R
-dispatched rows.
+dispatched rows, S rows that arrive at this rank's experts, e experts of a rank, r ranks.
 """
 
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from llm.datatypes import RouterStats
 from llm.layers.ffn import FeedForward
 from llm.layers.linear import Linear
 from llm.layers.opaque import opaque
+from llm.layers.region import WHOLE, Exchange, Region
 
 ROW_MULTIPLE = 16
 """Rows of an expert are padded to this on a CPU: its GEMM picks kernels, and so bits, by the row count when that is
@@ -32,6 +33,9 @@ class MoE(nn.Module):
     """One MoE feed-forward layer."""
 
     expert_counts: Tensor
+    region: Region = WHOLE
+    exchange: Exchange | None = None
+    """Set where the experts lie on several ranks."""
 
     def __init__(self, dim: int, hidden: int, moe: MoEArgs) -> None:
         super().__init__()
@@ -43,26 +47,46 @@ class MoE(nn.Module):
         self.register_buffer("expert_counts", torch.zeros(moe.n_experts, dtype=torch.int64), persistent=False)
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, RouterStats]:
-        x_ND = x_BTD.flatten(0, -2)
+        x = self.region.enter(x_BTD)
+        x_ND = x.flatten(0, -2)
         logits_NE = self.router(x_ND)
         weight_Nk, expert_Nk = route(logits_NE, self.moe)
         y_ND, counts_E = self.routed(x_ND, weight_Nk, expert_Nk)
-        y_BTD = y_ND.view_as(x_BTD)
+        y = y_ND.view_as(x)
         if self.shared_expert is not None:
-            y_BTD = y_BTD + self.shared_expert(x_BTD)
-        return y_BTD, self.statistics(logits_NE, counts_E)
+            y = y + self.shared_expert.inside(x)
+        return self.region.leave(y), self.statistics(self.region.own(logits_NE), counts_E)
 
     @opaque
     def routed(self, x_ND: Tensor, weight_Nk: Tensor, expert_Nk: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of the chosen experts' results (N, D), and how many tokens each expert got (E,)."""
-        dispatch = Dispatch.sort(expert_Nk, self.moe.n_experts, ROW_MULTIPLE if x_ND.device.type == "cpu" else 1)
+        """Sum of the chosen experts' results (N, D), and how many of this rank's own tokens each expert got (E,)."""
+        multiple = ROW_MULTIPLE if x_ND.device.type == "cpu" and self.exchange is None else 1
+        dispatch = Dispatch.sort(expert_Nk, self.moe.n_experts, multiple)
         weight_R1 = weight_Nk.to(x_ND.dtype).flatten()[dispatch.pair_of_row].unsqueeze(-1)
         x_RD = dispatch.scatter(x_ND)
+        multiply = self.experts if self.exchange is None else self._elsewhere
         if self.moe.apply == "input":
-            y_RD = self.experts(x_RD * weight_R1, dispatch.sizes)
+            y_RD = multiply(x_RD * weight_R1, dispatch.sizes)
         else:
-            y_RD = self.experts(x_RD, dispatch.sizes) * weight_R1
-        return dispatch.gather(y_RD), dispatch.counts
+            y_RD = multiply(x_RD, dispatch.sizes) * weight_R1
+        own = self.region.own(expert_Nk)
+        counts = dispatch.counts
+        if len(own) != len(expert_Nk):
+            counts = torch.bincount(own.flatten(), minlength=self.moe.n_experts)
+        return dispatch.gather(y_RD), counts
+
+    def _elsewhere(self, x_RD: Tensor, sizes_E: Tensor) -> Tensor:
+        """As self.experts, for all experts of all ranks: rows go where their expert is, and their results come back."""
+        assert self.exchange is not None
+        experts = self.exchange.experts_per_rank
+        sizes_re = self.exchange.sizes(sizes_E)  # that arrive from each rank, in its order: by expert
+        send: list[int] = sizes_E.view(-1, experts).sum(1).tolist()
+        receive: list[int] = sizes_re.sum(1).tolist()
+        arrived_SD = self.exchange.swap(x_RD, send, receive)
+        expert_S = torch.arange(experts, device=x_RD.device).repeat(len(sizes_re)).repeat_interleave(sizes_re.flatten())
+        here = Dispatch.sort(expert_S.unsqueeze(-1), experts, ROW_MULTIPLE if x_RD.device.type == "cpu" else 1)
+        y_SD = here.gather(self.experts(here.scatter(arrived_SD), here.sizes))
+        return self.exchange.swap(y_SD, receive, send)
 
     def statistics(self, logits_NE: Tensor, counts: Tensor) -> RouterStats:
         """The losses' sums and the counts of this call.

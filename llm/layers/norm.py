@@ -1,9 +1,9 @@
-"""Root-mean-square norm (Zhang and Sennrich 2019, arXiv:1910.07467), computed in float32 whatever the input is.
+"""Root-mean-square norms (Zhang and Sennrich 2019, arXiv:1910.07467), computed in float32 whatever the input is.
 
-Written with its own backward because the composed one walks the tensor about twice as often, and on a CPU that is what
-costs.
+Written with their own backward because the composed one walks the tensor about twice as often, and on a CPU that is
+what costs, and because it would keep float32 copies.
 
-Shapes: N rows, D normalised width.
+Shapes: N rows, D normalised width, H heads, d head width.
 """
 
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from llm.layers.region import WHOLE, Region
 
 
 class RMSNorm(nn.Module):
@@ -68,6 +70,57 @@ class _RMSNormalise(torch.autograd.Function):
         grad_x_ND = through_mean_ND.addcmul_(sum_N.unsqueeze(-1), scale_N1, value=1 / width)
         grad_x = grad_x_ND.to(x.dtype).view(x.shape)
         return grad_x, None if weight is None else grad_weight.to(weight.dtype), None
+
+
+class HeadsNorm(RMSNorm):
+    """RMS norm over all heads (..., H, d) of a token as one, with a weight of width H d (OLMo et al. 2024,
+    arXiv:2501.00656).
+
+    Casts back after the weight, the order of OLMo 2. Where heads are on several ranks, their mean square is that of all
+    ranks: each has as many heads, and a head that several have counts as often as any other.
+    """
+
+    region: Region = WHOLE
+    rows: slice | None = None
+    """This rank's part of the weight, where it holds the whole weight all the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight if self.rows is None else self.weight[self.rows]
+        return normalise_heads(x.flatten(-2), self.eps, weight, self.region).view_as(x)
+
+
+def normalise_heads(x: Tensor, eps: float, weight: Tensor, region: Region = WHOLE) -> Tensor:
+    """RMS-normalise the last dimension of x, whose other parts are on other ranks of the region, and multiply by weight
+    (D,). Same shape and dtype as x."""
+    if torch.compiler.is_compiling():
+        wide = x.to(_accumulation_dtype(x))
+        mean_square = region.mean(wide.square().mean(-1, keepdim=True))
+        return (wide * torch.rsqrt(mean_square + eps) * weight).to(x.dtype)
+    return _NormaliseHeads.apply(x, weight, eps, region)
+
+
+class _NormaliseHeads(torch.autograd.Function):
+    """As _RMSNormalise; but the layer norm's kernel knows nothing of other ranks' part of the mean."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, region: Region) -> Tensor:
+        wide = x.to(_accumulation_dtype(x))
+        root = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = region.mean(root.square_().div_(x.shape[-1])).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        ctx.region = region
+        return (wide * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, weight, scale = ctx.saved_tensors
+        unit = x * scale
+        grad_weight = (grad * unit).flatten(0, -2).sum(0).to(weight.dtype)
+        grad_unit = grad.to(scale.dtype) * weight
+        through_mean = ctx.region.mean((grad_unit * unit).mean(-1, keepdim=True))
+        grad_x = grad_unit.sub_(unit.mul_(through_mean)).mul_(scale).to(x.dtype)
+        return grad_x, grad_weight, None, None
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:

@@ -1,31 +1,102 @@
-"""A model on its device, as its ZeRO stage wants it: whole, or from the first moment only this rank's share."""
+"""A model on its device, as its layout wants it: whole, or from the first moment only this rank's share."""
+
+from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from llm import init
 from llm.args import ModelArgs
+from llm.boxes import box_shape, tensor_dim
+from llm.layers.attention import Attention
+from llm.layers.ffn import FeedForward
+from llm.layers.linear import Embedding, Output
+from llm.layers.moe import MoE
+from llm.layers.norm import HeadsNorm
 from llm.model import LLM
 from llm.parallel import deepspeed_private as private
-from llm.parallel.launch import World
+from llm.parallel.expert import ExpertExchange
+from llm.parallel.grid import Grid
+from llm.parallel.tensor import CutVocabulary, TensorRegion, sum_gradients
+from llm.plans import plan_for
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def build_model(args: ModelArgs, seed: int, world: World, *, zero_stage: int, precision: str) -> LLM:
-    """The model with its initial values.
+def whole_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of the whole model."""
+    return {name: tuple(parameter.shape) for name, parameter in LLM(args, device="meta").named_parameters()}
 
-    Under ZeRO-3 no rank ever holds more than its share: an initial value is a function of its index, so each rank draws
-    its own. Below, the parameters are float32 until the engine casts them.
+
+def build_model(args: ModelArgs, seed: int, grid: Grid, *, zero_stage: int, precision: str) -> LLM:
+    """The model with its initial values, cut as `grid` says.
+
+    No rank ever holds more than its share, under ZeRO-3 of the data-parallel ranks too: an initial value is a function
+    of its index, so each rank draws its own. Below ZeRO-3 the parameters are float32 until the engine casts them.
     """
-    if zero_stage < 3:
-        return LLM(args, seed=seed).to(world.device)
+    device = grid.world.device
     model = LLM(args, device="meta")
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for module in model.modules():  # buffers are few and whole
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = torch.zeros_like(buffer, device=world.device)
-    private.partition_parameters(model, DTYPES[precision], world.device)
+                module._buffers[name] = torch.zeros_like(buffer, device=device)
+    _cut(model, grid)
+    if zero_stage == 3:
+        private.partition_parameters(model, DTYPES[precision], device, grid.data.handle)
+    else:
+        _each_parameter(model, lambda _, parameter: torch.empty_like(parameter, device=device))
     for name, parameter in model.named_parameters():
-        start, values = private.share(parameter)
-        values.copy_(init.initial_values(args, name, seed, start, start + values.numel()))
+        box = grid.box(args, name, shapes[name])
+        start, values = private.share(parameter) if zero_stage == 3 else (0, parameter.data.view(-1))
+        stop = start + values.numel()
+        values.copy_(init.initial_values_in_box(args, name, seed, shapes[name], box, start, stop))
+    _connect(model, grid)
     return model
+
+
+def _cut(model: LLM, grid: Grid) -> None:
+    """Leave of each parameter (on the meta device) this rank's box."""
+
+    def shape_left(name: str, parameter: torch.Tensor) -> torch.Tensor:
+        box = grid.box(model.args, name, tuple(parameter.shape))
+        return torch.empty(box_shape(box), device="meta")
+
+    _each_parameter(model, shape_left)
+
+
+def _each_parameter(model: LLM, make: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            canonical = f"{path}.{name}" if path else name
+            setattr(module, name, nn.Parameter(make(canonical, parameter.data)))
+
+
+def _connect(model: LLM, grid: Grid) -> None:
+    """Let the layers communicate where their weights are cut, and tell DeepSpeed how each parameter is."""
+    args, layout = model.args, grid.layout
+    if layout.expert > 1:
+        private.register_experts(model, grid)
+    for module in model.modules():
+        if layout.expert > 1 and isinstance(module, MoE):
+            module.exchange = ExpertExchange(grid.expert, module.moe.n_experts)
+    region = TensorRegion(grid.tensor, layout.sequence_parallel) if layout.tensor > 1 else None
+    if region is not None:
+        vocabulary = CutVocabulary(grid.tensor, args.vocab_size)
+        for module in model.modules():
+            if isinstance(module, LLM | Attention | FeedForward | HeadsNorm | MoE):
+                module.region = region
+            if isinstance(module, Embedding | Output):
+                module.vocabulary = vocabulary
+            if isinstance(module, Attention) and args.kv_heads < layout.tensor:
+                head = grid.tensor.rank * args.kv_heads // layout.tensor
+                rows = slice(head * args.head_width, (head + 1) * args.head_width)
+                module.wk.rows = module.wv.rows = rows
+                if isinstance(module.k_norm, HeadsNorm):
+                    module.k_norm.rows = rows
+    for name, parameter in model.named_parameters():
+        plan = plan_for(name)
+        cut = tensor_dim(args, name, layout.tensor) is not None
+        private.mark(parameter, cut, grid.expert.size if plan.ep_dim is not None else 1)
+        if region is not None and not cut and (plan.in_region or layout.sequence_parallel):
+            sum_gradients(parameter, grid.tensor)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm.parallel.grid import DeepSpeedGroups, Grid
 from llm.parallel.launch import quiet_libraries, stdout_to_nowhere
 
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -36,20 +37,75 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
-    """`deepspeed.initialize` without its printing."""
+def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], grid: Grid) -> Any:
+    """`deepspeed.initialize` on this grid, without its printing."""
+    deepspeed = _import_deepspeed()
+    mpu = None if grid.layout.tensor == grid.layout.expert == 1 else DeepSpeedGroups(grid)
+    deepspeed.utils.groups.mpu = mpu  # it would keep that of an earlier engine
     with stdout_to_nowhere():
-        engine, _, _, _ = _import_deepspeed().initialize(model=model, optimizer=optimizer, config=config)
+        engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=mpu)
     return engine
 
 
-def partition_parameters(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Turn a model on the meta device into one of ZeRO-3: each rank allocates its own share of each parameter.
+def mark(parameter: Tensor, tensor_parallel: bool, expert_ranks: int) -> None:
+    """Tell DeepSpeed how a parameter is cut: its gradient norm counts one that is not by the first tensor-parallel rank
+    alone, and gradients of experts are summed over the ranks that hold the same ones.
+    """
+    parameter.model_parallel = tensor_parallel  # type: ignore[attr-defined]
+    if expert_ranks > 1:
+        parameter.allreduce = False  # type: ignore[attr-defined]
+        parameter.group_name = f"ep_size_{expert_ranks}"  # type: ignore[attr-defined]
+
+
+def expert_group(parameter: Tensor) -> dict[str, Any]:
+    """What DeepSpeed wants in the optimizer's group of this parameter: nothing, but for experts on several ranks."""
+    if getattr(parameter, "allreduce", True):
+        return {}
+    return {"moe": True, "name": parameter.group_name}  # type: ignore[attr-defined]
+
+
+def register_experts(model: nn.Module, grid: Grid) -> None:
+    """Make DeepSpeed use the grid's expert groups, and see that the model has experts: it looks for a module of its own
+    class, so the model gets an empty one.
+    """
+    _import_deepspeed()
+    from deepspeed.moe.layer import MoE
+    from deepspeed.utils import groups
+
+    class Marker(MoE):
+        def __init__(self, ranks: int) -> None:
+            nn.Module.__init__(self)
+            self.num_experts = self.num_local_experts = self.ep_size = ranks
+            self.expert_group_name = name
+
+        def set_deepspeed_parallelism(self, *_: Any) -> None:
+            pass
+
+    name = f"ep_size_{grid.expert.size}"
+    for table, ranks_table, group in (
+        (groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_PARALLEL_GROUP_RANKS, grid.expert),
+        (groups._EXPERT_DATA_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP_RANKS, grid.expert_data),
+    ):
+        table.clear()
+        ranks_table.clear()
+        table[name], ranks_table[name] = group.handle, list(group.ranks)
+    # without this BF16_Optimizer's norm would leave out what other tensor-parallel ranks have of an expert
+    groups.expert_tensor_parallel_world_size = grid.tensor.size
+    model.deepspeed_experts = Marker(grid.expert.size)
+
+
+def partition_parameters(
+    model: nn.Module, dtype: torch.dtype, device: torch.device, group: "torch.distributed.ProcessGroup | None"
+) -> None:
+    """Turn a model on the meta device into one of ZeRO-3: each rank of `group` allocates its own share of each
+    parameter.
 
     The shares are left unset. `zero.Init` itself would allocate, and broadcast, one whole parameter after the other.
     """
     with stdout_to_nowhere():
-        partitioner = _import_deepspeed().zero.Init(dtype=dtype, mem_efficient_linear=False)
+        partitioner = _import_deepspeed().zero.Init(
+            dtype=dtype, mem_efficient_linear=False, data_parallel_group=group
+        )
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             # pages that nobody writes cost nothing on a CPU: only this rank's share is copied out of it
@@ -62,20 +118,16 @@ def partition_parameters(model: nn.Module, dtype: torch.dtype, device: torch.dev
 def share(parameter: Tensor) -> tuple[int, Tensor]:
     """(start, values) of this rank's share of a ZeRO-3 parameter: a view; empty where the share is only padding."""
     partition = parameter.ds_tensor  # type: ignore[attr-defined]
-    start = partition.ds_numel * torch.distributed.get_rank()
+    rank = torch.distributed.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
+    start = partition.ds_numel * rank
     length = max(0, min(partition.ds_numel, parameter.ds_numel - start))  # type: ignore[attr-defined]
     return start, partition.data.narrow(0, 0, length)
 
 
-def full_shape(parameter: Tensor) -> tuple[int, ...]:
-    """Shape of the whole parameter, which ZeRO-3 hides while it is not gathered."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
 @dataclass(frozen=True)
 class Piece:
-    """Elements [start, start + length) of a flattened parameter: they lie in `flat`, this rank's partition number
-    `partition`, from `offset` on.
+    """Elements [start, start + length) of a rank's flattened box of a parameter: they lie in `flat`, this rank's
+    partition number `partition`, from `offset` on.
     """
 
     name: str
@@ -91,8 +143,8 @@ class Piece:
 
 
 def pieces(engine: Any, model: nn.Module) -> list[Piece]:
-    """What this rank's optimizer steps on, in the order of the model's parameters; over all ranks each element once,
-    but at stage 0, where every rank has them all.
+    """What this rank's optimizer steps on, in the order of the model's parameters; over all data-parallel ranks each
+    element once, but at stage 0, where every rank has them all.
     """
     zero, flats, found = engine.optimizer, partitions(engine), []
     number_of = {id(flat): i for i, flat in enumerate(flats)}

@@ -1,9 +1,9 @@
 """One training step on DeepSpeed: micro-batches in, losses and gradient norm out, the same numbers on every layout.
 
 The loss of a step is the sum of the targets' negative log-likelihood over the *global* batch, divided by N, its
-number of targets. DeepSpeed averages gradients over ranks, so each micro-batch hands it its own sum times ranks / N:
-whatever the cut, every target weighs 1/N. The losses of the MoE router have their own denominator, the number of tokens
-in the global batch.
+number of targets. DeepSpeed averages gradients over data-parallel ranks, so each micro-batch hands it its own sum
+times their number / N: whatever the cut, every target weighs 1/N. The losses of the MoE router have their own
+denominator, the number of tokens in the global batch.
 
 A step is applied whole or not at all. The global loss is known before the last backward; where it is not finite, or
 above the limit given, that backward is made non-finite, and DeepSpeed drops a step with such gradients on all ranks:
@@ -23,13 +23,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llm import init
+from llm.boxes import Box, whole
 from llm.data.batch import MicroBatch, StepBatch
 from llm.datatypes import TransformerInput
 from llm.errors import UserError
 from llm.model import LLM
 from llm.parallel import deepspeed_private as private
+from llm.parallel.build import whole_shapes
 from llm.parallel.collectives import gather_json, sum_over_ranks
-from llm.parallel.launch import World
+from llm.parallel.grid import Grid
 from llm.parallel.muon import Muon
 
 ZERO3_SUB_GROUP = 1 << 24
@@ -54,6 +56,11 @@ class StepResult:
     """CRC-32 of how many tokens each expert of each layer got: equal on two layouts only if every routing decision
     is.
     """
+    expert_load: float | None = None
+    """Most tokens that an expert of any layer got, over an even share. All were served: nothing overflows."""
+    expert_rank_load: float | None = None
+    """The same of the ranks that experts lie on: how much longer the slowest one works; 1 where all have all experts.
+    """
     loss_scale: float | None = None
     """Of fp16."""
     skipped: Skipped | None = None
@@ -70,10 +77,11 @@ class StepResult:
 
 
 class OwnedFragment(NamedTuple):
-    """A flat range [start, start + len(values)) of a whole parameter, and where its values live on this rank."""
+    """Elements [start, start + len(values)) of a flattened box of a parameter, and where they live on this rank."""
 
     name: str
     kind: str
+    box: Box
     start: int
     values: Tensor
 
@@ -91,7 +99,7 @@ class Engine:
         model: LLM,
         optimizer: torch.optim.Optimizer,
         *,
-        world: World,
+        grid: Grid,
         precision: str,
         micro_batch_size: int,
         max_accumulation: int,
@@ -105,30 +113,32 @@ class Engine:
         """max_accumulation: most micro-batches of a step. Raises UserError where this device has no arithmetic for
         `precision`.
         """
-        self.world = world
+        self.grid = grid
+        self.world = world = grid.world
         self.model = model
         self.precision = precision
         if precision == "fp32" and zero_stage == 1 and world.size == 1 and not offload_optimizer:
             zero_stage = 0  # nothing to cut: masters beside the parameters, and copies of gradients, would only cost
         self.zero_stage = zero_stage
         self._clip_norm = clip_norm
-        config = deepspeed_config(precision, zero_stage, offload_optimizer, clip_norm)
+        config = deepspeed_config(precision, zero_stage, offload_optimizer, clip_norm, grid.expert.size > 1)
         config["train_micro_batch_size_per_gpu"] = micro_batch_size
         config["gradient_accumulation_steps"] = max_accumulation  # sizes its buffers; train_step says which is the last
         for key, value in (extra_config or {}).items():
             config[key] = {**config[key], **value} if isinstance(config.get(key), dict) else value
         if precision == "fp16":
             check_fp16()
-        self._deepspeed = private.initialize(model, optimizer, config)
+        self._deepspeed = private.initialize(model, optimizer, config, grid)
         if world.size == 1:
             private.skip_reduction(self._deepspeed)
-        self.shapes = {name: private.full_shape(p) for name, p in model.named_parameters()}
+        self.shapes = whole_shapes(model.args)
+        self.boxes = {name: grid.box(model.args, name, shape) for name, shape in self.shapes.items()}
         self._pieces = private.pieces(self._deepspeed, model)
         self._partitions = private.partitions(self._deepspeed)
         if isinstance(optimizer, Muon):
             names = private.names_by_partition(self._deepspeed, model)
-            ranks = world.size if zero_stage else 1
-            optimizer.describe(self._partitions, names, self.shapes, self._pieces, ranks)
+            cut = grid if zero_stage else None
+            optimizer.describe(self._partitions, names, self.shapes, self.boxes, self._pieces, cut)
         if precision != "fp32":
             self._draw_masters(seed)
         self._ema_decay = ema_decay
@@ -144,8 +154,8 @@ class Engine:
     @torch.no_grad()
     def _draw_masters(self, seed: int) -> None:
         for piece in self._pieces:
-            stop = piece.start + piece.length
-            piece.of(piece.flat).copy_(init.initial_values(self.model.args, piece.name, seed, piece.start, stop))
+            place = (self.shapes[piece.name], self.boxes[piece.name], piece.start, piece.start + piece.length)
+            piece.of(piece.flat).copy_(init.initial_values_in_box(self.model.args, piece.name, seed, *place))
         private.publish_masters(self._deepspeed)
 
     @property
@@ -156,7 +166,7 @@ class Engine:
     @property
     def gradient_scale(self) -> float:
         """How many times the gradient of a rank's micro-batch is larger than its part of the global gradient."""
-        return self.world.size * private.loss_scaler_state(self._deepspeed).get("cur_scale", 1.0)
+        return self.grid.data.size * private.loss_scaler_state(self._deepspeed).get("cur_scale", 1.0)
 
     def train_step(
         self, batch: StepBatch, n_targets: int, n_tokens: int, lr: float, loss_limit: float | None = None
@@ -166,7 +176,7 @@ class Engine:
         n_targets, n_tokens: of the global batch. loss_limit: no update where the loss is above it. Every group steps at
         its own `lr_factor` times lr.
         """
-        engine, world = self._deepspeed, self.world
+        engine, world, ranks = self._deepspeed, self.world, self.grid.data.size
         sums = torch.zeros(3, dtype=torch.float64, device=world.device)
         losses: list[Tensor] = []
         counts: Tensor | None = None
@@ -177,10 +187,11 @@ class Engine:
         for m, micro_batch in enumerate(batch.micro_batches):
             engine.set_gradient_accumulation_boundary(m == last)
             output = engine(self._inputs(micro_batch), labels=micro_batch.labels_BT.to(world.device))
-            loss = output.loss_sum * (world.size / max(n_targets, 1))
-            sums[0] += output.loss_sum.detach().double()
+            loss = output.loss_sum * (ranks / max(n_targets, 1))
+            if self.grid.speaks:  # its tensor-parallel peers have the same loss, but other tokens' routing
+                sums[0] += output.loss_sum.detach().double()
             if output.expert_counts is not None:
-                loss = loss + (output.balance_sum + output.z_sum) * (world.size / n_tokens)
+                loss = loss + (output.balance_sum + output.z_sum) * (ranks / n_tokens)
                 sums[1] += output.balance_sum.detach().double()
                 sums[2] += output.z_sum.detach().double()
                 counts = output.expert_counts if counts is None else counts + output.expert_counts
@@ -199,10 +210,12 @@ class Engine:
         numbers = totals.tolist()
         lm, balance, z = numbers[0] / max(n_targets, 1), numbers[1] / n_tokens, numbers[2] / n_tokens
         skipped = None if math.isfinite(norm) else self._why_skipped(lm + balance + z, loss_limit)
-        checksum = None
+        checksum = expert_load = rank_load = None
         if counts is not None:
             global_counts = torch.tensor(numbers[3:], dtype=torch.int64).view(counts.shape)
             checksum = zlib.crc32(global_counts.numpy().tobytes())
+            expert_load = _highest_share(global_counts)
+            rank_load = _highest_share(global_counts.unflatten(1, (self.grid.expert.size, -1)).sum(-1))
             if skipped is None:
                 self.model.set_expert_counts(global_counts)
         if skipped is None:
@@ -216,6 +229,8 @@ class Engine:
             n_targets=n_targets,
             n_tokens=n_tokens,
             routing_checksum=checksum,
+            expert_load=expert_load,
+            expert_rank_load=rank_load,
             loss_scale=private.loss_scaler_state(engine).get("cur_scale"),
             skipped=skipped,
             culprits=self._find_culprits(batch, losses) if skipped in ("loss", "gradient") else [],
@@ -260,15 +275,15 @@ class Engine:
 
     def _find_culprits(self, batch: StepBatch, losses: list[Tensor]) -> list[str]:
         """One line per rank whose own loss or gradient was not finite; where none was, the sum over ranks was not."""
-        rank, ranks = self.world.rank, self.world.size
+        rank, data_rank, ranks = self.world.rank, self.grid.data.rank, self.grid.data.size
         rows = batch.n_rows // (len(losses) * ranks)
-        mine = []
+        mine: list[str] = []
         for m, loss in enumerate(losses):
-            if not bool(loss.isfinite()):
-                first = batch.first_row + (m * ranks + rank) * rows
+            if self.grid.speaks and not bool(loss.isfinite()):
+                first = batch.first_row + (m * ranks + data_rank) * rows
                 mine.append(f"rank {rank}: loss of rows {first} to {first + rows - 1} is {float(loss)}")
         if not mine and not bool(self._probe.isfinite()):
-            spans = [batch.first_row + (m * ranks + rank) * rows for m in range(len(losses))]
+            spans = [batch.first_row + (m * ranks + data_rank) * rows for m in range(len(losses))]
             named = ", ".join(f"{first} to {first + rows - 1}" for first in spans)
             mine.append(f"rank {rank}: a gradient of rows {named} is not finite")
         found = [line for lines in gather_json(mine, self.world) for line in lines]
@@ -313,7 +328,8 @@ class Engine:
             targets = batch.labels_BT[batch.labels_BT >= 0].numpy()
             n_targets += targets.size
             n_bytes += int(token_bytes[targets].sum())
-        nll, *counts = sum_over_ranks([float(total), n_targets, n_bytes], self.world)
+        mine = [float(total), n_targets, n_bytes] if self.grid.speaks else [0.0, 0, 0]
+        nll, *counts = sum_over_ranks(mine, self.world)
         return nll, int(counts[0]), int(counts[1])
 
     def _inputs(self, batch: MicroBatch) -> TransformerInput:
@@ -321,17 +337,21 @@ class Engine:
 
     def owned_fragments(self) -> Iterator[OwnedFragment]:
         """Masters, optimizer states and averages for a checkpoint; over all ranks each element exactly once."""
-        if self.zero_stage or self.world.is_main:  # at stage 0 every rank has everything
-            yield from self.fragments()
+        for fragment in self.fragments():
+            cut = fragment.box != whole(self.shapes[fragment.name])
+            # at stage 0 every rank has it all; what is not cut, every tensor-parallel rank
+            if self.world.is_main or (self.zero_stage and (cut or self.grid.speaks)):
+                yield fragment
 
     def fragments(self) -> Iterator[OwnedFragment]:
         """What a checkpoint must fill on this rank."""
         for piece in self._pieces:
-            yield OwnedFragment(piece.name, "master", piece.start, piece.of(piece.flat.data))
+            place = (self.boxes[piece.name], piece.start)
+            yield OwnedFragment(piece.name, "master", *place, piece.of(piece.flat.data))
             for key, values in private.states(self._deepspeed, piece.flat):
-                yield OwnedFragment(piece.name, key, piece.start, piece.of(values))
+                yield OwnedFragment(piece.name, key, *place, piece.of(values))
             if self._ema:
-                yield OwnedFragment(piece.name, "ema", piece.start, piece.of(self._ema_of[id(piece.flat)]))
+                yield OwnedFragment(piece.name, "ema", *place, piece.of(self._ema_of[id(piece.flat)]))
 
     def optimizer_scalars(self) -> dict[str, float]:
         """State that is one number: AdamW's step count, fp16's loss scaler."""
@@ -362,10 +382,17 @@ class Engine:
         private.publish_masters(self._deepspeed)
 
 
-def deepspeed_config(precision: str, zero_stage: int, offload_optimizer: bool, clip_norm: float) -> dict[str, Any]:
+def _highest_share(counts_MX: Tensor) -> float:
+    """Largest count of a row over the row's mean, over all rows."""
+    return float((counts_MX.amax(1) / counts_MX.double().mean(1).clamp(min=1e-9)).max())
+
+
+def deepspeed_config(
+    precision: str, zero_stage: int, offload_optimizer: bool, clip_norm: float, experts_on_ranks: bool
+) -> dict[str, Any]:
     """DeepSpeed's JSON for these settings, less the batch."""
     zero: dict[str, Any] = {"stage": zero_stage, "overlap_comm": False}
-    if zero_stage == 1 and not torch.cuda.is_available():
+    if zero_stage == 1 and not torch.cuda.is_available() and not experts_on_ranks:
         zero["contiguous_gradients"] = False  # against fragmented GPU memory; elsewhere only a copy
     if zero_stage == 3:
         zero["sub_group_size"] = ZERO3_SUB_GROUP

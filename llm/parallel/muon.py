@@ -1,25 +1,31 @@
-"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for matrices, AdamW for everything else, under ZeRO.
+"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for matrices, AdamW for everything else, on any layout.
 
 Muon replaces a matrix's momentum by the nearest matrix with orthonormal rows or columns, so it needs whole matrices,
-while ZeRO hands the optimizer flat pieces of them. Here the pieces of a few matrices at a time are put together on all
-ranks, each rank orthogonalises its share of the matrices, and the results are spread again: exact sums of values and
-zeros, so the update of a matrix does not depend on how it was cut.
+while ZeRO hands the optimizer flat pieces of this rank's box of them. Here a few matrices at a time are put together:
+the pieces of a box over the data-parallel ranks, then the boxes of the tensor-parallel ranks. Each rank orthogonalises
+its share of the matrices, and the results go back the same way. All of it is copies and exact sums of one value and
+zeros, so the update of a matrix does not depend on how it was cut. An expert is a matrix of its own, and goes to no
+rank that has other experts.
 
-Shapes: R rows, C columns, M matrices of a stack (the experts of a layer).
+Shapes: M matrices of a stack (the experts of a layer), R rows, C columns; t tensor-parallel ranks, n elements of a
+bucket on one of them.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from llm.boxes import Box, box_shape
 from llm.parallel.deepspeed_private import Piece
+from llm.parallel.grid import Grid, Group
+from llm.plans import plan_for
 
 BUCKET_ELEMENTS = 1 << 26
-"""Momentum put together at a time, in elements: what Muon adds to the peak memory, twice."""
+"""Momentum put together at a time, in elements, but at least one matrix: what Muon adds to the peak memory, twice."""
 # Quintic iteration chosen to lift small singular values fast; it ends with all of them in about [0.7, 1.2].
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
@@ -29,16 +35,81 @@ and weight decay (Liu et al. 2025, arXiv:2502.16982)."""
 
 
 @dataclass(frozen=True)
-class Matrix:
-    """A parameter that Muon updates: where it lies in its bucket, and this rank's pieces of it."""
+class Matrices:
+    """Matrices of one parameter, which lie side by side in a bucket: this rank's boxes of them."""
 
-    shape: tuple[int, ...]
+    shape: tuple[int, int, int]
+    """(M, R, C) of the boxes."""
+    joined: int | None
+    """Dimension of `shape` along which the tensor-parallel ranks' boxes make whole matrices; None = each is whole."""
     offset: int
+    """Where they begin in the bucket."""
     pieces: list[Piece]
+    """What this rank has of them, counted from the first element of the first box."""
 
     @property
     def numel(self) -> int:
         return int(torch.Size(self.shape).numel())
+
+    def of(self, bucket_tn: Tensor) -> Tensor:
+        """Every tensor-parallel rank's boxes, (t, M, R, C); a view."""
+        return bucket_tn.narrow(1, self.offset, self.numel).view(-1, *self.shape)
+
+    def join(self, boxes_tMRC: Tensor) -> Tensor:
+        """The whole matrices."""
+        if self.joined is None:
+            return boxes_tMRC[0]
+        return torch.cat(boxes_tMRC.unbind(), dim=self.joined)
+
+    def cut(self, whole_MRC: Tensor, ranks: int) -> Tensor:
+        """The boxes of each rank, or once what all of them have whole."""
+        if self.joined is None:
+            return whole_MRC
+        return torch.stack(whole_MRC.chunk(ranks, dim=self.joined))
+
+
+@dataclass
+class Bucket:
+    """Matrices that are put together at a time, and who has pieces of them."""
+
+    tensor: Group | None
+    data: Group | None
+    """Ranks that have pieces of the same boxes. Both are None where every rank has everything."""
+    matrices: list[Matrices]
+    numel: int = 0
+    """Elements of the boxes on one rank."""
+
+    @property
+    def ranks(self) -> int:
+        """How many share the work."""
+        return (self.tensor.size if self.tensor else 1) * (self.data.size if self.data else 1)
+
+    @property
+    def rank(self) -> int:
+        """This one's number among them."""
+        return self.data.rank * self.tensor.size + self.tensor.rank if self.tensor and self.data else 0
+
+    def gather(self, own_n: Tensor) -> Tensor:
+        """(t, n): the boxes of all tensor-parallel ranks, given this rank's pieces and zeros elsewhere (collective)."""
+        self._add_pieces(own_n)
+        if self.tensor is None or self.tensor.size == 1:
+            return own_n.unsqueeze(0)
+        bucket = own_n.new_empty(self.tensor.size * len(own_n))
+        dist.all_gather_into_tensor(bucket, own_n, group=self.tensor.handle)
+        return bucket.view(self.tensor.size, -1)
+
+    def spread(self, bucket_tn: Tensor) -> Tensor:
+        """(n,): this rank's boxes, given those that it has worked on, and zeros elsewhere (collective)."""
+        own_n = bucket_tn[0]
+        if self.tensor is not None and self.tensor.size > 1:
+            own_n = torch.empty_like(own_n)
+            dist.reduce_scatter_tensor(own_n, bucket_tn.flatten(), group=self.tensor.handle)
+        self._add_pieces(own_n)
+        return own_n
+
+    def _add_pieces(self, own_n: Tensor) -> None:
+        if self.data is not None and self.data.size > 1:
+            dist.all_reduce(own_n, group=self.data.handle)
 
 
 class Muon(torch.optim.AdamW):
@@ -50,33 +121,30 @@ class Muon(torch.optim.AdamW):
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float, momentum: float, **adamw: Any) -> None:
         super().__init__(groups, lr=lr, **adamw)
         self.momentum = momentum
-        self._buckets: dict[int, list[list[Matrix]]] = {}
-        self._ranks = 1
+        self._buckets: dict[int, list[Bucket]] = {}
 
     def describe(
         self,
         flats: list[Tensor],
         names: list[list[str]],
         shapes: dict[str, tuple[int, ...]],
+        boxes: dict[str, Box],
         pieces: list[Piece],
-        ranks: int,
+        grid: Grid | None,
     ) -> None:
-        """Tell what the flat tensors that `step` will see hold: `names` of the whole parameters that each is cut from,
-        and this rank's `pieces`. ranks: over how many the parameters are cut; 1 where every rank has them whole.
+        """Tell what the flat tensors that `step` will see hold: `names` of the parameters that each is cut from, their
+        whole `shapes` and this rank's `boxes`, and its `pieces` of these. grid: None where every rank has everything.
+
+        Names come in the same order on all ranks that have pieces of the same matrices; so do the collectives then.
         """
-        self._ranks = ranks
         for flat, members in zip(flats, names, strict=True):
-            buckets: list[list[Matrix]] = []
-            filled = BUCKET_ELEMENTS
+            buckets = self._buckets[id(flat)] = []
             for name in members:
-                numel = torch.Size(shapes[name]).numel()
-                if filled + numel > BUCKET_ELEMENTS:
-                    buckets.append([])
-                    filled = 0
                 mine = [piece for piece in pieces if piece.name == name and piece.flat is flat]
-                buckets[-1].append(Matrix(shapes[name], filled, mine))
-                filled += numel
-            self._buckets[id(flat)] = buckets
+                tensor = data = None
+                if grid is not None:
+                    tensor, data = grid.tensor, grid.data if plan_for(name).ep_dim is None else grid.expert_data
+                _fill(buckets, tensor, data, shapes[name], box_shape(boxes[name]), mine)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -105,29 +173,65 @@ class Muon(torch.optim.AdamW):
         for bucket in self._buckets[id(flat)]:
             self._step_bucket(bucket, flat, update, lr)
 
-    def _step_bucket(self, bucket: list[Matrix], flat: Tensor, update: Tensor, lr: float) -> None:
-        numel = bucket[-1].offset + bucket[-1].numel
-        device = _collective_device(flat)
-        whole = torch.zeros(numel, dtype=torch.float32, device=device)
-        for matrix in bucket:
-            for piece in matrix.pieces:
-                whole.narrow(0, matrix.offset + piece.start, piece.length).copy_(piece.of(update))
-        rank = 0
-        if self._ranks > 1:
-            rank = dist.get_rank()
-            dist.all_reduce(whole)
-        for i, matrix in enumerate(bucket):
-            part = whole.narrow(0, matrix.offset, matrix.numel)
-            if i % self._ranks == rank:
-                part.copy_(orthogonal_update(part.view(matrix.shape)).reshape(-1))
-            else:
-                part.zero_()
-        if self._ranks > 1:
-            dist.all_reduce(whole)
-        for matrix in bucket:
-            for piece in matrix.pieces:
-                part = whole.narrow(0, matrix.offset + piece.start, piece.length)
+    def _step_bucket(self, bucket: Bucket, flat: Tensor, update: Tensor, lr: float) -> None:
+        bucket_tn = bucket.gather(_collect(bucket, update))
+        turn = bucket.rank  # the next matrix that is this rank's to work on
+        for matrices in bucket.matrices:
+            boxes_tMRC, mine = matrices.of(bucket_tn), slice(turn, None, bucket.ranks)
+            momentum_MRC = matrices.join(boxes_tMRC[:, mine])
+            cut = matrices.cut(orthogonal_update(momentum_MRC), len(boxes_tMRC)) if len(momentum_MRC) else None
+            boxes_tMRC.zero_()
+            if cut is not None:
+                boxes_tMRC[:, mine] = cut
+            turn = (turn - matrices.shape[0]) % bucket.ranks
+        own_n = bucket.spread(bucket_tn)
+        for matrices in bucket.matrices:
+            for piece in matrices.pieces:
+                part = own_n.narrow(0, matrices.offset + piece.start, piece.length)
                 piece.of(flat).add_(part.to(flat.device), alpha=-lr)
+
+
+def _fill(
+    buckets: list[Bucket],
+    tensor: Group | None,
+    data: Group | None,
+    shape: tuple[int, ...],
+    box: tuple[int, ...],
+    pieces: list[Piece],
+) -> None:
+    """Put the matrices of a parameter of whole `shape` into the last bucket while they fit, then into new ones."""
+    whole, (count, rows, columns) = (1, 1, *shape)[-3:], (1, 1, *box)[-3:]
+    joined = next((i for i, n in ((1, rows), (2, columns)) if n != whole[i]), None)
+    numel, capacity = rows * columns, BUCKET_ELEMENTS // (tensor.size if tensor else 1)
+    first = 0
+    while first < count:
+        if not buckets or buckets[-1].numel + numel > capacity:
+            buckets.append(Bucket(tensor, data, []))
+        bucket = buckets[-1]
+        taken = min(count - first, max(1, (capacity - bucket.numel) // numel))
+        inside = _pieces_within(pieces, first * numel, (first + taken) * numel)
+        bucket.matrices.append(Matrices((taken, rows, columns), joined, bucket.numel, inside))
+        bucket.numel += taken * numel
+        first += taken
+
+
+def _pieces_within(pieces: list[Piece], start: int, stop: int) -> list[Piece]:
+    """The parts of the pieces in [start, stop), counted from `start`."""
+    found = []
+    for piece in pieces:
+        low, high = max(start, piece.start), min(stop, piece.start + piece.length)
+        if low < high:
+            found.append(replace(piece, start=low - start, length=high - low, offset=piece.offset + low - piece.start))
+    return found
+
+
+def _collect(bucket: Bucket, update: Tensor) -> Tensor:
+    """(n,) float32: this rank's pieces of `update`, and zeros elsewhere."""
+    own_n = torch.zeros(bucket.numel, dtype=torch.float32, device=_collective_device(update))
+    for matrices in bucket.matrices:
+        for piece in matrices.pieces:
+            own_n.narrow(0, matrices.offset + piece.start, piece.length).copy_(piece.of(update))
+    return own_n
 
 
 def orthogonal_update(momentum: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ prints.
 """
 
 import importlib.util
-import math
 import sys
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from llm.args import ModelArgs
 from llm.data.sources import SourceSpec
 from llm.errors import UserError
+from llm.parallel.layout import Layout
+from llm.parallel.validate import WHOLE_PARAMETERS_ONLY, Choice, Needs, check
 from llm.plans import Kind
 from llm.tokenizer import TokenizerConfig
 from llm.train.explain import explain, refuse_booleans, section_of
@@ -44,29 +46,27 @@ class DataConfig(Section):
 
 class ParallelConfig(Section):
     tensor: int = Field(1, ge=1)
-    """Tensor-parallel ranks."""
+    """Ranks that share every matrix; must divide model.n_heads and the feed-forward widths."""
     pipeline: int = Field(1, ge=1)
     """Pipeline stages."""
     expert: int = Field(1, ge=1)
-    """Expert-parallel ranks."""
+    """Data-parallel ranks that share the experts of a layer; must divide model.moe.n_experts."""
     context: int = Field(1, ge=1)
     """Context-parallel ranks."""
     zero_stage: int = Field(1, ge=0, le=3)
     """DeepSpeed ZeRO stage over the data-parallel ranks; 0 (nothing sharded) for plain data parallel in fp32 only."""
     offload_optimizer: bool = False
     """Keep the optimizer state and make the update in CPU memory; needs zero_stage 1 or more."""
+    sequence_parallel: bool = True
+    """Cut activations between tensor-parallel regions along the sequence; no effect at tensor=1."""
     timeout_s: float = Field(600.0, gt=0)
     """Seconds after which a collective that a peer never joined ends the job."""
 
     @model_validator(mode="after")
     def _only_what_runs(self) -> "ParallelConfig":
-        for name in ("tensor", "pipeline", "expert", "context"):
+        for name in ("pipeline", "context"):
             if getattr(self, name) != 1:
-                raise ValueError(
-                    f"parallel.{name}={getattr(self, name)} is not available yet; use parallel.{name}=1 (data parallel)"
-                )
-        if self.offload_optimizer and self.zero_stage == 0:
-            raise ValueError("parallel.offload_optimizer=true needs parallel.zero_stage=1, 2 or 3, not 0")
+                raise ValueError(f"parallel.{name}={getattr(self, name)} is not available yet; use parallel.{name}=1")
         return self
 
 
@@ -287,22 +287,7 @@ class RunConfig(Section):
             raise ValueError(f"train.seq_len={self.train.seq_len} is above model.max_seq_len={self.model.max_seq_len}")
         if self.eval.patience is not None and self.data.valid is None:
             raise ValueError(f"eval.patience={self.eval.patience} needs held-out text: set data.valid")
-        if self.parallel.zero_stage == 0:
-            self._refuse_unsharded()
         return self
-
-    def _refuse_unsharded(self) -> None:
-        if self.train.precision != "fp32":
-            raise ValueError(
-                f"parallel.zero_stage=0 needs train.precision=fp32, not {self.train.precision}; "
-                f"use parallel.zero_stage=1"
-            )
-        for name in ("tensor", "pipeline", "expert", "context"):
-            ranks = getattr(self.parallel, name)
-            if ranks != 1:
-                raise ValueError(
-                    f"parallel.zero_stage=0 needs parallel.{name}=1, not {ranks}; use parallel.zero_stage=1"
-                )
 
 
 # Keys whose change on resume keeps the mathematics of the run: how it is cut, how long it is, what is watched.
@@ -355,25 +340,52 @@ def _set(raw: dict[str, Any], dotted: str, value: Any) -> None:
     node[leaf] = value
 
 
+def layout_of(config: RunConfig, world: int) -> Layout:
+    """The layout that the config asks for on `world` ranks, not checked."""
+    parallel = config.parallel
+    return Layout(
+        world=world,
+        tensor=parallel.tensor,
+        expert=parallel.expert,
+        pipeline=parallel.pipeline,
+        context=parallel.context,
+        zero_stage=parallel.zero_stage,
+        sequence_parallel=parallel.sequence_parallel,
+    )
+
+
+def check_layout(config: RunConfig, world: int) -> Layout:
+    """The layout of the config on `world` ranks.
+
+    UserError, naming the key and the nearest layout that works, when the run cannot be cut in this way. Everything of
+    a config that depends on the number of ranks is checked here.
+    """
+    layout, train = layout_of(config, world), config.train
+    settings = ((key, reduce(getattr, key.split("."), config)) for key in WHOLE_PARAMETERS_ONLY)
+    needs = Needs(
+        args=config.model,
+        precision=train.precision,
+        offload_optimizer=config.parallel.offload_optimizer,
+        seq_len=train.seq_len,
+        batches=_global_batches(train),
+        asked_for=tuple(f"{key}={_as_typed(value)}" for key, value in settings if value),
+    )
+    check(needs, Choice(layout, train.micro_batch_size))
+    return layout
+
+
 def accumulation_steps(config: RunConfig, data_ranks: int) -> int:
-    """Most micro-batches per rank and step; UserError when a global batch of the run cannot be cut evenly."""
-    train = config.train
-    batches = {"train.global_batch_size": train.global_batch_size}
-    batches |= {f"train.batch_schedule.{i}.1": size for i, (_, size) in enumerate(train.batch_schedule)}
-    for key, batch in batches.items():
-        if batch % (train.micro_batch_size * data_ranks):
-            common = math.gcd(*batches.values())
-            fits = [m for m in range(1, common + 1) if common % (m * data_ranks) == 0]
-            how = (
-                f"use train.micro_batch_size={max([m for m in fits if m <= train.micro_batch_size], default=fits[0])}"
-                if fits
-                else f"use a multiple of {data_ranks}"
-            )
-            raise UserError(
-                f"{key}={batch} is not divisible by train.micro_batch_size={train.micro_batch_size} x {data_ranks} "
-                f"data-parallel ranks; {how}"
-            )
-    return max(batches.values()) // (train.micro_batch_size * data_ranks)
+    """Most micro-batches per rank and step of a layout that check_layout lets pass."""
+    return max(size for _, size in _global_batches(config.train)) // (config.train.micro_batch_size * data_ranks)
+
+
+def _global_batches(train: TrainConfig) -> tuple[tuple[str, int], ...]:
+    later = ((f"train.batch_schedule.{i}.1", size) for i, (_, size) in enumerate(train.batch_schedule))
+    return (("train.global_batch_size", train.global_batch_size), *later)
+
+
+def _as_typed(value: Any) -> str:
+    return str(list(value) if isinstance(value, tuple) else value)
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[str, ...] = ()) -> list[str]:

@@ -10,6 +10,7 @@
 | lr | learning rate of the step, before optim.lr_factors |
 | batch_size, seq_len, targets | rows of the step, tokens of a sequence, labels that counted |
 | routing_checksum | of how many tokens each expert got; equal on every layout |
+| expert_load, expert_rank_load | most tokens of an expert, of a rank's experts, over an even share; none are dropped |
 | tokens_per_s, tokens_per_s_per_device | of the whole job, of one of its ranks |
 | mfu | share of the device's peak that the model's own arithmetic took (llm/train/flops.py); null where none is known |
 | step_time_s, data_wait_s | seconds of the step, and of them waiting for data |
@@ -53,6 +54,8 @@ class StepMetrics:
             "skipped": result.skipped,
             "loss_scale": result.loss_scale,
             "routing_checksum": result.routing_checksum,
+            "expert_load": result.expert_load,
+            "expert_rank_load": result.expert_rank_load,
             "lr": lr,
             "tokens": tokens,
             "epoch": epoch,

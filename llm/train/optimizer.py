@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from llm.model import LLM
+from llm.parallel.deepspeed_private import expert_group
 from llm.parallel.muon import Muon
 from llm.plans import plan_for
 from llm.train.config import OptimConfig
@@ -15,10 +16,10 @@ mixed by a change of basis."""
 
 
 def parameter_groups(model: LLM, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Parameters that share weight decay, learning rate and algorithm; `lr_factor` times the schedule's learning rate
-    is theirs.
+    """Parameters that share weight decay, learning rate, algorithm and ranks; `lr_factor` times the schedule's learning
+    rate is theirs.
     """
-    groups: dict[tuple[float, float, bool], list[torch.nn.Parameter]] = {}
+    groups: dict[tuple[Any, ...], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         plan = plan_for(name)
         muon = optim.name == "muon" and plan.kind in MUON_KINDS
@@ -26,10 +27,11 @@ def parameter_groups(model: LLM, optim: OptimConfig) -> list[dict[str, Any]]:
         if muon and optim.muon_lr is not None:
             factor *= optim.muon_lr / optim.lr
         decay = optim.weight_decay if plan.decay else 0.0
-        groups.setdefault((decay, factor, muon), []).append(parameter)
+        key = (decay, factor, muon, *expert_group(parameter).items())
+        groups.setdefault(key, []).append(parameter)
     return [
-        {"params": members, "weight_decay": decay, "lr_factor": factor, "muon": muon}
-        for (decay, factor, muon), members in groups.items()
+        {"params": members, "weight_decay": decay, "lr_factor": factor, "muon": muon, **dict(experts)}
+        for (decay, factor, muon, *experts), members in groups.items()
     ]
 
 

@@ -208,7 +208,8 @@ def _load_before(trainer: "Trainer", step: int, first_recorded: int) -> tuple[st
 def _next_batch(trainer: "Trainer", loader: TrainLoader) -> tuple[StepBatch, int, int]:
     """This rank's batch and the global numbers of its targets and tokens (collective)."""
     batch = all_or_none(loader.next, trainer.world)
-    n_targets, n_tokens = sum_over_ranks([batch.n_targets, batch.n_tokens], trainer.world)
+    counts = [batch.n_targets, batch.n_tokens] if trainer.grid.speaks else [0, 0]
+    n_targets, n_tokens = sum_over_ranks(counts, trainer.world)
     return batch, int(n_targets), int(n_tokens)
 
 
@@ -237,7 +238,7 @@ def _pieces(trainer: "Trainer", batch: StepBatch, n_targets: int) -> list[Piece]
     mine = [
         (micro_batch, *found) for micro_batch, part in zip(batch.micro_batches, scored, strict=True) for found in part
     ]
-    gathered = gather_json([asdict(piece) for *_, piece in mine], world)
+    gathered = gather_json([asdict(piece) for *_, piece in mine] if trainer.grid.speaks else [], world)
     everything = [(rank, i, Piece(**fields)) for rank, part in enumerate(gathered) for i, fields in enumerate(part)]
     everything.sort(key=lambda item: _order(item[2]))
     if _no_gradients(trainer) is None:
@@ -278,7 +279,7 @@ def _no_gradients(trainer: "Trainer") -> str | None:
 def _global_rows(trainer: "Trainer", batch: StepBatch) -> np.ndarray:
     """(micro-batches, rows of one) global row numbers of this rank, by the loader's rule."""
     rows = np.arange(batch.first_row, batch.first_row + batch.n_rows)
-    return rows.reshape(len(batch.micro_batches), trainer.world.size, -1)[:, trainer.world.rank]
+    return rows.reshape(len(batch.micro_batches), trainer.grid.data.size, -1)[:, trainer.grid.data.rank]
 
 
 def score_pieces(

@@ -30,9 +30,10 @@ from llm.generate import generate
 from llm.parallel.build import build_model
 from llm.parallel.collectives import agreed_error, all_or_none, main_decides, sum_over_ranks
 from llm.parallel.engine import Engine, StepResult
+from llm.parallel.grid import make_grid
 from llm.parallel.launch import World
 from llm.tokenizer import Tokenizer, load_tokenizer
-from llm.train.config import RunConfig, accumulation_steps, differences
+from llm.train.config import RunConfig, accumulation_steps, check_layout, differences
 from llm.train.guard import Guard
 from llm.train.inputs import encode_prompts, open_sources, settle_precision, with_vocabulary
 from llm.train.log import CurveSink, RunLog, TensorBoard, WeightsAndBiases
@@ -54,7 +55,8 @@ class Trainer:
     def __init__(self, config: RunConfig, run_dir: Path, world: World) -> None:
         self.world = world
         self.run_dir = run_dir
-        accumulation = accumulation_steps(config, world.size)
+        self.grid = make_grid(world, check_layout(config, world.size))
+        accumulation = accumulation_steps(config, self.grid.data.size)
         self.tokenizer: Tokenizer = all_or_none(lambda: load_tokenizer(config.tokenizer), world)
         self.prompts = encode_prompts(config, self.tokenizer, world)
         config = with_vocabulary(config, self.tokenizer)
@@ -66,12 +68,12 @@ class Trainer:
         self.config, self.precision_reason = settle_precision(config, self.store, world)
         train, parallel = self.config.train, self.config.parallel
         model = build_model(
-            self.config.model, train.seed, world, zero_stage=parallel.zero_stage, precision=train.precision
+            self.config.model, train.seed, self.grid, zero_stage=parallel.zero_stage, precision=train.precision
         )
         self.engine = Engine(
             model,
             make_optimizer(model, config.optim),
-            world=world,
+            grid=self.grid,
             precision=train.precision,
             micro_batch_size=train.micro_batch_size,
             max_accumulation=accumulation,
@@ -158,10 +160,11 @@ class Trainer:
         kinds = checkpoint.kinds()
         self.engine.prepare_load(kinds, meta["optimizer_scalars"])
         loaded = []
-        for name, kind, start, values in self.engine.fragments():
+        for name, kind, box, start, values in self.engine.fragments():
             if kind == "ema" and kind not in kinds[name]:
                 kind = "master"  # an average that begins now begins with the weights
-            loaded.append((values, checkpoint.read(name, kind, start, start + values.numel())))
+            stop = start + values.numel()
+            loaded.append((values, checkpoint.read(name, kind, box=box, start=start, stop=stop)))
 
         def apply() -> None:
             for values, read in loaded:
@@ -191,7 +194,7 @@ class Trainer:
             "tokens": self.tokens,
             "best": dataclasses.asdict(self.best),
             "guard": self.guard.state(),
-            "layout": {"ranks": self.world.size, "zero_stage": self.config.parallel.zero_stage},
+            "layout": dataclasses.asdict(self.grid.layout),
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
         }
         path = self.store.save(self.step, self.engine.shapes, self.engine.owned_fragments(), meta)
@@ -294,14 +297,14 @@ class Trainer:
 
     def loader(self) -> TrainLoader:
         """This rank's steps from where the run stands."""
-        train, world = self.config.train, self.world
+        train, data = self.config.train, self.grid.data
         return TrainLoader(
             self.mixture,
             seq_len=train.seq_len,
             global_batch_size=train.global_batch_size,
             micro_batch_size=train.micro_batch_size,
-            dp_rank=world.rank,
-            dp_size=world.size,
+            dp_rank=data.rank,
+            dp_size=data.size,
             start_row=self.consumed_rows,
             batch_schedule=train.batch_schedule,
             seq_len_schedule=train.seq_len_schedule,
@@ -320,7 +323,7 @@ class Trainer:
         except (UserError, OSError) as error:
             failure = error
         flags = [batch is None, requests.stop is not None, self.world.is_main and requests.save_wanted()]
-        counts = [0, 0] if batch is None else [batch.n_targets, batch.n_tokens]
+        counts = [0, 0] if batch is None or not self.grid.speaks else [batch.n_targets, batch.n_tokens]
         n_targets, n_tokens, failed, stop, save = (int(n) for n in sum_over_ranks([*counts, *flags], self.world))
         if failed:
             all_or_none(partial(_raise, failure), self.world)
@@ -346,7 +349,7 @@ class Trainer:
         config = self.config
         new_best = False
         if self.valid and (self.step == self.steps or self.step % config.eval.interval == 0):
-            found = validate(self.engine, self.valid, self.tokenizer, config, self.world, lambda: bool(requests.stop))
+            found = validate(self.engine, self.valid, self.tokenizer, config, lambda: bool(requests.stop))
             if found is None:
                 notes = [*notes, f"step {self.step}: validation given up, as the run is to stop"]
             else:
@@ -368,9 +371,9 @@ class Trainer:
         return end
 
     def _sample(self, log: RunLog | None) -> None:
-        """Continue the prompts; by rank 0, or under ZeRO-3, whose forward needs them, by all ranks alike."""
-        config = self.config
-        if config.parallel.zero_stage == 3:
+        """Continue the prompts; by rank 0, or where a forward needs the other ranks, by all alike."""
+        config, layout = self.config, self.grid.layout
+        if layout.zero_stage == 3 or layout.tensor > 1 or layout.expert > 1:
             texts = self._continuations()
         else:
             texts = main_decides(self._continuations, self.world)
@@ -412,8 +415,8 @@ class Trainer:
         for line in notes:
             log.say(line)
         log.say(
-            f"{self.engine.n_parameters:,} parameters, {self.world.size} process(es) on {self.world.device.type}, ZeRO-"
-            f"{config.parallel.zero_stage}, {config.train.precision} ({self.precision_reason}); one epoch is "
+            f"{self.engine.n_parameters:,} parameters, {self.world.size} process(es) on {self.world.device.type}: "
+            f"{self.grid.layout}, {config.train.precision} ({self.precision_reason}); one epoch is "
             f"{self.mixture.n_rows:,} rows of {config.train.seq_len} tokens; run folder {self.run_dir}"
         )
         return log

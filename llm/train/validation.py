@@ -11,6 +11,7 @@ from llm.data.loader import validation_batches
 from llm.data.source import TokenSource
 from llm.parallel.collectives import sum_over_ranks
 from llm.parallel.engine import Engine
+from llm.parallel.grid import Group
 from llm.parallel.launch import World
 from llm.tokenizer import Tokenizer
 from llm.train.config import RunConfig
@@ -42,7 +43,6 @@ def validate(
     sources: Sequence[TokenSource],
     tokenizer: Tokenizer,
     config: RunConfig,
-    world: World,
     to_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
     """Loss per target (nats), perplexity and bits per byte of the original text over the held-out sources
@@ -51,9 +51,9 @@ def validate(
     None when `to_stop` came true on any rank meanwhile: a run that is to stop has seconds for it, and a validation may
     take minutes.
     """
-    until = partial(_until_stop, to_stop, world)
+    until = partial(_until_stop, to_stop, engine.world)
     try:
-        return _validate(engine, sources, tokenizer, config, world, until)
+        return _validate(engine, sources, tokenizer, config, until)
     except _GivenUp:
         return None
 
@@ -74,10 +74,10 @@ def _validate(
     sources: Sequence[TokenSource],
     tokenizer: Tokenizer,
     config: RunConfig,
-    world: World,
     until: Callable[[Iterator[MicroBatch]], Iterator[MicroBatch]],
 ) -> dict[str, float]:
-    nll, n_targets, n_bytes = engine.sum_nll(until(_batches(sources, config, world)), tokenizer.token_bytes())
+    data, n_bytes_of = engine.grid.data, tokenizer.token_bytes()
+    nll, n_targets, n_bytes = engine.sum_nll(until(_batches(sources, config, data)), n_bytes_of)
     loss = nll / max(n_targets, 1)
     found = {
         "valid_loss": loss,
@@ -86,22 +86,22 @@ def _validate(
     }
     if config.optim.ema_decay is not None:
         with engine.averaged_weights():
-            nll, _, _ = engine.sum_nll(until(_batches(sources, config, world)), tokenizer.token_bytes())
+            nll, _, _ = engine.sum_nll(until(_batches(sources, config, data)), n_bytes_of)
         found["valid_loss_ema"] = nll / max(n_targets, 1)
     return found
 
 
-def _batches(sources: Sequence[TokenSource], config: RunConfig, world: World) -> Iterator[MicroBatch]:
+def _batches(sources: Sequence[TokenSource], config: RunConfig, data: Group) -> Iterator[MicroBatch]:
     max_rows = None
     if config.eval.batches is not None:
-        max_rows = config.eval.batches * config.train.micro_batch_size * world.size
+        max_rows = config.eval.batches * config.train.micro_batch_size * data.size
     return itertools.chain.from_iterable(
         validation_batches(
             source,
             seq_len=config.train.seq_len,
             micro_batch_size=config.train.micro_batch_size,
-            dp_rank=world.rank,
-            dp_size=world.size,
+            dp_rank=data.rank,
+            dp_size=data.size,
             max_rows=max_rows,
         )
         for source in sources

@@ -16,16 +16,19 @@ from llm.data.batch import IGNORE, MicroBatch, StepBatch
 from llm.parallel import launch
 from llm.parallel.build import build_model
 from llm.parallel.engine import Engine
+from llm.parallel.grid import Grid, make_grid
 from llm.parallel.launch import World
+from llm.parallel.layout import Layout
 from llm.train.config import OptimConfig
 from llm.train.optimizer import make_optimizer
 from tests.distributed.harness import TINY_MODEL
+from tools.layouts_job import RouterMargins
 
 ROWS, SEQ_LEN, VOCAB, SEED = 8, 48, 64, 3
 Hook = Callable[[Engine, int], None]
 
 
-def cut_batch(step: int, world: World, accumulation: int) -> tuple[StepBatch, int]:
+def cut_batch(step: int, grid: Grid, accumulation: int) -> tuple[StepBatch, int]:
     """This rank's part of step `step`, and the global number of targets: rows in two documents, some with few targets.
     """
     draw = torch.Generator().manual_seed(step)
@@ -33,10 +36,10 @@ def cut_batch(step: int, world: World, accumulation: int) -> tuple[StepBatch, in
     stream[:, 1::2] = (stream[:, 0:-1:2] * 7 + 3) % VOCAB  # half of the text can be learned
     labels = stream[:, 1:].clone()
     labels[torch.rand(ROWS, SEQ_LEN, generator=draw) < torch.arange(ROWS)[:, None] / ROWS] = IGNORE
-    rows = ROWS // (world.size * accumulation)
+    rows, data = ROWS // (grid.data.size * accumulation), grid.data
     micro_batches = []
     for m in range(accumulation):
-        mine = slice((m * world.size + world.rank) * rows, (m * world.size + world.rank + 1) * rows)
+        mine = slice((m * data.size + data.rank) * rows, (m * data.size + data.rank + 1) * rows)
         starts = sorted({*range(0, rows * SEQ_LEN + 1, SEQ_LEN), *(r * SEQ_LEN + 17 for r in range(rows))})
         tokens = stream[mine, :-1].contiguous()
         micro_batches.append(MicroBatch(tokens, labels[mine].contiguous(), torch.tensor(starts, dtype=torch.int32)))
@@ -45,17 +48,20 @@ def cut_batch(step: int, world: World, accumulation: int) -> tuple[StepBatch, in
 
 def build(case: dict[str, Any], world: World) -> Engine:
     """The engine of a case; keys that it leaves out are the plain choice."""
-    args = ModelArgs.model_validate({**TINY_MODEL, "vocab_size": VOCAB, "tie_embeddings": case.get("tied", False)})
+    raw = {**TINY_MODEL, "vocab_size": VOCAB, "tie_embeddings": case.get("tied", False), **case.get("model", {})}
+    args = ModelArgs.model_validate(raw)
     stage, precision, accumulation = case.get("stage", 1), case.get("precision", "fp32"), case.get("accumulation", 1)
-    model = build_model(args, SEED, world, zero_stage=stage, precision=precision)
+    cut = {key: case[key] for key in ("tensor", "expert", "sequence_parallel") if key in case}
+    grid = make_grid(world, Layout(world.size, zero_stage=stage, **cut))
+    model = build_model(args, SEED, grid, zero_stage=stage, precision=precision)
     model.activation_checkpointing = case.get("recompute", "none")
     optim = OptimConfig.model_validate({"name": case.get("optimizer", "adamw"), "lr": 1e-3, "min_lr": 0.0})
     engine = Engine(
         model,
         make_optimizer(model, optim),
-        world=world,
+        grid=grid,
         precision=precision,
-        micro_batch_size=ROWS // (world.size * accumulation),
+        micro_batch_size=ROWS // (grid.data.size * accumulation),
         max_accumulation=accumulation,
         clip_norm=0.5,
         seed=SEED,
@@ -69,10 +75,11 @@ def build(case: dict[str, Any], world: World) -> Engine:
 
 
 def train(engine: Engine, case: dict[str, Any], steps: range) -> list[dict[str, Any]]:
-    """The steps' numbers."""
+    """The steps' numbers; in a job of one process also how close the routers came to another choice."""
     rows = []
+    margins = RouterMargins(engine.model) if engine.world.size == 1 and not case.get("compile") else None
     for step in steps:
-        batch, n_targets = cut_batch(step, engine.world, case.get("accumulation", 1))
+        batch, n_targets = cut_batch(step, engine.grid, case.get("accumulation", 1))
         result = engine.train_step(batch, n_targets, ROWS * SEQ_LEN, lr=1e-3)
         rows.append(
             {
@@ -80,6 +87,7 @@ def train(engine: Engine, case: dict[str, Any], steps: range) -> list[dict[str, 
                 "grad_norm": result.grad_norm,
                 "checksum": result.routing_checksum,
                 "skipped": result.skipped,
+                "margin": margins.take() if margins else None,
             }
         )
     return rows
@@ -89,7 +97,10 @@ def main() -> None:
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     launch.quiet_libraries()
     world = launch.start(60, 1)
-    results = [train(build(case, world), case, range(case.get("steps", 12))) for case in cases]
+    results = []
+    for case in cases:
+        first = case.get("first", 0)
+        results.append(train(build(case, world), case, range(first, first + case.get("steps", 12))))
     if world.is_main:
         out.write_text(json.dumps(results))
 

@@ -33,12 +33,12 @@ def average_is_right(world: World) -> dict[str, bool]:
     engine = build(case, world)
     expected = values(engine, "master")
     for step in range(3):
-        batch, n_targets = cut_batch(step, world, 1)
+        batch, n_targets = cut_batch(step, engine.grid, 1)
         engine.train_step(batch, n_targets, ROWS * SEQ_LEN, lr=1e-2)
         now = values(engine, "master")
         expected = {key: average.lerp(now[key], 1 - DECAY) for key, average in expected.items()}
     masters = values(engine, "master")
-    batch, _ = cut_batch(9, world, 1)
+    batch, _ = cut_batch(9, engine.grid, 1)
     own = engine.sum_nll(iter(batch.micro_batches), torch.ones(64, dtype=torch.int64).numpy())[0]
     with engine.averaged_weights():
         averaged = engine.sum_nll(iter(batch.micro_batches), torch.ones(64, dtype=torch.int64).numpy())[0]

@@ -3,12 +3,13 @@ anything behind.
 """
 
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.distributed.harness import run, tiny_config, write_config, write_text
+from tests.distributed.harness import ROOT, command, environment, run, tiny_config, write_config, write_text
 
 pytestmark = pytest.mark.distributed
 
@@ -39,6 +40,7 @@ def refuse(text: Path, tmp_path: Path, *flags: str, nproc: int | None = None, **
         ([], {"data": {"train": "no/such/file.jsonl"}}, "no/such/file.jsonl"),
         ([], {"data": {"valid": "no/such/valid.jsonl"}}, "data.valid=no/such/valid.jsonl"),
         ([], {"tokenizer": {"kind": "sentencepiece", "path": "no/such/file.model"}}, "no/such/file.model"),
+        (["--nproc=2", "--parallel.expert=2", "--parallel.zero_stage=3"], {}, "parallel.zero_stage=3 needs"),
         ([], {"model": {"max_seq_len": 10**6}, "train": {"seq_len": 500_000}}, "train.seq_len=500000"),
     ],
 )
@@ -61,6 +63,35 @@ def test_torchrun_repeats_the_line_in_its_own_report(text: Path, tmp_path: Path)
     assert "train.global_batch_size=7" in done.stderr[first + 40 :], (
         "the root cause that torchrun prints last must name the key"
     )
+
+
+def test_a_layout_that_does_not_work_is_refused_before_the_ranks_meet(text: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "config.yaml", tiny_config(text, parallel={"tensor": 3}))
+    # rank 0 of 6, alone: at a rendezvous it would wait for its peers and then fail in another way
+    peerless = {"RANK": "0", "WORLD_SIZE": "6", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run(
+        command("launch/pretrain.py", "--config", str(config), "--run_dir", str(tmp_path / "run")),
+        env={**environment(), **peerless},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: parallel.tensor=3 does not divide model.n_heads=4; ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_torchrun_ends_a_layout_that_does_not_work_with_its_key(text: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "config.yaml", tiny_config(text, parallel={"tensor": 3}))
+    done = run("launch/pretrain.py", "--config", str(config), "--run_dir", str(tmp_path / "run"), "--dry_run", nproc=2)
+    assert done.returncode != 0 and not (tmp_path / "run").exists()
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert told == [
+        "error: parallel.tensor=3 does not divide the number of ranks, 2; "
+        "nearest that works on 2 ranks: parallel.tensor=2"
+    ]
 
 
 def test_a_corrupt_shard_is_named(text: Path, tmp_path: Path) -> None:

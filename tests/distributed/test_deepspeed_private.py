@@ -30,19 +30,21 @@ def main(out: Path) -> None:
     from llm.parallel.build import build_model
     from llm.parallel.collectives import gather_json
     from llm.parallel.engine import Engine
+    from llm.parallel.grid import make_grid
     from llm.train.config import OptimConfig
     from llm.train.optimizer import make_optimizer
 
     launch.quiet_libraries()
     world = launch.start(60, 1)
+    grid = make_grid(world)
     args = ModelArgs.model_validate({**TINY_MODEL, "vocab_size": 64})
     report: dict[str, Any] = {}
     for stage, precision in CASES:
-        model = build_model(args, 3, world, zero_stage=stage, precision=precision)
+        model = build_model(args, 3, grid, zero_stage=stage, precision=precision)
         engine = Engine(
             model,
             make_optimizer(model, OptimConfig()),
-            world=world,
+            grid=grid,
             precision=precision,
             micro_batch_size=1,
             max_accumulation=1,

@@ -10,6 +10,7 @@ from llm.parallel import launch
 from llm.parallel.build import build_model
 from llm.parallel.collectives import gather_json
 from llm.parallel.engine import Engine
+from llm.parallel.grid import make_grid
 from llm.train.config import OptimConfig
 from llm.train.optimizer import make_optimizer
 
@@ -28,14 +29,15 @@ def memory(field: str) -> int:
 def main() -> None:
     launch.quiet_libraries()
     world = launch.start(60, 1)
+    grid = make_grid(world)
 
     def build(shape: dict[str, int]) -> Engine:
         args = ModelArgs.model_validate(shape)
-        model = build_model(args, 0, world, zero_stage=3, precision="bf16")
+        model = build_model(args, 0, grid, zero_stage=3, precision="bf16")
         return Engine(
             model,
             make_optimizer(model, OptimConfig()),
-            world=world,
+            grid=grid,
             precision="bf16",
             micro_batch_size=1,
             max_accumulation=1,

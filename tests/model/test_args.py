@@ -13,7 +13,7 @@ def specs(**changes):
 
 def test_without_a_pattern_every_layer_is_global_rope_and_dense():
     assert {(s.mask, s.span, s.rope, s.qk_norm, s.temperature, s.ffn) for s in specs()} == {
-        ("full", None, True, False, False, "dense")
+        ("full", None, True, None, False, "dense")
     }
 
 
@@ -24,7 +24,8 @@ def test_llama4_rules_give_every_fourth_layer_no_rope_and_global_attention():
     )  # fmt: skip
     assert [s.rope for s in resolved] == [True, True, True, False] * 2
     assert [s.span for s in resolved] == [16, 16, 16, None] * 2
-    assert [s.qk_norm for s in resolved] == [s.rope for s in resolved]
+    assert [s.qk_norm for s in resolved] == ["l2" if s.rope else None for s in resolved]
+    assert {s.qk_norm for s in specs(nope_layer_interval=4, qk_norm="head")} == {"head"}
     assert [s.temperature for s in resolved] == [not s.rope for s in resolved]
     assert [s.ffn for s in resolved] == ["dense", "moe"] * 4
 

@@ -25,9 +25,11 @@ def main(out: Path) -> None:
     from llm.model import LLM
     from llm.parallel import deepspeed_private as private
     from llm.parallel import launch
+    from llm.parallel.grid import make_grid
 
     launch.quiet_libraries()
     world = launch.start(60, 1)
+    grid = make_grid(world)
 
     def steps(stage: int, mode: str, tied: bool) -> dict[str, Any]:
         model = LLM(ModelArgs.model_validate({**TINY_MODEL, "vocab_size": 64, "tie_embeddings": tied}), seed=3)
@@ -40,7 +42,7 @@ def main(out: Path) -> None:
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,
         }
-        engine = private.initialize(model, torch.optim.SGD(model.parameters(), lr=0.1), config)
+        engine = private.initialize(model, torch.optim.SGD(model.parameters(), lr=0.1), config, grid)
         found: dict[str, Any] = {"loss": [], "norm": [], "counts": []}
         for step in range(3):
             draw = torch.Generator().manual_seed(10 * step + world.rank)

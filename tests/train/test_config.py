@@ -9,7 +9,7 @@ import torch
 
 from launch import pretrain
 from llm.errors import UserError
-from llm.train.config import TrainConfig, accumulation_steps, differences, load_config, validate
+from llm.train.config import TrainConfig, accumulation_steps, check_layout, differences, load_config, validate
 from llm.train.flags import help_text, parse_run_flags
 from tests.distributed.harness import tiny_config, write_config
 
@@ -59,11 +59,10 @@ def test_a_model_file_is_read_from_its_path(tmp_path: Path) -> None:
         ({"train": {"seq_len": 65}}, "train.seq_len=65 is above model.max_seq_len=64"),
         ({"optim": {"decay_steps": 5}}, "optim.decay_steps belongs to optim.schedule=wsd"),
         ({"parallel": {"zero_stage": 4}}, "parallel.zero_stage=4"),
-        ({"parallel": {"zero_stage": 0}, "train": {"precision": "auto"}}, "zero_stage=0 needs train.precision=fp32"),
-        (
-            {"parallel": {"zero_stage": 0, "offload_optimizer": True}},
-            "parallel.offload_optimizer=true needs parallel.zero_stage=1, 2 or 3",
-        ),
+        ({"parallel": {"pipeline": 2}}, "parallel.pipeline=2 is not available yet; use parallel.pipeline=1"),
+        ({"parallel": {"context": 2}}, "parallel.context=2 is not available yet; use parallel.context=1"),
+        ({"parallel": {"tensor": 0}}, "parallel.tensor=0"),
+        ({"parallel": {"sequence_parallel": 2}}, "parallel.sequence_parallel=2"),
         ({"optim": {"muon_lr": 0.02}}, "optim.muon_lr belongs to optim.name=muon, not adamw"),
         ({"optim": {"lr_factors": {"matrices": 2.0}}}, "optim.lr_factors.matrices='matrices': input should be"),
         ({"optim": {"lr_factors": {"norm": True}}}, "optim.lr_factors.norm=true: expected a value other than true"),
@@ -89,19 +88,26 @@ def test_a_wrong_config_names_its_key(tmp_path: Path, sections: dict[str, Any], 
 
 def test_the_global_batch_must_be_cut_evenly_and_the_message_says_how(tmp_path: Path) -> None:
     config = config_with(tmp_path, train={"global_batch_size": 12, "micro_batch_size": 4})
-    assert accumulation_steps(config, 1) == 3
-    assert accumulation_steps(config, 3) == 1
-    with pytest.raises(UserError, match="use train.micro_batch_size=3"):
-        accumulation_steps(config, 2)
+    assert accumulation_steps(config, check_layout(config, 1).data) == 3
+    assert accumulation_steps(config, check_layout(config, 3).data) == 1
+    with pytest.raises(UserError, match=r"train\.micro_batch_size=4 x 2 .*; use train\.micro_batch_size=3"):
+        check_layout(config, 2)
+
+
+def test_tensor_parallel_ranks_read_the_same_rows(tmp_path: Path) -> None:
+    parallel = {"tensor": 2}
+    config = config_with(tmp_path, train={"global_batch_size": 12, "micro_batch_size": 4}, parallel=parallel)
+    assert accumulation_steps(config, check_layout(config, 2).data) == 3
+    assert accumulation_steps(config, check_layout(config, 6).data) == 1
 
 
 def test_every_size_of_the_batch_schedule_must_be_cut_evenly(tmp_path: Path) -> None:
     train = {"global_batch_size": 8, "micro_batch_size": 4, "batch_schedule": [[64, 16], [128, 20]]}
     config = config_with(tmp_path, train=train)
-    assert accumulation_steps(config, 1) == 5  # of the largest batch
+    assert accumulation_steps(config, check_layout(config, 1).data) == 5  # of the largest batch
     # the advice holds for all of 8, 16 and 20
     with pytest.raises(UserError, match=r"train\.batch_schedule\.1\.1=20 .* use train\.micro_batch_size=2"):
-        accumulation_steps(config, 2)
+        check_layout(config, 2)
 
 
 def test_the_length_is_steps_or_epochs_and_a_thousand_steps_by_default() -> None:
@@ -183,7 +189,9 @@ def test_a_checkpoint_written_before_a_key_existed_stands_at_its_default(tmp_pat
         (["--train.epochs=2"], {}, "train.steps=20 and train.epochs=2.0 both give the length; set one of them to null"),
         ([], {"model": {"n_kv_heads": 3}}, "n_kv_heads=3"),
         ([], {"model": {"layer_pattern": ["attn:sideways"]}}, "sideways"),
-        ([], {"parallel": {"tensor": 2}}, "parallel.tensor=2"),
+        ([], {"parallel": {"tensor": 2}}, "parallel.tensor=2 does not divide the number of ranks, 1"),
+        (["--nproc=2"], {"parallel": {"zero_stage": 3, "expert": 2}}, "parallel.zero_stage=3 needs parallel.expert=1"),
+        (["--nproc=4", "--dry_run"], {"parallel": {"tensor": 3}}, "nearest that works on 4 ranks: parallel.tensor=4"),
         (["--optim.min_lr=1"], {}, "optim.min_lr=1"),
         (["--optim.betas=[1.5, 0.9]"], {}, "optim.betas.0=1.5"),
         ([], {"eval": {"prompts": []}}, "eval.prompts"),

@@ -19,6 +19,7 @@ from llm.compile import compile_blocks
 from llm.data.batch import IGNORE, MicroBatch, StepBatch
 from llm.parallel.build import build_model
 from llm.parallel.engine import Engine
+from llm.parallel.grid import make_grid
 from llm.parallel.launch import World
 from llm.train.config import OptimConfig
 from llm.train.optimizer import make_optimizer, parameter_groups
@@ -84,13 +85,14 @@ class Runner:
 
 def our_engine(shape: Shape, world: World, *, precision: str, compiled: bool) -> Runner:
     """This project as a user runs it: the DeepSpeed engine, ZeRO-1, one process; `compiled` as train.compile does."""
-    model = build_model(shape.args(), SEED, world, zero_stage=1, precision=precision)
+    grid = make_grid(world)
+    model = build_model(shape.args(), SEED, grid, zero_stage=1, precision=precision)
     if compiled:
         compile_blocks(model)
     engine = Engine(
         model,
         make_optimizer(model, OPTIM),
-        world=world,
+        grid=grid,
         precision=precision,
         micro_batch_size=shape.batch,
         max_accumulation=1,

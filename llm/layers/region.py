@@ -1,0 +1,65 @@
+"""Where layers meet tensor and expert parallelism: what they call at the edges of their work, and what it does when
+nothing is cut, which is nothing. llm/parallel replaces these objects by ones that communicate.
+
+A *region* is a stretch of work whose weights are cut over ranks: inside, every rank has all tokens and a part of the
+heads or of the width, and what it makes is one term of a sum over the ranks; so is the gradient of whatever enters.
+
+Shapes: N tokens, D model width, V vocabulary, P = N * top_k (token, choice) pairs, R rows.
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Region:
+    """Weights are whole: nothing to do at the edges."""
+
+    def begin(self, n_tokens: int) -> None:
+        """A forward over so many tokens begins."""
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Before the linears that share x. May return the tokens of (B, T, D) as (N, D)."""
+        return x
+
+    def leave(self, y: Tensor) -> Tensor:
+        """After the last linear: the sum over ranks of what they made, in the form of what was entered."""
+        return y
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Inside: the mean over the ranks of what each has of its own. What every rank makes of it, its gradient
+        counts. May change x in place.
+        """
+        return x
+
+    def own(self, x: Tensor) -> Tensor:
+        """Inside: this rank's rows of x (N, ...), so that sums over tokens count each token on one rank."""
+        return x
+
+
+class VocabularyShare(Protocol):
+    """This rank's rows of a token table or output matrix that is cut over ranks."""
+
+    first: int
+    """Token id of its first row."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """x of every rank, (ranks, ...); no gradient."""
+
+    def join(self, logits: Tensor) -> Tensor:
+        """Whole logits (..., V) of every rank's part."""
+
+
+class Exchange(Protocol):
+    """Experts lie on several ranks, `experts_per_rank` each."""
+
+    experts_per_rank: int
+
+    def sizes(self, rows_E: Tensor) -> Tensor:
+        """How many rows each rank sends to each expert of this rank, (ranks, experts_per_rank), on the device."""
+
+    def swap(self, x_RD: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        """Send consecutive rows to the ranks, so many each; the rows received, in the order of ranks."""
+
+
+WHOLE = Region()

@@ -1,0 +1,28 @@
+"""Run under torchrun: engine_job.py, but norms of queries and keys start away from 1, so that each of their elements
+matters; and on several ranks Muon's buckets are so small that parameters, and stacks of experts, spread over several.
+"""
+
+import os
+
+import torch
+
+from llm import init
+from llm.args import ModelArgs
+from llm.parallel import launch, muon
+from tests.distributed import engine_job
+
+initial_values = init.initial_values
+
+
+def uneven_norms(args: ModelArgs, name: str, seed: int, start: int, stop: int) -> torch.Tensor:
+    values = initial_values(args, name, seed, start, stop)
+    if name.endswith(("q_norm.weight", "k_norm.weight")):
+        values += 0.5 * torch.from_numpy(init.normal(seed, name, start, stop))
+    return values
+
+
+if __name__ == "__main__":
+    init.initial_values = uneven_norms
+    if int(os.environ["WORLD_SIZE"]) > 1:
+        muon.BUCKET_ELEMENTS = 1500  # an expert's matrix has 768 elements, wq 1024
+    launch.run(engine_job.main)
