@@ -4,7 +4,8 @@
 
     python launch/pretrain.py --nproc 2 --config ...      # the same on one machine, without torchrun's own flags
 
-The same command again resumes. `--dry_run` checks and prints the resolved config; `--help` lists every key.
+The same command again resumes. `--dry_run` checks and prints the resolved config, and memory and
+traffic of the layout; `--help` lists every key.
 
     python launch/pretrain.py --run_dir runs/quickstart --replay_step 120
 
@@ -18,7 +19,7 @@ import yaml
 
 from llm.errors import UserError
 from llm.parallel import launch
-from llm.train.config import RunConfig, accumulation_steps, load_config
+from llm.train.config import RunConfig, check_layout, load_config
 from llm.train.flags import RunFlags, help_text, parse_run_flags
 from llm.train.replay import check_replay, replay
 from llm.train.stop import leave_before_first_step
@@ -35,10 +36,12 @@ def main() -> None:
     if in_torchrun and flags.nproc:
         raise UserError(f"--nproc={flags.nproc} is for plain python; torchrun has --nproc_per_node")
     ranks = int(os.environ["WORLD_SIZE"]) if in_torchrun else flags.nproc or 1
-    accumulation_steps(config, ranks)
+    layout = check_layout(config, ranks)
     if flags.dry_run:
         if not in_torchrun or os.environ["RANK"] == "0":
-            print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+            from llm.train.dry_run import report  # it imports torch
+
+            print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False) + report(config, layout), end="")
         return
     if flags.replay_step is not None:
         check_replay(flags.folder(), flags.replay_step, config.train.steps)

@@ -48,7 +48,7 @@ def token_nll(
 ) -> Tensor:
     """Negative log-likelihood of each label in nats, (B, T) float32, 0 where the label is negative. No gradient."""
     nll = []
-    for hidden, labels in _chunks(hidden_BTD.flatten(0, 1), labels_BT.flatten(), weight_VD.shape[0]):
+    for hidden, labels in _chunks(hidden_BTD.flatten(0, 1), labels_BT.flatten(), _rows(weight_VD, vocabulary)):
         logits = F.linear(hidden, weight_VD).float()
         if vocabulary is None:
             nll.append(_chunk_nll(logits, labels)[0])
@@ -56,6 +56,11 @@ def token_nll(
             log_z, target = _across_shares(*_of_share(logits, labels, vocabulary), vocabulary)
             nll.append((log_z - target).masked_fill_(labels < 0, 0))
     return torch.cat(nll).view(labels_BT.shape)
+
+
+def _rows(weight_VD: Tensor, vocabulary: VocabularyShare | None) -> int:
+    """By how many rows chunks are sized: ranks whose shares differ must cut the tokens alike."""
+    return len(weight_VD) if vocabulary is None else vocabulary.largest
 
 
 def _chunks(hidden_ND: Tensor, labels_N: Tensor, vocab_size: int) -> list[tuple[Tensor, Tensor]]:
@@ -132,7 +137,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_ND) if with_hidden else None
         grad_weight = torch.empty_like(weight_VD, dtype=wide) if with_weight else None
         done = 0
-        for hidden, labels in _chunks(hidden_ND, labels_N, weight_VD.shape[0]):
+        for hidden, labels in _chunks(hidden_ND, labels_N, _rows(weight_VD, vocabulary)):
             logits = F.linear(hidden, weight_VD)
             if vocabulary is not None:
                 total += _share_nll(logits, labels, vocabulary, wide, with_hidden or with_weight)

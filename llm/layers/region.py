@@ -42,6 +42,8 @@ class VocabularyShare(Protocol):
 
     first: int
     """Token id of its first row."""
+    largest: int
+    """Most rows that any rank has."""
 
     def gather(self, x: Tensor) -> Tensor:
         """x of every rank, (ranks, ...); no gradient."""

@@ -30,7 +30,7 @@ from llm.errors import UserError
 from llm.model import LLM
 from llm.parallel import deepspeed_private as private
 from llm.parallel.build import whole_shapes
-from llm.parallel.collectives import gather_json, sum_over_ranks
+from llm.parallel.collectives import agreed_error, gather_json, sum_over_ranks
 from llm.parallel.grid import Grid
 from llm.parallel.muon import Muon
 
@@ -135,6 +135,11 @@ class Engine:
         self.boxes = {name: grid.box(model.args, name, shape) for name, shape in self.shapes.items()}
         self._pieces = private.pieces(self._deepspeed, model)
         self._partitions = private.partitions(self._deepspeed)
+        if zero_stage == 3 and len(set(gather_json(len(self._partitions), world))) > 1:  # it would wait for ever
+            raise agreed_error(
+                f"model.vocab_size={model.args.vocab_size}: parallel.tensor={grid.tensor.size} leaves ranks so unequal "
+                f"parts that ZeRO-3 cuts them differently; use a multiple of {grid.tensor.size}, or zero_stage=2"
+            )
         if isinstance(optimizer, Muon):
             names = private.names_by_partition(self._deepspeed, model)
             cut = grid if zero_stage else None
@@ -253,7 +258,7 @@ class Engine:
                 private.forget_gradients(engine)
             return reported
         parameters = list(self.model.parameters())
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = _total_norm([p.grad for p in parameters if p.grad is not None])
         if not norm.isfinite():
             engine.zero_grad()
             return math.inf
@@ -262,7 +267,7 @@ class Engine:
             # divides in the same pass over memory as the update, where clipping would be one more
             base.grad_scale = (norm / self._clip_norm).clamp(min=1).float()  # type: ignore[attr-defined]
         elif self._clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm.float())
         engine.step()
         return float(norm)
 
@@ -380,6 +385,13 @@ class Engine:
     def finish_load(self) -> None:
         """Make the loaded masters the weights of the next forward (collective)."""
         private.publish_masters(self._deepspeed)
+
+
+def _total_norm(grads: list[Tensor]) -> Tensor:
+    """2-norm of all elements, float64: row by row, as a CPU adds up a whole tensor in one long float32 sum, which is
+    wrong by 8e-4 at 16 million elements."""
+    rows = (torch.linalg.vector_norm(grad, dim=-1) for grad in grads)
+    return torch.stack([torch.linalg.vector_norm(row, dtype=torch.float64) for row in rows]).norm()
 
 
 def _highest_share(counts_MX: Tensor) -> float:

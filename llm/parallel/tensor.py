@@ -133,6 +133,7 @@ class CutVocabulary:
         self.group = group
         self.total = total
         self.first = share_of(total, group.rank, group.size)[0]
+        self.largest = -(-total // group.size)
 
     def gather(self, x: Tensor) -> Tensor:
         return _all_gather(x, self.group).view(self.group.size, *x.shape)

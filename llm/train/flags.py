@@ -21,7 +21,7 @@ OWN_FLAGS = {
     "run_dir": "folder of the run; default runs/<name of the config>",
     "replay_step": "rebuild this step of the run in run_dir, print its documents by loss, stop",
     "nproc": "start this many processes on this machine (instead of calling torchrun yourself)",
-    "dry_run": "check everything, print the resolved config, stop",
+    "dry_run": "check everything, print the resolved config, memory and traffic of the layout, stop",
     "help": "this text",
 }
 

@@ -1,0 +1,103 @@
+"""Bytes that a rank keeps for good, predicted from the numbers of a run alone: weights, masters, optimizer state,
+averages, and gradients between micro-batches. Exact, with DeepSpeed's padding.
+
+Not in it: activations, buffers of collectives, one step's temporary copies, and what lies beside tensors.
+"""
+
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
+from itertools import accumulate
+
+from llm.parallel.workload import BYTES, Kind, OptimizerGroup, Workload
+
+FLOAT32 = 4
+STEP_COUNT = 4
+"""AdamW counts its steps in a float32 number for each tensor that it steps on."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank."""
+
+    parameters: int
+    """As the forward reads them; under ZeRO-3 this rank's shares, and what stays gathered."""
+    masters: int
+    """Float32 weights that the optimizer steps on; 0 where these are the parameters themselves."""
+    optimizer: int
+    """Moments or momentum."""
+    ema: int
+    """The moving average of the weights."""
+    gradients: int | None
+    """Float32 gradients that are kept until the step while micro-batches follow: whole ones below ZeRO-2, then those of
+    this rank's share. Under ZeRO-2 in fp32, whole ones of all parameters that the share touches, and this is the most
+    that any rank has. Not known with an offloaded optimizer.
+    """
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.masters + self.optimizer + self.ema + (self.gradients or 0)
+
+
+def predict(work: Workload) -> list[tuple[Memory, int]]:
+    """Memory of each kind of rank, and how many ranks are of that kind."""
+    rest = work.layout.world // work.layout.tensor
+    return [(_of(work, kind), kind.ranks * rest) for kind in work.kinds]
+
+
+def _of(work: Workload, kind: Kind) -> Memory:
+    flats = {group: _flat_tensors(work, group, kind) for group in work.groups}
+    own = sum(sum(sizes) for sizes in flats.values())
+    whole = sum(work.flat_numel(group, kind) for group in work.groups)
+    width = BYTES[work.precision]
+    if work.stage == 3:
+        stay = [n for n in kind.sizes.values() if work.stays_gathered(n)] if work.layout.data > 1 else []
+        parameters = width * (own + sum(work.layout.data * work.share_numel(numel) for numel in stay))
+    else:
+        parameters = width * (whole if work.stage else sum(kind.sizes.values()))
+    return Memory(
+        parameters=parameters,
+        masters=FLOAT32 * own if work.stage else 0,
+        optimizer=sum(_state(group, sizes) for group, sizes in flats.items()),
+        ema=FLOAT32 * own if work.ema else 0,
+        gradients=_gradients(work, kind, own, whole),
+    )
+
+
+def _flat_tensors(work: Workload, group: OptimizerGroup, kind: Kind) -> list[int]:
+    """Elements of the tensors that the optimizer steps on."""
+    if work.stage == 0:
+        return [kind.sizes[name] for name in group.names]
+    if work.stage == 3:
+        return work.sub_groups(group, kind)
+    return [work.flat_numel(group, kind) // work.cut_over(group)]
+
+
+def _state(group: OptimizerGroup, sizes: list[int]) -> int:
+    if group.algorithm == "adamw":
+        return sum(2 * FLOAT32 * size + STEP_COUNT for size in sizes)
+    return FLOAT32 * sum(sizes) if group.algorithm == "muon" else 0
+
+
+def _gradients(work: Workload, kind: Kind, own: int, whole: int) -> int | None:
+    if work.offload_optimizer:
+        return None
+    if work.keeps_float32_gradients:
+        return FLOAT32 * whole
+    if work.stage < 2:
+        return FLOAT32 * sum(kind.sizes.values())
+    if work.stage == 2 and work.precision == "fp32":
+        return FLOAT32 * max(map(sum, zip(*(_touched(work, group, kind) for group in work.groups), strict=True)))
+    return FLOAT32 * own
+
+
+def _touched(work: Workload, group: OptimizerGroup, kind: Kind) -> list[int]:
+    """For each data-parallel rank the elements of the parameters that its share of a flat group touches."""
+    ranks = work.cut_over(group)
+    share = work.flat_numel(group, kind) // ranks
+    ends = list(accumulate((kind.sizes[name] for name in group.names), initial=0))
+    found = []
+    for rank in range(work.layout.data):
+        start = rank // (work.layout.data // ranks) * share
+        first, last = bisect_right(ends, start) - 1, bisect_left(ends, start + share)
+        found.append(ends[min(last, len(ends) - 1)] - ends[min(first, len(ends) - 1)])
+    return found

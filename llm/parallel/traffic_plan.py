@@ -1,0 +1,173 @@
+"""Bytes that the ranks of a run will send each other in a step, predicted from its numbers alone.
+
+The unit is defined in llm/parallel/traffic.py, whose instrument counts the same bytes in a running job. Predicted is a
+step in the middle of a run: without validation, sample or checkpoint, and not dropped. Compiled blocks choose for
+themselves what they recompute: for those the numbers hold without activation checkpointing.
+
+Letters: t tensor-parallel, n data-parallel, e expert-parallel ranks.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from llm.boxes import tensor_dim
+from llm.parallel.traffic import Along, dimension_names
+from llm.parallel.workload import BYTES, Kind, OptimizerGroup, Workload
+from llm.parallel.zero3_gathers import auxiliary_losses, gathers
+from llm.plans import plan_for
+
+FLOAT32, FLOAT64, INT64 = 4, 8, 8
+
+
+class Sent(NamedTuple):
+    """Bytes of one purpose, of all ranks together, in one step."""
+
+    along: Along
+    purpose: str
+    bytes: int
+
+
+def predict(work: Workload) -> dict[Along, dict[str, int]]:
+    """Bytes of a step by dimension and purpose, all ranks together; dimensions with the same groups of ranks are one,
+    as in TrafficCounter.
+    """
+    names = dimension_names(work.layout)
+    table: dict[Along, Counter[str]] = {}
+    for sent in (*_tensor(work), *_experts(work), *_sums(work), *_zero(work), *_muon(work)):
+        if sent.bytes:
+            along = sent.along if sent.purpose == "tokens" else names[sent.along]
+            table.setdefault(along, Counter())[sent.purpose] += sent.bytes
+    return {along: dict(purposes) for along, purposes in table.items()}
+
+
+def _tensor(work: Workload) -> Iterator[Sent]:
+    """Edges of regions: an edge gathers, or sums and cuts, all tokens' vectors; an all-reduce is two edges."""
+    layout, args = work.layout, work.args
+    t = layout.tensor
+    if t == 1:
+        return
+    times = work.accumulation * layout.world // t
+    edges = mean_squares = 0
+    for spec in args.layer_specs():
+        regions = 1 if spec.ffn == "none" else 2
+        means = 2 if spec.qk_norm == "full" else 0
+        edges += 4 * regions
+        mean_squares += 2 * means
+        if work.recompute != "none":
+            # the last leave makes nothing that the backward needs, unless the router's losses follow it
+            last = not (spec.ffn == "moe" and auxiliary_losses(args))
+            enters, leaves = (regions, regions - last) if layout.sequence_parallel else (0, 2 * (regions - last))
+            edges += enters + leaves
+            mean_squares += means
+    edges += 4  # out of the embedding, into the head
+    per_edge = (t - 1) * work.tokens * args.dim * BYTES[work.precision]
+    yield Sent("tensor", "activations", times * edges * per_edge)
+    yield Sent("tensor", "activations", times * mean_squares * 2 * (t - 1) * work.tokens * FLOAT32)
+    yield Sent("tensor", "loss", times * (t - 1) * t * 2 * work.tokens * FLOAT32)
+    summed = sum(work.kinds[0].sizes[name] for name in work.shapes if _summed(work, name))
+    yield Sent("tensor", "gradients", times * 2 * (t - 1) * FLOAT32 * summed)
+
+
+def _summed(work: Workload, name: str) -> bool:
+    """Whether tensor-parallel ranks hold the parameter alike, and each makes a term of its gradient."""
+    cut = tensor_dim(work.args, name, work.layout.tensor) is not None
+    return not cut and (plan_for(name).in_region or work.layout.sequence_parallel)
+
+
+def _experts(work: Workload) -> Iterator[Sent]:
+    """Rows go to their experts and come back, in the forward and in the backward."""
+    moe, e = work.args.moe, work.layout.expert
+    if moe is None or e == 1:
+        return
+    forwards, swaps = 1, 4
+    if work.recompute != "none":
+        # what comes back is needed again only where something after it keeps what it was made of
+        forwards, swaps = 2, 6 if moe.shared or moe.apply == "output" or auxiliary_losses(work.args) else 5
+    rows = work.tokens * moe.top_k * work.args.dim * BYTES[work.precision]
+    bytes_ = (e - 1) * (forwards * moe.n_experts * INT64 + swaps * rows)
+    yield Sent("expert", "tokens", work.accumulation * work.layout.world // e * work.moe_layers * bytes_)
+
+
+def _sums(work: Workload) -> Iterator[Sent]:
+    """The engine's one sum of losses and expert counts."""
+    moe, world = work.args.moe, work.layout.world
+    numbers = 3 + (work.moe_layers * moe.n_experts if moe is not None else 0)
+    yield Sent("world", "loss", 2 * (world - 1) * FLOAT64 * numbers)
+
+
+def _zero(work: Workload) -> Iterator[Sent]:
+    """What DeepSpeed sends: gradients, new weights, norms and flags."""
+    for kind in work.kinds:
+        if work.stage == 3:
+            yield from _zero3(work, kind)
+            continue
+        for group in work.groups:
+            n, times = work.cut_over(group), _groups(work, group, kind)
+            along: Along = "expert_data" if group.on_expert_ranks else "data"
+            flat, exact = work.flat_numel(group, kind), sum(kind.sizes[name] for name in group.names)
+            reduced = (flat if work.keeps_float32_gradients else exact) * (work.accumulation if work.stage == 2 else 1)
+            yield Sent(along, "gradients", times * 2 * (n - 1) * FLOAT32 * reduced)
+            if work.stage:
+                yield Sent(along, "weights", times * (n - 1) * BYTES[work.precision] * flat)
+    yield from _norms(work)
+
+
+def _groups(work: Workload, group: OptimizerGroup, kind: Kind) -> int:
+    """Over how many groups of ranks of this kind the optimizer's group is cut, each by itself."""
+    return kind.ranks * (work.layout.expert if group.on_expert_ranks else 1)
+
+
+def _zero3(work: Workload, kind: Kind) -> Iterator[Sent]:
+    n, width = work.layout.data, BYTES[work.precision]
+    padded = {name: n * work.share_numel(numel) for name, numel in kind.sizes.items()}
+    reduced = work.accumulation * sum(padded.values())
+    yield Sent("data", "gradients", kind.ranks * (n - 1) * FLOAT32 * reduced)
+    often = gathers(work, kind.sizes)
+    gathered = sum(
+        numel if work.stays_gathered(kind.sizes[name]) else work.accumulation * often[name] * numel
+        for name, numel in padded.items()
+    )
+    yield Sent("data", "weights", kind.ranks * (n - 1) * width * gathered)
+
+
+def _norms(work: Workload) -> Iterator[Sent]:
+    """Sums of squares, a number for each tensor that the optimizer steps on, and whether any gradient overflowed."""
+    groups = work.groups
+    if work.stage == 0:
+        return
+    if work.keeps_float32_gradients:
+        experts = any(group.on_expert_ranks for group in groups)
+        yield _numbers(work, "tensor", FLOAT32 * (1 + experts))
+        yield _numbers(work, "expert", FLOAT32 * experts)
+        return
+    flags = int(work.precision == "fp16" or (work.precision == "bf16" and work.stage < 3))
+    if work.stage == 3:
+        steps = len([size for group in groups for size in work.sub_groups(group, work.kinds[0])])
+        squares = steps * (FLOAT32 if work.offload_optimizer else FLOAT64)
+    else:
+        squares = len(groups) * FLOAT32
+        yield _numbers(work, "expert_data", FLOAT32 * sum(group.on_expert_ranks for group in groups))
+    for along in ("data", "tensor"):
+        yield _numbers(work, along, squares + flags)
+
+
+def _numbers(work: Workload, along: Along, bytes_: int) -> Sent:
+    """So many bytes all-reduced once in every group along a dimension."""
+    size = work.layout.size(along) if along != "world" else work.layout.world
+    return Sent(along, "norms", work.layout.world // size * 2 * (size - 1) * bytes_)
+
+
+def _muon(work: Workload) -> Iterator[Sent]:
+    """Momenta are put together, and the updates spread, in float32 (llm/parallel/muon.py)."""
+    t = work.layout.tensor
+    for group in work.groups:
+        if group.algorithm != "muon" or work.stage == 0:
+            continue
+        n = work.cut_over(group)
+        along: Along = "expert_data" if group.on_expert_ranks else "data"
+        for kind in work.kinds:
+            numel = sum(kind.sizes[name] for name in group.names)
+            yield Sent(along, "Muon", _groups(work, group, kind) * 4 * (n - 1) * FLOAT32 * numel)
+            # kinds differ in the vocabulary only, which is not Muon's: of a tensor group all ranks have as much
+            yield Sent("tensor", "Muon", kind.ranks * work.layout.data * 2 * (t - 1) * FLOAT32 * numel)

@@ -1,0 +1,151 @@
+"""What a run asks of its ranks, as plain numbers: how much of each parameter a rank holds, and how ZeRO flattens it.
+
+Predictions of bytes and memory (llm/parallel/traffic_plan.py, memory.py) read this. No process group, no weights: a
+model of any size on any number of ranks takes a moment.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from llm.args import ModelArgs
+from llm.boxes import box_shape, parameter_box
+from llm.parallel.engine import ZERO3_SUB_GROUP
+from llm.parallel.layout import Layout
+from llm.recompute import Recompute
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+ALIGNMENT = 2
+"""DeepSpeed pads a flat group to this many elements a rank."""
+
+# DeepSpeed's own defaults, which matter to who gathers what and when under ZeRO-3
+ZERO3_DEFAULTS = {
+    "stage3_param_persistence_threshold": 10**5,
+    "stage3_prefetch_bucket_size": 5 * 10**7,
+    "stage3_max_live_parameters": 10**9,
+    "stage3_max_reuse_distance": 10**9,
+    "sub_group_size": ZERO3_SUB_GROUP,
+}
+
+
+class OptimizerGroup(NamedTuple):
+    """Parameters that the optimizer treats alike, in the order in which ZeRO flattens them."""
+
+    names: tuple[str, ...]
+    algorithm: str
+    """adamw, sgd or muon."""
+    on_expert_ranks: bool
+    """Whether they are experts that lie on several ranks."""
+
+
+class Kind(NamedTuple):
+    """Tensor-parallel ranks that hold parts of the same sizes; others differ where a vocabulary is cut unevenly."""
+
+    sizes: Mapping[str, int]
+    """Elements of each parameter on such a rank, before ZeRO cuts them."""
+    ranks: int
+    """How many there are in a tensor-parallel group."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A run: model, layout, and what of its settings decides bytes and memory."""
+
+    args: ModelArgs
+    shapes: Mapping[str, tuple[int, ...]]
+    """Whole shape of every parameter."""
+    layout: Layout
+    precision: str
+    groups: tuple[OptimizerGroup, ...]
+    micro_batch_size: int
+    seq_len: int
+    accumulation: int
+    """Micro-batches of a step."""
+    offload_optimizer: bool = False
+    recompute: Recompute = "none"
+    ema: bool = False
+    zero: Mapping[str, Any] = field(default_factory=dict)
+    """Options passed through to DeepSpeed's `zero_optimization`."""
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage that the engine really runs."""
+        alone = self.layout.world == 1 and self.precision == "fp32" and not self.offload_optimizer
+        return 0 if alone and self.layout.zero_stage == 1 else self.layout.zero_stage
+
+    @property
+    def keeps_float32_gradients(self) -> bool:
+        """Whether DeepSpeed takes its class BF16_Optimizer, which adds gradients up in whole float32 buffers."""
+        return self.stage == 1 and self.precision == "bf16" and not self.offload_optimizer
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.micro_batch_size * self.seq_len
+
+    @property
+    def n_parameters(self) -> int:
+        """Elements of the whole model."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def held(self) -> list[int]:
+        """Elements on a rank of each kind, before ZeRO cuts them."""
+        return [sum(kind.sizes.values()) for kind in self.kinds]
+
+    @property
+    def moe_layers(self) -> int:
+        return sum(spec.ffn == "moe" for spec in self.args.layer_specs())
+
+    @cached_property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of tensor-parallel ranks; one, or two where the vocabulary does not divide evenly."""
+        layout, args = self.layout, self.args
+        found: Counter[tuple[int, ...]] = Counter()
+        for rank in range(layout.tensor):
+            boxes = (
+                parameter_box(args, name, shape, (rank, layout.tensor), (0, layout.expert))
+                for name, shape in self.shapes.items()
+            )
+            found[tuple(math.prod(box_shape(box)) for box in boxes)] += 1
+        return tuple(Kind(dict(zip(self.shapes, sizes, strict=True)), ranks) for sizes, ranks in found.items())
+
+    def cut_over(self, group: OptimizerGroup) -> int:
+        """Ranks over which ZeRO cuts the group, and over which its gradients are summed."""
+        return self.layout.size("expert_data" if group.on_expert_ranks else "data")
+
+    def flat_numel(self, group: OptimizerGroup, kind: Kind) -> int:
+        """Elements of the flat group of ZeRO 1 and 2, with padding."""
+        return _padded(sum(kind.sizes[name] for name in group.names), ALIGNMENT * self.cut_over(group))
+
+    def share_numel(self, numel: int) -> int:
+        """Elements of a rank's share under ZeRO-3, with padding."""
+        return -(-numel // self.layout.data)
+
+    def sub_groups(self, group: OptimizerGroup, kind: Kind) -> list[int]:
+        """Elements of a rank's flat tensors under ZeRO-3, which steps some parameters at a time."""
+        limit, shares = self.zero3("sub_group_size"), [self.share_numel(kind.sizes[name]) for name in group.names]
+        if limit >= sum(shares):
+            return [sum(shares)]
+        sizes, filled = [], 0
+        for i, share in enumerate(shares):
+            filled += share
+            if filled >= limit or i == len(shares) - 1:
+                sizes.append(filled)
+                filled = 0
+        return sizes
+
+    def zero3(self, option: str) -> int:
+        """One of ZERO3_DEFAULTS, or what the run sets instead."""
+        return int(self.zero.get(option, ZERO3_DEFAULTS[option]))
+
+    def stays_gathered(self, numel: int) -> bool:
+        """Whether a parameter of this size stays whole on every rank between steps of ZeRO-3."""
+        return numel <= self.zero3("stage3_param_persistence_threshold")
+
+
+def _padded(numel: int, multiple: int) -> int:
+    return -(-numel // multiple) * multiple

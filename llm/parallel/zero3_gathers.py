@@ -1,0 +1,246 @@
+"""Which weights ZeRO-3 gathers in a micro-batch, and how often: its decisions, replayed without weights.
+
+DeepSpeed's hooks fetch a module's weights before its forward and before its backward, and let go of them after it,
+unless the recorded order of modules says that they are needed soon again; and it fetches ahead. The rules below are
+those of DeepSpeed 0.19.8 (runtime/zero/partitioned_param_coordinator.py), once it has recorded the order.
+
+It decides what to let go of once and for all, in the first micro-batch after the one that it records. Small weights,
+which stay gathered from then on, are gathered in that one where no optimizer step came before it, and so change what is
+fetched ahead: the decisions of a run depend on whether its first step has more than one micro-batch (measured).
+"""
+
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator, Mapping
+from typing import Literal, NamedTuple
+
+from llm.args import LayerSpec, ModelArgs
+from llm.parallel.workload import Workload
+
+QKV = ("wq", "wk", "wv")
+ROUTED = ("router", "experts")
+SWIGLU = ("w1", "w3", "w2")
+Decisions = dict[tuple[str, int], set[str]]
+"""What is let go of when a module ends at a step."""
+
+
+class Event(NamedTuple):
+    """A module begins (its weights are fetched), or has ended (they may go)."""
+
+    module: str
+    what: Literal["fetch", "release"]
+
+
+def gathers(work: Workload, sizes: Mapping[str, int]) -> Counter[str]:
+    """How often each parameter is gathered over the data-parallel ranks in one micro-batch; `sizes` are the elements of
+    each on this rank before ZeRO cuts them.
+    """
+    of_module: dict[str, list[str]] = defaultdict(list)
+    for name in sizes:
+        module = name.removesuffix(".weight") if name.endswith(".weight") else name.rpartition(".")[0]
+        of_module[module].append(name)
+    stay = {name for name, numel in sizes.items() if work.stays_gathered(numel)}
+    order, let_go = list(events(work)), Decisions()
+    _MicroBatch(work, sizes, of_module, order, stay, let_go).replay(set() if work.accumulation > 1 else stay)
+    return _MicroBatch(work, sizes, of_module, order, stay, let_go).replay(stay)
+
+
+def events(work: Workload) -> Iterator[Event]:
+    """The modules of one micro-batch in their order, forward and backward."""
+    args, full = work.args, work.recompute != "none"
+    head = "tok_embeddings" if args.tie_embeddings else "output"
+    specs = args.layer_specs()
+    yield Event("", "fetch")
+    yield from _call("tok_embeddings")
+    for spec in specs:
+        yield from _forward(args, spec)
+    yield from _call("norm")
+    yield from _call(head)
+    yield Event("", "release")
+    yield from _call(head)
+    yield from _call("norm")
+    for spec in reversed(specs):
+        yield from _backward(args, spec, full)
+    yield Event("tok_embeddings", "fetch")  # what reads ids has no gradient to pass on, so nothing says when it ended
+
+
+def _call(module: str) -> Iterator[Event]:
+    yield Event(module, "fetch")
+    yield Event(module, "release")
+
+
+def _within(module: str, inner: Iterator[Event]) -> Iterator[Event]:
+    yield Event(module, "fetch")
+    yield from inner
+    yield Event(module, "release")
+
+
+def _linears(prefix: str, names: tuple[str, ...]) -> Iterator[Event]:
+    for name in names:
+        yield from _call(f"{prefix}.{name}")
+
+
+def attention_modules(spec: LayerSpec) -> tuple[str, ...]:
+    """The modules with weights inside an attention, in the order of their calls."""
+    norms = ("q_norm", "k_norm") if spec.qk_norm in ("head", "full") else ()
+    return (*QKV, *norms, "wo")
+
+
+def feed_forward_modules(args: ModelArgs, spec: LayerSpec) -> tuple[str, ...]:
+    """The modules with weights inside a feed-forward, in the order of their calls."""
+    if spec.ffn != "moe":
+        return SWIGLU
+    shared = tuple(f"shared_expert.{name}" for name in SWIGLU)
+    return ROUTED + (shared if args.moe is not None and args.moe.shared else ())
+
+
+def auxiliary_losses(args: ModelArgs) -> int:
+    """Losses of the router that have gradients."""
+    moe = args.moe
+    return 0 if moe is None else (moe.balance == "lag" and moe.aux_alpha > 0) + (moe.z_alpha > 0)
+
+
+def _forward(args: ModelArgs, spec: LayerSpec) -> Iterator[Event]:
+    block = f"layers.{spec.index}"
+
+    def parts() -> Iterator[Event]:
+        yield from _call(f"{block}.attention_norm")
+        yield from _within(f"{block}.attention", _linears(f"{block}.attention", attention_modules(spec)))
+        if spec.ffn != "none":
+            yield from _call(f"{block}.ffn_norm")
+            inner = _linears(f"{block}.feed_forward", feed_forward_modules(args, spec))
+            yield from _within(f"{block}.feed_forward", inner)
+
+    yield from _within(block, parts())
+
+
+def _backward(args: ModelArgs, spec: LayerSpec, recompute: bool) -> Iterator[Event]:
+    """A module with several results is fetched once for each that has a gradient."""
+    block, attention = f"layers.{spec.index}", f"layers.{spec.index}.attention"
+    ffn = f"{block}.feed_forward"
+    outputs = 1 + (auxiliary_losses(args) if spec.ffn == "moe" else 0)
+    yield from (Event(block, "fetch") for _ in range(outputs))
+    repeat = _repetition(args, spec) if recompute else iter(())
+    if spec.ffn != "none":
+        yield from (Event(ffn, "fetch") for _ in range(outputs))
+        if spec.ffn == "moe" and repeats_after_experts(args):
+            yield from repeat
+        for name in reversed(feed_forward_modules(args, spec)):
+            yield Event(f"{ffn}.{name}", "fetch")
+            yield from repeat  # when the first weight's product asks for its input
+            yield Event(f"{ffn}.{name}", "release")
+        yield Event(ffn, "release")
+        yield from _call(f"{block}.ffn_norm")
+    yield Event(attention, "fetch")
+    for name in reversed(attention_modules(spec)):
+        yield Event(f"{attention}.{name}", "fetch")
+        yield from repeat
+        yield Event(f"{attention}.{name}", "release")
+    yield Event(attention, "release")
+    yield from _call(f"{block}.attention_norm")
+    yield Event(block, "release")
+
+
+def repeats_after_experts(args: ModelArgs) -> bool:
+    """Whether the backward of an MoE layer needs something that its forward made after its last module's call."""
+    moe = args.moe
+    return moe is not None and (auxiliary_losses(args) > 0 or (moe.apply == "output" and not moe.shared))
+
+
+def _repetition(args: ModelArgs, spec: LayerSpec) -> Iterator[Event]:
+    """The forward again, up to the last thing that the backward needs: where that is made inside the last module's
+    call, the call does not end.
+    """
+    again = list(_forward(args, spec))
+    last = max(i for i, event in enumerate(again) if event.what == "fetch")
+    after_call = spec.ffn == "moe" and repeats_after_experts(args)
+    yield from again[: last + 2 if after_call else last + 1]
+
+
+class _MicroBatch:
+    """DeepSpeed's state in one micro-batch. Steps number the fetches."""
+
+    def __init__(
+        self,
+        work: Workload,
+        sizes: Mapping[str, int],
+        of_module: Mapping[str, list[str]],
+        events: list[Event],
+        stay: set[str],
+        decisions: Decisions,
+    ) -> None:
+        self.sizes, self.of_module, self.events, self.stay = sizes, of_module, events, stay
+        self.ahead = work.zero3("stage3_prefetch_bucket_size")
+        self.most_available = work.zero3("stage3_max_live_parameters")
+        self.reuse = work.zero3("stage3_max_reuse_distance")
+        self.order = [event.module for event in events if event.what == "fetch"]
+        self.queue = deque((name, step) for step, module in enumerate(self.order) for name in of_module[module])
+        self.fetched_for: dict[str, int] = defaultdict(lambda: -1)
+        self.available: set[str] = set()
+        self.active: dict[str, set[str]] = defaultdict(set)
+        self.n_available = 0
+        self.step = 0
+        self.decisions = decisions
+        self.counts: Counter[str] = Counter()
+
+    def replay(self, available: set[str]) -> Counter[str]:
+        """How often each parameter is gathered, when these are there from the beginning."""
+        self.available = set(available)
+        for event in self.events:
+            if event.what == "fetch":
+                self._fetch(event.module)
+            else:
+                self._release(event.module)
+        return self.counts
+
+    def _gather(self, names: list[str]) -> None:
+        for name in names:
+            self.available.add(name)
+            self.counts[name] += 1
+            self.n_available += self.sizes[name]
+
+    def _fetch(self, module: str) -> None:
+        names = self.of_module[module]
+        self._gather([name for name in names if name not in self.available])
+        for name in names:
+            self.active[name].add(module)
+        new = {name for name in names if self.fetched_for[name] < self.step}
+        passed: set[str] = set()
+        while self.queue and len(passed) < len(new):
+            name, step = self.queue.popleft()
+            self.fetched_for[name] = step
+            passed.add(name)
+        if self.ahead > 0:
+            self._fetch_ahead()
+        self.step += 1
+
+    def _fetch_ahead(self) -> None:
+        limit, numel = min(self.most_available - self.n_available, self.ahead), 0
+        found: list[str] = []
+        while self.queue and numel < limit:
+            name, step = self.queue.popleft()
+            if name not in self.available and name not in found:
+                found.append(name)
+                numel += self.sizes[name]
+            self.fetched_for[name] = max(self.fetched_for[name], step)
+        self._gather(found)
+
+    def _release(self, module: str) -> None:
+        if (module, self.step) not in self.decisions:
+            self.decisions[module, self.step] = self._not_needed_soon(module)
+        for name in self.of_module[module]:
+            self.active[name].discard(module)
+            if name in self.decisions[module, self.step] and name in self.available and not self.active[name]:
+                self.available.remove(name)
+                self.n_available -= self.sizes[name]
+
+    def _not_needed_soon(self, module: str) -> set[str]:
+        names = self.of_module[module]
+        found = {name for name in names if name not in self.stay and self.fetched_for[name] <= self.step}
+        seen = 0
+        for later in self.order[self.step :] if found else ():
+            if seen >= self.reuse:
+                break
+            for name in self.of_module[later]:
+                found.discard(name)
+                seen += self.sizes[name]
+        return found

@@ -1,0 +1,156 @@
+"""What `--dry_run` tells of a run before it begins: the grid of ranks, memory and traffic, from the config alone."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+
+from llm.args import ModelArgs
+from llm.errors import UserError
+from llm.model import LLM
+from llm.parallel import memory, traffic_plan
+from llm.parallel.deepspeed_private import mark
+from llm.parallel.layout import Dimension, Layout
+from llm.parallel.workload import ZERO3_DEFAULTS, OptimizerGroup, Workload
+from llm.plans import plan_for
+from llm.tokenizer import load_tokenizer
+from llm.train.config import RunConfig
+from llm.train.optimizer import parameter_groups
+
+REPLICA: tuple[Dimension, ...] = ("tensor", "context", "data", "pipeline")
+EXPERTS: tuple[Dimension, ...] = ("expert", "expert_data")
+SHOWN = 4
+"""Ranks of a group, and groups of a dimension, that are listed; of more, the last one and dots."""
+
+
+def workload(config: RunConfig, layout: Layout) -> Workload:
+    """The config as llm/parallel predicts from it. Precision `auto` counts as bf16; model.vocab_size must be set."""
+    args, train = config.model, config.train
+    model = LLM(args, device="meta")
+    names = {}
+    for name, parameter in model.named_parameters():
+        names[id(parameter)] = name
+        mark(parameter, False, layout.expert if plan_for(name).ep_dim is not None else 1)
+    groups = tuple(
+        OptimizerGroup(
+            names=tuple(names[id(parameter)] for parameter in group["params"]),
+            algorithm="muon" if group["muon"] else "sgd" if config.optim.name == "sgd" else "adamw",
+            on_expert_ranks=group.get("moe", False),
+        )
+        for group in parameter_groups(model, config.optim)
+    )
+    return Workload(
+        args=args,
+        shapes={name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
+        layout=layout,
+        precision="bf16" if train.precision == "auto" else train.precision,
+        groups=groups,
+        micro_batch_size=train.micro_batch_size,
+        seq_len=train.seq_len,
+        accumulation=train.global_batch_size // (train.micro_batch_size * layout.data),
+        offload_optimizer=config.parallel.offload_optimizer,
+        recompute=train.activation_checkpointing,
+        ema=config.optim.ema_decay is not None,
+        zero=config.deepspeed.get("zero_optimization", {}),
+    )
+
+
+def report(config: RunConfig, layout: Layout) -> str:
+    """Lines that are comments in YAML."""
+    return "".join(f"# {line}".rstrip() + "\n" for line in _lines(config, layout))
+
+
+def _lines(config: RunConfig, layout: Layout) -> Iterator[str]:
+    yield from _grid(layout)
+    try:
+        config = _with_vocabulary(config)
+    except UserError as error:
+        yield f"sizes are not known: model.vocab_size=-1 takes the tokenizer's, and {error}"
+        return
+    work = workload(config, layout)
+    passed = [f"zero_optimization.{option}" for option in work.zero.keys() - ZERO3_DEFAULTS.keys()]
+    for option in sorted([*passed, *config.deepspeed.keys() - {"zero_optimization"}]):
+        yield f"deepspeed.{option} is passed through; what follows does not know of it"
+    if config.train.precision == "auto":
+        yield "train.precision=auto counts as bf16, which GPUs take"
+    yield from _memory(work)
+    yield from _traffic(work)
+
+
+def _with_vocabulary(config: RunConfig) -> RunConfig:
+    if config.model.vocab_size != -1:
+        return config
+    vocab_size = load_tokenizer(config.tokenizer).vocab_size
+    model = ModelArgs.model_validate({**config.model.model_dump(), "vocab_size": vocab_size})
+    return config.model_copy(update={"model": model})
+
+
+def _grid(layout: Layout) -> Iterator[str]:
+    yield ""
+    cut = [f"{name} {layout.size(name)}" for name in REPLICA if layout.size(name) > 1]
+    experts = f", experts over {layout.expert} of the data-parallel ranks" if layout.expert > 1 else ""
+    yield f"grid of {_count(layout.world, 'rank')}: {' x '.join(cut) or 'nothing is cut'}{experts}"
+    for name in REPLICA + (EXPERTS if layout.expert > 1 else ()):
+        if layout.size(name) > 1:
+            groups = [_short([str(rank) for rank in ranks], " ") for ranks in layout.groups(name)]
+            yield f"  {name:<12} {_short(groups, ' | ')}"
+
+
+def _memory(work: Workload) -> Iterator[str]:
+    kinds = [rank for rank, _ in memory.predict(work)]
+    yield ""
+    yield f"parameters: {work.n_parameters:,}; of these on a rank, before ZeRO cuts them, {_span(work.held)}"
+    yield "bytes kept on a rank, without activations and buffers"
+    for part in fields(memory.Memory):
+        values = [getattr(rank, part.name) for rank in kinds]
+        if any(values):
+            yield _row(part.name, values)
+    yield _row("all", [rank.total for rank in kinds])
+    if kinds[0].gradients is None:
+        yield "  gradients are not counted where the optimizer is offloaded"
+
+
+def _traffic(work: Workload) -> Iterator[str]:
+    sent = traffic_plan.predict(work)
+    yield ""
+    if not sent:
+        yield "bytes sent in a step: none"
+        return
+    micro_batches = _count(work.accumulation, "micro-batch", "es")
+    yield f"bytes sent in a step of {micro_batches}, by all ranks together, as rings do:"
+    yield "over n ranks 2 (n-1) times the buffer of an all-reduce, (n-1) times the whole buffer of an all-gather or"
+    yield "reduce-scatter, (n-1)/n of all ranks' buffers of an all-to-all"
+    for along, purposes in sent.items():
+        yield _sent(along, sum(purposes.values()), work.layout.world)
+        if len(purposes) > 1:
+            yield from (f"    {purpose:<12} {bytes_:>22,}" for purpose, bytes_ in purposes.items())
+    if len(sent) > 1:
+        yield _sent("all", sum(sum(purposes.values()) for purposes in sent.values()), work.layout.world)
+
+
+def _row(name: str, values: Sequence[int]) -> str:
+    return f"  {name:<14} {_span(values):>22}  {_units(max(values))}"
+
+
+def _sent(name: str, bytes_: int, ranks: int) -> str:
+    return f"  {name:<14} {bytes_:>22,}  {_units(bytes_)}, {_units(bytes_ / ranks)} a rank in the mean"
+
+
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
+
+
+def _span(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _units(bytes_: float) -> str:
+    for unit, size in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if bytes_ >= size:
+            return f"{bytes_ / size:.2f} {unit}"
+    return f"{bytes_:.0f} B"
+
+
+def _short(items: list[str], between: str) -> str:
+    if len(items) > SHOWN:
+        items = [*items[: SHOWN - 1], "...", items[-1]]
+    return between.join(items)

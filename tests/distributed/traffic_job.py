@@ -1,0 +1,134 @@
+"""Run under torchrun: for each case the bytes that a real step sends and a real engine keeps, and those predicted."""
+
+import json
+import math
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm.boxes import box_shape
+from llm.parallel import deepspeed_private as private
+from llm.parallel import launch, memory, traffic_plan
+from llm.parallel.build import build_model
+from llm.parallel.collectives import gather_json
+from llm.parallel.engine import Engine
+from llm.parallel.grid import Grid, make_grid
+from llm.parallel.launch import World
+from llm.parallel.traffic import TrafficCounter
+from llm.train.config import RunConfig, check_layout, validate
+from llm.train.dry_run import workload
+from llm.train.optimizer import make_optimizer
+from tests.distributed.engine_job import ROWS, SEQ_LEN, cut_batch
+from tests.distributed.harness import TINY_MODEL, tiny_config
+
+# of odd sizes, so that vocabulary, flat groups and shares are all padded
+ODD_MODEL = {**TINY_MODEL, "dim": 30, "head_dim": 8, "vocab_size": 67, "n_layers": 3}
+SETTLING_STEPS = 2  # in which ZeRO-3 records the order of modules, and decides what to keep gathered
+
+
+def main() -> None:
+    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    launch.quiet_libraries()
+    world = launch.start(60, 1)
+    results = [compare(case, world) for case in cases]
+    if world.is_main:
+        out.write_text(json.dumps(results))
+
+
+def compare(case: dict[str, Any], world: World) -> dict[str, Any]:
+    """Predicted and counted bytes of each dimension; expected and measured memory of each rank."""
+    sections = {name: dict(case.get(name, {})) for name in ("parallel", "optim", "train", "deepspeed")}
+    sections["train"] = {"seq_len": SEQ_LEN, "global_batch_size": ROWS, "precision": "fp32", **sections["train"]}
+    raw = tiny_config(Path("unused"), **sections)
+    raw["model"] = {**ODD_MODEL, **case.get("model", {})}
+    config = validate(raw, "case")
+    layout = check_layout(config, world.size)
+    work = workload(config, layout)
+    grid = make_grid(world, layout)
+    engine = build(config, grid, work.accumulation)
+    kept: list[dict[str, int]] = []
+    inputs = engine._inputs  # called at the beginning of each micro-batch
+    engine._inputs = lambda batch: (kept.append(measure(engine)), inputs(batch))[1]  # type: ignore[method-assign]
+    for step in range(SETTLING_STEPS):
+        take_step(engine, step, work.accumulation)
+    counter = TrafficCounter(layout)
+    kept.clear()
+    with counter:
+        take_step(engine, SETTLING_STEPS, work.accumulation)
+    counted = counter.total(world)
+    predicted = {along: sum(purposes.values()) for along, purposes in traffic_plan.predict(work).items()}
+    sizes = {along: [predicted.get(along, 0), counted.get(along, 0)] for along in predicted | counted}
+    mine: dict[str, int | None] = {**kept[-1]}
+    if work.accumulation == 1 or work.offload_optimizer:
+        mine["gradients"] = None
+    kinds = [asdict(kind) for kind, _ in memory.predict(work)]
+    share = sum(work.kinds[0].sizes.values())
+    mine_is = 0 if sum(math.prod(box_shape(box)) for box in engine.boxes.values()) == share else 1
+    return {
+        "sent": sizes,
+        "memory": gather_json([kinds[mine_is], mine], world),
+        "calls": dict(counter.calls),
+    }
+
+
+def build(config: RunConfig, grid: Grid, accumulation: int) -> Engine:
+    """The engine that the trainer would build."""
+    train, parallel = config.train, config.parallel
+    model = build_model(config.model, train.seed, grid, zero_stage=parallel.zero_stage, precision=train.precision)
+    model.activation_checkpointing = train.activation_checkpointing
+    return Engine(
+        model,
+        make_optimizer(model, config.optim),
+        grid=grid,
+        precision=train.precision,
+        micro_batch_size=train.micro_batch_size,
+        max_accumulation=accumulation,
+        clip_norm=config.optim.clip_norm,
+        seed=train.seed,
+        zero_stage=parallel.zero_stage,
+        offload_optimizer=parallel.offload_optimizer,
+        ema_decay=config.optim.ema_decay,
+        extra_config=dict(config.deepspeed),
+    )
+
+
+def take_step(engine: Engine, step: int, accumulation: int) -> None:
+    batch, n_targets = cut_batch(step, engine.grid, accumulation)
+    assert engine.train_step(batch, n_targets, ROWS * SEQ_LEN, lr=1e-3).skipped is None
+
+
+def measure(engine: Engine) -> dict[str, int]:
+    """Bytes of the tensors that this rank keeps, each piece of memory once."""
+    zero, model = engine._deepspeed.optimizer, engine.model
+    parameters = [getattr(p, "ds_tensor", p) for p in model.parameters()]
+    parameters += [p for p in model.parameters() if getattr(p, "ds_persist", False)]
+    flats = private.partitions(engine._deepspeed)
+    base = private.base_optimizer(engine._deepspeed)
+    state = [x for flat in flats for x in base.state.get(flat, {}).values() if torch.is_tensor(x)]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    gradients += [p.grad_accum for p in model.parameters() if getattr(p, "grad_accum", None) is not None]
+    gradients += getattr(zero, "fp32_groups_gradients_flat", [])
+    if hasattr(zero, "grad_partitions_flat_buffer"):
+        gradients.append(zero.grad_partitions_flat_buffer)
+    elif engine.zero_stage == 2:
+        parts = [*zero.averaged_gradients.values(), *zero.all_grad_tensors.values()]
+        gradients += [x for part in parts if part is not None for x in part if x is not None]
+    weights = _bytes(parameters)
+    return {
+        "parameters": weights,
+        "masters": _bytes([*parameters, *flats]) - weights,
+        "optimizer": _bytes(state),
+        "ema": _bytes(engine._ema),
+        "gradients": _bytes(gradients),
+    }
+
+
+def _bytes(tensors: list[torch.Tensor]) -> int:
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+
+if __name__ == "__main__":
+    launch.run(main)
