@@ -1,4 +1,5 @@
 # make pretrain   the main job on real text, from nothing to a sampled text
+# make layouts    compare every layout of NPROC processes with one process:  make layouts NPROC=4 CONFIG=my.yaml
 # make test       all tests but the long ones;   make test-full   every test
 # make lint       style and types
 #
@@ -8,12 +9,13 @@ TORCH ?=
 PYTHON ?= python3
 NPROC ?= 2
 RUN ?= runs/quickstart
+CONFIG ?= configs/pretrain/quickstart.yaml
 
 BIN := .venv/bin
 RUNTIME := .venv/.runtime-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: pretrain pretrain-long test test-full lint setup clean
+.PHONY: pretrain pretrain-long layouts test test-full lint setup clean
 
 setup: $(RUNTIME)
 
@@ -41,6 +43,12 @@ pretrain-long: $(RUNTIME)
 	$(BIN)/python tools/quickstart.py prepare
 	$(BIN)/python launch/pretrain.py --config configs/pretrain/quickstart_long.yaml --run_dir $(RUN)_long --nproc $(NPROC)
 	$(BIN)/python tools/quickstart.py report --run_dir $(RUN)_long
+
+layouts: $(RUNTIME)
+ifeq ($(CONFIG),configs/pretrain/quickstart.yaml)
+	$(BIN)/python tools/quickstart.py prepare
+endif
+	$(BIN)/python tools/layouts.py --config $(CONFIG) --nproc $(NPROC) --shrink
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -m "not full"

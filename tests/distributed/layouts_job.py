@@ -1,0 +1,42 @@
+"""Run under torchrun on four processes: runs of the tiny model through the Trainer, all in one job to save start-up
+time. Arguments: the config, the folder for the runs, and the run whose checkpoint some of them continue.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llm.parallel import launch
+from llm.train.config import validate
+
+CUT = {"tensor": 2, "expert": 2}
+SAVED_STEP = 4
+RUNS: dict[str, dict[str, Any]] = {
+    "again": CUT,
+    "data_parallel": {},
+    "resumed": {**CUT, "continues": True},
+    "resumed_data_parallel": {"zero_stage": 3, "continues": True},
+}
+
+
+def main() -> None:
+    raw, out, saved = yaml.safe_load(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), Path(sys.argv[3])
+    launch.quiet_libraries()
+    world = launch.start(60, 1)
+    from llm.train.trainer import Trainer
+
+    for name, layout in RUNS.items():
+        parallel = {key: value for key, value in layout.items() if key != "continues"}
+        resume = str(saved / "checkpoints" / f"step_{SAVED_STEP:08d}") if "continues" in layout else "auto"
+        config = {
+            **raw,
+            "parallel": {"timeout_s": 60, **parallel},
+            "checkpoint": {**raw["checkpoint"], "resume": resume},
+        }
+        Trainer(validate(config, name), out / name, world).fit()
+
+
+if __name__ == "__main__":
+    launch.run(main)

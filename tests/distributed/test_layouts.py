@@ -1,0 +1,169 @@
+"""Every layout that the validator accepts gives the answer of one process with nothing cut.
+
+The model has everything on: NoPE, chunked and QK-normed layers, top-1 and top-2 routing with both losses, tied and
+untied heads, a vocabulary that no number of ranks divides; rows are packed documents with uneven numbers of targets,
+and clipping bites. No choice of a router is so close that rounding could turn it, so the checksums must agree.
+"""
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm.args import ModelArgs
+from llm.parallel.layout import Layout
+from llm.parallel.validate import LAYOUT_RULES, Choice, Needs, problem
+from tests.distributed.engine_job import ROWS, SEQ_LEN
+from tests.distributed.harness import TINY_MODEL
+from tests.distributed.test_zero import check, train
+
+pytestmark = pytest.mark.distributed
+
+Case = dict[str, Any]
+WIDE = {"init_std": 0.1, "vocab_size": 67}
+MODELS: dict[str, Case] = {
+    "top2": {"model": WIDE, "first": 300},
+    "top1 tied": {"model": {**WIDE, "moe": {**TINY_MODEL["moe"], "top_k": 1}}, "tied": True, "first": 300},
+    "one kv head": {"model": {**WIDE, "n_kv_heads": 1}, "first": 200},
+    "small weights": {},  # init_std=0.02, for what rounds too much to compare choices
+}
+"""`first` is the first batch of data in whose 20 steps no choice comes near a tie."""
+OPTIMIZERS = ("adamw", "sgd")
+MARGIN = 1e-5
+"""Of a choice, relative to the router's logits; rounding moves them by 1e-7, and 20 steps of training by 1e-6."""
+CI_STEPS, STEPS = 6, 20
+
+ON_TWO_RANKS: list[Case] = [
+    {"tensor": 2, "accumulation": 2},
+    {"tensor": 2, "of": "top1 tied", "optimizer": "sgd"},
+    {"tensor": 2, "of": "one kv head", "recompute": "full"},
+    {"tensor": 2, "sequence_parallel": False, "recompute": "selective"},
+    {"expert": 2, "accumulation": 2},
+    {"expert": 2, "of": "top1 tied", "optimizer": "sgd", "stage": 2},
+]
+ON_FOUR_RANKS: list[Case] = [
+    {"tensor": 2, "expert": 2, "accumulation": 2},
+    {"tensor": 2, "stage": 3, "of": "top1 tied"},
+    {"tensor": 4, "stage": 2, "optimizer": "sgd"},  # two key and value heads
+    {"expert": 4, "stage": 2},
+    {"tensor": 2, "expert": 2, "precision": "bf16", "of": "small weights"},
+]
+ON_EIGHT_RANKS: list[Case] = [{"tensor": 2, "expert": 2, "stage": 2}]
+BY_RANKS = {2: ON_TWO_RANKS, 4: ON_FOUR_RANKS, 8: ON_EIGHT_RANKS}
+
+
+def accepted(ranks: int, precision: str = "fp32") -> list[Case]:
+    """Tensor, expert and ZeRO stage of every layout of the test model on so many ranks."""
+    args = ModelArgs.model_validate({**TINY_MODEL, "vocab_size": 67})
+    needs = Needs(args, precision, False, SEQ_LEN, (("rows", ROWS),))
+    found = []
+    for tensor, expert, stage in product((1, 2, 4), (1, 2, 4), (1, 2, 3)):
+        choice = Choice(Layout(ranks, tensor, expert, zero_stage=stage), 1)
+        if problem(needs, choice, LAYOUT_RULES) is None and problem(needs, choice) is None:
+            found.append({"tensor": tensor, "expert": expert, "stage": stage})
+    return found
+
+
+def matrix(ranks: int) -> list[Case]:
+    """The accepted layouts with both optimizers and both models, SGD with two micro-batches where the rows suffice."""
+    cases = []
+    for layout, optimizer, of in product(accepted(ranks), OPTIMIZERS, ("top2", "top1 tied")):
+        data = ranks // layout["tensor"]
+        accumulation = 2 if optimizer == "sgd" and ROWS % (2 * data) == 0 else 1
+        cases.append({**layout, "optimizer": optimizer, "of": of, "accumulation": accumulation})
+    return cases
+
+
+def extras() -> dict[int, list[Case]]:
+    """Precisions and what saves memory or time, on layouts that cut in several ways."""
+    both = {"tensor": 2, "expert": 2}
+    return {
+        2: [
+            {"tensor": 2, "compile": True},
+            {"expert": 2, "compile": True},
+            {"tensor": 2, "precision": "fp16", "of": "small weights"},
+        ],
+        4: [
+            {**both, "recompute": "selective", "sequence_parallel": False},
+            {**both, "recompute": "full", "stage": 2},
+            {**both, "offload": True, "stage": 2},
+            {"tensor": 2, "stage": 3, "offload": True, "recompute": "selective"},
+            {"tensor": 4, "of": "one kv head", "sequence_parallel": False},
+            {**both, "of": "one kv head", "optimizer": "sgd", "accumulation": 2},
+            {**both, "optimizer": "muon", "accumulation": 2},
+            {"tensor": 2, "stage": 3, "optimizer": "muon", "of": "top1 tied"},
+            {"tensor": 4, "stage": 2, "optimizer": "muon"},
+            *({**layout, "precision": "bf16", "of": "small weights"} for layout in accepted(4, "bf16")),
+        ],
+        8: [{**layout, "precision": "bf16", "of": "small weights"} for layout in accepted(8, "bf16")],
+    }
+
+
+def prepared(case: Case, steps: int) -> Case:
+    """The case as the job reads it."""
+    own = {key: value for key, value in case.items() if key != "of"}
+    return {**MODELS[case.get("of", "top2")], "steps": steps, **own}
+
+
+def model_and_optimizer(case: Case) -> tuple[str, str]:
+    """What of a case matters to one process."""
+    return case.get("of", "top2"), case.get("optimizer", "adamw")
+
+
+def references(folder: Path, cases: list[Case], steps: int) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """One process, for every model and optimizer of the cases."""
+    names = sorted(set(map(model_and_optimizer, cases)))
+    rows = train(folder, [prepared({"of": of, "optimizer": optimizer}, steps) for of, optimizer in names], 1)
+    expected = dict(zip(names, rows, strict=True))
+    for (of, optimizer), found in expected.items():
+        if of != "small weights":
+            assert min(row["margin"] for row in found) > MARGIN, (of, optimizer)
+        assert min(row["grad_norm"] for row in found) > 0.5, "clipping at 0.5 must bite"
+        assert len({row["checksum"] for row in found}) == steps, "routing must change for its checksum to tell"
+    return expected
+
+
+def check_all(cases: list[Case], found: list[Any], expected: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
+    for case, rows in zip(cases, found, strict=True):
+        check(case, rows, expected[model_and_optimizer(case)])
+
+
+@pytest.fixture(scope="module")
+def few_steps(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    return references(tmp_path_factory.mktemp("one"), sum(BY_RANKS.values(), []), CI_STEPS)
+
+
+@pytest.fixture(scope="module")
+def many_steps(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    cases = [case for ranks in (1, 2, 4, 8) for case in matrix(ranks) + extras().get(ranks, [])]
+    return references(tmp_path_factory.mktemp("one"), cases, STEPS)
+
+
+@pytest.mark.parametrize("ranks", BY_RANKS)
+def test_one_layout_of_each_kind_equals_one_process(tmp_path: Path, ranks: int, few_steps: Any) -> None:
+    cases = BY_RANKS[ranks]
+    check_all(cases, train(tmp_path, [prepared(case, CI_STEPS) for case in cases], ranks), few_steps)
+
+
+def test_the_matrix_has_every_kind_of_layout() -> None:
+    def layouts(ranks: int) -> set[tuple[int, ...]]:
+        return {tuple(case.values()) for case in accepted(ranks)}
+
+    assert layouts(1) == {(1, 1, 1), (1, 1, 2), (1, 1, 3)}
+    assert layouts(2) == {(2, 1, 1), (2, 1, 2), (2, 1, 3), (1, 1, 1), (1, 1, 2), (1, 1, 3), (1, 2, 1), (1, 2, 2)}
+    assert [len(accepted(ranks)) for ranks in (3, 4, 5, 6, 7, 8)] == [0, 15, 0, 0, 0, 19]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_every_layout_equals_one_process(tmp_path: Path, ranks: int, many_steps: Any) -> None:
+    cases = matrix(ranks)
+    check_all(cases, train(tmp_path, [prepared(case, STEPS) for case in cases], ranks), many_steps)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", extras())
+def test_precisions_and_what_saves_memory_equal_one_process(tmp_path: Path, ranks: int, many_steps: Any) -> None:
+    cases = extras()[ranks]
+    check_all(cases, train(tmp_path, [prepared(case, STEPS) for case in cases], ranks), many_steps)

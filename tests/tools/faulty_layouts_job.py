@@ -1,0 +1,22 @@
+"""Run under torchrun: tools/layouts_job.py with two planted faults. Whole parameters keep only their own rank's part of
+the gradient where tensor parallelism should sum it, and expert parallelism fails.
+"""
+
+from typing import Any
+
+from llm.parallel import build, launch
+from tools import layouts_job
+
+
+def forget(*_: Any) -> None:
+    pass
+
+
+def fail(*_: Any) -> None:
+    raise RuntimeError("no experts today")
+
+
+if __name__ == "__main__":
+    build.sum_gradients = forget
+    build.ExpertExchange = fail  # type: ignore[assignment, misc]
+    launch.run(layouts_job.main)

@@ -1,0 +1,191 @@
+"""tools/layouts.py: which layouts it tries, what it calls equal, that making a model small changes neither, and that it
+finds a planted fault."""
+
+import json
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm.errors import UserError
+from llm.train.config import RunConfig, check_layout, load_config, validate
+from tests.distributed.harness import ROOT, environment, tiny_config, write_config, write_text
+from tools.layouts import BOUND, alone, changed, compare, fitting, layouts, line, prepared, trained
+from tools.shrink import alike, layers_of_every_kind, shrunk
+
+CONFIGS = sorted((ROOT / "configs/pretrain").glob("*.yaml"))
+STAGES = (1, 2, 3)
+
+
+def tiny(**sections: dict[str, Any]) -> RunConfig:
+    return prepared(validate(tiny_config(Path("text"), **sections), "test"), "fp32", None)
+
+
+def numbers(config: RunConfig, ranks: int) -> set[tuple[int, int, int]]:
+    return {(c.layout.tensor, c.layout.expert, c.layout.zero_stage) for c in fitting(config, ranks, STAGES)}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 6])
+def test_it_tries_every_layout_that_fits_with_some_micro_batch(ranks: int) -> None:
+    config = tiny(train={"global_batch_size": 12, "micro_batch_size": 4, "seq_len": 45})  # odd: not every cut
+    fits = set()
+    for tensor, expert, stage, micro in product(range(1, 9), range(1, 9), STAGES, range(1, 5)):
+        parallel = {"tensor": tensor, "expert": expert, "zero_stage": stage}
+        try:
+            check_layout(changed(config, parallel, {"micro_batch_size": micro}), ranks)
+            fits.add((tensor, expert, stage))
+        except UserError:
+            continue
+    assert numbers(config, ranks) == fits
+    for candidate in fitting(config, ranks, STAGES):
+        assert check_layout(candidate.config, ranks) == candidate.layout
+        assert candidate.config.train.micro_batch_size <= 4
+
+
+@pytest.mark.parametrize("number", [1, 7, 8, 12, 704, 2048, 5120])
+@pytest.mark.parametrize("ranks", [1, 4, 8])
+def test_a_smaller_number_keeps_its_divisors(number: int, ranks: int) -> None:
+    small = alike(number, 16, ranks)
+    assert all((small % n == 0) == (number % n == 0) for n in range(1, ranks + 1))
+    assert min(number, 16) <= small <= min(number, 16 * ranks * ranks)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_small_model_has_every_kind_of_layer_and_the_same_layouts(path: Path) -> None:
+    config = load_config(path)
+    small = shrunk(config, 8)
+    kinds = [
+        {(s.mask, s.rope, s.qk_norm, s.temperature, s.ffn) for s in c.model.layer_specs()} for c in (config, small)
+    ]
+    assert kinds[0] == kinds[1]
+    for ranks in (6, 8):
+        assert numbers(small, ranks) == numbers(config, ranks)
+    size = small.model
+    assert (size.dim, size.head_width, small.train.seq_len) <= (64, 16, 128)
+    chunk = size.attention_chunk_size
+    assert chunk is None or chunk <= small.train.seq_len // 4, "a row must hold several chunks"
+    assert shrunk(small, 8) == small
+
+
+def test_layers_stop_where_the_last_kind_has_come() -> None:
+    model = {"n_layers": 48, "nope_layer_interval": 4, "moe": {"n_experts": 4, "interleave": 2}}
+    assert layers_of_every_kind(tiny(model={**tiny().model.model_dump(), **model}).model) == 4
+    model = {"n_layers": 48, "nope_layer_interval": 4, "moe": {"n_experts": 4, "dense_layers": [0]}}
+    assert layers_of_every_kind(tiny(model={**tiny().model.model_dump(), **model}).model) == 4
+    assert layers_of_every_kind(tiny(model={**tiny().model.model_dump(), "n_layers": 3, "moe": None}).model) == 1
+
+
+def row(**fields: Any) -> dict[str, Any]:
+    return {"loss": 2.0, "grad_norm": 3.0, "routing_checksum": 7, "margin": 1e-3, "skipped": None, **fields}
+
+
+SAME = [row(), row(), row()]
+
+
+@pytest.mark.parametrize(
+    ("changes", "precision", "margin", "equal", "routing"),
+    [
+        ({}, "fp32", 1e-3, True, "equal"),
+        ({"loss": 2 * (1 + 9e-6)}, "fp32", 1e-3, True, "equal"),
+        ({"loss": 2 * (1 + 2e-5)}, "fp32", 1e-3, False, "equal"),
+        ({"grad_norm": 3 * (1 - 2e-5)}, "fp32", 1e-3, False, "equal"),
+        ({"grad_norm": float("inf"), "skipped": "gradient"}, "fp32", 1e-3, False, "equal"),
+        ({"loss": float("nan")}, "fp32", 1e-3, False, "equal"),
+        ({"routing_checksum": 8}, "fp32", 1e-3, False, "differs at step 3"),
+        ({"routing_checksum": 8}, "fp32", 1e-7, True, "tie at step 3"),
+        ({"routing_checksum": 8, "loss": 2.1}, "fp32", 1e-7, True, "tie at step 3"),  # the steps before agree
+        ({"routing_checksum": 8}, "bf16", 1e-3, True, "differs at step 3"),
+        ({"loss": 2 * (1 + 5e-3)}, "bf16", 1e-3, True, "equal"),
+        ({"loss": 2 * (1 + 9e-3)}, "bf16", 1e-3, False, "equal"),  # 3e-3 in the mean
+        ({"grad_norm": 3 * (1 + 9e-3)}, "bf16", 1e-3, True, "equal"),
+        ({"grad_norm": 3 * (1 + 2e-2)}, "bf16", 1e-3, False, "equal"),
+    ],
+)
+def test_what_is_equal(changes: dict[str, Any], precision: Any, margin: float, equal: bool, routing: str) -> None:
+    verdict = compare([row(), row(), row(**changes)], [row(), row(), row(margin=margin)], precision)
+    assert (verdict.equal, verdict.routing) == (equal, routing)
+
+
+def test_a_tie_at_the_first_step_shows_nothing_and_is_not_equal() -> None:
+    verdict = compare([row(routing_checksum=8), row()], [row(margin=1e-8), row()], "fp32")
+    assert (verdict.equal, verdict.routing, verdict.loss) == (False, "tie at step 1", None)
+
+
+def test_what_stopped_a_layout_is_told() -> None:
+    verdict = compare("rank 1: out of memory", SAME, "fp32")
+    assert not verdict.equal
+    (candidate,) = fitting(tiny(), 1, [1])
+    assert "FAILED: rank 1: out of memory" in line(candidate, verdict)
+
+
+def tool(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "tools/layouts.py", *words]
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"nproc": [0]}, "--nproc=0: expected numbers of processes"),
+        ({"nproc": [2], "steps": 0}, "--steps=0: expected 1 or more"),
+        ({"nproc": [2], "zero": [1, 4]}, "--zero=1,4: possible are 0, 1, 2 and 3"),
+        ({"nproc": [2], "json": "none/table.json"}, "--json=none/table.json: no such folder"),
+        ({"nproc": [7]}, "train.global_batch_size=16 is not divisible by 7 data-parallel ranks"),
+    ],
+)
+def test_bad_input_is_refused_by_name(tmp_path: Path, flags: dict[str, Any], message: str) -> None:
+    write_text(tmp_path, documents=1)
+    config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path))
+    with pytest.raises(UserError) as error:
+        layouts(str(config), **flags)
+    assert message in str(error.value)
+
+
+def test_missing_files_are_named_before_any_work(tmp_path: Path) -> None:
+    raw = tiny_config(tmp_path)
+    with pytest.raises(UserError, match=rf"data\.train={tmp_path}/train\.jsonl"):
+        layouts(str(write_config(tmp_path / "config.yaml", raw)), [2])
+    write_text(tmp_path, documents=1)
+    raw["tokenizer"] = {"kind": "sentencepiece", "path": f"{tmp_path}/no.model"}
+    with pytest.raises(UserError, match=rf"{tmp_path}/no\.model"):
+        layouts(str(write_config(tmp_path / "config.yaml", raw)), [2])
+
+
+@pytest.mark.distributed
+def test_sound_layouts_are_equal_and_planted_faults_are_found(tmp_path: Path) -> None:
+    write_text(tmp_path, documents=60)
+    config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path, train={"seed": 1}))
+    table = tmp_path / "table.json"
+    done = tool(f"--config={config}", "--nproc=2", "--zero=1", "--steps=2", "--shrink", f"--json={table}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 of 3 layouts are equal to one process" in done.stdout
+    found = json.loads(table.read_text())
+    assert [(entry["tensor"], entry["expert"]) for entry in found["layouts"]] == [(1, 1), (1, 2), (2, 1)]
+    assert all(len(entry["rows"]) == 2 and entry["routing"] == "equal" for entry in found["layouts"])
+    losses = [one["loss"] for one in found["reference"]]
+    assert losses[0] != losses[1]
+
+    small = validate(found["config"], "table.json")
+    candidates = list(fitting(small, 2, [1]))
+    job = ROOT / "tests/tools/faulty_layouts_job.py"
+    results = list(trained([candidate.config for candidate in candidates], 2, 2, job))
+    sound, failed, faulty = (compare(rows, found["reference"], "fp32") for rows in results)
+    assert sound.equal
+    assert failed.failure is not None and "RuntimeError: no experts today" in failed.failure
+    # norms and routers are few: their missing gradients are 1e-4 of the whole norm, ten times the bound
+    assert not faulty.equal and faulty.failure is None
+    assert faulty.grad_norm is not None and faulty.grad_norm > BOUND["fp32"]
+
+
+def test_one_process_has_nothing_cut() -> None:
+    config = changed(
+        tiny(train={"global_batch_size": 6, "micro_batch_size": 4}),
+        {"tensor": 2, "expert": 2, "zero_stage": 2, "offload_optimizer": True},
+        {"precision": "bf16"},
+    )
+    one = alone(config)
+    assert check_layout(one, 1).tensor == 1
+    assert (one.train.precision, one.train.micro_batch_size, one.parallel.offload_optimizer) == ("fp32", 3, False)

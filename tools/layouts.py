@@ -1,0 +1,318 @@
+"""Does my config give one answer on every layout? `python tools/layouts.py --config C --nproc 4` runs its first steps,
+on its own data, on every layout that fits and compares them with one process.
+
+Layouts are tensor x expert x data-parallel ranks x ZeRO stage; the validator of the run config says which fit. A
+layout is equal when loss and gradient norm of every step are: in float32 to 1e-5 of their size, with the same number of
+tokens at every expert; in bf16 to 1e-2, and to 2e-3 in the mean. Exit status 0: all are equal; 1: one is not; 2: bad
+input.
+
+Where float32 chose other experts, and one process had a token at that step whose choice hung on a rounding, the layout
+is right in its own way: it is called a tie and judged by the steps before.
+"""
+
+import json as json_format
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+
+from llm.atomic import write_file
+from llm.cli import run_cli
+from llm.data.sources import check_data
+from llm.errors import UserError
+from llm.parallel.layout import Layout
+from llm.parallel.validate import divisors
+from llm.tokenizer import load_tokenizer
+from llm.train.config import RunConfig, check_layout, load_config, validate
+from tools.diff import every_difference
+from tools.shrink import shrunk
+
+JOB = Path(__file__).with_name("layouts_job.py")
+Precision = Literal["fp32", "bf16"]
+BOUND: dict[str, float] = {"fp32": 1e-5, "bf16": 1e-2}
+"""Relative. Sums in another order differ by 1e-7 in float32, which a few steps may amplify; bf16 rounds to 2e-3."""
+MEAN_BOUND = 2e-3
+"""Of the mean over the steps: what does not average out is a bias, not rounding."""
+TIE = 1e-6
+"""Margin of a router's choice, relative to its logits, that rounding can undo."""
+
+Row = dict[str, Any]
+
+
+class Candidate(NamedTuple):
+    """A layout that fits, and the config that asks for it."""
+
+    layout: Layout
+    config: RunConfig
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a layout's steps compare with one process."""
+
+    equal: bool
+    routing: str
+    """equal; "differs at step 3"; "tie at step 3"; "-" without experts."""
+    loss: float | None = None
+    """Largest relative difference over the steps compared; None without such."""
+    grad_norm: float | None = None
+    mean: float | None = None
+    """Mean over the steps of the loss's relative difference, with its sign."""
+    failure: str | None = None
+    """What stopped it."""
+
+
+def layouts(
+    config: str,
+    nproc: list[int],
+    steps: int = 5,
+    shrink: bool = False,
+    zero: list[int] | None = None,
+    precision: Precision = "fp32",
+    seed: int | None = None,
+    json: str | None = None,
+) -> None:
+    """Compare every layout of a run config with one process.
+
+    config: the run config
+    nproc: numbers of processes whose layouts are tried, such as 4 or 1,2,4
+    steps: optimizer steps, at the peak learning rate
+    shrink: make the model small first, with every kind of layer and the same layouts
+    zero: ZeRO stages to try; default 1,2,3
+    precision: arithmetic of the layouts; the one process always has float32
+    seed: train.seed, if not the config's
+    json: file for the table with every step's numbers
+    """
+    stages = [1, 2, 3] if zero is None else zero
+    check_flags(nproc, steps, stages, json)
+    run = prepared(load_config(config), precision, seed)
+    check_data(run.data.train)
+    load_tokenizer(run.tokenizer)
+    if shrink:
+        small = shrunk(run, max(nproc))
+        print(f"made small: {'; '.join(every_difference(run.model_dump(), small.model_dump()))}")
+        run = small
+    candidates = {ranks: list(fitting(run, ranks, stages)) for ranks in sorted(set(nproc))}
+    for ranks, found in candidates.items():
+        if not found:
+            print(f"no layout of {ranks} ranks fits")
+    if not any(candidates.values()):
+        check_layout(run, max(nproc))
+        raise UserError(f"--nproc={','.join(map(str, nproc))}: no layout with ZeRO {stages} fits {config}")
+    print(f"{config}: {steps} steps in {precision}; equal is within {BOUND[precision]:g} of one process in float32")
+    (expected,) = trained([alone(run)], 1, steps)
+    if isinstance(expected, str):
+        raise UserError(f"{config}: one process alone failed: {expected}")
+    if any(row["skipped"] for row in expected):
+        raise UserError(f"{config}: one process alone skipped a step: {[row['skipped'] for row in expected]}")
+    print(described(expected))
+    print(HEADINGS)
+    table = []
+    for ranks, found in candidates.items():
+        results = trained([candidate.config for candidate in found], ranks, steps)
+        for candidate, rows in zip(found, results, strict=True):
+            verdict = compare(rows, expected, precision)
+            print(line(candidate, verdict), flush=True)
+            table.append(entry(candidate, verdict, rows))
+    n_equal = sum(row["equal"] for row in table)
+    print(f"{n_equal} of {len(table)} layouts are equal to one process")
+    if json is not None:
+        document = {"config": run.model_dump(mode="json"), "steps": steps, "reference": expected, "layouts": table}
+        write_file(Path(json), (json_format.dumps(document, indent=1) + "\n").encode())
+    if n_equal < len(table):
+        raise SystemExit(1)
+
+
+def check_flags(nproc: Sequence[int], steps: int, stages: Sequence[int], json: str | None) -> None:
+    """UserError naming the flag whose value is impossible."""
+    if not nproc or min(nproc) < 1:
+        raise UserError(f"--nproc={','.join(map(str, nproc))}: expected numbers of processes from 1 up")
+    devices = torch.cuda.device_count()
+    if devices and max(nproc) > devices:
+        raise UserError(f"--nproc={max(nproc)}: this machine has {devices} GPU(s), one for each process")
+    if steps < 1:
+        raise UserError(f"--steps={steps}: expected 1 or more")
+    if not stages or not set(stages) <= {0, 1, 2, 3}:
+        raise UserError(f"--zero={','.join(map(str, stages))}: possible are 0, 1, 2 and 3")
+    if json is not None and not Path(json).absolute().parent.is_dir():
+        raise UserError(f"--json={json}: no such folder")
+
+
+def prepared(config: RunConfig, precision: Precision, seed: int | None) -> RunConfig:
+    """The config with this arithmetic and seed, and without what belongs to the rest of a run."""
+    raw = config.model_dump(mode="json")
+    raw["data"]["valid"] = raw["eval"]["patience"] = raw["log"]["trace_steps"] = None
+    raw["log"]["wandb"] = False
+    raw["train"] |= {"precision": precision} | ({} if seed is None else {"seed": seed})
+    return validate(raw, "config")
+
+
+def changed(config: RunConfig, parallel: dict[str, Any], train: dict[str, Any]) -> RunConfig:
+    """The config with other values in these two sections."""
+    raw = config.model_dump(mode="json")
+    raw["parallel"] |= parallel
+    raw["train"] |= train
+    return validate(raw, "config")
+
+
+def fitting(config: RunConfig, ranks: int, stages: Sequence[int]) -> Iterator[Candidate]:
+    """Every layout on so many ranks that the run config's validator accepts, each with the largest micro-batch that
+    does not exceed the config's.
+    """
+    sizes = micro_batch_sizes(config)
+    for tensor in divisors(ranks):
+        for expert in divisors(ranks // tensor):
+            for stage in stages:
+                parallel = {"tensor": tensor, "expert": expert, "zero_stage": stage}
+                for micro in sizes:
+                    cut = changed(config, parallel, {"micro_batch_size": micro})
+                    try:
+                        yield Candidate(check_layout(cut, ranks), cut)
+                        break
+                    except UserError:
+                        continue
+
+
+def alone(config: RunConfig) -> RunConfig:
+    """The config for one process in float32 with nothing cut, compiled or moved."""
+    cut = {"tensor": 1, "expert": 1, "zero_stage": 1, "offload_optimizer": False}
+    micro = micro_batch_sizes(config)[0]
+    return changed(config, cut, {"precision": "fp32", "compile": False, "micro_batch_size": micro})
+
+
+def micro_batch_sizes(config: RunConfig) -> list[int]:
+    """Those that one process can have, up to the config's, the largest first."""
+    train = config.train
+    every = math.gcd(train.global_batch_size, *(size for _, size in train.batch_schedule))
+    return [size for size in reversed(divisors(every)) if size <= train.micro_batch_size]
+
+
+def trained(configs: Sequence[RunConfig], ranks: int, steps: int, job: Path = JOB) -> Iterator[list[Row] | str]:
+    """The rows of each config's steps, as soon as they are there; or the message of what stopped it.
+
+    One torchrun serves as many as run through; after one that fails the rest get a new one.
+    """
+    with tempfile.TemporaryDirectory(prefix="layouts") as folder:
+        done = 0
+        while done < len(configs):
+            began = done
+            task, out, log = (Path(folder) / f"{name}{began}" for name in ("task.json", "out.jsonl", "log.txt"))
+            task.write_text(json_format.dumps([config.model_dump(mode="json") for config in configs[began:]]))
+            with log.open("w") as file:
+                launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+                words = [str(job), str(task), str(steps), str(out)]
+                process = subprocess.Popen([*launcher, *words], stdout=file, stderr=subprocess.STDOUT)
+            try:
+                running = True
+                while running:
+                    running = process.poll() is None
+                    lines = out.read_text().split("\n")[:-1] if out.exists() else []
+                    for text in lines[done - began :]:
+                        done += 1
+                        yield json_format.loads(text)
+                    time.sleep(0.1 if running else 0)
+            finally:
+                process.terminate()
+                process.wait()
+            if done < len(configs):
+                done += 1
+                yield failure(log, process.returncode)
+
+
+def failure(log: Path, status: int) -> str:
+    """Why a job ended, from what it printed."""
+    said = [text for text in log.read_text(errors="replace").splitlines() if text.startswith("error: ")]
+    return said[0].removeprefix("error: ") if said else f"exit status {status}"
+
+
+def compare(rows: list[Row] | str, expected: list[Row], precision: Precision) -> Verdict:
+    """Judge a layout's steps by one process's."""
+    if isinstance(rows, str):
+        return Verdict(False, "-", failure=rows)
+    parted = next((i for i, row in enumerate(rows) if row["routing_checksum"] != expected[i]["routing_checksum"]), None)
+    n_compared, sound = len(rows), all(row["skipped"] is None for row in rows)
+    routing = "-" if expected[0]["routing_checksum"] is None else "equal"
+    if parted is not None:
+        routing = f"differs at step {parted + 1}"
+        if precision == "fp32":
+            margin = expected[parted]["margin"]
+            if margin is not None and margin < TIE:
+                routing, n_compared = f"tie at step {parted + 1}", parted
+            else:
+                sound = False
+    off = {
+        key: [relative(row[key], right[key]) for row, right in zip(rows[:n_compared], expected, strict=False)]
+        for key in ("loss", "grad_norm")
+    }
+    if not n_compared:
+        return Verdict(False, routing)
+    largest = {key: max(map(abs, values)) for key, values in off.items()}
+    mean = sum(off["loss"]) / n_compared
+    equal = sound and max(largest.values()) <= BOUND[precision] and abs(mean) <= MEAN_BOUND
+    return Verdict(equal, routing, largest["loss"], largest["grad_norm"], mean)
+
+
+def relative(value: float, right: float) -> float:
+    """(value - right) / right; infinite where there is no such number."""
+    if value == right:
+        return 0.0
+    off = (value - right) / right if right else math.inf
+    return math.inf if math.isnan(off) else off
+
+
+HEADINGS = "ranks  tensor  expert  data  zero  micro      loss  grad_norm  routing"
+
+
+def line(candidate: Candidate, verdict: Verdict) -> str:
+    """A row of the printed table."""
+    layout, micro = candidate.layout, candidate.config.train.micro_batch_size
+    numbers = (
+        f"{layout.world:5}  {layout.tensor:6}  {layout.expert:6}  {layout.data:4}  {layout.zero_stage:4}  {micro:5}"
+    )
+    if verdict.failure is not None:
+        return f"{numbers}  FAILED: {verdict.failure}"
+    sizes = "  ".join(
+        f"{'-' if value is None else format(value, '.1e'):>{width}}"
+        for value, width in ((verdict.loss, 8), (verdict.grad_norm, 9))
+    )
+    return f"{numbers}  {sizes}  {verdict.routing}{'' if verdict.equal else '   NOT EQUAL'}"
+
+
+def described(expected: list[Row]) -> str:
+    """What one process did, in a line."""
+    margins = [(row["margin"], step) for step, row in enumerate(expected, 1) if row["margin"] is not None]
+    nearest = f"; nearest choice of a router: {min(margins)[0]:.1e} of its logits, step {min(margins)[1]}"
+    first, last = expected[0], expected[-1]
+    return (
+        f"one process: loss {first['loss']:.4f} to {last['loss']:.4f}, gradient norm {first['grad_norm']:.3g} to "
+        f"{last['grad_norm']:.3g}{nearest if margins else ''}"
+    )
+
+
+def entry(candidate: Candidate, verdict: Verdict, rows: list[Row] | str) -> Row:
+    """A layout in the JSON file."""
+    layout = candidate.layout
+    return {
+        "ranks": layout.world,
+        "tensor": layout.tensor,
+        "expert": layout.expert,
+        "data": layout.data,
+        "zero_stage": layout.zero_stage,
+        "micro_batch_size": candidate.config.train.micro_batch_size,
+        **asdict(verdict),
+        "rows": None if isinstance(rows, str) else rows,
+    }
+
+
+if __name__ == "__main__":
+    run_cli(layouts)
