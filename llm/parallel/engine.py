@@ -219,8 +219,8 @@ class Engine:
         if counts is not None:
             global_counts = torch.tensor(numbers[3:], dtype=torch.int64).view(counts.shape)
             checksum = zlib.crc32(global_counts.numpy().tobytes())
-            expert_load = _highest_share(global_counts)
-            rank_load = _highest_share(global_counts.unflatten(1, (self.grid.expert.size, -1)).sum(-1))
+            expert_load = highest_share(global_counts)
+            rank_load = highest_share(global_counts.unflatten(1, (self.grid.expert.size, -1)).sum(-1))
             if skipped is None:
                 self.model.set_expert_counts(global_counts)
         if skipped is None:
@@ -394,7 +394,7 @@ def _total_norm(grads: list[Tensor]) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(row, dtype=torch.float64) for row in rows]).norm()
 
 
-def _highest_share(counts_MX: Tensor) -> float:
+def highest_share(counts_MX: Tensor) -> float:
     """Largest count of a row over the row's mean, over all rows."""
     return float((counts_MX.amax(1) / counts_MX.double().mean(1).clamp(min=1e-9)).max())
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from llm.args import MoEArgs
 from llm.layers.moe import Dispatch, MoE, grouped_matmul
+from llm.parallel.engine import highest_share
 from tests.model.models import MOE, llama4, tokens
 
 VARIANTS = {
@@ -160,3 +161,10 @@ def test_expert_counts_are_state_that_the_forward_leaves_alone():
     assert not any("expert_counts" in name for name in model.state_dict())
     with pytest.raises(ValueError, match=r"must have shape \(2, 4\)"):
         model.set_expert_counts(counts[:1])
+
+
+def test_expert_load_is_the_highest_share_of_any_layer_over_an_even_one():
+    counts = torch.tensor([[4, 4, 4, 4], [8, 2, 6, 0]])
+    assert highest_share(counts) == 2.0  # 8 tokens, where 4 were even
+    assert highest_share(counts.unflatten(1, (2, -1)).sum(-1)) == 10 / 8  # two ranks with two experts each
+    assert highest_share(torch.zeros(2, 4, dtype=torch.int64)) == 0.0

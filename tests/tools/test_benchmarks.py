@@ -11,7 +11,7 @@ import torch
 
 from llm import LLM
 from llm.errors import UserError
-from tools.benchmarks import harness, machine
+from tools.benchmarks import harness, machine, parallel
 from tools.benchmarks.contestants import Shape, transformers_weights
 from tools.benchmarks.harness import Bar, Contestant, Spread, Timing, check_same_work, interleave, write_result
 from tools.benchmarks.memory import ENVIRONMENT, storage_bytes
@@ -152,3 +152,12 @@ def test_bad_input_is_one_line():
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.startswith("error: --contestant=nobody: possible are ours, ")
+
+
+@pytest.mark.full
+@pytest.mark.distributed
+def test_layouts_on_two_processes_do_the_same_step_and_say_how_long_they_talk():
+    model = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_hidden": 48, "vocab_size": 64}
+    found = [parallel.measure(model, layout, "fp32", 2) for layout in ({}, {"tensor": 2})]
+    assert all(0 < run["talking"] < run["step"] for run in found)
+    check_same_work({str(i): run["loss"] for i, run in enumerate(found)}, 1e-5)

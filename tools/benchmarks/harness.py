@@ -141,14 +141,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def write_result(name: str, title: str, sections: Sequence[str], folder: Path = RESULTS) -> Path:
-    """Write `YYYY-MM-DD-NAME.md` with hardware, command and versions above the sections; returns its path."""
+IN_TURNS = "Contestants took turns in one process with one thread"
+
+
+def write_result(name: str, title: str, sections: Sequence[str], folder: Path = RESULTS, how: str = IN_TURNS) -> Path:
+    """Write `YYYY-MM-DD-NAME.md` with hardware, command, versions and `how` above the sections; returns its path."""
     today = date.today().isoformat()
     command = "python " + " ".join([_relative(sys.argv[0]), *sys.argv[1:]])
     head = [
         f"# {title}, {today}",
         f"Hardware: {hardware()}.\nVersions: {versions()}.\nCommand: `{command}`.",
-        "Contestants took turns in one process with one thread; medians over rounds, quartiles in brackets.",
+        f"{how}; medians over rounds, quartiles in brackets.",
     ]
     path = folder / f"{today}-{name}.md"
     folder.mkdir(parents=True, exist_ok=True)

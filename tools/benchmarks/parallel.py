@@ -65,7 +65,8 @@ def benchmark(
         raise UserError(f"--rounds={rounds} --steps={steps}: at least 3 rounds of 1 step")
     chosen = list(LAYOUTS) if model == "all" else [model]
     sections = [compare(name, precision, rounds, steps) for name in chosen]
-    path = write_result(f"parallel-{model}-{precision}", "Layouts on two processes", sections, Path(output))
+    how = "Layouts took turns, each round with a new job of two processes of one thread"
+    path = write_result(f"parallel-{model}-{precision}", "Layouts on two processes", sections, Path(output), how)
     print("\n\n".join(sections), f"\nwritten to {path}")
 
 
