@@ -4,6 +4,7 @@ hold what is asked for. On which layout it was written makes no difference.
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,36 @@ def seal(manifest: dict[str, Any]) -> bytes:
     return json.dumps({**manifest, "digest": digest(body.encode())}, sort_keys=True).encode()
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint folder. DamagedFile when it is missing, is not what was written, or is of another
+    version.
+    """
+    file = folder / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_bytes())
+        stated = manifest.pop("digest")
+    except OSError as error:
+        raise DamagedFile(f"{file}: {error.strerror or error}") from None
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise DamagedFile(f"{file}: damaged: not a checkpoint manifest") from None
+    if digest(json.dumps(manifest, sort_keys=True).encode()) != stated:
+        raise DamagedFile(f"{file}: damaged: its content does not match its digest")
+    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        raise DamagedFile(
+            f"{file}: format {manifest.get('format')} {manifest.get('version')}, expected {FORMAT} {VERSION}"
+        )
+    return manifest
+
+
+def file_faults(folder: Path, files: dict[str, int]) -> Iterator[str]:
+    """A line for each of `files` (name: bytes) that is not there in full length."""
+    for name, size in files.items():
+        actual = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if actual != size:
+            found = "is missing" if actual is None else f"has {actual} bytes"
+            yield f"{folder / name}: damaged: {found}, expected {size} bytes"
+
+
 class Checkpoint:
     """One checkpoint: `step`, `meta` (what the trainer saved), and the tensors by canonical name."""
 
@@ -42,25 +73,9 @@ class Checkpoint:
     @classmethod
     def open(cls, path: Path) -> "Checkpoint":
         """Read and check the manifest, and that every file is there in full length. UserError names what is wrong."""
-        file = path / MANIFEST
-        try:
-            manifest = json.loads(file.read_bytes())
-            stated = manifest.pop("digest")
-        except OSError as error:
-            raise DamagedFile(f"{file}: {error.strerror or error}") from None
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise DamagedFile(f"{file}: damaged: not a checkpoint manifest") from None
-        if digest(json.dumps(manifest, sort_keys=True).encode()) != stated:
-            raise DamagedFile(f"{file}: damaged: its content does not match its digest")
-        if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-            raise DamagedFile(
-                f"{file}: format {manifest.get('format')} {manifest.get('version')}, expected {FORMAT} {VERSION}"
-            )
-        for name, size in manifest["files"].items():
-            actual = (path / name).stat().st_size if (path / name).is_file() else None
-            if actual != size:
-                found = "is missing" if actual is None else f"has {actual} bytes"
-                raise DamagedFile(f"{path / name}: damaged: {found}, expected {size} bytes")
+        manifest = read_manifest(path)
+        for fault in file_faults(path, manifest["files"]):
+            raise DamagedFile(fault)
         return cls(path, manifest)
 
     def kinds(self) -> dict[str, set[str]]:

@@ -8,7 +8,7 @@ manifest. A kill at any moment leaves either the whole checkpoint or a hidden fo
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,8 @@ class CheckpointStore:
             if not world.is_main:
                 return
             rows = [row for record in records for row in record["fragments"]]
-            _check_coverage(shapes, [Fragment.from_json(row) for row in rows])
+            for fault in coverage_faults(shapes, map(Fragment.from_json, rows)):
+                raise UserError(f"refusing to commit a checkpoint: {fault}")
             manifest = {
                 "format": FORMAT,
                 "version": VERSION,
@@ -142,9 +143,10 @@ class CheckpointStore:
         return checkpoint
 
 
-def _check_coverage(shapes: dict[str, tuple[int, ...]], fragments: list[Fragment]) -> None:
-    """Every parameter needs its master; of a state that it has, it needs every element. Which states a parameter has
-    depends on its optimizer."""
+def coverage_faults(shapes: dict[str, tuple[int, ...]], fragments: Iterable[Fragment]) -> Iterator[str]:
+    """A line for each (parameter, kind) whose elements are not all there once. Every parameter needs its master; of a
+    state that it has, it needs every element. Which states a parameter has depends on its optimizer.
+    """
     held: dict[tuple[str, str], dict[Box, list[tuple[int, int]]]] = {(name, "master"): {} for name in shapes}
     for fragment in fragments:
         if fragment.numel:
@@ -153,7 +155,7 @@ def _check_coverage(shapes: dict[str, tuple[int, ...]], fragments: list[Fragment
     for (name, kind), boxes in held.items():
         fault = _fault(shapes[name], boxes) if name in shapes else "belongs to no parameter"
         if fault:
-            raise UserError(f"refusing to commit a checkpoint: {name} ({kind}) {fault}")
+            yield f"{name} ({kind}) {fault}"
 
 
 def _fault(shape: tuple[int, ...], boxes: dict[Box, list[tuple[int, int]]]) -> str | None:

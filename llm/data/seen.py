@@ -1,0 +1,120 @@
+"""Which rows of its sources a run has read, and how often: counted from the order of rows (llm/data/mixture.py), which
+is a function of the seed, so that nothing had to be recorded.
+
+A row of T tokens is counted with every file that any of its T inputs comes from.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llm.data.mixture import CYCLE
+from llm.data.order import ORDER_VERSION, permute, round_keys
+from llm.data.source import Origin, TokenSource
+from llm.errors import UserError
+
+CHUNK = 1 << 20  # rows that are permuted at once
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Neighbouring documents of one shard that come from one file.
+
+    lines: first and last line (JSONL) or row (Parquet) from 1; None where the file is one document.
+    rows: first and last row of the source with any of their tokens; None where they lie behind the last whole row.
+    times: how many of these rows were read how often.
+    """
+
+    shard: str
+    file: str
+    lines: tuple[int, int] | None
+    documents: int
+    rows: tuple[int, int] | None
+    times: dict[int, int]
+
+
+def rows_asked(state: dict[str, Any], names: Sequence[str]) -> dict[str, int]:
+    """How many rows each source has given, repeated ones included, at the place in the order that `state` (of
+    `Mixture.state`) stands at.
+
+    `names` are the sources in the order of the config, which decides whose a slot of a cycle is. UserError when they
+    are not those of the state, or another version of the order made it.
+    """
+    if state["order_version"] != ORDER_VERSION or state["data"]["cycle"] != CYCLE:
+        raise UserError(
+            f"the order of rows is version {state['order_version']} with cycles of {state['data']['cycle']}; "
+            f"known is version {ORDER_VERSION} with cycles of {CYCLE}"
+        )
+    sources = state["data"]["sources"]
+    if sorted(names) != sorted(sources):
+        raise UserError(f"the sources read are {', '.join(sources)}, those of the config {', '.join(names)}")
+    slots = [sources[name]["slots"] for name in names]
+    cycle, rest = divmod(state["consumed"], CYCLE)
+    shuffled = permute(np.arange(CYCLE), CYCLE, round_keys(state["seed"], "mixture", cycle))
+    source_of_slot = np.searchsorted(np.cumsum(slots), shuffled, side="right")
+    begun = np.bincount(source_of_slot[:rest], minlength=len(slots)).tolist()
+    return {name: cycle * n + more for name, n, more in zip(names, slots, begun, strict=True)}
+
+
+class Seen:
+    """How often each row of the source `name` has been read, after it gave `asked` rows: all of them `passes` times,
+    and those where `again` is true once more.
+    """
+
+    def __init__(self, name: str, source: TokenSource, seq_len: int, seed: int, asked: int) -> None:
+        self.source = source
+        self.seq_len = seq_len
+        self.n_rows = source.n_rows(seq_len)
+        if self.n_rows == 0:
+            raise UserError(f"{source.path}: has no row of {seq_len} tokens")
+        self.passes, begun = divmod(asked, self.n_rows)
+        self.again = np.zeros(self.n_rows, dtype=bool)
+        keys = round_keys(seed, "source", name, self.passes)
+        for first in range(0, begun, CHUNK):
+            self.again[permute(np.arange(first, min(first + CHUNK, begun)), self.n_rows, keys)] = True
+
+    def times(self, first: int = 0, stop: int | None = None) -> dict[int, int]:
+        """How many of the rows [first, stop) were read how often, the most often read ones first."""
+        part = self.again[first:stop]
+        more = int(np.count_nonzero(part))
+        counts = {self.passes + 1: more, self.passes: len(part) - more}
+        return {times: rows for times, rows in counts.items() if rows}
+
+    def stretches(self, progress: Callable[[int], object] = lambda documents: None) -> Iterator[Stretch]:
+        """All documents of the source in its order, file by file; `progress` is told how many were looked at. UserError
+        naming the shard that proves damaged.
+        """
+        for (shard, file), found in groupby(self._documents(), key=lambda place: (place.shard, place.origin.file)):
+            places = list(found)
+            begin, end, row = places[0].begin, places[-1].end, places[0].origin.row
+            first, last = begin // self.seq_len, min((end - 1) // self.seq_len, self.n_rows - 1)
+            yield Stretch(
+                shard=shard,
+                file=file,
+                lines=None if row is None else (row, places[-1].origin.row or row),
+                documents=len(places),
+                rows=(first, last) if first <= last else None,
+                times=self.times(first, last + 1) if first <= last else {},
+            )
+            progress(len(places))
+
+    def _documents(self) -> Iterator["_Place"]:
+        numbers = iter(range(self.source.n_docs))
+        position = 0
+        for entry in self.source.manifest.shards:
+            for number in islice(numbers, entry.documents):
+                end = position + self.source.document_length(number)
+                yield _Place(entry.name, self.source.origin(number), position, end)
+                position = end
+
+
+class _Place(NamedTuple):
+    """Where a document lies: tokens [begin, end) of the source."""
+
+    shard: str
+    origin: Origin
+    begin: int
+    end: int
