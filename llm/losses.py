@@ -37,6 +37,7 @@ def lm_loss_sum(
     raises. With a share of the vocabulary, the gradient of hidden is this rank's term of a sum over ranks.
     """
     hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+    _check_labels(labels_BT, vocabulary)
     return _ChunkedCrossEntropy.apply(
         hidden_ND, weight_VD, labels_BT.reshape(-1), vocabulary, torch.is_grad_enabled()
     )
@@ -47,6 +48,7 @@ def token_nll(
     hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, vocabulary: VocabularyShare | None = None
 ) -> Tensor:
     """Negative log-likelihood of each label in nats, (B, T) float32, 0 where the label is negative. No gradient."""
+    _check_labels(labels_BT, vocabulary)
     nll = []
     for hidden, labels in _chunks(hidden_BTD.flatten(0, 1), labels_BT.flatten(), _rows(weight_VD, vocabulary)):
         logits = F.linear(hidden, weight_VD).float()
@@ -56,6 +58,12 @@ def token_nll(
             log_z, target = _across_shares(*_of_share(logits, labels, vocabulary), vocabulary)
             nll.append((log_z - target).masked_fill_(labels < 0, 0))
     return torch.cat(nll).view(labels_BT.shape)
+
+
+def _check_labels(labels_BT: Tensor, vocabulary: VocabularyShare | None) -> None:
+    """Of a share, no rank would miss a label that none has; whole logits raise by themselves."""
+    if vocabulary is not None:
+        torch._assert_async((labels_BT < vocabulary.total).all(), f"a label is not below {vocabulary.total}")
 
 
 def _rows(weight_VD: Tensor, vocabulary: VocabularyShare | None) -> int:

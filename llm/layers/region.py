@@ -44,6 +44,8 @@ class VocabularyShare(Protocol):
     """Token id of its first row."""
     largest: int
     """Most rows that any rank has."""
+    total: int
+    """Rows of the whole."""
 
     def gather(self, x: Tensor) -> Tensor:
         """x of every rank, (ranks, ...); no gradient."""

@@ -33,6 +33,7 @@ from llm.parallel.build import whole_shapes
 from llm.parallel.collectives import agreed_error, gather_json, sum_over_ranks
 from llm.parallel.grid import Grid
 from llm.parallel.muon import Muon
+from llm.plans import plan_for
 
 ZERO3_SUB_GROUP = 1 << 24
 """Elements of a rank's share that ZeRO-3 makes masters of, and steps, at a time: twice their float32 size is what it
@@ -150,8 +151,9 @@ class Engine:
         self._ema = [flat.detach().clone() for flat in self._partitions] if ema_decay is not None else []
         self._ema_of = dict(zip(map(id, self._partitions), self._ema, strict=False))
         self._probe = torch.zeros((), device=world.device)  # not finite once a local gradient was not
-        for parameter in model.parameters():
-            parameter.register_hook(self._probe_gradient)
+        for name, parameter in model.named_parameters():
+            if grid.expert.size == 1 or plan_for(name).ep_dim is None:  # else it is of other ranks' tokens too
+                parameter.register_hook(self._probe_gradient)
 
     def _probe_gradient(self, grad: Tensor) -> None:
         self._probe += grad.sum(dtype=torch.float32)
@@ -279,19 +281,21 @@ class Engine:
         return "overflow" if self.precision == "fp16" else "gradient"
 
     def _find_culprits(self, batch: StepBatch, losses: list[Tensor]) -> list[str]:
-        """One line per rank whose own loss or gradient was not finite; where none was, the sum over ranks was not."""
-        rank, data_rank, ranks = self.world.rank, self.grid.data.rank, self.grid.data.size
+        """One line per rank, or group of tensor-parallel ranks, whose own loss or gradient was not finite; where none
+        was, the sum over ranks was not."""
+        group, data_rank, ranks = self.grid.tensor.ranks, self.grid.data.rank, self.grid.data.size
+        who = f"rank {group[0]}" if len(group) == 1 else f"tensor-parallel ranks {', '.join(map(str, group))}"
         rows = batch.n_rows // (len(losses) * ranks)
         mine: list[str] = []
         for m, loss in enumerate(losses):
-            if self.grid.speaks and not bool(loss.isfinite()):
+            if not bool(loss.isfinite()):
                 first = batch.first_row + (m * ranks + data_rank) * rows
-                mine.append(f"rank {rank}: loss of rows {first} to {first + rows - 1} is {float(loss)}")
+                mine.append(f"{who}: loss of rows {first} to {first + rows - 1} is {float(loss)}")
         if not mine and not bool(self._probe.isfinite()):
             spans = [batch.first_row + (m * ranks + data_rank) * rows for m in range(len(losses))]
             named = ", ".join(f"{first} to {first + rows - 1}" for first in spans)
-            mine.append(f"rank {rank}: a gradient of rows {named} is not finite")
-        found = [line for lines in gather_json(mine, self.world) for line in lines]
+            mine.append(f"{who}: a gradient of rows {named} is not finite")
+        found = list(dict.fromkeys(line for lines in gather_json(mine, self.world) for line in lines))
         losses_bad = [line for line in found if ": loss" in line]  # a bad loss poisons every rank's last backward
         return losses_bad or found or ["no rank alone: the sum of their gradients is not finite"]
 

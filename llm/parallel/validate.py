@@ -89,6 +89,8 @@ def _tensor(needs: Needs, choice: Choice) -> Iterator[str]:
     ranks, args = choice.layout.tensor, needs.args
     if args.n_heads % ranks:
         yield f"parallel.tensor={ranks} does not divide model.n_heads={args.n_heads}"
+    if 0 < args.vocab_size < ranks:
+        yield f"parallel.tensor={ranks} is above model.vocab_size={args.vocab_size}"
     # with fewer key and value heads than ranks, every rank holds all of them
     if args.kv_heads % ranks and ranks % args.kv_heads:
         yield f"parallel.tensor={ranks} is neither a divisor nor a multiple of model.n_kv_heads={args.kv_heads}"

@@ -244,7 +244,7 @@ class LogConfig(Section):
 OWNED_BY_CONFIG = frozenset(
     ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     + ("optimizer", "scheduler", "bf16", "fp16", "amp", "torch_autocast", "data_types")
-    + ("activation_checkpointing", "compile", "tensorboard", "wandb")
+    + ("activation_checkpointing", "compile", "tensorboard", "wandb", "tensor_parallel", "sequence_parallel_size")
 )
 
 

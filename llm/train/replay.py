@@ -232,9 +232,11 @@ def _lenient(guard: Guard, recorded: Sequence[dict[str, Any]]) -> Guard:
 def _pieces(trainer: "Trainer", batch: StepBatch, n_targets: int) -> list[Piece]:
     """All pieces of the step on every rank, the highest mean loss first, with the gradients of the worst."""
     world = trainer.world
-    score = partial(score_pieces, trainer.engine.model, trainer.mixture, trainer.tokenizer, device=world.device)
-    micro_batches = list(zip(batch.micro_batches, _global_rows(trainer, batch), strict=True))
-    scored = all_or_none(lambda: [score(micro_batch, rows) for micro_batch, rows in micro_batches], world)
+    # all forwards first: they may need the other ranks, and what a rank cannot read must not keep it out of one
+    nll = [token_losses(trainer.engine.model, micro_batch, world.device) for micro_batch in batch.micro_batches]
+    score = partial(score_pieces, trainer.mixture, trainer.tokenizer)
+    micro_batches = list(zip(nll, batch.micro_batches, _global_rows(trainer, batch), strict=True))
+    scored = all_or_none(lambda: [score(*micro_batch) for micro_batch in micro_batches], world)
     mine = [
         (micro_batch, *found) for micro_batch, part in zip(batch.micro_batches, scored, strict=True) for found in part
     ]
@@ -283,7 +285,7 @@ def _global_rows(trainer: "Trainer", batch: StepBatch) -> np.ndarray:
 
 
 def score_pieces(
-    model: LLM, mixture: Mixture, tokenizer: Tokenizer, batch: MicroBatch, rows_B: np.ndarray, device: torch.device
+    mixture: Mixture, tokenizer: Tokenizer, nll_BT: Tensor, batch: MicroBatch, rows_B: np.ndarray
 ) -> list[tuple[int, int, Piece]]:
     """(begin, end, piece) of every piece of a document in a micro-batch; begin and end count its flattened tokens.
 
@@ -292,7 +294,7 @@ def score_pieces(
     """
     seq_len = mixture.seq_len
     tokens_N, labels_N = batch.tokens_BT.reshape(-1), batch.labels_BT.reshape(-1)
-    nll_N = _nll(model, batch, device).reshape(-1).double().cpu()
+    nll_N = nll_BT.reshape(-1).double().cpu()
     source_of_row, source_rows = mixture.locate(rows_B)
     found = []
     bounds = batch.cu_seqlens.tolist()
@@ -321,7 +323,7 @@ def score_pieces(
 
 
 @torch.no_grad()
-def _nll(model: LLM, batch: MicroBatch, device: torch.device) -> Tensor:
+def token_losses(model: LLM, batch: MicroBatch, device: torch.device) -> Tensor:
     """Negative log-likelihood of each label, (B, T) float32."""
     model.eval()
     inputs = TransformerInput(tokens=batch.tokens_BT.to(device), cu_seqlens=batch.cu_seqlens)

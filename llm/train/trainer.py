@@ -60,6 +60,7 @@ class Trainer:
         self.tokenizer: Tokenizer = all_or_none(lambda: load_tokenizer(config.tokenizer), world)
         self.prompts = encode_prompts(config, self.tokenizer, world)
         config = with_vocabulary(config, self.tokenizer)
+        all_or_none(lambda: check_layout(config, world.size), world)
         self.store = CheckpointStore(
             run_dir / "checkpoints", world, keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
         )

@@ -28,6 +28,7 @@ from llm.train.replay import (
     piece_gradient_norm,
     read_metrics,
     score_pieces,
+    token_losses,
 )
 
 SEQ_LEN = 40
@@ -94,7 +95,7 @@ def inputs(batch: MicroBatch) -> TransformerInput:
 
 
 def scored(model: LLM, mixture: Mixture, rows: np.ndarray, batch: MicroBatch) -> list[tuple[int, int, Piece]]:
-    return score_pieces(model, mixture, ByteTokenizer(), batch, rows, CPU)
+    return score_pieces(mixture, ByteTokenizer(), token_losses(model, batch, CPU), batch, rows)
 
 
 def origins(mixture: Mixture, row: int) -> set[tuple[str, int | None]]:
