@@ -17,6 +17,7 @@ import sys
 
 import yaml
 
+from llm.checkpoint.lock import refuse_if_held
 from llm.errors import UserError
 from llm.parallel import launch
 from llm.train.config import RunConfig, check_layout, load_config
@@ -45,6 +46,8 @@ def main() -> None:
         return
     if flags.replay_step is not None:
         check_replay(flags.folder(), flags.replay_step, config.train.steps)
+    elif not in_torchrun or os.environ["RANK"] == "0":
+        refuse_if_held(flags.folder())
     if flags.nproc and not in_torchrun:
         sys.exit(launch.torchrun(__file__, flags.without_nproc(words), flags.nproc, config.train.threads))
     train(config, flags)

@@ -59,7 +59,7 @@ class Roll:
         ranks for a failure and another one because of that, they count differently. So rank 0's process names it, and
         the others go by that name once rank 0 has answered them; a name from before is not answered any more.
         """
-        mine = _own_place()
+        mine = own_place()
         if self._rank == 0:
             self._base.set("attempt", mine["token"])
         name, deadline, pause = "", time.monotonic() + timeout_s, 0.01
@@ -119,7 +119,7 @@ class Roll:
 
         def look() -> None:
             for rank, place in self._places.items():
-                if rank != self._rank and _state(place) == "stopped":
+                if rank != self._rank and state_of(place) == "stopped":
                     os.kill(place["pid"], signal.SIGKILL)
 
         _in_time(look)
@@ -127,7 +127,7 @@ class Roll:
     def _seen(self) -> str:
         """The ranks of this machine that are gone, or stopped, without having said why; in words."""
         known = self._read("failures").keys() | self._read("alone").keys()
-        states = {rank: _state(place) for rank, place in self._places.items() if rank not in known}
+        states = {rank: state_of(place) for rank, place in self._places.items() if rank not in known}
         lines = [f"rank {r} (process {self._places[r]['pid']}) is {state}" for r, state in states.items() if state]
         return ", ".join(lines[:MOST_NAMED])
 
@@ -202,7 +202,8 @@ def _ranks(ranks: list[int]) -> str:
     return f"rank {named}" if len(ranks) == 1 else f"ranks {named}{more}"
 
 
-def _own_place() -> dict[str, Any]:
+def own_place() -> dict[str, Any]:
+    """This process, for others to look after: id, time of start, machine, and a token of its own."""
     began = _stat(os.getpid())[1]
     return {"pid": os.getpid(), "began": began, "machine": _machine(), "token": uuid.uuid4().hex}
 
@@ -225,7 +226,7 @@ def _stat(pid: int) -> tuple[str, str]:
     return fields[0], fields[19]
 
 
-def _state(place: dict[str, Any]) -> str | None:
+def state_of(place: dict[str, Any]) -> str | None:
     """"gone" or "stopped"; None when the process at `place` runs, or nothing can be seen of it from here."""
     if not place.get("machine") or place["machine"] != _machine():
         return None

@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from llm.atomic import write_file
+from llm.checkpoint.lock import run_lock
 from llm.checkpoint.pretrained import save_tokenizer
 from llm.checkpoint.reader import Checkpoint, list_steps, resolve
 from llm.checkpoint.store import CheckpointStore
@@ -204,7 +205,11 @@ class Trainer:
         return path
 
     def fit(self) -> None:
-        """Train from the current step to the last one."""
+        """Train from the current step to the last one, alone in the run folder."""
+        with run_lock(self.run_dir, self.world):
+            self._fit()
+
+    def _fit(self) -> None:
         notes: list[str] | None = self.resume()
         requests = Requests(self.run_dir)
         try:
