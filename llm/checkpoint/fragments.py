@@ -11,14 +11,12 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from llm.boxes import Box
@@ -26,6 +24,8 @@ from llm.checkpoint.overlap import Part
 from llm.errors import DamagedFile
 
 BLOCK_BYTES = 16 << 20
+BLANK = "0" * 32
+"""A digest that is not known yet."""
 DTYPES = {"float32": torch.float32}
 Piece = tuple[str, str, Box, int, Tensor]
 """(name, kind, box, start, values): flat values of the elements [start, start + len(values)) of the flattened box."""
@@ -77,33 +77,80 @@ def digest(data: bytes | bytearray | memoryview) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def write_fragments(path: Path, pieces: Iterable[Piece]) -> list[Fragment]:
-    """Write pieces as float32 to a new file, flushed to the disk; return their records."""
-    rows = [
-        (_key(name, kind, box, start), name, kind, box, start, values.detach().to("cpu", torch.float32).contiguous())
-        for name, kind, box, start, values in pieces
-    ]
-    try:
-        save_file({key: values for key, *_, values in rows}, path)
-    except SafetensorError as error:  # a full disk is one of these, and no OSError
-        raise OSError(f"{path}: {error}") from None
-    path.chmod(0o644)  # safetensors makes it readable by its owner only
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        (header_bytes,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(header_bytes))
+@dataclass(frozen=True)
+class FilePlan:
+    """What a rank's file will be, known before a byte of it is written."""
+
+    name: str
+    header: bytes
+    fragments: tuple[Fragment, ...]
+    """In the order of their values in the file, with the right number of digests, all of them blank."""
+
+    @property
+    def bytes(self) -> int:
+        """Length of the file."""
+        return len(self.header) + sum(DTYPES[f.dtype].itemsize * f.numel for f in self.fragments)
+
+
+def plan_file(name: str, pieces: Iterable[Piece]) -> FilePlan:
+    """The safetensors file `name` with these pieces as float32, in their order."""
+    entries: dict[str, Any] = {}
+    rows: list[tuple[str, str, Box, int, int, int]] = []
+    at = 0
+    for parameter, kind, box, start, values in pieces:
+        size = 4 * values.numel()
+        key = f"{parameter}|{kind}|{','.join(f'{a}:{b}' for a, b in box)}|{start}"  # nothing reads it
+        if key in entries:  # pieces without values share their place with others
+            key = f"{key}|{len(rows)}"
+        entries[key] = {"dtype": "F32", "shape": [values.numel()], "data_offsets": [at, at + size]}
+        rows.append((parameter, kind, box, start, values.numel(), at))
+        at += size
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)  # so that values are aligned when the file is mapped
+    header = struct.pack("<Q", len(text)) + text
+    fragments = tuple(
+        Fragment(parameter, kind, box, start, n, "float32", name, len(header) + offset, (BLANK,) * _n_blocks(4 * n))
+        for parameter, kind, box, start, n, offset in rows
+    )
+    return FilePlan(name, header, fragments)
+
+
+def _n_blocks(size: int) -> int:
+    return -(-size // BLOCK_BYTES)
+
+
+class GivenUp(Exception):
+    """Writing was stopped from outside."""
+
+
+def write_planned(
+    path: Path, plan: FilePlan, values: Iterable[Tensor], to_stop: Callable[[], bool] = lambda: False
+) -> list[Fragment]:
+    """Write the planned file and flush it to the disk; the fragments with their digests.
+
+    values: flat, one tensor per fragment, in its order; they are taken one at a time. OSError naming the file when it
+    cannot be written; GivenUp when `to_stop` came true meanwhile.
+    """
     fragments = []
-    for key, name, kind, box, start, values in rows:
-        data = memoryview(values.numpy().data).cast("B") if values.numel() else memoryview(b"")
-        blocks = tuple(digest(data[i : i + BLOCK_BYTES]) for i in range(0, len(data), BLOCK_BYTES))
-        offset = 8 + header_bytes + header[key]["data_offsets"][0]
-        fragments.append(Fragment(name, kind, box, start, values.numel(), "float32", path.name, offset, blocks))
+    try:
+        with open(path, "wb", buffering=BLOCK_BYTES) as file:  # small pieces go to the disk together
+            file.write(plan.header)
+            for fragment, tensor in zip(plan.fragments, values, strict=True):
+                held = tensor.detach().to("cpu", DTYPES[fragment.dtype]).contiguous()
+                data = memoryview(held.numpy().data).cast("B") if held.numel() else memoryview(b"")
+                blocks = []
+                for i in range(0, len(data), BLOCK_BYTES):
+                    if to_stop():
+                        raise GivenUp
+                    block = data[i : i + BLOCK_BYTES]
+                    blocks.append(digest(block))  # this and the writing leave Python to other threads
+                    file.write(block)
+                fragments.append(replace(fragment, blocks=tuple(blocks)))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(f"{path}: {error.strerror or error}") from None
     return fragments
-
-
-def _key(name: str, kind: str, box: Box, start: int) -> str:
-    """The name of a piece inside its file; nothing reads it."""
-    return f"{name}|{kind}|{','.join(f'{a}:{b}' for a, b in box)}|{start}"
 
 
 def read_blocks(folder: Path, fragment: Fragment, indices: Iterable[int]) -> Iterator[tuple[int, Tensor]]:

@@ -3,18 +3,26 @@
 A checkpoint comes to life in one rename. Before that: every rank writes its own file into a hidden folder and flushes
 it, the ranks exchange their records, rank 0 checks that the records cover every tensor exactly once and writes the
 manifest. A kill at any moment leaves either the whole checkpoint or a hidden folder that the next start removes.
+
+Writing and committing may go on behind the training: `begin` copies the state, threads do the rest in two stages, and
+between those the ranks meet in `advance`, at a step boundary where all have finished theirs.
 """
 
+import json
 import math
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llm.atomic import sync, write_file
 from llm.boxes import Box, box_shape
-from llm.checkpoint.fragments import Fragment, Piece, write_fragments
+from llm.checkpoint.flight import HostCopy, start_work
+from llm.checkpoint.fragments import FilePlan, Fragment, GivenUp, Piece, plan_file, write_planned
 from llm.checkpoint.reader import FORMAT, MANIFEST, VERSION, Checkpoint, list_steps, seal
 from llm.errors import DamagedFile, UserError
 from llm.parallel.collectives import agreed_error, all_or_none, gather_json, main_decides
@@ -24,14 +32,43 @@ HIDDEN = ".unfinished-"
 Load = Callable[[Checkpoint], Callable[[], None]]
 
 
-class CheckpointStore:
-    """Checkpoints of one run in `folder`; every method that says so is called by all ranks together."""
+class SaveFailed(UserError):
+    """A checkpoint could not be written, for want of space perhaps. Those before it are intact."""
 
-    def __init__(self, folder: Path, world: World, *, keep: int, keep_best: bool) -> None:
+
+@dataclass
+class _Flight:
+    """A save on its way: this rank's part of its present stage."""
+
+    manifest: dict[str, Any]
+    best_step: int | None
+    in_background: bool
+    give_up: threading.Event
+    task: Future[Any]
+    committing: bool = False
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest["step"])
+
+
+class CheckpointStore:
+    """Checkpoints of one run in `folder`; every method that says so is called by all ranks together.
+
+    Retention: the newest `keep` stay, the best one if `keep_best`, and every one whose step `keep_every` divides. The
+    others are dropped after a commit and never before.
+    """
+
+    def __init__(
+        self, folder: Path, world: World, *, keep: int, keep_best: bool, keep_every: int | None = None
+    ) -> None:
         self.folder = folder
         self.world = world
         self.keep = keep
         self.keep_best = keep_best
+        self.keep_every = keep_every
+        self._copy = HostCopy()
+        self._flight: _Flight | None = None
 
     def clean(self) -> None:
         """Remove what a killed save left behind (collective)."""
@@ -43,58 +80,161 @@ class CheckpointStore:
         main_decides(remove, self.world)
 
     def save(
-        self, step: int, shapes: dict[str, tuple[int, ...]], pieces: Iterable[Piece], meta: dict[str, Any]
+        self,
+        step: int,
+        shapes: dict[str, tuple[int, ...]],
+        pieces: Iterable[Piece],
+        meta: dict[str, Any],
+        best_step: int | None = None,
     ) -> Path:
-        """Write the checkpoint of `step` and commit it (collective).
+        """Write the checkpoint of `step` and commit it, while the caller waits (collective); see `begin`."""
+        self.begin(step, shapes, pieces, meta, best_step, in_background=False)
+        self.finish()
+        return self.path(step)
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of `step` is, once it is committed."""
+        return self.folder / f"step_{step:08d}"
+
+    def prepare(self, pieces: Iterable[Piece]) -> None:
+        """Get the host memory that `begin` will need for such pieces, behind the training."""
+        self._copy.prepare(list(pieces))
+
+    def begin(
+        self,
+        step: int,
+        shapes: dict[str, tuple[int, ...]],
+        pieces: Iterable[Piece],
+        meta: dict[str, Any],
+        best_step: int | None = None,
+        in_background: bool = True,
+    ) -> None:
+        """Begin the checkpoint of `step`, after finishing the one before it (collective).
 
         `shapes` are those of whole parameters. Over all ranks the pieces hold every element of each (name, kind) once.
-        UserError on every rank when they do not or one rank could not write.
+        On return in_background has copied the values, in as much host memory; without it they are written from where
+        they are. best_step: that of the best checkpoint so far, for retention.
+        SaveFailed on every rank where the file system has not the space that all files need together.
         """
-        final = self.folder / f"step_{step:08d}"
-        work = self.folder / f"{HIDDEN}step_{step:08d}"
-        world = self.world
+        self.finish()
+        pieces = list(pieces)
+        plan = plan_file(f"rank_{self.world.rank:05d}.safetensors", pieces)
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": step,
+            "parameters": {name: list(shape) for name, shape in shapes.items()},
+            "meta": meta,
+        }
+        self._check_space(plan, manifest)
+        values = self._copy.take(pieces) if in_background else (values for *_, values in pieces)
+        work, give_up = self._work(step), threading.Event()
 
         def write() -> dict[str, Any]:
             work.mkdir(parents=True, exist_ok=True)
-            path = work / f"rank_{world.rank:05d}.safetensors"
-            fragments = write_fragments(path, pieces)
-            return {"file": path.name, "bytes": path.stat().st_size, "fragments": [f.to_json() for f in fragments]}
+            fragments = write_planned(work / plan.name, plan, values, give_up.is_set)
+            return {"file": plan.name, "bytes": plan.bytes, "fragments": [f.to_json() for f in fragments]}
 
-        records = gather_json(all_or_none(write, world), world)
+        self._flight = _Flight(manifest, best_step, in_background, give_up, start_work(write, in_background))
 
-        def commit() -> None:
-            if not world.is_main:
-                return
-            rows = [row for record in records for row in record["fragments"]]
-            for fault in coverage_faults(shapes, map(Fragment.from_json, rows)):
-                raise UserError(f"refusing to commit a checkpoint: {fault}")
-            manifest = {
-                "format": FORMAT,
-                "version": VERSION,
-                "step": step,
-                "parameters": {name: list(shape) for name, shape in shapes.items()},
-                "files": {record["file"]: record["bytes"] for record in records},
-                "fragments": rows,
-                "meta": meta,
-            }
-            write_file(work / MANIFEST, seal(manifest))
-            replaced = self.folder / f"{HIDDEN}replaced-{step:08d}"
-            if final.exists():
-                os.replace(final, replaced)
-            os.replace(work, final)
-            sync(self.folder)
-            shutil.rmtree(replaced, ignore_errors=True)
+    def _work(self, step: int) -> Path:
+        return self.folder / f"{HIDDEN}step_{step:08d}"
 
-        all_or_none(commit, world)
-        return final
+    def _check_space(self, plan: FilePlan, manifest: dict[str, Any]) -> None:
+        rows = json.dumps([fragment.to_json() for fragment in plan.fragments])  # digests are as long while blank
+        sizes = gather_json([plan.name, plan.bytes, len(rows)], self.world)
 
-    def prune(self, best_step: int | None) -> None:
-        """Drop all but the newest `keep` checkpoints and the best one (collective). Called after a commit only."""
-        main_decides(lambda: self._prune(best_step), self.world)
+        def shortage() -> str | None:
+            place = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+            disk = os.statvfs(place)
+            files = {name: size for name, size, _ in sizes}
+            of_manifest = len(seal({**manifest, "files": files, "fragments": []})) + sum(n for *_, n in sizes)
+            needed = sum(-(-size // disk.f_frsize) * disk.f_frsize for size in [*files.values(), of_manifest])
+            free = disk.f_bavail * disk.f_frsize
+            if disk.f_blocks == 0 or needed <= free:  # without a number of blocks nothing is known
+                return None
+            return f"{self.folder}: the checkpoint of step {manifest['step']} needs {needed:,} bytes, {free:,} are free"
+
+        if (short := main_decides(shortage, self.world)) is not None:
+            raise agreed_error(short, SaveFailed)
+
+    def flags(self) -> tuple[bool, bool]:
+        """Whether this rank is at work on a save, and whether its part has failed: to be added up over ranks."""
+        if self._flight is None:
+            return False, False
+        done = self._flight.task.done()
+        return not done, done and self._flight.task.exception() is not None
+
+    def due(self, at_work: float, failed: float) -> bool:
+        """Whether it is time for `advance`, from the sums of all ranks' flags: the same answer on every rank.
+
+        Where another rank has failed, this one stops writing.
+        """
+        if self._flight is None:
+            return False
+        if failed:
+            self._flight.give_up.set()
+        return at_work == 0 or failed > 0
+
+    def advance(self) -> int | None:
+        """Take the save a stage further, after waiting for every rank's part of this one (collective).
+
+        Returns its step once it is committed. SaveFailed on every rank when one could not write; UserError when the
+        pieces do not hold every element once.
+        """
+        flight = self._flight
+        assert flight is not None
+        outcomes = gather_json(_outcome(flight.task), self.world)
+        failures = [(not why, rank, why, of_disk) for rank, (_, why, of_disk) in enumerate(outcomes) if why is not None]
+        if failures:
+            self._flight = None
+            main_decides(lambda: shutil.rmtree(self._work(flight.step), ignore_errors=True), self.world)
+            _, rank, why, of_disk = min(failures)  # of those that gave up for another one only where nobody says more
+            where = f" (rank {rank})" if self.world.size > 1 else ""
+            raise agreed_error(f"{why}{where}", SaveFailed if of_disk else UserError)
+        if flight.committing:
+            self._flight = None
+            return flight.step
+        records = [record for record, *_ in outcomes]
+        if self.world.is_main:
+            flight.task = start_work(lambda: self._commit(flight, records), flight.in_background)
+        else:
+            flight.task = start_work(_nothing, in_background=False)
+        flight.committing = True
+        return None
+
+    def finish(self) -> int | None:
+        """Bring the save that is on its way to its end, if there is one (collective); its step. Raises as `advance`."""
+        step = None
+        while self._flight is not None:
+            step = self.advance()
+        return step
+
+    def _commit(self, flight: _Flight, records: list[dict[str, Any]]) -> None:
+        step = flight.step
+        work, final = self._work(step), self.path(step)
+        rows = [row for record in records for row in record["fragments"]]
+        shapes = {name: tuple(shape) for name, shape in flight.manifest["parameters"].items()}
+        for fault in coverage_faults(shapes, map(Fragment.from_json, rows)):
+            raise UserError(f"refusing to commit a checkpoint: {fault}")
+        files = {record["file"]: record["bytes"] for record in records}
+        write_file(work / MANIFEST, seal({**flight.manifest, "files": files, "fragments": rows}))
+        replaced = self.folder / f"{HIDDEN}replaced-{step:08d}"
+        if final.exists():
+            os.replace(final, replaced)
+        os.replace(work, final)
+        sync(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+        try:
+            self._prune(flight.best_step)
+        except OSError as error:
+            raise OSError(f"{final} is saved, but an older one cannot be removed: {error}") from None
 
     def _prune(self, best_step: int | None) -> None:
         for i, (step, path) in enumerate(list_steps(self.folder)):
-            if i >= self.keep and not (self.keep_best and step == best_step):
+            best = self.keep_best and step == best_step
+            for_good = self.keep_every is not None and step % self.keep_every == 0
+            if i >= self.keep and not best and not for_good:
                 # a rename takes it off the list at once; a kill while it is deleted leaves nothing that looks whole
                 doomed = self.folder / f"{HIDDEN}pruned-{step:08d}"
                 os.replace(path, doomed)
@@ -141,6 +281,24 @@ class CheckpointStore:
         checkpoint, apply = all_or_none(read, self.world)
         apply()
         return checkpoint
+
+
+def _outcome(task: Future[Any]) -> list[Any]:
+    """[result, what went wrong or None, whether that was the disk], after waiting for it; anything but bad luck with
+    files is raised.
+    """
+    error = task.exception()
+    if error is None:
+        return [task.result(), None, False]
+    if isinstance(error, GivenUp):
+        return [None, "", True]
+    if not isinstance(error, (OSError, UserError)):
+        raise error
+    return [None, str(error), isinstance(error, OSError)]
+
+
+def _nothing() -> None:
+    return None
 
 
 def coverage_faults(shapes: dict[str, tuple[int, ...]], fragments: Iterable[Fragment]) -> Iterator[str]:

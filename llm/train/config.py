@@ -193,10 +193,25 @@ class CheckpointConfig(Section):
     """Newest checkpoints that stay."""
     keep_best: bool = True
     """Also keep the checkpoint with the lowest validation loss (saved when it is reached)."""
+    keep_every: int | None = Field(None, ge=1)
+    """Checkpoints of every so many steps stay for good; a multiple of checkpoint.interval; null = none."""
+    asynchronous: bool = True
+    """Copy the state to host memory, which must have room for it, and write it while training goes on."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be written (full disk): stop, or say so and train on; the last step's must be written.
+    """
     resume: str = "auto"
     """auto = newest valid checkpoint of the run folder; never = refuse a used folder; or the path of a checkpoint."""
     allow_changes: tuple[str, ...] = ()
     """Config keys that may differ from the checkpoint's although they change the results."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "CheckpointConfig":
+        if self.keep_every is not None and self.keep_every % self.interval:
+            raise ValueError(
+                f"checkpoint.keep_every={self.keep_every} is no multiple of checkpoint.interval={self.interval}"
+            )
+        return self
 
 
 class EvalConfig(Section):

@@ -10,6 +10,8 @@ import math
 import platform
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from llm.atomic import write_file
 from llm.checkpoint.lock import run_lock
 from llm.checkpoint.pretrained import save_tokenizer
 from llm.checkpoint.reader import Checkpoint, list_steps, resolve
-from llm.checkpoint.store import CheckpointStore
+from llm.checkpoint.store import CheckpointStore, SaveFailed
 from llm.compile import compile_blocks
 from llm.data.batch import StepBatch
 from llm.data.loader import TrainLoader
@@ -63,7 +65,11 @@ class Trainer:
         config = with_vocabulary(config, self.tokenizer)
         all_or_none(lambda: check_layout(config, world.size), world)
         self.store = CheckpointStore(
-            run_dir / "checkpoints", world, keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
+            run_dir / "checkpoints",
+            world,
+            keep=config.checkpoint.keep,
+            keep_best=config.checkpoint.keep_best,
+            keep_every=config.checkpoint.keep_every,
         )
         sources, self.valid = open_sources(config, self.tokenizer, world)
         self.mixture = all_or_none(lambda: Mixture(sources, config.train.seq_len, config.train.seed), world)
@@ -183,8 +189,11 @@ class Trainer:
 
         return apply
 
-    def save(self) -> Path:
-        """Write the checkpoint of the current step and prune older ones (collective)."""
+    def save(self, log: RunLog | None, last: bool = False) -> None:
+        """Begin the checkpoint of the current step, once the one before it is written; with checkpoint.asynchronous
+        off, complete it (collective). Older ones are pruned with it. `last`: see `_attempt`.
+        """
+        self._attempt(self.store.finish, log)
         model = self.engine.model
         counts = model.expert_counts()
         meta = {
@@ -199,15 +208,41 @@ class Trainer:
             "layout": dataclasses.asdict(self.grid.layout),
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
         }
-        path = self.store.save(self.step, self.engine.shapes, self.engine.owned_fragments(), meta)
-        self.store.prune(self.best.step)
-        self._saved_step = self.step
-        return path
+        asynchronous = self.config.checkpoint.asynchronous
+
+        def begin() -> int | None:
+            owned = self.engine.owned_fragments()
+            self.store.begin(self.step, self.engine.shapes, owned, meta, self.best.step, asynchronous)
+            return None if asynchronous else self.store.finish()
+
+        self._attempt(begin, log, last)
+
+    def _attempt(self, saving: Callable[[], int | None], log: RunLog | None, last: bool = False) -> None:
+        """Call what may end a save and returns its step then (collective).
+
+        Where a save fails, training goes on if the config says so; not from the `last` one, after which nothing is
+        trained that could be saved later.
+        """
+        try:
+            step = saving()
+        except SaveFailed as error:
+            if last or self.config.checkpoint.on_failure == "stop":
+                raise
+            if log:
+                log.say(f"step {self.step}: no checkpoint, as checkpoint.on_failure=continue: {error}")
+        else:
+            self._saved_step = self._saved_step if step is None else step
 
     def fit(self) -> None:
         """Train from the current step to the last one, alone in the run folder."""
         with run_lock(self.run_dir, self.world):
-            self._fit()
+            try:
+                self._fit()
+            except UserError as error:
+                if error.agreed:  # all ranks are here, and what is already on its way is worth having
+                    with suppress(UserError):
+                        self.store.finish()
+                raise
 
     def _fit(self) -> None:
         notes: list[str] | None = self.resume()
@@ -230,20 +265,25 @@ class Trainer:
             if log:
                 log.say(f"nothing to do: {end}")
             return None
+        first = self.step + 1
         trace = Trace(
-            self.engine.model, self.world, self.run_dir / "trace.jsonl", self.config.log.trace_steps, self.step + 1
+            self.engine.model, self.world, self.run_dir / "trace.jsonl", self.config.log.trace_steps, first
         )
         with self.loader() as loader:
             while end is None:
                 started = time.perf_counter()
-                batch, n_targets, n_tokens, stop, save = self._next_batch(loader, requests)
+                batch, n_targets, n_tokens, stop, save, due = self._next_batch(loader, requests)
+                if due:
+                    self._attempt(self.store.advance, log)
                 if stop or save:
                     self._obey(stop, log, requests)
                 with trace.step(self.step + 1, self.engine.gradient_scale):
                     result, lr = self.take_step(batch, n_targets, n_tokens)
+                if self.config.checkpoint.asynchronous and self.step == first:  # the optimizer has its state now
+                    self.store.prepare(self.engine.owned_fragments())
                 action, lines = self.guard.judge(self.step, result)
                 if action == "rewind":
-                    return [*lines, *self._rewind()]
+                    return [*lines, *self._rewind(log)]
                 row = self.metrics.row(
                     result,
                     batch,
@@ -254,6 +294,7 @@ class Trainer:
                     seconds=time.perf_counter() - started,
                 )
                 end = self._after_step(row, log, lines, requests)
+        self._attempt(self.store.finish, log, last=True)
         if log:
             how = "done" if self.step >= self.steps else end
             log.say(
@@ -279,8 +320,9 @@ class Trainer:
         self.tokens += n_tokens
         return result, lr
 
-    def _rewind(self) -> list[str]:
+    def _rewind(self, log: RunLog | None) -> list[str]:
         """Go back to the newest checkpoint (collective); UserError where there is none yet."""
+        self._attempt(self.store.finish, log)
         checkpoint, skipped = self.store.load_newest(self.read_checkpoint)
         if checkpoint is None:
             raise agreed_error(
@@ -316,9 +358,9 @@ class Trainer:
             seq_len_schedule=train.seq_len_schedule,
         )
 
-    def _next_batch(self, loader: TrainLoader, requests: Requests) -> tuple[StepBatch, int, int, bool, bool]:
-        """This rank's batch, the global numbers of its targets and tokens, and whether any rank was asked to stop or
-        save.
+    def _next_batch(self, loader: TrainLoader, requests: Requests) -> tuple[StepBatch, int, int, bool, bool, bool]:
+        """This rank's batch, the global numbers of its targets and tokens, whether any rank was asked to stop or save,
+        and whether a save is to be taken further.
 
         What one rank cannot read stops them all, with one message.
         """
@@ -329,19 +371,23 @@ class Trainer:
         except (UserError, OSError) as error:
             failure = error
         flags = [batch is None, requests.stop is not None, self.world.is_main and requests.save_wanted()]
+        flags += self.store.flags()
         counts = [0, 0] if batch is None or not self.grid.speaks else [batch.n_targets, batch.n_tokens]
-        n_targets, n_tokens, failed, stop, save = (int(n) for n in sum_over_ranks([*counts, *flags], self.world))
+        sums = [int(n) for n in sum_over_ranks([*counts, *flags], self.world)]
+        n_targets, n_tokens, failed, stop, save, *saving = sums
         if failed:
             all_or_none(partial(_raise, failure), self.world)
         assert batch is not None
-        return batch, n_targets, n_tokens, stop > 0, save > 0
+        return batch, n_targets, n_tokens, stop > 0, save > 0, self.store.due(*saving)
 
     def _obey(self, stop: bool, log: RunLog | None, requests: Requests) -> None:
         """Save at this step boundary; then leave with EXIT_STOPPED if that was asked for (collective)."""
+        self._attempt(self.store.finish, log)
         if self.step != self._saved_step:
-            path = self.save()
-            if log:
-                log.say(f"saved on request: {path}")
+            self.save(log, last=stop)
+            self._attempt(self.store.finish, log, last=stop)
+            if log and self.step == self._saved_step:
+                log.say(f"saved on request: {self.store.path(self.step)}")
         main_decides(requests.save_done, self.world)
         if stop:
             if log:
@@ -371,7 +417,7 @@ class Trainer:
                 log.say(line)
             log.step(row)
         if end or self.step % config.checkpoint.interval == 0 or (new_best and config.checkpoint.keep_best):
-            self.save()
+            self.save(log, last=end is not None)
         if config.eval.sample_interval and (end or self.step % config.eval.sample_interval == 0):
             self._sample(log)
         return end

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from llm.boxes import Box, box_shape, share_of, whole
-from llm.checkpoint import fragments, reader, store
+from llm.checkpoint import fragments, reader
 from llm.checkpoint.fragments import Fragment, Piece, digest
 from llm.checkpoint.overlap import Part, rectangles, view
 from llm.checkpoint.reader import Checkpoint, seal
 from llm.checkpoint.store import CheckpointStore
 from llm.errors import DamagedFile, UserError
 from llm.parallel.launch import World
+from tests.checkpoint.ranks import as_ranks
 
 BLOCK = 8  # values; so that small parameters already span several blocks
 
@@ -30,16 +31,13 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Checkpoint]:
-    """Saves what each of several ranks holds, a file each; the ranks run one after the other, rank 0 last."""
+    """Saves what each of several ranks holds, a file each; the ranks are threads."""
 
     def save_as_ranks(shapes: dict[str, tuple[int, ...]], ranks: list[list[Piece]]) -> Checkpoint:
-        records: list[object] = []
-        monkeypatch.setattr(store, "all_or_none", lambda action, world: action())
-        monkeypatch.setattr(store, "gather_json", lambda record, world: records.append(record) or records)
-        for rank in reversed(range(len(ranks))):
-            world = World(rank=rank, size=len(ranks), local_rank=rank, device=torch.device("cpu"))
-            path = CheckpointStore(tmp_path, world, keep=1, keep_best=False).save(1, shapes, ranks[rank], {})
-        return Checkpoint.open(path)
+        def save_as(world: World) -> Path:
+            return CheckpointStore(tmp_path, world, keep=1, keep_best=False).save(1, shapes, ranks[world.rank], {})
+
+        return Checkpoint.open(as_ranks(monkeypatch, len(ranks), save_as)[0])
 
     return save_as_ranks
 

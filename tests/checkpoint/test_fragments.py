@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from llm.boxes import whole
 from llm.checkpoint import fragments
@@ -30,16 +31,16 @@ def values() -> dict[str, torch.Tensor]:
 
 def save(folder: Path, step: int, **changes: int) -> Path:
     """A checkpoint as two ranks would have cut it: each parameter in two pieces, at an odd place."""
-    store = CheckpointStore(folder, WORLD, keep=changes.get("keep", 9), keep_best=True)
+    store = CheckpointStore(
+        folder, WORLD, keep=changes.get("keep", 9), keep_best=True, keep_every=changes.get("keep_every")
+    )
     pieces = []
     for name, tensor in values().items():
         flat = tensor.flatten() + step
         box = whole(SHAPES[name])
         pieces += [(name, "master", box, 0, flat[:3]), (name, "master", box, 3, flat[3:])]
         pieces += [(name, "exp_avg", box, 0, flat[:9] * 2), (name, "exp_avg", box, 9, flat[9:] * 2)]
-    path = store.save(step, SHAPES, pieces, {"note": step})
-    store.prune(changes.get("best"))
-    return path
+    return store.save(step, SHAPES, pieces, {"note": step}, changes.get("best"))
 
 
 def test_any_range_reads_back_bit_for_bit(tmp_path: Path) -> None:
@@ -111,6 +112,25 @@ def test_retention_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in range(1, 7):
         save(tmp_path, step, keep=2, best=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000002", "step_00000005", "step_00000006"]
+
+
+def test_retention_keeps_every_third_for_good(tmp_path: Path) -> None:
+    for step in range(1, 9):
+        save(tmp_path, step, keep=1, best=2, keep_every=3)
+    assert [p.name[-1] for p in sorted(tmp_path.iterdir())] == ["2", "3", "6", "8"]
+
+
+def test_a_file_is_what_safetensors_reads(tmp_path: Path) -> None:
+    file = save(tmp_path, 1) / "rank_00000.safetensors"
+    manifest = json.loads((file.parent / "manifest.json").read_text())
+    tensors = load_file(file)
+    assert len(tensors) == len(manifest["fragments"]) == 8
+    for row in manifest["fragments"]:
+        flat = (values()[row["name"]].flatten() + 1) * (2 if row["kind"] == "exp_avg" else 1)
+        found = [t for key, t in tensors.items() if key.startswith(f"{row['name']}|{row['kind']}|")]
+        expected = flat[row["start"] : row["start"] + row["numel"]]
+        assert sum(torch.equal(t, expected) for t in found) == 1
+        assert row["offset"] % 4 == 0
 
 
 def test_a_save_of_the_same_step_replaces_the_damaged_one(tmp_path: Path) -> None:

@@ -82,7 +82,8 @@ def test_a_killed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path, precision
     for i, step in enumerate(kills):
         reached = kill_one_rank_after(step, arguments, victim, rank=i % 2)
         committed = max((int(p.name[5:]) for p in (victim / "checkpoints").glob("step_*")), default=0)
-        assert committed >= reached - INTERVAL - 1, "more than one interval was lost"
+        # a save goes on behind the training, but never two, so the one before the last is always there
+        assert committed >= reached - 2 * INTERVAL - 1, "more than two intervals were lost"
         replayed += reached - committed
     done = run("launch/pretrain.py", *arguments, nproc=2)
     assert done.returncode == 0, done.stderr

@@ -57,6 +57,11 @@ def test_a_model_file_is_read_from_its_path(tmp_path: Path) -> None:
         ({"train": {"steps": 0}}, "train.steps=0"),
         ({"model": {"moe": {"n_experts": 4, "topk": 2}}}, "unknown key model.moe.topk; did you mean top_k?"),
         ({"train": {"seq_len": 65}}, "train.seq_len=65 is above model.max_seq_len=64"),
+        (
+            {"checkpoint": {"interval": 100, "keep_every": 250}},
+            "checkpoint.keep_every=250 is no multiple of checkpoint.interval=100",
+        ),
+        ({"checkpoint": {"on_failure": "ignore"}}, "checkpoint.on_failure='ignore'"),
         ({"optim": {"decay_steps": 5}}, "optim.decay_steps belongs to optim.schedule=wsd"),
         ({"parallel": {"zero_stage": 4}}, "parallel.zero_stage=4"),
         ({"parallel": {"pipeline": 2}}, "parallel.pipeline=2 is not available yet; use parallel.pipeline=1"),
