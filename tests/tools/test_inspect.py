@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from llm.boxes import whole
-from llm.checkpoint import fragments, store
+from llm.checkpoint import fragments
 from llm.checkpoint.fragments import Piece
 from llm.checkpoint.inspect import damaged_blocks, survey
 from llm.checkpoint.reader import Checkpoint, newest_valid, seal
@@ -28,6 +28,7 @@ from llm.parallel.launch import World
 from llm.parallel.layout import Layout
 from llm.tokenizer import ByteTokenizer
 from llm.train.config import validate
+from tests.checkpoint.ranks import as_ranks
 from tests.distributed.harness import ROOT, run, tiny_config
 from tools.inspection import inspect
 
@@ -56,13 +57,11 @@ def save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]
         return found if rank else [*found, norm]
 
     def save_as_two_ranks(step: int, **meta: Any) -> Path:
-        records: list[object] = []
-        monkeypatch.setattr(store, "all_or_none", lambda action, world: action())
-        monkeypatch.setattr(store, "gather_json", lambda record, world: records.append(record) or records)
-        for rank in (1, 0):
-            world = World(rank=rank, size=2, local_rank=rank, device=torch.device("cpu"))
+        def save_one(world: World) -> Path:
             folder = CheckpointStore(tmp_path / "run" / "checkpoints", world, keep=9, keep_best=True)
-            path = folder.save(step, SHAPES, pieces_of(rank), meta)
+            return folder.save(step, SHAPES, pieces_of(world.rank), meta)
+
+        path = as_ranks(monkeypatch, 2, save_one)[0]
         return path
 
     return save_as_two_ranks
