@@ -20,19 +20,16 @@ if not __package__:
 import torch
 from torch import Tensor, nn
 
-from llm.compile import compile_blocks
 from llm.data.loader import TrainLoader
 from llm.data.mixture import Mixture
 from llm.model import LLM
 from llm.parallel import launch
-from llm.parallel.build import build_model
 from llm.parallel.collectives import all_or_none, sum_over_ranks
-from llm.parallel.engine import Engine
 from llm.parallel.grid import Grid, make_grid
 from llm.tokenizer import load_tokenizer
-from llm.train.config import RunConfig, accumulation_steps, check_layout, validate
+from llm.train.build import build_engine
+from llm.train.config import RunConfig, check_layout, validate
 from llm.train.inputs import open_sources, with_vocabulary
-from llm.train.optimizer import make_optimizer
 
 
 class RouterMargins:
@@ -64,27 +61,9 @@ def train(config: RunConfig, mixture: Mixture, grid: Grid, steps: int) -> list[d
 
     Margins are known where one rank sees the whole batch, and nothing is compiled.
     """
-    parallel, settings, data = config.parallel, config.train, grid.data
-    model = build_model(
-        config.model, settings.seed, grid, zero_stage=parallel.zero_stage, precision=settings.precision
-    )
-    engine = Engine(
-        model,
-        make_optimizer(model, config.optim),
-        grid=grid,
-        precision=settings.precision,
-        micro_batch_size=settings.micro_batch_size,
-        max_accumulation=accumulation_steps(config, data.size),
-        clip_norm=config.optim.clip_norm,
-        seed=settings.seed,
-        zero_stage=parallel.zero_stage,
-        offload_optimizer=parallel.offload_optimizer,
-        extra_config=dict(config.deepspeed),
-    )
-    model.activation_checkpointing = settings.activation_checkpointing
-    margins = RouterMargins(model) if grid.world.size == 1 and not settings.compile else None
-    if settings.compile:
-        all_or_none(partial(compile_blocks, model), grid.world)
+    settings, data = config.train, grid.data
+    engine = build_engine(config, grid)
+    margins = RouterMargins(engine.model) if grid.world.size == 1 and not settings.compile else None
     loader = TrainLoader(
         mixture,
         seq_len=settings.seq_len,

@@ -24,24 +24,22 @@ from llm.checkpoint.lock import run_lock
 from llm.checkpoint.pretrained import save_tokenizer
 from llm.checkpoint.reader import Checkpoint, list_steps, resolve
 from llm.checkpoint.store import CheckpointStore, SaveFailed
-from llm.compile import compile_blocks
 from llm.data.batch import StepBatch
 from llm.data.loader import TrainLoader
 from llm.data.mixture import Mixture
 from llm.errors import UserError
 from llm.generate import generate
-from llm.parallel.build import build_model
 from llm.parallel.collectives import agreed_error, all_or_none, main_decides, sum_over_ranks
-from llm.parallel.engine import Engine, StepResult
+from llm.parallel.engine import StepResult
 from llm.parallel.grid import make_grid
 from llm.parallel.launch import World
 from llm.tokenizer import Tokenizer, load_tokenizer
-from llm.train.config import RunConfig, accumulation_steps, check_layout, differences
+from llm.train.build import build_engine
+from llm.train.config import RunConfig, check_layout, differences
 from llm.train.guard import Guard
 from llm.train.inputs import encode_prompts, open_sources, settle_precision, with_vocabulary
 from llm.train.log import CurveSink, RunLog, TensorBoard, WeightsAndBiases
 from llm.train.metrics import StepMetrics
-from llm.train.optimizer import make_optimizer
 from llm.train.schedule import epoch_rows, learning_rate, steps_between
 from llm.train.stop import EXIT_STOPPED, Requests
 from llm.train.trace import Trace
@@ -59,7 +57,6 @@ class Trainer:
         self.world = world
         self.run_dir = run_dir
         self.grid = make_grid(world, check_layout(config, world.size))
-        accumulation = accumulation_steps(config, self.grid.data.size)
         self.tokenizer: Tokenizer = all_or_none(lambda: load_tokenizer(config.tokenizer), world)
         self.prompts = encode_prompts(config, self.tokenizer, world)
         config = with_vocabulary(config, self.tokenizer)
@@ -74,27 +71,7 @@ class Trainer:
         sources, self.valid = open_sources(config, self.tokenizer, world)
         self.mixture = all_or_none(lambda: Mixture(sources, config.train.seq_len, config.train.seed), world)
         self.config, self.precision_reason = settle_precision(config, self.store, world)
-        train, parallel = self.config.train, self.config.parallel
-        model = build_model(
-            self.config.model, train.seed, self.grid, zero_stage=parallel.zero_stage, precision=train.precision
-        )
-        self.engine = Engine(
-            model,
-            make_optimizer(model, config.optim),
-            grid=self.grid,
-            precision=train.precision,
-            micro_batch_size=train.micro_batch_size,
-            max_accumulation=accumulation,
-            clip_norm=config.optim.clip_norm,
-            seed=train.seed,
-            zero_stage=parallel.zero_stage,
-            offload_optimizer=parallel.offload_optimizer,
-            ema_decay=config.optim.ema_decay,
-            extra_config=dict(config.deepspeed),
-        )
-        model.activation_checkpointing = train.activation_checkpointing
-        if train.compile:
-            all_or_none(partial(compile_blocks, model), world)
+        self.engine = build_engine(self.config, self.grid)
         self.guard = Guard(config.guard)
         self.metrics = StepMetrics(self.config.model, world, config.log.peak_flops)
         self.step = 0
@@ -102,7 +79,7 @@ class Trainer:
         self.consumed_rows = 0
         self.tokens = 0
         self.best = Best()
-        self._epochs = train.epochs
+        self._epochs = config.train.epochs
         self._settle_steps()
 
     @property

@@ -12,15 +12,14 @@ import torch
 from llm.boxes import box_shape
 from llm.parallel import deepspeed_private as private
 from llm.parallel import launch, memory, traffic_plan
-from llm.parallel.build import build_model
 from llm.parallel.collectives import gather_json
 from llm.parallel.engine import Engine
-from llm.parallel.grid import Grid, make_grid
+from llm.parallel.grid import make_grid
 from llm.parallel.launch import World
 from llm.parallel.traffic import TrafficCounter
-from llm.train.config import RunConfig, check_layout, validate
+from llm.train.build import build_engine
+from llm.train.config import check_layout, validate
 from llm.train.dry_run import workload
-from llm.train.optimizer import make_optimizer
 from tests.distributed.engine_job import ROWS, SEQ_LEN, cut_batch
 from tests.distributed.harness import TINY_MODEL, tiny_config
 
@@ -48,7 +47,7 @@ def compare(case: dict[str, Any], world: World) -> dict[str, Any]:
     layout = check_layout(config, world.size)
     work = workload(config, layout)
     grid = make_grid(world, layout)
-    engine = build(config, grid, work.accumulation)
+    engine = build_engine(config, grid)
     kept: list[dict[str, int]] = []
     inputs = engine._inputs  # called at the beginning of each micro-batch
     engine._inputs = lambda batch: (kept.append(measure(engine)), inputs(batch))[1]  # type: ignore[method-assign]
@@ -72,27 +71,6 @@ def compare(case: dict[str, Any], world: World) -> dict[str, Any]:
         "memory": gather_json([kinds[mine_is], mine], world),
         "calls": dict(counter.calls),
     }
-
-
-def build(config: RunConfig, grid: Grid, accumulation: int) -> Engine:
-    """The engine that the trainer would build."""
-    train, parallel = config.train, config.parallel
-    model = build_model(config.model, train.seed, grid, zero_stage=parallel.zero_stage, precision=train.precision)
-    model.activation_checkpointing = train.activation_checkpointing
-    return Engine(
-        model,
-        make_optimizer(model, config.optim),
-        grid=grid,
-        precision=train.precision,
-        micro_batch_size=train.micro_batch_size,
-        max_accumulation=accumulation,
-        clip_norm=config.optim.clip_norm,
-        seed=train.seed,
-        zero_stage=parallel.zero_stage,
-        offload_optimizer=parallel.offload_optimizer,
-        ema_decay=config.optim.ema_decay,
-        extra_config=dict(config.deepspeed),
-    )
 
 
 def take_step(engine: Engine, step: int, accumulation: int) -> None:
