@@ -109,3 +109,26 @@ def test_the_models_loss_equals_cross_entropy_of_its_logits(tied):
     for name, parameter in model.named_parameters():
         scale = parameter.grad.abs().max().item()
         torch.testing.assert_close(ours[name], parameter.grad, rtol=0, atol=1e-5 * scale, msg=name)
+
+
+class OnlyRank:
+    """A vocabulary cut over one rank."""
+
+    first, largest, total = 0, 31, 31
+
+    def gather(self, x):
+        return x.unsqueeze(0)
+
+    def join(self, logits):
+        return logits
+
+
+def test_a_label_that_no_share_of_the_vocabulary_has_is_refused():
+    hidden, weight, labels = problem()
+    torch.testing.assert_close(
+        lm_loss_sum(hidden, weight, labels, OnlyRank()), lm_loss_sum(hidden, weight, labels), rtol=1e-6, atol=0
+    )
+    labels[1, 2] = 31
+    for loss in (lm_loss_sum, token_nll):
+        with pytest.raises(RuntimeError, match="a label is not below 31"):
+            loss(hidden, weight, labels, OnlyRank())
