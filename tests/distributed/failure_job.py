@@ -18,6 +18,7 @@ from torch import nn
 from llm.errors import UserError
 from llm.parallel import launch
 from llm.parallel.collectives import main_decides
+from llm.parallel.grid import make_grid
 from llm.parallel.launch import World
 
 ENTER_S = 1.0
@@ -85,7 +86,7 @@ class _FaultInBackward(torch.autograd.Function):
         return grad
 
 
-def train_by_deepspeed() -> None:
+def train_by_deepspeed(world: World) -> None:
     """One step under ZeRO-1; DeepSpeed sends rank 0's weights to all while it initialises."""
     from llm.parallel import deepspeed_private as private
 
@@ -98,7 +99,7 @@ def train_by_deepspeed() -> None:
     dist.broadcast = broadcast_with_fault
     model = nn.Linear(8, 8)
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}}
-    engine = private.initialize(model, torch.optim.AdamW(model.parameters()), config)
+    engine = private.initialize(model, torch.optim.AdamW(model.parameters()), config, make_grid(world))
     engine.backward(_FaultInBackward.apply(engine(torch.ones(1, 8))).sum())
     engine.step()
 
@@ -119,7 +120,7 @@ def main() -> None:
         wait_in_sub_groups(world, rank)
     main_decides(lambda: here("decision"), world)
     if place in ("deepspeed", "step"):
-        train_by_deepspeed()
+        train_by_deepspeed(world)
     here("barrier")
 
 
