@@ -2,7 +2,7 @@
 
 Everything that differs between layers (mask, RoPE or not, QK norm, temperature, dense or MoE) is decided here, once;
 building, attention plans and caches read the specs and never the args. Names and rules follow Llama 4 (Meta's
-params.json).
+params.json); what other families need beside them is off by default.
 """
 
 from dataclasses import dataclass
@@ -10,9 +10,10 @@ from typing import Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Mask = Literal["full", "chunk"]
+Mask = Literal["full", "chunk", "window"]
 Ffn = Literal["dense", "moe", "none"]
 QKNorm = Literal["l2", "head", "full"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 PATTERN_ALIASES = {"alternating": ["ssm", "attn"]}
 MIXERS = ("attn", "ssm", "routed", "none")
@@ -28,7 +29,9 @@ class LayerSpec:
     mixer: str
     stride: int
     mask: Mask
-    span: int | None  # chunk length of a chunked layer
+    span: int | None  # length of a chunk or window
+    scale: float | None  # factor on attention scores; None = 1 / sqrt(width of a head)
+    softcap: float | None  # of attention scores
     rope: bool
     qk_norm: QKNorm | None
     temperature: bool
@@ -40,18 +43,26 @@ class _Group(BaseModel):
 
 
 class RopeScaling(_Group):
-    """Llama 3's stretching of the slow RoPE frequencies."""
+    """Stretching of RoPE to contexts longer than those of the pretraining."""
 
-    kind: Literal["llama3"] = "llama3"
-    """Which rule; only Llama 3's piecewise one is built."""
+    kind: Literal["llama3", "linear", "dynamic", "yarn"] = "llama3"
+    """linear divides all frequencies, llama3 and yarn the slow ones; dynamic raises the base with a text's length."""
     factor: float = Field(8.0, gt=0)
     """How many times longer the context became."""
     low_freq_factor: float = Field(1.0, gt=0)
-    """Wavelengths above original_max_position / this are stretched in full."""
+    """llama3: wavelengths above original_max_position / this are stretched in full."""
     high_freq_factor: float = Field(4.0, gt=0)
-    """Wavelengths below original_max_position / this are left alone."""
+    """llama3: wavelengths below original_max_position / this are left alone."""
     original_max_position: int = Field(8192, gt=0)
     """Context length before the stretching."""
+    beta_fast: float = Field(32.0, gt=0)
+    """yarn: frequencies that turn at least so often within the original context are left alone."""
+    beta_slow: float = Field(1.0, gt=0)
+    """yarn: those that turn at most so often are stretched in full."""
+    truncate: bool = True
+    """yarn: begin and end the ramp between the two at whole dimensions."""
+    attention_factor: float | None = Field(None, gt=0)
+    """yarn: factor on rotated queries and keys; unset = 0.1 ln(factor) + 1."""
 
     @model_validator(mode="after")
     def _check(self) -> "RopeScaling":
@@ -59,6 +70,11 @@ class RopeScaling(_Group):
             raise ValueError(
                 f"model.rope_scaling.high_freq_factor={self.high_freq_factor} is below "
                 f"low_freq_factor={self.low_freq_factor}; it must be at least as large"
+            )
+        if self.beta_fast < self.beta_slow:
+            raise ValueError(
+                f"model.rope_scaling.beta_fast={self.beta_fast} is below beta_slow={self.beta_slow}; "
+                f"it must be at least as large"
             )
         return self
 
@@ -118,7 +134,7 @@ class ModelArgs(_Group):
     max_seq_len: int = Field(2048, gt=0)
     """Longest text the model is meant for; nothing in the model is sized by it."""
     layer_pattern: list[str] | str | None = None
-    """Items mixer[:flag...][+ffn] (attn, full|chunk, rope|nope, dense|moe|none), repeated over the layers."""
+    """Items mixer[:flag...][+ffn] (attn, full|chunk|window, rope|nope, dense|moe|none), repeated over the layers."""
     ffn_hidden: int | None = Field(None, gt=0)
     """Width of the dense feed-forward; unset = 8/3 dim, times ffn_dim_multiplier, rounded up to multiple_of."""
     multiple_of: int = Field(256, gt=0)
@@ -127,20 +143,52 @@ class ModelArgs(_Group):
     """Factor on feed-forward widths made by rule."""
     ffn_exp: float = Field(4.0, gt=0)
     """Expansion from which the width of an expert is made by rule."""
+    act: Activation = "silu"
+    """Activation of dense feed-forwards; gelu is the exact one, gelu_tanh its approximation. Experts use silu."""
+    gated: bool = True
+    """Dense feed-forwards multiply the activation with a second product, w3 x; false = w2(act(w1 x))."""
+    ffn_bias: bool = False
+    """Biases in dense feed-forwards."""
+    qkv_bias: bool = False
+    """Biases of queries, keys and values."""
+    o_bias: bool = False
+    """Bias of the attention's output."""
+    norm: Literal["rms", "layer"] = "rms"
+    """RMS norm, or layer norm with a bias."""
     norm_eps: float = Field(1e-5, gt=0)
-    """Added to the mean square in every RMS norm."""
+    """Added to the mean square (layer norm: variance) in every norm."""
+    norm_offset: bool = False
+    """RMS norms multiply with 1 + weight, before the cast back from float32 (Gemma); weights begin at 0."""
+    norm_fp32_weight: bool = False
+    """RMS norms multiply with the weight before the cast back from float32 (OLMo 2)."""
+    norm_place: Literal["pre", "post", "sandwich"] = "pre"
+    """Norms before attention and feed-forward, after them and before the sum (OLMo 2), or both (Gemma 2)."""
+    parallel_residual: bool = False
+    """Attention and feed-forward read the same x, each through its own norm (GPT-NeoX)."""
     qk_norm: QKNorm | None = None
     """l2: each head after RoPE, without weights, on RoPE layers; head, full: before RoPE, each head or all as one."""
     rope_theta: float = Field(5e5, gt=0)
     """RoPE base."""
     rope_interleaved: bool = True
     """Rotate neighbouring pairs (Meta); false = the two halves of a head (Hugging Face Llama)."""
+    rope_pct: float = Field(1.0, gt=0, le=1)
+    """Share of a head's width that is rotated, from its beginning, rounded down."""
     rope_scaling: RopeScaling | None = None
     """Frequency scaling for longer contexts."""
     nope_layer_interval: int | None = Field(None, gt=0)
     """Every interval-th layer has no RoPE and, where chunking is on, global attention."""
     attention_chunk_size: int | None = Field(None, gt=0)
     """RoPE layers attend within chunks of this many positions, counted from the start of the document."""
+    sliding_window: int | None = Field(None, gt=0)
+    """Layers attend to the last so many positions, their own included, unless chunks or the pattern say otherwise."""
+    score_scale: float | None = Field(None, gt=0)
+    """Factor on attention scores; unset = 1 / sqrt(width of a head)."""
+    attn_softcap: float | None = Field(None, gt=0)
+    """Attention scores s become cap tanh(s / cap)."""
+    logit_softcap: float | None = Field(None, gt=0)
+    """Logits z become cap tanh(z / cap)."""
+    embed_scale: float | None = Field(None, gt=0)
+    """Factor on token vectors, rounded to their dtype."""
     attn_temperature_tuning: bool = False
     """Scale queries of NoPE layers with the logarithm of the position."""
     floor_scale: int = Field(8192, gt=0)
@@ -170,8 +218,18 @@ class ModelArgs(_Group):
                 f"model.n_heads={self.n_heads} does not divide model.dim={self.dim}; "
                 f"use {_either(_divisors(self.dim))}, or give model.head_dim"
             )
-        if self.head_width % 2:
-            raise ValueError(f"model.head_dim={self.head_width} is odd; RoPE rotates pairs, use an even width")
+        if self.rotated_width % 2 or self.rotated_width == 0:
+            part = "" if self.rope_pct == 1 else f" and model.rope_pct={self.rope_pct} rotate {self.rotated_width}"
+            raise ValueError(
+                f"model.head_dim={self.head_width}{part}: RoPE rotates pairs, so the rotated width must be even and "
+                f"at least 2"
+            )
+        if self.rope_scaling is not None and self.rope_scaling.kind == "dynamic" and self.rotated_width < 4:
+            raise ValueError("model.rope_scaling.kind=dynamic needs at least 4 rotated elements of a head")
+        if self.parallel_residual and self.norm_place != "pre":
+            raise ValueError(f"model.parallel_residual needs model.norm_place=pre; got {self.norm_place}")
+        if self.norm == "layer" and (self.norm_offset or self.norm_fp32_weight):
+            raise ValueError("model.norm_offset and norm_fp32_weight are of RMS norms; leave them out with norm=layer")
         if self.moe is not None and any(not 0 <= i < self.n_layers for i in self.moe.dense_layers):
             raise ValueError(
                 f"model.moe.dense_layers={list(self.moe.dense_layers)}: layers are 0 to {self.n_layers - 1}"
@@ -188,6 +246,11 @@ class ModelArgs(_Group):
     def head_width(self) -> int:
         """Width of one head, resolved."""
         return self.dim // self.n_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def rotated_width(self) -> int:
+        """How much of a head RoPE rotates."""
+        return int(self.head_width * self.rope_pct)
 
     def ffn_width(self) -> int:
         """Hidden width of a dense feed-forward: `ffn_hidden`, else Llama's rule int(2 * 4 dim / 3)."""
@@ -222,15 +285,12 @@ class ModelArgs(_Group):
             _refuse(item, f"stride @{stride} is not built yet; leave it out")
         interval = self.nope_layer_interval
         rope = flags["rope"] == "rope" if "rope" in flags else not (interval and (index + 1) % interval == 0)
-        mask: Mask = "full"
-        if "mask" not in flags:
-            mask = "chunk" if rope and self.attention_chunk_size else "full"
-        elif flags["mask"] == "chunk":
-            if self.attention_chunk_size is None:
-                _refuse(item, "chunk needs model.attention_chunk_size")
-            mask = "chunk"
-        elif flags["mask"] == "window":
-            _refuse(item, "mask window is not built yet; use full or chunk")
+        spans: dict[Mask, int | None] = {
+            "full": None, "chunk": self.attention_chunk_size, "window": self.sliding_window
+        }  # fmt: skip
+        mask = self._mask(rope) if "mask" not in flags else next(known for known in spans if known == flags["mask"])
+        if mask != "full" and spans[mask] is None:
+            _refuse(item, f"{mask} needs model.{'attention_chunk_size' if mask == 'chunk' else 'sliding_window'}")
         if ffn is None:
             on = self.moe is not None and (index + 1) % self.moe.interleave == 0 and index not in self.moe.dense_layers
             ffn = "moe" if on else "dense"
@@ -241,12 +301,20 @@ class ModelArgs(_Group):
             mixer=mixer,
             stride=stride,
             mask=mask,
-            span=self.attention_chunk_size if mask == "chunk" else None,
+            span=spans[mask],
+            scale=self.score_scale,
+            softcap=self.attn_softcap,
             rope=rope,
             qk_norm=self.qk_norm if rope or self.qk_norm != "l2" else None,
             temperature=self.attn_temperature_tuning and not rope,
             ffn=ffn,
         )
+
+    def _mask(self, rope: bool) -> Mask:
+        """Of a layer whose pattern does not say."""
+        if self.attention_chunk_size:
+            return "chunk" if rope else "full"
+        return "window" if self.sliding_window else "full"
 
 
 def _parse_item(item: str) -> tuple[str, int, dict[str, str], Ffn | None]:

@@ -54,8 +54,9 @@ def tensor_dim(args: ModelArgs, name: str, ranks: int) -> int | None:
     Heads are cut whole. Keys and values stay whole on every rank when their heads are fewer than the ranks, and so does
     the one weight that normalises every head.
     """
-    of_kv = name.endswith(("attention.wk.weight", "attention.wv.weight", "attention.k_norm.weight"))
-    of_each_head = args.qk_norm == "head" and name.endswith(("attention.q_norm.weight", "attention.k_norm.weight"))
+    module = name.rpartition(".")[0]
+    of_kv = module.endswith(("attention.wk", "attention.wv", "attention.k_norm"))
+    of_each_head = args.qk_norm == "head" and module.endswith(("attention.q_norm", "attention.k_norm"))
     if ranks == 1 or of_each_head or (of_kv and args.kv_heads < ranks):
         return None
     return plan_for(name).tp_dim

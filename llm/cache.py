@@ -2,7 +2,7 @@
 
 Each key keeps its absolute position, and what a query sees is decided on absolute positions alone, so that prompts of
 different lengths, several new tokens at once and chunk boundaries are all the same case. Chunked layers forget keys
-below the current chunk.
+below the current chunk, and those with a window what has left it.
 
 Shapes: B batch, T new tokens, S remembered slots, H query heads, K kv heads, d head width.
 """
@@ -29,7 +29,7 @@ class Cache:
 
     def __init__(self, args: ModelArgs) -> None:
         self._specs = args.layer_specs()
-        self._kinds = {(spec.mask, spec.span): _Kind(spec.span) for spec in self._specs}
+        self._kinds = {(spec.mask, spec.span): _Kind(spec.mask, spec.span) for spec in self._specs}
         self.length = 0
         """Tokens seen in each row, padding included."""
         self.next_position: Ints | None = None
@@ -98,7 +98,7 @@ class CachedPlan:
             return self._prefill.attend(spec, q_BTHd, k_BTKd, v_BTKd)
         k, v = keys.transpose(1, 2), values.transpose(1, 2)
         pieces = [
-            F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+            _attend(q.transpose(1, 2), k, v, mask, spec).transpose(1, 2)
             for q, mask in zip(q_BTHd.split(QUERY_BLOCK, dim=1), self._masks(spec, q_BTHd.device), strict=True)
         ]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
@@ -115,23 +115,37 @@ class CachedPlan:
             yield self._mask(key, self._positions_BT[:, low : low + QUERY_BLOCK], device)
 
     def _mask(self, key: MaskKind, query_BT: Ints, device: torch.device) -> Tensor | None:
-        seen = visible(query_BT, self._kinds[key].positions_BS, key[1])
+        seen = visible(query_BT, self._kinds[key].positions_BS, *key)
         return None if seen.all() else torch.from_numpy(seen[:, None]).to(device)
 
 
-def visible(query_BT: Ints, key_BS: Ints, span: int | None) -> NDArray[np.bool_]:
+def _attend(q_BHTd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, seen_B1TS: Tensor | None, spec: LayerSpec) -> Tensor:
+    if spec.softcap is None:
+        return F.scaled_dot_product_attention(
+            q_BHTd, k_BKSd, v_BKSd, attn_mask=seen_B1TS, scale=spec.scale, enable_gqa=True
+        )
+    q, k, v = (x.float().unflatten(1, (k_BKSd.shape[1], -1)) for x in (q_BHTd, k_BKSd, v_BKSd))
+    scale = q.shape[-1] ** -0.5 if spec.scale is None else spec.scale
+    scores = torch.tanh(q @ k.transpose(-1, -2) * (scale / spec.softcap)) * spec.softcap
+    if seen_B1TS is not None:
+        scores = scores.masked_fill(~seen_B1TS[:, :, None], -torch.inf)
+    return (scores.softmax(-1) @ v).flatten(1, 2).to(q_BHTd.dtype)
+
+
+def visible(query_BT: Ints, key_BS: Ints, mask: Mask, span: int | None) -> NDArray[np.bool_]:
     """Whether each query sees each key, by position; (B, T, S). Padding sees padding, as no query may see nothing."""
     query, key = query_BT[:, :, None], key_BS[:, None, :]
     seen = (key <= query) & (key >= 0)
     if span is not None:
-        seen &= key // span == query // span
+        seen &= key // span == query // span if mask == "chunk" else key > query - span
     return np.where(query < 0, key < 0, seen)
 
 
 class _Kind:
     """What the layers of one kind of mask remember: all their buffers hold the slots that self.positions_BS lists."""
 
-    def __init__(self, span: int | None) -> None:
+    def __init__(self, mask: Mask, span: int | None) -> None:
+        self.mask = mask
         self.span = span
         self.positions_BS: Ints = np.empty((0, 0), dtype=np.int64)
         self._start = 0  # slots of the buffers before it are forgotten
@@ -158,11 +172,11 @@ class _Kind:
         return old[0][:, self._start : end], old[1][:, self._start : end]
 
     def forget(self, next_position_B: Ints) -> None:
-        """Drop the oldest slots as far as they are padding or lie below the chunk of the next token, in every row."""
+        """Drop the oldest slots as far as they are padding or the next token does not see them, in every row."""
         if self.span is None:
             return
-        chunk_start_B1 = (next_position_B // self.span * self.span)[:, None]
-        needed = (self.positions_BS >= chunk_start_B1).any(axis=0)
+        lowest_B = next_position_B // self.span * self.span if self.mask == "chunk" else next_position_B - self.span + 1
+        needed = (self.positions_BS >= np.maximum(lowest_B, 0)[:, None]).any(axis=0)
         dead = int(needed.argmax()) if needed.any() else needed.size
         self.positions_BS = self.positions_BS[:, dead:]
         self._start += dead

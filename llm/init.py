@@ -40,10 +40,12 @@ def initialise(model: nn.Module, args: ModelArgs, seed: int) -> None:
 
 
 def initial_values(args: ModelArgs, name: str, seed: int, start: int, stop: int) -> Tensor:
-    """Elements [start, stop) of the flattened (row-major, unsliced) parameter `name`: 1 for norms, else normal. 1-D
-    float32."""
-    if plan_for(name).kind == "norm":
-        return torch.ones(stop - start)
+    """Elements [start, stop) of the flattened (row-major, unsliced) parameter `name`, 1-D float32: norms begin as the
+    identity, biases at 0, all else is normal."""
+    kind = plan_for(name).kind
+    if kind in ("norm", "bias"):
+        one = kind == "norm" and not (args.norm_offset or name.endswith(".bias"))
+        return torch.full((stop - start,), float(one))
     return torch.from_numpy(normal(seed, name, start, stop, initial_std(args, name)))
 
 

@@ -27,8 +27,17 @@ BLOCK_ELEMENTS = 1 << 18
 """Logits of a chunk that a CPU turns into gradients at a time, so that softmax and what follows stay in its cache."""
 
 
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """softcap * tanh(logits / softcap) (Gemma Team 2024, arXiv:2408.00118); without a cap the logits themselves."""
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
 def lm_loss_sum(
-    hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, vocabulary: VocabularyShare | None = None
+    hidden_BTD: Tensor,
+    weight_VD: Tensor,
+    labels_BT: Tensor,
+    vocabulary: VocabularyShare | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Sum of the negative log-likelihood of labels >= 0, in nats: float32 scalar, differentiable in hidden and weight.
 
@@ -39,19 +48,23 @@ def lm_loss_sum(
     hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
     _check_labels(labels_BT, vocabulary)
     return _ChunkedCrossEntropy.apply(
-        hidden_ND, weight_VD, labels_BT.reshape(-1), vocabulary, torch.is_grad_enabled()
+        hidden_ND, weight_VD, labels_BT.reshape(-1), vocabulary, softcap, torch.is_grad_enabled()
     )
 
 
 @torch.no_grad()
 def token_nll(
-    hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, vocabulary: VocabularyShare | None = None
+    hidden_BTD: Tensor,
+    weight_VD: Tensor,
+    labels_BT: Tensor,
+    vocabulary: VocabularyShare | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Negative log-likelihood of each label in nats, (B, T) float32, 0 where the label is negative. No gradient."""
     _check_labels(labels_BT, vocabulary)
     nll = []
     for hidden, labels in _chunks(hidden_BTD.flatten(0, 1), labels_BT.flatten(), _rows(weight_VD, vocabulary)):
-        logits = F.linear(hidden, weight_VD).float()
+        logits = capped(F.linear(hidden, weight_VD).float(), softcap)
         if vocabulary is None:
             nll.append(_chunk_nll(logits, labels)[0])
         else:
@@ -114,18 +127,25 @@ def _across_shares(log_z_n: Tensor, target_n: Tensor, vocabulary: VocabularyShar
 
 
 def _share_nll(
-    logits_nV: Tensor, labels_n: Tensor, vocabulary: VocabularyShare, wide: torch.dtype, grad: bool
+    logits_nV: Tensor,
+    labels_n: Tensor,
+    vocabulary: VocabularyShare,
+    softcap: float | None,
+    wide: torch.dtype,
+    grad: bool,
 ) -> Tensor:
     """Sum of the chunk's negative log-likelihoods; with `grad` this rank's logits become their gradients."""
     blocks = _blocks(logits_nV, labels_n)
-    own_log_z, own_target = zip(*(_of_share(x.to(wide), labels, vocabulary) for x, labels in blocks), strict=True)
+    own = (_of_share(capped(x.to(wide), softcap), labels, vocabulary) for x, labels in blocks)
+    own_log_z, own_target = zip(*own, strict=True)
     log_z_n, target_n = _across_shares(torch.cat(own_log_z), torch.cat(own_target), vocabulary)
     if grad:
         for (logits, labels), log_z in zip(blocks, log_z_n.split([len(b) for _, b in blocks]), strict=True):
             row, mine = _in_share(labels, vocabulary.first, logits.shape[1])
-            p = logits.to(wide).sub_(log_z.unsqueeze(-1)).exp_()
+            scores = capped(logits.to(wide), softcap)
+            p = (scores - log_z.unsqueeze(-1)).exp_()
             p.scatter_add_(-1, row.unsqueeze(-1), -mine.unsqueeze(-1).to(wide))
-            logits.copy_(p.mul_((labels >= 0).unsqueeze(-1)))
+            logits.copy_(_through_cap(p.mul_((labels >= 0).unsqueeze(-1)), scores, softcap))
     return (log_z_n - target_n).masked_fill_(labels_n < 0, 0).sum()
 
 
@@ -137,6 +157,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight_VD: Tensor,
         labels_N: Tensor,
         vocabulary: VocabularyShare | None,
+        softcap: float | None,
         with_grad: bool,
     ) -> Tensor:
         with_hidden, with_weight = (with_grad and need for need in ctx.needs_input_grad[:2])
@@ -148,12 +169,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for hidden, labels in _chunks(hidden_ND, labels_N, _rows(weight_VD, vocabulary)):
             logits = F.linear(hidden, weight_VD)
             if vocabulary is not None:
-                total += _share_nll(logits, labels, vocabulary, wide, with_hidden or with_weight)
+                total += _share_nll(logits, labels, vocabulary, softcap, wide, with_hidden or with_weight)
             for logits_block, labels_block in _blocks(logits, labels) if vocabulary is None else ():
-                nll, log_p = _chunk_nll(logits_block.to(wide), labels_block)
+                scores = capped(logits_block.to(wide), softcap)
+                nll, log_p = _chunk_nll(scores, labels_block)
                 total += nll.sum()
                 if with_hidden or with_weight:  # the logits have served, and make room for their gradients
-                    logits_block.copy_(_grad_logits(log_p, labels_block))
+                    logits_block.copy_(_through_cap(_grad_logits(log_p, labels_block), scores, softcap))
             if grad_hidden is not None:
                 torch.mm(logits, weight_VD, out=grad_hidden[done : done + len(labels)])
             if grad_weight is not None:
@@ -165,13 +187,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         # scaled before rounding: a rounded 1/N would scale the whole gradient, and fp16 cannot hold a sum over tokens
         grad_hidden, grad_weight = (
             None if g is None else (g.to(grad.dtype) * grad).to(dtype)
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def _grad_logits(log_p_nV: Tensor, labels_n: Tensor) -> Tensor:
@@ -182,6 +204,11 @@ def _grad_logits(log_p_nV: Tensor, labels_n: Tensor) -> Tensor:
     if grad.device.type == "cpu":  # on a GPU, asking which rows are ignored would stall the queue
         return grad.index_fill_(0, (labels_n < 0).nonzero().flatten(), 0)
     return grad.mul_(kept_n1)
+
+
+def _through_cap(grad: Tensor, scores: Tensor, softcap: float | None) -> Tensor:
+    """The gradient of logits, given that of their capped scores; overwrites its argument."""
+    return grad if softcap is None else grad.mul_(1 - (scores / softcap).square())
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:

@@ -16,34 +16,46 @@ from llm.cache import Cache
 from llm.datatypes import RouterStats, TransformerInput, TransformerOutput
 from llm.init import initialise
 from llm.layers.attention import Attention, Context
-from llm.layers.ffn import FeedForward
+from llm.layers.ffn import build_feed_forward
 from llm.layers.linear import Embedding, Output, TiedEmbedding
 from llm.layers.moe import MoE, build_moe
-from llm.layers.norm import RMSNorm
-from llm.layers.plan import AttentionPlan
+from llm.layers.norm import make_norm
+from llm.layers.plan import AttentionPlan, document_lengths
 from llm.layers.region import WHOLE, Region
 from llm.recompute import Recompute, recomputed
 
 
 class Block(nn.Module):
-    """One pre-norm layer: h = x + attention(norm(x)); y = h + feed_forward(norm(h))."""
+    """One layer: h = x + attention(norm(x)); y = h + feed_forward(norm(h)), with the norms where args.norm_place says;
+    with parallel_residual y = x + attention(norm(x)) + feed_forward(other_norm(x)).
+    """
 
     def __init__(self, args: ModelArgs, spec: LayerSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.parallel = args.parallel_residual
+        before, after = args.norm_place != "post", args.norm_place != "pre"
+        self.attention_norm = make_norm(args, args.dim) if before else None
         self.attention = Attention(args, spec)
+        self.attention_post_norm = make_norm(args, args.dim) if after else None
         if spec.ffn != "none":
-            self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
-            self.feed_forward = build_moe(args) if spec.ffn == "moe" else FeedForward(args.dim, args.ffn_width())
+            self.ffn_norm = make_norm(args, args.dim) if before else None
+            self.feed_forward = build_moe(args) if spec.ffn == "moe" else build_feed_forward(args)
+            self.ffn_post_norm = make_norm(args, args.dim) if after else None
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, RouterStats | None]:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), ctx)
+        update_BTD = self.attention(_through(self.attention_norm, x_BTD), ctx)
+        h_BTD = x_BTD + _through(self.attention_post_norm, update_BTD)
         if self.spec.ffn == "none":
-            return x_BTD, None
-        update = self.feed_forward(self.ffn_norm(x_BTD))
+            return h_BTD, None
+        update = self.feed_forward(_through(self.ffn_norm, x_BTD if self.parallel else h_BTD))
         y_BTD, stats = update if self.spec.ffn == "moe" else (update, None)
-        return x_BTD + y_BTD, stats
+        return h_BTD + _through(self.ffn_post_norm, y_BTD), stats
+
+
+def _through(norm: nn.Module | None, x: Tensor) -> Tensor:
+    normed: Tensor = x if norm is None else norm(x)
+    return normed
 
 
 class LLM(nn.Module):
@@ -66,10 +78,13 @@ class LLM(nn.Module):
         self.compiled = False
         """Set by llm/compile.py: blocks are compiled, for forwards with gradients."""
         with torch.device(device or torch.get_default_device()):
-            self.tok_embeddings = (TiedEmbedding if args.tie_embeddings else Embedding)(args.vocab_size, args.dim)
+            if args.tie_embeddings:
+                self.tok_embeddings: Embedding = TiedEmbedding(args.vocab_size, args.dim, args.logit_softcap)
+            else:
+                self.tok_embeddings = Embedding(args.vocab_size, args.dim)
             self.layers = nn.ModuleList(Block(args, spec) for spec in self.specs)
-            self.norm = RMSNorm(args.dim, args.norm_eps)
-            self.output = None if args.tie_embeddings else Output(args.dim, args.vocab_size)
+            self.norm = make_norm(args, args.dim)
+            self.output = None if args.tie_embeddings else Output(args.dim, args.vocab_size, args.logit_softcap)
         initialise(self, args, seed)
 
     @classmethod
@@ -152,7 +167,10 @@ class LLM(nn.Module):
                 raise ValueError(
                     f"token ids go from {low} to {high}; model.vocab_size={self.args.vocab_size} allows 0 and up"
                 )
-        return self.region.leave(self.tok_embeddings(inputs.tokens))
+        x_BTD = self.region.leave(self.tok_embeddings(inputs.tokens))
+        if self.args.embed_scale is None:
+            return x_BTD
+        return x_BTD * torch.tensor(self.args.embed_scale, dtype=x_BTD.dtype, device=x_BTD.device)
 
     def context(self, inputs: TransformerInput, cache: Cache | None = None) -> Context:
         """What the layers share in one forward over these inputs; checks their positions and documents."""
@@ -165,11 +183,16 @@ class LLM(nn.Module):
             if cache is None
             else cache.extend(positions_BT, document_starts, device)
         )
+        n_rows, row_length = inputs.tokens.shape
+        shape = n_rows, row_length
+        if self.args.rope_scaling is not None and self.args.rope_scaling.kind == "dynamic":
+            lengths_BT = document_lengths(positions_BT, document_starts)
+            positions, lengths = (torch.tensor(x, device=device) for x in (positions_BT, lengths_BT))
+            return Context.build(self.args, self.specs, positions, plan, shape, lengths)
         # a graph is compiled for one row of positions or for one a row, so compiled blocks always get the latter
         agree = not self.compiled and (positions_BT == positions_BT[:1]).all()
         shared_BT = torch.tensor(positions_BT[:1] if agree else positions_BT, device=device)
-        n_rows, row_length = inputs.tokens.shape
-        return Context.build(self.args, self.specs, shared_BT, plan, (n_rows, row_length))
+        return Context.build(self.args, self.specs, shared_BT, plan, shape)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Float32 logits (B, T, V) of final hidden states."""

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["matrix", "expert", "norm", "router", "embedding", "head"]
+Kind = Literal["matrix", "expert", "norm", "router", "embedding", "head", "bias"]
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,23 @@ class ParamPlan:
 _COLUMN = ParamPlan("matrix", tp_dim=0, ep_dim=None, decay=True)
 _ROW = ParamPlan("matrix", tp_dim=1, ep_dim=None, decay=True)
 _NORM = ParamPlan("norm", tp_dim=None, ep_dim=None, decay=False, in_region=False)
+_CUT_BIAS = ParamPlan("bias", tp_dim=0, ep_dim=None, decay=False)
+_WHOLE_BIAS = ParamPlan("bias", tp_dim=None, ep_dim=None, decay=False)
 
 PLANS: tuple[tuple[str, ParamPlan], ...] = (
     (r"tok_embeddings\.weight", ParamPlan("embedding", tp_dim=0, ep_dim=None, decay=False)),
     (r"output\.weight", ParamPlan("head", tp_dim=0, ep_dim=None, decay=True)),
-    (r"norm\.weight", _NORM),
-    (r"layers\.\d+\.(attention|ffn)_norm\.weight", _NORM),
+    (r"norm\.(weight|bias)", _NORM),
+    (r"layers\.\d+\.(attention|ffn)(_post)?_norm\.(weight|bias)", _NORM),
     (r"layers\.\d+\.attention\.w[qkv]\.weight", _COLUMN),
     (r"layers\.\d+\.attention\.wo\.weight", _ROW),
-    (r"layers\.\d+\.attention\.[qk]_norm\.weight", ParamPlan("norm", tp_dim=0, ep_dim=None, decay=False)),
+    (r"layers\.\d+\.attention\.w[qkv]\.bias", _CUT_BIAS),
+    (r"layers\.\d+\.attention\.wo\.bias", _WHOLE_BIAS),
+    (r"layers\.\d+\.attention\.[qk]_norm\.(weight|bias)", ParamPlan("norm", tp_dim=0, ep_dim=None, decay=False)),
     (r"layers\.\d+\.feed_forward\.(shared_expert\.)?w[13]\.weight", _COLUMN),
     (r"layers\.\d+\.feed_forward\.(shared_expert\.)?w2\.weight", _ROW),
+    (r"layers\.\d+\.feed_forward\.w[13]\.bias", _CUT_BIAS),
+    (r"layers\.\d+\.feed_forward\.w2\.bias", _WHOLE_BIAS),
     (r"layers\.\d+\.feed_forward\.router\.weight", ParamPlan("router", tp_dim=None, ep_dim=None, decay=False)),
     (r"layers\.\d+\.feed_forward\.experts\.w[13]", ParamPlan("expert", tp_dim=2, ep_dim=0, decay=True)),
     (r"layers\.\d+\.feed_forward\.experts\.w2", ParamPlan("expert", tp_dim=1, ep_dim=0, decay=True)),

@@ -9,7 +9,7 @@ from llm.train.config import RunConfig, validate
 WIDTH, HEAD_WIDTH, HIDDEN, SEQ_LEN = 64, 16, 64, 128
 """Smallest sizes worth a check: small enough to run anywhere, large enough that every cut leaves several of each."""
 CHUNKS_PER_ROW = 4
-"""Chunks of a row, and steps of the attention temperature in it."""
+"""Chunks or windows of a row, and steps of the attention temperature in it."""
 
 
 def shrunk(config: RunConfig, ranks: int) -> RunConfig:
@@ -28,8 +28,9 @@ def shrunk(config: RunConfig, ranks: int) -> RunConfig:
         "max_seq_len": seq_len,
         "floor_scale": min(args.floor_scale, max(seq_len // CHUNKS_PER_ROW, 1)),
     }
-    if args.attention_chunk_size is not None:
-        model["attention_chunk_size"] = min(args.attention_chunk_size, max(seq_len // CHUNKS_PER_ROW, 1))
+    for key in ("attention_chunk_size", "sliding_window"):
+        if model[key] is not None:
+            model[key] = min(model[key], max(seq_len // CHUNKS_PER_ROW, 1))
     if args.moe is not None:
         model["moe"] |= {
             "n_experts": alike(args.moe.n_experts, args.moe.top_k + 1, ranks),

@@ -2,8 +2,8 @@
 
 On RoPE layers queries and keys are rotated. qk_norm RMS-normalises them: "l2" each head without weights, after that
 (Llama 4); before it, "head" each head with one weight for all (Qwen 3), and "full" all heads of a token as one (OLMo
-2). On NoPE layers with temperature tuning, queries at position p are multiplied by
-1 + attn_scale ln(1 + floor((p + 1) / floor_scale)).
+2). Scores are scaled, and capped where attn_softcap says so (Gemma 2). On NoPE layers with temperature tuning, queries
+at position p are multiplied by 1 + attn_scale ln(1 + floor((p + 1) / floor_scale)).
 
 Shapes: B batch, T tokens, D model width, H query heads, K kv heads, d head width.
 """
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from llm.args import LayerSpec, ModelArgs
 from llm.layers.linear import Linear
-from llm.layers.norm import HeadsNorm, RMSNorm, rms_normalise
+from llm.layers.norm import HeadsNorm, make_norm, rms_normalise
 from llm.layers.opaque import opaque
 from llm.layers.plan import Attend
 from llm.layers.region import WHOLE, Region
-from llm.layers.rope import inverse_frequencies, rotate, rotation
+from llm.layers.rope import amplitude, dynamic_frequencies, inverse_frequencies, rotate, rotation
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,23 @@ class Context:
 
     @classmethod
     def build(
-        cls, args: ModelArgs, specs: tuple[LayerSpec, ...], positions_BT: Tensor, plan: Attend, shape: tuple[int, int]
+        cls,
+        args: ModelArgs,
+        specs: tuple[LayerSpec, ...],
+        positions_BT: Tensor,
+        plan: Attend,
+        shape: tuple[int, int],
+        lengths_BT: Tensor | None = None,
     ) -> "Context":
-        """positions_BT: int64, (1, T) where all rows agree, on the device of the layers."""
-        frequency = inverse_frequencies(args.head_width, args.rope_theta, args.rope_scaling)
+        """positions_BT: int64, (1, T) where all rows agree, on the device of the layers. lengths_BT: positions of each
+        token's document, for frequencies that depend on them."""
+        width, theta, scaling = args.rotated_width, args.rope_theta, args.rope_scaling
+        frequency = inverse_frequencies(width, theta, scaling)
+        if scaling is not None and lengths_BT is not None:
+            frequency = dynamic_frequencies(lengths_BT, width, theta, scaling)
+        rope = any(spec.rope for spec in specs)
         return cls(
-            rotation_BT1m=rotation(positions_BT, frequency) if any(spec.rope for spec in specs) else None,
+            rotation_BT1m=rotation(positions_BT, frequency, amplitude(scaling)) if rope else None,
             temperature_BT11=temperature(args, positions_BT) if any(spec.temperature for spec in specs) else None,
             plan=plan,
             shape=shape,
@@ -66,10 +77,10 @@ class Attention(nn.Module):
         self.head_dim = args.head_width
         self.norm_eps = args.norm_eps
         self.interleaved = args.rope_interleaved
-        self.wq = Linear(args.dim, args.n_heads * args.head_width)
-        self.wk = Linear(args.dim, args.kv_heads * args.head_width)
-        self.wv = Linear(args.dim, args.kv_heads * args.head_width)
-        self.wo = Linear(args.n_heads * args.head_width, args.dim)
+        self.wq = Linear(args.dim, args.n_heads * args.head_width, args.qkv_bias)
+        self.wk = Linear(args.dim, args.kv_heads * args.head_width, args.qkv_bias)
+        self.wv = Linear(args.dim, args.kv_heads * args.head_width, args.qkv_bias)
+        self.wo = Linear(args.n_heads * args.head_width, args.dim, args.o_bias)
         self.q_norm, self.k_norm = (head_norm(args, spec, heads) for heads in (args.n_heads, args.kv_heads))
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
@@ -89,11 +100,13 @@ class Attention(nn.Module):
         return self.region.leave(self.wo(attend(ctx.plan, self.spec, q, k, v).flatten(-2)))
 
 
-def head_norm(args: ModelArgs, spec: LayerSpec, n_heads: int) -> RMSNorm | None:
+def head_norm(args: ModelArgs, spec: LayerSpec, n_heads: int) -> nn.Module | None:
     """The norm with weights of so many heads (..., H, d), where the layer has one."""
     if spec.qk_norm == "head":
-        return RMSNorm(args.head_width, args.norm_eps)
-    return HeadsNorm(n_heads * args.head_width, args.norm_eps) if spec.qk_norm == "full" else None
+        return make_norm(args, args.head_width)
+    if spec.qk_norm == "full":
+        return HeadsNorm(n_heads * args.head_width, args.norm_eps, args.norm_offset)
+    return None
 
 
 @opaque

@@ -1,7 +1,8 @@
-"""Root-mean-square norms (Zhang and Sennrich 2019, arXiv:1910.07467), computed in float32 whatever the input is.
+"""Norms, computed in float32 whatever the input is: root-mean-square norms (Zhang and Sennrich 2019, arXiv:1910.07467)
+and layer norms (Ba et al. 2016, arXiv:1607.06450).
 
-Written with their own backward because the composed one walks the tensor about twice as often, and on a CPU that is
-what costs, and because it would keep float32 copies.
+RMS norms are written with their own backward because the composed one walks the tensor about twice as often, and on a
+CPU that is what costs, and because it would keep float32 copies.
 
 Shapes: N rows, D normalised width, H heads, d head width.
 """
@@ -9,9 +10,11 @@ Shapes: N rows, D normalised width, H heads, d head width.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from llm.args import ModelArgs
 from llm.layers.region import WHOLE, Region
 
 
@@ -25,6 +28,44 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_normalise(x, self.eps, self.weight)
+
+
+class WideRMSNorm(RMSNorm):
+    """RMS norm that multiplies with the weight, or with 1 + weight, before it casts back (OLMo 2, Gemma)."""
+
+    def __init__(self, dim: int, eps: float, offset: bool = False) -> None:
+        super().__init__(dim, eps)
+        self.offset = offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_normalise_wide(x, self.eps, self.factor())
+
+    def factor(self) -> Tensor:
+        """What normalised values are multiplied with."""
+        return self.weight.to(_accumulation_dtype(self.weight)) + 1 if self.offset else self.weight
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + eps) * weight + bias, cast back to the input's dtype at the end."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.bias = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide, weight, bias = (t.to(_accumulation_dtype(t)) for t in (x, self.weight, self.bias))
+        return F.layer_norm(wide, weight.shape, weight, bias, self.eps).to(x.dtype)
+
+
+def make_norm(args: ModelArgs, dim: int) -> nn.Module:
+    """The norm over `dim` values that the args ask for."""
+    if args.norm == "layer":
+        return LayerNorm(dim, args.norm_eps)
+    if args.norm_offset or args.norm_fp32_weight:
+        return WideRMSNorm(dim, args.norm_eps, args.norm_offset)
+    return RMSNorm(dim, args.norm_eps)
 
 
 def rms_normalise(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
@@ -72,7 +113,7 @@ class _RMSNormalise(torch.autograd.Function):
         return grad_x, None if weight is None else grad_weight.to(weight.dtype), None
 
 
-class HeadsNorm(RMSNorm):
+class HeadsNorm(WideRMSNorm):
     """RMS norm over all heads (..., H, d) of a token as one, with a weight of width H d (OLMo et al. 2024,
     arXiv:2501.00656).
 
@@ -85,21 +126,21 @@ class HeadsNorm(RMSNorm):
     """This rank's part of the weight, where it holds the whole weight all the same."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight if self.rows is None else self.weight[self.rows]
-        return normalise_heads(x.flatten(-2), self.eps, weight, self.region).view_as(x)
+        weight = self.factor() if self.rows is None else self.factor()[self.rows]
+        return rms_normalise_wide(x.flatten(-2), self.eps, weight, self.region).view_as(x)
 
 
-def normalise_heads(x: Tensor, eps: float, weight: Tensor, region: Region = WHOLE) -> Tensor:
-    """RMS-normalise the last dimension of x, whose other parts are on other ranks of the region, and multiply by weight
-    (D,). Same shape and dtype as x."""
+def rms_normalise_wide(x: Tensor, eps: float, weight: Tensor, region: Region = WHOLE) -> Tensor:
+    """RMS-normalise the last dimension of x, whose other parts are on other ranks of the region, multiply by weight
+    (D,), and cast back then. Same shape and dtype as x."""
     if torch.compiler.is_compiling():
         wide = x.to(_accumulation_dtype(x))
         mean_square = region.mean(wide.square().mean(-1, keepdim=True))
         return (wide * torch.rsqrt(mean_square + eps) * weight).to(x.dtype)
-    return _NormaliseHeads.apply(x, weight, eps, region)
+    return _NormaliseWide.apply(x, weight, eps, region)
 
 
-class _NormaliseHeads(torch.autograd.Function):
+class _NormaliseWide(torch.autograd.Function):
     """As _RMSNormalise; but the layer norm's kernel knows nothing of other ranks' part of the mean."""
 
     @staticmethod

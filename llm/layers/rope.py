@@ -1,11 +1,11 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864) with Llama 3's frequency scaling.
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and its stretchings to longer contexts.
 
 A head of width d is read as d/2 complex numbers, each turned by position times its frequency. Two layouts exist in
 released weights: interleaved, where elements (2m, 2m+1) are one number (Meta), and halves, where elements (m, m + d/2)
 are (Hugging Face Llama). Feeding one layout to the other gives fluent nonsense, so the layout is an argument of the
 model.
 
-Shapes: B batch, T tokens, H heads, d head width.
+Shapes: B batch, T tokens, H heads, d head width, m rotated pairs.
 """
 
 import math
@@ -18,35 +18,80 @@ from torch.autograd.function import once_differentiable
 from llm.args import RopeScaling
 
 
-def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
-    """theta^(-2m/d) for m = 0 .. d/2 - 1, float32 on the CPU, stretched if `scaling` is given."""
-    frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
-    if scaling is None:
+def inverse_frequencies(width: int, theta: float, scaling: RopeScaling | None) -> Tensor:
+    """theta^(-2m/width) for m = 0 .. width/2 - 1, float32 on the CPU, stretched as `scaling` says.
+
+    "dynamic" depends on the text: see `dynamic_frequencies`.
+    """
+    frequency = theta ** -(torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width)
+    if scaling is None or scaling.kind == "dynamic":
         return frequency
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    turns = scaling.original_max_position * frequency / (2 * math.pi)  # whole turns within the original context
-    # share of the frequency that is kept: 0 for slow ones, 1 for fast ones, a ramp between (empty when low == high)
-    kept = ((turns - low) / (high - low)).clamp(0, 1) if high > low else (turns >= low).float()
+    if scaling.kind == "linear":
+        return frequency / scaling.factor
+    kept = _kept_by_yarn(width, theta, scaling) if scaling.kind == "yarn" else _kept_by_llama3(frequency, scaling)
     return frequency * (kept + (1 - kept) / scaling.factor)
 
 
-def rotation(positions_BT: Tensor, frequency: Tensor) -> Tensor:
-    """Unit complex numbers exp(i * position * frequency), complex64 (B, T, 1, d/2).
+def _kept_by_llama3(frequency: Tensor, scaling: RopeScaling) -> Tensor:
+    """Share of each frequency that is kept: 0 for slow ones, 1 for fast ones, a ramp between (empty when low == high).
+    """
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns = scaling.original_max_position * frequency / (2 * math.pi)  # whole turns within the original context
+    return ((turns - low) / (high - low)).clamp(0, 1) if high > low else (turns >= low).float()
+
+
+def _kept_by_yarn(width: int, theta: float, scaling: RopeScaling) -> Tensor:
+    """The same for YaRN (Peng et al. 2023, arXiv:2309.00071), whose ramp runs over dimensions."""
+
+    def dimension(turns: float) -> float:
+        """Where a frequency turns so often within the original context."""
+        return width * math.log(scaling.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, width - 1)
+    ramp = (torch.arange(width // 2, dtype=torch.float32, device="cpu") - first) / max(last - first, 1e-3)
+    return 1 - ramp.clamp(0, 1)
+
+
+def dynamic_frequencies(length_BT: Tensor, width: int, theta: float, scaling: RopeScaling) -> Tensor:
+    """Frequencies of each token, (B, T, 1, width/2) float32, whose document has so many positions: beyond the original
+    context the base grows (bloc97 2023, "Dynamically scaled RoPE"). What earlier tokens of a document were rotated by
+    while it was shorter differs: with a cache, that is so for its keys.
+    """
+    original = scaling.original_max_position
+    length = length_BT.to(torch.float64).clamp(min=original)
+    base = theta * (scaling.factor * length / original - (scaling.factor - 1)) ** (width / (width - 2))
+    power = torch.arange(0, width, 2, dtype=torch.float64, device=length_BT.device) / width
+    return (base[..., None, None] ** -power).float()
+
+
+def amplitude(scaling: RopeScaling | None) -> float:
+    """Factor on rotated vectors: YaRN sharpens attention with it."""
+    if scaling is None or scaling.kind != "yarn":
+        return 1.0
+    return scaling.attention_factor or 0.1 * math.log(max(scaling.factor, 1.0)) + 1
+
+
+def rotation(positions_BT: Tensor, frequency: Tensor, amplitude: float = 1.0) -> Tensor:
+    """Complex numbers amplitude * exp(i * position * frequency), complex64 (B, T, 1, m); frequency: (m,), or
+    (B, T, 1, m) where tokens differ.
 
     Made on demand from positions: a table would have to guess the longest text, and a buffer would be cast to bf16 with
     the model.
     """
     angle_BT1m = positions_BT[..., None, None].float() * frequency.to(positions_BT.device)
-    return torch.polar(torch.ones_like(angle_BT1m), angle_BT1m)
+    return torch.polar(torch.full_like(angle_BT1m, amplitude), angle_BT1m)
 
 
 def rotate(x_BTHd: Tensor, rotation_BT1m: Tensor, interleaved: bool) -> Tensor:
-    """Turn every pair of x by its angle, in float32; the result has x's dtype."""
+    """Turn every pair of x by its angle, in float32; the result has x's dtype. Elements from 2m on stay as they are."""
     return _Rotate.apply(x_BTHd, rotation_BT1m, interleaved)
 
 
 class _Rotate(torch.autograd.Function):
-    """The gradient of a rotation is the rotation back."""
+    """The gradient of a rotation is the rotation back; of a multiplication with c, that with the conjugate of c."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, turn: Tensor, interleaved: bool) -> Tensor:
@@ -62,6 +107,9 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x: Tensor, turn: Tensor, interleaved: bool) -> Tensor:
+    width = 2 * turn.shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat([_turn(x[..., :width], turn, interleaved), x[..., width:]], dim=-1)
     real_dtype = torch.promote_types(x.dtype, torch.float32)
     wide = x.to(real_dtype)
     if torch.compiler.is_compiling():  # complex numbers are not fused with what is around them

@@ -88,6 +88,10 @@ def _connect(model: LLM, grid: Grid) -> None:
                 module.region = region
             if isinstance(module, Embedding | Output):
                 module.vocabulary = vocabulary
+            if isinstance(module, Attention):
+                module.wo.adds_bias = grid.tensor.rank == 0
+            if isinstance(module, FeedForward):
+                module.w2.adds_bias = grid.tensor.rank == 0
             if isinstance(module, Attention) and args.kv_heads < layout.tensor:
                 head = grid.tensor.rank * args.kv_heads // layout.tensor
                 rows = slice(head * args.head_width, (head + 1) * args.head_width)

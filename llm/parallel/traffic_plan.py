@@ -14,7 +14,7 @@ from typing import NamedTuple
 from llm.boxes import tensor_dim
 from llm.parallel.traffic import Along, dimension_names
 from llm.parallel.workload import BYTES, Kind, OptimizerGroup, Workload
-from llm.parallel.zero3_gathers import auxiliary_losses, gathers
+from llm.parallel.zero3_gathers import auxiliary_losses, gathers, norms_around
 from llm.plans import plan_for
 
 FLOAT32, FLOAT64, INT64 = 4, 8, 8
@@ -56,7 +56,7 @@ def _tensor(work: Workload) -> Iterator[Sent]:
         mean_squares += 2 * means
         if work.recompute != "none":
             # the last leave makes nothing that the backward needs, unless the router's losses follow it
-            last = not (spec.ffn == "moe" and auxiliary_losses(args))
+            last = not norms_around(args)[1] and not (spec.ffn == "moe" and auxiliary_losses(args))
             enters, leaves = (regions, regions - last) if layout.sequence_parallel else (0, 2 * (regions - last))
             edges += enters + leaves
             mean_squares += means

@@ -18,7 +18,7 @@ from llm.parallel.workload import Workload
 
 QKV = ("wq", "wk", "wv")
 ROUTED = ("router", "experts")
-SWIGLU = ("w1", "w3", "w2")
+GATED, PLAIN = ("w1", "w3", "w2"), ("w1", "w2")
 Decisions = dict[tuple[str, int], set[str]]
 """What is let go of when a module ends at a step."""
 
@@ -36,8 +36,7 @@ def gathers(work: Workload, sizes: Mapping[str, int]) -> Counter[str]:
     """
     of_module: dict[str, list[str]] = defaultdict(list)
     for name in sizes:
-        module = name.removesuffix(".weight") if name.endswith(".weight") else name.rpartition(".")[0]
-        of_module[module].append(name)
+        of_module[name.rpartition(".")[0]].append(name)
     stay = {name for name, numel in sizes.items() if work.stays_gathered(numel)}
     order, let_go = list(events(work)), Decisions()
     _MicroBatch(work, sizes, of_module, order, stay, let_go).replay(set() if work.accumulation > 1 else stay)
@@ -88,9 +87,14 @@ def attention_modules(spec: LayerSpec) -> tuple[str, ...]:
 def feed_forward_modules(args: ModelArgs, spec: LayerSpec) -> tuple[str, ...]:
     """The modules with weights inside a feed-forward, in the order of their calls."""
     if spec.ffn != "moe":
-        return SWIGLU
-    shared = tuple(f"shared_expert.{name}" for name in SWIGLU)
+        return GATED if args.gated else PLAIN
+    shared = tuple(f"shared_expert.{name}" for name in GATED)
     return ROUTED + (shared if args.moe is not None and args.moe.shared else ())
+
+
+def norms_around(args: ModelArgs) -> tuple[bool, bool]:
+    """Whether there are norms before attention and feed-forward, and after them."""
+    return args.norm_place != "post", args.norm_place != "pre"
 
 
 def auxiliary_losses(args: ModelArgs) -> int:
@@ -101,14 +105,19 @@ def auxiliary_losses(args: ModelArgs) -> int:
 
 def _forward(args: ModelArgs, spec: LayerSpec) -> Iterator[Event]:
     block = f"layers.{spec.index}"
+    before, after = norms_around(args)
+
+    def part(short: str, module: str, inner: tuple[str, ...]) -> Iterator[Event]:
+        if before:
+            yield from _call(f"{block}.{short}_norm")
+        yield from _within(f"{block}.{module}", _linears(f"{block}.{module}", inner))
+        if after:
+            yield from _call(f"{block}.{short}_post_norm")
 
     def parts() -> Iterator[Event]:
-        yield from _call(f"{block}.attention_norm")
-        yield from _within(f"{block}.attention", _linears(f"{block}.attention", attention_modules(spec)))
+        yield from part("attention", "attention", attention_modules(spec))
         if spec.ffn != "none":
-            yield from _call(f"{block}.ffn_norm")
-            inner = _linears(f"{block}.feed_forward", feed_forward_modules(args, spec))
-            yield from _within(f"{block}.feed_forward", inner)
+            yield from part("ffn", "feed_forward", feed_forward_modules(args, spec))
 
     yield from _within(block, parts())
 
@@ -120,7 +129,12 @@ def _backward(args: ModelArgs, spec: LayerSpec, recompute: bool) -> Iterator[Eve
     outputs = 1 + (auxiliary_losses(args) if spec.ffn == "moe" else 0)
     yield from (Event(block, "fetch") for _ in range(outputs))
     repeat = _repetition(args, spec) if recompute else iter(())
+    before, after = norms_around(args)
     if spec.ffn != "none":
+        if after:
+            yield Event(f"{block}.ffn_post_norm", "fetch")
+            yield from repeat
+            yield Event(f"{block}.ffn_post_norm", "release")
         yield from (Event(ffn, "fetch") for _ in range(outputs))
         if spec.ffn == "moe" and repeats_after_experts(args):
             yield from repeat
@@ -129,20 +143,28 @@ def _backward(args: ModelArgs, spec: LayerSpec, recompute: bool) -> Iterator[Eve
             yield from repeat  # when the first weight's product asks for its input
             yield Event(f"{ffn}.{name}", "release")
         yield Event(ffn, "release")
-        yield from _call(f"{block}.ffn_norm")
+        if before:
+            yield from _call(f"{block}.ffn_norm")
+    if after:
+        yield Event(f"{block}.attention_post_norm", "fetch")
+        yield from repeat
+        yield Event(f"{block}.attention_post_norm", "release")
     yield Event(attention, "fetch")
     for name in reversed(attention_modules(spec)):
         yield Event(f"{attention}.{name}", "fetch")
         yield from repeat
         yield Event(f"{attention}.{name}", "release")
     yield Event(attention, "release")
-    yield from _call(f"{block}.attention_norm")
+    if before:
+        yield from _call(f"{block}.attention_norm")
     yield Event(block, "release")
 
 
 def repeats_after_experts(args: ModelArgs) -> bool:
     """Whether the backward of an MoE layer needs something that its forward made after its last module's call."""
     moe = args.moe
+    if norms_around(args)[1]:
+        return False  # a norm is the last module
     return moe is not None and (auxiliary_losses(args) > 0 or (moe.apply == "output" and not moe.shared))
 
 

@@ -22,10 +22,23 @@ pytestmark = pytest.mark.distributed
 
 Case = dict[str, Any]
 WIDE = {"init_std": 0.1, "vocab_size": 67}
+NEOX = {
+    "norm": "layer", "parallel_residual": True, "gated": False, "act": "gelu", "ffn_bias": True, "qkv_bias": True,
+    "o_bias": True, "rope_pct": 0.5, "rope_interleaved": False, "qk_norm": None, "n_kv_heads": 4,
+}  # fmt: skip
+GEMMA2 = {
+    "norm_offset": True, "norm_place": "sandwich", "act": "gelu_tanh", "qk_norm": None, "embed_scale": 32**0.5,
+    "attn_softcap": 2.0, "logit_softcap": 3.0, "score_scale": 0.3, "sliding_window": 9,
+    "layer_pattern": ["attn:window", "attn:full"],
+}  # fmt: skip
+OLMO2 = {"norm_fp32_weight": True, "norm_place": "post", "qk_norm": "full", "qkv_bias": True, "n_kv_heads": 1}
 MODELS: dict[str, Case] = {
     "top2": {"model": WIDE, "first": 300},
     "top1 tied": {"model": {**WIDE, "moe": {**TINY_MODEL["moe"], "top_k": 1}}, "tied": True, "first": 300},
     "one kv head": {"model": {**WIDE, "n_kv_heads": 1}, "first": 200},
+    "neox": {"model": {**WIDE, **NEOX}, "first": 600},
+    "gemma2": {"model": {**WIDE, **GEMMA2}, "tied": True, "first": 300},
+    "olmo2": {"model": {**WIDE, **OLMO2}, "first": 400},
     "small weights": {},  # init_std=0.02, for what rounds too much to compare choices
 }
 """`first` is the first batch of data in whose 20 steps no choice comes near a tie."""
@@ -41,6 +54,9 @@ ON_TWO_RANKS: list[Case] = [
     {"tensor": 2, "sequence_parallel": False, "recompute": "selective"},
     {"expert": 2, "accumulation": 2},
     {"expert": 2, "of": "top1 tied", "optimizer": "sgd", "stage": 2},
+    {"tensor": 2, "of": "neox", "recompute": "selective"},
+    {"tensor": 2, "of": "gemma2", "accumulation": 2},
+    {"tensor": 2, "of": "olmo2", "sequence_parallel": False},
 ]
 ON_FOUR_RANKS: list[Case] = [
     {"tensor": 2, "expert": 2, "accumulation": 2},
@@ -85,6 +101,13 @@ def extras() -> dict[int, list[Case]]:
             {"tensor": 2, "precision": "fp16", "of": "small weights"},
         ],
         4: [
+            *(
+                {**layout, "of": of, "optimizer": optimizer}
+                for of, optimizer in product(("neox", "gemma2", "olmo2"), OPTIMIZERS)
+                for layout in (both, {"tensor": 4}, {"tensor": 2, "stage": 3}, {"expert": 4, "stage": 2})
+            ),
+            {**both, "of": "neox", "recompute": "full", "sequence_parallel": False},
+            {"tensor": 2, "stage": 3, "of": "gemma2", "recompute": "full", "accumulation": 2},
             {**both, "recompute": "selective", "sequence_parallel": False},
             {**both, "recompute": "full", "stage": 2},
             {**both, "offload": True, "stage": 2},

@@ -44,6 +44,7 @@ ON_FOUR_RANKS = [
     case("data expert expert_data", expert=2, micro=1, precision="bf16"),
 ]
 
+BIASED = {"norm": "layer", "ffn_bias": True, "qkv_bias": True, "o_bias": True}
 ONE_MOE_KIND = {"n_experts": 4, "hidden": 24, "interleave": 1}
 MORE_ON_TWO_RANKS = [
     case("data", zero_stage=0),
@@ -82,6 +83,9 @@ MORE_ON_TWO_RANKS = [
             {"moe": {**ONE_MOE_KIND, "top_k": 2, "z_alpha": 0.001}},
             {"qk_norm": "full"},
             {"qk_norm": "head"},
+            {"norm_place": "post", "qk_norm": "full"},
+            {"norm_place": "sandwich", "norm_offset": True, "moe": {**ONE_MOE_KIND, "top_k": 1, "z_alpha": 0.001}},
+            {**BIASED, "parallel_residual": True, "gated": False},
         )
     ),
     case("tensor", tensor=2, recompute="full", model={"layer_pattern": ["attn+none", "attn+dense"]}),

@@ -4,18 +4,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm.args import LayerSpec
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, positions, document_starts, span: int | None) -> Tensor:
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, positions, document_starts, spec: LayerSpec) -> Tensor:
     """Attention over the flattened batch with a whole (N, N) mask, float64; q (B, T, H, d), k and v (B, T, K, d)."""
     positions = np.asarray(positions).reshape(-1)
     document = np.searchsorted(np.asarray(document_starts), np.arange(positions.size), side="right")
     order = np.arange(positions.size)
     seen = (document[:, None] == document) & (order[:, None] >= order)
     seen &= (positions[:, None] < 0) == (positions < 0)
-    if span is not None:
-        seen &= positions[:, None] // span == positions // span
+    if spec.mask == "chunk":
+        seen &= positions[:, None] // spec.span == positions // spec.span
+    if spec.mask == "window":
+        seen &= order[:, None] - order < spec.span
     groups = q.shape[2] // k.shape[2]
     q, k, v = (x.double().flatten(0, 1).transpose(0, 1) for x in (q, k, v))
     k, v = (x.repeat_interleave(groups, dim=0) for x in (k, v))
-    scores = q @ k.transpose(1, 2) * q.shape[-1] ** -0.5
+    scores = q @ k.transpose(1, 2) * (q.shape[-1] ** -0.5 if spec.scale is None else spec.scale)
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
     return scores.masked_fill(~torch.from_numpy(seen), -torch.inf).softmax(-1) @ v

@@ -57,7 +57,7 @@ def test_dense_layers_stay_dense():
         ("alternating", "mixer ssm is not built yet"),
         ("attn@4", "stride @4 is not built yet"),
         ("attn@x", "must be a positive whole number"),
-        ("attn:window", "mask window is not built yet; use full or chunk"),
+        ("attn:window", "window needs model.sliding_window"),
         ("attn:chunk", "chunk needs model.attention_chunk_size"),
         ("attn+moe", r"\+moe needs the group model.moe"),
         ("attn+big", r"unknown feed-forward \+big; use dense, moe or none"),
@@ -77,7 +77,7 @@ def test_a_pattern_item_that_cannot_be_built_is_named_with_the_reason(item, reas
     [
         ({"n_kv_heads": 3}, "model.n_kv_heads=3 does not divide model.n_heads=8; use 1, 2, 4 or 8"),
         ({"dim": 60}, "model.n_heads=8 does not divide model.dim=60"),
-        ({"head_dim": 7}, "model.head_dim=7 is odd"),
+        ({"head_dim": 7}, "model.head_dim=7: RoPE rotates pairs"),
         ({"vocab_size": 0}, "model.vocab_size=0 must be positive"),
         ({"n_head": 8}, "n_head"),
         ({"moe": {"n_experts": 2, "top_k": 3}}, "model.moe.top_k=3 exceeds model.moe.n_experts=2"),

@@ -12,10 +12,19 @@ from llm.layers.plan import AttentionPlan, Segments, attend
 from tests.model.oracle import dense_attention
 
 ROWS, LENGTH, SPAN = 3, 40, 8
+SIZES = dict(dim=32, n_heads=4, n_kv_heads=2, vocab_size=9)
 LAYERS = ModelArgs(
-    dim=32, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=9, attention_chunk_size=SPAN,
-    layer_pattern=["attn:full", "attn:chunk", "attn:nope"],
-).layer_specs()  # fmt: skip
+    n_layers=3, attention_chunk_size=SPAN, layer_pattern=["attn:full", "attn:chunk", "attn:nope"], **SIZES
+).layer_specs()
+OTHERS = {  # one layer each
+    "window": dict(sliding_window=7),
+    "window of one": dict(sliding_window=1),
+    "window as long as a row": dict(sliding_window=LENGTH),
+    "scale": dict(score_scale=0.5),
+    "cap": dict(attn_softcap=2.0),
+    "cap, window, scale": dict(attn_softcap=1.5, sliding_window=7, score_scale=0.7),
+    "cap, chunk": dict(attn_softcap=1.5, attention_chunk_size=SPAN),
+}
 BATCHES = {
     "one document a row": {},
     "packed": {"cu_seqlens": torch.tensor([0, 1, 13, 29, 40, 57, 80, 120], dtype=torch.int32)},
@@ -42,7 +51,7 @@ def test_attention_equals_the_dense_mask_in_values_and_gradients(batch, spec):
     positions, starts = resolved(batch)
     q, k, v = qkv()
     ours = AttentionPlan(LAYERS, positions, starts, torch.device("cpu")).attend(spec, q, k, v)
-    oracle = dense_attention(q, k, v, positions, starts, spec.span).transpose(0, 1).view_as(q).float()
+    oracle = dense_attention(q, k, v, positions, starts, spec).transpose(0, 1).view_as(q).float()
     upstream = torch.randn_like(ours)
     # float32 sums of at most 40 terms of size 1
     torch.testing.assert_close(ours, oracle, rtol=1e-5, atol=1e-5)
@@ -51,9 +60,42 @@ def test_attention_equals_the_dense_mask_in_values_and_gradients(batch, spec):
 
 
 @pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("other", OTHERS)
+def test_windows_caps_and_scales_equal_the_dense_mask(monkeypatch, batch, other):
+    monkeypatch.setattr(plan_module, "CAPPED_QUERIES", 16)
+    (spec,) = layers = ModelArgs(n_layers=1, **OTHERS[other], **SIZES).layer_specs()
+    positions, starts = resolved(batch)
+    q, k, v = qkv()
+    if spec.mask == "window" and batch == "positions with gaps":
+        with pytest.raises(ValueError, match="consecutive positions inside a document; row 0 has 0 then 3 at token 1"):
+            AttentionPlan(layers, positions, starts, torch.device("cpu"))
+        return
+    ours = AttentionPlan(layers, positions, starts, torch.device("cpu")).attend(spec, q, k, v)
+    oracle = dense_attention(q, k, v, positions, starts, spec).transpose(0, 1).view_as(q).float()
+    upstream = torch.randn_like(ours)
+    torch.testing.assert_close(ours, oracle, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(*(torch.autograd.grad(out, (q, k, v), upstream) for out in (ours, oracle)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_a_window_does_not_see_what_lies_before_it(softcap):
+    (spec,) = layers = ModelArgs(n_layers=1, sliding_window=7, attn_softcap=softcap, **SIZES).layer_specs()
+    positions, starts = resolved("one document a row")
+    q, k, v = (x.detach() for x in qkv())
+    plan = AttentionPlan(layers, positions, starts, torch.device("cpu"))
+    before = plan.attend(spec, q, k, v)
+    k[:, :5], v[:, :5] = 9.0, 9.0
+    after = plan.attend(spec, q, k, v)
+    assert torch.equal(before[:, 11:], after[:, 11:])  # token 11 sees 5 to 11
+    assert not torch.equal(before[:, 10], after[:, 10])
+
+
+@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("spec", LAYERS[:2], ids=["full", "chunk"])
 def test_the_gpu_branch_gives_its_kernel_the_same_segments(monkeypatch, batch, spec):
-    def reference_kernel(q, k, v, cu_seqlens, max_length):
+    def reference_kernel(q, k, v, cu_seqlens, max_length, scores):
+        assert scores == plan_module.PLAIN
         assert cu_seqlens.dtype == torch.int32 and max_length == int(cu_seqlens.diff().max())
         pieces = [x.split(cu_seqlens.diff().tolist()) for x in (q, k, v)]
         outs = [
@@ -67,7 +109,7 @@ def test_the_gpu_branch_gives_its_kernel_the_same_segments(monkeypatch, batch, s
     positions, starts = resolved(batch)
     q, k, v = qkv()
     ours = AttentionPlan(LAYERS, positions, starts, torch.device("cpu")).attend(spec, q, k, v)
-    oracle = dense_attention(q, k, v, positions, starts, spec.span).transpose(0, 1).view_as(q).float()
+    oracle = dense_attention(q, k, v, positions, starts, spec).transpose(0, 1).view_as(q).float()
     torch.testing.assert_close(ours, oracle, rtol=1e-5, atol=1e-5)
 
 
@@ -91,6 +133,6 @@ def test_half_precision_attention_is_close_to_the_oracle():
     positions, starts = resolved("packed")
     q, k, v = qkv(torch.bfloat16)
     ours = AttentionPlan(LAYERS, positions, starts, torch.device("cpu")).attend(LAYERS[0], q, k, v)
-    oracle = dense_attention(q, k, v, positions, starts, None).transpose(0, 1).view_as(q)
+    oracle = dense_attention(q, k, v, positions, starts, LAYERS[0]).transpose(0, 1).view_as(q)
     assert ours.dtype == torch.bfloat16
     torch.testing.assert_close(ours.double(), oracle, rtol=2**-7, atol=2**-7)  # bf16 has 8 bits

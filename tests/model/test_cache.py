@@ -20,9 +20,21 @@ def test_cached_decoding_equals_the_full_forward_past_chunk_boundaries(moe, cuts
     assert cache.length == 40
 
 
+@pytest.mark.parametrize("changes", [dict(), dict(attn_softcap=0.5), dict(score_scale=0.9)], ids=str)
+@pytest.mark.parametrize("cuts", [[1] * 40, [5, 13, 1, 1, 20], [40]], ids=len)
+def test_cached_decoding_with_a_window_equals_the_full_forward(cuts, changes):
+    pattern = ["attn:window", "attn:full"]
+    model, ids = llama4(sliding_window=6, layer_pattern=pattern, rope_pct=0.5, **changes), tokens(2, 40)
+    cache = Cache(model.args)
+    pieces = [model(piece, cache=cache).logits for piece in ids.split(cuts, dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids).logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("window", [None, 6], ids=["chunks", "windows"])
 @pytest.mark.parametrize("padding", ["left", "right"])
-def test_ragged_rows_decode_as_if_alone(padding):
-    model, ids, lengths = llama4(moe=MOE), tokens(3, 34), [5, 14, 1]
+def test_ragged_rows_decode_as_if_alone(padding, window):
+    other = {} if window is None else dict(sliding_window=window, attention_chunk_size=None)
+    model, ids, lengths = llama4(moe=MOE, **other), tokens(3, 34), [5, 14, 1]
     longest = max(lengths)
     prompt, positions = torch.zeros(3, longest, dtype=torch.int64), torch.full((3, longest), -1)
     for row, n in enumerate(lengths):
@@ -59,6 +71,16 @@ def test_chunked_layers_forget_earlier_chunks():
         sizes.append(cache.nbytes)
     bytes_per_slot = 4 * 2 * 2 * 12 * 4  # layers x (key, value) x kv heads x head width x float32
     assert max(sizes) <= 160 * bytes_per_slot  # a chunk, spare room and what waits to be moved; not 600
+
+
+def test_layers_with_a_window_forget_what_has_left_it():
+    model, ids = llama4(layer_pattern="attn:window", sliding_window=16), tokens(1, 600)
+    cache, sizes = Cache(model.args), []
+    model(ids[:, :300], cache=cache)
+    for i in range(300, 600):
+        model(ids[:, i : i + 1], cache=cache)
+        sizes.append(cache.nbytes)
+    assert max(sizes) <= 160 * 4 * 2 * 2 * 12 * 4  # as above
 
 
 def test_reordered_rows_take_their_memory_along():

@@ -39,9 +39,22 @@ def test_loss_and_gradients_equal_cross_entropy():
         torch.testing.assert_close(mine, reference_gradient, rtol=1e-5, atol=1e-6)
 
 
-def test_the_backward_is_the_derivative():
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_the_backward_is_the_derivative(softcap):
     hidden, weight, labels = problem(torch.float64)
-    assert torch.autograd.gradcheck(lambda h, w: lm_loss_sum(h[:, :5, :4], w[:, :4], labels[:, :5]), (hidden, weight))
+
+    def loss(h, w):
+        return lm_loss_sum(h[:, :5, :4], w[:, :4], labels[:, :5], softcap=softcap)
+
+    assert torch.autograd.gradcheck(loss, (hidden, weight))
+
+
+def test_capped_logits_are_those_of_the_formula():
+    hidden, weight, labels = problem()
+    logits = 3.0 * torch.tanh(F.linear(hidden, weight) / 3.0)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten().clamp(min=-1), ignore_index=-1, reduction="none")
+    torch.testing.assert_close(token_nll(hidden, weight, labels, softcap=3.0).flatten(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(lm_loss_sum(hidden, weight, labels, softcap=3.0), expected.sum(), rtol=1e-6, atol=0)
 
 
 def test_only_what_needs_a_gradient_gets_one():

@@ -1,13 +1,14 @@
 """The whole model: parameters and their table, precision, and inputs that are refused."""
 
 import re
+from typing import get_args
 
 import pytest
 import torch
 
 from llm import LLM, ModelArgs
 from llm.datatypes import TransformerInput
-from llm.plans import plan_for
+from llm.plans import Kind, plan_for
 from tests.model.models import MOE, VOCAB, llama4, tokens
 
 
@@ -38,13 +39,15 @@ def test_scout_has_its_published_size():
 
 
 def test_every_parameter_has_one_row_in_the_table_of_plans():
-    model = llama4(moe=MOE | dict(interleave=2))
+    model = llama4(
+        moe=MOE | dict(interleave=2), qkv_bias=True, o_bias=True, ffn_bias=True, norm="layer", norm_place="sandwich"
+    )
     kinds = {name: plan_for(name) for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
         plan = kinds[name]
         assert plan.decay == (plan.kind in ("matrix", "expert", "head"))
         assert all(dim is None or dim < parameter.ndim for dim in (plan.tp_dim, plan.ep_dim))
-    assert {plan.kind for plan in kinds.values()} == {"matrix", "expert", "norm", "router", "embedding", "head"}
+    assert {plan.kind for plan in kinds.values()} == {*get_args(Kind)}
     with pytest.raises(KeyError, match="layers.0.attention.wx.weight"):
         plan_for("layers.0.attention.wx.weight")
 

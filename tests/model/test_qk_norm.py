@@ -8,7 +8,7 @@ from llm import LLM, ModelArgs
 from llm.cache import Cache
 from llm.compile import compile_blocks
 from llm.datatypes import TransformerInput
-from llm.layers.norm import HeadsNorm, normalise_heads
+from llm.layers.norm import HeadsNorm, rms_normalise_wide
 from llm.layers.region import Region
 from tests.model.models import VOCAB, llama4, tokens
 from tests.model.test_llama4 import common_name
@@ -94,7 +94,7 @@ def test_the_norm_of_all_heads_casts_back_after_the_weight():
 def test_the_norm_of_all_heads_has_its_derivative():
     x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(6, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda x, w: normalise_heads(x, 1e-3, w), (x, weight))
+    assert gradcheck(lambda x, w: rms_normalise_wide(x, 1e-3, w), (x, weight))
 
 
 class TwoRanks(Region):
@@ -113,13 +113,13 @@ def test_a_norm_cut_in_two_is_the_norm():
     x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(12, dtype=torch.float64, requires_grad=True)
     grad = torch.randn(5, 12, dtype=torch.float64)
-    whole = normalise_heads(x, 1e-3, weight)
+    whole = rms_normalise_wide(x, 1e-3, weight)
     whole.backward(grad)
     unit = (whole / weight).detach()
     for mine, others in ((slice(0, 6), slice(6, 12)), (slice(6, 12), slice(0, 6))):
         part, part_weight = (t.detach()[..., mine].clone().requires_grad_() for t in (x, weight))
         region = TwoRanks(x.detach()[:, others].square().mean(-1, keepdim=True))
-        y = normalise_heads(part, 1e-3, part_weight, region)
+        y = rms_normalise_wide(part, 1e-3, part_weight, region)
         region.other = (grad * weight.detach() * unit)[:, others].mean(-1, keepdim=True)
         y.backward(grad[:, mine])
         torch.testing.assert_close(y, whole[:, mine])
