@@ -93,7 +93,7 @@ class MoEArgs(_Group):
     score: Literal["sigmoid", "softmax"] = "sigmoid"
     """How router logits become weights."""
     renorm: bool = False
-    """Divide the chosen weights by their sum (no effect with top_k=1, which would cut the router off from the loss)."""
+    """Divide the chosen weights by their sum; with top_k=1 they become 1, and only auxiliary losses train the router."""
     apply: Literal["input", "output"] = "input"
     """Where an expert's weight multiplies: its input (Llama 4) or its output (Mixtral, Qwen)."""
     shared: bool = True

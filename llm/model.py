@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from llm.args import LayerSpec, ModelArgs
 from llm.cache import Cache
 from llm.datatypes import RouterStats, TransformerInput, TransformerOutput
+from llm.foreign.load import register_hook
 from llm.init import initialise
 from llm.layers.attention import Attention, Context
 from llm.layers.ffn import build_feed_forward
@@ -34,13 +35,16 @@ class Block(nn.Module):
         super().__init__()
         self.spec = spec
         self.parallel = args.parallel_residual
+        register_hook(self, args, "layers.{i}.")
         before, after = args.norm_place != "post", args.norm_place != "pre"
         self.attention_norm = make_norm(args, args.dim) if before else None
         self.attention = Attention(args, spec)
+        register_hook(self.attention, args, "layers.{i}.attention.")
         self.attention_post_norm = make_norm(args, args.dim) if after else None
         if spec.ffn != "none":
             self.ffn_norm = make_norm(args, args.dim) if before else None
             self.feed_forward = build_moe(args) if spec.ffn == "moe" else build_feed_forward(args)
+            register_hook(self.feed_forward, args, "layers.{i}.feed_forward.")
             self.ffn_post_norm = make_norm(args, args.dim) if after else None
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, RouterStats | None]:
@@ -73,6 +77,7 @@ class LLM(nn.Module):
             raise ValueError("model.vocab_size is not set; give the number of tokens of the tokenizer")
         self.args = args
         self.specs = args.layer_specs()
+        register_hook(self, args, "")
         self.activation_checkpointing: Recompute = "none"
         """What the forwards to come forget and their backwards recompute, to save memory: see llm/recompute.py."""
         self.compiled = False

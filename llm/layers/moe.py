@@ -122,7 +122,7 @@ def route(logits_NE: Tensor, moe: MoEArgs) -> tuple[Tensor, Tensor]:
         weight_Nk = chosen_Nk.sigmoid()
     else:
         weight_Nk = (chosen_Nk - logits_NE.logsumexp(-1, keepdim=True)).exp()
-    if moe.renorm and moe.top_k > 1:
+    if moe.renorm:
         weight_Nk = weight_Nk / weight_Nk.sum(-1, keepdim=True)
     return weight_Nk, expert_Nk
 

@@ -34,7 +34,7 @@ def dense(moe: MoE, x):
     p = logits.softmax(-1)
     chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, logits.topk(args.top_k, dim=-1).indices, True)
     weight = (logits.sigmoid() if args.score == "sigmoid" else p) * chosen
-    if args.renorm and args.top_k > 1:
+    if args.renorm:
         weight = weight / weight.sum(-1, keepdim=True)
     y = torch.zeros_like(x)
     for e in range(args.n_experts):

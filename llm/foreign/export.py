@@ -1,0 +1,299 @@
+"""Our models as foreign folders, written whole or not at all, one tensor in memory at a time."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from llm.args import ModelArgs
+from llm.atomic import new_directory
+from llm.boxes import Box, box_shape
+from llm.errors import UserError
+from llm.foreign.family import Family, export_pieces, families
+from llm.foreign.load import view
+from llm.foreign.pieces import Piece, Shape, foreign_shapes
+from llm.foreign.safetensors_file import write_tensors
+from llm.parallel.build import whole_shapes
+
+CHUNK_BYTES = 8 << 20
+Tell = Callable[[int], None]
+PREFERRED = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "llama4_text", "olmo2", "gemma", "gemma2")
+"""Families in the order in which they are tried for a model that names none."""
+
+
+class Weights(Protocol):
+    """Parameters of ours by canonical name, in boxes."""
+
+    def read(self, name: str, box: Box, out: Tensor) -> Tensor:
+        """Copy a box of a parameter into `out`, of the box's shape; returns it."""
+
+
+def choose_family(args: ModelArgs, format: str, name: str | None = None) -> Family:
+    """The family of a format that can say what the model is. UserError with the reason when the named one, or any,
+    cannot."""
+    known = {family.name: family for family in families().values() if family.format == format and family.write_config}
+    if name is not None:
+        if name not in known:
+            raise UserError(f"family {name!r} cannot be written as {format}; known are {', '.join(sorted(known))}")
+        written_config(known[name], args)
+        return known[name]
+    order = [key for key in PREFERRED if key in known] + [key for key in known if key not in PREFERRED]
+    reasons = []
+    for key in order:
+        try:
+            written_config(known[key], args)
+        except UserError as error:
+            reasons.append(str(error))
+            continue
+        return known[key]
+    raise UserError(f"no family of format {format} can say what this model is; the nearest: {min(reasons, key=len)}")
+
+
+def written_config(family: Family, args: ModelArgs) -> dict[str, Any]:
+    """The family's config of a model. UserError naming what of the model it cannot say: what it says is read back."""
+    assert family.write_config is not None
+    config = family.write_config(args)
+    said = ModelArgs.model_validate(family.read_config(config, lambda _: None))
+    ours, theirs = meaning(args, family.format == "meta"), meaning(said, family.format == "meta")
+    unsaid = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    if unsaid:
+        raise UserError(
+            f"a {family.name} config cannot say {', '.join(f'{key} ({ours.get(key)})' for key in unsaid)}"
+        )
+    export_pieces(family, args, whole_shapes(args))
+    return config
+
+
+def meaning(args: ModelArgs, settled_by_weights: bool = False) -> dict[str, Any]:
+    """What of the args decides the function, resolved: two models with the same meaning and weights are equal.
+
+    settled_by_weights: leave out what Meta's params.json leaves to the tensors.
+    """
+    specs = args.layer_specs()
+    found: dict[str, Any] = {
+        key: getattr(args, key)
+        for key in (
+            "dim", "n_layers", "n_heads", "kv_heads", "head_width", "qkv_bias", "o_bias", "norm", "norm_eps",
+            "norm_offset", "norm_place", "parallel_residual", "logit_softcap",
+        )
+    }  # fmt: skip
+    if not settled_by_weights:
+        found |= {"vocab_size": args.vocab_size, "tie_embeddings": args.tie_embeddings}
+    found["norm_fp32_weight"] = args.norm_fp32_weight or args.norm_offset
+    found["embed_scale"] = None if args.embed_scale is None else round(args.embed_scale, 4)
+    scale = args.head_width**-0.5 if args.score_scale is None else args.score_scale
+    found["score_scale"] = round(scale, 8)
+    for i, spec in enumerate(specs):
+        found[f"layer {i}"] = dataclasses.replace(spec, scale=None, temperature=False)
+    if any(spec.temperature for spec in specs):
+        found["temperature"] = [spec.temperature for spec in specs], args.floor_scale, args.attn_scale
+    if any(spec.rope for spec in specs):
+        found |= {"rope_theta": args.rope_theta, "rope_scaling": _scaling(args), "rope_pct": args.rope_pct}
+    if any(spec.ffn == "dense" for spec in specs):
+        found |= {key: getattr(args, key) for key in ("act", "gated", "ffn_bias")} | {"ffn_hidden": args.ffn_width()}
+    if args.moe is not None and any(spec.ffn == "moe" for spec in specs):
+        moe = args.moe
+        found |= {f"moe.{key}": getattr(moe, key) for key in ("n_experts", "top_k", "score", "apply", "shared")}
+        found |= {"moe.hidden": args.moe_width(), "moe.renorm": moe.renorm}
+    return found
+
+
+def _scaling(args: ModelArgs) -> dict[str, Any] | None:
+    """The numbers that the kind of scaling reads."""
+    scaling = args.rope_scaling
+    if scaling is None:
+        return None
+    used = {"linear": (), "dynamic": ("original_max_position",), "llama3": ("low_freq_factor", "high_freq_factor")}
+    keys: tuple[str, ...] = used.get(scaling.kind, ("beta_fast", "beta_slow", "truncate", "attention_factor"))
+    if scaling.kind in ("llama3", "yarn"):
+        keys = (*keys, "original_max_position")
+    return {"kind": scaling.kind, "factor": scaling.factor, **{key: getattr(scaling, key) for key in keys}}
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """Weights whose heads are laid out for the other kind of RoPE: the same function with rope_interleaved the other
+    way. Only rows of queries and keys move, inside each head."""
+
+    weights: Weights
+    args: ModelArgs
+
+    def read(self, name: str, box: Box, out: Tensor) -> Tensor:
+        if not self._moves(name):
+            return self.weights.read(name, box, out)
+        width, order = self.args.head_width, self._order()
+        first, last = box[0]
+        low, high = first // width * width, -(-last // width) * width
+        shape = (high - low, *box_shape(box)[1:])
+        heads = self.weights.read(name, ((low, high), *box[1:]), torch.empty(shape, dtype=out.dtype))
+        moved = heads.unflatten(0, (-1, width))[:, order].flatten(0, 1)
+        return out.copy_(moved[first - low : last - low])
+
+    def _moves(self, name: str) -> bool:
+        module = name.rpartition(".")[0]
+        norms = ("attention.q_norm", "attention.k_norm")
+        if not module.endswith(("attention.wq", "attention.wk", *norms)):
+            return False
+        layer = self.args.layer_specs()[int(name.split(".")[1])]
+        return layer.rope
+
+    def _order(self) -> Tensor:
+        """Which row of a head becomes which."""
+        rotated, width = self.args.rotated_width, self.args.head_width
+        pairs = torch.arange(rotated)
+        order = pairs.view(-1, 2) if self.args.rope_interleaved else pairs.view(2, -1)
+        return torch.cat([order.t().reshape(-1), torch.arange(rotated, width)])
+
+
+def export_hf(
+    target: Path,
+    args: ModelArgs,
+    weights: Weights,
+    family: Family,
+    *,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    extra_files: Mapping[str, bytes | Path],
+    extra_config: Mapping[str, Any],
+    tell: Tell = lambda _: None,
+) -> None:
+    """Write `target` as transformers reads it: config.json, model.safetensors (in parts with an index where it is
+    larger than max_shard_bytes), and the extra files. `tell` is told the bytes of each tensor written.
+
+    UserError when `target` exists or the family cannot say what the model is.
+    """
+    said = family.read_config(written_config(family, args), lambda _: None)
+    interleaved = bool(said.get("rope_interleaved", True))
+    if interleaved != args.rope_interleaved:
+        weights = Rotated(weights, args)
+        args = args.model_copy(update={"rope_interleaved": interleaved})
+    config = written_config(family, args)
+    pieces = _by_key(export_pieces(family, args, whole_shapes(args)))
+    shapes = {key: shape for (_, key), shape in foreign_shapes([p for ps in pieces.values() for p in ps]).items()}
+    parts = _parts(shapes, dtype, max_shard_bytes)
+    name = str(dtype).removeprefix("torch.")
+    config |= {"dtype": name, "torch_dtype": name, **extra_config}
+    with _target(target) as folder:
+        files: dict[str, str] = {}
+        for i, keys in enumerate(parts):
+            file = "model.safetensors" if len(parts) == 1 else f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
+            described = {key: (dtype, shapes[key]) for key in keys}
+            values = _tensors(keys, shapes, pieces, weights, dtype, tell)
+            write_tensors(folder / file, described, values, {"format": "pt"})
+            files |= {key: file for key in keys}
+        if len(parts) > 1:
+            total = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
+            _write_json(
+                folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": files}
+            )
+        _write_json(folder / "config.json", config)
+        _write_extra(folder, extra_files)
+
+
+def export_meta(
+    target: Path,
+    args: ModelArgs,
+    weights: Weights,
+    family: Family,
+    *,
+    dtype: torch.dtype,
+    shards: int,
+    extra_files: Mapping[str, bytes | Path],
+    tell: Tell = lambda _: None,
+) -> None:
+    """Write `target` as Meta does: params.json and consolidated.NN.pth, one file in memory at a time."""
+    if not args.rope_interleaved:
+        weights = Rotated(weights, args)
+        args = args.model_copy(update={"rope_interleaved": True})
+    config = written_config(family, args)
+    for name, number in (("heads", args.n_heads), ("feed-forward width", args.ffn_width())):
+        if number % shards:
+            raise UserError(f"--shards={shards} does not divide the {name}, {number}")
+    if args.kv_heads % shards and shards % args.kv_heads:
+        raise UserError(f"--shards={shards} and the {args.kv_heads} key and value heads do not divide each other")
+    pieces = export_pieces(family, args, whole_shapes(args), shards)
+    shapes = foreign_shapes(pieces)
+    with _target(target) as folder:
+        for shard in range(shards):
+            mine = _by_key([piece for piece in pieces if piece.shard == shard])
+            own = {key: shapes[shard, key] for key in mine}
+            values = _tensors(list(mine), own, mine, weights, dtype, tell)
+            torch.save(dict(zip(mine, values, strict=True)), folder / f"consolidated.{shard:02d}.pth")
+        _write_json(folder / "params.json", config)
+        _write_extra(folder, extra_files)
+
+
+def _target(target: Path) -> Any:
+    if target.exists():
+        raise UserError(f"{target}: exists already; give another folder, or remove it")
+    return new_directory(target)
+
+
+def _by_key(pieces: Any) -> dict[str, list[Piece]]:
+    found: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        found.setdefault(piece.key, []).append(piece)
+    return found
+
+
+def _parts(shapes: Mapping[str, Shape], dtype: torch.dtype, most: int) -> list[list[str]]:
+    """Tensors in their order, cut so that no part but one of a single tensor is larger than `most` bytes."""
+    parts: list[list[str]] = [[]]
+    filled = 0
+    for key, shape in shapes.items():
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if parts[-1] and filled + size > most:
+            parts.append([])
+            filled = 0
+        parts[-1].append(key)
+        filled += size
+    return parts
+
+
+def _tensors(
+    keys: list[str],
+    shapes: Mapping[str, Shape],
+    pieces: Mapping[str, list[Piece]],
+    weights: Weights,
+    dtype: torch.dtype,
+    tell: Tell,
+) -> Iterator[Tensor]:
+    for key in keys:
+        out = torch.empty(shapes[key], dtype=dtype)
+        for piece in pieces[key]:
+            for part in _chunks(piece):
+                values = torch.empty(box_shape(part.mine), dtype=torch.float32)
+                view(out, part.theirs).copy_(part.to_theirs(weights.read(part.name, part.mine, values)))
+        tell(out.nbytes)
+        yield out
+
+
+def _chunks(piece: Piece) -> Iterator[Piece]:
+    """The piece in parts of some rows."""
+    (first, last), *rest = piece.mine
+    row = max(1, 4 * torch.Size(box_shape(tuple(rest))).numel())
+    step = max(1, CHUNK_BYTES // row)
+    for at in range(first, last, step):
+        part = piece.within(((at, min(at + step, last)), *rest))
+        assert part is not None
+        yield part
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _write_extra(folder: Path, files: Mapping[str, bytes | Path]) -> None:
+    for name, content in files.items():
+        if isinstance(content, Path):
+            shutil.copyfile(content, folder / name)
+        else:
+            (folder / name).write_bytes(content)
+
+

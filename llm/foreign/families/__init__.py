@@ -1,0 +1,1 @@
+"""One file a family, each with a tuple FAMILIES."""

@@ -1,0 +1,95 @@
+"""Gemma (norms of 1 + weight, scaled token vectors, tied) and Gemma 2 (norms on both sides, caps, a window in every
+other layer).
+"""
+
+from typing import Any
+
+from llm.args import ModelArgs
+from llm.errors import UserError
+from llm.foreign import hf
+from llm.foreign.families.llama import BLOCK, CONTAINERS, ROWS
+from llm.foreign.family import Family, Warn
+
+GEMMA2_ROWS = (
+    *hf.ends("model.embed_tokens", "model.norm", "lm_head"),
+    *hf.attention(f"{BLOCK}.self_attn"),
+    *hf.feed_forward(f"{BLOCK}.mlp"),
+    *hf.norms(
+        BLOCK,
+        attention_norm="input_layernorm",
+        attention_post_norm="post_attention_layernorm",
+        ffn_norm="pre_feedforward_layernorm",
+        ffn_post_norm="post_feedforward_layernorm",
+    ),
+)
+
+
+def read_common(config: hf.Config, warn: Warn) -> dict[str, Any]:
+    if config.get("use_bidirectional_attention"):
+        raise UserError("config.json: use_bidirectional_attention is not supported")
+    biased = config.get("attention_bias", False)
+    return hf.common_args(config, warn) | {
+        "head_dim": config.get("head_dim", 256),
+        "tie_embeddings": config.get("tie_word_embeddings", True),
+        "qkv_bias": biased,
+        "o_bias": biased,
+        "norm_offset": True,
+        "embed_scale": required_width(config) ** 0.5,
+    }
+
+
+def required_width(config: hf.Config) -> int:
+    return int(hf.required(config, "hidden_size"))
+
+
+def read_gemma(config: hf.Config, warn: Warn) -> dict[str, Any]:
+    act = config.get("hidden_activation")
+    if act is None and config.get("hidden_act", "gelu_pytorch_tanh") == "gelu":
+        warn("config.json: hidden_act=gelu, as early Gemma files say, stands for the tanh approximation")
+        act = "gelu_pytorch_tanh"
+    act = act or config.get("hidden_act") or "gelu_pytorch_tanh"
+    return read_common(config, warn) | {"act": hf.activation({"hidden_act": act})}
+
+
+def read_gemma2(config: hf.Config, warn: Warn) -> dict[str, Any]:
+    n_layers, window = config["num_hidden_layers"], config.get("sliding_window", 4096)
+    kinds = config.get("layer_types")
+    windowed = [i % 2 == 0 for i in range(n_layers)] if kinds is None else [k == "sliding_attention" for k in kinds]
+    act = {"hidden_act": config.get("hidden_activation") or "gelu_pytorch_tanh"}
+    return read_common(config, warn) | {
+        "act": hf.activation(act),
+        "norm_place": "sandwich",
+        "score_scale": config.get("query_pre_attn_scalar", 256) ** -0.5,
+        "attn_softcap": config.get("attn_logit_softcapping", 50.0),
+        "logit_softcap": config.get("final_logit_softcapping", 30.0),
+        **hf.pattern(windowed, window),
+    }
+
+
+def write_gemma(args: ModelArgs) -> dict[str, Any]:
+    return hf.write_common(args, "GemmaForCausalLM", "gemma") | {"attention_bias": args.qkv_bias}
+
+
+def write_gemma2(args: ModelArgs) -> dict[str, Any]:
+    written = hf.write_common(args, "Gemma2ForCausalLM", "gemma2")
+    scale = args.head_width**-0.5 if args.score_scale is None else args.score_scale
+    return written | {
+        "attention_bias": args.qkv_bias,
+        "hidden_activation": written.pop("hidden_act"),
+        "query_pre_attn_scalar": _whole(scale**-2),
+        "attn_logit_softcapping": args.attn_softcap,
+        "final_logit_softcapping": args.logit_softcap,
+        "sliding_window": args.sliding_window or args.max_seq_len,
+        "layer_types": hf.layer_types(args.layer_specs()),
+    }
+
+
+def _whole(x: float) -> int | float:
+    """transformers wants a whole number, which a square root and its square keep up to rounding."""
+    return round(x) if abs(x - round(x)) < 1e-6 * x else x
+
+
+FAMILIES = (
+    Family("gemma", ROWS, read_gemma, write_gemma, CONTAINERS),
+    Family("gemma2", GEMMA2_ROWS, read_gemma2, write_gemma2, CONTAINERS),
+)

@@ -1,0 +1,116 @@
+"""The text model of Llama 4 as Hugging Face writes it, alone or inside the multimodal one."""
+
+from typing import Any
+
+from llm.args import ModelArgs
+from llm.foreign import hf
+from llm.foreign.family import DROP, Family, Row, Warn, row
+
+OURS = "layers.{i}"
+EXPERTS = f"{OURS}.feed_forward.experts"
+VISION = (r"vision_model\..*", r"multi_modal_projector\..*")
+
+
+def rows(prefix: str) -> tuple[Row, ...]:
+    block = f"{prefix}model.layers.{{i}}"
+    return (
+        *hf.ends(f"{prefix}model.embed_tokens", f"{prefix}model.norm", f"{prefix}lm_head"),
+        *hf.attention(f"{block}.self_attn"),
+        *hf.feed_forward(f"{block}.feed_forward"),
+        *hf.feed_forward(f"{block}.feed_forward.shared_expert", f"{OURS}.feed_forward.shared_expert"),
+        row(f"{block}.feed_forward.router.weight", f"{OURS}.feed_forward.router.weight"),
+        row(f"{block}.feed_forward.experts.gate_up_proj", f"{EXPERTS}.w1", f"{EXPERTS}.w3", kind="columns"),
+        row(f"{block}.feed_forward.experts.down_proj", f"{EXPERTS}.w2"),
+        *hf.norms(block, attention_norm="input_layernorm", ffn_norm="post_attention_layernorm"),
+    )
+
+
+def read_config(config: hf.Config, warn: Warn) -> dict[str, Any]:
+    text = config.get("text_config", config)
+    n_layers = hf.required(text, "num_hidden_layers")
+    args = hf.common_args(text, warn, theta=5e5) | {
+        "head_dim": text.get("head_dim", 128),
+        "norm_eps": text.get("rms_norm_eps", 1e-5),
+        "ffn_hidden": text.get("intermediate_size_mlp", 16384),
+        "rope_interleaved": True,
+        "qk_norm": "l2" if text.get("use_qk_norm", True) else None,
+        "qkv_bias": text.get("attention_bias", False),
+        "o_bias": text.get("attention_bias", False),
+        "attention_chunk_size": text.get("attention_chunk_size", 8192),
+        "attn_temperature_tuning": bool(text.get("attn_temperature_tuning", True)),  # older files have the number 4
+        "floor_scale": int(text.get("floor_scale", 8192)),
+        "attn_scale": text.get("attn_scale", 0.1),
+        "moe": _experts(text, n_layers),
+        **_nope(text, n_layers, warn),
+    }
+    scaling = args.get("rope_scaling") or {}
+    if (scaling.get("factor"), scaling.get("high_freq_factor")) == (8, 4):
+        warn(
+            "config.json: rope_scaling has factor 8 and high_freq_factor 4, as the first Scout files did by mistake; "
+            "Scout was trained with 16 and 1. The file is followed: correct it there if it is Scout"
+        )
+    return args
+
+
+def _experts(text: hf.Config, n_layers: int) -> dict[str, Any]:
+    step = text.get("interleave_moe_layer_step", 1)
+    layers = text.get("moe_layers")
+    found = {
+        "n_experts": text.get("num_local_experts", 16),
+        "top_k": text.get("num_experts_per_tok", 1),
+        "hidden": hf.required(text, "intermediate_size"),
+        "interleave": step,
+    }
+    if layers is not None and list(layers) != list(range(step - 1, n_layers, step)):
+        found |= {"interleave": 1, "dense_layers": [i for i in range(n_layers) if i not in set(layers)]}
+    return found
+
+
+def _nope(text: hf.Config, n_layers: int, warn: Warn) -> dict[str, Any]:
+    """Layers without RoPE. In `no_rope_layers` 1 means that a layer has RoPE."""
+    interval = text.get("no_rope_layer_interval", 4)
+    by_interval = [int(bool((i + 1) % interval)) if interval else 1 for i in range(n_layers)]
+    listed = text.get("no_rope_layers") or by_interval
+    if list(listed) == by_interval:
+        return {"nope_layer_interval": interval}
+    if "no_rope_layer_interval" in text:
+        warn("config.json: no_rope_layers and no_rope_layer_interval contradict each other; the list is used")
+    if all(listed):
+        return {}
+    return {"layer_pattern": ["attn:rope" if rope else "attn:nope" for rope in listed]}
+
+
+def write_config(args: ModelArgs) -> dict[str, Any]:
+    specs = args.layer_specs()
+    written = hf.write_common(args, "Llama4ForCausalLM", "llama4_text") | {
+        "attention_bias": args.qkv_bias,
+        "intermediate_size_mlp": args.ffn_width(),
+        "use_qk_norm": args.qk_norm == "l2",
+        "no_rope_layers": [int(spec.rope) for spec in specs],
+        "no_rope_layer_interval": args.nope_layer_interval or 0,
+        "attention_chunk_size": args.attention_chunk_size,
+        "layer_types": hf.layer_types(specs),
+        "attn_temperature_tuning": args.attn_temperature_tuning,
+        "floor_scale": args.floor_scale,
+        "attn_scale": args.attn_scale,
+        "moe_layers": [spec.index for spec in specs if spec.ffn == "moe"],
+    }
+    if args.nope_layer_interval is None:
+        del written["no_rope_layer_interval"]
+    if args.moe is not None:
+        written |= {
+            "intermediate_size": args.moe_width(),
+            "num_local_experts": args.moe.n_experts,
+            "num_experts_per_tok": args.moe.top_k,
+            "interleave_moe_layer_step": args.moe.interleave,
+        }
+    return written
+
+
+TABLE = rows("")
+INSIDE = rows("language_model.")
+CONTAINERS = hf.containers("model.layers.{i}", "self_attn", "feed_forward")
+FAMILIES = (
+    Family("llama4_text", TABLE, read_config, write_config, CONTAINERS),
+    Family("llama4", INSIDE, read_config, None, {"": ""}, (*DROP, *VISION)),
+)

@@ -1,0 +1,37 @@
+"""Mixtral: Mistral's attention, and in every layer experts whose results are weighted by the softmax of the chosen."""
+
+from typing import Any
+
+from llm.args import ModelArgs
+from llm.foreign import hf
+from llm.foreign.families.llama import BLOCK, ROWS
+from llm.foreign.family import Family, Warn
+
+
+def read_config(config: hf.Config, warn: Warn) -> dict[str, Any]:
+    return hf.common_args(config, warn, theta=1e6) | {
+        "sliding_window": config.get("sliding_window"),
+        "ffn_hidden": None,
+        "moe": {
+            "n_experts": config.get("num_local_experts", config.get("num_experts", 8)),
+            "top_k": config.get("num_experts_per_tok", 2),
+            "hidden": config.get("intermediate_size"),
+            "score": "softmax",
+            "renorm": True,
+            "apply": "output",
+            "shared": False,
+        },
+    }
+
+
+def write_config(args: ModelArgs) -> dict[str, Any]:
+    written = hf.write_common(args, "MixtralForCausalLM", "mixtral") | {"sliding_window": hf.all_windowed(args)}
+    if args.moe is not None:
+        written |= {"num_local_experts": args.moe.n_experts, "num_experts_per_tok": args.moe.top_k}
+        written["intermediate_size"] = args.moe_width()
+    return written
+
+
+TABLE = (*ROWS, *hf.experts(f"{BLOCK}.block_sparse_moe", "w1", "w3", "w2"))
+CONTAINERS = hf.containers(BLOCK, "self_attn", "block_sparse_moe")
+FAMILIES = (Family("mixtral", TABLE, read_config, write_config, CONTAINERS),)

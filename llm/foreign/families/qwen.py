@@ -1,0 +1,89 @@
+"""Qwen 2 (biases on queries, keys and values), Qwen 3 (norms of heads before RoPE) and Qwen 3 MoE."""
+
+from typing import Any
+
+from llm.args import ModelArgs
+from llm.foreign import hf
+from llm.foreign.families.llama import BLOCK, CONTAINERS, ROWS
+from llm.foreign.family import Family, Warn
+
+
+def read_qwen2(config: hf.Config, warn: Warn) -> dict[str, Any]:
+    return hf.common_args(config, warn) | {"qkv_bias": True, **hf.qwen_windows(config, warn)}
+
+
+def read_qwen3(config: hf.Config, warn: Warn) -> dict[str, Any]:
+    biased = config.get("attention_bias", False)
+    common = hf.common_args(config, warn) | {"qkv_bias": biased, "o_bias": biased, "qk_norm": "head"}
+    return {**common, "head_dim": config.get("head_dim", 128)} | hf.qwen_windows(config, warn)
+
+
+def read_qwen3_moe(config: hf.Config, warn: Warn) -> dict[str, Any]:
+    biased, window = config.get("attention_bias", False), config.get("sliding_window")
+    experts = config.get("num_experts", config.get("num_local_experts"))
+    n_layers = config["num_hidden_layers"]
+    return hf.common_args(config, warn) | {
+        "qkv_bias": biased,
+        "o_bias": biased,
+        "qk_norm": "head",
+        "sliding_window": window if config.get("use_sliding_window", False) else None,
+        "moe": {
+            "n_experts": 128 if experts is None else experts,
+            "top_k": config.get("num_experts_per_tok", 8),
+            "hidden": config.get("moe_intermediate_size", 768),
+            "interleave": config.get("decoder_sparse_step", 1),
+            "dense_layers": [i for i in config.get("mlp_only_layers") or () if i < n_layers],
+            "score": "softmax",
+            "renorm": config.get("norm_topk_prob", False),
+            "apply": "output",
+            "shared": False,
+        },
+    }
+
+
+def write_windows(args: ModelArgs) -> dict[str, Any]:
+    specs = args.layer_specs()
+    windowed = [spec.mask == "window" for spec in specs]
+    first = windowed.index(True) if any(windowed) else args.n_layers
+    return {
+        "use_sliding_window": any(windowed),
+        "sliding_window": args.sliding_window if any(windowed) else None,
+        "max_window_layers": first,
+        "layer_types": hf.layer_types(specs),
+    }
+
+
+def write_qwen2(args: ModelArgs) -> dict[str, Any]:
+    return hf.write_common(args, "Qwen2ForCausalLM", "qwen2") | write_windows(args)
+
+
+def write_qwen3(args: ModelArgs) -> dict[str, Any]:
+    common = hf.write_common(args, "Qwen3ForCausalLM", "qwen3")
+    return common | {"attention_bias": args.qkv_bias, **write_windows(args)}
+
+
+def write_qwen3_moe(args: ModelArgs) -> dict[str, Any]:
+    common = hf.write_common(args, "Qwen3MoeForCausalLM", "qwen3_moe")
+    window = hf.all_windowed(args)
+    written = common | {"attention_bias": args.qkv_bias, "use_sliding_window": window is not None}
+    written["sliding_window"] = window
+    moe = args.moe
+    if moe is None:
+        return written
+    return written | {
+        "num_experts": moe.n_experts,
+        "num_local_experts": moe.n_experts,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": args.moe_width(),
+        "decoder_sparse_step": moe.interleave,
+        "mlp_only_layers": list(moe.dense_layers),
+        "norm_topk_prob": moe.renorm,
+    }
+
+
+MOE_ROWS = (*ROWS, *hf.experts(f"{BLOCK}.mlp", "gate_proj", "up_proj", "down_proj"))
+FAMILIES = (
+    Family("qwen2", ROWS, read_qwen2, write_qwen2, CONTAINERS),
+    Family("qwen3", ROWS, read_qwen3, write_qwen3, CONTAINERS),
+    Family("qwen3_moe", MOE_ROWS, read_qwen3_moe, write_qwen3_moe, CONTAINERS),
+)

@@ -1,0 +1,235 @@
+"""A family of foreign models as a table: which of its tensors hold which of our parameters, and how its config says
+what ModelArgs say.
+
+Adding a family is adding one file to llm/foreign/families. In a table `{i}` stands for a layer and `{e}` for an expert;
+rows whose parameters a model does not have do not count for it, and of several rows for the same parameter the first
+one holds whose tensors are there. What a family must do beside that is done by the knobs of ModelArgs.
+"""
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from llm.args import ModelArgs
+from llm.boxes import parameter_box, share_of, whole
+from llm.errors import UserError
+from llm.foreign.pieces import KINDS, Kind, Part, Piece, Shape, foreign_shapes
+from llm.plans import plan_for
+
+Warn = Callable[[str], None]
+SHOWN = 4
+"""Names of each kind that a message lists."""
+DROP = (
+    r"rope\.freqs", r"(.*\.)?freqs_cis", r".*\.rotary_emb\.inv_freq", r".*\._extra_state",
+    r".*\.attention\.(masked_bias|bias)", r".*\.(global|running)_gate_stats_3E", r".*\.expert_activation_DE",
+)  # fmt: skip
+"""Buffers that public checkpoints carry and no model needs."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Foreign tensors, and the parameters of ours that they hold."""
+
+    theirs: str
+    ours: tuple[str, ...]
+    kind: Kind = "same"
+    bias: bool = False
+    """Whether the row holds for the biases of the same modules too, if there are any."""
+
+
+def row(theirs: str, *ours: str, kind: Kind = "same", bias: bool = False) -> Row:
+    """A row of a table."""
+    return Row(theirs, ours, kind, bias)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of foreign checkpoints."""
+
+    name: str
+    """Also `model_type` of a Hugging Face config."""
+    rows: tuple[Row, ...]
+    read_config: Callable[[Mapping[str, Any], Warn], dict[str, Any]]
+    """What its config says, as keys of ModelArgs. UserError naming a key that cannot be honoured; what is resolved
+    against another statement of the config is told."""
+    write_config: Callable[[ModelArgs], dict[str, Any]] | None = None
+    """The other way; UserError naming a key of ModelArgs that the family cannot express. None = no export."""
+    containers: Mapping[str, str] = field(default_factory=dict)
+    """What stands before the names of a block, an attention and a feed-forward: ours -> theirs."""
+    drop: tuple[str, ...] = DROP
+    format: str = "hf"
+    """hf or meta: how its files are laid out."""
+
+    def dropped(self, key: str) -> bool:
+        """Whether a foreign tensor is one that no model needs."""
+        return any(re.fullmatch(pattern, key) for pattern in self.drop)
+
+    def expanded(self) -> Iterator[Row]:
+        """The rows, those of biases written out."""
+        for entry in self.rows:
+            yield entry
+            if entry.bias:
+                ours = tuple(f"{name.removesuffix('.weight')}.bias" for name in entry.ours)
+                yield Row(f"{entry.theirs.removesuffix('.weight')}.bias", ours, entry.kind)
+
+
+@dataclass(frozen=True)
+class Match:
+    """Pieces that fill a model from foreign tensors, and what does not fit."""
+
+    family: Family
+    pieces: tuple[Piece, ...]
+    missing: tuple[str, ...]
+    """Foreign tensors, or parameters of ours, that are not there."""
+    unknown: tuple[str, ...]
+    """Foreign tensors that no row knows."""
+    misshapen: tuple[str, ...]
+    """Lines about foreign tensors of another shape than expected."""
+
+    @property
+    def whole(self) -> bool:
+        return not (self.missing or self.unknown or self.misshapen)
+
+    def check(self, source: str) -> None:
+        """UserError on one line unless all fits."""
+        faults = [f"misses {_some(self.missing)}"] if self.missing else []
+        faults += [f"has {_some(self.unknown)}, which the family does not know"] if self.unknown else []
+        faults += [_some(self.misshapen)] if self.misshapen else []
+        if faults:
+            raise UserError(f"{source}: not the weights of this {self.family.name} model: it {'; it '.join(faults)}")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def match(
+    family: Family,
+    args: ModelArgs,
+    ours: Mapping[str, Shape],
+    theirs: Mapping[tuple[int, str], Shape],
+    shards: int = 1,
+) -> Match:
+    """How foreign tensors, by (shard, key), fill parameters of ours by canonical name."""
+    pieces: list[Piece] = []
+    filled: set[str] = set()
+    used: set[tuple[int, str]] = set()
+    incomplete: dict[str, str] = {}
+    for entry, layer in _instances(family, args):
+        names = [name.format(i=layer) for name in entry.ours]
+        twin = names == ["output.weight"] and "output.weight" not in ours  # of a tied table, if it is there
+        names = ["tok_embeddings.weight"] if twin else names
+        if any(name not in ours for name in names) or (not twin and filled & set(names)):
+            continue
+        keys = _keys(entry, layer, args)
+        present = [key for key in keys if (0, key) in theirs]
+        if len(present) < len(keys):
+            if not twin:
+                absent = next(key for key in keys if key not in present)
+                incomplete.update({name: absent for name in names if name not in incomplete or present})
+            continue
+        found = _cut(entry, keys, names, args, ours, theirs, shards, twin)
+        pieces += found
+        used |= {(piece.shard, piece.key) for piece in found}
+        filled |= set(names)
+    missing = [incomplete.get(name, name) for name in ours if name not in filled]
+    missing += [f"{key} of part {shard}" for shard, key in sorted(used - theirs.keys())]
+    unknown = sorted({key for shard, key in theirs.keys() - used if not family.dropped(key)})
+    expected = foreign_shapes(pieces)
+    misshapen = [
+        f"has {key} of shape {theirs[shard, key]}, not {shape}"
+        for (shard, key), shape in expected.items()
+        if (shard, key) in theirs and theirs[shard, key] != shape
+    ]
+    return Match(family, tuple(pieces), tuple(dict.fromkeys(missing)), tuple(unknown), tuple(misshapen))
+
+
+def export_pieces(family: Family, args: ModelArgs, ours: Mapping[str, Shape], shards: int = 1) -> tuple[Piece, ...]:
+    """Pieces by which the family's own first spelling is written. UserError where it has no place for a parameter."""
+    pieces: list[Piece] = []
+    filled: set[str] = set()
+    for entry, layer in _instances(family, args):
+        names = [name.format(i=layer) for name in entry.ours]
+        if any(name not in ours for name in names) or filled & set(names):
+            continue
+        pieces += _cut(entry, _keys(entry, layer, args), names, args, ours, {}, shards, False)
+        filled |= set(names)
+    if left := [name for name in ours if name not in filled]:
+        raise UserError(f"a {family.name} checkpoint has no place for {_some(left)}")
+    return tuple(pieces)
+
+
+def _instances(family: Family, args: ModelArgs) -> Iterator[tuple[Row, int]]:
+    """Rows of the model as a whole, then those of each layer."""
+    rows = list(family.expanded())
+    yield from ((entry, 0) for entry in rows if "{i}" not in entry.theirs)
+    for layer in range(args.n_layers):
+        yield from ((entry, layer) for entry in rows if "{i}" in entry.theirs)
+
+
+def _keys(entry: Row, layer: int, args: ModelArgs) -> list[str]:
+    experts = range(args.moe.n_experts if args.moe is not None else 0) if "{e}" in entry.theirs else (0,)
+    return [entry.theirs.format(i=layer, e=expert) for expert in experts]
+
+
+def _cut(
+    entry: Row,
+    keys: list[str],
+    names: list[str],
+    args: ModelArgs,
+    ours: Mapping[str, Shape],
+    theirs: Mapping[tuple[int, str], Shape],
+    shards: int,
+    twin: bool,
+) -> list[Piece]:
+    found: list[Piece] = []
+    for shard in range(shards):
+        parts = [_part(args, name, ours[name], theirs.get((shard, keys[0])), shard, shards) for name in names]
+        if twin:
+            parts = [Part(part.name, part.box, True) for part in parts]
+        found += KINDS[entry.kind](keys, parts, args.head_width, shard)
+    return found
+
+
+def _part(args: ModelArgs, name: str, shape: Shape, their: Shape | None, shard: int, shards: int) -> Part:
+    """What one of several files of tensor-parallel ranks has of a parameter. Where heads of keys and values are fewer
+    than files, neighbouring ones hold the same one."""
+    if shards == 1:
+        return Part(name, whole(shape))
+    module = name.rpartition(".")[0]
+    if args.kv_heads < shards and module.endswith(("attention.wk", "attention.wv")):
+        head = shard * args.kv_heads // shards
+        rows = (head * args.head_width, (head + 1) * args.head_width)
+        return Part(name, (rows, *whole(shape[1:])), twin=shard * args.kv_heads % shards != 0)
+    if name == "tok_embeddings.weight" and their is not None and their[0] == shape[0]:  # Llama 1 and 2 cut the width
+        return Part(name, (whole(shape)[0], share_of(shape[1], shard, shards)))
+    box = parameter_box(args, name, shape, (shard, shards)) if plan_for(name).tp_dim is not None else whole(shape)
+    return Part(name, box, twin=box == whole(shape) and shard > 0)
+
+
+@cache
+def families() -> dict[str, Family]:
+    """All families, by name."""
+    from llm.foreign import families as package
+
+    modules = (importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__))
+    found = [family for module in modules for family in getattr(module, "FAMILIES", ())]
+    return {family.name: family for family in found}
+
+
+def family_named(name: str) -> Family:
+    """UserError listing what there is when there is no such family."""
+    known = families()
+    if name not in known:
+        raise UserError(f"family {name!r} is not known; known are {', '.join(sorted(known))}")
+    return known[name]
+
+
+def best_match(matches: Iterable[Match]) -> Match:
+    """The one that fits, else the one with the fewest misfits."""
+    return min(matches, key=lambda m: len(m.missing) + len(m.unknown) + len(m.misshapen))

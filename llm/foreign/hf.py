@@ -1,0 +1,261 @@
+"""What configs and tables of the Hugging Face families have in common: two generations of spellings of one config, and
+the names of attention, feed-forward and experts that most share.
+
+Reading takes both spellings (`rope_theta` beside `rope_scaling` of transformers 4, `rope_parameters` of 5); writing
+gives both.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from llm.args import Activation, LayerSpec, ModelArgs, RopeScaling
+from llm.errors import UserError
+from llm.foreign.family import Row, Warn, row
+
+Config = Mapping[str, Any]
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
+    "relu": "relu",
+}  # fmt: skip
+WRITTEN_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
+
+
+def ends(embedding: str, norm: str, head: str, norm_bias: bool = False) -> Iterator[Row]:
+    """Rows of token table, last norm and output."""
+    yield row(f"{embedding}.weight", "tok_embeddings.weight")
+    yield row(f"{norm}.weight", "norm.weight", bias=norm_bias)
+    yield row(f"{head}.weight", "output.weight")
+
+
+def attention(path: str) -> Iterator[Row]:
+    """Rows of an attention with separate projections at `path`."""
+    for theirs, ours in (("q_proj", "wq"), ("k_proj", "wk"), ("v_proj", "wv"), ("o_proj", "wo")):
+        yield row(f"{path}.{theirs}.weight", f"layers.{{i}}.attention.{ours}.weight", bias=True)
+    for norm in ("q_norm", "k_norm"):
+        yield row(f"{path}.{norm}.weight", f"layers.{{i}}.attention.{norm}.weight")
+
+
+def feed_forward(path: str, ours: str = "layers.{i}.feed_forward") -> Iterator[Row]:
+    """Rows of a gated feed-forward at `path`."""
+    for theirs, mine in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
+        yield row(f"{path}.{theirs}.weight", f"{ours}.{mine}.weight", bias=True)
+
+
+def experts(path: str, gate: str, up: str, down: str) -> Iterator[Row]:
+    """Rows of softmax-routed experts at `path`: on disk a matrix each, in memory of transformers 5 stacked."""
+    ours = "layers.{i}.feed_forward"
+    yield row(f"{path}.gate.weight", f"{ours}.router.weight")
+    for theirs, mine in ((gate, "w1"), (up, "w3"), (down, "w2")):
+        yield row(f"{path}.experts.{{e}}.{theirs}.weight", f"{ours}.experts.{mine}", kind="turned")
+    for stacked in dict.fromkeys((path, "model.layers.{i}.mlp")):
+        yield row(f"{stacked}.gate.weight", f"{ours}.router.weight")
+        yield row(f"{stacked}.experts.gate_up_proj", f"{ours}.experts.w1", f"{ours}.experts.w3", kind="turned_rows")
+        yield row(f"{stacked}.experts.down_proj", f"{ours}.experts.w2", kind="turned")
+
+
+def norms(path: str, **names: str) -> Iterator[Row]:
+    """Rows of a block's norms: ours=theirs."""
+    for ours, theirs in names.items():
+        yield row(f"{path}.{theirs}.weight", f"layers.{{i}}.{ours}.weight", bias=True)
+
+
+def containers(block: str, attention: str, feed_forward: str) -> dict[str, str]:
+    """What stands before a module's own names, ours -> theirs."""
+    return {
+        "": "",
+        "layers.{i}.": f"{block}.",
+        "layers.{i}.attention.": f"{block}.{attention}.",
+        "layers.{i}.feed_forward.": f"{block}.{feed_forward}.",
+    }
+
+
+def required(config: Config, key: str) -> Any:
+    """A key that must be there."""
+    if config.get(key) is None:
+        raise UserError(f"config.json: {key} is missing")
+    return config[key]
+
+
+def common_args(config: Config, warn: Warn, *, theta: float = 1e4, eps: str = "rms_norm_eps") -> dict[str, Any]:
+    """What nearly all families say in the same words."""
+    heads = required(config, "num_attention_heads")
+    kv_heads = config.get("num_key_value_heads")
+    return {
+        "dim": required(config, "hidden_size"),
+        "n_layers": required(config, "num_hidden_layers"),
+        "n_heads": heads,
+        "n_kv_heads": heads if kv_heads is None else kv_heads,
+        "head_dim": config.get("head_dim"),
+        "vocab_size": required(config, "vocab_size"),
+        "max_seq_len": config.get("max_position_embeddings", 2048),
+        "ffn_hidden": config.get("intermediate_size"),
+        "norm_eps": config.get(eps, 1e-6),
+        "act": activation(config),
+        "tie_embeddings": config.get("tie_word_embeddings", False),
+        "init_std": config.get("initializer_range") or 0.02,
+        "rope_interleaved": False,
+        **rope_args(config, warn, theta),
+    }
+
+
+def activation(config: Config, key: str = "hidden_act") -> Activation:
+    """The activation that the config names."""
+    name = config.get(key) or "silu"
+    if name not in ACTIVATIONS:
+        raise UserError(f"config.json: {key}={name} is not one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def rope_args(config: Config, warn: Warn, theta: float) -> dict[str, Any]:
+    """rope_theta, rope_pct and rope_scaling."""
+    given = dict(config.get("rope_parameters") or {})
+    if any(isinstance(value, dict) for value in given.values()):
+        raise UserError("config.json: rope_parameters differ between kinds of layers, which is not supported")
+    old = {key: value for key, value in (config.get("rope_scaling") or {}).items() if value is not None}
+    for key, spellings in (
+        ("rope_theta", ("rope_theta", "rotary_emb_base")),
+        ("partial_rotary_factor", ("partial_rotary_factor", "rotary_pct")),
+    ):
+        told = next((config[name] for name in spellings if config.get(name) is not None), None)
+        if told is not None and given.get(key, told) != told:
+            warn(f"config.json: rope_parameters.{key}={given[key]} and {told} contradict each other; the first is used")
+        if told is not None:
+            given.setdefault(key, told)
+    if old and "factor" in given and given["factor"] != old.get("factor"):
+        warn("config.json: rope_parameters and rope_scaling contradict each other; the first is used")
+    params = {**old, **given}
+    kind = params.get("rope_type") or params.get("type") or "default"
+    if kind == "default" and old and "rope_type" in given:
+        kind = given["rope_type"]
+    args: dict[str, Any] = {
+        "rope_theta": float(params.get("rope_theta", theta)),
+        "rope_pct": float(params.get("partial_rotary_factor", 1.0)),
+    }
+    if kind != "default":
+        args["rope_scaling"] = _scaling(kind, params, config)
+    return args
+
+
+def _scaling(kind: str, params: dict[str, Any], config: Config) -> dict[str, Any]:
+    if kind not in ("linear", "dynamic", "llama3", "yarn"):
+        raise UserError(f"config.json: rope_type={kind} is not one of default, linear, dynamic, llama3, yarn")
+    longest = config.get("max_position_embeddings", 2048)
+    original = params.get("original_max_position_embeddings") or longest
+    factor = params.get("factor")
+    if factor is None:
+        if kind != "yarn":
+            raise UserError(f"config.json: rope_type={kind} needs a factor")
+        factor = longest / original
+    found: dict[str, Any] = {"kind": kind, "factor": float(factor)}
+    if kind == "dynamic":
+        found["original_max_position"] = longest  # what transformers goes by
+    elif kind != "linear":
+        found["original_max_position"] = original
+    if kind == "llama3":
+        found |= {key: float(params.get(key, d)) for key, d in (("low_freq_factor", 1.0), ("high_freq_factor", 4.0))}
+    if kind == "yarn":
+        found |= {"beta_fast": float(params.get("beta_fast") or 32), "beta_slow": float(params.get("beta_slow") or 1)}
+        found["truncate"] = params.get("truncate", True)
+        found["attention_factor"] = params.get("attention_factor")
+        scale, all_dim = params.get("mscale"), params.get("mscale_all_dim")
+        if found["attention_factor"] is None and scale and all_dim:
+            found["attention_factor"] = _mscale(factor, scale) / _mscale(factor, all_dim)
+    return found
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def pattern(windowed: Sequence[bool], window: int | None) -> dict[str, Any]:
+    """Keys that give the marked layers a window."""
+    if window is None or not any(windowed):
+        return {}
+    if all(windowed):
+        return {"sliding_window": window}
+    period = next(
+        n for n in range(1, len(windowed) + 1) if all(w == windowed[i % n] for i, w in enumerate(windowed))
+    )
+    items = ["attn:window" if w else "attn:full" for w in windowed[:period]]
+    return {"sliding_window": window, "layer_pattern": items}
+
+
+def qwen_windows(config: Config, warn: Warn) -> dict[str, Any]:
+    """Windows as Qwen 2 and 3 say them."""
+    n, window = config["num_hidden_layers"], config.get("sliding_window")
+    if not config.get("use_sliding_window", False) or window is None:
+        return {}
+    first = config.get("max_window_layers", 28)
+    windowed = [i >= first for i in range(n)]
+    kinds = config.get("layer_types")
+    if kinds is not None:
+        told = [kind == "sliding_attention" for kind in kinds]
+        if told != windowed and "max_window_layers" in config:
+            warn("config.json: layer_types and max_window_layers contradict each other; layer_types is used")
+        windowed = told
+    return pattern(windowed, window)
+
+
+def write_common(args: ModelArgs, architecture: str, model_type: str, *, eps: str = "rms_norm_eps") -> dict[str, Any]:
+    """The keys that `common_args` reads."""
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "hidden_size": args.dim,
+        "num_hidden_layers": args.n_layers,
+        "num_attention_heads": args.n_heads,
+        "num_key_value_heads": args.kv_heads,
+        "head_dim": args.head_width,
+        "vocab_size": args.vocab_size,
+        "max_position_embeddings": args.max_seq_len,
+        "intermediate_size": args.ffn_width(),
+        eps: args.norm_eps,
+        "hidden_act": WRITTEN_ACTIVATIONS[args.act],
+        "tie_word_embeddings": args.tie_embeddings,
+        "initializer_range": args.init_std,
+        "use_cache": True,
+        **write_rope(args),
+    }
+
+
+def write_rope(args: ModelArgs) -> dict[str, Any]:
+    """RoPE in both spellings."""
+    params: dict[str, Any] = {"rope_theta": args.rope_theta, "rope_type": "default"}
+    if args.rope_pct != 1:
+        params["partial_rotary_factor"] = args.rope_pct
+    scaling = args.rope_scaling
+    if scaling is not None:
+        params |= {"rope_type": scaling.kind, "factor": scaling.factor, **_written(scaling)}
+    written: dict[str, Any] = {"rope_parameters": params, "rope_theta": args.rope_theta}
+    if scaling is not None:
+        # without rope_theta: transformers 5 takes it from beside, transformers 4 does not know it here
+        written["rope_scaling"] = {key: value for key, value in params.items() if key != "rope_theta"}
+    if args.rope_pct != 1:
+        written["partial_rotary_factor"] = args.rope_pct
+    if scaling is not None and scaling.kind == "dynamic":
+        written["max_position_embeddings"] = scaling.original_max_position
+    return written
+
+
+def _written(scaling: RopeScaling) -> dict[str, Any]:
+    original = {"original_max_position_embeddings": scaling.original_max_position}
+    if scaling.kind == "llama3":
+        return original | {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+    if scaling.kind == "yarn":
+        found = {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow, "truncate": scaling.truncate}
+        factor = {} if scaling.attention_factor is None else {"attention_factor": scaling.attention_factor}
+        return original | found | factor
+    return {}
+
+
+def layer_types(specs: Sequence[LayerSpec]) -> list[str]:
+    """What transformers calls the masks of the layers."""
+    names = {"full": "full_attention", "window": "sliding_attention", "chunk": "chunked_attention"}
+    return [names[spec.mask] for spec in specs]
+
+
+def all_windowed(args: ModelArgs) -> int | None:
+    """The window of all layers, for families that know no other; None without one."""
+    masks = {spec.mask for spec in args.layer_specs()}
+    return args.sliding_window if masks == {"window"} else None

@@ -1,0 +1,151 @@
+"""Parameters filled from foreign tensors: from any source of them, whole or a box; and the load hooks of our modules,
+so that `load_state_dict` takes foreign names as well as ours.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from llm.args import ModelArgs
+from llm.boxes import Box, box_shape, whole
+from llm.errors import UserError
+from llm.foreign.family import Family, Match, Row, best_match, families, match
+from llm.foreign.pieces import Piece, Shape
+
+
+class Source(Protocol):
+    """Foreign tensors that lie somewhere."""
+
+    name: str
+    """Where, for messages."""
+
+    def shapes(self) -> Mapping[tuple[int, str], Shape]:
+        """Of all tensors, by (shard, key)."""
+
+    def read(self, piece: Piece, out: Tensor) -> None:
+        """Copy the values of piece.theirs into `out`, which has the shape of piece.mine."""
+
+
+class StateDict:
+    """Tensors in memory."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], name: str = "the state dict") -> None:
+        self.name = name
+        self._tensors = tensors
+
+    def shapes(self) -> dict[tuple[int, str], Shape]:
+        return {(0, key): tuple(tensor.shape) for key, tensor in self._tensors.items()}
+
+    def read(self, piece: Piece, out: Tensor) -> None:
+        out.copy_(piece.to_mine(view(self._tensors[piece.key], piece.theirs)))
+
+
+def view(tensor: Tensor, box: Box) -> Tensor:
+    """The box of a tensor."""
+    for dim, (start, stop) in enumerate(box):
+        if (start, stop) != (0, tensor.shape[dim]):
+            tensor = tensor.narrow(dim, start, stop - start)
+    return tensor
+
+
+class ForeignWeights:
+    """A source whose tensors fill a whole model: its parameters by canonical name, in boxes."""
+
+    def __init__(self, source: Source, found: Match) -> None:
+        found.check(source.name)
+        self.source = source
+        self.family = found.family
+        self._pieces: dict[str, list[Piece]] = {}
+        self._twins: list[Piece] = []
+        for piece in found.pieces:
+            if piece.twin:
+                self._twins.append(piece)
+            else:
+                self._pieces.setdefault(piece.name, []).append(piece)
+
+    def read(self, name: str, box: Box, out: Tensor) -> Tensor:
+        """Copy a box of parameter `name` into `out`, of the box's shape; returns it."""
+        for all_of_it in self._pieces[name]:
+            piece = all_of_it.within(box)
+            if piece is not None:
+                where = tuple((a - start, b - start) for (a, b), (start, _) in zip(piece.mine, box, strict=True))
+                self.source.read(piece, view(out, where))
+        return out
+
+    def check_twins(self) -> None:
+        """UserError where tensors that hold the same parameter differ: replicas in several files, or a tied head."""
+        for twin in self._twins:
+            ours, theirs = (torch.empty(box_shape(twin.mine)) for _ in range(2))
+            self.read(twin.name, twin.mine, ours)
+            self.source.read(twin, theirs)
+            if not torch.equal(ours, theirs):
+                where = f" of part {twin.shard}" if twin.shard else ""
+                raise UserError(
+                    f"{self.source.name}: {twin.key}{where} holds the same weights as {twin.name}, but differs from it"
+                )
+
+
+def identify(args: ModelArgs, ours: Mapping[str, Shape], source: Source) -> Match:
+    """The family whose table fits the source best; families with the same names give the same pieces."""
+    theirs = source.shapes()
+    return best_match(match(family, args, ours, theirs) for family in families().values())
+
+
+def translate(module: nn.Module, args: ModelArgs, place: str, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """`state`, a foreign state dict of one of our modules, in our names; None where none of its names is foreign.
+
+    place: what stands before the module's names in a model, with `{i}` for its layer. UserError when a foreign state
+    dict does not fill the module or holds more, or nothing in it belongs to the module.
+    """
+    parameters = dict(module.named_parameters())
+    others = state.keys() - parameters.keys() - {name for name, _ in module.named_buffers()}
+    if not others:
+        return None
+    ours = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    source = StateDict(state, f"the state dict of {type(module).__name__}")
+    local = [part for family in families().values() if (part := _of(family, place)) is not None]
+    matches = [match(part, args, ours, source.shapes()) for part in local]
+    foreign = [found for found in matches if others & {piece.key for piece in found.pieces}]
+    if not foreign:
+        if len(others) == len(state):
+            raise UserError(f"{source.name}: none of its {len(state)} tensors is a parameter, as {min(state)}")
+        needless = {key for key in others if any(part.dropped(key) for part in local)}
+        return {key: tensor for key, tensor in state.items() if key not in needless} if needless else None
+    weights = ForeignWeights(source, best_match(foreign))
+    weights.check_twins()
+    return {
+        name: weights.read(name, whole(shape), torch.empty_like(parameters[name], device="cpu"))
+        for name, shape in ours.items()
+    }
+
+
+def _of(family: Family, place: str) -> Family | None:
+    """The part of a family's table that belongs to one kind of module, with names as seen from there."""
+    if place not in family.containers:
+        return None
+    theirs = family.containers[place]
+    rows = tuple(
+        Row(entry.theirs.removeprefix(theirs), tuple(name.removeprefix(place) for name in entry.ours), entry.kind)
+        for entry in family.expanded()
+        if entry.theirs.startswith(theirs) and all(name.startswith(place) for name in entry.ours)
+    )
+    return Family(family.name, rows, family.read_config, drop=family.drop)
+
+
+def register_hook(module: nn.Module, args: ModelArgs, place: str) -> None:
+    """Let `module.load_state_dict` take foreign names, and refuse a foreign state dict that does not fit, strict or
+    not. One in our names loads as ever."""
+
+    def hook(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        translated = translate(module, args, place, own)
+        if translated is not None:
+            for key in own:
+                del state[prefix + key]
+            state.update({prefix + key: value for key, value in translated.items()})
+
+    module.register_load_state_dict_pre_hook(hook)
+
+
