@@ -43,9 +43,11 @@ def new_directory(target: Path) -> Iterator[Path]:
 
 
 def write_file(target: Path, content: bytes) -> None:
-    """Write a file whole: a reader sees the old content or the new one."""
+    """Write a file whole: a reader sees the old content or the new one. What killed processes of this host left behind
+    is cleared first."""
     target = Path(target).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(target)
     temporary = target.parent / f"{_temporary_prefix(target)}{os.getpid()}"
     try:
         temporary.write_bytes(content)
@@ -65,7 +67,10 @@ def _remove_abandoned(target: Path) -> None:
     for path in target.parent.glob(f"{prefix}*"):
         owner = path.name.removeprefix(prefix)
         if owner.isdecimal() and not _is_alive(int(owner)):
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _is_alive(process_id: int) -> bool:

@@ -94,7 +94,7 @@ class LLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32, *, average: bool = False) -> "LLM":
-        """The model of a run folder (its newest valid checkpoint), a `checkpoints` folder or a checkpoint, in `dtype`.
+        """The model of a run folder (its newest checkpoint), a `checkpoints` folder or a checkpoint, in `dtype`.
 
         average: the moving average of its weights, which a run with optim.ema_decay keeps. One process, no launcher.
         Raises UserError naming the file when something is missing or damaged.

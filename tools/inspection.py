@@ -2,6 +2,7 @@
 
 import json as json_format
 import math
+import os
 import re
 import sys
 import time
@@ -150,7 +151,7 @@ def run_report(place: Path, folder: Path, *, verify: bool, tensors: bool, data: 
     resumed: Report | None = None
     for _, path in list_steps(folder):
         looked = looked_at(path, verify)
-        if not path.is_dir():
+        if not os.path.lexists(path):
             continue  # the run goes on, and has just dropped it
         entry = summary(*looked)
         if resumed is None and entry["whole"]:

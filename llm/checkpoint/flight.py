@@ -4,7 +4,7 @@ The thread only reads the copy and writes files. It never speaks with other rank
 meet one of the training thread's in another order on another rank.
 """
 
-import threading
+import _thread
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -74,7 +74,7 @@ def start_work(action: Callable[[], Any], in_background: bool) -> Future[Any]:
             future.set_exception(error)
 
     if in_background:
-        threading.Thread(target=work, name="checkpoint", daemon=True).start()
+        _thread.start_new_thread(work, ())  # Thread.start would wait until the new thread has had Python's lock
     else:
         work()
     return future

@@ -4,7 +4,7 @@ A fragment is a flat range of a box of one tensor (the float32 master of a param
 exactly as tensor and expert parallelism and ZeRO left it on the rank that owns it: nothing is gathered to write it.
 The file is a safetensors file, so it holds data and no code; which range of which parameter a tensor is, stands in the
 checkpoint's manifest together with a digest per 16 MiB block, because safetensors itself loads a flipped bit in
-silence.
+silence. The file's header has a digest there too: no byte of a file is without one.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,24 @@ class Fragment:
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> "Fragment":
-        """The fragment of a manifest row."""
+        """The fragment of a manifest row. TypeError or ValueError where it is none."""
         box = tuple((int(a), int(b)) for a, b in row["box"])
-        return cls(**{**row, "box": box, "blocks": tuple(row["blocks"])})
+        numbers = {key: int(row[key]) for key in ("start", "numel", "offset")}
+        return cls(**{**row, **numbers, "box": box, "blocks": tuple(row["blocks"])})
 
     def to_json(self) -> dict[str, Any]:
         """The manifest row of this fragment."""
-        return asdict(self)
+        return dict(self.__dict__)  # asdict would copy each box and digest, of thousands of fragments, while all wait
+
+    @property
+    def bytes(self) -> int:
+        """Of its values."""
+        return self.numel * DTYPES[self.dtype].itemsize
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks that so many bytes make."""
+        return _n_blocks(self.bytes)
 
     @property
     def part(self) -> Part:
@@ -78,6 +90,24 @@ def digest(data: bytes | bytearray | memoryview) -> str:
 
 
 @dataclass(frozen=True)
+class FileRecord:
+    """What the manifest says of a file: its length, and length and digest of the header that its values follow."""
+
+    bytes: int
+    header_bytes: int
+    header: str
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> "FileRecord":
+        """The record of a manifest entry. TypeError or ValueError where it is none."""
+        return cls(**{**entry, "bytes": int(entry["bytes"]), "header_bytes": int(entry["header_bytes"])})
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest entry of this record."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class FilePlan:
     """What a rank's file will be, known before a byte of it is written."""
 
@@ -89,7 +119,12 @@ class FilePlan:
     @property
     def bytes(self) -> int:
         """Length of the file."""
-        return len(self.header) + sum(DTYPES[f.dtype].itemsize * f.numel for f in self.fragments)
+        return len(self.header) + sum(fragment.bytes for fragment in self.fragments)
+
+    @property
+    def record(self) -> FileRecord:
+        """What the manifest will say of it."""
+        return FileRecord(self.bytes, len(self.header), digest(self.header))
 
 
 def plan_file(name: str, pieces: Iterable[Piece]) -> FilePlan:
@@ -153,20 +188,43 @@ def write_planned(
     return fragments
 
 
+def _fill(file: FileIO, block: bytearray, offset: int) -> bool:
+    """Read from `offset` on until the block is full; False where the file ends before."""
+    file.seek(offset)
+    rest = memoryview(block)
+    while rest:
+        size = file.readinto(rest)
+        if not size:
+            return False
+        rest = rest[size:]
+    return True
+
+
+def check_header(folder: Path, name: str, record: FileRecord) -> None:
+    """DamagedFile naming the file where its header is not the one that was written."""
+    path, header = folder / name, bytearray(record.header_bytes)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            whole = _fill(file, header, 0)
+    except OSError as error:
+        raise DamagedFile(f"{path}: {error.strerror or error}") from None
+    if not whole or digest(header) != record.header:
+        raise DamagedFile(f"{path}: damaged: its header does not match its digest")
+
+
 def read_blocks(folder: Path, fragment: Fragment, indices: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
     """(i, flat values) of the blocks of a fragment that `indices` names, each verified before it is given out.
 
     Raises DamagedFile naming the file when it is missing, too short or a block differs from its digest.
     """
-    dtype = DTYPES[fragment.dtype]
-    total = fragment.numel * dtype.itemsize
+    dtype, total = DTYPES[fragment.dtype], fragment.bytes
     path = folder / fragment.file
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=0) as file:  # a buffer would read beyond the block
             for i in indices:
                 block = bytearray(min(BLOCK_BYTES, total - i * BLOCK_BYTES))
-                file.seek(fragment.offset + i * BLOCK_BYTES)
-                if file.readinto(block) != len(block) or digest(block) != fragment.blocks[i]:
+                whole = _fill(file, block, fragment.offset + i * BLOCK_BYTES)
+                if not whole or digest(block) != fragment.blocks[i]:
                     raise DamagedFile(f"{path}: damaged: {fragment.name} ({fragment.kind}) does not match its digest")
                 yield i, torch.frombuffer(block, dtype=dtype)
     except OSError as error:

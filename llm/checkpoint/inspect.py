@@ -4,15 +4,15 @@ block on request. No tensor is built; a damaged folder tells all that is wrong w
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llm.checkpoint.fragments import DTYPES, Fragment, read_blocks
-from llm.checkpoint.reader import FORMAT, MANIFEST, VERSION, file_faults, read_manifest
+from llm.checkpoint.fragments import DTYPES, FileRecord, Fragment, check_header, read_blocks
+from llm.checkpoint.reader import MANIFEST, folder_faults, fragment_faults, is_there, read_manifest
 from llm.checkpoint.store import coverage_faults
 from llm.errors import DamagedFile
 
@@ -31,7 +31,10 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True)
 class Damage:
-    """A block whose bytes are not those that were written; `offset` counts from the start of the file."""
+    """A block whose bytes are not those that were written; `offset` counts from the start of the file.
+
+    The header of a file is a block too, without a name and of the kind "header".
+    """
 
     file: str
     name: str
@@ -51,15 +54,15 @@ class Survey:
     version: int | None = None
     meta: dict[str, Any] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    files: dict[str, int] = field(default_factory=dict)
-    """Bytes of each file as the manifest has them."""
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    """Each file as the manifest has it."""
     fragments: list[Fragment] = field(default_factory=list)
     """Those that hold any value."""
 
     @property
     def bytes(self) -> int:
         """Of all files but the manifest."""
-        return sum(self.files.values())
+        return sum(record.bytes for record in self.files.values())
 
     def held(self) -> dict[str, dict[str, Held]]:
         """What is kept of each parameter, by kind."""
@@ -67,72 +70,46 @@ class Survey:
         for fragment in self.fragments:
             kinds = found.setdefault(fragment.name, {})
             before = kinds.get(fragment.kind, Held(fragment.dtype, 0, 0))
-            kinds[fragment.kind] = Held(before.dtype, before.fragments + 1, before.bytes + n_bytes(fragment))
+            kinds[fragment.kind] = Held(before.dtype, before.fragments + 1, before.bytes + fragment.bytes)
         return found
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Bytes of values, master first."""
         sizes: Counter[str] = Counter()
         for fragment in self.fragments:
-            sizes[fragment.kind] += n_bytes(fragment)
+            sizes[fragment.kind] += fragment.bytes
         return {kind: sizes[kind] for kind in sorted(sizes, key=lambda kind: (kind != "master", kind))}
-
-
-def n_bytes(fragment: Fragment) -> int:
-    """Bytes of the fragment's values."""
-    return fragment.numel * DTYPES[fragment.dtype].itemsize
 
 
 def survey(path: Path) -> Survey:
     """Look at the checkpoint folder `path`: its manifest against its digest, the files' lengths, and whether the
     fragments hold every element of every parameter once.
     """
-    found = Survey(path)
-    file = path / MANIFEST
     try:
         manifest = read_manifest(path)
-        found.step, found.version, found.meta = int(manifest["step"]), manifest["version"], dict(manifest["meta"])
-        found.files = {str(name): int(size) for name, size in manifest["files"].items()}
-        shapes = {str(name): tuple(int(n) for n in shape) for name, shape in manifest["parameters"].items()}
-        fragments = [Fragment.from_json(row) for row in manifest["fragments"]]
     except DamagedFile as error:
-        found.faults.append(str(error))
-        return found
-    except (KeyError, TypeError, ValueError, AttributeError):
-        found.faults.append(f"{file}: damaged: it has a digest, but not the fields of {FORMAT} {VERSION}")
-        return found
-    found.shapes = shapes
-    found.faults += file_faults(path, found.files)
-    unreadable = list(_unreadable(file, fragments, found.files))
+        return Survey(path, [str(error)])
+    found = Survey(path, list(folder_faults(path, manifest)), manifest.step, manifest.version, manifest.meta)
+    found.shapes, found.files = manifest.shapes, manifest.files
+    unreadable = list(fragment_faults(path, manifest))
     found.faults += unreadable
     if not unreadable:
-        found.fragments = [fragment for fragment in fragments if fragment.numel]
-        found.faults += [f"{file}: {line}" for line in coverage_faults(shapes, found.fragments)]
+        found.fragments = [fragment for fragment in manifest.fragments if fragment.numel]
+        found.faults += [f"{path / MANIFEST}: {line}" for line in coverage_faults(found.shapes, found.fragments)]
     return found
 
 
-def _unreadable(file: Path, fragments: list[Fragment], files: dict[str, int]) -> Iterator[str]:
-    """Fragments that no reader of this version could look up."""
-    for fragment in fragments:
-        what = f"{file}: {fragment.name} ({fragment.kind})"
-        if fragment.dtype not in DTYPES:
-            yield f"{what} is {fragment.dtype}; known are {', '.join(DTYPES)}"
-        elif fragment.file not in files:
-            yield f"{what} lies in {fragment.file}, which is no file of the checkpoint"
-        elif len(fragment.block_parts()) != len(fragment.blocks):
-            yield f"{what} has {len(fragment.blocks)} digests for {len(fragment.block_parts())} blocks"
-
-
 def damaged_blocks(found: Survey, progress: Callable[[int], object] = lambda n_bytes: None) -> list[Damage]:
-    """Read every block of every fragment and return those that differ from their digests, in the order of files.
+    """Read every header and every block of every fragment and return those that differ from their digests, headers
+    first and then in the order of files.
 
     Blocks of a missing file are not among them: the survey has that fault already. `progress` is told the bytes of
-    each block that has been read.
+    each block of values that has been read.
     """
-    missing = {name for name in found.files if not (found.path / name).is_file()}
-    fragments = sorted((f for f in found.fragments if f.file not in missing), key=lambda f: (f.file, f.offset))
+    there = {name: record for name, record in found.files.items() if is_there(found.path, name)}
+    fragments = sorted((f for f in found.fragments if f.file in there), key=lambda f: (f.file, f.offset))
     blocks = ((fragment, i) for fragment in fragments for i in range(len(fragment.blocks)))
-    damages: list[Damage] = []
+    damages = [damage for name, record in there.items() if (damage := _check_header(found.path, name, record))]
     threads = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1))  # hashing and reading leave Python's lock
     try:
         while batch := list(islice(blocks, BLOCKS_AT_ONCE)):
@@ -143,6 +120,14 @@ def damaged_blocks(found: Survey, progress: Callable[[int], object] = lambda n_b
     finally:
         threads.shutdown(cancel_futures=True)
     return damages
+
+
+def _check_header(folder: Path, name: str, record: FileRecord) -> Damage | None:
+    try:
+        check_header(folder, name, record)
+    except DamagedFile as error:
+        return Damage(name, "", "header", 0, record.header_bytes, str(error))
+    return None
 
 
 def _check(folder: Path, fragment: Fragment, i: int) -> tuple[int, Damage | None]:

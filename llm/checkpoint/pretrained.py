@@ -1,6 +1,7 @@
 """A trained model and its tokenizer, read back from a run folder or a checkpoint on one process, without DeepSpeed."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,60 +10,94 @@ from torch import nn
 
 from llm.args import ModelArgs
 from llm.atomic import new_directory
-from llm.checkpoint.reader import Checkpoint, resolve
-from llm.errors import UserError
+from llm.checkpoint.reader import MANIFEST, Checkpoint, resolve
+from llm.errors import DamagedFile, UserError
 from llm.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 
-TOKENIZER_FOLDER = "tokenizer"
+TOKENIZER_FOLDER, CONFIG_FILE = "tokenizer", "config.json"
 
 
 def model_args(checkpoint: Checkpoint) -> ModelArgs:
-    """The ModelArgs that the checkpoint was trained with."""
-    return ModelArgs.model_validate(checkpoint.meta["config"]["model"])
+    """The ModelArgs that the checkpoint was trained with. DamagedFile naming its manifest where there are none."""
+    try:
+        return ModelArgs.model_validate(checkpoint.meta_with("config")["config"]["model"])
+    except (KeyError, TypeError, ValueError):
+        raise DamagedFile(
+            f"{checkpoint.path / MANIFEST}: meta.config.model is no model that this version knows"
+        ) from None
 
 
 def fill_from_checkpoint(model: nn.Module, checkpoint: Checkpoint, average: bool = False) -> None:
     """Copy the float32 masters, or their moving average, into `model` (cast to its dtype). UserError when a parameter
     is missing or has another shape, or there is no average.
     """
-    kind = "ema" if average else "master"
+    kind, kinds = "ema" if average else "master", checkpoint.kinds()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             found, expected = checkpoint.shapes.get(name), tuple(parameter.shape)
             if found != expected:
                 raise UserError(f"{checkpoint.path}: {name} has shape {found}, expected {expected}")
-            if kind not in checkpoint.kinds()[name]:
+            if kind not in kinds[name]:
                 raise UserError(f"{checkpoint.path}: holds no averaged weights; the run had no optim.ema_decay")
             parameter.copy_(checkpoint.read(name, kind).view(parameter.shape))
     for buffer in model.buffers():  # counts of a training step, of no use to a finished model
         buffer.zero_()
 
 
-def save_tokenizer(tokenizer: Tokenizer, run_dir: Path) -> None:
-    """Keep the tokenizer in the run folder, whole or not at all: the folder alone is then enough to generate text."""
+def save_tokenizer(tokenizer: Tokenizer, run_dir: Path) -> str | None:
+    """Keep the tokenizer in the run folder, whole or not at all: the folder alone is then enough to generate text.
+
+    Returns a line that says what was there instead, where that had to be replaced.
+    """
     folder = run_dir / TOKENIZER_FOLDER
-    if folder.exists():
-        if load_run_tokenizer(run_dir).fingerprint == tokenizer.fingerprint:
-            return
-        shutil.rmtree(folder)
+    note = None
+    if os.path.lexists(folder):
+        try:
+            if _read_tokenizer(folder).fingerprint == tokenizer.fingerprint:
+                return None
+            note = f"{folder}: held another tokenizer than the run's; written anew"
+        except UserError as error:
+            note = f"{error}; {folder} is written anew"
+        if folder.is_dir() and not folder.is_symlink():
+            shutil.rmtree(folder)
+        else:
+            folder.unlink()
     with new_directory(folder) as temporary:
         config = tokenizer.save(temporary)
-        (temporary / "config.json").write_text(config.model_dump_json() + "\n")
+        (temporary / CONFIG_FILE).write_text(config.model_dump_json() + "\n")
+    return note
 
 
 def load_run_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a run folder, or of the run that a checkpoint folder lies in."""
-    if not Path(path).exists():
-        raise UserError(f"{path}: no such file or folder")
-    for folder in (Path(path), *Path(path).resolve().parents[:2]):
-        file = folder / TOKENIZER_FOLDER / "config.json"
-        if file.exists():
-            try:
-                config = TokenizerConfig.model_validate(json.loads(file.read_text()))
-            except ValueError:
-                raise UserError(f"{file}: damaged: not a tokenizer config") from None
-            return load_tokenizer(config, base=file.parent)
-    raise UserError(f"{path}: no {TOKENIZER_FOLDER}/config.json in the run folder, so text cannot be read or written")
+    """The tokenizer of a run folder, or of the run that a checkpoint folder lies in. UserError naming the file when
+    it is not the one that the checkpoint was trained with.
+    """
+    checkpoint = resolve(path)
+    for run_dir in (Path(path), *Path(path).resolve().parents[:2]):
+        folder = run_dir / TOKENIZER_FOLDER
+        if os.path.lexists(folder / CONFIG_FILE):
+            tokenizer = _read_tokenizer(folder)
+            if tokenizer.fingerprint != checkpoint.meta_with("tokenizer")["tokenizer"]:
+                raise UserError(
+                    f"{folder}: damaged: its files hold another tokenizer than the one that {checkpoint.path} was "
+                    f"trained with; the run's own command writes them anew"
+                )
+            return tokenizer
+    raise UserError(
+        f"{path}: no {TOKENIZER_FOLDER}/{CONFIG_FILE} in the run folder, so text cannot be read or written"
+    )
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer in a folder; UserError names the file that is missing or makes no sense."""
+    file = folder / CONFIG_FILE
+    try:
+        config = TokenizerConfig.model_validate(json.loads(file.read_bytes()))
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or error}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{file}: damaged: not a tokenizer config") from None
+    return load_tokenizer(config, base=folder)
 
 
 def load_checkpoint(path: str | Path) -> tuple[Checkpoint, ModelArgs]:

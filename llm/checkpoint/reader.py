@@ -4,7 +4,11 @@ hold what is asked for. On which layout it was written makes no difference.
 
 import json
 import math
-from collections.abc import Iterator
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +16,27 @@ import torch
 from torch import Tensor
 
 from llm.boxes import Box, box_shape, whole
-from llm.checkpoint.fragments import Fragment, digest, read_blocks
+from llm.checkpoint.fragments import DTYPES, FileRecord, Fragment, check_header, digest, read_blocks
 from llm.checkpoint.overlap import Part, common, rectangles, view
 from llm.errors import DamagedFile, UserError
 
 FORMAT = "lattice-checkpoint"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
+STEP_FOLDER = re.compile(r"step_([0-9]+)")
+FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")  # so that none lies outside the folder
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What stands in a manifest; `shapes` are those of the whole parameters, and files go by their names."""
+
+    step: int
+    version: int
+    meta: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    files: dict[str, FileRecord]
+    fragments: list[Fragment]
 
 
 def seal(manifest: dict[str, Any]) -> bytes:
@@ -27,56 +45,125 @@ def seal(manifest: dict[str, Any]) -> bytes:
     return json.dumps({**manifest, "digest": digest(body.encode())}, sort_keys=True).encode()
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint folder. DamagedFile when it is missing, is not what was written, or is of another
     version.
     """
     file = folder / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(file.read_bytes())
-        stated = manifest.pop("digest")
+        content = file.read_bytes()
+        manifest: dict[str, Any] = json.loads(content)
+        del manifest["digest"]
     except OSError as error:
         raise DamagedFile(f"{file}: {error.strerror or error}") from None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise DamagedFile(f"{file}: damaged: not a checkpoint manifest") from None
-    if digest(json.dumps(manifest, sort_keys=True).encode()) != stated:
+    if seal(manifest) != content:  # so not even a blank may differ
         raise DamagedFile(f"{file}: damaged: its content does not match its digest")
     if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         raise DamagedFile(
             f"{file}: format {manifest.get('format')} {manifest.get('version')}, expected {FORMAT} {VERSION}"
         )
-    return manifest
+    try:
+        return Manifest(
+            step=int(manifest["step"]),
+            version=VERSION,
+            meta=dict(manifest["meta"]),
+            shapes={name: tuple(int(n) for n in shape) for name, shape in manifest["parameters"].items()},
+            files={name: FileRecord.from_json(entry) for name, entry in manifest["files"].items()},
+            fragments=[Fragment.from_json(row) for row in manifest["fragments"]],
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise DamagedFile(f"{file}: damaged: it has a digest, but not the fields of {FORMAT} {VERSION}") from None
 
 
-def file_faults(folder: Path, files: dict[str, int]) -> Iterator[str]:
-    """A line for each of `files` (name: bytes) that is not there in full length."""
-    for name, size in files.items():
-        actual = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if actual != size:
-            found = "is missing" if actual is None else f"has {actual} bytes"
-            yield f"{folder / name}: damaged: {found}, expected {size} bytes"
+def folder_faults(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """A line, naming a file, where the folder is another step's, and for each file that is not there in full length."""
+    named = STEP_FOLDER.fullmatch(folder.absolute().name)
+    if named and int(named[1]) != manifest.step:
+        yield f"{folder / MANIFEST}: damaged: this is step {manifest.step}, but the folder is named {named[0]}"
+    for name, record in manifest.files.items():
+        if not FILE_NAME.fullmatch(name):
+            yield f"{folder / MANIFEST}: damaged: {name!r} is no name of a file in the folder"
+        elif (found := _other_length(folder / name, record.bytes)) is not None:
+            yield f"{folder / name}: damaged: {found}, expected {record.bytes} bytes"
+
+
+def is_there(folder: Path, name: str) -> bool:
+    """Whether a file that a manifest names is one, and lies in the folder."""
+    return FILE_NAME.fullmatch(name) is not None and (folder / name).is_file()
+
+
+def _other_length(path: Path, size: int) -> str | None:
+    """What is there instead of a file of so many bytes; None when it is one."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if not stat.S_ISREG(status.st_mode):
+        return "is no file"
+    return None if status.st_size == size else f"has {status.st_size} bytes"
+
+
+def fragment_faults(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """A line for each fragment that cannot be looked up as the manifest describes it."""
+    for fragment in manifest.fragments:
+        if (fault := _fragment_fault(fragment, manifest)) is not None:
+            yield f"{folder / MANIFEST}: {fragment.name} ({fragment.kind}) {fault}"
+
+
+def _fragment_fault(fragment: Fragment, manifest: Manifest) -> str | None:
+    if fragment.dtype not in DTYPES:
+        return f"is {fragment.dtype}; known are {', '.join(DTYPES)}"
+    if fragment.file not in manifest.files or not FILE_NAME.fullmatch(fragment.file):
+        return f"lies in {fragment.file}, which is no file of the checkpoint"
+    if fragment.n_blocks != len(fragment.blocks):
+        return f"has {len(fragment.blocks)} digests for {fragment.n_blocks} blocks"
+    record = manifest.files[fragment.file]
+    if not record.header_bytes <= fragment.offset <= fragment.offset + fragment.bytes <= record.bytes:
+        return f"lies outside {fragment.file}"
+    sizes = manifest.shapes.get(fragment.name, tuple(stop for _, stop in fragment.box))
+    fits = len(sizes) == len(fragment.box) and all(
+        0 <= a <= b <= n for (a, b), n in zip(fragment.box, sizes, strict=True)
+    )
+    if not fits or not 0 <= fragment.start <= fragment.start + fragment.numel <= math.prod(box_shape(fragment.box)):
+        return f"has elements {fragment.start} to {fragment.start + fragment.numel} of a box {fragment.box} of {sizes}"
+    return None
 
 
 class Checkpoint:
     """One checkpoint: `step`, `meta` (what the trainer saved), and the tensors by canonical name."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
-        self.step: int = manifest["step"]
-        self.meta: dict[str, Any] = manifest["meta"]
-        self.shapes: dict[str, tuple[int, ...]] = {n: tuple(s) for n, s in manifest["parameters"].items()}
+        self.step = manifest.step
+        self.meta = manifest.meta
+        self.shapes = manifest.shapes
+        self._files = manifest.files
+        self._known: set[str] = set()  # files whose header is the one that was written
         self._fragments: dict[tuple[str, str], list[Fragment]] = {}
-        for row in manifest["fragments"]:
-            fragment = Fragment.from_json(row)
+        for fragment in manifest.fragments:
             self._fragments.setdefault((fragment.name, fragment.kind), []).append(fragment)
 
     @classmethod
     def open(cls, path: Path) -> "Checkpoint":
-        """Read and check the manifest, and that every file is there in full length. UserError names what is wrong."""
+        """Read and check the manifest, that the folder is of its step, and that every file is there in full length.
+
+        DamagedFile names what is wrong. What the files hold is checked when it is read.
+        """
         manifest = read_manifest(path)
-        for fault in file_faults(path, manifest["files"]):
+        for fault in (*folder_faults(path, manifest), *fragment_faults(path, manifest)):
             raise DamagedFile(fault)
         return cls(path, manifest)
+
+    def meta_with(self, *keys: str) -> dict[str, Any]:
+        """`meta`, which has these keys: else DamagedFile naming the manifest."""
+        for key in keys:
+            if key not in self.meta:
+                raise DamagedFile(f"{self.path / MANIFEST}: damaged: it does not say meta.{key}")
+        return self.meta
 
     def kinds(self) -> dict[str, set[str]]:
         """For each parameter what is kept of it: master, and optimizer states such as exp_avg."""
@@ -110,7 +197,7 @@ class Checkpoint:
             near = common(areas, rectangles(fragment.part))
             parts = fragment.block_parts() if near else []
             needed = {i: found for i, part in enumerate(parts) if (found := common(near, rectangles(part)))}
-            for i, values in read_blocks(self.path, fragment, needed):
+            for i, values in self._blocks(fragment, needed):
                 for rectangle in needed[i]:
                     view(result, asked, rectangle).copy_(view(values, parts[i], rectangle))
                     filled += math.prod(box_shape(rectangle))
@@ -118,15 +205,20 @@ class Checkpoint:
             raise DamagedFile(f"{self.path}: {name} ({kind}) is not complete: {filled} of {result.numel()} values")
         return result
 
+    def _blocks(self, fragment: Fragment, needed: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
+        """`read_blocks`, behind the header of a file that is read for the first time."""
+        if not needed:
+            return
+        if fragment.file not in self._known:
+            check_header(self.path, fragment.file, self._files[fragment.file])
+            self._known.add(fragment.file)
+        yield from read_blocks(self.path, fragment, needed)
+
 
 def list_steps(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of every committed checkpoint below a `checkpoints` folder, newest first."""
-    found = []
-    for path in folder.glob("step_*") if folder.is_dir() else []:
-        number = path.name.removeprefix("step_")
-        if path.is_dir() and number.isdigit():
-            found.append((int(number), path))
-    return sorted(found, reverse=True)
+    """(step, path) of everything that has the name of a checkpoint below a `checkpoints` folder, newest first."""
+    named = [(STEP_FOLDER.fullmatch(path.name), path) for path in folder.glob("step_*")]
+    return sorted(((int(name[1]), path) for name, path in named if name), reverse=True)
 
 
 def newest_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -143,17 +235,20 @@ def newest_valid(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def resolve(path: str | Path) -> Checkpoint:
-    """The checkpoint meant by a run folder (its newest valid one), a `checkpoints` folder or a checkpoint folder.
+    """The checkpoint meant by a run folder (its newest one), a `checkpoints` folder or a checkpoint folder.
 
-    Raises UserError when there is none.
+    UserError when there is none. DamagedFile when the newest is damaged: only an automatic resume goes back by itself.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
-    if (path / MANIFEST).exists() or path.name.startswith("step_"):
+    if os.path.lexists(path / MANIFEST) or path.name.startswith("step_"):
         return Checkpoint.open(path)
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     checkpoint, skipped = newest_valid(folder)
+    if skipped:
+        other = "" if checkpoint is None else f"; the newest that is not is {checkpoint.path}"
+        raise DamagedFile(f"{skipped[0]}{other}")
     if checkpoint is None:
-        raise UserError(f"{path}: holds no checkpoint" if not skipped else skipped[0])
+        raise UserError(f"{path}: holds no checkpoint")
     return checkpoint

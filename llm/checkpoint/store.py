@@ -133,7 +133,7 @@ class CheckpointStore:
         def write() -> dict[str, Any]:
             work.mkdir(parents=True, exist_ok=True)
             fragments = write_planned(work / plan.name, plan, values, give_up.is_set)
-            return {"file": plan.name, "bytes": plan.bytes, "fragments": [f.to_json() for f in fragments]}
+            return {"file": plan.name, "is": plan.record.to_json(), "fragments": [f.to_json() for f in fragments]}
 
         self._flight = _Flight(manifest, best_step, in_background, give_up, start_work(write, in_background))
 
@@ -142,14 +142,15 @@ class CheckpointStore:
 
     def _check_space(self, plan: FilePlan, manifest: dict[str, Any]) -> None:
         rows = json.dumps([fragment.to_json() for fragment in plan.fragments])  # digests are as long while blank
-        sizes = gather_json([plan.name, plan.bytes, len(rows)], self.world)
+        plans = gather_json([plan.name, plan.record.to_json(), len(rows)], self.world)
 
         def shortage() -> str | None:
             place = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
             disk = os.statvfs(place)
-            files = {name: size for name, size, _ in sizes}
-            of_manifest = len(seal({**manifest, "files": files, "fragments": []})) + sum(n for *_, n in sizes)
-            needed = sum(-(-size // disk.f_frsize) * disk.f_frsize for size in [*files.values(), of_manifest])
+            files = {name: record for name, record, _ in plans}
+            of_manifest = len(seal({**manifest, "files": files, "fragments": []})) + sum(n for *_, n in plans)
+            sizes = [of_manifest, *(record["bytes"] for record in files.values())]
+            needed = sum(-(-size // disk.f_frsize) * disk.f_frsize for size in sizes)
             free = disk.f_bavail * disk.f_frsize
             if disk.f_blocks == 0 or needed <= free:  # without a number of blocks nothing is known
                 return None
@@ -217,7 +218,7 @@ class CheckpointStore:
         shapes = {name: tuple(shape) for name, shape in flight.manifest["parameters"].items()}
         for fault in coverage_faults(shapes, map(Fragment.from_json, rows)):
             raise UserError(f"refusing to commit a checkpoint: {fault}")
-        files = {record["file"]: record["bytes"] for record in records}
+        files = {record["file"]: record["is"] for record in records}
         write_file(work / MANIFEST, seal({**flight.manifest, "files": files, "fragments": rows}))
         replaced = self.folder / f"{HIDDEN}replaced-{step:08d}"
         if final.exists():
@@ -265,7 +266,10 @@ class CheckpointStore:
         """Rename damaged checkpoints, so that they neither count as kept ones nor stand in the way of their step."""
         for path in damaged:
             aside = path.with_name(f"damaged_{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
+            if aside.is_dir() and not aside.is_symlink():
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                aside.unlink(missing_ok=True)
             os.replace(path, aside)
 
     def load_exactly(self, path: Path, load: Load) -> Checkpoint:

@@ -65,7 +65,7 @@ def _saved_precision(store: CheckpointStore, resume: str) -> str | None:
     checkpoint, _ = newest_valid(store.folder)
     if checkpoint is None and resume not in ("auto", "never"):
         checkpoint = resolve(resume)
-    return None if checkpoint is None else str(checkpoint.meta["config"]["train"]["precision"])
+    return None if checkpoint is None else str(checkpoint.meta_with("config")["config"]["train"]["precision"])
 
 
 def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:

@@ -122,7 +122,7 @@ class RunLog:
         self.interval = interval
         self._text = open(run_dir / "log.txt", "a", buffering=1)  # noqa: SIM115 (closed by close)
         self._metrics_path = run_dir / "metrics.jsonl"
-        cut_from(self._metrics_path, first_step)
+        healed = cut_from(self._metrics_path, first_step)
         self._metrics = open(self._metrics_path, "a", buffering=1)  # noqa: SIM115
         self._curves = curves
         self._bar = None
@@ -130,6 +130,8 @@ class RunLog:
             self._bar = tqdm(total=steps, initial=first_step - 1, unit="step", dynamic_ncols=True)
         self._first_step = first_step
         self._started = time.monotonic()
+        if healed:
+            self.say(healed)
 
     def say(self, text: str) -> None:
         """A line for the screen and log.txt."""
@@ -192,17 +194,21 @@ def _number(value: float | None, form: str) -> str:
     return "not finite" if value is None else format(value, form)
 
 
-def cut_from(path: Path, first_step: int) -> None:
-    """Drop rows of `first_step` and later, and a torn last row, by writing the rest anew."""
+def cut_from(path: Path, first_step: int) -> str | None:
+    """Drop rows of `first_step` and later, and what is no row, by writing the rest anew; a line that says what was
+    dropped for being damaged, if that was more than the last row, which a kill tears."""
     if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
+        return None
+    kept, damaged = [], []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
         try:
-            if json.loads(line)["step"] < first_step:
+            if int(json.loads(line)["step"]) < first_step:
                 kept.append(line)
-        except (ValueError, KeyError):
-            break  # the row that a kill tore; nothing valid follows it
+        except (ValueError, KeyError, TypeError, RecursionError):
+            if number < len(lines):
+                damaged.append(number)
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(line + "\n" for line in kept))
     os.replace(temporary, path)
+    return f"{path}: dropped damaged lines {damaged}" if damaged else None

@@ -101,16 +101,17 @@ def read_metrics(run_dir: Path) -> dict[int, dict[str, Any]]:
     """Rows of metrics.jsonl by step, up to a torn last one; UserError naming the file when there are none."""
     file = run_dir / "metrics.jsonl"
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
         raise UserError(f"{file}: {error.strerror or error}; only a run with recorded steps can be replayed") from None
     rows: dict[int, dict[str, Any]] = {}
-    for line in lines:
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             rows[int(row["step"])] = row
-        except (ValueError, KeyError, TypeError):
-            break
+        except (ValueError, KeyError, TypeError, RecursionError):
+            if number < len(lines):  # the last one is what a kill tore
+                raise UserError(f"{file}: line {number}: damaged") from None
     if not rows:
         raise UserError(f"{file}: has no recorded step; only a run with recorded steps can be replayed")
     return rows

@@ -22,7 +22,7 @@ import yaml
 from llm.atomic import write_file
 from llm.checkpoint.lock import run_lock
 from llm.checkpoint.pretrained import save_tokenizer
-from llm.checkpoint.reader import Checkpoint, list_steps, resolve
+from llm.checkpoint.reader import Checkpoint, list_steps, newest_valid, resolve
 from llm.checkpoint.store import CheckpointStore, SaveFailed
 from llm.data.batch import StepBatch
 from llm.data.loader import TrainLoader
@@ -68,9 +68,10 @@ class Trainer:
             keep_best=config.checkpoint.keep_best,
             keep_every=config.checkpoint.keep_every,
         )
+        self.config, self.precision_reason = settle_precision(config, self.store, world)
+        main_decides(self._refuse_another_run, world)
         sources, self.valid = open_sources(config, self.tokenizer, world)
         self.mixture = all_or_none(lambda: Mixture(sources, config.train.seq_len, config.train.seed), world)
-        self.config, self.precision_reason = settle_precision(config, self.store, world)
         self.engine = build_engine(self.config, self.grid)
         self.guard = Guard(config.guard)
         self.metrics = StepMetrics(self.config.model, world, config.log.peak_flops)
@@ -125,23 +126,35 @@ class Trainer:
     def _resumed(self, checkpoint: Checkpoint) -> str:
         return f"resumed from {checkpoint.path} (step {checkpoint.step}, {self.consumed_rows:,} rows seen)"
 
-    def read_checkpoint(self, checkpoint: Checkpoint) -> Any:
-        """Compare configs, read this rank's ranges; return the function that puts everything in place."""
-        meta = checkpoint.meta
-        config = self.config
+    def _refuse_another_run(self) -> None:
+        """UserError where the checkpoint to continue is of another config: before text is sharded and a model is built,
+        which may take hours and more memory than there is.
+        """
+        mode = self.config.checkpoint.resume
+        checkpoint, _ = newest_valid(self.store.folder)
+        if checkpoint is None and not list_steps(self.store.folder) and mode not in ("auto", "never"):
+            checkpoint = resolve(mode)
+        if checkpoint is not None and mode != "never":
+            _refuse(checkpoint, self._changes(checkpoint))
+
+    def _changes(self, checkpoint: Checkpoint) -> list[str]:
+        """Lines for all that must not differ from the checkpoint's config and tokenizer, and does."""
+        meta, config = checkpoint.meta_with("config", "tokenizer"), self.config
         changed = differences(meta["config"], config.model_dump(mode="json"), config.checkpoint.allow_changes)
         if meta["tokenizer"] != self.tokenizer.fingerprint and "tokenizer" not in config.checkpoint.allow_changes:
             changed.append("tokenizer: its content differs")
-        if "data" not in config.checkpoint.allow_changes:
+        return changed
+
+    def read_checkpoint(self, checkpoint: Checkpoint) -> Any:
+        """Compare configs, read this rank's ranges; return the function that puts everything in place."""
+        meta = checkpoint.meta_with("data", "expert_counts", "optimizer_scalars", "tokens", "best", "guard")
+        changed = self._changes(checkpoint)
+        if "data" not in self.config.checkpoint.allow_changes:
             try:
                 self.mixture.check_state(meta["data"])
             except UserError as error:
                 changed.append(str(error))
-        if changed:
-            raise UserError(
-                f"{checkpoint.path} belongs to another configuration: {'; '.join(changed)}. "
-                f"Use another --run_dir, or --checkpoint.allow_changes=KEY,KEY to accept"
-            )
+        _refuse(checkpoint, changed)
         kinds = checkpoint.kinds()
         self.engine.prepare_load(kinds, meta["optimizer_scalars"])
         loaded = []
@@ -369,6 +382,8 @@ class Trainer:
         if stop:
             if log:
                 log.say(f"stopped on request after step {self.step}; the same command goes on")
+            # the store may end with the first rank that leaves, and others may still be asking it for the decision
+            sum_over_ranks([0.0], self.world)
             sys.exit(EXIT_STOPPED)
 
     def _after_step(
@@ -428,7 +443,7 @@ class Trainer:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         write_file(self.run_dir / "config.yaml", text.encode())
-        save_tokenizer(self.tokenizer, self.run_dir)
+        healed = save_tokenizer(self.tokenizer, self.run_dir)
         curves: list[CurveSink] = []
         if config.log.tensorboard:
             curves.append(TensorBoard(self.run_dir, self.step + 1))
@@ -441,14 +456,23 @@ class Trainer:
             interval=config.log.interval,
             curves=curves,
         )
-        for line in notes:
-            log.say(line)
+        for line in [*notes, healed]:
+            if line:
+                log.say(line)
         log.say(
             f"{self.engine.n_parameters:,} parameters, {self.world.size} process(es) on {self.world.device.type}: "
             f"{self.grid.layout}, {config.train.precision} ({self.precision_reason}); one epoch is "
             f"{self.mixture.n_rows:,} rows of {config.train.seq_len} tokens; run folder {self.run_dir}"
         )
         return log
+
+
+def _refuse(checkpoint: Checkpoint, changed: list[str]) -> None:
+    if changed:
+        raise UserError(
+            f"{checkpoint.path} belongs to another configuration: {'; '.join(changed)}. "
+            f"Use another --run_dir, or --checkpoint.allow_changes=KEY,KEY to accept"
+        )
 
 
 def _raise(error: Exception | None) -> None:

@@ -129,7 +129,7 @@ def test_a_checkpoint_tells_what_it_holds(
     )
     assert "best validation loss so far: 4.2500 at step 10" in lines
     assert "steps whose rows were passed over: 7" in lines
-    assert "versions: format 1, torch 9.9" in lines
+    assert "versions: format 2, torch 9.9" in lines
     assert any(line.startswith("model: 4 layers, dim 32, 4 heads of 8 (2 for keys and values)") for line in lines)
     assert "  optim.lr: 0.5  (default 0.0003)" in lines and "  tokenizer.kind: bytes" in lines
     assert not any("optim.eps" in line for line in lines)
@@ -166,6 +166,11 @@ def resealed(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], obj
     return damage
 
 
+def manifest_of(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((path / "manifest.json").read_text())
+    return found
+
+
 def shortened(path: Path) -> None:
     (path / SECOND).write_bytes((path / SECOND).read_bytes()[:-1])
 
@@ -187,8 +192,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "does not match its digest",
     ),
-    "a manifest of another version": (resealed(lambda m: m.update(version=2)), "format lattice-checkpoint 2, expected"),
-    "a manifest without a field": (resealed(lambda m: m.pop("files")), "not the fields of lattice-checkpoint 1"),
+    "a manifest of another version": (resealed(lambda m: m.update(version=3)), "format lattice-checkpoint 3, expected"),
+    "a manifest without a field": (resealed(lambda m: m.pop("files")), "not the fields of lattice-checkpoint 2"),
     "a fragment is missing": (
         resealed(lambda m: m["fragments"].remove(next(row for row in m["fragments"] if row["file"] == SECOND))),
         "manifest.json: layers.2.wq.weight (",
@@ -249,6 +254,39 @@ def test_each_flipped_bit_is_found_in_the_block_that_holds_it(
             Checkpoint.open(path).read(row["name"], row["kind"])
         file.write_bytes(content)
     assert told(capsys, path, verify=True)[0] == 0
+
+
+@pytest.mark.parametrize("place", [0, 8, 40])
+def test_a_flipped_bit_of_a_header_is_found(
+    save: Callable[..., Path], capsys: pytest.CaptureFixture[str], place: int
+) -> None:
+    path = save(12)
+    file = path / SECOND
+    content = bytearray(file.read_bytes())
+    content[place] ^= 2
+    file.write_bytes(content)
+    assert told(capsys, path)[0] == 0
+    status, report = told_json(capsys, path, verify=True)
+    (block,) = report["damaged_blocks"]
+    assert status == 1 and (block["file"], block["name"], block["kind"], block["offset"]) == (SECOND, "", "header", 0)
+    first_value = min(row["offset"] for row in manifest_of(path)["fragments"] if row["file"] == SECOND)
+    assert block["bytes"] == first_value
+    assert f"{file}: damaged: its header does not match its digest at bytes 0 to {first_value}" in (
+        told(capsys, path, verify=True)[1]
+    )
+
+
+def test_a_checkpoint_under_the_name_of_another_step_and_a_file_under_one_are_damaged(
+    save: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save(12)
+    save(8).rename(path.parent / "step_00000014")
+    (path.parent / "step_00000016").write_text("")
+    status, report = told_json(capsys, tmp_path / "run")
+    assert status == 1 and report["resume"]["step"] == 12
+    file, renamed, _ = report["checkpoints"]
+    assert "step_00000016/manifest.json: Not a directory" in file["faults"][0]
+    assert "this is step 8, but the folder is named step_00000014" in renamed["faults"][0]
 
 
 def test_verify_names_all_damaged_blocks_and_reads_what_a_damaged_checkpoint_still_has(
