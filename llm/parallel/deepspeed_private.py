@@ -243,6 +243,22 @@ def set_loss_scaler_state(engine: Any, state: dict[str, float]) -> None:
         setattr(engine.optimizer.loss_scaler, field, value)
 
 
+def grow_loss_scale_late(engine: Any) -> None:
+    """Leave the growth of fp16's loss scale to `grow_loss_scale`: DeepSpeed grows it before it divides the gradients by
+    it, so that a step in which it grows is made with half the gradient, and ZeRO-3 reports half the norm.
+    """
+    zero = engine.optimizer
+    if loss_scaler_state(engine):
+        update = zero._update_scale
+        zero._update_scale = lambda has_overflow=False: update(True) if has_overflow else None
+
+
+def grow_loss_scale(engine: Any) -> None:
+    """Tell fp16's loss scaler of a step that was applied."""
+    if loss_scaler_state(engine):
+        engine.optimizer.loss_scaler.update_scale(False)
+
+
 def states(engine: Any, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
     """(key, tensor like `flat`) of every element-wise optimizer state of a partition, such as exp_avg; nothing before
     the first step.

@@ -130,6 +130,7 @@ class Engine:
         if precision == "fp16":
             check_fp16()
         self._deepspeed = private.initialize(model, optimizer, config, grid)
+        private.grow_loss_scale_late(self._deepspeed)
         if world.size == 1:
             private.skip_reduction(self._deepspeed)
         self.shapes = whole_shapes(model.args)
@@ -256,7 +257,9 @@ class Engine:
         if self.zero_stage:
             engine.step()
             reported = private.gradient_norm(engine)
-            if not math.isfinite(reported):
+            if math.isfinite(reported):
+                private.grow_loss_scale(engine)
+            else:
                 private.forget_gradients(engine)
             return reported
         parameters = list(self.model.parameters())

@@ -15,6 +15,7 @@ from tests.distributed.harness import TINY_MODEL, run
 pytestmark = pytest.mark.distributed
 
 CASES = ((1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32"), (3, "bf16"))
+GROWING = ((1, "fp16"), (2, "fp16"), (3, "fp16"))
 REPORT_KEYS = ("covered", "state_covered", "master_is_exact", "scalars", "kinds", "norm", "class")
 
 
@@ -39,7 +40,7 @@ def main(out: Path) -> None:
     grid = make_grid(world)
     args = ModelArgs.model_validate({**TINY_MODEL, "vocab_size": 64})
     report: dict[str, Any] = {}
-    for stage, precision in CASES:
+    for stage, precision in CASES + GROWING:
         model = build_model(args, 3, grid, zero_stage=stage, precision=precision)
         engine = Engine(
             model,
@@ -56,10 +57,18 @@ def main(out: Path) -> None:
             torch.equal(f.values, initial_values(args, f.name, 3, f.start, f.start + f.values.numel()))
             for f in engine.owned_fragments()
         )
+        before = None
+        if precision == "fp16":
+            private.set_loss_scaler_state(engine._deepspeed, {"scale_window": 1, "cur_iter": 1})  # it grows in this step
+            before = engine._deepspeed.optimizer.loss_scaler.cur_scale
         tokens = torch.arange(16).view(1, 16) + 16 * world.rank
         micro_batch = MicroBatch(tokens, tokens + 1, torch.tensor([0, 16], dtype=torch.int32))
         batch = StepBatch([micro_batch], 16, 16, 0, world.size, 0.0)
         result = engine.train_step(batch, 16 * world.size, 16 * world.size, lr=1e-3)
+        if before is not None:
+            grown = engine._deepspeed.optimizer.loss_scaler.cur_scale / before
+            report[f"{stage} {precision}"] = {"grown": grown, "norm": result.grad_norm}
+            continue
         mine = [[f.name, f.kind, f.start, f.values.numel()] for f in engine.owned_fragments()]
         everything = [row for rows in gather_json(mine, world) for row in rows]
         numel = {name: math.prod(shape) for name, shape in engine.shapes.items()}
@@ -104,6 +113,12 @@ def test_each_rank_knows_its_masters_and_states(report: dict[str, Any], case: st
     assert found["master_is_exact"], "masters must start from the unrounded initial values"
     # bf16 has 8 bits of mantissa: 2^-8 per rounding, a few of them in a row
     assert found["norm"] == pytest.approx(report["1 fp32"]["norm"], rel=0.02)
+
+
+@pytest.mark.parametrize("case", [f"{stage} {precision}" for stage, precision in GROWING])
+def test_the_loss_scale_grows_after_the_gradients_were_divided_by_it(report: dict[str, Any], case: str) -> None:
+    assert report[case]["grown"] == 2.0
+    assert report[case]["norm"] == pytest.approx(report["1 fp32"]["norm"], rel=0.005)  # fp16 has 11 bits of mantissa
 
 
 def test_the_classes_are_the_known_ones_and_nothing_is_compiled(report: dict[str, Any]) -> None:
