@@ -10,6 +10,7 @@ Four habits, each bought with a hang or a riddle that somebody had to debug:
 """
 
 import contextlib
+import ctypes
 import faulthandler
 import json
 import logging
@@ -22,6 +23,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -32,6 +34,8 @@ from llm.parallel.peers import GRACE_S, PeerError, Roll, is_peers_fault
 
 EXIT_USER_ERROR = 2
 EXIT_FAILURE = 1
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl: the signal that a process gets when the thread that started it ends."""
 _roll: Roll | None = None  # of this process's job, from `start` on, for the end of `run`
 
 
@@ -119,6 +123,7 @@ def run(main: Callable[[], None]) -> None:
     file, so that its own report repeats the line.
     """
     faulthandler.enable()  # a crash in native code says where
+    end_with_torchrun()
     rank = int(os.environ.get("RANK", 0))
     try:
         main()
@@ -150,6 +155,22 @@ def run(main: Callable[[], None]) -> None:
         traceback.print_exc()  # a bug: keep the traceback, name the rank in the last line
         _fail(f"error: rank {rank}: {type(error).__name__}: {_one_line(error)}", EXIT_FAILURE)
     _leave(0)
+
+
+def end_with_torchrun() -> None:
+    """Have the kernel kill this rank when the torchrun that started it dies (Linux).
+
+    torchrun ends its ranks however it ends, but not when it is killed itself (kill -9, out of memory). They would train
+    on, holding the run folder against the job that takes their place, until they next need the store, which died with
+    torchrun. SIGKILL, as nothing else is heard within a collective, and nothing can be agreed on without the store.
+    """
+    if not sys.platform.startswith("linux") or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if os.getppid() == 1:  # it died before, unless it is itself the first process of a container
+        with contextlib.suppress(OSError):  # some systems hide other users' processes
+            if b"python" not in Path("/proc/1/cmdline").read_bytes():
+                _fail("error: torchrun died before this rank had begun", EXIT_FAILURE)
 
 
 def _fail(line: str, status: int) -> NoReturn:
