@@ -2,7 +2,8 @@
 
     python launch/generate.py --model runs/quickstart --prompt "def " --max_new_tokens 200 --temperature 0.7
 
---model is a run folder (its newest checkpoint), a checkpoint folder, or a `checkpoints` folder.
+--model is a run folder (its newest checkpoint), a checkpoint or `checkpoints` folder, a model folder that
+tools/convert.py made, or a foreign one (Hugging Face or Meta) as it is.
 """
 
 import sys
@@ -10,10 +11,10 @@ import sys
 import torch
 
 from llm import LLM
-from llm.checkpoint.pretrained import load_run_tokenizer
 from llm.cli import run_cli
 from llm.errors import UserError
 from llm.generate import generate
+from llm.pretrained import tokenizer_of
 
 
 def continue_prompt(
@@ -29,7 +30,7 @@ def continue_prompt(
 ) -> None:
     """Print the continuation of a prompt.
 
-    model: run folder, checkpoint folder or checkpoints folder
+    model: run folder, checkpoint, model folder, or a Hugging Face or Meta folder
     prompt: text to continue; empty = begin a document
     max_new_tokens: most tokens to add
     temperature: 0 = greedy; 1 = the model's own distribution
@@ -39,7 +40,7 @@ def continue_prompt(
     stop: end at the end of the document
     average: use the moving average of the weights, of a run with optim.ema_decay
     """
-    tokenizer = load_run_tokenizer(model)
+    tokenizer = tokenizer_of(model)
     network = LLM.from_pretrained(model, average=average)
     if torch.cuda.is_available():
         network = network.to("cuda", torch.bfloat16)

@@ -93,7 +93,8 @@ class MoEArgs(_Group):
     score: Literal["sigmoid", "softmax"] = "sigmoid"
     """How router logits become weights."""
     renorm: bool = False
-    """Divide the chosen weights by their sum; with top_k=1 they become 1, and only auxiliary losses train the router."""
+    """Divide the chosen weights by their sum. With top_k=1 they become 1: then only auxiliary losses train the router.
+    """
     apply: Literal["input", "output"] = "input"
     """Where an expert's weight multiplies: its input (Llama 4) or its output (Mixtral, Qwen)."""
     shared: bool = True

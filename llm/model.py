@@ -7,6 +7,7 @@ Shapes: B batch, T tokens, D model width, V vocabulary, E experts, M number of M
 
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ from llm.layers.norm import make_norm
 from llm.layers.plan import AttentionPlan, document_lengths
 from llm.layers.region import WHOLE, Region
 from llm.recompute import Recompute, recomputed
+
+if TYPE_CHECKING:
+    from llm.tokenizer import Tokenizer
 
 
 class Block(nn.Module):
@@ -94,20 +98,24 @@ class LLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32, *, average: bool = False) -> "LLM":
-        """The model of a run folder (its newest checkpoint), a `checkpoints` folder or a checkpoint, in `dtype`.
+        """The model of a run folder (its newest checkpoint), a `checkpoints` folder, a checkpoint, a model folder, or a
+        foreign folder of a known family (Hugging Face or Meta), in `dtype`.
 
         average: the moving average of its weights, which a run with optim.ema_decay keeps. One process, no launcher.
         Raises UserError naming the file when something is missing or damaged.
         """
-        from llm.checkpoint.pretrained import (
-            fill_from_checkpoint,
-            load_checkpoint,
-        )  # checkpoints know models, not the reverse
+        from llm.pretrained import load_model  # files know models, not the reverse
 
-        checkpoint, args = load_checkpoint(path)
-        model = cls(args, device="meta").to_empty(device="cpu").to(dtype)
-        fill_from_checkpoint(model, checkpoint, average)
-        return model.eval()
+        return load_model(path, dtype, average)
+
+    def save_pretrained(self, path: str | Path, tokenizer: "Tokenizer | None" = None) -> None:
+        """Write a model folder, whole or not at all, that `from_pretrained` and model.init_from read, in the
+        parameters' dtype. Raises UserError when `path` exists.
+        """
+        from llm.foreign.native import OfModule, write_native
+
+        dtype = next(self.parameters()).dtype
+        write_native(Path(path), self.args, OfModule(self), dtype=dtype, tokenizer=tokenizer)
 
     def forward(
         self,

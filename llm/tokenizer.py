@@ -3,7 +3,8 @@
 SentencePiece, raw bytes and characters are here; tokenizer_tiktoken.py and tokenizer_hf.py are imported when used.
 
 `decode(encode(text)) == text` holds for every string that can be written as UTF-8 (one without lone surrogates). The
-losses in nats that training reports mean something per byte only because of that. No text ever encodes to the begin and
+losses in nats that training reports mean something per byte only because of that. Tokenizers that came with a foreign
+model may be let change the text first (`lossy`): bits per byte are then of the text as they read it. No text ever encodes to the begin and
 end marks: they are added by whoever builds documents.
 
 Source: SentencePiece (Kudo & Richardson 2018, arXiv:1808.06226) with byte fallback.
@@ -58,6 +59,10 @@ class TokenizerConfig(BaseModel):
     eos: str | None = None
     """hf only: name of the token that ends a document; null finds it by its usual names"""
 
+    lossy: bool = False
+    """sentencepiece and hf only: accept one that normalises text, as those of many foreign models do
+    """
+
     @model_validator(mode="after")
     def _file_goes_with_kind(self) -> "TokenizerConfig":
         if self.kind == "bytes" and self.path is not None:
@@ -74,6 +79,8 @@ class TokenizerConfig(BaseModel):
                     f"tokenizer.{option}={getattr(self, option)}: of use only with kind {kind}, not {self.kind}; "
                     f"leave it out"
                 )
+        if self.lossy and self.kind not in ("sentencepiece", "hf"):
+            raise ValueError(f"tokenizer.lossy: of use only with kinds sentencepiece and hf, not {self.kind}")
         return self
 
 
@@ -141,10 +148,10 @@ def load_tokenizer(config: TokenizerConfig, base: Path | None = None) -> Tokeniz
     if config.kind == "hf":
         from llm.tokenizer_hf import HFTokenizer
 
-        return HFTokenizer(content, config.bos, config.eos, str(path))
+        return HFTokenizer(content, config.bos, config.eos, str(path), config.lossy)
     if config.kind == "characters":
         return CharacterTokenizer(_read_characters(content, path))
-    return SentencePieceTokenizer(content, str(path))
+    return SentencePieceTokenizer(content, str(path), config.lossy)
 
 
 class ByteTokenizer(Tokenizer):
@@ -253,9 +260,11 @@ class SentencePieceTokenizer(TableTokenizer):
 
     kind = "sentencepiece"
 
-    def __init__(self, model: bytes, name: str = "the SentencePiece model") -> None:
-        """`model`: content of a .model file; `name` is used in errors. UserError when it is damaged or not lossless."""
+    def __init__(self, model: bytes, name: str = "the SentencePiece model", lossy: bool = False) -> None:
+        """`model`: content of a .model file; `name` is used in errors. UserError when it is damaged, or not lossless
+        unless `lossy`."""
         self._model = model
+        self.lossy = lossy
         self._processor = _open_model(model, name)
         self.vocab_size = self._processor.vocab_size()
         self.bos_id = self._processor.bos_id()
@@ -265,12 +274,12 @@ class SentencePieceTokenizer(TableTokenizer):
             raise UserError(f"{name}: the model has no begin (<s>) or no end (</s>) piece; train it with both")
 
         self._bytes_of_id, byte_ids = _piece_bytes(self._processor)
-        if len(byte_ids) < 256:
+        if len(byte_ids) < 256 and not lossy:
             raise UserError(
                 f"{name}: the model has no byte fallback, so unknown characters would be lost; "
                 f"train one with tools/train_tokenizer.py"
             )
-        self._meta_space_ids = [byte_ids[byte] for byte in META_SPACE_UTF8]
+        self._meta_space_ids = [byte_ids[byte] for byte in META_SPACE_UTF8] if len(byte_ids) == 256 else None
 
         self._adds_space = self._processor.normalize("a") != "a"
         # Protocol buffers merge when concatenated: this overrides one field of the model,
@@ -281,13 +290,16 @@ class SentencePieceTokenizer(TableTokenizer):
             for i in range(self.vocab_size)
             if self._adds_space and self._processor.id_to_piece(i).startswith(META_SPACE)
         }
-        if self.decode(self.encode(LOSSLESS_PROBE)) != LOSSLESS_PROBE:
+        if not lossy and self.decode(self.encode(LOSSLESS_PROBE)) != LOSSLESS_PROBE:
             raise UserError(
                 f"{name}: the model changes text (it normalises or drops characters); "
                 f"train one with tools/train_tokenizer.py"
             )
 
     def encode(self, text: str) -> list[int]:
+        if self._meta_space_ids is None:
+            whole: list[int] = self._processor.encode(text)
+            return whole
         first, *rest = text.split(META_SPACE)
         ids: list[int] = self._processor.encode(first)
         for part in rest:
@@ -310,7 +322,7 @@ class SentencePieceTokenizer(TableTokenizer):
 
     def save(self, directory: Path) -> TokenizerConfig:
         (Path(directory) / "tokenizer.model").write_bytes(self._model)
-        return TokenizerConfig(kind="sentencepiece", path="tokenizer.model")
+        return TokenizerConfig(kind="sentencepiece", path="tokenizer.model", lossy=self.lossy)
 
 
 def train_sentencepiece(

@@ -65,16 +65,22 @@ class HFTokenizer(TableTokenizer):
     kind = "hf"
 
     def __init__(
-        self, content: bytes, bos: str | None = None, eos: str | None = None, name: str = "the tokenizer.json"
+        self,
+        content: bytes,
+        bos: str | None = None,
+        eos: str | None = None,
+        name: str = "the tokenizer.json",
+        lossy: bool = False,
     ) -> None:
         """`content` of a tokenizer.json; `bos`, `eos`: names of the tokens around documents, None finds them; `name`
-        is used in errors. UserError when the file is damaged or not lossless.
+        is used in errors; `lossy` lets its normalizer change text. UserError when the file is damaged or not lossless.
 
         Attributes:
             special_tokens: ids of the special tokens by name, those around documents included.
         """
         self._file = content
-        document = _read_lossless(content, name)
+        self.lossy = lossy
+        document = _read_lossless(content, name, lossy)
         self.bos, self.eos = _marks([token["content"] for token in document["added_tokens"]], bos, eos, name)
         self._tokenizer = _open(document, (self.bos, self.eos), name)
         self.special_tokens = {token["content"]: token["id"] for token in document["added_tokens"] if token["special"]}
@@ -86,7 +92,7 @@ class HFTokenizer(TableTokenizer):
 
         spelled = LOSSLESS_PROBE + "".join(f" {token}a{token}" for token in self.special_tokens)
         found = self.encode(spelled)
-        if self.decode(found) != spelled or set(found) & set(self.special_tokens.values()):
+        if (self.decode(found) != spelled and not lossy) or set(found) & set(self.special_tokens.values()):
             raise UserError(f"{name}: the tokenizer changes text, or takes text for special tokens")
 
     def encode(self, text: str) -> list[int]:
@@ -97,11 +103,12 @@ class HFTokenizer(TableTokenizer):
 
     def save(self, directory: Path) -> TokenizerConfig:
         (Path(directory) / "tokenizer.json").write_bytes(self._file)
-        return TokenizerConfig(kind="hf", path="tokenizer.json", bos=self.bos, eos=self.eos)
+        return TokenizerConfig(kind="hf", path="tokenizer.json", bos=self.bos, eos=self.eos, lossy=self.lossy)
 
 
-def _read_lossless(content: bytes, name: str) -> dict[str, Any]:
-    """The JSON, with its list of added tokens. UserError when the tokenizer it describes is not lossless."""
+def _read_lossless(content: bytes, name: str, lossy: bool) -> dict[str, Any]:
+    """The JSON, with its list of added tokens. UserError when the tokenizer it describes is not lossless; what a
+    normalizer changes is let pass if `lossy`."""
     try:
         document = json.loads(content)
         if not isinstance(document["model"]["vocab"], dict | list):
@@ -111,7 +118,8 @@ def _read_lossless(content: bytes, name: str) -> dict[str, Any]:
             token["id"], token["special"] = int(token["id"]), bool(token["special"])
             if not isinstance(token["content"], str) or not token["content"]:
                 raise ValueError("an added token without content")
-        loss = next(_losses(document), None)
+        checked = {**document, "normalizer": None} if lossy else document
+        loss = next(_losses(checked), None)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{name}: not a tokenizer.json, or damaged ({type(error).__name__}: {error})") from None
     if loss is not None:

@@ -8,9 +8,7 @@ silence. The file's header has a digest there too: no byte of a file is without 
 """
 
 import hashlib
-import json
 import os
-import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from io import FileIO
@@ -23,11 +21,13 @@ from torch import Tensor
 from llm.boxes import Box
 from llm.checkpoint.overlap import Part
 from llm.errors import DamagedFile
+from llm.safetensors_file import header_bytes
 
 BLOCK_BYTES = 16 << 20
 BLANK = "0" * 32
 """A digest that is not known yet."""
-DTYPES = {"float32": torch.float32}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What a run saves is float32; weights that came from elsewhere may stay what they were."""
 Piece = tuple[str, str, Box, int, Tensor]
 """(name, kind, box, start, values): flat values of the elements [start, start + len(values)) of the flattened box."""
 
@@ -127,24 +127,22 @@ class FilePlan:
         return FileRecord(self.bytes, len(self.header), digest(self.header))
 
 
-def plan_file(name: str, pieces: Iterable[Piece]) -> FilePlan:
-    """The safetensors file `name` with these pieces as float32, in their order."""
-    entries: dict[str, Any] = {}
+def plan_file(name: str, pieces: Iterable[Piece], dtype: str = "float32") -> FilePlan:
+    """The safetensors file `name` with these pieces in `dtype`, in their order."""
+    entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     rows: list[tuple[str, str, Box, int, int, int]] = []
     at = 0
     for parameter, kind, box, start, values in pieces:
-        size = 4 * values.numel()
+        size = DTYPES[dtype].itemsize * values.numel()
         key = f"{parameter}|{kind}|{','.join(f'{a}:{b}' for a, b in box)}|{start}"  # nothing reads it
         if key in entries:  # pieces without values share their place with others
             key = f"{key}|{len(rows)}"
-        entries[key] = {"dtype": "F32", "shape": [values.numel()], "data_offsets": [at, at + size]}
+        entries[key] = DTYPES[dtype], (values.numel(),)
         rows.append((parameter, kind, box, start, values.numel(), at))
         at += size
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)  # so that values are aligned when the file is mapped
-    header = struct.pack("<Q", len(text)) + text
+    header, width = header_bytes(entries), DTYPES[dtype].itemsize
     fragments = tuple(
-        Fragment(parameter, kind, box, start, n, "float32", name, len(header) + offset, (BLANK,) * _n_blocks(4 * n))
+        Fragment(parameter, kind, box, start, n, dtype, name, len(header) + offset, (BLANK,) * _n_blocks(width * n))
         for parameter, kind, box, start, n, offset in rows
     )
     return FilePlan(name, header, fragments)
@@ -172,7 +170,8 @@ def write_planned(
             file.write(plan.header)
             for fragment, tensor in zip(plan.fragments, values, strict=True):
                 held = tensor.detach().to("cpu", DTYPES[fragment.dtype]).contiguous()
-                data = memoryview(held.numpy().data).cast("B") if held.numel() else memoryview(b"")
+                flat = held.as_strided((held.numel(),), (1,))  # one element may have any stride, which `view` minds
+                data = memoryview(flat.view(torch.uint8).numpy().data) if held.numel() else memoryview(b"")
                 blocks = []
                 for i in range(0, len(data), BLOCK_BYTES):
                     if to_stop():

@@ -20,7 +20,9 @@ TOKENIZER_FOLDER, CONFIG_FILE = "tokenizer", "config.json"
 def model_args(checkpoint: Checkpoint) -> ModelArgs:
     """The ModelArgs that the checkpoint was trained with. DamagedFile naming its manifest where there are none."""
     try:
-        return ModelArgs.model_validate(checkpoint.meta_with("config")["config"]["model"])
+        model = dict(checkpoint.meta_with("config")["config"]["model"])
+        model.pop("init_from", None)  # says where a run began
+        return ModelArgs.model_validate(model)
     except (KeyError, TypeError, ValueError):
         raise DamagedFile(
             f"{checkpoint.path / MANIFEST}: meta.config.model is no model that this version knows"

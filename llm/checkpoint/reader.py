@@ -165,6 +165,10 @@ class Checkpoint:
                 raise DamagedFile(f"{self.path / MANIFEST}: damaged: it does not say meta.{key}")
         return self.meta
 
+    def dtype(self, kind: str = "master") -> str:
+        """In which values of a kind are kept."""
+        return next(rows[0].dtype for (_, of), rows in self._fragments.items() if of == kind and rows)
+
     def kinds(self) -> dict[str, set[str]]:
         """For each parameter what is kept of it: master, and optimizer states such as exp_avg."""
         found: dict[str, set[str]] = {name: set() for name in self.shapes}

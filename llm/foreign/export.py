@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,11 +19,11 @@ from llm.errors import UserError
 from llm.foreign.family import Family, export_pieces, families
 from llm.foreign.load import view
 from llm.foreign.pieces import Piece, Shape, foreign_shapes
-from llm.foreign.safetensors_file import write_tensors
 from llm.parallel.build import whole_shapes
+from llm.safetensors_file import write_tensors
 
 CHUNK_BYTES = 8 << 20
-Tell = Callable[[int], None]
+Tell = Callable[[int], object]
 PREFERRED = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "llama4_text", "olmo2", "gemma", "gemma2")
 """Families in the order in which they are tried for a model that names none."""
 
@@ -179,7 +180,7 @@ def export_hf(
     parts = _parts(shapes, dtype, max_shard_bytes)
     name = str(dtype).removeprefix("torch.")
     config |= {"dtype": name, "torch_dtype": name, **extra_config}
-    with _target(target) as folder:
+    with new_target(target) as folder:
         files: dict[str, str] = {}
         for i, keys in enumerate(parts):
             file = "model.safetensors" if len(parts) == 1 else f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
@@ -219,7 +220,7 @@ def export_meta(
         raise UserError(f"--shards={shards} and the {args.kv_heads} key and value heads do not divide each other")
     pieces = export_pieces(family, args, whole_shapes(args), shards)
     shapes = foreign_shapes(pieces)
-    with _target(target) as folder:
+    with new_target(target) as folder:
         for shard in range(shards):
             mine = _by_key([piece for piece in pieces if piece.shard == shard])
             own = {key: shapes[shard, key] for key in mine}
@@ -229,7 +230,8 @@ def export_meta(
         _write_extra(folder, extra_files)
 
 
-def _target(target: Path) -> Any:
+def new_target(target: Path) -> AbstractContextManager[Path]:
+    """A temporary folder that becomes `target`; UserError when that exists."""
     if target.exists():
         raise UserError(f"{target}: exists already; give another folder, or remove it")
     return new_directory(target)

@@ -22,8 +22,8 @@ from llm.errors import DamagedFile, UserError
 from llm.foreign.family import Family, Match, family_named, match
 from llm.foreign.load import ForeignWeights, view
 from llm.foreign.pieces import Piece, Shape
-from llm.foreign.safetensors_file import SafetensorsFile
 from llm.parallel.build import whole_shapes
+from llm.safetensors_file import SafetensorsFile
 
 MAPPED_BYTES = 48 << 20
 """How much of a mapped pickle is read before it is mapped anew: what was touched counts as memory."""

@@ -217,9 +217,10 @@ class Experts(nn.Module):
 
     def forward(self, x_RD: Tensor, sizes_E: Tensor) -> Tensor:
         """x_RD holds sizes_E[0] rows of expert 0, then those of expert 1, and so on."""
-        sizes: Tensor | list[int] = sizes_E if x_RD.is_cuda else sizes_E.tolist()
-        hidden_RF = F.silu(grouped_matmul(x_RD, self.w1, sizes)) * grouped_matmul(x_RD, self.w3, sizes)
-        return grouped_matmul(hidden_RF, self.w2, sizes)
+        if x_RD.device.type == "cpu":
+            return _ExpertByExpert.apply(x_RD, self.w1, self.w2, self.w3, sizes_E.tolist())
+        hidden_RF = F.silu(grouped_matmul(x_RD, self.w1, sizes_E)) * grouped_matmul(x_RD, self.w3, sizes_E)
+        return grouped_matmul(hidden_RF, self.w2, sizes_E)
 
 
 def grouped_matmul(x_RD: Tensor, w_EDF: Tensor, sizes: Tensor | list[int]) -> Tensor:
@@ -239,6 +240,40 @@ def _grouped_matmul(x_RD: Tensor, w_EDF: Tensor, sizes: list[int]) -> Tensor:
     for x, w, out in zip(x_RD.split(sizes), w_EDF, out_RF.split(sizes), strict=True):
         torch.mm(x, w, out=out)
     return out_RF
+
+
+class _ExpertByExpert(torch.autograd.Function):
+    """All experts' SwiGLU, the same bits as by grouped_matmul. The backward finishes one expert before the next: what it
+    makes on the way stays in the processor's cache and is never a tensor of all rows, which costs a third of its time
+    (measured). Two tensors of the hidden width are kept for it, where autograd would keep four.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, sizes: list[int]) -> Tensor:
+        gate_RF, up_RF = _grouped_matmul(x_RD, w1, sizes), _grouped_matmul(x_RD, w3, sizes)
+        ctx.save_for_backward(x_RD, gate_RF, up_RF, w1, w2, w3)
+        ctx.sizes = sizes
+        return _grouped_matmul(F.silu(gate_RF).mul_(up_RF), w2, sizes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+        x_RD, gate_RF, up_RF, *weights = ctx.saved_tensors
+        grad_x_RD, grad_weights = torch.empty_like(x_RD), [torch.empty_like(w) for w in weights]
+        rows = (tensor.split(ctx.sizes) for tensor in (x_RD, gate_RF, up_RF, grad_RD.contiguous(), grad_x_RD))
+        for x, gate, up, grad, grad_x, w1, w2, w3, grad_w1, grad_w2, grad_w3 in zip(
+            *rows, *weights, *grad_weights, strict=True
+        ):
+            act = F.silu(gate)
+            torch.mm((act * up).t(), grad, out=grad_w2)  # of no rows, it is 0
+            grad_hidden = torch.mm(grad, w2.t())
+            grad_up = act.mul_(grad_hidden)
+            grad_gate = torch.ops.aten.silu_backward(grad_hidden.mul_(up), gate)
+            torch.mm(x.t(), grad_gate, out=grad_w1)
+            torch.mm(x.t(), grad_up, out=grad_w3)
+            torch.mm(grad_gate, w1.t(), out=grad_x)
+            grad_x += torch.mm(grad_up, w3.t())
+        return grad_x_RD, *grad_weights, None
 
 
 class _GroupedMatmul(torch.autograd.Function):

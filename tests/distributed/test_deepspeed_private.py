@@ -59,7 +59,8 @@ def main(out: Path) -> None:
         )
         before = None
         if precision == "fp16":
-            private.set_loss_scaler_state(engine._deepspeed, {"scale_window": 1, "cur_iter": 1})  # it grows in this step
+            # so that it grows in this step
+            private.set_loss_scaler_state(engine._deepspeed, {"scale_window": 1, "cur_iter": 1})
             before = engine._deepspeed.optimizer.loss_scaler.cur_scale
         tokens = torch.arange(16).view(1, 16) + 16 * world.rank
         micro_batch = MicroBatch(tokens, tokens + 1, torch.tensor([0, 16], dtype=torch.int32))

@@ -135,9 +135,12 @@ def _matrices(box: Box) -> Iterator[tuple[Box, tuple[int, ...]]]:
         yield (*((i, i + 1) for i in index), *box[-2:]), where
 
 
-def header_bytes(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]) -> bytes:
-    """The beginning of a file with these tensors in this order."""
-    rows: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+def header_bytes(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """The beginning of a file with these tensors in this order; its length is a multiple of 8, so that values are
+    aligned when the file is mapped."""
+    rows: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
     for key, (dtype, shape) in tensors.items():
         size = _bytes(shape, dtype)

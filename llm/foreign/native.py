@@ -1,0 +1,171 @@
+"""Model folders of ours: weights in the form of a checkpoint, without the state of a training, beside the tokenizer.
+
+What a run resumes from and what is imported are so read by the same code, verified block by block, on any layout.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm.args import ModelArgs
+from llm.boxes import Box, whole
+from llm.checkpoint.fragments import DTYPES, plan_file, write_planned
+from llm.checkpoint.pretrained import save_tokenizer
+from llm.checkpoint.reader import FORMAT, MANIFEST, VERSION, Checkpoint, seal
+from llm.errors import UserError
+from llm.foreign.export import Weights, new_target
+from llm.foreign.load import view
+from llm.parallel.build import whole_shapes
+from llm.tokenizer import Tokenizer
+
+FILE_BYTES = 8 << 30
+"""About how large a file of weights becomes."""
+KEPT = "original"
+"""Folder of files that came with a foreign model and that an export gives back."""
+
+
+class OfModule:
+    """Weights of a model in memory."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = dict(model.named_parameters())
+
+    def read(self, name: str, box: Box, out: Tensor) -> Tensor:
+        return out.copy_(view(self._parameters[name].detach(), box))
+
+
+class OfCheckpoint:
+    """Weights of a checkpoint or model folder, or their moving average."""
+
+    def __init__(self, checkpoint: Checkpoint, average: bool = False) -> None:
+        self.checkpoint = checkpoint
+        self._kind = "ema" if average else "master"
+        if average and not all("ema" in kinds for kinds in checkpoint.kinds().values()):
+            raise UserError(f"{checkpoint.path}: holds no averaged weights; the run had no optim.ema_decay")
+
+    def read(self, name: str, box: Box, out: Tensor) -> Tensor:
+        return out.copy_(self.checkpoint.read(name, self._kind, box=box).view(out.shape))
+
+    def dtype(self) -> torch.dtype:
+        """In which the weights are kept."""
+        return DTYPES[self.checkpoint.dtype(self._kind)]
+
+
+def write_native(
+    target: Path,
+    args: ModelArgs,
+    weights: Weights,
+    *,
+    dtype: torch.dtype = torch.float32,
+    source: Mapping[str, Any] | None = None,
+    tokenizer: Tokenizer | None = None,
+    keep: Mapping[str, Path] | None = None,
+    tell: Callable[[int], object] = lambda _: None,
+) -> None:
+    """Write the model folder `target`, whole or not at all, one parameter in memory at a time.
+
+    source: where the weights are from, kept in the manifest. keep: files to keep under their names. `tell` is told the
+    bytes of each parameter written. UserError when `target` exists.
+    """
+    shapes = whole_shapes(args)
+    name = str(dtype).removeprefix("torch.")
+    with new_target(target) as folder:
+        files: dict[str, Any] = {}
+        fragments = []
+        for i, names in enumerate(_parts(shapes, dtype.itemsize)):
+            pieces = [(n, "master", whole(shapes[n]), 0, torch.empty(shapes[n], device="meta")) for n in names]
+            plan = plan_file(f"weights_{i:05d}.safetensors", pieces, name)
+            fragments += write_planned(folder / plan.name, plan, _values(names, shapes, weights, dtype, tell))
+            files[plan.name] = plan.record.to_json()
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": 0,
+            "parameters": {n: list(shape) for n, shape in shapes.items()},
+            "files": files,
+            "fragments": [fragment.to_json() for fragment in fragments],
+            "meta": {
+                "config": {"model": args.model_dump(mode="json")},
+                "tokenizer": None if tokenizer is None else tokenizer.fingerprint,
+                "source": dict(source or {}),
+            },
+        }
+        (folder / MANIFEST).write_bytes(seal(manifest))
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, folder)
+        for file, path in (keep or {}).items():
+            (folder / KEPT).mkdir(exist_ok=True)
+            (folder / KEPT / file).write_bytes(path.read_bytes())
+
+
+def _parts(shapes: Mapping[str, tuple[int, ...]], itemsize: int) -> Iterator[list[str]]:
+    names: list[str] = []
+    filled = 0
+    for name, shape in shapes.items():
+        names.append(name)
+        filled += torch.Size(shape).numel() * itemsize
+        if filled >= FILE_BYTES:
+            yield names
+            names, filled = [], 0
+    if names:
+        yield names
+
+
+def _values(
+    names: list[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    weights: Weights,
+    dtype: torch.dtype,
+    tell: Callable[[int], object],
+) -> Iterator[Tensor]:
+    for name in names:
+        values = weights.read(name, whole(shapes[name]), torch.empty(shapes[name], dtype=dtype))
+        tell(values.nbytes)
+        yield values.view(-1)
+
+
+@dataclass
+class Extra:
+    """What goes with weights into a foreign folder."""
+
+    files: dict[str, bytes | Path] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def kept_files(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> Extra:
+    """Files that came with the model; else its tokenizer in the form that others read, as far as there is one."""
+    found = Extra()
+    kept = checkpoint.path / KEPT
+    if kept.is_dir():
+        found.files = {file.name: file for file in sorted(kept.iterdir()) if file.is_file()}
+        return found
+    if tokenizer is None:
+        found.notes.append("written without a tokenizer, as there is none")
+        return found
+    found.config = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    found.files["generation_config.json"] = _json(found.config)
+    with tempfile.TemporaryDirectory() as folder:
+        config = tokenizer.save(Path(folder))
+        if config.path is not None:
+            found.files[config.path] = (Path(folder) / config.path).read_bytes()
+    if config.kind == "hf":
+        marks = {"bos_token": config.bos, "eos_token": config.eos}
+        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **marks}
+    elif config.kind == "sentencepiece":
+        settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": False}
+    else:
+        found.notes.append(f"its tokenizer, of kind {config.kind}, has no form that transformers reads by itself")
+        return found
+    found.files["tokenizer_config.json"] = _json(settings)
+    return found
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, indent=2).encode() + b"\n"

@@ -1,0 +1,64 @@
+"""Whatever a path to a model means: a run folder, a checkpoint, a model folder of ours, or a foreign one; read without
+DeepSpeed.
+"""
+
+from pathlib import Path
+
+import torch
+
+from llm.args import ModelArgs
+from llm.boxes import whole
+from llm.checkpoint.pretrained import fill_from_checkpoint, load_checkpoint, load_run_tokenizer
+from llm.errors import UserError
+from llm.foreign.export import Weights
+from llm.foreign.files import is_foreign, open_foreign
+from llm.foreign.native import OfCheckpoint
+from llm.foreign.tokenizer import foreign_tokenizer
+from llm.model import LLM
+from llm.tokenizer import Tokenizer
+
+
+def load_model(path: str | Path, dtype: torch.dtype, average: bool = False) -> LLM:
+    """See LLM.from_pretrained."""
+    path = Path(path)
+    if is_foreign(path):
+        if average:
+            raise UserError(f"{path}: holds no averaged weights")
+        source = open_foreign(path)
+        weights = source.weights()
+        weights.check_twins()
+        model = LLM(source.args, device="meta").to_empty(device="cpu").to(dtype)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                weights.read(name, whole(tuple(parameter.shape)), parameter)
+        for buffer in model.buffers():
+            buffer.zero_()
+        return model.eval()
+    checkpoint, args = load_checkpoint(path)
+    model = LLM(args, device="meta").to_empty(device="cpu").to(dtype)
+    fill_from_checkpoint(model, checkpoint, average)
+    return model.eval()
+
+
+def tokenizer_of(path: str | Path) -> Tokenizer:
+    """The tokenizer that belongs to a model; UserError when there is none."""
+    path = Path(path)
+    if is_foreign(path):
+        return foreign_tokenizer(path)[0]
+    return load_run_tokenizer(path)
+
+
+def args_of(path: str | Path) -> ModelArgs:
+    """What the model is, from its config and the headers of its files."""
+    path = Path(path)
+    return open_foreign(path).args if is_foreign(path) else load_checkpoint(path)[1]
+
+
+def weights_of(path: str | Path) -> tuple[ModelArgs, Weights]:
+    """What the model is, and its parameters in boxes, of which only what is asked for is read."""
+    path = Path(path)
+    if is_foreign(path):
+        source = open_foreign(path)
+        return source.args, source.weights()
+    checkpoint, args = load_checkpoint(path)
+    return args, OfCheckpoint(checkpoint)

@@ -1,0 +1,274 @@
+"""Foreign checkpoints in and out.
+
+    python tools/convert.py import SRC DST              a Hugging Face or Meta folder as a model folder of ours
+    python tools/convert.py export SRC DST --format hf  a run, checkpoint or model folder of ours as a foreign one
+    python tools/convert.py inspect SRC                 what a foreign folder is; reads no weights
+    python tools/convert.py verify A B --text FILE      whether two models, of ours or foreign, say the same
+
+DST appears whole or not at all. One tensor is in memory at a time; Meta's files are made one at a time.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from llm import LLM
+from llm.args import ModelArgs
+from llm.checkpoint.fragments import DTYPES
+from llm.checkpoint.pretrained import load_checkpoint
+from llm.cli import run_cli
+from llm.errors import UserError
+from llm.foreign.export import choose_family, export_hf, export_meta, meaning
+from llm.foreign.files import TOKENIZER_FILES, open_foreign
+from llm.foreign.native import OfCheckpoint, kept_files, write_native
+from llm.pretrained import tokenizer_of
+from llm.tokenizer import Tokenizer
+
+DEFAULT_SHARD_GB = 5.0
+
+
+def import_(
+    src: str,
+    dst: str,
+    family: str | None = None,
+    dtype: str | None = None,
+    set: list[str] | None = None,
+    quiet: bool = False,
+) -> None:
+    """Read a foreign folder into a model folder of ours.
+
+    src: folder with config.json or params.json
+    dst: folder to make
+    family: read it as this family, whatever its config says
+    dtype: of the weights written: float32, bfloat16 or float16; default: the file's own
+    set: keys of ModelArgs that hold instead of what the config says, as rope_scaling.factor=32
+    quiet: no progress bar
+    """
+    source = open_foreign(Path(src), family, _overrides(set or []))
+    chosen = _dtype(dtype) or source.files.dtype()
+    for line in source.warnings:
+        print(f"note: {line}")
+    weights = source.weights()
+    weights.check_twins()
+    tokenizer = _tokenizer_or_note(Path(src))
+    total = _parameters(source.args) * chosen.itemsize
+    with tqdm(total=total, unit="B", unit_scale=True, disable=quiet or not sys.stderr.isatty()) as bar:
+        write_native(
+            Path(dst),
+            source.args,
+            weights,
+            dtype=chosen,
+            source={"family": source.family.name, "path": str(Path(src).resolve())},
+            tokenizer=tokenizer,
+            keep={name: Path(src) / name for name in TOKENIZER_FILES if (Path(src) / name).is_file()},
+            tell=bar.update,
+        )
+    print(f"{src}: {source.family.name}, {_parameters(source.args):,} parameters, written to {dst} as {_name(chosen)}")
+
+
+def _overrides(pairs: list[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"--set={pair}: give KEY=VALUE, as rope_scaling.factor=32")
+        group, dot, inner = key.partition(".")
+        try:
+            read = json.loads(value)
+        except ValueError:
+            read = value
+        if dot:
+            found.setdefault(group, {})[inner] = read
+        else:
+            found[key] = read
+    return found
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is not None and name not in DTYPES:
+        raise UserError(f"--dtype={name} is not one of {', '.join(DTYPES)}")
+    return None if name is None else DTYPES[name]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _parameters(args: ModelArgs) -> int:
+    return sum(parameter.numel() for parameter in LLM(args, device="meta").parameters())
+
+
+def _tokenizer_or_note(path: Path) -> Tokenizer | None:
+    """The tokenizer, if there is one that this project can use: weights are worth importing without."""
+    try:
+        found = tokenizer_of(path)
+    except UserError as error:
+        print(f"note: {error}")
+        return None
+    if getattr(found, "lossy", False):
+        print("note: its tokenizer normalises text, so that what is decoded may differ from what was encoded")
+    return found
+
+
+def export(
+    src: str,
+    dst: str,
+    format: str = "hf",
+    family: str | None = None,
+    dtype: str | None = None,
+    shard_gb: float = DEFAULT_SHARD_GB,
+    shards: int = 1,
+    average: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Write a model of ours as a foreign folder.
+
+    src: run folder, checkpoint, or model folder
+    dst: folder to make
+    format: hf (for transformers and what reads its files) or meta (consolidated.NN.pth)
+    family: as which family; default: the one that it came from, else the first that can say what the model is
+    dtype: of the weights written: float32, bfloat16 or float16; default: as they are kept
+    shard_gb: hf: largest file in GB (1e9 bytes)
+    shards: meta: number of files, one a tensor-parallel rank
+    average: the moving average of the weights, of a run with optim.ema_decay
+    quiet: no progress bar
+    """
+    if format not in ("hf", "meta"):
+        raise UserError(f"--format={format} is not one of hf, meta")
+    if not shard_gb > 0 or not math.isfinite(shard_gb):
+        raise UserError(f"--shard_gb={shard_gb} must be above 0")
+    if shards < 1:
+        raise UserError(f"--shards={shards} must be at least 1")
+    checkpoint, args = load_checkpoint(src)
+    came_from = checkpoint.meta.get("source", {}).get("family")
+    target_family = _family(args, format, family, came_from)
+    weights = OfCheckpoint(checkpoint, average)
+    chosen = _dtype(dtype) or weights.dtype()
+    extra = kept_files(checkpoint, _tokenizer_or_note(Path(src)))
+    total = _parameters(args) * chosen.itemsize
+    with tqdm(total=total, unit="B", unit_scale=True, disable=quiet or not sys.stderr.isatty()) as bar:
+        if format == "hf":
+            export_hf(
+                Path(dst),
+                args,
+                weights,
+                target_family,
+                dtype=chosen,
+                max_shard_bytes=int(shard_gb * 1e9),
+                extra_files=extra.files,
+                extra_config=extra.config,
+                tell=bar.update,
+            )
+        else:
+            export_meta(
+                Path(dst),
+                args,
+                weights,
+                target_family,
+                dtype=chosen,
+                shards=shards,
+                extra_files=extra.files,
+                tell=bar.update,
+            )
+    for line in extra.notes:
+        print(f"note: {line}")
+    print(f"{src}: written to {dst} as {target_family.name}, {_name(chosen)}")
+
+
+def _family(args: ModelArgs, format: str, named: str | None, came_from: str | None) -> Any:
+    if named is None and came_from is not None:
+        try:
+            return choose_family(args, format, came_from)
+        except UserError:
+            pass
+    return choose_family(args, format, named)
+
+
+def inspect(src: str, family: str | None = None) -> None:
+    """Say what a foreign folder is, from its config and the headers of its files.
+
+    src: folder with config.json or params.json
+    family: read it as this family, whatever its config says
+    """
+    source = open_foreign(Path(src), family)
+    for line in source.warnings:
+        print(f"note: {line}")
+    print(f"family      {source.family.name} ({source.family.format})")
+    print(f"parameters  {_parameters(source.args):,}, {_name(source.files.dtype())}")
+    twins = sorted({piece.key for piece in source.found.pieces if piece.twin})
+    print(f"tensors     {len(source.files.shapes())}, all known" + (f"; held twice: {len(twins)}" if twins else ""))
+    defaults = ModelArgs(dim=source.args.dim, n_layers=1, n_heads=1, head_dim=2)
+    for key, value in source.args.model_dump(mode="json").items():
+        if value != getattr(defaults, key) or key == "dim":
+            print(f"  {key}: {json.dumps(value)}")
+
+
+@torch.no_grad()
+def verify(a: str, b: str, text: str | None = None, tokens: int = 512, tolerance: float = 1e-5) -> None:
+    """Compare the logits of two models on a text; exit status 1 where they differ by more than the tolerance.
+
+    a: run folder, checkpoint, model folder of ours, or foreign folder
+    b: another one
+    text: file whose beginning is read by the tokenizer of either; default: random tokens
+    tokens: how many tokens are compared, in rows of up to 256
+    tolerance: largest difference of logits, relative to the largest logit
+    """
+    if tokens < 1:
+        raise UserError(f"--tokens={tokens} must be at least 1")
+    first, second = (LLM.from_pretrained(path) for path in (a, b))
+    mine, theirs = (meaning(model.args) for model in (first, second))
+    for key in sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)):
+        print(f"note: {key}: {mine.get(key)} in {a}, {theirs.get(key)} in {b}")
+    if first.args.vocab_size != second.args.vocab_size:
+        raise UserError(f"vocabularies differ: {first.args.vocab_size} in {a}, {second.args.vocab_size} in {b}")
+    largest = worst = kl = 0.0
+    agree = seen = 0
+    for row in _rows(a, b, text, tokens, first.args.vocab_size):
+        x, y = (model(row[None]).logits[0].double() for model in (first, second))
+        largest, worst = max(largest, float(x.abs().max())), max(worst, float((x - y).abs().max()))
+        p, q = x.log_softmax(-1), y.log_softmax(-1)
+        kl += float((p.exp() * (p - q)).sum())
+        agree += int((x.argmax(-1) == y.argmax(-1)).sum())
+        seen += len(row)
+    print(f"largest logit difference  {worst:.3e} ({worst / max(largest, 1e-30):.3e} of the largest logit)")
+    print(f"KL divergence             {kl / seen:.3e} nats a token")
+    print(f"greedy agreement          {agree} of {seen}")
+    if not worst <= tolerance * largest:
+        print(f"differ by more than {tolerance} of the largest logit")
+        sys.exit(1)
+
+
+def _rows(a: str, b: str, text: str | None, tokens: int, vocab_size: int) -> list[Tensor]:
+    if text is None:
+        ids = torch.randint(vocab_size, (tokens,), generator=torch.Generator().manual_seed(0))
+    else:
+        tokenizer = _either_tokenizer(a, b)
+        try:
+            content = Path(text).read_text(errors="strict")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--text={text}: {error}") from None
+        ids = torch.tensor([tokenizer.bos_id, *tokenizer.encode(content[: 16 * tokens])][:tokens])
+        if int(ids.max()) >= vocab_size:
+            raise UserError(f"--text={text}: its tokens go beyond the vocabulary of {vocab_size}")
+    return list(ids.split(256))
+
+
+def _either_tokenizer(a: str, b: str) -> Tokenizer:
+    try:
+        return tokenizer_of(a)
+    except UserError:
+        return tokenizer_of(b)
+
+
+if __name__ == "__main__":
+    commands: dict[str, Any] = {"import": import_, "export": export, "inspect": inspect, "verify": verify}
+    run_cli(import_, **commands)
