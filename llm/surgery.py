@@ -167,9 +167,9 @@ def deepen(
     but for its wo and w2, or where they are followed by norms, these: their weights and biases are 0 (norm_offset:
     weights -1). Not both: through a norm of 0 nothing would learn.
 
-    where: spread evenly, as in LLaMA Pro, which found that to train better than layers at the end; or at the end. What
-    kind a layer is follows from its index, and no old layer may become of another kind: spread layers come in whole
-    periods of the kinds, while at the end any number does. Raises UserError naming n_layers else.
+    where: spread evenly, as in LLaMA Pro, the last ones at the end; or all at the end. The kind of a layer follows from
+    its index, and no old layer may become of another kind: spread layers come in whole periods of the kinds, while at
+    the end any number does. Raises UserError naming n_layers else.
     """
     _check(args, state)
     added = n_layers - args.n_layers
