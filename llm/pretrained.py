@@ -8,14 +8,19 @@ import torch
 
 from llm.args import ModelArgs
 from llm.boxes import whole
-from llm.checkpoint.pretrained import fill_from_checkpoint, load_checkpoint, load_run_tokenizer
+from llm.checkpoint.pretrained import (
+    fill_from_checkpoint,
+    load_checkpoint,
+    load_run_tokenizer,
+    run_tokenizer_config,
+)
 from llm.errors import UserError
 from llm.foreign.export import Weights
 from llm.foreign.files import is_foreign, open_foreign
 from llm.foreign.native import OfCheckpoint
 from llm.foreign.tokenizer import foreign_tokenizer
 from llm.model import LLM
-from llm.tokenizer import Tokenizer
+from llm.tokenizer import Tokenizer, TokenizerConfig
 
 
 def load_model(path: str | Path, dtype: torch.dtype, average: bool = False) -> LLM:
@@ -46,6 +51,16 @@ def tokenizer_of(path: str | Path) -> Tokenizer:
     if is_foreign(path):
         return foreign_tokenizer(path)[0]
     return load_run_tokenizer(path)
+
+
+def tokenizer_config_of(path: str | Path) -> TokenizerConfig:
+    """How a run config names the tokenizer that belongs to a model."""
+    path = Path(path)
+    if is_foreign(path):
+        config, folder = foreign_tokenizer(path)[1], path
+    else:
+        config, folder = run_tokenizer_config(path)
+    return config if config.path is None else config.model_copy(update={"path": str((folder / config.path).resolve())})
 
 
 def args_of(path: str | Path) -> ModelArgs:

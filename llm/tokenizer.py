@@ -4,8 +4,8 @@ SentencePiece, raw bytes and characters are here; tokenizer_tiktoken.py and toke
 
 `decode(encode(text)) == text` holds for every string that can be written as UTF-8 (one without lone surrogates). The
 losses in nats that training reports mean something per byte only because of that. Tokenizers that came with a foreign
-model may be let change the text first (`lossy`): bits per byte are then of the text as they read it. No text ever encodes to the begin and
-end marks: they are added by whoever builds documents.
+model may be let change the text first (`lossy`): bits per byte are then of the text as they read it. No text ever
+encodes to the begin and end marks: they are added by whoever builds documents.
 
 Source: SentencePiece (Kudo & Richardson 2018, arXiv:1808.06226) with byte fallback.
 """

@@ -232,7 +232,7 @@ def layout_line(layout: dict[str, Any] | None) -> str:
 def model_line(model: dict[str, Any] | None) -> str | None:
     """The architecture in a line; None where there is none that this version knows."""
     try:
-        args = ModelArgs.model_validate(model)
+        args = ModelArgs.model_validate({k: v for k, v in (model or {}).items() if k != "init_from"})
     except ValidationError:
         return None
     specs = args.layer_specs()

@@ -21,6 +21,7 @@ def shrunk(config: RunConfig, ranks: int) -> RunConfig:
     seq_len = alike(train.seq_len, SEQ_LEN, ranks)
     batch = alike(math.gcd(train.global_batch_size, *(size for _, size in train.batch_schedule)), ranks, ranks)
     model = args.model_dump(mode="json") | {
+        "init_from": None,
         "n_layers": layers_of_every_kind(args),
         "dim": min(args.dim, WIDTH),
         "head_dim": min(args.head_width, HEAD_WIDTH),

@@ -75,16 +75,23 @@ def load_run_tokenizer(path: str | Path) -> Tokenizer:
     it is not the one that the checkpoint was trained with.
     """
     checkpoint = resolve(path)
+    config, folder = run_tokenizer_config(path)
+    tokenizer = load_tokenizer(config, base=folder)
+    if tokenizer.fingerprint != checkpoint.meta_with("tokenizer")["tokenizer"]:
+        raise UserError(
+            f"{folder}: damaged: its files hold another tokenizer than the one that {checkpoint.path} was "
+            f"trained with; the run's own command writes them anew"
+        )
+    return tokenizer
+
+
+def run_tokenizer_config(path: str | Path) -> tuple[TokenizerConfig, Path]:
+    """The config of the tokenizer of a run folder, or of the run that a checkpoint folder lies in, and the folder of
+    its files. UserError where there is none."""
     for run_dir in (Path(path), *Path(path).resolve().parents[:2]):
         folder = run_dir / TOKENIZER_FOLDER
         if os.path.lexists(folder / CONFIG_FILE):
-            tokenizer = _read_tokenizer(folder)
-            if tokenizer.fingerprint != checkpoint.meta_with("tokenizer")["tokenizer"]:
-                raise UserError(
-                    f"{folder}: damaged: its files hold another tokenizer than the one that {checkpoint.path} was "
-                    f"trained with; the run's own command writes them anew"
-                )
-            return tokenizer
+            return _read_config(folder), folder
     raise UserError(
         f"{path}: no {TOKENIZER_FOLDER}/{CONFIG_FILE} in the run folder, so text cannot be read or written"
     )
@@ -92,14 +99,17 @@ def load_run_tokenizer(path: str | Path) -> Tokenizer:
 
 def _read_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in a folder; UserError names the file that is missing or makes no sense."""
+    return load_tokenizer(_read_config(folder), base=folder)
+
+
+def _read_config(folder: Path) -> TokenizerConfig:
     file = folder / CONFIG_FILE
     try:
-        config = TokenizerConfig.model_validate(json.loads(file.read_bytes()))
+        return TokenizerConfig.model_validate(json.loads(file.read_bytes()))
     except OSError as error:
         raise UserError(f"{file}: {error.strerror or error}") from None
     except (ValueError, RecursionError):
         raise UserError(f"{file}: damaged: not a tokenizer config") from None
-    return load_tokenizer(config, base=folder)
 
 
 def load_checkpoint(path: str | Path) -> tuple[Checkpoint, ModelArgs]:

@@ -34,6 +34,12 @@ class Section(BaseModel):
     )
 
 
+class ModelSection(ModelArgs):
+    init_from: str | None = None
+    """Begin with the weights of this run, checkpoint, model folder or foreign folder; keys left out here are its own.
+    """
+
+
 class DataConfig(Section):
     train: Annotated[str, Field(min_length=1)] | Annotated[list[SourceSpec], Field(min_length=1)]
     """Training text: a path, or a list of {path, weight, name, text_field}; raw text is sharded into the cache first.
@@ -266,7 +272,7 @@ OWNED_BY_CONFIG = frozenset(
 class RunConfig(Section):
     """Everything that a run is made of."""
 
-    model: ModelArgs
+    model: ModelSection
     """ModelArgs, or the path of a YAML file with them."""
     tokenizer: TokenizerConfig
     """kind: sentencepiece | bytes | characters, and the path of its file."""
@@ -307,7 +313,7 @@ class RunConfig(Section):
 
 # Keys whose change on resume keeps the mathematics of the run: how it is cut, how long it is, what is watched.
 FREE_ON_RESUME = (
-    "parallel", "train.steps", "train.epochs", "train.global_batch_size", "train.batch_schedule",
+    "model.init_from", "parallel", "train.steps", "train.epochs", "train.global_batch_size", "train.batch_schedule",
     "train.micro_batch_size", "train.threads", "train.compile", "train.activation_checkpointing", "train.skip_steps",
     "guard", "checkpoint", "eval", "log", "data", "tokenizer", "deepspeed",
 )  # fmt: skip
@@ -328,7 +334,31 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Ru
     for key, value in (overrides or {}).items():
         if key != "model":
             _set(raw, key, value)
+    _complete_from_weights(raw, str(path))
     return validate(raw, str(path))
+
+
+def _complete_from_weights(raw: dict[str, Any], where: str) -> None:
+    """Fill in what `model.init_from` knows: the model, and its tokenizer if the config names none. A model that is
+    written out needs the folder no more, as when a run is continued."""
+    model = raw.get("model")
+    source = model.get("init_from") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not isinstance(source, str) or ("dim" in model and not Path(source).exists()):
+        return
+    from llm.pretrained import args_of, tokenizer_config_of  # they import torch
+
+    try:
+        own = args_of(source).model_dump(mode="json")
+        groups = {key: own[key] | value for key, value in model.items() if _is_group(value) and _is_group(own.get(key))}
+        raw["model"] = own | model | groups
+        if "tokenizer" not in raw:
+            raw["tokenizer"] = tokenizer_config_of(source).model_dump(mode="json")
+    except UserError as error:
+        raise UserError(f"{where}: model.init_from: {error}") from None
+
+
+def _is_group(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def validate(raw: dict[str, Any], where: str) -> RunConfig:

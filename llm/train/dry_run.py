@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 
-from llm.args import ModelArgs
 from llm.errors import UserError
 from llm.model import LLM
 from llm.parallel import memory, traffic_plan
@@ -79,7 +78,7 @@ def _with_vocabulary(config: RunConfig) -> RunConfig:
     if config.model.vocab_size != -1:
         return config
     vocab_size = load_tokenizer(config.tokenizer).vocab_size
-    model = ModelArgs.model_validate({**config.model.model_dump(), "vocab_size": vocab_size})
+    model = config.model.model_copy(update={"vocab_size": vocab_size})
     return config.model_copy(update={"model": model})
 
 

@@ -5,7 +5,6 @@ Every function is called by all ranks together, and what one of them meets, all 
 
 from functools import partial
 
-from llm.args import ModelArgs
 from llm.checkpoint.reader import newest_valid, resolve
 from llm.checkpoint.store import CheckpointStore
 from llm.data.source import TokenSource
@@ -72,7 +71,7 @@ def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
     """The config with the tokenizer's vocabulary where `model.vocab_size` leaves it open (-1)."""
     args = config.model
     if args.vocab_size == -1:
-        filled = ModelArgs.model_validate({**args.model_dump(), "vocab_size": tokenizer.vocab_size})
+        filled = type(args).model_validate({**args.model_dump(), "vocab_size": tokenizer.vocab_size})
         return config.model_copy(update={"model": filled})
     if args.vocab_size < tokenizer.vocab_size:
         raise agreed_error(

@@ -34,6 +34,7 @@ from llm.parallel.engine import StepResult
 from llm.parallel.grid import make_grid
 from llm.parallel.launch import World
 from llm.tokenizer import Tokenizer, load_tokenizer
+from llm.train.begin import read_weights
 from llm.train.build import build_engine
 from llm.train.config import RunConfig, check_layout, differences
 from llm.train.guard import Guard
@@ -121,7 +122,15 @@ class Trainer:
                 return [self._resumed(self.store.load_exactly(named, self.read_checkpoint))]
         checkpoint, skipped = self.store.load_newest(self.read_checkpoint)
         lines = [f"skipped a checkpoint, now set aside: {line}" for line in skipped]
-        return lines + ([self._resumed(checkpoint)] if checkpoint is not None else [])
+        return lines + (self._begin() if checkpoint is None else [self._resumed(checkpoint)])
+
+    def _begin(self) -> list[str]:
+        """Lines about the weights of a new run, if they are to come from elsewhere (collective)."""
+        if self.config.model.init_from is None:
+            return []
+        apply, lines = all_or_none(lambda: read_weights(self.engine, self.config.model), self.world)
+        apply()
+        return lines
 
     def _resumed(self, checkpoint: Checkpoint) -> str:
         return f"resumed from {checkpoint.path} (step {checkpoint.step}, {self.consumed_rows:,} rows seen)"

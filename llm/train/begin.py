@@ -1,0 +1,61 @@
+"""The weights that a new run begins with, where they come from elsewhere: each rank reads its own part."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llm.boxes import Box, box_shape
+from llm.errors import UserError
+from llm.foreign.export import Weights, meaning
+from llm.parallel.build import whole_shapes
+from llm.parallel.engine import Engine
+from llm.pretrained import weights_of
+from llm.train.config import ModelSection
+
+
+def read_weights(engine: Engine, model: ModelSection) -> tuple[Callable[[], None], list[str]]:
+    """Read this rank's masters from model.init_from; a function that puts them in place, and lines that say what was
+    taken, and what of the model is not as it was there. UserError where a parameter has another shape or is not there.
+    """
+    path = Path(str(model.init_from))
+    args, weights = weights_of(path)
+    theirs, ours = whole_shapes(args), engine.shapes
+    for name in ours.keys() | theirs.keys():
+        if ours.get(name) != theirs.get(name):
+            raise UserError(
+                f"model.init_from={path}: {name} has shape {_shape(theirs, name)} there, {_shape(ours, name)} here"
+            )
+    before, now = meaning(args), meaning(model)
+    lines = [f"began with the weights of {path}"]
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    lines += [f"note: {key} was {before.get(key)} there and is {now.get(key)} here" for key in changed]
+    loaded = [
+        (fragment.values, read_range(weights, fragment.name, fragment.box, fragment.start, fragment.values.numel()))
+        for fragment in engine.fragments()
+        if fragment.kind in ("master", "ema")  # an average begins with the weights
+    ]
+
+    def apply() -> None:
+        for values, read in loaded:
+            values.copy_(read)
+        engine.finish_load()
+
+    return apply, lines
+
+
+def _shape(shapes: dict[str, tuple[int, ...]], name: str) -> str:
+    return str(shapes[name]) if name in shapes else "none"
+
+
+def read_range(weights: Weights, name: str, box: Box, start: int, count: int) -> Tensor:
+    """Values [start, start + count) of the flattened box, float32: of the rows that hold them, no others are read."""
+    if count == 0:
+        return torch.empty(0)
+    (first, _), *rest = box
+    row = torch.Size(box_shape(tuple(rest))).numel()
+    low, high = start // row, -(-(start + count) // row)
+    part = ((first + low, first + high), *rest)
+    values = weights.read(name, part, torch.empty(box_shape(part), dtype=torch.float32))
+    return values.view(-1)[start - low * row : start - low * row + count]
