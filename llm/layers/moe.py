@@ -243,9 +243,10 @@ def _grouped_matmul(x_RD: Tensor, w_EDF: Tensor, sizes: list[int]) -> Tensor:
 
 
 class _ExpertByExpert(torch.autograd.Function):
-    """All experts' SwiGLU, the same bits as by grouped_matmul. The backward finishes one expert before the next: what it
-    makes on the way stays in the processor's cache and is never a tensor of all rows, which costs a third of its time
-    (measured). Two tensors of the hidden width are kept for it, where autograd would keep four.
+    """All experts' SwiGLU on a CPU, the same bits as by grouped_matmul.
+
+    The backward finishes one expert before the next, so what it makes on the way is small, stays near the cache and is
+    memory that the last expert has used. Two tensors of the hidden width are kept for it, where autograd keeps four.
     """
 
     @staticmethod
@@ -257,7 +258,7 @@ class _ExpertByExpert(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
         x_RD, gate_RF, up_RF, *weights = ctx.saved_tensors
         grad_x_RD, grad_weights = torch.empty_like(x_RD), [torch.empty_like(w) for w in weights]
         rows = (tensor.split(ctx.sizes) for tensor in (x_RD, gate_RF, up_RF, grad_RD.contiguous(), grad_x_RD))

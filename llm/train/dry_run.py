@@ -70,7 +70,7 @@ def _lines(config: RunConfig, layout: Layout) -> Iterator[str]:
         yield f"deepspeed.{option} is passed through; what follows does not know of it"
     if config.train.precision == "auto":
         yield "train.precision=auto counts as bf16, which GPUs take"
-    yield from _memory(work)
+    yield from _memory(work, config.checkpoint.asynchronous)
     yield from _traffic(work)
 
 
@@ -93,7 +93,7 @@ def _grid(layout: Layout) -> Iterator[str]:
             yield f"  {name:<12} {_short(groups, ' | ')}"
 
 
-def _memory(work: Workload) -> Iterator[str]:
+def _memory(work: Workload, asynchronous: bool) -> Iterator[str]:
     kinds = [rank for rank, _ in memory.predict(work)]
     yield ""
     yield f"parameters: {work.n_parameters:,}; of these on a rank, before ZeRO cuts them, {_span(work.held)}"
@@ -103,6 +103,9 @@ def _memory(work: Workload) -> Iterator[str]:
         if any(values):
             yield _row(part.name, values)
     yield _row("all", [rank.total for rank in kinds])
+    if asynchronous:
+        copies = [(rank.masters or rank.parameters) + rank.optimizer + rank.ema for rank in kinds]
+        yield f"and in host memory {_units(max(copies))} at most, for checkpoint.asynchronous, from the first save on"
     if kinds[0].gradients is None:
         yield "  gradients are not counted where the optimizer is offloaded"
 
