@@ -8,6 +8,7 @@ a buffer of a few megabytes.
 import json
 import os
 import struct
+import weakref
 from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
@@ -36,51 +37,17 @@ class Entry(NamedTuple):
     """Bytes from the start of the file."""
 
 
-class SafetensorsFile:
-    """The tensors of one file. DamagedFile, naming the file, when it is not what its header says."""
+class TensorFile:
+    """Tensors that lie in a file row by row, by name. DamagedFile, naming the file, when it cannot be read."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
         self.path = path
+        self.entries = dict(entries)
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise DamagedFile(f"{path}: {error.strerror or error}") from None
-        self.metadata, self.entries = self._read_header()
-
-    def close(self) -> None:
-        os.close(self._descriptor)
-
-    def _read_header(self) -> tuple[dict[str, str], dict[str, Entry]]:
-        size = os.fstat(self._descriptor).st_size
-        first = os.pread(self._descriptor, 8, 0)
-        length = struct.unpack("<Q", first)[0] if len(first) == 8 else LONGEST_HEADER + 1
-        if length > min(LONGEST_HEADER, size - 8):
-            raise DamagedFile(f"{self.path}: damaged or cut off: no safetensors header")
-        try:
-            header = json.loads(os.pread(self._descriptor, length, 8), object_pairs_hook=self._unique)
-            metadata = header.pop("__metadata__", {})
-            entries = {key: self._entry(key, row, 8 + length) for key, row in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise DamagedFile(f"{self.path}: damaged: its safetensors header cannot be read") from None
-        end = max((e.offset + _bytes(e.shape, e.dtype) for e in entries.values()), default=8 + length)
-        if end != size:
-            raise DamagedFile(f"{self.path}: damaged or cut off: it has {size:,} bytes, its header says {end:,}")
-        return metadata, entries
-
-    def _unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-            raise DamagedFile(f"{self.path}: holds {twice} twice")
-        return found
-
-    def _entry(self, key: str, row: dict[str, Any], data: int) -> Entry:
-        if row["dtype"] not in DTYPES:
-            raise DamagedFile(f"{self.path}: {key} is {row['dtype']}; known are {', '.join(DTYPES)}")
-        entry = Entry(DTYPES[row["dtype"]], tuple(int(n) for n in row["shape"]), data + int(row["data_offsets"][0]))
-        if _bytes(entry.shape, entry.dtype) != row["data_offsets"][1] - row["data_offsets"][0]:
-            raise DamagedFile(f"{self.path}: damaged: the bytes of {key} do not fit its shape")
-        return entry
+        self.close = weakref.finalize(self, os.close, self._descriptor)
 
     def read(self, key: str, box: Box, out: Tensor) -> None:
         """Copy a box of a tensor into `out`, of the box's shape and any dtype."""
@@ -121,6 +88,58 @@ class SafetensorsFile:
                 raise DamagedFile(f"{self.path}: cut off while it was read")
             done += n
         return torch.frombuffer(buffer, dtype=dtype)
+
+
+class SafetensorsFile(TensorFile):
+    """The tensors of one file. DamagedFile, naming the file, when it is not what its header says."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, {})
+        self.metadata, self.entries = self._read_header()
+
+    def _read_header(self) -> tuple[dict[str, str], dict[str, Entry]]:
+        size = os.fstat(self._descriptor).st_size
+        first = os.pread(self._descriptor, 8, 0)
+        length = struct.unpack("<Q", first)[0] if len(first) == 8 else LONGEST_HEADER + 1
+        if length > min(LONGEST_HEADER, size - 8):
+            raise DamagedFile(f"{self.path}: damaged or cut off: no safetensors header")
+        try:
+            header = json.loads(os.pread(self._descriptor, length, 8), object_pairs_hook=self._unique)
+            metadata = header.pop("__metadata__", {})
+            entries = {key: self._entry(key, row, 8 + length) for key, row in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise DamagedFile(f"{self.path}: damaged: its safetensors header cannot be read") from None
+        end = 8 + length
+        for key, entry in sorted(entries.items(), key=lambda item: (item[1].offset, _bytes(*item[1][1::-1]))):
+            if entry.offset != end:
+                raise DamagedFile(f"{self.path}: damaged: {key} does not begin where the tensor before it ends")
+            end += _bytes(entry.shape, entry.dtype)
+        if end != size:
+            raise DamagedFile(f"{self.path}: damaged or cut off: it has {size:,} bytes, its header says {end:,}")
+        return metadata, entries
+
+    def _unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise DamagedFile(f"{self.path}: holds {first_repeated(pairs)} twice")
+        return found
+
+    def _entry(self, key: str, row: dict[str, Any], data: int) -> Entry:
+        if row["dtype"] not in DTYPES:
+            raise DamagedFile(f"{self.path}: {key} is {row['dtype']}; known are {', '.join(DTYPES)}")
+        shape, (start, stop) = row["shape"], row["data_offsets"]
+        if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+            raise ValueError
+        entry = Entry(DTYPES[row["dtype"]], tuple(shape), data + start)
+        if _bytes(entry.shape, entry.dtype) != stop - start:
+            raise DamagedFile(f"{self.path}: damaged: the bytes of {key} do not fit its shape")
+        return entry
+
+
+def first_repeated(pairs: list[tuple[str, Any]]) -> str:
+    """The first key of a JSON object that has been there before."""
+    seen: set[str] = set()
+    return next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
 
 
 def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

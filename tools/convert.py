@@ -8,9 +8,13 @@
 DST appears whole or not at all. One tensor is in memory at a time; Meta's files are made one at a time.
 """
 
+import ctypes
 import json
 import math
 import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +31,16 @@ from llm.checkpoint.fragments import DTYPES
 from llm.checkpoint.pretrained import load_checkpoint
 from llm.cli import run_cli
 from llm.errors import UserError
-from llm.foreign.export import choose_family, export_hf, export_meta, meaning
+from llm.foreign.export import check_free, choose_family, export_hf, export_meta, meaning
 from llm.foreign.files import TOKENIZER_FILES, open_foreign
 from llm.foreign.native import OfCheckpoint, kept_files, write_native
 from llm.pretrained import tokenizer_of
 from llm.tokenizer import Tokenizer
 
 DEFAULT_SHARD_GB = 5.0
+MMAP_THRESHOLD, LARGE_BYTES = -3, 1 << 20
+"""glibc's mallopt: memory from this size on goes back to the system when it is freed. By itself glibc learns from the
+first buffers to keep them, 100 MB and more."""
 
 
 def import_(
@@ -53,9 +60,11 @@ def import_(
     set: keys of ModelArgs that hold instead of what the config says, as rope_scaling.factor=32
     quiet: no progress bar
     """
+    asked = _dtype(dtype)
+    check_free(Path(dst))
     source = open_foreign(Path(src), family, _overrides(set or []))
-    chosen = _dtype(dtype) or source.files.dtype()
-    for line in source.warnings:
+    chosen = asked or _kept(source.files.dtype())
+    for line in (*source.warnings, *_rounded(source.files.dtypes(), chosen)):
         print(f"note: {line}")
     weights = source.weights()
     weights.check_twins()
@@ -97,6 +106,19 @@ def _dtype(name: str | None) -> torch.dtype | None:
     if name is not None and name not in DTYPES:
         raise UserError(f"--dtype={name} is not one of {', '.join(DTYPES)}")
     return None if name is None else DTYPES[name]
+
+
+def _kept(dtype: torch.dtype) -> torch.dtype:
+    """In which weights of a dtype are kept: nothing of ours is float64."""
+    return dtype if dtype in DTYPES.values() else torch.float32
+
+
+def _rounded(counts: Counter[torch.dtype], chosen: torch.dtype) -> Iterator[str]:
+    """A line for each dtype of a file that the chosen one cannot hold."""
+    for dtype, n in counts.items():
+        if torch.promote_types(dtype, chosen) != chosen:
+            keep = "" if _kept(dtype) != dtype else "; --dtype=float32 keeps them"
+            yield f"{n} of {counts.total()} tensors are {_name(dtype)}, rounded to {_name(chosen)}{keep}"
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -148,11 +170,13 @@ def export(
         raise UserError(f"--shard_gb={shard_gb} must be above 0")
     if shards < 1:
         raise UserError(f"--shards={shards} must be at least 1")
+    asked = _dtype(dtype)
+    check_free(Path(dst))
     checkpoint, args = load_checkpoint(src)
     came_from = checkpoint.meta.get("source", {}).get("family")
     target_family = _family(args, format, family, came_from)
     weights = OfCheckpoint(checkpoint, average)
-    chosen = _dtype(dtype) or weights.dtype()
+    chosen = asked or weights.dtype()
     extra = kept_files(checkpoint, _tokenizer_or_note(Path(src)))
     total = _parameters(args) * chosen.itemsize
     with tqdm(total=total, unit="B", unit_scale=True, disable=quiet or not sys.stderr.isatty()) as bar:
@@ -230,16 +254,16 @@ def verify(a: str, b: str, text: str | None = None, tokens: int = 512, tolerance
         print(f"note: {key}: {mine.get(key)} in {a}, {theirs.get(key)} in {b}")
     if first.args.vocab_size != second.args.vocab_size:
         raise UserError(f"vocabularies differ: {first.args.vocab_size} in {a}, {second.args.vocab_size} in {b}")
-    largest = worst = kl = 0.0
-    agree = seen = 0
+    largest = worst = torch.zeros((), dtype=torch.float64)
+    kl, agree, seen = 0.0, 0, 0
     for row in _rows(a, b, text, tokens, first.args.vocab_size):
         x, y = (model(row[None]).logits[0].double() for model in (first, second))
-        largest, worst = max(largest, float(x.abs().max())), max(worst, float((x - y).abs().max()))
+        largest, worst = largest.maximum(x.abs().max()), worst.maximum((x - y).abs().max())  # NaN if any is
         p, q = x.log_softmax(-1), y.log_softmax(-1)
         kl += float((p.exp() * (p - q)).sum())
         agree += int((x.argmax(-1) == y.argmax(-1)).sum())
         seen += len(row)
-    print(f"largest logit difference  {worst:.3e} ({worst / max(largest, 1e-30):.3e} of the largest logit)")
+    print(f"largest logit difference  {worst:.3e} ({worst / largest.clamp(min=1e-30):.3e} of the largest logit)")
     print(f"KL divergence             {kl / seen:.3e} nats a token")
     print(f"greedy agreement          {agree} of {seen}")
     if not worst <= tolerance * largest:
@@ -269,6 +293,13 @@ def _either_tokenizer(a: str, b: str) -> Tokenizer:
         return tokenizer_of(b)
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    with suppress(OSError, AttributeError):  # another C library does as it does
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, LARGE_BYTES)
     commands: dict[str, Any] = {"import": import_, "export": export, "inspect": inspect, "verify": verify}
-    run_cli(import_, **commands)
+    run_cli(import_, argv, **commands)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -178,6 +180,8 @@ def export_hf(
     pieces = _by_key(export_pieces(family, args, whole_shapes(args)))
     shapes = {key: shape for (_, key), shape in foreign_shapes([p for ps in pieces.values() for p in ps]).items()}
     parts = _parts(shapes, dtype, max_shard_bytes)
+    # a new tensor each time would be there beside the last one
+    buffer = torch.empty(max(prod(shape) for shape in shapes.values()), dtype=dtype)
     name = str(dtype).removeprefix("torch.")
     config |= {"dtype": name, "torch_dtype": name, **extra_config}
     with new_target(target) as folder:
@@ -185,7 +189,7 @@ def export_hf(
         for i, keys in enumerate(parts):
             file = "model.safetensors" if len(parts) == 1 else f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
             described = {key: (dtype, shapes[key]) for key in keys}
-            values = _tensors(keys, shapes, pieces, weights, dtype, tell)
+            values = _tensors(keys, shapes, pieces, weights, buffer, tell)
             write_tensors(folder / file, described, values, {"format": "pt"})
             files |= {key: file for key in keys}
         if len(parts) > 1:
@@ -224,17 +228,26 @@ def export_meta(
         for shard in range(shards):
             mine = _by_key([piece for piece in pieces if piece.shard == shard])
             own = {key: shapes[shard, key] for key in mine}
-            values = _tensors(list(mine), own, mine, weights, dtype, tell)
-            torch.save(dict(zip(mine, values, strict=True)), folder / f"consolidated.{shard:02d}.pth")
+            held = {key: torch.empty(shape, dtype=dtype) for key, shape in own.items()}
+            for key, out in held.items():
+                _fill(out, mine[key], weights)
+                tell(out.nbytes)
+            torch.save(held, folder / f"consolidated.{shard:02d}.pth")
+            del held, out
         _write_json(folder / "params.json", config)
         _write_extra(folder, extra_files)
 
 
 def new_target(target: Path) -> AbstractContextManager[Path]:
     """A temporary folder that becomes `target`; UserError when that exists."""
-    if target.exists():
-        raise UserError(f"{target}: exists already; give another folder, or remove it")
+    check_free(target)
     return new_directory(target)
+
+
+def check_free(target: Path) -> None:
+    """UserError when something is in the place of a folder to be made."""
+    if os.path.lexists(target):
+        raise UserError(f"{target}: exists already; give another folder, or remove it")
 
 
 def _by_key(pieces: Any) -> dict[str, list[Piece]]:
@@ -263,28 +276,37 @@ def _tensors(
     shapes: Mapping[str, Shape],
     pieces: Mapping[str, list[Piece]],
     weights: Weights,
-    dtype: torch.dtype,
+    buffer: Tensor,
     tell: Tell,
 ) -> Iterator[Tensor]:
+    """Foreign tensors one at a time, each in the same memory."""
     for key in keys:
-        out = torch.empty(shapes[key], dtype=dtype)
-        for piece in pieces[key]:
-            for part in _chunks(piece):
-                values = torch.empty(box_shape(part.mine), dtype=torch.float32)
-                view(out, part.theirs).copy_(part.to_theirs(weights.read(part.name, part.mine, values)))
+        out = buffer[: prod(shapes[key])].view(shapes[key])
+        _fill(out, pieces[key], weights)
         tell(out.nbytes)
         yield out
 
 
-def _chunks(piece: Piece) -> Iterator[Piece]:
-    """The piece in parts of some rows."""
-    (first, last), *rest = piece.mine
-    row = max(1, 4 * torch.Size(box_shape(tuple(rest))).numel())
-    step = max(1, CHUNK_BYTES // row)
-    for at in range(first, last, step):
-        part = piece.within(((at, min(at + step, last)), *rest))
-        assert part is not None
-        yield part
+def _fill(out: Tensor, pieces: list[Piece], weights: Weights) -> None:
+    for piece in pieces:
+        for box in _chunks(piece.mine):
+            part = piece.within(box)
+            assert part is not None
+            values = torch.empty(box_shape(box), dtype=torch.float32)
+            view(out, part.theirs).copy_(part.to_theirs(weights.read(part.name, box, values)))
+
+
+def _chunks(box: Box) -> Iterator[Box]:
+    """The box in parts of some rows, of CHUNK_BYTES in float32."""
+    dim = next((i for i, (first, last) in enumerate(box[:-1]) if last - first > 1), max(0, len(box) - 2))
+    before, (first, last), after = box[:dim], box[dim], box[dim + 1 :]
+    step = CHUNK_BYTES // max(1, 4 * prod(box_shape(after)))
+    for at in range(first, last, max(1, step)):
+        part = (*before, (at, min(at + max(1, step), last)), *after)
+        if step == 0 and len(after) > 1:  # the matrix of one expert is larger
+            yield from _chunks(part)
+        else:
+            yield part
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -12,10 +12,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from math import prod
 from typing import Any
 
 from llm.args import ModelArgs
-from llm.boxes import parameter_box, share_of, whole
+from llm.boxes import box_shape, parameter_box, share_of, whole
 from llm.errors import UserError
 from llm.foreign.pieces import KINDS, Kind, Part, Piece, Shape, foreign_shapes
 from llm.plans import plan_for
@@ -138,6 +139,10 @@ def match(
         used |= {(piece.shard, piece.key) for piece in found}
         filled |= set(names)
     missing = [incomplete.get(name, name) for name in ours if name not in filled]
+    held = dict.fromkeys(filled, 0)
+    for piece in pieces:
+        held[piece.name] += 0 if piece.twin else prod(box_shape(piece.mine))
+    missing += [f"parts of {name}" for name in ours if name in filled and held[name] != prod(ours[name])]
     missing += [f"{key} of part {shard}" for shard, key in sorted(used - theirs.keys())]
     unknown = sorted({key for shard, key in theirs.keys() - used if not family.dropped(key)})
     expected = foreign_shapes(pieces)
@@ -175,6 +180,13 @@ def _instances(family: Family, args: ModelArgs) -> Iterator[tuple[Row, int]]:
 def _keys(entry: Row, layer: int, args: ModelArgs) -> list[str]:
     experts = range(args.moe.n_experts if args.moe is not None else 0) if "{e}" in entry.theirs else (0,)
     return [entry.theirs.format(i=layer, e=expert) for expert in experts]
+
+
+def own_names(family: Family, args: ModelArgs) -> set[str]:
+    """Names of foreign tensors that ours do not have, be they enough to fill a parameter or not."""
+    entries = list(_instances(family, args))
+    ours = {name.format(i=layer) for entry, layer in entries for name in entry.ours}
+    return {key for entry, layer in entries for key in _keys(entry, layer, args)} - ours
 
 
 def _cut(

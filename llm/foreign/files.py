@@ -8,6 +8,7 @@ asks for code is refused.
 import json
 import pickle
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,14 +24,14 @@ from llm.foreign.family import Family, Match, family_named, match
 from llm.foreign.load import ForeignWeights, view
 from llm.foreign.pieces import Piece, Shape
 from llm.parallel.build import whole_shapes
-from llm.safetensors_file import SafetensorsFile
+from llm.safetensors_file import DTYPES, Entry, SafetensorsFile, TensorFile, first_repeated
 
-MAPPED_BYTES = 48 << 20
-"""How much of a mapped pickle is read before it is mapped anew: what was touched counts as memory."""
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "generation_config.json", "chat_template.jinja",
 )  # fmt: skip
+LLAMA4_KEYS = {"moe_args", "use_qk_norm", "nope_layer_interval", "attention_chunk_size", "attn_temperature_tuning"}
+"""Of Meta's params.json, which does not name its family; they matter to no earlier one."""
 Key = tuple[int, str]
 
 
@@ -45,9 +46,10 @@ class _File(Protocol):
 class _Safetensors:
     def __init__(self, path: Path) -> None:
         self._file = SafetensorsFile(path)
+        self._shapes = {key: entry.shape for key, entry in self._file.entries.items()}
 
     def shapes(self) -> dict[str, Shape]:
-        return {key: entry.shape for key, entry in self._file.entries.items()}
+        return self._shapes
 
     def dtype(self, key: str) -> torch.dtype:
         return self._file.entries[key].dtype
@@ -57,14 +59,15 @@ class _Safetensors:
 
 
 class _Pickle:
-    """A zip file of torch.save, mapped."""
+    """A zip file of torch.save. torch says where in it the values lie; they are read there, not from torch's map of the
+    file, because what has been touched of a map counts as memory."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._tensors = self._open()
         self._shapes = {key: tuple(tensor.shape) for key, tensor in self._tensors.items()}
-        self._dtypes = {key: tensor.dtype for key, tensor in self._tensors.items()}
-        self._touched = 0
+        maps = _maps_of(path)
+        self._file = TensorFile(path, {key: e for key, tensor in self._tensors.items() if (e := _entry(tensor, maps))})
 
     def _open(self) -> dict[str, Tensor]:
         try:
@@ -73,7 +76,7 @@ class _Pickle:
             raise UserError(
                 f"{self._path}: refused: it holds more than tensors, which loading it might execute as code"
             ) from None
-        except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
             if _is_legacy(self._path):
                 raise UserError(
                     f"{self._path}: in the format before torch 1.6, which is not read; save it again with a newer torch"
@@ -84,25 +87,48 @@ class _Pickle:
         found = found.get("model", found) if isinstance(found, dict) else found
         if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
             raise UserError(f"{self._path}: holds no mapping of names to tensors")
+        for key, tensor in found.items():
+            if tensor.dtype not in DTYPES.values() or tensor.layout != torch.strided:
+                kind = str(tensor.dtype).removeprefix("torch.") + ("" if tensor.layout == torch.strided else ", sparse")
+                raise UserError(f"{self._path}: {key} is {kind}; known are {', '.join(DTYPES)}")
         return found
 
     def shapes(self) -> dict[str, Shape]:
         return self._shapes
 
     def dtype(self, key: str) -> torch.dtype:
-        return self._dtypes[key]
+        return self._tensors[key].dtype
 
     def read(self, piece: Piece, out: Tensor) -> None:
-        target, (first, last) = piece.to_theirs(out), piece.theirs[0]
-        row_bytes = max(1, target[:1].numel() * self._dtypes[piece.key].itemsize)
-        step = max(1, MAPPED_BYTES // 4 // row_bytes)
-        for at in range(first, last, step):
-            if self._touched > MAPPED_BYTES:
-                self._tensors, self._touched = {}, 0
-                self._tensors = self._open()
-            part = view(self._tensors[piece.key], ((at, min(at + step, last)), *piece.theirs[1:]))
-            target[at - first : at - first + len(part)].copy_(part)
-            self._touched += part.nbytes
+        target = piece.to_theirs(out)
+        if piece.key in self._file.entries:
+            self._file.read(piece.key, piece.theirs, target)
+        else:
+            target.copy_(view(self._tensors[piece.key], piece.theirs))
+
+
+def _maps_of(path: Path) -> list[tuple[int, int, int]]:
+    """(first address, address behind the last, place in the file) of maps of a file; none where Linux is not."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        addresses, _, place, _, _, *name = line.split(maxsplit=5)
+        if name == [str(path.resolve())]:
+            first, last = (int(address, 16) for address in addresses.split("-"))
+            found.append((first, last, int(place, 16)))
+    return found
+
+
+def _entry(tensor: Tensor, maps: list[tuple[int, int, int]]) -> Entry | None:
+    """Where in its mapped file a tensor lies; None for one that is not mapped, or not row by row."""
+    at = tensor.data_ptr()
+    for first, last, place in maps:
+        if tensor.is_contiguous() and first <= at and at + tensor.nbytes <= last:
+            return Entry(tensor.dtype, tuple(tensor.shape), at - first + place)
+    return None
 
 
 def _is_legacy(path: Path) -> bool:
@@ -125,12 +151,13 @@ class Files:
     def shapes(self) -> dict[Key, Shape]:
         return {(shard, key): file.shapes()[key] for (shard, key), file in self._files.items()}
 
+    def dtypes(self) -> Counter[torch.dtype]:
+        """How many tensors are of each dtype."""
+        return Counter(file.dtype(key) for (_, key), file in self._files.items())
+
     def dtype(self) -> torch.dtype:
         """The dtype of most tensors."""
-        counts: dict[torch.dtype, int] = {}
-        for (_, key), file in self._files.items():
-            counts[file.dtype(key)] = counts.get(file.dtype(key), 0) + 1
-        return max(counts, key=lambda dtype: counts[dtype])
+        return self.dtypes().most_common(1)[0][0]
 
     def read(self, piece: Piece, out: Tensor) -> None:
         self._files[piece.shard, piece.key].read(piece, out)
@@ -173,14 +200,20 @@ def open_foreign(path: Path, family: str | None = None, overrides: Mapping[str, 
         config = _read_json(path / "params.json")
         shards = [{key: file for key in file.shapes()} for file in _meta_files(path)]
         fused = any(key.endswith(("wqkv.weight", "router_DE")) for key in shards[0])
-        chosen = family_named(family or ("meta_llama4" if fused else "meta_llama"))
+        chosen = family_named(family or ("meta_llama4" if fused or config.keys() & LLAMA4_KEYS else "meta_llama"))
     else:
         raise UserError(f"{path}: holds neither config.json nor params.json")
     files = Files(str(path), {(i, key): file for i, shard in enumerate(shards) for key, file in shard.items()})
     shapes = files.shapes()
-    read = chosen.read_config(config, warnings.append)
-    if chosen.format == "meta":
-        read |= _settled_by_weights(read, shapes, len(shards))
+    try:
+        read = chosen.read_config(config, warnings.append)
+        if chosen.format == "meta":
+            read |= _settled_by_weights(read, shapes, len(shards))
+    except UserError as error:  # it says in which file, not where that is
+        named = "params.json" if chosen.format == "meta" else "config.json"
+        raise UserError(str(error).replace("config.json", str(path / named), 1)) from None
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
+        raise UserError(f"{path}: its config makes no sense to {chosen.name}: {type(error).__name__} {error}") from None
     args = _model_args(path, {**read, **_merged(read, overrides or {})})
     found = match(chosen, args, whole_shapes(args), shapes, len(shards))
     found.check(str(path))
@@ -205,8 +238,13 @@ def _model_args(path: Path, raw: dict[str, Any]) -> ModelArgs:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise UserError(f"{path}: holds {first_repeated(pairs)} twice")
+        return dict(pairs)
+
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes(), object_pairs_hook=unique)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except (ValueError, RecursionError):
@@ -261,7 +299,7 @@ def _indexed(path: Path, index: Path, kind: type[_Safetensors] | type[_Pickle]) 
 
 
 def _meta_files(path: Path) -> list[_File]:
-    numbers = {int(m[1]): p for p in path.iterdir() if (m := re.fullmatch(r"consolidated\.(\d+)\.pth", p.name))}
+    numbers = {int(m[1]): p for p in path.iterdir() if (m := re.fullmatch(r"consolidated\.(\d\d)\.pth", p.name))}
     if not numbers:
         raise UserError(f"{path}: holds no consolidated.00.pth")
     for number in range(max(numbers) + 1):

@@ -77,10 +77,26 @@ def required(config: Config, key: str) -> Any:
     return config[key]
 
 
-def common_args(config: Config, warn: Warn, *, theta: float = 1e4, eps: str = "rms_norm_eps") -> dict[str, Any]:
-    """What nearly all families say in the same words."""
+def one_of(config: Config, keys: Sequence[str], warn: Warn) -> Any:
+    """The value that the first of several spellings of a key has; None without any."""
+    told = {key: config[key] for key in keys if config.get(key) is not None}
+    if any(value != next(iter(told.values())) for value in told.values()):
+        warn(f"config.json: {' and '.join(told)} contradict each other; the first is used")
+    return next(iter(told.values()), None)
+
+
+def common_args(
+    config: Config, warn: Warn, *, theta: float = 1e4, eps: str = "rms_norm_eps", partial_rotary: bool = False
+) -> dict[str, Any]:
+    """What nearly all families say in the same words.
+
+    partial_rotary: whether the family can rotate a part of each head. UserError where another is told to.
+    """
     heads = required(config, "num_attention_heads")
     kv_heads = config.get("num_key_value_heads")
+    rope = rope_args(config, warn, theta)
+    if rope["rope_pct"] != 1 and not partial_rotary:
+        raise UserError(f"config.json: partial_rotary_factor={rope['rope_pct']} is not a setting of this family")
     return {
         "dim": required(config, "hidden_size"),
         "n_layers": required(config, "num_hidden_layers"),
@@ -95,7 +111,7 @@ def common_args(config: Config, warn: Warn, *, theta: float = 1e4, eps: str = "r
         "tie_embeddings": config.get("tie_word_embeddings", False),
         "init_std": config.get("initializer_range") or 0.02,
         "rope_interleaved": False,
-        **rope_args(config, warn, theta),
+        **rope,
     }
 
 
@@ -107,12 +123,31 @@ def activation(config: Config, key: str = "hidden_act") -> Activation:
     return ACTIVATIONS[name]
 
 
+def silu_experts(config: Config) -> None:
+    """UserError where the config names another activation, which would be that of its experts too."""
+    if activation(config) != "silu":
+        raise UserError(f"config.json: hidden_act={config['hidden_act']} of experts is not supported; only silu is")
+
+
+def layer_kinds(config: Config, *known: str) -> list[bool] | None:
+    """Which layers `layer_types` gives the first of the known masks; None where the config has no such list."""
+    kinds, n_layers = config.get("layer_types"), required(config, "num_hidden_layers")
+    if kinds is None:
+        return None
+    if len(kinds) != n_layers:
+        raise UserError(f"config.json: layer_types has {len(kinds)} entries for {n_layers} layers")
+    for kind in kinds:
+        if kind not in known:
+            raise UserError(f"config.json: layer_types: {kind} is not one of {', '.join(known)}")
+    return [kind == known[0] for kind in kinds]
+
+
 def rope_args(config: Config, warn: Warn, theta: float) -> dict[str, Any]:
     """rope_theta, rope_pct and rope_scaling."""
-    given = dict(config.get("rope_parameters") or {})
+    given = _one_spelling(config.get("rope_parameters"))
     if any(isinstance(value, dict) for value in given.values()):
         raise UserError("config.json: rope_parameters differ between kinds of layers, which is not supported")
-    old = {key: value for key, value in (config.get("rope_scaling") or {}).items() if value is not None}
+    old = _one_spelling(config.get("rope_scaling"))
     for key, spellings in (
         ("rope_theta", ("rope_theta", "rotary_emb_base")),
         ("partial_rotary_factor", ("partial_rotary_factor", "rotary_pct")),
@@ -122,12 +157,11 @@ def rope_args(config: Config, warn: Warn, theta: float) -> dict[str, Any]:
             warn(f"config.json: rope_parameters.{key}={given[key]} and {told} contradict each other; the first is used")
         if told is not None:
             given.setdefault(key, told)
-    if old and "factor" in given and given["factor"] != old.get("factor"):
-        warn("config.json: rope_parameters and rope_scaling contradict each other; the first is used")
+    clash = sorted(key for key in old.keys() & given.keys() if old[key] != given[key])
+    if clash:
+        warn(f"config.json: rope_parameters and rope_scaling contradict each other in {clash[0]}; the first is used")
     params = {**old, **given}
-    kind = params.get("rope_type") or params.get("type") or "default"
-    if kind == "default" and old and "rope_type" in given:
-        kind = given["rope_type"]
+    kind = params.get("rope_type", "default")
     args: dict[str, Any] = {
         "rope_theta": float(params.get("rope_theta", theta)),
         "rope_pct": float(params.get("partial_rotary_factor", 1.0)),
@@ -135,6 +169,14 @@ def rope_args(config: Config, warn: Warn, theta: float) -> dict[str, Any]:
     if kind != "default":
         args["rope_scaling"] = _scaling(kind, params, config)
     return args
+
+
+def _one_spelling(params: Config | None) -> dict[str, Any]:
+    """A group of RoPE's numbers, without what is null, whose kind is called rope_type and not type."""
+    found = {key: value for key, value in (params or {}).items() if value is not None}
+    if "type" in found:
+        found.setdefault("rope_type", found.pop("type"))
+    return found
 
 
 def _scaling(kind: str, params: dict[str, Any], config: Config) -> dict[str, Any]:
@@ -188,9 +230,8 @@ def qwen_windows(config: Config, warn: Warn) -> dict[str, Any]:
         return {}
     first = config.get("max_window_layers", 28)
     windowed = [i >= first for i in range(n)]
-    kinds = config.get("layer_types")
-    if kinds is not None:
-        told = [kind == "sliding_attention" for kind in kinds]
+    told = layer_kinds(config, "sliding_attention", "full_attention")
+    if told is not None:
         if told != windowed and "max_window_layers" in config:
             warn("config.json: layer_types and max_window_layers contradict each other; layer_types is used")
         windowed = told

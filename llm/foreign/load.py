@@ -3,6 +3,7 @@ so that `load_state_dict` takes foreign names as well as ours.
 """
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 from llm.args import ModelArgs
 from llm.boxes import Box, box_shape, whole
 from llm.errors import UserError
-from llm.foreign.family import Family, Match, Row, best_match, families, match
+from llm.foreign.family import Family, Match, Row, best_match, families, match, own_names
 from llm.foreign.pieces import Piece, Shape
+
+TWIN_ELEMENTS = 2 << 20
+"""Elements of a tensor that is held twice that are compared at a time."""
 
 
 class Source(Protocol):
@@ -77,14 +81,19 @@ class ForeignWeights:
     def check_twins(self) -> None:
         """UserError where tensors that hold the same parameter differ: replicas in several files, or a tied head."""
         for twin in self._twins:
-            ours, theirs = (torch.empty(box_shape(twin.mine)) for _ in range(2))
-            self.read(twin.name, twin.mine, ours)
-            self.source.read(twin, theirs)
-            if not torch.equal(ours, theirs):
-                where = f" of part {twin.shard}" if twin.shard else ""
-                raise UserError(
-                    f"{self.source.name}: {twin.key}{where} holds the same weights as {twin.name}, but differs from it"
-                )
+            (first, last), *rest = twin.mine
+            step = max(1, TWIN_ELEMENTS // max(1, prod(box_shape(tuple(rest)))))
+            for at in range(first, last, step):
+                part = twin.within(((at, min(at + step, last)), *rest))
+                assert part is not None
+                ours, theirs = (torch.empty(box_shape(part.mine)) for _ in range(2))
+                self.read(part.name, part.mine, ours)
+                self.source.read(part, theirs)
+                if not torch.equal(ours, theirs):
+                    raise UserError(
+                        f"{self.source.name}: {twin.key}{f' of part {twin.shard}' if twin.shard else ''} holds the "
+                        f"same weights as {twin.name}, but differs from it"
+                    )
 
 
 def identify(args: ModelArgs, ours: Mapping[str, Shape], source: Source) -> Match:
@@ -107,7 +116,11 @@ def translate(module: nn.Module, args: ModelArgs, place: str, state: Mapping[str
     source = StateDict(state, f"the state dict of {type(module).__name__}")
     local = [part for family in families().values() if (part := _of(family, place)) is not None]
     matches = [match(part, args, ours, source.shapes()) for part in local]
-    foreign = [found for found in matches if others & {piece.key for piece in found.pieces}]
+    foreign = [
+        found
+        for found in matches
+        if others & ({piece.key for piece in found.pieces} | own_names(found.family, args))
+    ]
     if not foreign:
         if len(others) == len(state):
             raise UserError(f"{source.name}: none of its {len(state)} tensors is a parameter, as {min(state)}")

@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from llm.args import ModelArgs
-from llm.boxes import Box, whole
-from llm.checkpoint.fragments import DTYPES, plan_file, write_planned
+from llm.boxes import Box, runs, whole
+from llm.checkpoint.fragments import BLOCK_BYTES, DTYPES, plan_file, write_planned
 from llm.checkpoint.pretrained import save_tokenizer
 from llm.checkpoint.reader import FORMAT, MANIFEST, VERSION, Checkpoint, seal
 from llm.errors import UserError
@@ -41,7 +42,7 @@ class OfModule:
 
 
 class OfCheckpoint:
-    """Weights of a checkpoint or model folder, or their moving average."""
+    """Weights of a checkpoint or model folder, or their moving average. Reading in order reads each block once."""
 
     def __init__(self, checkpoint: Checkpoint, average: bool = False) -> None:
         self.checkpoint = checkpoint
@@ -49,8 +50,31 @@ class OfCheckpoint:
         if average and not all("ema" in kinds for kinds in checkpoint.kinds().values()):
             raise UserError(f"{checkpoint.path}: holds no averaged weights; the run had no optim.ema_decay")
 
+        self._block: tuple[str, int, Tensor] = ("", 0, torch.empty(0))
+        """(parameter, first element, values), the last that was read."""
+
     def read(self, name: str, box: Box, out: Tensor) -> Tensor:
-        return out.copy_(self.checkpoint.read(name, self._kind, box=box).view(out.shape))
+        shape = self.checkpoint.shapes.get(name, ())
+        at, _, length = next(runs(shape, box, 0, out.numel()), (0, 0, 0)) if len(shape) == len(box) else (0, 0, 0)
+        if length < out.numel() or not out.is_contiguous():
+            return out.copy_(self.checkpoint.read(name, self._kind, box=box).view(out.shape))
+        rest = out.view(-1)
+        while len(rest):
+            values = self._from(name, at, prod(shape))[: len(rest)]
+            rest[: len(values)].copy_(values)
+            rest, at = rest[len(values) :], at + len(values)
+        return out
+
+    def _from(self, name: str, at: int, size: int) -> Tensor:
+        """The values of a parameter from element `at` on, as many as a block holds."""
+        of, first, values = self._block
+        if of != name or not first <= at < first + len(values):
+            step = BLOCK_BYTES // self.dtype().itemsize
+            first = at // step * step
+            self._block = "", 0, torch.empty(0)  # so that there are not two
+            values = self.checkpoint.read(name, self._kind, start=first, stop=min(first + step, size)).to(self.dtype())
+            self._block = name, first, values
+        return values[at - first :]
 
     def dtype(self) -> torch.dtype:
         """In which the weights are kept."""
@@ -124,10 +148,13 @@ def _values(
     dtype: torch.dtype,
     tell: Callable[[int], object],
 ) -> Iterator[Tensor]:
+    sizes = {name: torch.Size(shapes[name]).numel() for name in names}
+    buffer = torch.empty(max(sizes.values()), dtype=dtype)  # a new tensor each time would be there beside the last one
     for name in names:
-        values = weights.read(name, whole(shapes[name]), torch.empty(shapes[name], dtype=dtype))
+        values = buffer[: sizes[name]]
+        weights.read(name, whole(shapes[name]), values.view(shapes[name]))
         tell(values.nbytes)
-        yield values.view(-1)
+        yield values
 
 
 @dataclass
@@ -145,12 +172,14 @@ def kept_files(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> Extra:
     kept = checkpoint.path / KEPT
     if kept.is_dir():
         found.files = {file.name: file for file in sorted(kept.iterdir()) if file.is_file()}
+    if tokenizer is not None:
+        found.config = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    if any(name.startswith("tokenizer") for name in found.files):
         return found
     if tokenizer is None:
         found.notes.append("written without a tokenizer, as there is none")
         return found
-    found.config = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    found.files["generation_config.json"] = _json(found.config)
+    found.files.setdefault("generation_config.json", _json(found.config))
     with tempfile.TemporaryDirectory() as folder:
         config = tokenizer.save(Path(folder))
         if config.path is not None:

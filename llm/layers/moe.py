@@ -109,10 +109,12 @@ class MoE(nn.Module):
 
 
 class Router(Linear):
-    """A Linear that works in float32 whatever its weight is: rounded logits would change which experts are chosen."""
+    """A Linear that works in float32 at least, whatever its weight is: rounded logits would change which experts are
+    chosen."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.float(), self.weight.float())
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(wide), self.weight.to(wide))
 
 
 def route(logits_NE: Tensor, moe: MoEArgs) -> tuple[Tensor, Tensor]:

@@ -53,8 +53,8 @@ def read_gemma(config: hf.Config, warn: Warn) -> dict[str, Any]:
 
 def read_gemma2(config: hf.Config, warn: Warn) -> dict[str, Any]:
     n_layers, window = config["num_hidden_layers"], config.get("sliding_window", 4096)
-    kinds = config.get("layer_types")
-    windowed = [i % 2 == 0 for i in range(n_layers)] if kinds is None else [k == "sliding_attention" for k in kinds]
+    told = hf.layer_kinds(config, "sliding_attention", "full_attention")
+    windowed = [i % 2 == 0 for i in range(n_layers)] if told is None else told
     act = {"hidden_act": config.get("hidden_activation") or "gelu_pytorch_tanh"}
     return read_common(config, warn) | {
         "act": hf.activation(act),
@@ -76,17 +76,12 @@ def write_gemma2(args: ModelArgs) -> dict[str, Any]:
     return written | {
         "attention_bias": args.qkv_bias,
         "hidden_activation": written.pop("hidden_act"),
-        "query_pre_attn_scalar": _whole(scale**-2),
+        "query_pre_attn_scalar": max(1, round(scale**-2)),  # transformers wants a whole number
         "attn_logit_softcapping": args.attn_softcap,
         "final_logit_softcapping": args.logit_softcap,
         "sliding_window": args.sliding_window or args.max_seq_len,
         "layer_types": hf.layer_types(args.layer_specs()),
     }
-
-
-def _whole(x: float) -> int | float:
-    """transformers wants a whole number, which a square root and its square keep up to rounding."""
-    return round(x) if abs(x - round(x)) < 1e-6 * x else x
 
 
 FAMILIES = (

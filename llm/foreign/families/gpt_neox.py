@@ -21,7 +21,7 @@ ROWS = (
 
 
 def read_config(config: hf.Config, warn: Warn) -> dict[str, Any]:
-    common = hf.common_args({"hidden_act": "gelu", **config}, warn, eps="layer_norm_eps")
+    common = hf.common_args({"hidden_act": "gelu", **config}, warn, eps="layer_norm_eps", partial_rotary=True)
     if "rope_parameters" not in config and not any(key in config for key in ("rotary_pct", "partial_rotary_factor")):
         common["rope_pct"] = 0.25
     biased = config.get("attention_bias", True)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from llm.args import ModelArgs
+from llm.errors import UserError
 from llm.foreign import hf
 from llm.foreign.family import DROP, Family, Row, Warn, row
 
@@ -28,6 +29,7 @@ def rows(prefix: str) -> tuple[Row, ...]:
 def read_config(config: hf.Config, warn: Warn) -> dict[str, Any]:
     text = config.get("text_config", config)
     n_layers = hf.required(text, "num_hidden_layers")
+    hf.silu_experts(text)
     args = hf.common_args(text, warn, theta=5e5) | {
         "head_dim": text.get("head_dim", 128),
         "norm_eps": text.get("rms_norm_eps", 1e-5),
@@ -36,12 +38,11 @@ def read_config(config: hf.Config, warn: Warn) -> dict[str, Any]:
         "qk_norm": "l2" if text.get("use_qk_norm", True) else None,
         "qkv_bias": text.get("attention_bias", False),
         "o_bias": text.get("attention_bias", False),
-        "attention_chunk_size": text.get("attention_chunk_size", 8192),
         "attn_temperature_tuning": bool(text.get("attn_temperature_tuning", True)),  # older files have the number 4
         "floor_scale": int(text.get("floor_scale", 8192)),
         "attn_scale": text.get("attn_scale", 0.1),
-        "moe": _experts(text, n_layers),
-        **_nope(text, n_layers, warn),
+        "moe": _experts(text, n_layers, warn),
+        **_layers(text, n_layers, warn),
     }
     scaling = args.get("rope_scaling") or {}
     if (scaling.get("factor"), scaling.get("high_freq_factor")) == (8, 4):
@@ -52,7 +53,7 @@ def read_config(config: hf.Config, warn: Warn) -> dict[str, Any]:
     return args
 
 
-def _experts(text: hf.Config, n_layers: int) -> dict[str, Any]:
+def _experts(text: hf.Config, n_layers: int, warn: Warn) -> dict[str, Any]:
     step = text.get("interleave_moe_layer_step", 1)
     layers = text.get("moe_layers")
     found = {
@@ -62,22 +63,33 @@ def _experts(text: hf.Config, n_layers: int) -> dict[str, Any]:
         "interleave": step,
     }
     if layers is not None and list(layers) != list(range(step - 1, n_layers, step)):
+        if "interleave_moe_layer_step" in text:
+            warn("config.json: moe_layers and interleave_moe_layer_step contradict each other; the list is used")
         found |= {"interleave": 1, "dense_layers": [i for i in range(n_layers) if i not in set(layers)]}
     return found
 
 
-def _nope(text: hf.Config, n_layers: int, warn: Warn) -> dict[str, Any]:
-    """Layers without RoPE. In `no_rope_layers` 1 means that a layer has RoPE."""
+def _layers(text: hf.Config, n_layers: int, warn: Warn) -> dict[str, Any]:
+    """Layers without RoPE, and those that see their chunk only. In `no_rope_layers` 1 means that a layer has RoPE."""
     interval = text.get("no_rope_layer_interval", 4)
-    by_interval = [int(bool((i + 1) % interval)) if interval else 1 for i in range(n_layers)]
-    listed = text.get("no_rope_layers") or by_interval
-    if list(listed) == by_interval:
-        return {"nope_layer_interval": interval}
-    if "no_rope_layer_interval" in text:
+    by_interval = [not interval or (i + 1) % interval != 0 for i in range(n_layers)]
+    rope = [bool(flag) for flag in (text.get("no_rope_layers") or by_interval)[:n_layers]]
+    if len(rope) < n_layers:
+        raise UserError(f"config.json: no_rope_layers has {len(rope)} entries for {n_layers} layers")
+    if rope != by_interval and "no_rope_layer_interval" in text:
         warn("config.json: no_rope_layers and no_rope_layer_interval contradict each other; the list is used")
-    if all(listed):
-        return {}
-    return {"layer_pattern": ["attn:rope" if rope else "attn:nope" for rope in listed]}
+    size = text.get("attention_chunk_size", 8192)
+    told = hf.layer_kinds(text, "chunked_attention", "full_attention")
+    chunked = [size is not None and chunk for chunk in (rope if told is None else told)]
+    found: dict[str, Any] = {"attention_chunk_size": size if any(chunked) else None}
+    if chunked == rope or not any(chunked):  # as our rule has it
+        if rope == by_interval:
+            return found | {"nope_layer_interval": interval or None}
+        if all(rope):
+            return found
+    masks = ["chunk" if chunk else "full" for chunk in chunked]
+    flags = ["rope" if turned else "nope" for turned in rope]
+    return found | {"layer_pattern": [f"attn:{mask}:{flag}" for mask, flag in zip(masks, flags, strict=True)]}
 
 
 def write_config(args: ModelArgs) -> dict[str, Any]:
@@ -88,7 +100,7 @@ def write_config(args: ModelArgs) -> dict[str, Any]:
         "use_qk_norm": args.qk_norm == "l2",
         "no_rope_layers": [int(spec.rope) for spec in specs],
         "no_rope_layer_interval": args.nope_layer_interval or 0,
-        "attention_chunk_size": args.attention_chunk_size,
+        "attention_chunk_size": args.attention_chunk_size or args.max_seq_len,  # transformers must have one
         "layer_types": hf.layer_types(specs),
         "attn_temperature_tuning": args.attn_temperature_tuning,
         "floor_scale": args.floor_scale,
@@ -102,8 +114,9 @@ def write_config(args: ModelArgs) -> dict[str, Any]:
             "intermediate_size": args.moe_width(),
             "num_local_experts": args.moe.n_experts,
             "num_experts_per_tok": args.moe.top_k,
-            "interleave_moe_layer_step": args.moe.interleave,
         }
+        if written["moe_layers"] == list(range(args.moe.interleave - 1, args.n_layers, args.moe.interleave)):
+            written["interleave_moe_layer_step"] = args.moe.interleave
     return written
 
 

@@ -40,7 +40,7 @@ def read_config(config: hf.Config, warn: Warn) -> dict[str, Any]:
         if "rope_scaling_factor" not in config:
             warn(
                 "params.json: use_scaled_rope without rope_scaling_factor, taken as 8 (Llama 3.1); Llama 3.2 of 1B and "
-                "3B was trained with 32: give --rope_scaling.factor=32 for it"
+                "3B was trained with 32: import it with --set=rope_scaling.factor=32"
             )
         args["rope_scaling"] = {
             "kind": "llama3",
@@ -81,7 +81,8 @@ def _width(args: ModelArgs) -> dict[str, Any]:
     multiple = next(n for n in (4096, 2048, 1024, 512, 256, 128, 64, 32, 16, 8, 4, 2, 1) if args.ffn_hidden % n == 0)
     if -(-plain // multiple) * multiple == args.ffn_hidden:
         return {"multiple_of": multiple}
-    return {"multiple_of": multiple, "ffn_dim_multiplier": (args.ffn_hidden - multiple / 2) / plain}
+    # in the middle of what is rounded to it
+    return {"multiple_of": multiple, "ffn_dim_multiplier": (args.ffn_hidden + 1 - multiple / 2) / plain}
 
 
 CONTAINERS = hf.containers(OURS, "attention", "feed_forward")

@@ -9,11 +9,13 @@ from llm.foreign.family import Family, Warn
 
 
 def read_config(config: hf.Config, warn: Warn) -> dict[str, Any]:
+    hf.silu_experts(config)
+    experts = hf.one_of(config, ("num_local_experts", "num_experts"), warn)
     return hf.common_args(config, warn, theta=1e6) | {
         "sliding_window": config.get("sliding_window"),
         "ffn_hidden": None,
         "moe": {
-            "n_experts": config.get("num_local_experts", config.get("num_experts", 8)),
+            "n_experts": 8 if experts is None else experts,
             "top_k": config.get("num_experts_per_tok", 2),
             "hidden": config.get("intermediate_size"),
             "score": "softmax",

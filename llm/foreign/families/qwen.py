@@ -20,8 +20,9 @@ def read_qwen3(config: hf.Config, warn: Warn) -> dict[str, Any]:
 
 def read_qwen3_moe(config: hf.Config, warn: Warn) -> dict[str, Any]:
     biased, window = config.get("attention_bias", False), config.get("sliding_window")
-    experts = config.get("num_experts", config.get("num_local_experts"))
+    experts = hf.one_of(config, ("num_experts", "num_local_experts"), warn)
     n_layers = config["num_hidden_layers"]
+    hf.silu_experts(config)
     return hf.common_args(config, warn) | {
         "qkv_bias": biased,
         "o_bias": biased,
