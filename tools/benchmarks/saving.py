@@ -29,7 +29,7 @@ from tools.benchmarks.harness import MIN_ROUNDS, RESULTS, Bar, Spread, table, wr
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL: dict[str, Any] = {
-    "dim": 640, "n_layers": 7, "n_heads": 10, "n_kv_heads": 5, "ffn_hidden": 1728, "vocab_size": 8192,
+    "dim": 640, "n_layers": 7, "n_heads": 10, "n_kv_heads": 10, "ffn_hidden": 1728, "vocab_size": 8192,
     "max_seq_len": 256,
 }  # fmt: skip
 ROWS, SEQ_LEN = 2, 256
