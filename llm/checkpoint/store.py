@@ -69,6 +69,8 @@ class CheckpointStore:
         self.keep_every = keep_every
         self._copy = HostCopy()
         self._flight: _Flight | None = None
+        self._cut: list[tuple[str, str, Box, int, int]] | None = None
+        self._plan: tuple[FilePlan, int] | None = None
 
     def clean(self) -> None:
         """Remove what a killed save left behind (collective)."""
@@ -118,7 +120,7 @@ class CheckpointStore:
         """
         self.finish()
         pieces = list(pieces)
-        plan = plan_file(f"rank_{self.world.rank:05d}.safetensors", pieces)
+        plan, n_rows = self._planned(pieces)
         manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -126,7 +128,7 @@ class CheckpointStore:
             "parameters": {name: list(shape) for name, shape in shapes.items()},
             "meta": meta,
         }
-        self._check_space(plan, manifest)
+        self._check_space(plan, n_rows, manifest)
         values = self._copy.take(pieces) if in_background else (values for *_, values in pieces)
         work, give_up = self._work(step), threading.Event()
 
@@ -140,24 +142,41 @@ class CheckpointStore:
     def _work(self, step: int) -> Path:
         return self.folder / f"{HIDDEN}step_{step:08d}"
 
-    def _check_space(self, plan: FilePlan, manifest: dict[str, Any]) -> None:
-        rows = json.dumps([fragment.to_json() for fragment in plan.fragments])  # digests are as long while blank
-        plans = gather_json([plan.name, plan.record.to_json(), len(rows)], self.world)
+    def _planned(self, pieces: list[Piece]) -> tuple[FilePlan, int]:
+        """The plan of this rank's file, and about how long its rows in the manifest are: those of the last save where
+        the pieces are cut as then, as the training waits for this."""
+        cut = [(name, kind, box, start, values.numel()) for name, kind, box, start, values in pieces]
+        if cut != self._cut:
+            plan = plan_file(f"rank_{self.world.rank:05d}.safetensors", pieces)
+            rows = json.dumps([fragment.to_json() for fragment in plan.fragments])  # digests are as long while blank
+            self._cut, self._plan = cut, (plan, len(rows))
+        assert self._plan is not None
+        return self._plan
 
-        def shortage() -> str | None:
-            place = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
-            disk = os.statvfs(place)
-            files = {name: record for name, record, _ in plans}
-            of_manifest = len(seal({**manifest, "files": files, "fragments": []})) + sum(n for *_, n in plans)
-            sizes = [of_manifest, *(record["bytes"] for record in files.values())]
-            needed = sum(-(-size // disk.f_frsize) * disk.f_frsize for size in sizes)
-            free = disk.f_bavail * disk.f_frsize
-            if disk.f_blocks == 0 or needed <= free:  # without a number of blocks nothing is known
-                return None
-            return f"{self.folder}: the checkpoint of step {manifest['step']} needs {needed:,} bytes, {free:,} are free"
+    def _check_space(self, plan: FilePlan, n_rows: int, manifest: dict[str, Any]) -> None:
+        disk = self._disk() if self.world.is_main else None
+        empty = len(seal({**manifest, "files": {}, "fragments": []}))
+        told = gather_json([plan.name, plan.record.to_json(), n_rows, empty, disk], self.world)
+        *_, empty, disk = told[0]
+        if disk is None:
+            return
+        block, free = disk
+        files = {name: record for name, record, *_ in told}
+        of_manifest = empty - len("{}") + len(json.dumps(files)) + sum(n for _, _, n, *_ in told)
+        sizes = [of_manifest, *(record["bytes"] for record in files.values())]
+        needed = sum(-(-size // block) * block for size in sizes)
+        if needed > free:
+            short = f"the checkpoint of step {manifest['step']} needs {needed:,} bytes, {free:,} are free"
+            raise agreed_error(f"{self.folder}: {short}", SaveFailed)
 
-        if (short := main_decides(shortage, self.world)) is not None:
-            raise agreed_error(short, SaveFailed)
+    def _disk(self) -> tuple[int, int] | None:
+        """Bytes of a block, and bytes that are free; None where the file system does not say."""
+        place = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        try:
+            found = os.statvfs(place)
+        except OSError:  # writing says better what is wrong
+            return None
+        return (found.f_frsize, found.f_bavail * found.f_frsize) if found.f_blocks else None
 
     def flags(self) -> tuple[bool, bool]:
         """Whether this rank is at work on a save, and whether its part has failed: to be added up over ranks."""
