@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from llm.args import ModelArgs
 from llm.data.sources import open_data, prepare_data
 from llm.errors import UserError
 from llm.model import LLM
@@ -79,8 +78,8 @@ def test_a_config_keeps_to_the_published_size_and_budget(path: str, monkeypatch:
     train = config.train
     assert (train.steps, train.global_batch_size, train.seq_len, train.precision) == (2000, 12, 64, "fp32")
     assert config.eval.batches is None
-    args = ModelArgs.model_validate(
-        {**config.model.model_dump(), "vocab_size": CHARACTERS_OF_TINYSHAKESPEARE + len(("begin", "end"))}
+    args = config.model.model_copy(
+        update={"vocab_size": CHARACTERS_OF_TINYSHAKESPEARE + len(("begin", "end"))}
     )
     assert sum(parameter.numel() for parameter in LLM(args, device="meta").parameters()) <= 850_000
 
