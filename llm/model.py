@@ -183,7 +183,8 @@ class LLM(nn.Module):
         x_BTD = self.region.leave(self.tok_embeddings(inputs.tokens))
         if self.args.embed_scale is None:
             return x_BTD
-        return x_BTD * torch.tensor(self.args.embed_scale, dtype=x_BTD.dtype, device=x_BTD.device)
+        # rounded on the host: a number made on a GPU would make the host wait for it
+        return x_BTD * torch.tensor(self.args.embed_scale, dtype=x_BTD.dtype, device="cpu").item()
 
     def context(self, inputs: TransformerInput, cache: Cache | None = None) -> Context:
         """What the layers share in one forward over these inputs; checks their positions and documents."""

@@ -9,7 +9,7 @@ sees itself and the one before it.
 Shapes: B batch, T tokens, N = B*T, H query heads, K kv heads, d head width, S segments, L segment length.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -43,7 +43,7 @@ class AttentionPlan:
     """The segments of one batch, for every kind of mask among the layers."""
 
     def __init__(
-        self, specs: Iterable[LayerSpec], positions_BT: Ints, document_starts: Ints, device: torch.device
+        self, specs: Sequence[LayerSpec], positions_BT: Ints, document_starts: Ints, device: torch.device
     ) -> None:
         """positions_BT: position of each token, negative for padding; document_starts: rising flat indices, from 0."""
         self._segments: dict[int | None, Segments] = {}
@@ -52,8 +52,8 @@ class AttentionPlan:
             if chunk not in self._segments:
                 bounds = segment_bounds(positions_BT, document_starts, chunk)
                 self._segments[chunk] = Segments(bounds, device)
-            if spec.mask == "window":
-                _check_consecutive(positions_BT, document_starts)
+        if any(spec.mask == "window" for spec in specs):
+            _check_consecutive(positions_BT, document_starts)
 
     def attend(self, spec: LayerSpec, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
         scores = Scores(spec.scale, spec.softcap, spec.span if spec.mask == "window" else None)
