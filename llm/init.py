@@ -8,6 +8,8 @@ frexp are used: IEEE fixes their results, while exp and log differ between math 
 
 import hashlib
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -83,12 +85,28 @@ def initial_std(args: ModelArgs, name: str) -> float:
 
 
 def normal(seed: int, name: str, start: int, stop: int, std: float = 1.0) -> NDArray[np.float32]:
-    """Normal values number start to stop - 1 of the stream (seed, name), float32."""
+    """Normal values number start to stop - 1 of the stream (seed, name), float32; by as many threads as this process
+    has cores, since a piece is the same bits whoever draws it."""
     out = np.empty(stop - start, dtype=np.float32)
-    for low in range(start, stop, PIECE):
+
+    def draw(low: int) -> None:
         high = min(low + PIECE, stop)
         out[low - start : high - start] = inverse_normal(uniform(seed, name, low, high)) * std
+
+    pieces, threads = range(start, stop, PIECE), _own_cores()
+    if len(pieces) > 1 and threads > 1:
+        with ThreadPoolExecutor(threads) as pool:  # numpy lets go of the interpreter while it computes
+            list(pool.map(draw, pieces))
+    else:
+        for low in pieces:
+            draw(low)
     return out
+
+
+def _own_cores() -> int:
+    """This process's share of the cores that it may use, beside the other ranks of a launcher on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def uniform(seed: int, name: str, start: int, stop: int) -> NDArray[np.float64]:

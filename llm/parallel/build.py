@@ -29,7 +29,8 @@ def whole_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
 
 
 def build_model(args: ModelArgs, seed: int, grid: Grid, *, zero_stage: int, precision: str) -> LLM:
-    """The model with its initial values, cut as `grid` says.
+    """The model cut as `grid` says: in fp32 with its initial values, else with none, as the engine draws its float32
+    masters and rounds them to parameters.
 
     No rank ever holds more than its share, under ZeRO-3 of the data-parallel ranks too: an initial value is a function
     of its index, so each rank draws its own. Below ZeRO-3 the parameters are float32 until the engine casts them.
@@ -46,7 +47,7 @@ def build_model(args: ModelArgs, seed: int, grid: Grid, *, zero_stage: int, prec
         private.partition_parameters(model, DTYPES[precision], device, grid.data.handle)
     else:
         _each_parameter(model, lambda _, parameter: torch.empty_like(parameter, device=device))
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters() if precision == "fp32" else ():
         box = grid.box(args, name, shapes[name])
         start, values = private.share(parameter) if zero_stage == 3 else (0, parameter.data.view(-1))
         stop = start + values.numel()
