@@ -68,7 +68,8 @@ def environment() -> dict[str, str]:
         for k, v in os.environ.items()
         if not k.startswith(("TORCHELASTIC", "PYTEST")) and k not in ("RANK", "WORLD_SIZE")
     }
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 def command(script: str, *arguments: str, nproc: int | None = None) -> list[str]:
