@@ -11,7 +11,7 @@ import torch
 
 from llm import LLM
 from llm.errors import UserError
-from tools.benchmarks import harness, machine, parallel
+from tools.benchmarks import gpu, harness, machine, parallel
 from tools.benchmarks.contestants import Shape, transformers_weights
 from tools.benchmarks.harness import Bar, Contestant, Spread, Timing, check_same_work, interleave, write_result
 from tools.benchmarks.memory import ENVIRONMENT, storage_bytes
@@ -161,3 +161,19 @@ def test_layouts_on_two_processes_do_the_same_step_and_say_how_long_they_talk():
     found = [parallel.measure(model, layout, "fp32", 2) for layout in ({}, {"tensor": 2})]
     assert all(0 < run["talking"] < run["step"] for run in found)
     check_same_work({str(i): run["loss"] for i, run in enumerate(found)}, 1e-5)
+
+
+def test_a_gpu_report_counts_utilisation_and_names_what_did_not_fit():
+    shape = gpu.shape_1b3(2048)
+    fast = gpu.Measured([0.2, 0.2, 0.2], first_loss=10.0, states=2**30, peak=3 * 2**30)
+    slow = gpu.Measured([0.4, 0.4, 0.4], first_loss=10.0, states=2**30, peak=2**31)
+    text = gpu.report(shape, {"ours": fast, "theirs": slow, "others": None}, steps=3, peak=989e12)
+    matrices = 24 * (4 * 2048**2 + 3 * 2048 * 5504) + 32000 * 2048 + 49 * 2048  # all but the token table
+    per_token = 6 * matrices + 12 * 24 * 2048 * 2048
+    assert f"{per_token / 1e9:.2f} GFLOP" in text
+    utilisation = gpu.TOKENS / 0.2 * per_token / 989e12
+    assert f"| ours | 0.2000 (0.2000 to 0.2000) | 81,920 | {utilisation:.3f} | 1.000 | 1.0 | 3.0 |" in text
+    assert "| theirs | 0.4000 (0.4000 to 0.4000) | 40,960 |" in text and "| 2.000 |" in text
+    assert "| others | out of memory |" in text
+    with pytest.raises(UserError, match="--seq_len=3000 does not divide"):
+        gpu.shape_1b3(3000)

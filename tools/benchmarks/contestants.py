@@ -21,6 +21,7 @@ from llm.parallel.build import build_model
 from llm.parallel.engine import Engine
 from llm.parallel.grid import make_grid
 from llm.parallel.launch import World
+from llm.recompute import Recompute
 from llm.train.config import OptimConfig
 from llm.train.optimizer import make_optimizer, parameter_groups
 
@@ -83,10 +84,14 @@ class Runner:
     states: Callable[[], Iterable[Tensor]]
 
 
-def our_engine(shape: Shape, world: World, *, precision: str, compiled: bool) -> Runner:
-    """This project as a user runs it: the DeepSpeed engine, ZeRO-1, one process; `compiled` as train.compile does."""
+def our_engine(
+    shape: Shape, world: World, *, precision: str, compiled: bool, recompute: Recompute = "none"
+) -> Runner:
+    """This project as a user runs it: the DeepSpeed engine, ZeRO-1, one process; `compiled` as train.compile does,
+    `recompute` as train.activation_checkpointing."""
     grid = make_grid(world)
     model = build_model(shape.args(), SEED, grid, zero_stage=1, precision=precision)
+    model.activation_checkpointing = recompute
     if compiled:
         compile_blocks(model)
     engine = Engine(
@@ -170,7 +175,8 @@ def transformers_llama(shape: Shape, world: World, *, precision: str, autocast: 
         use_cache=False,
         attn_implementation="sdpa",
     )
-    model = transformers.LlamaForCausalLM(config)
+    with world.device:  # made there, and not moved
+        model = transformers.LlamaForCausalLM(config)
     model.load_state_dict(transformers_weights(LLM(shape.args(), seed=SEED)))
     model.train()
     nn.Module.to(model, device=world.device, dtype=torch.float32 if autocast else DTYPES[precision])
