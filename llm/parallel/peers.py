@@ -109,7 +109,7 @@ class Roll:
             if seen:
                 found.append(Reason(seen, True))
             if silent:
-                found.append(Reason(f"{_ranks(silent)} did not meet this failure", False))
+                found.append(Reason(f"{self._named(silent)} did not meet this failure", False))
 
         _in_time(look, GRACE_S + 5)
         return found[0] if found else None
@@ -130,6 +130,11 @@ class Roll:
         states = {rank: state_of(place) for rank, place in self._places.items() if rank not in known}
         lines = [f"rank {r} (process {self._places[r]['pid']}) is {state}" for r, state in states.items() if state]
         return ", ".join(lines[:MOST_NAMED])
+
+    def _named(self, ranks: list[int]) -> str:
+        """Ranks, and the machines that they are on unless that is this one."""
+        hosts = {_host(self._places.get(rank, {})) for rank in ranks} - {"", _host(own_place())}
+        return _ranks(ranks) + (f" ({', '.join(sorted(hosts)[:MOST_NAMED])})" if hosts else "")
 
     def _add(self, name: str, value: Any) -> None:
         assert self._store is not None
@@ -215,6 +220,10 @@ def _machine() -> str:
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
+
+
+def _host(place: dict[str, Any]) -> str:
+    return str(place.get("machine", "")).partition(" ")[0]
 
 
 def _stat(pid: int) -> tuple[str, str]:
