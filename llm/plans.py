@@ -58,3 +58,8 @@ def plan_for(name: str) -> ParamPlan:
         if re.fullmatch(pattern, name):
             return plan
     raise KeyError(f"parameter {name!r} matches no row of llm/plans.py; add one that says how it is cut and decayed")
+
+
+def cut_dimension(name: str) -> int | None:
+    """The dimension along which tensor parallelism cuts a parameter; None = it does not, or no row is about it."""
+    return next((plan.tp_dim for pattern, plan in PLANS if re.fullmatch(pattern, name)), None)

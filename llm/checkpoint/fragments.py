@@ -3,27 +3,44 @@
 A fragment is a flat range of a box of one tensor (the float32 master of a parameter, or one optimizer state of it),
 exactly as tensor and expert parallelism and ZeRO left it on the rank that owns it: nothing is gathered to write it.
 The file is a safetensors file, so it holds data and no code; which range of which parameter a tensor is, stands in the
-checkpoint's manifest together with a digest per 16 MiB block, because safetensors itself loads a flipped bit in
-silence. The file's header has a digest there too: no byte of a file is without one.
+checkpoint's manifest together with a digest per block, because safetensors itself loads a flipped bit in silence. The
+file's header has a digest there too: no byte of a file is without one.
+
+What is verified is read in whole blocks, so the order of values decides who can read little. A flat range of whole rows
+is one run of a row-major file and has two ends, but the columns of a matrix lie in every block of it. A fragment of a
+parameter that tensor parallelism cuts along another dimension than the first is therefore written in stripes of that
+dimension, one after the other: what a tensor-parallel rank wants is then neighbouring stripes, and a flat range of rows
+has two ends in each stripe.
 """
 
 import hashlib
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from io import FileIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llm.boxes import Box
-from llm.checkpoint.overlap import Part
+from llm.boxes import Box, box_shape
+from llm.checkpoint.overlap import Part, rectangles, view
 from llm.errors import DamagedFile
+from llm.plans import cut_dimension
 from llm.safetensors_file import header_bytes
 
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 8 << 20
+"""Of values under one digest, at most: less is read in vain at each end of what is asked for."""
+LEAST_BLOCK_BYTES, BLOCKS_OF_A_PARAMETER = 256 << 10, 16
+"""A parameter has so many blocks, if that makes them neither smaller nor larger than it is said here."""
+MOST_STRIPES = 24
+"""Divided by 2, 3, 4, 6, 8 and 12: so many tensor-parallel ranks find their own columns in stripes of their own."""
+LEAST_STRIPED_BYTES, LEAST_STRIPED_BLOCK_BYTES = 512 << 10, 64 << 10
+"""Parameters smaller than this are read whole by everyone; digests of smaller blocks would weigh too much."""
+VERSION = 3
 BLANK = "0" * 32
 """A digest that is not known yet."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,14 +66,19 @@ class Fragment:
     dtype: str
     file: str
     offset: int
+    block_bytes: int
+    stripe: tuple[int, int] | None
+    """(dimension, width): the order of values in the file is that of the stripes of the parameter between multiples of
+    `width` in `dimension`, and inside a stripe as in the box; None: as in the box."""
     blocks: tuple[str, ...]
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> "Fragment":
         """The fragment of a manifest row. TypeError or ValueError where it is none."""
         box = tuple((int(a), int(b)) for a, b in row["box"])
-        numbers = {key: int(row[key]) for key in ("start", "numel", "offset")}
-        return cls(**{**row, **numbers, "box": box, "blocks": tuple(row["blocks"])})
+        numbers = {key: int(row[key]) for key in ("start", "numel", "offset", "block_bytes")}
+        stripe = None if row["stripe"] is None else (int(row["stripe"][0]), int(row["stripe"][1]))
+        return cls(**{**row, **numbers, "box": box, "stripe": stripe, "blocks": tuple(row["blocks"])})
 
     def to_json(self) -> dict[str, Any]:
         """The manifest row of this fragment."""
@@ -70,23 +92,42 @@ class Fragment:
     @property
     def n_blocks(self) -> int:
         """Blocks that so many bytes make."""
-        return _n_blocks(self.bytes)
+        return -(-self.bytes // self.block_bytes)
 
     @property
     def part(self) -> Part:
         """Which elements of the parameter it holds."""
         return Part(self.box, self.start, self.start + self.numel)
 
-    def block_parts(self) -> list[Part]:
-        """Which elements each of its blocks holds."""
-        step = BLOCK_BYTES // DTYPES[self.dtype].itemsize
-        stop = self.start + self.numel
-        return [Part(self.box, first, min(first + step, stop)) for first in range(self.start, stop, step)]
+    def ordered(self) -> list[Part]:
+        """Its elements as parts of smaller boxes, in the order of values in the file; inside a part flat."""
+        if not self.numel:
+            return []
+        return [self.part] if self.stripe is None else _striped(self.part, *self.stripe)
+
+    def block_parts(self, ordered: list[Part]) -> Iterator[list[Part]]:
+        """What each of its blocks holds, in order, out of `ordered`."""
+        step, room = self.block_bytes // DTYPES[self.dtype].itemsize, 0
+        block: list[Part] = []
+        for box, start, stop in ordered:
+            while start < stop:
+                if room == 0 and block:
+                    yield block
+                    block = []
+                room = room or step
+                n = min(room, stop - start)
+                block.append(Part(box, start, start + n))
+                start, room = start + n, room - n
+        if block:
+            yield block
 
 
-def digest(data: bytes | bytearray | memoryview) -> str:
-    """blake2b-128 of a block, hexadecimal."""
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+def digest(data: bytes | bytearray | memoryview, version: int = VERSION) -> str:
+    """128 bits, hexadecimal: the first half of SHA-256, for which processors have instructions; in the older version 2
+    of the format blake2b."""
+    if version == 2:
+        return hashlib.blake2b(data, digest_size=16).hexdigest()
+    return hashlib.sha256(data).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -127,29 +168,71 @@ class FilePlan:
         return FileRecord(self.bytes, len(self.header), digest(self.header))
 
 
-def plan_file(name: str, pieces: Iterable[Piece], dtype: str = "float32") -> FilePlan:
-    """The safetensors file `name` with these pieces in `dtype`, in their order."""
+def plan_file(
+    name: str,
+    pieces: Iterable[Piece],
+    dtype: str = "float32",
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> FilePlan:
+    """The safetensors file `name` with these pieces in `dtype`, in their order.
+
+    shapes: of whole parameters; with them pieces are written in stripes where that lets ranks read less.
+    """
     entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    rows: list[tuple[str, str, Box, int, int, int]] = []
-    at = 0
+    rows: list[Fragment] = []
+    width, at = DTYPES[dtype].itemsize, 0
     for parameter, kind, box, start, values in pieces:
-        size = DTYPES[dtype].itemsize * values.numel()
+        n, stripe, block_bytes = values.numel(), None, BLOCK_BYTES
+        if shapes is not None and parameter in shapes:
+            stripe = _stripe(parameter, shapes[parameter])
+            block_bytes = _block_bytes(shapes[parameter], width, stripe)
         key = f"{parameter}|{kind}|{','.join(f'{a}:{b}' for a, b in box)}|{start}"  # nothing reads it
         if key in entries:  # pieces without values share their place with others
             key = f"{key}|{len(rows)}"
-        entries[key] = DTYPES[dtype], (values.numel(),)
-        rows.append((parameter, kind, box, start, values.numel(), at))
-        at += size
-    header, width = header_bytes(entries), DTYPES[dtype].itemsize
-    fragments = tuple(
-        Fragment(parameter, kind, box, start, n, dtype, name, len(header) + offset, (BLANK,) * _n_blocks(width * n))
-        for parameter, kind, box, start, n, offset in rows
-    )
-    return FilePlan(name, header, fragments)
+        entries[key] = DTYPES[dtype], (n,)
+        blank = (BLANK,) * -(-n * width // block_bytes)
+        rows.append(Fragment(parameter, kind, box, start, n, dtype, name, at, block_bytes, stripe, blank))
+        at += n * width
+    header = header_bytes(entries)
+    return FilePlan(name, header, tuple(replace(row, offset=len(header) + row.offset) for row in rows))
 
 
-def _n_blocks(size: int) -> int:
-    return -(-size // BLOCK_BYTES)
+def _stripe(name: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """(dimension, width) of the stripes in which a parameter is written."""
+    dimension = cut_dimension(name)
+    if not dimension or 4 * math.prod(shape) < LEAST_STRIPED_BYTES:
+        return None
+    return dimension, shape[dimension] // math.gcd(shape[dimension], MOST_STRIPES)
+
+
+def _block_bytes(shape: tuple[int, ...], width: int, stripe: tuple[int, int] | None) -> int:
+    """Of a block of a parameter whose values have `width` bytes. Ends in all stripes together cost no more than those
+    of one range."""
+    block = min(BLOCK_BYTES, max(LEAST_BLOCK_BYTES, math.prod(shape) * width // BLOCKS_OF_A_PARAMETER))
+    if stripe is not None:
+        stripes = shape[stripe[0]] // stripe[1]
+        block = max(min(block, LEAST_STRIPED_BLOCK_BYTES), block // stripes)
+    return max(width, block // width * width)
+
+
+def _striped(part: Part, dimension: int, width: int) -> list[Part]:
+    """The part cut along a dimension at multiples of `width`, each as a flat range of its own smaller box."""
+    box = part.box
+    first, last = box[dimension]
+    places = [first, *range((first // width + 1) * width, last, width), last]
+    inner = math.prod(box_shape(box)[dimension + 1 :])
+    found = []
+    for low, high in pairwise(places):
+
+        def before(position: int, low: int = low - first, high: int = high - first) -> int:
+            """How many elements of the stripe come before one of the box."""
+            outer, rest = divmod(position, (last - first) * inner)
+            return outer * (high - low) * inner + min(max(rest - low * inner, 0), (high - low) * inner)
+
+        stripe = Part((*box[:dimension], (low, high), *box[dimension + 1 :]), before(part.start), before(part.stop))
+        if stripe.start < stripe.stop:
+            found.append(stripe)
+    return found
 
 
 class GivenUp(Exception):
@@ -164,67 +247,88 @@ def write_planned(
     values: flat, one tensor per fragment, in its order; they are taken one at a time. OSError naming the file when it
     cannot be written; GivenUp when `to_stop` came true meanwhile.
     """
-    fragments = []
+    written = []
     try:
         with open(path, "wb", buffering=BLOCK_BYTES) as file:  # small pieces go to the disk together
             file.write(plan.header)
             for fragment, tensor in zip(plan.fragments, values, strict=True):
                 held = tensor.detach().to("cpu", DTYPES[fragment.dtype]).contiguous()
                 flat = held.as_strided((held.numel(),), (1,))  # one element may have any stride, which `view` minds
-                data = memoryview(flat.view(torch.uint8).numpy().data) if held.numel() else memoryview(b"")
                 blocks = []
-                for i in range(0, len(data), BLOCK_BYTES):
+                for parts in fragment.block_parts(fragment.ordered()):
                     if to_stop():
                         raise GivenUp
-                    block = data[i : i + BLOCK_BYTES]
+                    block = bytes_of(_taken(flat, fragment.part, parts))
                     blocks.append(digest(block))  # this and the writing leave Python to other threads
                     file.write(block)
-                fragments.append(replace(fragment, blocks=tuple(blocks)))
+                written.append(replace(fragment, blocks=tuple(blocks)))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise OSError(f"{path}: {error.strerror or error}") from None
-    return fragments
+    return written
 
 
-def _fill(file: FileIO, block: bytearray, offset: int) -> bool:
-    """Read from `offset` on until the block is full; False where the file ends before."""
-    file.seek(offset)
-    rest = memoryview(block)
-    while rest:
-        size = file.readinto(rest)
-        if not size:
-            return False
-        rest = rest[size:]
-    return True
+def _taken(flat: Tensor, of: Part, parts: list[Part]) -> Tensor:
+    """The values of some parts of a fragment, one after the other; its own are `flat`. A view where they lie together.
+    """
+    if len(parts) == 1 and parts[0].box == of.box:
+        return flat[parts[0].start - of.start : parts[0].stop - of.start]
+    sizes = [part.stop - part.start for part in parts]
+    values = torch.empty(sum(sizes), dtype=flat.dtype)
+    for part, place in zip(parts, values.split(sizes), strict=True):
+        for rectangle in rectangles(part):
+            view(place, part, rectangle).copy_(view(flat, of, rectangle))
+    return values
 
 
-def check_header(folder: Path, name: str, record: FileRecord) -> None:
+def bytes_of(flat: Tensor) -> memoryview:
+    """The memory of flat values on the CPU."""
+    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
+
+
+def check_header(path: Path, descriptor: int, record: FileRecord, version: int) -> None:
     """DamagedFile naming the file where its header is not the one that was written."""
-    path, header = folder / name, bytearray(record.header_bytes)
-    try:
-        with open(path, "rb", buffering=0) as file:
-            whole = _fill(file, header, 0)
-    except OSError as error:
-        raise DamagedFile(f"{path}: {error.strerror or error}") from None
-    if not whole or digest(header) != record.header:
+    header = memoryview(bytearray(record.header_bytes))
+    if not _fill(path, descriptor, header, 0) or digest(header, version) != record.header:
         raise DamagedFile(f"{path}: damaged: its header does not match its digest")
 
 
-def read_blocks(folder: Path, fragment: Fragment, indices: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
-    """(i, flat values) of the blocks of a fragment that `indices` names, each verified before it is given out.
+def read_block(
+    path: Path, descriptor: int, fragment: Fragment, i: int, block: memoryview, version: int
+) -> None:
+    """Read block number `i` of a fragment into memory of its length and verify it there.
 
-    Raises DamagedFile naming the file when it is missing, too short or a block differs from its digest.
+    DamagedFile naming the file when that is too short or the block differs from its digest: what `block` then holds is
+    of no use.
     """
-    dtype, total = DTYPES[fragment.dtype], fragment.bytes
-    path = folder / fragment.file
+    whole = _fill(path, descriptor, block, fragment.offset + i * fragment.block_bytes)
+    if not whole or digest(block, version) != fragment.blocks[i]:
+        raise DamagedFile(f"{path}: damaged: {fragment.name} ({fragment.kind}) does not match its digest")
+
+
+def _fill(path: Path, descriptor: int, block: memoryview, offset: int) -> bool:
+    """Read from `offset` on until the block is full; False where the file ends before."""
+    done = 0
     try:
-        with open(path, "rb", buffering=0) as file:  # a buffer would read beyond the block
-            for i in indices:
-                block = bytearray(min(BLOCK_BYTES, total - i * BLOCK_BYTES))
-                whole = _fill(file, block, fragment.offset + i * BLOCK_BYTES)
-                if not whole or digest(block) != fragment.blocks[i]:
-                    raise DamagedFile(f"{path}: damaged: {fragment.name} ({fragment.kind}) does not match its digest")
-                yield i, torch.frombuffer(block, dtype=dtype)
+        while done < len(block):
+            size = os.preadv(descriptor, [block[done:]], offset + done)
+            if not size:
+                return False
+            done += size
     except OSError as error:
         raise DamagedFile(f"{path}: {error.strerror or error}") from None
+    return True
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """A descriptor to read from. DamagedFile naming the file where it cannot be opened."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise DamagedFile(f"{path}: {error.strerror or error}") from None
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

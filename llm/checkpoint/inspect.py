@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llm.checkpoint.fragments import DTYPES, FileRecord, Fragment, check_header, read_blocks
+from llm.checkpoint.fragments import VERSION, FileRecord, Fragment, check_header, opened, read_block
 from llm.checkpoint.reader import MANIFEST, folder_faults, fragment_faults, is_there, read_manifest
 from llm.checkpoint.store import coverage_faults
 from llm.errors import DamagedFile
@@ -109,11 +109,11 @@ def damaged_blocks(found: Survey, progress: Callable[[int], object] = lambda n_b
     there = {name: record for name, record in found.files.items() if is_there(found.path, name)}
     fragments = sorted((f for f in found.fragments if f.file in there), key=lambda f: (f.file, f.offset))
     blocks = ((fragment, i) for fragment in fragments for i in range(len(fragment.blocks)))
-    damages = [damage for name, record in there.items() if (damage := _check_header(found.path, name, record))]
+    damages = [damage for name, record in there.items() if (damage := _check_header(found, name, record))]
     threads = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1))  # hashing and reading leave Python's lock
     try:
         while batch := list(islice(blocks, BLOCKS_AT_ONCE)):
-            for size, damage in threads.map(lambda block: _check(found.path, *block), batch):
+            for size, damage in threads.map(lambda block: _check(found, *block), batch):
                 progress(size)
                 if damage is not None:
                     damages.append(damage)
@@ -122,21 +122,23 @@ def damaged_blocks(found: Survey, progress: Callable[[int], object] = lambda n_b
     return damages
 
 
-def _check_header(folder: Path, name: str, record: FileRecord) -> Damage | None:
+def _check_header(found: Survey, name: str, record: FileRecord) -> Damage | None:
     try:
-        check_header(folder, name, record)
+        with opened(found.path / name) as descriptor:
+            check_header(found.path / name, descriptor, record, found.version or VERSION)
     except DamagedFile as error:
         return Damage(name, "", "header", 0, record.header_bytes, str(error))
     return None
 
 
-def _check(folder: Path, fragment: Fragment, i: int) -> tuple[int, Damage | None]:
+def _check(found: Survey, fragment: Fragment, i: int) -> tuple[int, Damage | None]:
     """(bytes of the block, what is wrong with it)."""
-    part, width = fragment.block_parts()[i], DTYPES[fragment.dtype].itemsize
-    offset, size = fragment.offset + (part.start - fragment.start) * width, (part.stop - part.start) * width
+    begin = i * fragment.block_bytes
+    size = min(fragment.block_bytes, fragment.bytes - begin)
+    path = found.path / fragment.file
     try:
-        for _ in read_blocks(folder, fragment, [i]):
-            pass
+        with opened(path) as descriptor:
+            read_block(path, descriptor, fragment, i, memoryview(bytearray(size)), found.version or VERSION)
     except DamagedFile as error:
-        return size, Damage(fragment.file, fragment.name, fragment.kind, offset, size, str(error))
+        return size, Damage(fragment.file, fragment.name, fragment.kind, fragment.offset + begin, size, str(error))
     return size, None

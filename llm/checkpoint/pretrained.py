@@ -10,6 +10,7 @@ from torch import nn
 
 from llm.args import ModelArgs
 from llm.atomic import new_directory
+from llm.boxes import whole
 from llm.checkpoint.reader import MANIFEST, Checkpoint, resolve
 from llm.errors import DamagedFile, UserError
 from llm.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
@@ -34,6 +35,7 @@ def fill_from_checkpoint(model: nn.Module, checkpoint: Checkpoint, average: bool
     is missing or has another shape, or there is no average.
     """
     kind, kinds = "ema" if average else "master", checkpoint.kinds()
+    places = []
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             found, expected = checkpoint.shapes.get(name), tuple(parameter.shape)
@@ -41,7 +43,8 @@ def fill_from_checkpoint(model: nn.Module, checkpoint: Checkpoint, average: bool
                 raise UserError(f"{checkpoint.path}: {name} has shape {found}, expected {expected}")
             if kind not in kinds[name]:
                 raise UserError(f"{checkpoint.path}: holds no averaged weights; the run had no optim.ema_decay")
-            parameter.copy_(checkpoint.read(name, kind).view(parameter.shape))
+            places.append((name, kind, whole(expected), 0, parameter.numel(), parameter.view(-1)))
+        checkpoint.fill(places)
     for buffer in model.buffers():  # counts of a training step, of no use to a finished model
         buffer.zero_()
 

@@ -16,12 +16,16 @@ import torch
 from torch import Tensor
 
 from llm.boxes import Box, box_shape, whole
-from llm.checkpoint.fragments import DTYPES, FileRecord, Fragment, check_header, digest, read_blocks
-from llm.checkpoint.overlap import Part, common, rectangles, view
+from llm.checkpoint.filling import Wanted, fill
+from llm.checkpoint.fragments import DTYPES, VERSION, FileRecord, Fragment, digest
+from llm.checkpoint.overlap import Part
 from llm.errors import DamagedFile, UserError
 
 FORMAT = "lattice-checkpoint"
-VERSION = 2
+VERSIONS = (2, VERSION)
+LARGEST_BLOCK = 16 << 20
+FIELDS_OF_2 = {"block_bytes": LARGEST_BLOCK, "stripe": None}
+"""What version 2 did not write, as it was the same for all fragments."""
 MANIFEST = "manifest.json"
 STEP_FOLDER = re.compile(r"step_([0-9]+)")
 FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")  # so that none lies outside the folder
@@ -42,7 +46,8 @@ class Manifest:
 def seal(manifest: dict[str, Any]) -> bytes:
     """The manifest as written: canonical JSON with a digest of itself, so that an edited one is refused."""
     body = json.dumps(manifest, sort_keys=True)
-    return json.dumps({**manifest, "digest": digest(body.encode())}, sort_keys=True).encode()
+    version = 2 if manifest.get("version") == 2 else VERSION
+    return json.dumps({**manifest, "digest": digest(body.encode(), version)}, sort_keys=True).encode()
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -60,21 +65,22 @@ def read_manifest(folder: Path) -> Manifest:
         raise DamagedFile(f"{file}: damaged: not a checkpoint manifest") from None
     if seal(manifest) != content:  # so not even a blank may differ
         raise DamagedFile(f"{file}: damaged: its content does not match its digest")
-    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-        raise DamagedFile(
-            f"{file}: format {manifest.get('format')} {manifest.get('version')}, expected {FORMAT} {VERSION}"
-        )
+    version = manifest.get("version")
+    if manifest.get("format") != FORMAT or version not in VERSIONS:
+        expected = f"{FORMAT} {' or '.join(map(str, VERSIONS))}"
+        raise DamagedFile(f"{file}: format {manifest.get('format')} {version}, expected {expected}")
+    unsaid = FIELDS_OF_2 if version == 2 else {}
     try:
         return Manifest(
             step=int(manifest["step"]),
-            version=VERSION,
+            version=version,
             meta=dict(manifest["meta"]),
             shapes={name: tuple(int(n) for n in shape) for name, shape in manifest["parameters"].items()},
             files={name: FileRecord.from_json(entry) for name, entry in manifest["files"].items()},
-            fragments=[Fragment.from_json(row) for row in manifest["fragments"]],
+            fragments=[Fragment.from_json({**unsaid, **row}) for row in manifest["fragments"]],
         )
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise DamagedFile(f"{file}: damaged: it has a digest, but not the fields of {FORMAT} {VERSION}") from None
+        raise DamagedFile(f"{file}: damaged: it has a digest, but not the fields of {FORMAT} {version}") from None
 
 
 def folder_faults(folder: Path, manifest: Manifest) -> Iterator[str]:
@@ -119,6 +125,10 @@ def _fragment_fault(fragment: Fragment, manifest: Manifest) -> str | None:
         return f"is {fragment.dtype}; known are {', '.join(DTYPES)}"
     if fragment.file not in manifest.files or not FILE_NAME.fullmatch(fragment.file):
         return f"lies in {fragment.file}, which is no file of the checkpoint"
+    if not 0 < fragment.block_bytes <= LARGEST_BLOCK or fragment.block_bytes % DTYPES[fragment.dtype].itemsize:
+        return f"has blocks of {fragment.block_bytes} bytes"
+    if fragment.stripe is not None and not (0 <= fragment.stripe[0] < len(fragment.box) and fragment.stripe[1] > 0):
+        return f"has stripes {fragment.stripe} of a box {fragment.box}"
     if fragment.n_blocks != len(fragment.blocks):
         return f"has {len(fragment.blocks)} digests for {fragment.n_blocks} blocks"
     record = manifest.files[fragment.file]
@@ -142,6 +152,7 @@ class Checkpoint:
         self.meta = manifest.meta
         self.shapes = manifest.shapes
         self._files = manifest.files
+        self._version = manifest.version
         self._known: set[str] = set()  # files whose header is the one that was written
         self._fragments: dict[tuple[str, str], list[Fragment]] = {}
         for fragment in manifest.fragments:
@@ -181,42 +192,41 @@ class Checkpoint:
     ) -> Tensor:
         """Values [start, stop) of the flattened `box` (None: the whole parameter), float32, flat.
 
-        Reads the blocks of 16 MiB that hold any of them, each once and verified: a box that cuts the columns of a
-        matrix saves no reading from fragments that hold whole rows. UserError when there is no such parameter or no
-        such part of it, DamagedFile when values of it are missing or do not match their digest.
+        Errors and what is read: as of `fill`.
         """
         if name not in self.shapes:
             raise UserError(f"{self.path}: holds no parameter {name}")
-        shape = self.shapes[name]
-        box = whole(shape) if box is None else box
-        fits = len(box) == len(shape) and all(0 <= a <= b <= n for (a, b), n in zip(box, shape, strict=True))
-        size = math.prod(box_shape(box))
-        asked = Part(box, start, size if stop is None else stop)
-        if not fits or not 0 <= asked.start <= asked.stop <= size:
-            raise UserError(f"{self.path}: {name}, of shape {shape}, has no elements {start} to {asked.stop} of {box}")
-        result = torch.empty(asked.stop - asked.start, dtype=torch.float32)
-        areas = rectangles(asked)
-        filled = 0
-        for fragment in self._fragments.get((name, kind), []):
-            near = common(areas, rectangles(fragment.part))
-            parts = fragment.block_parts() if near else []
-            needed = {i: found for i, part in enumerate(parts) if (found := common(near, rectangles(part)))}
-            for i, values in self._blocks(fragment, needed):
-                for rectangle in needed[i]:
-                    view(result, asked, rectangle).copy_(view(values, parts[i], rectangle))
-                    filled += math.prod(box_shape(rectangle))
-        if filled != result.numel():
-            raise DamagedFile(f"{self.path}: {name} ({kind}) is not complete: {filled} of {result.numel()} values")
+        box = whole(self.shapes[name]) if box is None else box
+        stop = math.prod(box_shape(box)) if stop is None else stop
+        result = torch.empty(max(0, stop - start), dtype=torch.float32)
+        self.fill([(name, kind, box, start, stop, result)])
         return result
 
-    def _blocks(self, fragment: Fragment, needed: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
-        """`read_blocks`, behind the header of a file that is read for the first time."""
-        if not needed:
-            return
-        if fragment.file not in self._known:
-            check_header(self.path, fragment.file, self._files[fragment.file])
-            self._known.add(fragment.file)
-        yield from read_blocks(self.path, fragment, needed)
+    def fill(self, places: Iterable[tuple[str, str, Box, int, int, Tensor]]) -> None:
+        """Fill flat tensors, each with the values [start, stop) of the flattened box of a parameter in a kind: rows of
+        (name, kind, box, start, stop, tensor).
+
+        Reads the blocks that hold any of them, each once and verified. UserError when there is no such parameter or no
+        such part of it, DamagedFile when values of it are missing or do not match their digest: tensors may then hold
+        anything.
+        """
+        rows = list(places)
+        wanted = []
+        for name, kind, box, start, stop, out in rows:
+            if name not in self.shapes:
+                raise UserError(f"{self.path}: holds no parameter {name}")
+            shape = self.shapes[name]
+            fits = len(box) == len(shape) and all(0 <= a <= b <= n for (a, b), n in zip(box, shape, strict=True))
+            if not fits or not 0 <= start <= stop <= math.prod(box_shape(box)):
+                raise UserError(f"{self.path}: {name}, of shape {shape}, has no elements {start} to {stop} of {box}")
+            assert out.shape == (stop - start,)
+            wanted.append(Wanted(self._fragments.get((name, kind), []), Part(box, start, stop), out))
+        found = fill(self.path, self._files, self._known, self._version, wanted)
+        for (name, kind, _, start, stop, _), filled in zip(rows, found, strict=True):
+            if filled != stop - start:
+                raise DamagedFile(
+                    f"{self.path}: {name} ({kind}) is not complete: {filled} of {stop - start} values"
+                )
 
 
 def list_steps(folder: Path) -> list[tuple[int, Path]]:

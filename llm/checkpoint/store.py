@@ -22,8 +22,8 @@ from typing import Any
 from llm.atomic import sync, write_file
 from llm.boxes import Box, box_shape
 from llm.checkpoint.flight import HostCopy, start_work
-from llm.checkpoint.fragments import FilePlan, Fragment, GivenUp, Piece, plan_file, write_planned
-from llm.checkpoint.reader import FORMAT, MANIFEST, VERSION, Checkpoint, list_steps, seal
+from llm.checkpoint.fragments import VERSION, FilePlan, Fragment, GivenUp, Piece, plan_file, write_planned
+from llm.checkpoint.reader import FORMAT, MANIFEST, Checkpoint, list_steps, seal
 from llm.errors import DamagedFile, UserError
 from llm.parallel.collectives import agreed_error, all_or_none, gather_json, main_decides
 from llm.parallel.launch import World
@@ -120,7 +120,7 @@ class CheckpointStore:
         """
         self.finish()
         pieces = list(pieces)
-        plan, n_rows = self._planned(pieces)
+        plan, n_rows = self._planned(pieces, shapes)
         manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -142,12 +142,12 @@ class CheckpointStore:
     def _work(self, step: int) -> Path:
         return self.folder / f"{HIDDEN}step_{step:08d}"
 
-    def _planned(self, pieces: list[Piece]) -> tuple[FilePlan, int]:
+    def _planned(self, pieces: list[Piece], shapes: dict[str, tuple[int, ...]]) -> tuple[FilePlan, int]:
         """The plan of this rank's file, and about how long its rows in the manifest are: those of the last save where
         the pieces are cut as then, as the training waits for this."""
         cut = [(name, kind, box, start, values.numel()) for name, kind, box, start, values in pieces]
         if cut != self._cut:
-            plan = plan_file(f"rank_{self.world.rank:05d}.safetensors", pieces)
+            plan = plan_file(f"rank_{self.world.rank:05d}.safetensors", pieces, shapes=shapes)
             rows = json.dumps([fragment.to_json() for fragment in plan.fragments])  # digests are as long while blank
             self._cut, self._plan = cut, (plan, len(rows))
         assert self._plan is not None
@@ -294,7 +294,8 @@ class CheckpointStore:
     def load_exactly(self, path: Path, load: Load) -> Checkpoint:
         """Open the checkpoint at `path` and call `load(checkpoint)`, which reads, and returns a function that applies.
 
-        Nothing is applied unless all ranks have read all of theirs (collective).
+        Nothing is applied unless all ranks have read all of theirs (collective). Tensors that `load` reads straight
+        into hold anything after an error, until another load has filled them.
         """
 
         def read() -> tuple[Checkpoint, Callable[[], None]]:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from llm.args import ModelArgs
 from llm.boxes import Box, runs, whole
-from llm.checkpoint.fragments import BLOCK_BYTES, DTYPES, plan_file, write_planned
+from llm.checkpoint.fragments import BLOCK_BYTES, DTYPES, VERSION, plan_file, write_planned
 from llm.checkpoint.pretrained import save_tokenizer
-from llm.checkpoint.reader import FORMAT, MANIFEST, VERSION, Checkpoint, seal
+from llm.checkpoint.reader import FORMAT, MANIFEST, Checkpoint, seal
 from llm.errors import UserError
 from llm.foreign.export import Weights, new_target
 from llm.foreign.load import view

@@ -155,7 +155,10 @@ class Trainer:
         return changed
 
     def read_checkpoint(self, checkpoint: Checkpoint) -> Any:
-        """Compare configs, read this rank's ranges; return the function that puts everything in place."""
+        """Compare configs, read this rank's ranges; return the function that makes the run go on from them.
+
+        What fails has spoilt masters and optimizer state: another checkpoint has to be read, or the run ends.
+        """
         meta = checkpoint.meta_with("data", "expert_counts", "optimizer_scalars", "tokens", "best", "guard")
         changed = self._changes(checkpoint)
         if "data" not in self.config.checkpoint.allow_changes:
@@ -166,16 +169,14 @@ class Trainer:
         _refuse(checkpoint, changed)
         kinds = checkpoint.kinds()
         self.engine.prepare_load(kinds, meta["optimizer_scalars"])
-        loaded = []
+        places = []
         for name, kind, box, start, values in self.engine.fragments():
             if kind == "ema" and kind not in kinds[name]:
                 kind = "master"  # an average that begins now begins with the weights
-            stop = start + values.numel()
-            loaded.append((values, checkpoint.read(name, kind, box=box, start=start, stop=stop)))
+            places.append((name, kind, box, start, start + values.numel(), values))
+        checkpoint.fill(places)
 
         def apply() -> None:
-            for values, read in loaded:
-                values.copy_(read)
             self.engine.finish_load()
             if meta["expert_counts"]:
                 self.engine.model.set_expert_counts(torch.tensor(meta["expert_counts"], dtype=torch.int64))

@@ -6,14 +6,16 @@ import random
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from llm.boxes import Box, box_shape, share_of, whole
-from llm.checkpoint import fragments, reader
+from llm.checkpoint import filling, fragments
 from llm.checkpoint.fragments import Fragment, Piece, digest
+from llm.checkpoint.inspect import damaged_blocks, survey
 from llm.checkpoint.overlap import Part, rectangles, view
 from llm.checkpoint.reader import Checkpoint, seal
 from llm.checkpoint.store import CheckpointStore
@@ -27,6 +29,8 @@ BLOCK = 8  # values; so that small parameters already span several blocks
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fragments, "BLOCK_BYTES", 4 * BLOCK)
+    monkeypatch.setattr(fragments, "LEAST_STRIPED_BYTES", 0)
+    monkeypatch.setattr(fragments, "LEAST_STRIPED_BLOCK_BYTES", BLOCK)
 
 
 @pytest.fixture
@@ -59,10 +63,17 @@ def elements(whole_tensor: Tensor, part: Part) -> Tensor:
     return whole_tensor[tuple(slice(*ends) for ends in part.box)].reshape(-1)[part.start : part.stop]
 
 
+COLUMNS = "layers.0.feed_forward.w2.weight"
+DIMENSIONS = {"p0": 0, "p1": 1, "p2": 2, "p3": 2, "p4": 3, "p5": 4} | {
+    # tensor parallelism cuts the last dimension, the last but one, the last: they are written in stripes
+    COLUMNS: 2, "layers.0.feed_forward.experts.w2": 3, "layers.0.feed_forward.experts.w1": 3
+}  # fmt: skip
+
+
 def random_tensors(rng: random.Random) -> dict[str, Tensor]:
-    shapes = [tuple(rng.randint(1, 9) for _ in range(dimensions)) for dimensions in (0, 1, 2, 2, 3, 4)]
+    shapes = {name: tuple(rng.randint(1, 9) for _ in range(dimensions)) for name, dimensions in DIMENSIONS.items()}
     # every value is a number of its own, so that no exchange of two goes unseen
-    return {f"p{i}": torch.arange(math.prod(s), dtype=torch.float32).reshape(s) + 1 for i, s in enumerate(shapes)}
+    return {name: torch.arange(math.prod(s), dtype=torch.float32).reshape(s) + 1 for name, s in shapes.items()}
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -107,14 +118,13 @@ def test_only_blocks_that_hold_what_is_asked_for_are_read_and_each_once(
     parts = list(random_parts(rng, (12, 17)))
     checkpoint = save({"w": (12, 17)}, [[("w", "master", p.box, p.start, elements(places, p)) for p in parts]])
     seen: list[tuple[Part, int]] = []
-    original = reader.read_blocks
+    original = filling.read_block
 
-    def watch(folder: Path, fragment: Fragment, indices: Iterator[int]) -> Iterator[tuple[int, Tensor]]:
-        for i, values in original(folder, fragment, indices):
-            seen.append((fragment.part, i))
-            yield i, values
+    def watch(path: Path, descriptor: int, fragment: Fragment, i: int, *rest: Any) -> None:
+        seen.append((fragment.part, i))
+        original(path, descriptor, fragment, i, *rest)
 
-    monkeypatch.setattr(reader, "read_blocks", watch)
+    monkeypatch.setattr(filling, "read_block", watch)
     for asked in random_parts(rng, (12, 17)):
         seen.clear()
         checkpoint.read("w", "master", *asked)
@@ -224,7 +234,7 @@ def test_values_that_the_manifest_does_not_know_are_missed(save: Callable[..., C
 
 
 def test_a_checkpoint_of_whole_parameters_keeps_its_form(save: Callable[..., Checkpoint]) -> None:
-    """The rows of a manifest are as they were before there were boxes."""
+    """What a manifest says of a fragment, field by field."""
     flat = torch.arange(6.0)
     ranks = [[("w", "master", whole((2, 3)), 0, flat[:4])], [("w", "master", whole((2, 3)), 4, flat[4:])]]
     checkpoint = save({"w": (2, 3)}, ranks)
@@ -243,8 +253,54 @@ def test_a_checkpoint_of_whole_parameters_keeps_its_form(save: Callable[..., Che
                 "dtype": "float32",
                 "file": file,
                 "offset": len(content) - 4 * (stop - start),
+                "block_bytes": 4 * BLOCK,
+                "stripe": None,
                 "blocks": [digest(flat[start:stop].numpy().tobytes())],
             }
         )
-    assert manifest["version"] == 2
+    assert manifest["version"] == 3
     assert sorted(manifest["fragments"], key=lambda row: row["start"]) == expected
+
+
+def test_stripes_are_what_tensor_parallel_ranks_hold(save: Callable[..., Checkpoint], tmp_path: Path) -> None:
+    """The columns of each of 2, 3, 4 or 6 ranks lie together in the file of one that has them all."""
+    w = torch.arange(5 * 12, dtype=torch.float32).view(5, 12)
+    checkpoint = save({COLUMNS: (5, 12)}, [[(COLUMNS, "master", whole((5, 12)), 0, w.flatten())]])
+    (row,) = json.loads((checkpoint.path / "manifest.json").read_text())["fragments"]
+    assert row["stripe"] == [1, 1]
+    content = (checkpoint.path / row["file"]).read_bytes()[row["offset"] :]
+    for ranks, rank in [(n, i) for n in (1, 2, 3, 4, 6) for i in range(n)]:
+        first, last = share_of(12, rank, ranks)
+        mine = torch.frombuffer(bytearray(content[20 * first : 20 * last]), dtype=torch.float32)
+        assert mine.tolist() == w[:, first:last].t().flatten().tolist()
+        assert torch.equal(checkpoint.read(COLUMNS, "master", ((0, 5), (first, last))), w[:, first:last].flatten())
+
+
+def of_version_2(path: Path) -> None:
+    """Turn a checkpoint without stripes into one as it was written before."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["digest"]
+    manifest["version"] = 2
+    for name, record in manifest["files"].items():
+        record["header"] = digest((path / name).read_bytes()[: record["header_bytes"]], 2)
+    for row in manifest["fragments"]:
+        content = (path / row["file"]).read_bytes()[row["offset"] : row["offset"] + 4 * row["numel"]]
+        assert row.pop("stripe") is None and row.pop("block_bytes")
+        row["blocks"] = [digest(content, 2)] if content else []
+    (path / "manifest.json").write_bytes(seal(manifest))
+
+
+def test_what_version_2_of_the_format_wrote_is_read_and_verified(save: Callable[..., Checkpoint]) -> None:
+    w = torch.randn(8, 10, generator=torch.Generator().manual_seed(0))
+    path = save({"w": (8, 10)}, columns(w, 2)).path
+    of_version_2(path)
+    assert torch.equal(Checkpoint.open(path).read("w"), w.flatten())
+    found = survey(path)
+    assert found.version == 2 and not found.faults and not damaged_blocks(found)
+    file = path / "rank_00001.safetensors"
+    content = file.read_bytes()
+    for place in (9, len(content) - 1):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        assert len(damaged_blocks(found)) == 1
+        with pytest.raises(DamagedFile, match=r"rank_00001.safetensors: damaged"):
+            Checkpoint.open(path).read("w")

@@ -129,7 +129,7 @@ def test_a_checkpoint_tells_what_it_holds(
     )
     assert "best validation loss so far: 4.2500 at step 10" in lines
     assert "steps whose rows were passed over: 7" in lines
-    assert "versions: format 2, torch 9.9" in lines
+    assert "versions: format 3, torch 9.9" in lines
     assert any(line.startswith("model: 4 layers, dim 32, 4 heads of 8 (2 for keys and values)") for line in lines)
     assert "  optim.lr: 0.5  (default 0.0003)" in lines and "  tokenizer.kind: bytes" in lines
     assert not any("optim.eps" in line for line in lines)
@@ -192,8 +192,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "does not match its digest",
     ),
-    "a manifest of another version": (resealed(lambda m: m.update(version=3)), "format lattice-checkpoint 3, expected"),
-    "a manifest without a field": (resealed(lambda m: m.pop("files")), "not the fields of lattice-checkpoint 2"),
+    "a manifest of another version": (resealed(lambda m: m.update(version=4)), "format lattice-checkpoint 4, expected"),
+    "a manifest without a field": (resealed(lambda m: m.pop("files")), "not the fields of lattice-checkpoint 3"),
     "a fragment is missing": (
         resealed(lambda m: m["fragments"].remove(next(row for row in m["fragments"] if row["file"] == SECOND))),
         "manifest.json: layers.2.wq.weight (",

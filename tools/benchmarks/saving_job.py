@@ -23,7 +23,6 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from llm.checkpoint.fragments import BLOCK_BYTES
 from llm.checkpoint.reader import Checkpoint
 from llm.checkpoint.store import CheckpointStore
 from llm.errors import UserError
@@ -37,6 +36,8 @@ from llm.train.config import RunConfig, check_layout
 from tools.benchmarks.parallel_job import batch_of
 
 Metrics = dict[str, float]
+BLOCK = 16 << 20
+"""In which reading beyond a share is told."""
 ALONE = 4
 """Steps of a round that nothing else runs beside."""
 BEFORE_SAVE = 2
@@ -322,17 +323,11 @@ class Bench:
 
         def read(checkpoint: Checkpoint) -> Callable[[], None]:
             engine.prepare_load(checkpoint.kinds(), checkpoint.meta["optimizer_scalars"])
-            pairs = [
-                (values, checkpoint.read(name, kind, box=box, start=start, stop=start + values.numel()))
+            checkpoint.fill(
+                (name, kind, box, start, start + values.numel(), values)
                 for name, kind, box, start, values in engine.fragments()
-            ]
-
-            def apply() -> None:
-                for values, found in pairs:
-                    values.copy_(found)
-                engine.finish_load()
-
-            return apply
+            )
+            return engine.finish_load
 
         store.load_exactly(path, read)
 
@@ -358,7 +353,7 @@ class Bench:
             share += 4 * values.numel()
             total += read
             most = max(most, read - 4 * values.numel())
-        return gather_json({"share": share, "read": total, "most": most / BLOCK_BYTES}, self.world)
+        return gather_json({"share": share, "read": total, "most": most / BLOCK}, self.world)
 
 
 def flush_below(folder: Path) -> None:
