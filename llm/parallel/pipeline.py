@@ -236,7 +236,7 @@ class _Tied:
             dist.recv(received, self.peer)
             own = pipe.gradient(self.engine._deepspeed, self.weight)
             assert own is not None
-            own += received
+            own += received.view_as(own)  # which may be flat
         else:
             assert self._sum is not None
             dist.send(self._sum, self.peer)

@@ -34,6 +34,13 @@ class Stage:
         """Whether it predicts."""
         return self.number == self.count - 1
 
+    def owns(self, name: str) -> bool:
+        """Whether the parameter of this name is one of the stage's own: a tied table is the first stage's."""
+        part, _, rest = name.partition(".")
+        if part == "layers":
+            return int(rest.partition(".")[0]) in self.layers
+        return self.first if part == "tok_embeddings" else self.last
+
 
 @dataclass(frozen=True)
 class Costs:
