@@ -25,7 +25,7 @@ def compile_blocks(model: LLM, backend: str = "inductor") -> None:
         _check_compiler(next(model.parameters()).device.type)
     keep_opaque()
     model.compiled = True
-    for block in model.layers:
+    for block in model.layers.children():
         block.compile(backend=backend)
 
 

@@ -7,6 +7,7 @@ Shapes: B rows, T longest prompt, V vocabulary.
 """
 
 from collections.abc import Collection, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,9 +20,35 @@ from llm.init import uniform
 from llm.model import LLM
 
 
+class Decoder(Protocol):
+    """Rows of tokens that grow, and what a model makes of them."""
+
+    def logits(self, tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> Tensor:
+        """Float32 logits (B, V) of the token after these, with which the rows go on; both (B, T)."""
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows alone."""
+
+
+class Cached:
+    """A whole model that keeps what it has made of the rows so far."""
+
+    def __init__(self, model: LLM) -> None:
+        self._model, self._cache = model, Cache(model.args)
+        self._device = next(model.parameters()).device
+
+    def logits(self, tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> Tensor:
+        inputs = TransformerInput(torch.from_numpy(tokens).to(self._device), torch.from_numpy(positions))
+        hidden = self._model(inputs, cache=self._cache, return_hidden=True).hidden
+        return self._model.logits(hidden[:, -1:])[:, 0]
+
+    def keep(self, rows: list[int]) -> None:
+        self._cache.reorder(rows)
+
+
 @torch.no_grad()
 def generate(
-    model: LLM,
+    model: LLM | Decoder,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -38,15 +65,12 @@ def generate(
     range.
     """
     _check(prompts, max_new_tokens, temperature, top_k, top_p)
-    device = next(model.parameters()).device
+    decoder = Cached(model) if isinstance(model, LLM) else model
     tokens, positions = _left_padded(prompts)
     new_tokens: list[list[int]] = [[] for _ in prompts]
     active = list(range(len(prompts)))
-    cache = Cache(model.args)
     for step in range(max_new_tokens):
-        inputs = TransformerInput(torch.from_numpy(tokens).to(device), torch.from_numpy(positions))
-        hidden = model(inputs, cache=cache, return_hidden=True).hidden
-        logits = model.logits(hidden[:, -1:])[:, 0]
+        logits = decoder.logits(tokens, positions)
         if temperature == 0:
             chosen = logits.argmax(-1).cpu().numpy()
         else:
@@ -58,7 +82,7 @@ def generate(
         if not going or step + 1 == max_new_tokens:
             break
         if len(going) < len(active):
-            cache.reorder(going)
+            decoder.keep(going)
             active = [active[i] for i in going]
         tokens, positions = chosen[going, None], positions[going, -1:] + 1
     return new_tokens

@@ -91,7 +91,7 @@ class LLM(nn.Module):
                 self.tok_embeddings: Embedding = TiedEmbedding(args.vocab_size, args.dim, args.logit_softcap)
             else:
                 self.tok_embeddings = Embedding(args.vocab_size, args.dim)
-            self.layers = nn.ModuleList(Block(args, spec) for spec in self.specs)
+            self.layers: nn.ModuleList | nn.ModuleDict = nn.ModuleList(Block(args, spec) for spec in self.specs)
             self.norm = make_norm(args, args.dim)
             self.output = None if args.tie_embeddings else Output(args.dim, args.vocab_size, args.logit_softcap)
         initialise(self, args, seed)
@@ -149,23 +149,31 @@ class LLM(nn.Module):
                 raise ValueError(
                     f"labels {tuple(labels.shape)} must have the shape of tokens {tuple(inputs.tokens.shape)}"
                 )
-            out.loss_sum = self._head(hidden_BTD, labels)
+            out.loss_sum = self.loss_sum(hidden_BTD, labels)
             out.n_targets = (labels >= 0).sum()
         elif not return_hidden:
             out.logits = self.logits(hidden_BTD)
         return out
 
     def _trunk(self, inputs: TransformerInput, cache: Cache | None) -> tuple[Tensor, list[RouterStats]]:
-        x_BTD, ctx = self.embed(inputs), self.context(inputs, cache)
+        x_BTD, stats = self.through_layers(self.embed(inputs), self.context(inputs, cache))
+        return self.finish(x_BTD, inputs), stats
+
+    def through_layers(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, list[RouterStats]]:
+        """What the layers of this module make of token vectors, in the form of `embed`'s."""
         stats = []
         eager = self.compiled and not torch.is_grad_enabled()
         with torch.compiler.set_stance("force_eager") if eager else nullcontext():
-            for layer in self.layers:
+            for layer in self.layers.children():
                 x_BTD, layer_stats = recomputed(self.activation_checkpointing, layer, x_BTD, ctx)
                 if layer_stats is not None:
                     stats.append(layer_stats)
+        return x_BTD, stats
+
+    def finish(self, x_BTD: Tensor, inputs: TransformerInput) -> Tensor:
+        """Final hidden states (B, T, D) of what the last layer made."""
         hidden = self.region.enter(self.norm(x_BTD))
-        return hidden.view(*inputs.tokens.shape, -1), stats
+        return hidden.view(*inputs.tokens.shape, -1)
 
     def embed(self, inputs: TransformerInput) -> Tensor:
         """Token vectors, (B, T, D), or with sequence parallelism this rank's part of them, (n, D).
@@ -211,6 +219,10 @@ class LLM(nn.Module):
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Float32 logits (B, T, V) of final hidden states."""
         return self._head(hidden_BTD)
+
+    def loss_sum(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
+        """Sum of the labels' negative log-likelihood in nats given final hidden states, float32 scalar."""
+        return self._head(hidden_BTD, labels_BT)
 
     def token_nll(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
         """Negative log-likelihood in nats of each label given final hidden states, (B, T) float32 without gradient, 0

@@ -103,10 +103,10 @@ def main() -> None:
     tokenizer = all_or_none(lambda: load_tokenizer(first.tokenizer), world)
     sources, _ = open_sources(first, tokenizer, world)
     mixture = all_or_none(lambda: Mixture(sources, first.train.seq_len, first.train.seed), world)
-    grids: dict[tuple[int, int], Grid] = {}  # groups take time and memory, and the ZeRO stages can share them
+    grids: dict[tuple[int, ...], Grid] = {}  # groups take time and memory, and the ZeRO stages can share them
     for config in configs:
         layout = check_layout(config, world.size)
-        cut = (layout.tensor, layout.expert)
+        cut = (layout.tensor, layout.pipeline, layout.expert)
         if cut not in grids:
             grids[cut] = make_grid(world, layout)
         rows = train(with_vocabulary(config, tokenizer), mixture, replace(grids[cut], layout=layout), steps)

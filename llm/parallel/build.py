@@ -17,6 +17,7 @@ from llm.model import LLM
 from llm.parallel import deepspeed_private as private
 from llm.parallel.expert import ExpertExchange
 from llm.parallel.grid import Grid
+from llm.parallel.stages import Stage, split
 from llm.parallel.tensor import CutVocabulary, TensorRegion, sum_gradients
 from llm.plans import plan_for
 
@@ -28,9 +29,13 @@ def whole_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in LLM(args, device="meta").named_parameters()}
 
 
-def build_model(args: ModelArgs, seed: int, grid: Grid, *, zero_stage: int, precision: str) -> LLM:
-    """The model cut as `grid` says: in fp32 with its initial values, else with none, as the engine draws its float32
-    masters and rounds them to parameters.
+def build_model(
+    args: ModelArgs, seed: int, grid: Grid, *, zero_stage: int, precision: str, seq_len: int | None = None
+) -> LLM:
+    """The model, or this rank's stage of it, cut as `grid` says: in fp32 with its initial values, else with none, as
+    the engine draws its float32 masters and rounds them to parameters.
+
+    seq_len: of training, by which the stages are balanced; by default the longest that the model is for.
 
     No rank ever holds more than its share, under ZeRO-3 of the data-parallel ranks too: an initial value is a function
     of its index, so each rank draws its own. Below ZeRO-3 the parameters are float32 until the engine casts them.
@@ -38,6 +43,8 @@ def build_model(args: ModelArgs, seed: int, grid: Grid, *, zero_stage: int, prec
     device = grid.world.device
     model = LLM(args, device="meta")
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if grid.pipeline.size > 1:
+        keep_stage(model, split(args, grid.pipeline.size, seq_len)[grid.pipeline.rank])
     for module in model.modules():  # buffers are few and whole
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -56,6 +63,18 @@ def build_model(args: ModelArgs, seed: int, grid: Grid, *, zero_stage: int, prec
     return model
 
 
+def keep_stage(model: LLM, stage: Stage) -> None:
+    """Leave of a model its part in a stage. Names stay; what is gone is None, or not among the layers."""
+    model.layers = nn.ModuleDict({str(i): model.layers[i] for i in stage.layers})  # type: ignore[index]
+    tied = model.output is None
+    gone = {"tok_embeddings": not (stage.first or (stage.last and tied)), "norm": not stage.last}
+    for name, is_gone in {**gone, "output": not stage.last}.items():
+        if is_gone:
+            setattr(model, name, None)
+    if stage.last and tied:
+        private.mark_copy(model.tok_embeddings.weight)
+
+
 def _cut(model: LLM, grid: Grid) -> None:
     """Leave of each parameter (on the meta device) this rank's box."""
 
@@ -70,7 +89,10 @@ def _each_parameter(model: LLM, make: Callable[[str, torch.Tensor], torch.Tensor
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             canonical = f"{path}.{name}" if path else name
-            setattr(module, name, nn.Parameter(make(canonical, parameter.data)))
+            made = nn.Parameter(make(canonical, parameter.data))
+            if private.is_copy(parameter):
+                private.mark_copy(made)
+            setattr(module, name, made)
 
 
 def _connect(model: LLM, grid: Grid) -> None:

@@ -64,6 +64,16 @@ def expert_group(parameter: Tensor) -> dict[str, Any]:
     return {"moe": True, "name": parameter.group_name}  # type: ignore[attr-defined]
 
 
+def mark_copy(parameter: Tensor) -> None:
+    """From now on `is_copy(parameter)`: another rank has its master, steps on it and sends it here."""
+    parameter.tied_copy = True  # type: ignore[attr-defined]
+
+
+def is_copy(parameter: Tensor) -> bool:
+    """Whether the parameter is a copy of one that another stage of the pipeline owns."""
+    return bool(getattr(parameter, "tied_copy", False))
+
+
 def register_experts(model: nn.Module, grid: Grid) -> None:
     """Make DeepSpeed use the grid's expert groups, and see that the model has experts: it looks for a module of its own
     class, so the model gets an empty one.
@@ -154,7 +164,7 @@ def pieces(engine: Any, model: nn.Module) -> list[Piece]:
             start, values = share(parameter)
             place = (start, values.numel(), partition, flats[partition], offset)
         elif hasattr(zero, "bit16_groups") or hasattr(zero, "bf16_groups"):
-            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            mapping = getattr(parameter, "_hp_mapping", None)  # a copy of a tied weight never has one
             if mapping is None:
                 continue
             here, there = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
@@ -182,7 +192,8 @@ def names_by_partition(engine: Any, model: nn.Module) -> list[list[str]]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for attribute in ("fp16_groups", "bit16_groups", "bf16_groups"):
         if hasattr(zero, attribute):
-            return [[names[id(parameter)] for parameter in group] for group in getattr(zero, attribute)]
+            groups = getattr(zero, attribute)
+            return [[names[id(parameter)] for parameter in group if id(parameter) in names] for group in groups]
     return [[names[id(parameter)]] for parameter in partitions(engine)]
 
 

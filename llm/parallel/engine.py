@@ -11,15 +11,12 @@ one mechanism for every reason, without waiting for the device.
 """
 
 import math
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from llm import init
@@ -27,54 +24,19 @@ from llm.boxes import Box, whole
 from llm.data.batch import MicroBatch, StepBatch
 from llm.datatypes import TransformerInput
 from llm.errors import UserError
+from llm.generate import Decoder
 from llm.model import LLM
 from llm.parallel import deepspeed_private as private
 from llm.parallel.build import whole_shapes
 from llm.parallel.collectives import agreed_error, gather_json, sum_over_ranks
-from llm.parallel.grid import Grid
+from llm.parallel.grid import Grid, stage_name
 from llm.parallel.muon import Muon
+from llm.parallel.step import Skipped, StepResult, Tally
 from llm.plans import plan_for
 
 ZERO3_SUB_GROUP = 1 << 24
 """Elements of a rank's share that ZeRO-3 makes masters of, and steps, at a time: twice their float32 size is what it
 needs above what it keeps."""
-Skipped = Literal["loss", "gradient", "limit", "overflow", "passed over"]
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step was made of; every number is global and equal on all ranks. Losses in nats."""
-
-    loss: float
-    lm_loss: float
-    moe_balance_loss: float
-    moe_z_loss: float
-    grad_norm: float
-    """Before clipping; inf where the step was not applied."""
-    n_targets: int
-    n_tokens: int
-    routing_checksum: int | None
-    """CRC-32 of how many tokens each expert of each layer got: equal on two layouts only if every routing decision
-    is.
-    """
-    expert_load: float | None = None
-    """Most tokens that an expert of any layer got, over an even share. All were served: nothing overflows."""
-    expert_rank_load: float | None = None
-    """The same of the ranks that experts lie on: how much longer the slowest one works; 1 where all have all experts.
-    """
-    loss_scale: float | None = None
-    """Of fp16."""
-    skipped: Skipped | None = None
-    """Why weights and optimizer state were left as they were: the loss or a gradient was not finite, the loss was above
-    its limit, fp16 overflowed and lowers its loss scale, which is part of its work, or the step was not to be made."""
-    culprits: list[str] = field(default_factory=list)
-    """Where the loss or gradient was not finite: rank, rows of the data order, losses of its micro-batches."""
-
-    @classmethod
-    def passed_over(cls, n_targets: int, n_tokens: int) -> "StepResult":
-        """A step that was not computed: its losses are NaN."""
-        unknown = (math.nan,) * 4
-        return cls(*unknown, math.inf, n_targets, n_tokens, None, skipped="passed over")
 
 
 class OwnedFragment(NamedTuple):
@@ -129,7 +91,8 @@ class Engine:
             config[key] = {**config[key], **value} if isinstance(config.get(key), dict) else value
         if precision == "fp16":
             check_fp16()
-        self._deepspeed = private.initialize(model, optimizer, config, grid)
+        self.moe_layers = self._moe_layers()
+        self._deepspeed = self._initialize(optimizer, config)
         private.grow_loss_scale_late(self._deepspeed)
         if world.size == 1:
             private.skip_reduction(self._deepspeed)
@@ -156,6 +119,13 @@ class Engine:
             if grid.expert.size == 1 or plan_for(name).ep_dim is None:  # else it is of other ranks' tokens too
                 parameter.register_hook(self._probe_gradient)
 
+    def _initialize(self, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+        return private.initialize(self.model, optimizer, config, self.grid)
+
+    def _moe_layers(self) -> range:
+        """Which of the whole model's mixture-of-experts layers are this rank's."""
+        return range(sum(spec.ffn == "moe" for spec in self.model.specs))
+
     def _probe_gradient(self, grad: Tensor) -> None:
         self._probe += grad.sum(dtype=torch.float32)
 
@@ -164,6 +134,10 @@ class Engine:
         for piece in self._pieces:
             place = (self.shapes[piece.name], self.boxes[piece.name], piece.start, piece.start + piece.length)
             piece.of(piece.flat).copy_(init.initial_values_in_box(self.model.args, piece.name, seed, *place))
+        self._publish()
+
+    def _publish(self) -> None:
+        """Make the masters the weights of the next forward (collective)."""
         private.publish_masters(self._deepspeed)
 
     @property
@@ -184,72 +158,50 @@ class Engine:
         n_targets, n_tokens: of the global batch. loss_limit: no update where the loss is above it. Every group steps at
         its own `lr_factor` times lr.
         """
-        engine, world, ranks = self._deepspeed, self.world, self.grid.data.size
-        sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+        for group in private.base_optimizer(self._deepspeed).param_groups:
+            group["lr"] = lr * group["lr_factor"]
+        tally = Tally(self.model.args, self.moe_layers, n_targets, n_tokens, self.world)
         losses: list[Tensor] = []
-        counts: Tensor | None = None
-        totals = sums
         self._probe.zero_()
         self.model.train()
+        norm = self._compute_and_apply(batch, tally, losses, loss_limit)
+        result = tally.result(norm, self.grid.expert.size)
+        result.loss_scale = private.loss_scaler_state(self._deepspeed).get("cur_scale")
+        if math.isfinite(norm):
+            if tally.counts is not None:
+                self.set_expert_counts(tally.counts)
+            self._update_ema()
+        else:
+            result.skipped = self._why_skipped(result.loss, loss_limit)
+            if result.skipped in ("loss", "gradient"):
+                result.culprits = self._find_culprits(batch, losses)
+        return result
+
+    def _compute_and_apply(
+        self, batch: StepBatch, tally: Tally, losses: list[Tensor], loss_limit: float | None
+    ) -> float:
+        """The step itself: fills the tally, and the losses of this rank's micro-batches as they were handed to
+        DeepSpeed; the norm of the gradients, inf where they were not applied.
+        """
+        engine, ranks = self._deepspeed, self.grid.data.size
         last = len(batch.micro_batches) - 1
         for m, micro_batch in enumerate(batch.micro_batches):
             engine.set_gradient_accumulation_boundary(m == last)
-            output = engine(self._inputs(micro_batch), labels=micro_batch.labels_BT.to(world.device))
-            loss = output.loss_sum * (ranks / max(n_targets, 1))
+            output = engine(self._inputs(micro_batch), labels=micro_batch.labels_BT.to(self.world.device))
+            loss = output.loss_sum * (ranks / max(tally.n_targets, 1))
             if self.grid.speaks:  # its tensor-parallel peers have the same loss, but other tokens' routing
-                sums[0] += output.loss_sum.detach().double()
+                tally.add_loss(output.loss_sum)
             if output.expert_counts is not None:
-                loss = loss + (output.balance_sum + output.z_sum) * (ranks / n_tokens)
-                sums[1] += output.balance_sum.detach().double()
-                sums[2] += output.z_sum.detach().double()
-                counts = output.expert_counts if counts is None else counts + output.expert_counts
+                loss = loss + (output.balance_sum + output.z_sum) * (ranks / tally.n_tokens)
+                tally.add_routing(output.balance_sum, output.z_sum, output.expert_counts)
             losses.append(loss.detach())
             if m == last:
-                totals = sums if counts is None else torch.cat([sums, counts.flatten().double()])
-                if world.size > 1:
-                    dist.all_reduce(totals)
-                loss = loss * self._one_or_nan(totals, n_targets, n_tokens, loss_limit)
+                tally.sum_over_ranks()
+                loss = loss * tally.one_or_nan(loss_limit)
             engine.backward(loss, scale_wrt_gas=False)
             if m < last:
                 engine.step()  # updates nothing yet: DeepSpeed wants it after each backward
-        for group in private.base_optimizer(engine).param_groups:
-            group["lr"] = lr * group["lr_factor"]
-        norm = self._finish_step()
-        numbers = totals.tolist()
-        lm, balance, z = numbers[0] / max(n_targets, 1), numbers[1] / n_tokens, numbers[2] / n_tokens
-        skipped = None if math.isfinite(norm) else self._why_skipped(lm + balance + z, loss_limit)
-        checksum = expert_load = rank_load = None
-        if counts is not None:
-            global_counts = torch.tensor(numbers[3:], dtype=torch.int64).view(counts.shape)
-            checksum = zlib.crc32(global_counts.numpy().tobytes())
-            expert_load = highest_share(global_counts)
-            rank_load = highest_share(global_counts.unflatten(1, (self.grid.expert.size, -1)).sum(-1))
-            if skipped is None:
-                self.model.set_expert_counts(global_counts)
-        if skipped is None:
-            self._update_ema()
-        return StepResult(
-            loss=lm + balance + z,
-            lm_loss=lm,
-            moe_balance_loss=balance,
-            moe_z_loss=z,
-            grad_norm=norm,
-            n_targets=n_targets,
-            n_tokens=n_tokens,
-            routing_checksum=checksum,
-            expert_load=expert_load,
-            expert_rank_load=rank_load,
-            loss_scale=private.loss_scaler_state(engine).get("cur_scale"),
-            skipped=skipped,
-            culprits=self._find_culprits(batch, losses) if skipped in ("loss", "gradient") else [],
-        )
-
-    @staticmethod
-    def _one_or_nan(totals: Tensor, n_targets: int, n_tokens: int, loss_limit: float | None) -> Tensor:
-        """1 where the step is to be applied, else NaN; float32 scalar on the device."""
-        loss = totals[0] / max(n_targets, 1) + (totals[1] + totals[2]) / n_tokens
-        good = loss.isfinite() if loss_limit is None else loss <= loss_limit
-        return torch.where(good, 1.0, math.nan).float()
+        return self._finish_step()
 
     def _finish_step(self) -> float:
         """Apply the gradients unless they are not finite; their norm, inf if they were not applied."""
@@ -288,6 +240,9 @@ class Engine:
         was, the sum over ranks was not."""
         group, data_rank, ranks = self.grid.tensor.ranks, self.grid.data.rank, self.grid.data.size
         who = f"rank {group[0]}" if len(group) == 1 else f"tensor-parallel ranks {', '.join(map(str, group))}"
+        stages, stage = self.grid.pipeline.size, self.grid.pipeline.rank
+        if stages > 1:
+            who = f"{who} ({stage_name(stage, stages)})"
         rows = batch.n_rows // (len(losses) * ranks)
         mine: list[str] = []
         for m, loss in enumerate(losses):
@@ -298,7 +253,9 @@ class Engine:
             spans = [batch.first_row + (m * ranks + data_rank) * rows for m in range(len(losses))]
             named = ", ".join(f"{first} to {first + rows - 1}" for first in spans)
             mine.append(f"{who}: a gradient of rows {named} is not finite")
-        found = list(dict.fromkeys(line for lines in gather_json(mine, self.world) for line in lines))
+        gathered = [(at, lines) for at, lines in gather_json([stage, mine], self.world) if lines]
+        behind = max((at for at, _ in gathered), default=0)  # the backward brings it to every stage before
+        found = list(dict.fromkeys(line for at, lines in gathered if at == behind for line in lines))
         losses_bad = [line for line in found if ": loss" in line]  # a bad loss poisons every rank's last backward
         return losses_bad or found or ["no rank alone: the sum of their gradients is not finite"]
 
@@ -322,7 +279,7 @@ class Engine:
             kept = flat.detach().clone()
             flat.copy_(average)
             average.copy_(kept)
-        private.publish_masters(self._deepspeed)
+        self._publish()
 
     @torch.no_grad()
     def sum_nll(self, batches: Iterator[MicroBatch], token_bytes: np.ndarray) -> tuple[float, int, int]:
@@ -334,15 +291,34 @@ class Engine:
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         n_targets = n_bytes = 0
-        for batch in batches:
-            output = self.model(self._inputs(batch), labels=batch.labels_BT.to(self.world.device))
-            total += output.loss_sum.double()
+        for batch, loss_sum in self._loss_sums(batches):
+            total += loss_sum.double()
             targets = batch.labels_BT[batch.labels_BT >= 0].numpy()
             n_targets += targets.size
             n_bytes += int(token_bytes[targets].sum())
         mine = [float(total), n_targets, n_bytes] if self.grid.speaks else [0.0, 0, 0]
         nll, *counts = sum_over_ranks(mine, self.world)
         return nll, int(counts[0]), int(counts[1])
+
+    def _loss_sums(self, batches: Iterator[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor]]:
+        """Each batch and the sum of its loss, where this rank knows it, else 0 (collective, without gradients)."""
+        for batch in batches:
+            output = self.model(self._inputs(batch), labels=batch.labels_BT.to(self.world.device))
+            yield batch, output.loss_sum
+
+    def expert_counts(self) -> Tensor:
+        """(M, E) int64: assignments of the previous whole step in all layers of the whole model."""
+        return self.model.expert_counts()
+
+    def set_expert_counts(self, counts: Tensor) -> None:
+        """Set them. Raises ValueError on a wrong shape."""
+        self.model.set_expert_counts(counts)
+
+    def decoder(self) -> LLM | Decoder:
+        """What continues prompts with the present weights; used by all ranks together, where one has not all of them.
+        """
+        self.model.eval()
+        return self.model
 
     def _inputs(self, batch: MicroBatch) -> TransformerInput:
         return TransformerInput(tokens=batch.tokens_BT.to(self.world.device), cu_seqlens=batch.cu_seqlens)
@@ -352,7 +328,7 @@ class Engine:
         for fragment in self.fragments():
             cut = fragment.box != whole(self.shapes[fragment.name])
             # at stage 0 every rank has it all; what is not cut, every tensor-parallel rank
-            if self.world.is_main or (self.zero_stage and (cut or self.grid.speaks)):
+            if self.world.is_main or (self.zero_stage and (cut or self.grid.leads)):
                 yield fragment
 
     def fragments(self) -> Iterator[OwnedFragment]:
@@ -380,7 +356,8 @@ class Engine:
             kinds = {name: {"master"} for name in kinds}  # of another optimizer: this one begins anew
         state_of = base.state
         for number, flat in enumerate(self._partitions):
-            names = [piece.name for piece in self._pieces if piece.partition == number]
+            # a partition without pieces is padding, and keeps step with the others
+            names = [piece.name for piece in self._pieces if piece.partition == number] or list(kinds)
             keys = set().union(*(kinds[name] for name in names)) - {"master", "ema"}
             state: dict[str, Tensor] = {key: torch.zeros_like(flat, requires_grad=False) for key in sorted(keys)}
             if "exp_avg" in keys:
@@ -391,7 +368,7 @@ class Engine:
 
     def finish_load(self) -> None:
         """Make the loaded masters the weights of the next forward (collective)."""
-        private.publish_masters(self._deepspeed)
+        self._publish()
 
 
 def _total_norm(grads: list[Tensor]) -> Tensor:
@@ -399,11 +376,6 @@ def _total_norm(grads: list[Tensor]) -> Tensor:
     wrong by 8e-4 at 16 million elements."""
     rows = (torch.linalg.vector_norm(grad, dim=-1) for grad in grads)
     return torch.stack([torch.linalg.vector_norm(row, dtype=torch.float64) for row in rows]).norm()
-
-
-def highest_share(counts_MX: Tensor) -> float:
-    """Largest count of a row over the row's mean, over all rows."""
-    return float((counts_MX.amax(1) / counts_MX.double().mean(1).clamp(min=1e-9)).max())
 
 
 def deepspeed_config(

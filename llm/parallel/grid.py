@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from llm.args import ModelArgs
 from llm.boxes import Box, parameter_box
-from llm.parallel.launch import World
+from llm.parallel.launch import World, name_roles
 from llm.parallel.layout import Dimension, Layout, Place
 
 
@@ -38,6 +38,10 @@ class Grid:
     """Ranks that hold different experts of a layer, with the same tensor coordinate."""
     expert_data: Group
     """Ranks that hold the same experts, over which their gradients are summed."""
+    pipeline: Group
+    """Ranks that hold the stages of the model one after the other, with the same other coordinates."""
+    replica: Group
+    """Ranks that together hold the model once: all stages and all their tensor-parallel ranks."""
 
     @cached_property
     def place(self) -> Place:
@@ -45,7 +49,13 @@ class Grid:
 
     @property
     def speaks(self) -> bool:
-        """Whether this rank counts for what all ranks of its tensor group have alike, such as the loss of a batch."""
+        """Whether this rank counts for what all ranks of its replica have alike or only the last stage has, such as the
+        loss of a batch."""
+        return self.leads and self.pipeline.rank == self.pipeline.size - 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank counts for what all ranks of its tensor group have alike, such as a whole parameter."""
         return self.tensor.rank == 0
 
     def box(self, args: ModelArgs, name: str, shape: tuple[int, ...]) -> Box:
@@ -64,10 +74,17 @@ def make_grid(world: World, layout: Layout | None = None) -> Grid:
     grid = Grid(world, layout, **{str(dimension): group for dimension, group in groups.items()})
     if layout.tensor > 1:
         _tell_fairscale(grid)
+    stages = layout.pipeline
+    name_roles({rank: stage_name(layout.place(rank).pipeline, stages) for rank in range(world.size) if stages > 1})
     return grid
 
 
-_DIMENSIONS: tuple[Dimension, ...] = ("tensor", "data", "expert", "expert_data")
+def stage_name(number: int, count: int) -> str:
+    """How a stage is told to people."""
+    return f"stage {number + 1} of {count}"
+
+
+_DIMENSIONS: tuple[Dimension, ...] = ("tensor", "data", "expert", "expert_data", "pipeline", "replica")
 
 
 def _group(layout: Layout, dimension: Dimension, world: World) -> Group:

@@ -57,6 +57,16 @@ class World:
         return self.rank == 0
 
 
+def name_roles(roles: dict[int, str]) -> None:
+    """From now on what is said of a rank that fails, by itself or by others, has its role too."""
+    if _roll:
+        _roll.roles = roles
+
+
+def _who(rank: int) -> str:
+    return _roll.who(rank) if _roll else f"rank {rank}"
+
+
 def read_world() -> World:
     """Rank and size as torchrun gives them; one process when started by plain `python`. No group is made."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -135,7 +145,7 @@ def run(main: Callable[[], None]) -> None:
         if rank != 0 and (error.agreed or not dist.is_initialized()):
             _wait_for_the_end()  # rank 0 has probably found the same, and says it
         if rank == 0 or not error.agreed:
-            _fail(line if rank == 0 else f"{line} (rank {rank})", EXIT_USER_ERROR)
+            _fail(line if rank == 0 else f"{line} ({_who(rank)})", EXIT_USER_ERROR)
         _tell_torchrun(line)
         _leave(EXIT_USER_ERROR)
     except KeyboardInterrupt:
@@ -147,13 +157,13 @@ def run(main: Callable[[], None]) -> None:
         if status is None or status in (0, os.EX_TEMPFAIL) or (isinstance(status, int) and "RANK" not in os.environ):
             _leave(int(status or 0))
         if isinstance(status, int):
-            _fail(f"error: rank {rank}: exit status {status}", status)
-        _fail(f"error: rank {rank}: {_one_line(status)}", EXIT_FAILURE)
+            _fail(f"error: {_who(rank)}: exit status {status}", status)
+        _fail(f"error: {_who(rank)}: {_one_line(status)}", EXIT_FAILURE)
     except BaseException as error:
         if is_peers_fault(error):
             _fail_for_a_peer(error, rank)
         traceback.print_exc()  # a bug: keep the traceback, name the rank in the last line
-        _fail(f"error: rank {rank}: {type(error).__name__}: {_one_line(error)}", EXIT_FAILURE)
+        _fail(f"error: {_who(rank)}: {type(error).__name__}: {_one_line(error)}", EXIT_FAILURE)
     _leave(0)
 
 
@@ -192,7 +202,8 @@ def _fail_for_a_peer(error: BaseException, rank: int) -> NoReturn:
     if reason is None or not reason.sure:
         traceback.print_exception(error)
     met_as = f"{type(error).__name__}: {_one_line(error)}"
-    line = f"error: rank {rank}: {met_as}" if reason is None else f"error: rank {rank}: {reason.text}; met as {met_as}"
+    why = met_as if reason is None else f"{reason.text}; met as {met_as}"
+    line = f"error: {_who(rank)}: {why}"
     print(line, file=sys.stderr)
     _tell_torchrun(line, met)
     if _roll:

@@ -2,6 +2,7 @@
 
 A rank's coordinates are (pipeline, data, context, tensor), the last one innermost, so that tensor-parallel ranks are
 neighbours on one machine. Expert parallelism cuts the data-parallel ranks: neighbouring ones hold different experts.
+A replica is the ranks that together hold the model once, with all its stages.
 """
 
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal, NamedTuple
 
-Dimension = Literal["pipeline", "data", "context", "tensor", "expert", "expert_data"]
+Dimension = Literal["pipeline", "data", "context", "tensor", "expert", "expert_data", "replica"]
 
 
 class Place(NamedTuple):
@@ -51,6 +52,8 @@ class Layout:
 
     def size(self, dimension: Dimension) -> int:
         """Number of ranks of a group along `dimension`."""
+        if dimension == "replica":
+            return self.pipeline * self.context * self.tensor
         return self.data // self.expert if dimension == "expert_data" else int(getattr(self, dimension))
 
     def place(self, rank: int) -> Place:
@@ -76,6 +79,11 @@ class Layout:
                 )
                 for block in blocks:
                     yield [self.rank(pipeline, d, context, tensor) for d in block]
+            return
+        if dimension == "replica":
+            inside = list(product(range(self.pipeline), range(self.context), range(self.tensor)))
+            for d in range(self.data):
+                yield [self.rank(pipeline, d, context, tensor) for pipeline, context, tensor in inside]
             return
         sizes = {"pipeline": self.pipeline, "data": self.data, "context": self.context, "tensor": self.tensor}
         others = {name: range(size) for name, size in sizes.items() if name != dimension}

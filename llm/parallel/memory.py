@@ -40,7 +40,7 @@ class Memory:
 
 def predict(work: Workload) -> list[tuple[Memory, int]]:
     """Memory of each kind of rank, and how many ranks are of that kind."""
-    rest = work.layout.world // work.layout.tensor
+    rest = work.layout.world // (work.layout.tensor * work.layout.pipeline)
     return [(_of(work, kind), kind.ranks * rest) for kind in work.kinds]
 
 
@@ -53,7 +53,7 @@ def _of(work: Workload, kind: Kind) -> Memory:
         stay = [n for n in kind.sizes.values() if work.stays_gathered(n)] if work.layout.data > 1 else []
         parameters = width * (own + sum(work.layout.data * work.share_numel(numel) for numel in stay))
     else:
-        parameters = width * (whole if work.stage else sum(kind.sizes.values()))
+        parameters = width * ((whole if work.stage else sum(kind.sizes.values())) + kind.copied)
     return Memory(
         parameters=parameters,
         masters=FLOAT32 * own if work.stage else 0,
@@ -82,9 +82,9 @@ def _gradients(work: Workload, kind: Kind, own: int, whole: int) -> int | None:
     if work.offload_optimizer:
         return None
     if work.keeps_float32_gradients:
-        return FLOAT32 * whole
+        return FLOAT32 * (whole + kind.copied)
     if work.stage < 2:
-        return FLOAT32 * sum(kind.sizes.values())
+        return FLOAT32 * (sum(kind.sizes.values()) + kind.copied)
     if work.stage == 2 and work.precision == "fp32":
         return FLOAT32 * max(map(sum, zip(*(_touched(work, group, kind) for group in work.groups), strict=True)))
     return FLOAT32 * own

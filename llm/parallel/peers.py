@@ -50,6 +50,8 @@ class Roll:
         self._base, self._rank, self._size = dist.PrefixStore("roll", store), rank, size
         self._store: dist.Store | None = None
         self._places: dict[int, dict[str, Any]] = {}
+        self.roles: dict[int, str] = {}
+        """What a rank does in the job, where that says more than its number."""
 
     def meet(self, timeout_s: float) -> dist.Store:
         """Wait until all ranks are here; a store for this attempt alone. PeerError naming the missing ranks after
@@ -86,6 +88,10 @@ class Roll:
             return [0]
         return sorted(set(range(self._size)) - self._read("places").keys())
 
+    def who(self, rank: int) -> str:
+        """The rank by number and role."""
+        return f"rank {rank} ({self.roles[rank]})" if rank in self.roles else f"rank {rank}"
+
     def failed(self, line: str) -> None:
         """Leave the reason why this rank ends, for those who wait for it."""
         _in_time(lambda: self._add("failures", line))
@@ -105,7 +111,7 @@ class Roll:
             seen = next(filter(None, alone.values()), "") or self._seen()  # the first look says most
             silent = sorted(set(range(self._size)) - alone.keys() - {self._rank})
             for rank, line in self._read("failures").items():
-                found.append(Reason(f"rank {rank} failed: {line}", True))
+                found.append(Reason(f"{self.who(rank)} failed: {_without(line, self.who(rank))}", True))
             if seen:
                 found.append(Reason(seen, True))
             if silent:
@@ -128,7 +134,11 @@ class Roll:
         """The ranks of this machine that are gone, or stopped, without having said why; in words."""
         known = self._read("failures").keys() | self._read("alone").keys()
         states = {rank: state_of(place) for rank, place in self._places.items() if rank not in known}
-        lines = [f"rank {r} (process {self._places[r]['pid']}) is {state}" for r, state in states.items() if state]
+        lines = []
+        for rank, state in states.items():
+            if state:
+                what = ", ".join([*filter(None, [self.roles.get(rank)]), f"process {self._places[rank]['pid']}"])
+                lines.append(f"rank {rank} ({what}) is {state}")
         return ", ".join(lines[:MOST_NAMED])
 
     def _named(self, ranks: list[int]) -> str:
@@ -182,6 +192,11 @@ def wait_for(store: dist.Store, key: str, timeout_s: float, who: str) -> bytes:
         time.sleep(pause)
         pause = min(2 * pause, 0.25)
     return store.get(key)
+
+
+def _without(line: str, who: str) -> str:
+    """The line of a rank that failed, which may begin with who it is."""
+    return line.removeprefix(f"{who}: ") if "(" in who else line
 
 
 def is_peers_fault(error: BaseException) -> bool:

@@ -6,6 +6,8 @@ all-reduce algorithms for clusters of workstations"), S being the bytes of its w
     all-reduce 2 (n-1) S;  all-gather, reduce-scatter, broadcast, reduce (n-1) S;
     all-to-all (n-1)/n of the buffers of all its ranks, as if every rank sent equally much to each.
 
+What one rank sends to another, from stage to stage of a pipeline, is the bytes of its buffer.
+
 So groups of one rank send nothing. Libraries may choose other algorithms, and the rows that an expert-parallel rank
 keeps for itself depend on the routing; this number depends on neither. llm/parallel/traffic_plan.py predicts it.
 """
@@ -24,7 +26,7 @@ from llm.parallel.launch import World
 from llm.parallel.layout import Dimension, Layout
 
 Along = Dimension | Literal["world"]
-_ORDER: tuple[Along, ...] = ("tensor", "data", "expert_data", "expert", "context", "pipeline", "world")
+_ORDER: tuple[Along, ...] = ("tensor", "data", "expert_data", "expert", "context", "pipeline", "replica", "world")
 
 # operation -> (argument that holds the whole buffer, times it is sent to each other rank)
 _RING: dict[str, tuple[int, int]] = {
@@ -78,6 +80,7 @@ class TrafficCounter(TorchDispatchMode):
         self.calls: Counter[Along] = Counter()
         """Collectives of this rank, by dimension; groups of one rank left out."""
         self._sent: Counter[Along] = Counter()  # as if all ranks of its groups had this rank's buffers
+        self._sends = 0  # between stages, by this rank alone
         self._along: dict[tuple[int, ...], Along] = {}
         for along in _ORDER:
             for ranks in groups_of(layout, along):
@@ -96,6 +99,11 @@ class TrafficCounter(TorchDispatchMode):
     def _count(self, namespace: str, operation: str, args: Any) -> None:
         if operation in _SILENT:
             return
+        if operation == "recv_":
+            return
+        if operation == "send":
+            self._sends += sum(leaf.nbytes for leaf in tree_leaves(args[0]) if isinstance(leaf, Tensor))
+            return
         if namespace != "c10d" or operation not in _RING:
             raise NotImplementedError(f"no rule for the bytes of {namespace}::{operation}")
         ranks = _ranks(args)
@@ -112,8 +120,9 @@ class TrafficCounter(TorchDispatchMode):
 
     def total(self, world: World) -> dict[Along, int]:
         """Bytes sent by all ranks together, by dimension (collective)."""
-        sums = sum_over_ranks([float(self._sent[along]) for along in _ORDER], world)
+        *sums, sends = sum_over_ranks([*(float(self._sent[along]) for along in _ORDER), float(self._sends)], world)
         sent = {along: int(bytes_) // size_of(self.layout, along) for along, bytes_ in zip(_ORDER, sums, strict=True)}
+        sent[dimension_names(self.layout)["pipeline"]] += int(sends)
         return {along: bytes_ for along, bytes_ in sent.items() if bytes_}
 
 

@@ -9,6 +9,7 @@ Letters: t tensor-parallel, n data-parallel, e expert-parallel ranks.
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from typing import NamedTuple
 
 from llm.boxes import tensor_dim
@@ -34,7 +35,8 @@ def predict(work: Workload) -> dict[Along, dict[str, int]]:
     """
     names = dimension_names(work.layout)
     table: dict[Along, Counter[str]] = {}
-    for sent in (*_tensor(work), *_experts(work), *_sums(work), *_zero(work), *_muon(work)):
+    parts = (_tensor, _pipeline, _experts, _sums, _zero, _muon)
+    for sent in chain.from_iterable(part(work) for part in parts):
         if sent.bytes:
             along = sent.along if sent.purpose == "tokens" else names[sent.along]
             table.setdefault(along, Counter())[sent.purpose] += sent.bytes
@@ -47,7 +49,7 @@ def _tensor(work: Workload) -> Iterator[Sent]:
     t = layout.tensor
     if t == 1:
         return
-    times = work.accumulation * layout.world // t
+    times = work.accumulation * layout.world // (t * layout.pipeline)  # each stage has its layers alone
     edges = mean_squares = 0
     for spec in args.layer_specs():
         regions = 1 if spec.ffn == "none" else 2
@@ -65,7 +67,8 @@ def _tensor(work: Workload) -> Iterator[Sent]:
     yield Sent("tensor", "activations", times * edges * per_edge)
     yield Sent("tensor", "activations", times * mean_squares * 2 * (t - 1) * work.tokens * FLOAT32)
     yield Sent("tensor", "loss", times * (t - 1) * t * 2 * work.tokens * FLOAT32)
-    summed = sum(work.kinds[0].sizes[name] for name in work.shapes if _summed(work, name))
+    sizes = {name: numel for kind in work.kinds for name, numel in kind.sizes.items()}
+    summed = sum(sizes[name] for name in work.shapes if _summed(work, name))
     yield Sent("tensor", "gradients", times * 2 * (t - 1) * FLOAT32 * summed)
 
 
@@ -73,6 +76,23 @@ def _summed(work: Workload, name: str) -> bool:
     """Whether tensor-parallel ranks hold the parameter alike, and each makes a term of its gradient."""
     cut = tensor_dim(work.args, name, work.layout.tensor) is not None
     return not cut and (plan_for(name).in_region or work.layout.sequence_parallel)
+
+
+def _pipeline(work: Workload) -> Iterator[Sent]:
+    """Vectors go to the next stage and their gradients come back; the last stage's copy of a tied table sends its
+    gradient and gets new weights; DeepSpeed tells all stages the loss.
+    """
+    layout = work.layout
+    s, pipelines = layout.pipeline, layout.world // layout.pipeline
+    if s == 1:
+        return
+    cut = layout.tensor if layout.sequence_parallel else 1
+    vectors = work.tokens * work.args.dim * BYTES[work.precision] // cut
+    yield Sent("pipeline", "activations", pipelines * work.accumulation * (s - 1) * 2 * vectors)
+    copied = layout.data * sum(kind.ranks * kind.copied for kind in work.kinds)
+    yield Sent("pipeline", "tied table", copied * (FLOAT32 + BYTES[work.precision]))
+    yield Sent("pipeline", "loss", pipelines * (s - 1) * 2 * FLOAT32)
+    yield Sent("data", "loss", layout.tensor * 2 * (layout.data - 1) * FLOAT32)
 
 
 def _experts(work: Workload) -> Iterator[Sent]:
@@ -86,7 +106,8 @@ def _experts(work: Workload) -> Iterator[Sent]:
         forwards, swaps = 2, 6 if moe.shared or moe.apply == "output" or auxiliary_losses(work.args) else 5
     rows = work.tokens * moe.top_k * work.args.dim * BYTES[work.precision]
     bytes_ = (e - 1) * (forwards * moe.n_experts * INT64 + swaps * rows)
-    yield Sent("expert", "tokens", work.accumulation * work.layout.world // e * work.moe_layers * bytes_)
+    groups_of_a_layer = work.layout.world // (e * work.layout.pipeline)
+    yield Sent("expert", "tokens", work.accumulation * groups_of_a_layer * work.moe_layers * bytes_)
 
 
 def _sums(work: Workload) -> Iterator[Sent]:
@@ -105,7 +126,7 @@ def _zero(work: Workload) -> Iterator[Sent]:
         for group in work.groups:
             n, times = work.cut_over(group), _groups(work, group, kind)
             along: Along = "expert_data" if group.on_expert_ranks else "data"
-            flat, exact = work.flat_numel(group, kind), sum(kind.sizes[name] for name in group.names)
+            flat, exact = work.flat_numel(group, kind), sum(kind.sizes.get(name, 0) for name in group.names)
             reduced = (flat if work.keeps_float32_gradients else exact) * (work.accumulation if work.stage == 2 else 1)
             yield Sent(along, "gradients", times * 2 * (n - 1) * FLOAT32 * reduced)
             if work.stage:
@@ -138,7 +159,7 @@ def _norms(work: Workload) -> Iterator[Sent]:
         return
     if work.keeps_float32_gradients:
         experts = any(group.on_expert_ranks for group in groups)
-        yield _numbers(work, "tensor", FLOAT32 * (1 + experts))
+        yield _numbers(work, "replica", FLOAT32 * (1 + experts))
         yield _numbers(work, "expert", FLOAT32 * experts)
         return
     flags = int(work.precision == "fp16" or (work.precision == "bf16" and work.stage < 3))
@@ -148,7 +169,7 @@ def _norms(work: Workload) -> Iterator[Sent]:
     else:
         squares = len(groups) * FLOAT32
         yield _numbers(work, "expert_data", FLOAT32 * sum(group.on_expert_ranks for group in groups))
-    for along in ("data", "tensor"):
+    for along in ("data", "replica"):
         yield _numbers(work, along, squares + flags)
 
 
@@ -167,7 +188,7 @@ def _muon(work: Workload) -> Iterator[Sent]:
         n = work.cut_over(group)
         along: Along = "expert_data" if group.on_expert_ranks else "data"
         for kind in work.kinds:
-            numel = sum(kind.sizes[name] for name in group.names)
+            numel = sum(kind.sizes.get(name, 0) for name in group.names)
             yield Sent(along, "Muon", _groups(work, group, kind) * 4 * (n - 1) * FLOAT32 * numel)
-            # kinds differ in the vocabulary only, which is not Muon's: of a tensor group all ranks have as much
+            # kinds of a stage differ in the vocabulary only, which is not Muon's: of a tensor group all have as much
             yield Sent("tensor", "Muon", kind.ranks * work.layout.data * 2 * (t - 1) * FLOAT32 * numel)

@@ -19,8 +19,8 @@ WHOLE_PARAMETERS_ONLY = ("log.trace_steps",)
 """Config keys whose feature, once asked for, does not know of cut parameters and activations."""
 
 RANKS_OF_A_REPLICA: tuple[Dimension, ...] = ("tensor", "pipeline", "context")
-CUTS_PARAMETERS: tuple[Dimension, ...] = ("tensor", "expert")
-LAYOUT_NUMBERS = ("parallel.tensor", "parallel.expert", "parallel.zero_stage")
+CUTS_PARAMETERS: tuple[Dimension, ...] = ("tensor", "pipeline", "expert")
+LAYOUT_NUMBERS = ("parallel.tensor", "parallel.pipeline", "parallel.expert", "parallel.zero_stage")
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Choice(NamedTuple):
         layout = self.layout
         return {
             "parallel.tensor": layout.tensor,
+            "parallel.pipeline": layout.pipeline,
             "parallel.expert": layout.expert,
             "parallel.zero_stage": layout.zero_stage,
             "train.micro_batch_size": self.micro_batch_size,
@@ -99,6 +100,12 @@ def _tensor(needs: Needs, choice: Choice) -> Iterator[str]:
             yield f"parallel.tensor={ranks} does not divide {key}={width}"
 
 
+def _pipeline(needs: Needs, choice: Choice) -> Iterator[str]:
+    stages, layers = choice.layout.pipeline, needs.args.n_layers
+    if stages > layers:
+        yield f"parallel.pipeline={stages} is above model.n_layers={layers}"
+
+
 def _expert(needs: Needs, choice: Choice) -> Iterator[str]:
     ranks, data = choice.layout.expert, choice.layout.data
     if ranks == 1:
@@ -115,6 +122,8 @@ def _zero_stage(needs: Needs, choice: Choice) -> Iterator[str]:
     layout = choice.layout
     if layout.zero_stage == 3 and layout.expert > 1:
         yield f"parallel.zero_stage=3 needs parallel.expert=1, not {layout.expert}"
+    if layout.zero_stage > 1 and layout.pipeline > 1:
+        yield f"parallel.zero_stage={layout.zero_stage} needs parallel.pipeline=1, not {layout.pipeline}"
     if layout.zero_stage == 0:
         if needs.precision != "fp32":
             yield f"parallel.zero_stage=0 needs train.precision=fp32, not {needs.precision}"
@@ -150,7 +159,7 @@ def _sequence(needs: Needs, choice: Choice) -> Iterator[str]:
         )
 
 
-LAYOUT_RULES: tuple[Rule, ...] = (_ranks, _tensor, _expert, _zero_stage, _whole_parameters)
+LAYOUT_RULES: tuple[Rule, ...] = (_ranks, _tensor, _pipeline, _expert, _zero_stage, _whole_parameters)
 """What the micro-batch and sequence parallelism have no part in. A rule may count on those before it."""
 RULES: tuple[Rule, ...] = (*LAYOUT_RULES, _batch, _sequence)
 
@@ -194,10 +203,12 @@ def _working(needs: Needs, wanted: Choice, world: int) -> Iterator[Choice]:
 
 def _layouts(like: Layout) -> Iterator[Layout]:
     for tensor in divisors(like.world):
-        cut = replace(like, tensor=tensor)
-        for expert in divisors(cut.data) if cut.data else ():
-            for zero_stage in range(4):
-                yield replace(cut, expert=expert, zero_stage=zero_stage)
+        # who wants no pipeline is not given one
+        for pipeline in divisors(like.world // tensor) if like.pipeline > 1 else (1,):
+            cut = replace(like, tensor=tensor, pipeline=pipeline)
+            for expert in divisors(cut.data) if cut.data else ():
+                for zero_stage in range(4):
+                    yield replace(cut, expert=expert, zero_stage=zero_stage)
 
 
 def _distance(wanted: Choice, other: Choice) -> tuple[int, ...]:
@@ -211,9 +222,12 @@ def _distance(wanted: Choice, other: Choice) -> tuple[int, ...]:
         "parallel.sequence_parallel" in changed,
         sum(in_layout.values()),
         abs(other.micro_batch_size - wanted.micro_batch_size),
-        # another ZeRO stage before another expert, and that before another tensor; of two values what takes less memory
+        # another ZeRO stage before another expert, that before another tensor, and that before another pipeline; of two
+        # values what takes less memory
+        "parallel.pipeline" in changed,
         "parallel.tensor" in changed,
         "parallel.expert" in changed,
+        -other.layout.pipeline,
         -other.layout.tensor,
         -other.layout.expert,
         -other.layout.zero_stage,
@@ -239,7 +253,7 @@ def _advice(needs: Needs, wanted: Choice) -> str:
 
 def _can_work(needs: Needs, wanted: Choice, world: int) -> bool:
     """Whether anything works on `world` ranks: if so, it does with everything but `tensor` at what asks for least."""
-    least = replace(wanted.layout, world=world, expert=1, zero_stage=1, sequence_parallel=False)
+    least = replace(wanted.layout, world=world, pipeline=1, expert=1, zero_stage=1, sequence_parallel=False)
     return any(problem(needs, Choice(replace(least, tensor=t), 1)) is None for t in divisors(world))
 
 

@@ -6,7 +6,7 @@ model of any size on any number of ranks takes a moment.
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -15,9 +15,12 @@ from llm.args import ModelArgs
 from llm.boxes import box_shape, parameter_box
 from llm.parallel.engine import ZERO3_SUB_GROUP
 from llm.parallel.layout import Layout
+from llm.parallel.stages import Stage, split
 from llm.recompute import Recompute
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+FILLER = 1
+"""Elements of the parameter that stands in an optimizer group of which a stage has none (llm/train/optimizer.py)."""
 ALIGNMENT = 2
 """DeepSpeed pads a flat group to this many elements a rank."""
 
@@ -42,12 +45,17 @@ class OptimizerGroup(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """Tensor-parallel ranks that hold parts of the same sizes; others differ where a vocabulary is cut unevenly."""
+    """Tensor-parallel ranks of a stage that hold parts of the same sizes; others differ where a vocabulary is cut
+    unevenly.
+    """
 
     sizes: Mapping[str, int]
-    """Elements of each parameter on such a rank, before ZeRO cuts them."""
+    """Elements of each parameter that such a rank owns, before ZeRO cuts them."""
     ranks: int
     """How many there are in a tensor-parallel group."""
+    stage: int = 0
+    copied: int = 0
+    """Elements of a tied token table of which it has a copy."""
 
 
 @dataclass(frozen=True)
@@ -94,24 +102,39 @@ class Workload:
     @property
     def held(self) -> list[int]:
         """Elements on a rank of each kind, before ZeRO cuts them."""
-        return [sum(kind.sizes.values()) for kind in self.kinds]
+        return [sum(kind.sizes.values()) + kind.copied for kind in self.kinds]
 
     @property
     def moe_layers(self) -> int:
         return sum(spec.ffn == "moe" for spec in self.args.layer_specs())
 
     @cached_property
+    def stages(self) -> list[Stage]:
+        """The stages of the pipeline; without one, a single stage."""
+        return split(self.args, self.layout.pipeline, self.seq_len)
+
+    @cached_property
     def kinds(self) -> tuple[Kind, ...]:
-        """The kinds of tensor-parallel ranks; one, or two where the vocabulary does not divide evenly."""
+        """The kinds of ranks of a replica: of each stage one, or two where the vocabulary does not divide evenly."""
+        return tuple(kind for stage in self.stages for kind in self._kinds(stage))
+
+    def _kinds(self, stage: Stage) -> Iterator[Kind]:
         layout, args = self.layout, self.args
+        names = [name for name in self.shapes if stage.owns(name)]
+        copy = ["tok_embeddings.weight"] if args.tie_embeddings and stage.last and not stage.first else []
         found: Counter[tuple[int, ...]] = Counter()
         for rank in range(layout.tensor):
             boxes = (
-                parameter_box(args, name, shape, (rank, layout.tensor), (0, layout.expert))
-                for name, shape in self.shapes.items()
+                parameter_box(args, name, self.shapes[name], (rank, layout.tensor), (0, layout.expert))
+                for name in names + copy
             )
             found[tuple(math.prod(box_shape(box)) for box in boxes)] += 1
-        return tuple(Kind(dict(zip(self.shapes, sizes, strict=True)), ranks) for sizes, ranks in found.items())
+        for sizes, ranks in found.items():
+            yield Kind(dict(zip(names, sizes, strict=False)), ranks, stage.number, sum(sizes[len(names) :]))
+
+    def members(self, group: OptimizerGroup, kind: Kind) -> list[int]:
+        """Elements of each parameter of the group on such a rank; a group without any has a filler of one element."""
+        return [kind.sizes[name] for name in group.names if name in kind.sizes] or [FILLER]
 
     def cut_over(self, group: OptimizerGroup) -> int:
         """Ranks over which ZeRO cuts the group, and over which its gradients are summed."""
@@ -119,7 +142,7 @@ class Workload:
 
     def flat_numel(self, group: OptimizerGroup, kind: Kind) -> int:
         """Elements of the flat group of ZeRO 1 and 2, with padding."""
-        return _padded(sum(kind.sizes[name] for name in group.names), ALIGNMENT * self.cut_over(group))
+        return _padded(sum(self.members(group, kind)), ALIGNMENT * self.cut_over(group))
 
     def share_numel(self, numel: int) -> int:
         """Elements of a rank's share under ZeRO-3, with padding."""

@@ -7,6 +7,7 @@ from llm.parallel.build import build_model
 from llm.parallel.collectives import all_or_none
 from llm.parallel.engine import Engine
 from llm.parallel.grid import Grid
+from llm.parallel.pipeline import engine_class
 from llm.train.config import RunConfig, accumulation_steps
 from llm.train.optimizer import make_optimizer
 
@@ -17,8 +18,15 @@ def build_engine(config: RunConfig, grid: Grid) -> Engine:
     UserError on all ranks where this machine lacks what the config needs.
     """
     train, parallel = config.train, config.parallel
-    model = build_model(config.model, train.seed, grid, zero_stage=parallel.zero_stage, precision=train.precision)
-    engine = Engine(
+    model = build_model(
+        config.model,
+        train.seed,
+        grid,
+        zero_stage=parallel.zero_stage,
+        precision=train.precision,
+        seq_len=train.seq_len,
+    )
+    engine = engine_class(grid)(
         model,
         make_optimizer(model, config.optim),
         grid=grid,

@@ -7,7 +7,9 @@ from llm.errors import UserError
 from llm.model import LLM
 from llm.parallel import memory, traffic_plan
 from llm.parallel.deepspeed_private import mark
+from llm.parallel.grid import stage_name
 from llm.parallel.layout import Dimension, Layout
+from llm.parallel.stages import bubble
 from llm.parallel.workload import ZERO3_DEFAULTS, OptimizerGroup, Workload
 from llm.plans import plan_for
 from llm.tokenizer import load_tokenizer
@@ -65,6 +67,7 @@ def _lines(config: RunConfig, layout: Layout) -> Iterator[str]:
         yield f"sizes are not known: model.vocab_size=-1 takes the tokenizer's, and {error}"
         return
     work = workload(config, layout)
+    yield from _pipeline(work)
     passed = [f"zero_optimization.{option}" for option in work.zero.keys() - ZERO3_DEFAULTS.keys()]
     for option in sorted([*passed, *config.deepspeed.keys() - {"zero_optimization"}]):
         yield f"deepspeed.{option} is passed through; what follows does not know of it"
@@ -91,6 +94,24 @@ def _grid(layout: Layout) -> Iterator[str]:
         if layout.size(name) > 1:
             groups = [_short([str(rank) for rank in ranks], " ") for ranks in layout.groups(name)]
             yield f"  {name:<12} {_short(groups, ' | ')}"
+
+
+def _pipeline(work: Workload) -> Iterator[str]:
+    count, micro_batches = len(work.stages), work.accumulation
+    if count == 1:
+        return
+    yield ""
+    yield "stages, cut by estimated work (the head weighs its matrix, an expert what it is chosen):"
+    for stage in work.stages:
+        first, last = stage.layers[0], stage.layers[-1]
+        layers = f"layer {first}" if first == last else f"layers {first} to {last}"
+        parts = ["embedding"] * stage.first + [layers] + ["head"] * stage.last
+        yield f"  {stage_name(stage.number, count):<14} {', '.join(parts):<34} {stage.share:6.1%} of the work"
+    slowest = max(stage.share for stage in work.stages)
+    yield (
+        f"a rank waits (S-1)/(m+S-1) = {bubble(count, micro_batches):.1%} of a step of m={micro_batches} micro-batches "
+        f"for S={count} stages, and all for the slowest stage, which has {slowest * count:.2f} times the mean work"
+    )
 
 
 def _memory(work: Workload, asynchronous: bool) -> Iterator[str]:

@@ -9,7 +9,7 @@ from collections import deque
 from typing import Any, Literal
 
 from llm.parallel.collectives import agreed_error
-from llm.parallel.engine import StepResult
+from llm.parallel.step import StepResult
 from llm.train.config import GuardConfig
 
 Action = Literal["go on", "rewind"]

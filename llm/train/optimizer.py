@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from llm.model import LLM
-from llm.parallel.deepspeed_private import expert_group
+from llm.parallel.build import whole_shapes
+from llm.parallel.deepspeed_private import expert_group, is_copy
 from llm.parallel.muon import Muon
 from llm.plans import plan_for
 from llm.train.config import OptimConfig
@@ -20,15 +21,19 @@ def parameter_groups(model: LLM, optim: OptimConfig) -> list[dict[str, Any]]:
     rate is theirs.
     """
     groups: dict[tuple[Any, ...], list[torch.nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    held = {name: parameter for name, parameter in model.named_parameters() if not is_copy(parameter)}
+    for name in whole_shapes(model.args):  # so that every stage of a pipeline has the same groups
         plan = plan_for(name)
         muon = optim.name == "muon" and plan.kind in MUON_KINDS
         factor = optim.lr_factors.get(plan.kind, 1.0)
         if muon and optim.muon_lr is not None:
             factor *= optim.muon_lr / optim.lr
         decay = optim.weight_decay if plan.decay else 0.0
-        key = (decay, factor, muon, *expert_group(parameter).items())
-        groups.setdefault(key, []).append(parameter)
+        parameter = held.get(name)
+        key = (decay, factor, muon, *(() if parameter is None else expert_group(parameter).items()))
+        members = groups.setdefault(key, [])
+        if parameter is not None:
+            members.append(parameter)
     return [
         {"params": members, "weight_decay": decay, "lr_factor": factor, "muon": muon, **dict(experts)}
         for (decay, factor, muon, *experts), members in groups.items()
@@ -36,8 +41,14 @@ def parameter_groups(model: LLM, optim: OptimConfig) -> list[dict[str, Any]]:
 
 
 def make_optimizer(model: LLM, optim: OptimConfig) -> torch.optim.Optimizer:
-    """Fused AdamW, plain SGD, or Muon with AdamW, over the groups above."""
+    """Fused AdamW, plain SGD, or Muon with AdamW, over the groups above, none of which is empty: DeepSpeed takes a norm
+    of each group, over all stages together.
+    """
     groups = parameter_groups(model, optim)
+    like = next(model.parameters())
+    for group in groups:
+        if not group["params"]:  # this stage of a pipeline has none of them
+            group["params"] = [torch.nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device))]
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr)
     if optim.name == "muon":

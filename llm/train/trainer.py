@@ -30,9 +30,9 @@ from llm.data.mixture import Mixture
 from llm.errors import UserError
 from llm.generate import generate
 from llm.parallel.collectives import agreed_error, all_or_none, main_decides, sum_over_ranks
-from llm.parallel.engine import StepResult
 from llm.parallel.grid import make_grid
 from llm.parallel.launch import World
+from llm.parallel.step import StepResult
 from llm.tokenizer import Tokenizer, load_tokenizer
 from llm.train.begin import read_weights
 from llm.train.build import build_engine
@@ -179,7 +179,7 @@ class Trainer:
         def apply() -> None:
             self.engine.finish_load()
             if meta["expert_counts"]:
-                self.engine.model.set_expert_counts(torch.tensor(meta["expert_counts"], dtype=torch.int64))
+                self.engine.set_expert_counts(torch.tensor(meta["expert_counts"], dtype=torch.int64))
             self.step = self._saved_step = checkpoint.step
             self.consumed_rows = meta["data"]["consumed"]
             self.tokens = meta["tokens"]
@@ -194,13 +194,11 @@ class Trainer:
         off, complete it (collective). Older ones are pruned with it. `last`: see `_attempt`.
         """
         self._attempt(self.store.finish, log)
-        model = self.engine.model
-        counts = model.expert_counts()
         meta = {
             "config": self.config.model_dump(mode="json"),
             "tokenizer": self.tokenizer.fingerprint,
             "data": self.mixture.state(self.consumed_rows),
-            "expert_counts": counts.tolist(),
+            "expert_counts": self.engine.expert_counts().tolist(),
             "optimizer_scalars": self.engine.optimizer_scalars(),
             "tokens": self.tokens,
             "best": dataclasses.asdict(self.best),
@@ -427,7 +425,7 @@ class Trainer:
     def _sample(self, log: RunLog | None) -> None:
         """Continue the prompts; by rank 0, or where a forward needs the other ranks, by all alike."""
         config, layout = self.config, self.grid.layout
-        if layout.zero_stage == 3 or layout.tensor > 1 or layout.expert > 1:
+        if layout.zero_stage == 3 or max(layout.tensor, layout.pipeline, layout.expert) > 1:
             texts = self._continuations()
         else:
             texts = main_decides(self._continuations, self.world)
@@ -436,9 +434,8 @@ class Trainer:
                 log.sample(self.step, prompt, prompt + text)
 
     def _continuations(self) -> list[str]:
-        self.engine.model.eval()
         continuations = generate(
-            self.engine.model,
+            self.engine.decoder(),
             self.prompts,
             max_new_tokens=self.config.eval.sample_tokens,
             temperature=self.config.eval.temperature,

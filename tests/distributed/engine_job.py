@@ -19,6 +19,7 @@ from llm.parallel.engine import Engine
 from llm.parallel.grid import Grid, make_grid
 from llm.parallel.launch import World
 from llm.parallel.layout import Layout
+from llm.parallel.pipeline import engine_class
 from llm.train.config import OptimConfig
 from llm.train.optimizer import make_optimizer
 from tests.distributed.harness import TINY_MODEL
@@ -51,12 +52,12 @@ def build(case: dict[str, Any], world: World) -> Engine:
     raw = {**TINY_MODEL, "vocab_size": VOCAB, "tie_embeddings": case.get("tied", False), **case.get("model", {})}
     args = ModelArgs.model_validate(raw)
     stage, precision, accumulation = case.get("stage", 1), case.get("precision", "fp32"), case.get("accumulation", 1)
-    cut = {key: case[key] for key in ("tensor", "expert", "sequence_parallel") if key in case}
+    cut = {key: case[key] for key in ("tensor", "expert", "pipeline", "sequence_parallel") if key in case}
     grid = make_grid(world, Layout(world.size, zero_stage=stage, **cut))
-    model = build_model(args, SEED, grid, zero_stage=stage, precision=precision)
+    model = build_model(args, SEED, grid, zero_stage=stage, precision=precision, seq_len=SEQ_LEN)
     model.activation_checkpointing = case.get("recompute", "none")
     optim = OptimConfig.model_validate({"name": case.get("optimizer", "adamw"), "lr": 1e-3, "min_lr": 0.0})
-    engine = Engine(
+    engine = engine_class(grid)(
         model,
         make_optimizer(model, optim),
         grid=grid,

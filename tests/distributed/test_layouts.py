@@ -57,6 +57,8 @@ ON_TWO_RANKS: list[Case] = [
     {"tensor": 2, "of": "neox", "recompute": "selective"},
     {"tensor": 2, "of": "gemma2", "accumulation": 2},
     {"tensor": 2, "of": "olmo2", "sequence_parallel": False},
+    {"pipeline": 2, "accumulation": 4},
+    {"pipeline": 2, "of": "top1 tied", "optimizer": "sgd", "accumulation": 2, "recompute": "full"},
 ]
 ON_FOUR_RANKS: list[Case] = [
     {"tensor": 2, "expert": 2, "accumulation": 2},
@@ -65,7 +67,11 @@ ON_FOUR_RANKS: list[Case] = [
     {"expert": 4, "stage": 2},
     {"tensor": 2, "expert": 2, "precision": "bf16", "of": "small weights"},
 ]
-ON_EIGHT_RANKS: list[Case] = [{"tensor": 2, "expert": 2, "stage": 2}]
+ON_EIGHT_RANKS: list[Case] = [
+    {"tensor": 2, "expert": 2, "stage": 2},
+    {"pipeline": 2, "tensor": 2, "accumulation": 2},
+    {"pipeline": 2, "tensor": 2, "accumulation": 4, "of": "top1 tied", "optimizer": "sgd", "recompute": "selective"},
+]
 BY_RANKS = {2: ON_TWO_RANKS, 4: ON_FOUR_RANKS, 8: ON_EIGHT_RANKS}
 
 
@@ -89,6 +95,42 @@ def matrix(ranks: int) -> list[Case]:
         accumulation = 2 if optimizer == "sgd" and ROWS % (2 * data) == 0 else 1
         cases.append({**layout, "optimizer": optimizer, "of": of, "accumulation": accumulation})
     return cases
+
+
+def pipelines(ranks: int) -> list[Case]:
+    """Every number of stages and of tensor-parallel ranks that fits, with as many micro-batches as the rows allow."""
+    cases: list[Case] = []
+    for stages, tensor in product((2, 3, 4), (1, 2)):
+        data, rest = divmod(ranks, stages * tensor)
+        if rest or data == 0:
+            continue
+        layout = {"pipeline": stages, "tensor": tensor}
+        for accumulation, recompute in ((2, "none"), (4, "full"), (8, "selective")):
+            if ROWS % (accumulation * data) == 0:
+                of = ("top2", "top1 tied")
+                both = [{"of": model, "optimizer": name} for model, name in product(of, OPTIMIZERS)]
+                cases += [{**layout, "accumulation": accumulation, "recompute": recompute, **case} for case in both]
+    return cases
+
+
+def more_pipelines() -> dict[int, list[Case]]:
+    """Pipelines with other models, optimizers and precisions."""
+    layouts = {2: [{"pipeline": 2}], 4: [{"pipeline": 2, "tensor": 2}, {"pipeline": 2}, {"pipeline": 4}]}
+    return {
+        ranks: [
+            {**layout, "accumulation": 2, **case}
+            for layout in of_ranks
+            for case in (
+                *({"of": of} for of in ("one kv head", "neox", "gemma2", "olmo2")),
+                {"accumulation": 1},
+                {"optimizer": "muon"},
+                {"offload": True},
+                {"precision": "bf16", "of": "small weights"},
+                {"precision": "fp16", "of": "small weights"},
+            )
+        ]
+        for ranks, of_ranks in layouts.items()
+    }
 
 
 def extras() -> dict[int, list[Case]]:
@@ -160,6 +202,7 @@ def few_steps(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str],
 @pytest.fixture(scope="module")
 def many_steps(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[dict[str, Any]]]:
     cases = [case for ranks in (1, 2, 4, 8) for case in matrix(ranks) + extras().get(ranks, [])]
+    cases += [case for ranks in (2, 4) for case in more_pipelines()[ranks]]
     return references(tmp_path_factory.mktemp("one"), cases, STEPS)
 
 
@@ -189,4 +232,21 @@ def test_every_layout_equals_one_process(tmp_path: Path, ranks: int, many_steps:
 @pytest.mark.parametrize("ranks", extras())
 def test_precisions_and_what_saves_memory_equal_one_process(tmp_path: Path, ranks: int, many_steps: Any) -> None:
     cases = extras()[ranks]
+    check_all(cases, train(tmp_path, [prepared(case, STEPS) for case in cases], ranks), many_steps)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", [2, 3, 4, 6, 8])
+def test_every_pipeline_equals_one_process(tmp_path: Path, ranks: int, many_steps: Any) -> None:
+    cases = pipelines(ranks)
+    assert cases
+    check_all(cases, train(tmp_path, [prepared(case, STEPS) for case in cases], ranks), many_steps)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", more_pipelines())
+def test_pipelines_of_other_models_and_precisions_equal_one_process(
+    tmp_path: Path, ranks: int, many_steps: Any
+) -> None:
+    cases = more_pipelines()[ranks]
     check_all(cases, train(tmp_path, [prepared(case, STEPS) for case in cases], ranks), many_steps)

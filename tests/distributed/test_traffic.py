@@ -36,12 +36,16 @@ ON_TWO_RANKS = [
     case("tensor", tensor=2, micro=4),
     case("tensor", tensor=2, micro=4, sequence_parallel=False, recompute="full"),
     case("data expert", expert=2, precision="bf16", recompute="full"),
+    case("pipeline", pipeline=2),
+    case("pipeline", pipeline=2, precision="bf16", model={"tie_embeddings": True}, optim={"ema_decay": 0.9}),
 ]
 ON_FOUR_RANKS = [
     case("data expert tensor world", tensor=2, expert=2),
     case("data expert tensor world", tensor=2, expert=2, zero_stage=2, precision="bf16", recompute="selective"),
     case("data tensor world", tensor=2, zero_stage=3, recompute="full", deepspeed=fetching(50, 900, 800)),
     case("data expert expert_data", expert=2, micro=1, precision="bf16"),
+    case("data pipeline world", tensor=1, pipeline=2, model={"tie_embeddings": True}),
+    case("pipeline replica tensor", tensor=2, pipeline=2, recompute="full", optim={"lr_factors": {"embedding": 0.5}}),
 ]
 
 BIASED = {"norm": "layer", "ffn_bias": True, "qkv_bias": True, "o_bias": True}
@@ -91,6 +95,13 @@ MORE_ON_TWO_RANKS = [
     case("tensor", tensor=2, recompute="full", model={"layer_pattern": ["attn+none", "attn+dense"]}),
 ]
 MORE_ON_FOUR_RANKS = [
+    *(
+        case("pipeline replica tensor", tensor=2, pipeline=2, precision=precision, sequence_parallel=cut, recompute=again)
+        for precision, cut, again in (("bf16", True, "selective"), ("fp32", False, "full"), ("bf16", False, "none"))
+    ),
+    case("pipeline replica tensor", tensor=2, pipeline=2, model={"tie_embeddings": True}, optim={"name": "muon"}),
+    case("data pipeline world", pipeline=2, precision="bf16", optim={"lr_factors": {"head": 0.5}}),
+    case("pipeline", pipeline=4, micro=1, model={"n_layers": 5, "tie_embeddings": True}),
     case("data expert tensor world", tensor=2, expert=2, sequence_parallel=False, precision="bf16", recompute="full"),
     case("data expert tensor world", tensor=2, expert=2, zero_stage=2, offload_optimizer=True, precision="bf16"),
     case("data expert", expert=4, micro=1, zero_stage=2, precision="fp16"),

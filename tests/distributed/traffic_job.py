@@ -16,6 +16,7 @@ from llm.parallel.collectives import gather_json
 from llm.parallel.engine import Engine
 from llm.parallel.grid import make_grid
 from llm.parallel.launch import World
+from llm.parallel.pipeline import PipelineEngine
 from llm.parallel.traffic import TrafficCounter
 from llm.train.build import build_engine
 from llm.train.config import check_layout, validate
@@ -61,11 +62,14 @@ def compare(case: dict[str, Any], world: World) -> dict[str, Any]:
     predicted = {along: sum(purposes.values()) for along, purposes in traffic_plan.predict(work).items()}
     sizes = {along: [predicted.get(along, 0), counted.get(along, 0)] for along in predicted | counted}
     mine: dict[str, int | None] = {**kept[-1]}
-    if work.accumulation == 1 or work.offload_optimizer:
+    # before its last forward a stage may not have had a backward yet
+    if work.accumulation <= layout.pipeline or work.offload_optimizer:
         mine["gradients"] = None
     kinds = [asdict(kind) for kind, _ in memory.predict(work)]
-    share = sum(work.kinds[0].sizes.values())
-    mine_is = 0 if sum(math.prod(box_shape(box)) for box in engine.boxes.values()) == share else 1
+    owned = [name for name, parameter in engine.model.named_parameters() if not private.is_copy(parameter)]
+    held = {name: math.prod(box_shape(engine.boxes[name])) for name in owned}
+    copied = sum(p.numel() for p in engine.model.parameters() if private.is_copy(p))
+    mine_is = next(i for i, kind in enumerate(work.kinds) if (kind.sizes, kind.copied) == (held, copied))
     return {
         "sent": sizes,
         "memory": gather_json([kinds[mine_is], mine], world),
@@ -80,7 +84,7 @@ def take_step(engine: Engine, step: int, accumulation: int) -> None:
 
 def measure(engine: Engine) -> dict[str, int]:
     """Bytes of the tensors that this rank keeps, each piece of memory once."""
-    zero, model = engine._deepspeed.optimizer, engine.model
+    zero, model = engine._deepspeed.optimizer, engine._deepspeed.module
     parameters = [getattr(p, "ds_tensor", p) for p in model.parameters()]
     parameters += [p for p in model.parameters() if getattr(p, "ds_persist", False)]
     flats = private.partitions(engine._deepspeed)
@@ -89,6 +93,8 @@ def measure(engine: Engine) -> dict[str, int]:
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     gradients += [p.grad_accum for p in model.parameters() if getattr(p, "grad_accum", None) is not None]
     gradients += getattr(zero, "fp32_groups_gradients_flat", [])
+    if isinstance(engine, PipelineEngine) and engine._tied and engine._tied._sum is not None:
+        gradients.append(engine._tied._sum)
     if hasattr(zero, "grad_partitions_flat_buffer"):
         gradients.append(zero.grad_partitions_flat_buffer)
     elif engine.zero_stage == 2:

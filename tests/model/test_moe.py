@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from llm.args import MoEArgs
 from llm.layers.moe import Dispatch, MoE, grouped_matmul
-from llm.parallel.engine import highest_share
+from llm.parallel.step import highest_share
 from tests.model.models import MOE, llama4, tokens
 
 VARIANTS = {

@@ -64,7 +64,7 @@ def test_a_model_file_is_read_from_its_path(tmp_path: Path) -> None:
         ({"checkpoint": {"on_failure": "ignore"}}, "checkpoint.on_failure='ignore'"),
         ({"optim": {"decay_steps": 5}}, "optim.decay_steps belongs to optim.schedule=wsd"),
         ({"parallel": {"zero_stage": 4}}, "parallel.zero_stage=4"),
-        ({"parallel": {"pipeline": 2}}, "parallel.pipeline=2 is not available yet; use parallel.pipeline=1"),
+        ({"parallel": {"context": 2}}, "parallel.context=2 is not available yet; use parallel.context=1"),
         ({"parallel": {"context": 2}}, "parallel.context=2 is not available yet; use parallel.context=1"),
         ({"parallel": {"tensor": 0}}, "parallel.tensor=0"),
         ({"parallel": {"sequence_parallel": 2}}, "parallel.sequence_parallel=2"),

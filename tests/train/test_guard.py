@@ -5,7 +5,7 @@ import math
 import pytest
 
 from llm.errors import UserError
-from llm.parallel.engine import Skipped, StepResult
+from llm.parallel.step import Skipped, StepResult
 from llm.train.config import GuardConfig
 from llm.train.guard import Guard
 

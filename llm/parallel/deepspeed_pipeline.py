@@ -1,0 +1,148 @@
+"""Every undocumented attribute of DeepSpeed's pipeline that this project relies on, each behind one function.
+
+Written against DeepSpeed 0.19.8; tests/distributed/test_deepspeed_pipeline.py fails by name when one of them moves.
+
+The schedule (one forward, one backward in turn), its sends and receives and the buffers in flight are DeepSpeed's. It
+gets a stage as a module of its class PipelineModule whose only content is a function of ours, and groups from our grid:
+PipelineModule's own constructor would build layers under names of its own and make every group of ranks again. Of its
+instructions two are preceded or replaced by ours: what is to happen between the last backward and the reduction of
+gradients, and how gradients of tied weights are summed.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from llm.parallel.deepspeed_private import _import_deepspeed
+from llm.parallel.grid import DeepSpeedGroups, Grid
+from llm.parallel.launch import stdout_to_nowhere
+
+Forward = Callable[[Tensor], Tensor]
+"""Of the tensor that came from the stage before (in the first stage: token ids) to the one for the stage after (in the
+last stage: whatever `evaluate` is to return, or a loss)."""
+
+
+class PipelineGroups(DeepSpeedGroups):
+    """The grid as DeepSpeed's `mpu` and as its PipelineParallelGrid: there, model parallel means a whole replica."""
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__(grid)
+        self._grid = grid
+        self.data_parallel_size, self.data_parallel_id = grid.data.size, grid.data.rank
+        self.pipe_parallel_size = grid.pipeline.size
+        self.model_parallel_size = grid.tensor.size
+        self.pp_group = list(grid.pipeline.ranks)
+
+    def get_global_rank(self) -> int:
+        return self._grid.world.rank
+
+    def get_stage_id(self) -> int:
+        return self._grid.pipeline.rank
+
+    def stage_to_global(self, stage_id: int) -> int:
+        return self._grid.pipeline.ranks[stage_id]
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return list(self._grid.data.ranks)
+
+    def get_model_parallel_rank(self) -> int:
+        return self._grid.replica.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._grid.replica.size
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
+        return self._grid.replica.handle
+
+    def get_pipe_parallel_rank(self) -> int:
+        return self._grid.pipeline.rank
+
+    def get_pipe_parallel_world_size(self) -> int:
+        return self._grid.pipeline.size
+
+    def get_pipe_parallel_group(self) -> dist.ProcessGroup | None:
+        return self._grid.pipeline.handle
+
+    get_pipeline_model_parallel_rank = get_pipe_parallel_rank
+    get_pipeline_model_parallel_world_size = get_pipe_parallel_world_size
+    get_pipeline_model_parallel_group = get_pipe_parallel_group
+
+
+def initialize(
+    model: nn.Module,
+    forward: Forward,
+    before_reduction: Callable[[], None],
+    optimizer: torch.optim.Optimizer,
+    config: dict[str, Any],
+    grid: Grid,
+) -> Any:
+    """DeepSpeed's pipeline engine around this rank's stage, without its printing.
+
+    before_reduction is called in each step after the last backward, before gradients are summed over data-parallel
+    ranks. Parameters of `optimizer` that `model` does not have become part of the module, so that they get its dtype.
+    """
+    deepspeed = _import_deepspeed()
+    from deepspeed.pipe import PipelineModule
+    from deepspeed.runtime.pipe import schedule
+
+    class Stage(PipelineModule):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.model = model
+            known = {id(parameter) for parameter in model.parameters()}
+            members = (parameter for group in optimizer.param_groups for parameter in group["params"])
+            self.fillers = nn.ParameterList(parameter for parameter in members if id(parameter) not in known)
+            self._grid = PipelineGroups(grid)
+            self._local_start, self._local_stop = 0, 1
+            self.loss_fn, self.dynamic_shape = None, False
+            self.tied_comms: dict[str, Any] = {}
+            self.activation_checkpoint_interval, self.activation_checkpoint_func = 0, None
+
+        def mpu(self) -> PipelineGroups:
+            return self._grid
+
+        def forward(self, x: Tensor) -> Tensor:
+            return forward(x)
+
+    config = {**config, "pipeline": {"pipe_partitioned": False, "grad_partitioned": False}}
+    with stdout_to_nowhere():
+        engine, _, _, _ = deepspeed.initialize(model=Stage(), optimizer=optimizer, config=config)
+    engine._INSTRUCTION_MAP = {
+        **engine._INSTRUCTION_MAP,
+        schedule.ReduceTiedGrads: lambda _: before_reduction(),
+    }
+    return engine
+
+
+def train(engine: Any, batches: Iterator[tuple[Tensor, Tensor]], micro_batches: int) -> None:
+    """One step over so many micro-batches (tokens, labels): forwards, backwards, and the update if gradients are finite
+    (collective).
+    """
+    engine.micro_batches = micro_batches
+    engine.train_batch(batches)
+
+
+def evaluate(engine: Any, batches: Iterator[tuple[Tensor, Tensor]], micro_batches: int) -> list[Tensor]:
+    """What the last stage's forward returned for each micro-batch, on the ranks of the last stage; elsewhere nothing
+    (collective).
+    """
+    engine.total_loss = None  # it adds to what the last call left, whose shape may be another
+    outputs = engine.eval_batch(batches, reduce_output=None, bcast_loss=False, num_micro_batches=micro_batches)
+    return [] if outputs is None else list(outputs)
+
+
+def forget_shape(engine: Any) -> None:
+    """Before micro-batches of another shape than the last ones, on all stages."""
+    engine.reset_activation_shape()
+
+
+def gradient(engine: Any, parameter: Tensor) -> Tensor | None:
+    """The sum of the step's gradients of a parameter so far, where the optimizer will look for it."""
+    if hasattr(engine.optimizer, "bf16_groups"):
+        return getattr(parameter, "_hp_grad", None)
+    if engine.optimizer.use_grad_accum_attribute:
+        return getattr(parameter, "grad_accum", None)
+    return parameter.grad

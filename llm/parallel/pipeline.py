@@ -1,0 +1,258 @@
+"""A training step of one stage of a pipeline, on DeepSpeed's pipeline engine.
+
+One tensor goes from stage to stage: the residual stream. Token ids, labels and document boundaries are the same on all
+stages, because each reads the same micro-batches; a stage's forwards come in their order, so the next forward is of the
+next micro-batch.
+
+The last stage alone has the loss. The router's losses of the stages before it are part of no tensor that is sent: the
+stage's result passes through an autograd node that gives them their gradient. All stages know the global loss only
+after their last backward; what makes a bad step's last gradient non-finite elsewhere is done then, to a gradient that
+is already there, so that the same check drops the step on all ranks.
+
+Tied embeddings belong to the first stage. The last one has a copy that no optimizer knows: before gradients are summed
+over data-parallel ranks it sends its gradient, and after the update it gets the new weights. So there is one master,
+clipped and counted once, and nothing that could drift apart.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llm.data.batch import MicroBatch, StepBatch
+from llm.datatypes import TransformerInput
+from llm.generate import Decoder
+from llm.parallel import deepspeed_pipeline as pipe
+from llm.parallel import deepspeed_private as private
+from llm.parallel.engine import Engine
+from llm.parallel.grid import Grid
+from llm.parallel.step import Tally
+
+EVALUATED_AT_ONCE = 4
+"""Micro-batches of a validation that go through the pipeline together, for each stage."""
+
+
+class PipelineEngine(Engine):
+    """An Engine whose model is one stage, built by llm/parallel/build.py for the same grid."""
+
+    _tally: Tally
+    _losses: list[Tensor]
+    _loss_limit: float | None
+
+    def _initialize(self, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+        self._first = self.grid.pipeline.rank == 0
+        self._last = self.grid.pipeline.rank == self.grid.pipeline.size - 1
+        self._queue: deque[MicroBatch | TransformerInput] = deque()
+        self._shape: tuple[int, ...] = ()
+        self._expert_counts = torch.zeros(0, 0, dtype=torch.int64)
+        self._tied = _Tied(self) if self.model.args.tie_embeddings else None
+        return pipe.initialize(self.model, self._forward, self._before_reduction, optimizer, config, self.grid)
+
+    def _moe_layers(self) -> range:
+        layers = [int(number) for number, _ in self.model.layers.named_children()]
+        is_moe = [spec.ffn == "moe" for spec in self.model.specs]
+        self._all_moe_layers = sum(is_moe)
+        return range(sum(is_moe[: layers[0]]), sum(is_moe[: layers[-1] + 1]))
+
+    def _compute_and_apply(
+        self, batch: StepBatch, tally: Tally, losses: list[Tensor], loss_limit: float | None
+    ) -> float:
+        self._tally, self._losses, self._loss_limit = tally, losses, loss_limit
+        pipe.train(self._deepspeed, self._feed(batch.micro_batches), len(batch.micro_batches))
+        norm = private.gradient_norm(self._deepspeed)
+        if math.isfinite(norm):
+            private.grow_loss_scale(self._deepspeed)
+            if self._tied:
+                self._tied.send_weight()
+        else:
+            private.forget_gradients(self._deepspeed)
+        return norm
+
+    def _feed(self, micro_batches: list[MicroBatch]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The micro-batches for DeepSpeed, and for this stage's forwards."""
+        self._queue = deque(micro_batches)
+        self._expect(micro_batches[0].tokens_BT.shape)
+        return ((batch.tokens_BT, batch.labels_BT) for batch in micro_batches)
+
+    def _expect(self, shape: tuple[int, ...]) -> None:
+        if tuple(shape) != self._shape:
+            pipe.forget_shape(self._deepspeed)
+            self._shape = tuple(shape)
+
+    def logits(self, inputs: TransformerInput) -> Tensor:
+        """Float32 logits (B, V) of each row's last token, on all ranks (collective, without gradients)."""
+        self._queue = deque([inputs])
+        self._expect(inputs.tokens.shape)
+        found = pipe.evaluate(self._deepspeed, iter([(inputs.tokens, inputs.tokens)]), 1)
+        shape = len(inputs.tokens), self.model.args.vocab_size
+        logits_BV = found[0] if found else torch.empty(shape, device=self.world.device)
+        dist.broadcast(logits_BV, self.grid.pipeline.ranks[-1], group=self.grid.pipeline.handle)
+        return logits_BV
+
+    def decoder(self) -> Decoder:
+        return _ThroughStages(self)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        """This stage of the next micro-batch."""
+        model, batch = self.model, self._queue.popleft()
+        inputs = batch if isinstance(batch, TransformerInput) else self._inputs(batch)
+        ctx = model.context(inputs)
+        if self._first:
+            x = model.embed(inputs)
+        else:
+            model.region.begin(inputs.tokens.numel())
+        x, stats = model.through_layers(x, ctx)
+        training = torch.is_grad_enabled()
+        auxiliary = x.new_zeros((), dtype=torch.float32)
+        ranks = self.grid.data.size
+        if stats and training:
+            tally = self._tally
+            balance = torch.stack([layer.balance_sum for layer in stats]).sum()
+            z = torch.stack([layer.z_sum for layer in stats]).sum()
+            tally.add_routing(balance, z, torch.stack([layer.expert_counts for layer in stats]))
+            auxiliary = (balance + z) * (ranks / tally.n_tokens)
+        if not self._last:
+            return _Inject.apply(x, auxiliary, self) if auxiliary.requires_grad else x
+        if isinstance(batch, TransformerInput):
+            return model.logits(model.finish(x, inputs)[:, -1:])[:, 0]
+        loss_sum = model.loss_sum(model.finish(x, inputs), batch.labels_BT.to(self.world.device))
+        if not training:
+            return loss_sum
+        if self.grid.speaks:
+            self._tally.add_loss(loss_sum)
+        loss = loss_sum * (ranks / max(self._tally.n_targets, 1)) + auxiliary
+        self._losses.append(loss.detach())
+        return loss * self._deepspeed.gradient_accumulation_steps()  # by which DeepSpeed divides it
+
+    @property
+    def injected_scale(self) -> float:
+        """What the gradients that come from the next stage are multiplied by: fp16's loss scale."""
+        return private.loss_scaler_state(self._deepspeed).get("cur_scale", 1.0)
+
+    def _before_reduction(self) -> None:
+        if self._tied:
+            self._tied.send_gradient()
+        self._tally.sum_over_ranks()
+        one_or_nan = self._tally.one_or_nan(self._loss_limit)
+        gradients = (pipe.gradient(self._deepspeed, parameter) for parameter in self.model.parameters())
+        next(gradient for gradient in gradients if gradient is not None).mul_(one_or_nan)
+
+    def _publish(self) -> None:
+        super()._publish()
+        if self._tied:
+            self._tied.send_weight()
+
+    def _loss_sums(self, batches: Iterator[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor]]:
+        none = torch.zeros((), device=self.world.device)
+        while chunk := list(islice(batches, EVALUATED_AT_ONCE * self.grid.pipeline.size)):
+            sums = pipe.evaluate(self._deepspeed, self._feed(chunk), len(chunk))
+            yield from zip(chunk, sums or [none] * len(chunk), strict=True)
+
+    def expert_counts(self) -> Tensor:
+        if not len(self._expert_counts) and self._all_moe_layers:
+            assert self.model.args.moe is not None
+            return torch.zeros(self._all_moe_layers, self.model.args.moe.n_experts, dtype=torch.int64)
+        return self._expert_counts
+
+    def set_expert_counts(self, counts: Tensor) -> None:
+        expected = self.expert_counts().shape
+        if counts.shape != expected:
+            raise ValueError(
+                f"expert counts must have shape {tuple(expected)} (MoE layers, experts); got {tuple(counts.shape)}"
+            )
+        self._expert_counts = counts
+        if self.moe_layers:
+            self.model.set_expert_counts(counts[self.moe_layers.start : self.moe_layers.stop])
+
+
+class _ThroughStages:
+    """Rows of tokens that go through all stages again for each new token: nothing is kept of them."""
+
+    def __init__(self, engine: PipelineEngine) -> None:
+        self._engine = engine
+        self._tokens = self._positions = np.zeros((0, 0), dtype=np.int64)
+
+    def logits(self, tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> Tensor:
+        if not self._tokens.size:
+            self._tokens, self._positions = tokens[:, :0], positions[:, :0]
+        self._tokens = np.concatenate([self._tokens, tokens], axis=1)
+        self._positions = np.concatenate([self._positions, positions], axis=1)
+        on_device = torch.from_numpy(self._tokens).to(self._engine.world.device)
+        return self._engine.logits(TransformerInput(on_device, torch.from_numpy(self._positions)))
+
+    def keep(self, rows: list[int]) -> None:
+        self._tokens, self._positions = self._tokens[rows], self._positions[rows]
+
+
+class _Inject(torch.autograd.Function):
+    """x as it is; in the backward a loss that nothing else depends on gets its gradient, which is 1."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor, engine: PipelineEngine) -> Tensor:
+        ctx.engine, ctx.like = engine, loss.detach()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad, torch.full_like(ctx.like, ctx.engine.injected_scale), None
+
+
+class _Tied:
+    """The token table of the first stage and its copy in the last one."""
+
+    def __init__(self, engine: PipelineEngine) -> None:
+        self.engine, self.grid = engine, engine.grid
+        first, last = self.grid.pipeline.ranks[0], self.grid.pipeline.ranks[-1]
+        self.peer = {first: last, last: first}.get(engine.world.rank)
+        self.owner = engine.world.rank == first
+        self._sum: Tensor | None = None
+        if self.peer is not None:
+            self.weight: Tensor = engine.model.tok_embeddings.weight
+            if not self.owner:
+                self.weight.register_post_accumulate_grad_hook(self._add)
+
+    def _add(self, weight: Tensor) -> None:
+        assert weight.grad is not None
+        if self._sum is None:
+            self._sum = weight.grad.float()
+        else:
+            self._sum += weight.grad
+        weight.grad = None
+
+    @torch.no_grad()
+    def send_gradient(self) -> None:
+        """Add the copy's gradient of this step to that of the first stage, in float32."""
+        if self.peer is None:
+            return
+        if self.owner:
+            received = torch.empty_like(self.weight, dtype=torch.float32)
+            dist.recv(received, self.peer)
+            own = pipe.gradient(self.engine._deepspeed, self.weight)
+            assert own is not None
+            own += received.view_as(own)  # which may be flat
+        else:
+            assert self._sum is not None
+            dist.send(self._sum, self.peer)
+            self._sum = None
+
+    @torch.no_grad()
+    def send_weight(self) -> None:
+        """Make the copy what the first stage's weight is."""
+        if self.peer is None:
+            return
+        if self.owner:
+            dist.send(self.weight.detach(), self.peer)
+        else:
+            dist.recv(self.weight.detach(), self.peer)
+
+
+def engine_class(grid: Grid) -> type[Engine]:
+    """The engine for a grid: with stages or without."""
+    return PipelineEngine if grid.pipeline.size > 1 else Engine

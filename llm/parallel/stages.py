@@ -1,0 +1,108 @@
+"""Which layers each stage of a pipeline has: consecutive ones, cut so that the slowest stage is as fast as can be.
+
+A stage costs what its arithmetic for a token does, forward and backward: 6 for each weight that the token meets in a
+product and 12 times width and span for attention, as llm/train/flops.py counts, but with the span that a layer really
+has. The embedding is a copy of a row and weighs nearly nothing, the head as much as its matrix.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from llm.args import LayerSpec, ModelArgs
+from llm.model import LLM
+from llm.plans import plan_for
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage's number, of how many, and its layers."""
+
+    number: int
+    count: int
+    layers: range
+    share: float
+    """Its part of the model's work; 1 / count where all have as much."""
+
+    @property
+    def first(self) -> bool:
+        """Whether it embeds."""
+        return self.number == 0
+
+    @property
+    def last(self) -> bool:
+        """Whether it predicts."""
+        return self.number == self.count - 1
+
+    def owns(self, name: str) -> bool:
+        """Whether the parameter of this name is one of the stage's own: a tied table is the first stage's."""
+        part, _, rest = name.partition(".")
+        if part == "layers":
+            return int(rest.partition(".")[0]) in self.layers
+        return self.first if part == "tok_embeddings" else self.last
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Floating-point operations for a token, forward and backward."""
+
+    embedding: int
+    layers: tuple[int, ...]
+    head: int
+
+
+def costs(args: ModelArgs, seq_len: int) -> Costs:
+    """Of a model with these args on sequences of `seq_len`."""
+    specs = args.layer_specs()
+    layers = [_attention(args, spec, seq_len) for spec in specs]
+    for name, parameter in LLM(args, device="meta").named_parameters():
+        if name.startswith("layers."):
+            active = parameter.numel()
+            if plan_for(name).kind == "expert":
+                assert args.moe is not None
+                active = active * args.moe.top_k // args.moe.n_experts
+            layers[int(name.split(".")[1])] += 6 * active
+    return Costs(6 * args.dim, tuple(layers), 6 * args.dim * args.vocab_size)
+
+
+def _attention(args: ModelArgs, spec: LayerSpec, seq_len: int) -> int:
+    if spec.mixer != "attn":
+        return 0
+    return 12 * args.n_heads * args.head_width * min(seq_len, spec.span or seq_len)
+
+
+def split(args: ModelArgs, stages: int, seq_len: int | None = None) -> list[Stage]:
+    """The stages of a model, each with one layer at least. ValueError where it has fewer layers."""
+    cost = costs(args, seq_len or args.max_seq_len)
+    weights = list(cost.layers)
+    weights[0] += cost.embedding
+    weights[-1] += cost.head
+    bounds, total = balanced(weights, stages), sum(weights)
+    ends = list(zip(bounds, bounds[1:], strict=False))
+    return [Stage(i, stages, range(a, b), sum(weights[a:b]) / total) for i, (a, b) in enumerate(ends)]
+
+
+def balanced(weights: Sequence[int], parts: int) -> list[int]:
+    """Bounds of `parts` consecutive non-empty parts, whose heaviest is as light as can be; of several such cuts that
+    with the smallest sum of squares, and then the first.
+    """
+    if not 1 <= parts <= len(weights):
+        raise ValueError(f"{len(weights)} layers cannot be cut into {parts} stages")
+    sums = [0, *accumulate(weights)]
+    best: list[tuple[int, int, list[int]]] = [(end, end * end, [0, i]) for i, end in enumerate(sums)]  # of one part
+    for part in range(2, parts + 1):
+        best = [
+            min(
+                (max(best[j][0], sums[i] - sums[j]), best[j][1] + (sums[i] - sums[j]) ** 2, [*best[j][2], i])
+                for j in range(part - 1, i)
+            )
+            if i >= part
+            else best[i]
+            for i in range(len(sums))
+        ]
+    return best[-1][2]
+
+
+def bubble(stages: int, micro_batches: int) -> float:
+    """The part of a step in which a rank waits, with one forward and one backward in turn (1F1B) and equal stages."""
+    return (stages - 1) / (micro_batches + stages - 1)

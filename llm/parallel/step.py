@@ -1,0 +1,118 @@
+"""What an optimizer step was made of, summed over micro-batches and ranks.
+
+Shapes: M number of MoE layers of the whole model, m those of a rank, E experts.
+"""
+
+import math
+import zlib
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llm.args import ModelArgs
+from llm.parallel.launch import World
+
+Skipped = Literal["loss", "gradient", "limit", "overflow", "passed over"]
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step was made of; every number is global and equal on all ranks. Losses in nats."""
+
+    loss: float
+    lm_loss: float
+    moe_balance_loss: float
+    moe_z_loss: float
+    grad_norm: float
+    """Before clipping; inf where the step was not applied."""
+    n_targets: int
+    n_tokens: int
+    routing_checksum: int | None
+    """CRC-32 of how many tokens each expert of each layer got: equal on two layouts only if every routing decision
+    is.
+    """
+    expert_load: float | None = None
+    """Most tokens that an expert of any layer got, over an even share. All were served: nothing overflows."""
+    expert_rank_load: float | None = None
+    """The same of the ranks that experts lie on: how much longer the slowest one works; 1 where all have all experts.
+    """
+    loss_scale: float | None = None
+    """Of fp16."""
+    skipped: Skipped | None = None
+    """Why weights and optimizer state were left as they were: the loss or a gradient was not finite, the loss was above
+    its limit, fp16 overflowed and lowers its loss scale, which is part of its work, or the step was not to be made."""
+    culprits: list[str] = field(default_factory=list)
+    """Where the loss or gradient was not finite: rank, rows of the data order, losses of its micro-batches."""
+
+    @classmethod
+    def passed_over(cls, n_targets: int, n_tokens: int) -> "StepResult":
+        """A step that was not computed: its losses are NaN."""
+        unknown = (math.nan,) * 4
+        return cls(*unknown, math.inf, n_targets, n_tokens, None, skipped="passed over")
+
+
+class Tally:
+    """The sums of one step: this rank's, then all ranks'. One all-reduce in float64; counts up to 2^53 stay exact."""
+
+    def __init__(self, args: ModelArgs, moe_layers: range, n_targets: int, n_tokens: int, world: World) -> None:
+        """moe_layers: which of the model's MoE layers `add_routing` tells of. n_targets, n_tokens: of all ranks."""
+        self.n_targets, self.n_tokens = n_targets, n_tokens
+        self._world, self._moe_layers = world, moe_layers
+        layers = sum(spec.ffn == "moe" for spec in args.layer_specs())
+        experts = args.moe.n_experts if args.moe is not None and layers else 0
+        self._shape = layers, experts
+        self._sums = torch.zeros(3 + layers * experts, dtype=torch.float64, device=world.device)
+        self._counts = self._sums[3:].view(self._shape)
+        self.counts: Tensor | None = None
+        """(M, E) int64 on the host, of all ranks; after `result`."""
+
+    def add_loss(self, loss_sum: Tensor) -> None:
+        """Sum of a micro-batch's negative log-likelihood."""
+        self._sums[0] += loss_sum.detach().double()
+
+    def add_routing(self, balance_sum: Tensor, z_sum: Tensor, counts_mE: Tensor) -> None:
+        """A micro-batch's sums of the router's losses, and its expert counts."""
+        self._sums[1] += balance_sum.detach().double()
+        self._sums[2] += z_sum.detach().double()
+        self._counts[self._moe_layers.start : self._moe_layers.stop] += counts_mE
+
+    def sum_over_ranks(self) -> None:
+        """From now on the sums are those of all ranks (collective)."""
+        if self._world.size > 1:
+            dist.all_reduce(self._sums)
+
+    def one_or_nan(self, loss_limit: float | None) -> Tensor:
+        """1 where the step is to be applied, else NaN; float32 scalar on the device."""
+        sums = self._sums
+        loss = sums[0] / max(self.n_targets, 1) + (sums[1] + sums[2]) / self.n_tokens
+        good = loss.isfinite() if loss_limit is None else loss <= loss_limit
+        return torch.where(good, 1.0, math.nan).float()
+
+    def result(self, grad_norm: float, expert_ranks: int) -> StepResult:
+        """The step's numbers, once the ranks' sums are there; waits for the device."""
+        numbers = self._sums.tolist()
+        lm, balance, z = numbers[0] / max(self.n_targets, 1), numbers[1] / self.n_tokens, numbers[2] / self.n_tokens
+        result = StepResult(
+            loss=lm + balance + z,
+            lm_loss=lm,
+            moe_balance_loss=balance,
+            moe_z_loss=z,
+            grad_norm=grad_norm,
+            n_targets=self.n_targets,
+            n_tokens=self.n_tokens,
+            routing_checksum=None,
+        )
+        if self._counts.numel():
+            self.counts = torch.tensor(numbers[3:], dtype=torch.int64).view(self._shape)
+            result.routing_checksum = zlib.crc32(self.counts.numpy().tobytes())
+            result.expert_load = highest_share(self.counts)
+            result.expert_rank_load = highest_share(self.counts.unflatten(1, (expert_ranks, -1)).sum(-1))
+        return result
+
+
+def highest_share(counts_MX: Tensor) -> float:
+    """Largest count of a row over the row's mean, over all rows."""
+    return float((counts_MX.amax(1) / counts_MX.double().mean(1).clamp(min=1e-9)).max())
