@@ -101,7 +101,7 @@ def end(process: subprocess.Popen[str], seconds: float) -> int:
 def test_a_host_that_is_cut_off_ends_the_job_and_the_same_command_goes_on(tmp_path: Path) -> None:
     write_text(tmp_path)
     sections = {
-        "parallel": {"timeout_s": TIMEOUT_S},
+        "parallel": {"timeout_s": TIMEOUT_S, "pipeline": 2},  # ranks 0 and 1 on the one host, 2 and 3 on the other
         "train": {"steps": 1000, "micro_batch_size": 2},
         "optim": {"schedule": "constant"},
         "checkpoint": {"interval": 5, "keep": 2},
