@@ -293,7 +293,21 @@ def _fill(out: Tensor, pieces: list[Piece], weights: Weights) -> None:
             part = piece.within(box)
             assert part is not None
             values = torch.empty(box_shape(box), dtype=torch.float32)
-            view(out, part.theirs).copy_(part.to_theirs(weights.read(part.name, box, values)))
+            theirs = part.to_theirs(weights.read(part.name, box, values))
+            written = view(out, part.theirs).copy_(theirs)
+            if out.dtype == torch.float16:  # bfloat16 reaches as far as float32, but for its last rounding
+                _check_range(part.key, theirs, written)
+
+
+def _check_range(key: str, exact: Tensor, written: Tensor) -> None:
+    """UserError where a finite value has become infinite."""
+    lost = written.isinf() & exact.isfinite()
+    if lost.any():
+        largest = float(exact[lost].abs().max())
+        raise UserError(
+            f"{key}: {int(lost.sum())} values, up to {largest:.4g}, are beyond float16 "
+            f"({torch.finfo(torch.float16).max:g}); --dtype=bfloat16 or --dtype=float32 hold them"
+        )
 
 
 def _chunks(box: Box) -> Iterator[Box]:

@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from math import prod
 from typing import Any
@@ -90,6 +90,8 @@ class Match:
     """Foreign tensors that no row knows."""
     misshapen: tuple[str, ...]
     """Lines about foreign tensors of another shape than expected."""
+    alike: tuple[str, ...] = ()
+    """Names of other families that fit as this one does, where no config says which is meant."""
 
     @property
     def whole(self) -> bool:
@@ -101,7 +103,8 @@ class Match:
         faults += [f"has {_some(self.unknown)}, which the family does not know"] if self.unknown else []
         faults += [_some(self.misshapen)] if self.misshapen else []
         if faults:
-            raise UserError(f"{source}: not the weights of this {self.family.name} model: it {'; it '.join(faults)}")
+            names = " or ".join((self.family.name, *self.alike))
+            raise UserError(f"{source}: not the weights of this {names} model: it {'; it '.join(faults)}")
 
 
 def _some(names: Sequence[str]) -> str:
@@ -243,5 +246,9 @@ def family_named(name: str) -> Family:
 
 
 def best_match(matches: Iterable[Match]) -> Match:
-    """The one that fits, else the one with the fewest misfits."""
-    return min(matches, key=lambda m: len(m.missing) + len(m.unknown) + len(m.misshapen))
+    """The one that fits, else the one with the fewest misfits; those with the very same misfits are named beside it."""
+    known = list(matches)
+    best = min(known, key=lambda m: len(m.missing) + len(m.unknown) + len(m.misshapen))
+    faults = best.missing, best.unknown, best.misshapen
+    alike = [m.family.name for m in known if m is not best and (m.missing, m.unknown, m.misshapen) == faults]
+    return replace(best, alike=tuple(alike))

@@ -321,3 +321,11 @@ def test_a_rank_that_holds_a_part_loads_its_part_by_our_names():
     state = {name: torch.randn(shape) for name, shape in shares.items()}
     model.load_state_dict(state)
     assert_same(model, state)
+
+
+def test_a_refusal_names_every_family_that_fits_no_worse():
+    model = LLM(ModelArgs(dim=16, n_layers=1, n_heads=2, vocab_size=32))
+    with pytest.raises(UserError, match=r"not the weights of this \w+( or \w+)* model: it misses") as refused:
+        model.load_state_dict({"model.embed_tokens.weight": torch.zeros(32, 16)})
+    named = str(refused.value).split("of this ")[1].split(" model")[0].split(" or ")
+    assert {"llama", "mistral", "qwen2"} <= set(named) and "gpt_neox" not in named

@@ -198,6 +198,24 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(words, message, native, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("format", ["hf", "meta"])
+def test_an_export_to_float16_refuses_what_would_become_infinite(format, tmp_path, capsys):
+    model = LLM(ModelArgs(dim=16, n_layers=1, n_heads=2, vocab_size=32, rope_interleaved=format == "meta"))
+    weight = model.get_parameter("layers.0.feed_forward.w2.weight")
+    with torch.no_grad():
+        weight[1, 2], weight[3, 4] = -65504.0, float("inf")  # both are the same in float16
+    model.save_pretrained(tmp_path / "a")
+    convert.main(["export", str(tmp_path / "a"), str(tmp_path / "b"), f"--format={format}", "--dtype=float16"])
+    with torch.no_grad():
+        weight[1, 2] = -7e4
+    shutil.rmtree(tmp_path / "a")
+    model.save_pretrained(tmp_path / "a")
+    line = refused(capsys, "export", tmp_path / "a", tmp_path / "c", f"--format={format}", "--dtype=float16")
+    key = "model.layers.0.mlp.down_proj.weight" if format == "hf" else "layers.0.feed_forward.w2.weight"
+    assert f"{key}: 1 values, up to 7e+04, are beyond float16 (65504)" in line
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+
+
 def test_a_damaged_model_of_ours_leaves_no_export(native, tmp_path, capsys):
     """Found only when the weights are read, in the middle of the writing."""
     shutil.copytree(native, tmp_path / "a")
