@@ -139,6 +139,17 @@ def forget_shape(engine: Any) -> None:
     engine.reset_activation_shape()
 
 
+def count_fillers(engine: Any) -> None:
+    """Have BF16_Optimizer take the norm of each group of experts on every stage: it leaves out what has no gradient,
+    and the others would wait for that stage.
+    """
+    fillers = {id(parameter) for parameter in engine.module.fillers}
+    for number, group in enumerate(getattr(engine.optimizer, "bf16_groups", [])):
+        for i, parameter in enumerate(group):
+            if id(parameter) in fillers:
+                engine.optimizer.fp32_groups_has_gradients[number][i] = True
+
+
 def gradient(engine: Any, parameter: Tensor) -> Tensor | None:
     """The sum of the step's gradients of a parameter so far, where the optimizer will look for it."""
     if hasattr(engine.optimizer, "bf16_groups"):

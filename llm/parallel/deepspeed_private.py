@@ -64,6 +64,20 @@ def expert_group(parameter: Tensor) -> dict[str, Any]:
     return {"moe": True, "name": parameter.group_name}  # type: ignore[attr-defined]
 
 
+def absent_expert_group(model: nn.Module) -> dict[str, Any]:
+    """The same of experts that another stage of the pipeline has."""
+    marker = getattr(model, "deepspeed_experts", None)
+    return {} if marker is None else {"moe": True, "name": marker.expert_group_name}
+
+
+def filler(group: dict[str, Any], like: Tensor) -> nn.Parameter:
+    """A parameter for an optimizer group that would be empty; it stays 0."""
+    made = nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device))
+    if group.get("moe"):
+        made.allreduce, made.group_name = False, group["name"]  # type: ignore[attr-defined]
+    return made
+
+
 def mark_copy(parameter: Tensor) -> None:
     """From now on `is_copy(parameter)`: another rank has its master, steps on it and sends it here."""
     parameter.tied_copy = True  # type: ignore[attr-defined]

@@ -243,14 +243,15 @@ class Engine:
         stages, stage = self.grid.pipeline.size, self.grid.pipeline.rank
         if stages > 1:
             who = f"{who} ({stage_name(stage, stages)})"
-        rows = batch.n_rows // (len(losses) * ranks)
+        micro_batches = len(batch.micro_batches)  # of which an earlier stage of a pipeline has no losses
+        rows = batch.n_rows // (micro_batches * ranks)
         mine: list[str] = []
         for m, loss in enumerate(losses):
             if not bool(loss.isfinite()):
                 first = batch.first_row + (m * ranks + data_rank) * rows
                 mine.append(f"{who}: loss of rows {first} to {first + rows - 1} is {float(loss)}")
         if not mine and not bool(self._probe.isfinite()):
-            spans = [batch.first_row + (m * ranks + data_rank) * rows for m in range(len(losses))]
+            spans = [batch.first_row + (m * ranks + data_rank) * rows for m in range(micro_batches)]
             named = ", ".join(f"{first} to {first + rows - 1}" for first in spans)
             mine.append(f"{who}: a gradient of rows {named} is not finite")
         gathered = [(at, lines) for at, lines in gather_json([stage, mine], self.world) if lines]

@@ -137,6 +137,7 @@ class PipelineEngine(Engine):
         return private.loss_scaler_state(self._deepspeed).get("cur_scale", 1.0)
 
     def _before_reduction(self) -> None:
+        pipe.count_fillers(self._deepspeed)
         if self._tied:
             self._tied.send_gradient()
         self._tally.sum_over_ranks()

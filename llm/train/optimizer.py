@@ -6,7 +6,7 @@ import torch
 
 from llm.model import LLM
 from llm.parallel.build import whole_shapes
-from llm.parallel.deepspeed_private import expert_group, is_copy
+from llm.parallel.deepspeed_private import absent_expert_group, expert_group, filler, is_copy
 from llm.parallel.muon import Muon
 from llm.plans import plan_for
 from llm.train.config import OptimConfig
@@ -30,13 +30,17 @@ def parameter_groups(model: LLM, optim: OptimConfig) -> list[dict[str, Any]]:
             factor *= optim.muon_lr / optim.lr
         decay = optim.weight_decay if plan.decay else 0.0
         parameter = held.get(name)
-        key = (decay, factor, muon, *(() if parameter is None else expert_group(parameter).items()))
+        if parameter is not None:
+            experts = expert_group(parameter)
+        else:
+            experts = absent_expert_group(model) if plan.ep_dim is not None else {}
+        key = (decay, factor, muon, *experts.items())
         members = groups.setdefault(key, [])
         if parameter is not None:
             members.append(parameter)
     return [
-        {"params": members, "weight_decay": decay, "lr_factor": factor, "muon": muon, **dict(experts)}
-        for (decay, factor, muon, *experts), members in groups.items()
+        {"params": members, "weight_decay": decay, "lr_factor": factor, "muon": muon, **dict(of_experts)}
+        for (decay, factor, muon, *of_experts), members in groups.items()
     ]
 
 
@@ -48,7 +52,7 @@ def make_optimizer(model: LLM, optim: OptimConfig) -> torch.optim.Optimizer:
     like = next(model.parameters())
     for group in groups:
         if not group["params"]:  # this stage of a pipeline has none of them
-            group["params"] = [torch.nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device))]
+            group["params"] = [filler(group, like)]
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr)
     if optim.name == "muon":

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import yaml
 
-from llm.datatypes import TransformerInput
 from llm.errors import UserError
 from llm.model import LLM
 from llm.parallel import launch
@@ -28,7 +27,8 @@ CASES: dict[str, dict[str, Any]] = {
     "spike-skip": {"spoil": "spike", "guard": {"spike": "skip", "spike_window": 8, "spike_threshold": 50.0}},
     "loss-raise": {"spoil": "loss", "guard": {"nonfinite": "raise"}},
 }
-STAGES = {1: "fp32", 2: "bf16", 3: "fp32"}
+PIPELINE = 0  # not a stage of ZeRO here, but two stages of a pipeline
+STAGES = {1: "fp32", 2: "bf16", 3: "fp32", PIPELINE: "fp32"}
 OFFLOADED = 2  # the stage whose optimizer works in CPU memory
 
 
@@ -44,7 +44,7 @@ class _Spoil(torch.autograd.Function):
 
 def spoil(engine: Engine, kind: str | None, rank: int) -> None:
     """Spoil the last micro-batch of BAD_STEP on one rank, whenever its rows come up."""
-    step, forward, embed = engine.train_step, LLM.forward, LLM.embed
+    step, context, loss_sum, through_layers = engine.train_step, LLM.context, LLM.loss_sum, LLM.through_layers
     state = {"bad": False, "left": 0}
 
     def train_step(batch: Any, *args: Any) -> Any:
@@ -52,35 +52,37 @@ def spoil(engine: Engine, kind: str | None, rank: int) -> None:
         state["left"] = len(batch.micro_batches)
         return step(batch, *args)
 
-    def spoiled_forward(self: LLM, *args: Any, **kwargs: Any) -> Any:
+    def counting_context(self: LLM, *args: Any) -> Any:  # once in every forward, of every stage
         state["left"] -= 1
-        out = forward(self, *args, **kwargs)
-        if state["bad"] and self.training and state["left"] == 0 and out.loss_sum is not None:
-            if kind == "loss":
-                out.loss_sum = out.loss_sum * math.nan
-            elif kind == "spike":
-                out.loss_sum = out.loss_sum * 10
-        return out
+        return context(self, *args)
 
-    def spoiled_embed(self: LLM, inputs: TransformerInput) -> torch.Tensor:
-        x = embed(self, inputs)
-        return _Spoil.apply(x) if state["bad"] and kind == "gradient" and state["left"] == 0 else x
+    def spoiled_loss(self: LLM, *args: Any) -> torch.Tensor:
+        loss = loss_sum(self, *args)
+        if state["bad"] and self.training and state["left"] == 0:
+            return loss * {"loss": math.nan, "spike": 10.0}.get(kind or "", 1.0)
+        return loss
+
+    def spoiled_layers(self: LLM, x: torch.Tensor, ctx: Any) -> Any:
+        bad = state["bad"] and kind == "gradient" and state["left"] == 0
+        return through_layers(self, _Spoil.apply(x) if bad else x, ctx)
 
     engine.train_step = train_step  # type: ignore[method-assign]
-    LLM.forward, LLM.embed = spoiled_forward, spoiled_embed  # type: ignore[method-assign]
+    LLM.context, LLM.loss_sum = counting_context, spoiled_loss  # type: ignore[method-assign]
+    LLM.through_layers = spoiled_layers  # type: ignore[method-assign]
 
 
 def main() -> None:
     config_path, out = Path(sys.argv[1]), Path(sys.argv[2])
     launch.quiet_libraries()
     world = launch.start(60, 1)
-    plain = LLM.forward, LLM.embed
+    plain = LLM.context, LLM.loss_sum, LLM.through_layers
     for stage, precision in STAGES.items():
         for name, case in CASES.items():
             raw = yaml.safe_load(config_path.read_text())
             raw["guard"] = case.get("guard", {})
             raw["train"].update(case.get("train", {}), precision=precision)
-            raw["parallel"].update(zero_stage=stage, offload_optimizer=stage == OFFLOADED)
+            raw["parallel"].update(zero_stage=stage or 1, offload_optimizer=stage == OFFLOADED)
+            raw["parallel"]["pipeline"] = 2 if stage == PIPELINE else 1
             trainer = Trainer(validate(raw, str(config_path)), out / f"{stage}-{name}", world)
             spoil(trainer.engine, case.get("spoil"), rank=1)
             try:
@@ -88,7 +90,7 @@ def main() -> None:
             except UserError as error:
                 finite = all(bool(f.values.isfinite().all()) for f in trainer.engine.owned_fragments())
                 (out / f"{stage}-{name}" / f"error{world.rank}.txt").write_text(f"{finite} {error}")
-            LLM.forward, LLM.embed = plain  # type: ignore[method-assign]
+            LLM.context, LLM.loss_sum, LLM.through_layers = plain  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

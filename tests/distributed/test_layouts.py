@@ -35,6 +35,8 @@ OLMO2 = {"norm_fp32_weight": True, "norm_place": "post", "qk_norm": "full", "qkv
 MODELS: dict[str, Case] = {
     "top2": {"model": WIDE, "first": 300},
     "top1 tied": {"model": {**WIDE, "moe": {**TINY_MODEL["moe"], "top_k": 1}}, "tied": True, "first": 300},
+    # the first two of four layers, a stage of their own, have no experts
+    "late experts": {"model": {**WIDE, "moe": {**TINY_MODEL["moe"], "interleave": 4}}, "first": 300},
     "one kv head": {"model": {**WIDE, "n_kv_heads": 1}, "first": 200},
     "neox": {"model": {**WIDE, **NEOX}, "first": 600},
     "gemma2": {"model": {**WIDE, **GEMMA2}, "tied": True, "first": 300},
@@ -66,6 +68,7 @@ ON_FOUR_RANKS: list[Case] = [
     {"tensor": 4, "stage": 2, "optimizer": "sgd"},  # two key and value heads
     {"expert": 4, "stage": 2},
     {"tensor": 2, "expert": 2, "precision": "bf16", "of": "small weights"},
+    {"pipeline": 2, "expert": 2, "accumulation": 2, "of": "late experts"},
 ]
 ON_EIGHT_RANKS: list[Case] = [
     {"tensor": 2, "expert": 2, "stage": 2},
@@ -98,13 +101,13 @@ def matrix(ranks: int) -> list[Case]:
 
 
 def pipelines(ranks: int) -> list[Case]:
-    """Every number of stages and of tensor-parallel ranks that fits, with as many micro-batches as the rows allow."""
+    """Every number of stages, tensor- and expert-parallel ranks that fits, with the micro-batches that rows allow."""
     cases: list[Case] = []
-    for stages, tensor in product((2, 3, 4), (1, 2)):
+    for stages, tensor, expert in product((2, 3, 4), (1, 2), (1, 2)):
         data, rest = divmod(ranks, stages * tensor)
-        if rest or data == 0:
+        if rest or data == 0 or data % expert:
             continue
-        layout = {"pipeline": stages, "tensor": tensor}
+        layout = {"pipeline": stages, "tensor": tensor, "expert": expert}
         for accumulation, recompute in ((2, "none"), (4, "full"), (8, "selective")):
             if ROWS % (accumulation * data) == 0:
                 of = ("top2", "top1 tied")

@@ -51,7 +51,15 @@ LAYOUTS: dict[str, On] = {
     "4 ranks EP4 ZeRO-2": On(4, 6, {"expert": 4, "zero_stage": 2}),
     "8 ranks TP2 EP2 ZeRO-2": On(8, 6, {"tensor": 2, "expert": 2, "zero_stage": 2, "sequence_parallel": False}),
     "8 ranks ZeRO-3": On(8, 3, {"zero_stage": 3}),
+    "2 ranks PP2": On(2, 6, {"pipeline": 2}),
+    "4 ranks PP4": On(4, 3, {"pipeline": 4}),
+    "4 ranks PP2 DP2": On(4, 6, {"pipeline": 2}),
+    "4 ranks PP2 TP2": On(4, 6, {"pipeline": 2, "tensor": 2}),
+    "4 ranks PP2 EP2": On(4, 6, {"pipeline": 2, "expert": 2}),
+    "8 ranks PP4 DP2": On(8, 3, {"pipeline": 4}),
+    "8 ranks PP2 TP2 DP2": On(8, 3, {"pipeline": 2, "tensor": 2}),
 }
+PIPELINES = tuple(name for name in LAYOUTS if "PP" in name)
 REFERENCE = "1 rank"
 OFFLOAD = "2 ranks ZeRO-2 offload"
 HALF = (REFERENCE, OFFLOAD, "2 ranks ZeRO-3", "2 ranks TP2", "4 ranks TP2 EP2 ZeRO-2")
@@ -69,7 +77,13 @@ class Family(NamedTuple):
 
 FEW = Family(("4 ranks TP2 EP2 ZeRO-2", "4 ranks TP2 ZeRO-3", "4 ranks ZeRO-1"), 20, saved=3, steps=8)
 FAMILIES: dict[str, Family] = {
-    "adamw": Family(tuple(name for name in LAYOUTS if name != OFFLOAD), 20),
+    "adamw": Family(tuple(name for name in LAYOUTS if name != OFFLOAD and name not in PIPELINES), 20),
+    "pipelines": Family(
+        (REFERENCE, "4 ranks TP2 EP2 ZeRO-2", *PIPELINES), 20, {"optim": {"ema_decay": 0.8}}
+    ),
+    "tied pipelines": Family(
+        (REFERENCE, "2 ranks PP2", "4 ranks PP4"), 20, {"model": {**MODEL, "tie_embeddings": True}}
+    ),
     "few steps": FEW._replace(layouts=(REFERENCE,)),
     "muon": Family(
         (REFERENCE, OFFLOAD, "3 ranks ZeRO-3", "4 ranks TP2 EP2 ZeRO-2", "4 ranks TP4"),
@@ -80,14 +94,17 @@ FAMILIES: dict[str, Family] = {
     "bf16": Family(HALF, 0, {"model": {**MODEL, "init_std": 0.02}, "train": {"precision": "bf16"}}),
     "fp16": Family(HALF, 0, {"model": {**MODEL, "init_std": 0.02}, "train": {"precision": "fp16"}}),
 }
-CHAIN = ("2 ranks TP2", "3 ranks ZeRO-3", "4 ranks TP2 EP2 ZeRO-2", "2 ranks TP2")
+CHAINS = (
+    ("2 ranks TP2", "3 ranks ZeRO-3", "4 ranks TP2 EP2 ZeRO-2", "2 ranks TP2"),
+    ("4 ranks PP4", "4 ranks TP2 ZeRO-3", "4 ranks PP2 DP2", REFERENCE),
+)
 CHAIN_EVERY = 5
 
 
 def item(folder: Path, name: str, family: Family, layout: str, interval: int, resume: Path | None) -> dict[str, Any]:
     """A run as moves_job.py reads it."""
     on, given = LAYOUTS[layout], family.sections
-    data_ranks = on.ranks // on.parallel.get("tensor", 1)
+    data_ranks = on.ranks // (on.parallel.get("tensor", 1) * on.parallel.get("pipeline", 1))
     train = {"global_batch_size": BATCH, "micro_batch_size": on.micro_batch, "seq_len": 32, "seed": family.seed}
     sections = {
         **given,
@@ -228,12 +245,26 @@ def test_every_layout_continues_its_checkpoint(moves: Path, key: str, saved: str
     assert_same_bytes(moves / key / saved / f"of {saved}", moves / key / saved / "whole", family)
 
 
+def test_a_pipeline_goes_on_to_the_bit_and_on_one_process(tmp_path: Path) -> None:
+    write_text(tmp_path)
+    tied = FEW._replace(sections={"model": {**MODEL, "tie_embeddings": True}, "optim": {"ema_decay": 0.8}})
+    saved, one = "2 ranks PP2", REFERENCE
+    launch(tmp_path, 2, [saving(tmp_path, "few", tied, saved), continuing(tmp_path, "few", tied, saved, saved)])
+    launch(tmp_path, 1, [continuing(tmp_path, "few", tied, saved, one)])
+    folder = tmp_path / "few"
+    whole = folder / saved / "whole"
+    assert_tells(metrics(whole), tied.steps)
+    assert_same_bytes(folder / saved / f"of {saved}", whole, tied)
+    assert_equal(metrics(folder / one / f"of {saved}"), metrics(whole)[tied.saved :], "fp32")
+
+
 @pytest.mark.full
-def test_a_run_may_move_again_and_again(tmp_path: Path, moves: Path) -> None:
+@pytest.mark.parametrize("chain", CHAINS, ids=" ".join)
+def test_a_run_may_move_again_and_again(tmp_path: Path, moves: Path, chain: tuple[str, ...]) -> None:
     write_text(tmp_path)
     family = FAMILIES["adamw"]
     resume = None
-    for number, layout in enumerate(CHAIN):
+    for number, layout in enumerate(chain):
         name = f"{number}"
         launch(tmp_path, LAYOUTS[layout].ranks, [item(tmp_path, name, family, layout, CHAIN_EVERY, resume)])
         resume = checkpoint(tmp_path / name, CHAIN_EVERY * (number + 1))

@@ -96,12 +96,13 @@ MORE_ON_TWO_RANKS = [
 ]
 MORE_ON_FOUR_RANKS = [
     *(
-        case("pipeline replica tensor", tensor=2, pipeline=2, precision=precision, sequence_parallel=cut, recompute=again)
-        for precision, cut, again in (("bf16", True, "selective"), ("fp32", False, "full"), ("bf16", False, "none"))
+        case("pipeline replica tensor", tensor=2, pipeline=2, precision=bits, sequence_parallel=cut, recompute=again)
+        for bits, cut, again in (("bf16", True, "selective"), ("fp32", False, "full"), ("bf16", False, "none"))
     ),
     case("pipeline replica tensor", tensor=2, pipeline=2, model={"tie_embeddings": True}, optim={"name": "muon"}),
     case("data pipeline world", pipeline=2, precision="bf16", optim={"lr_factors": {"head": 0.5}}),
     case("pipeline", pipeline=4, micro=1, model={"n_layers": 5, "tie_embeddings": True}),
+    *(case("data expert pipeline world", pipeline=2, expert=2, precision=bits) for bits in ("fp32", "bf16")),
     case("data expert tensor world", tensor=2, expert=2, sequence_parallel=False, precision="bf16", recompute="full"),
     case("data expert tensor world", tensor=2, expert=2, zero_stage=2, offload_optimizer=True, precision="bf16"),
     case("data expert", expert=4, micro=1, zero_stage=2, precision="fp16"),
