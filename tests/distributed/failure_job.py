@@ -44,8 +44,8 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "segfault": lambda: ctypes.string_at(0),
 }
 PLACES = (
-    "import", "before_start", "before_collective", "collective", "subgroup", "decision", "deepspeed", "step", "pipeline",
-    "barrier",
+    "import", "before_start", "before_collective", "collective", "subgroup", "decision", "deepspeed", "step",
+    "pipeline", "barrier",
 )  # fmt: skip
 
 
