@@ -44,7 +44,8 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "segfault": lambda: ctypes.string_at(0),
 }
 PLACES = (
-    "import", "before_start", "before_collective", "collective", "subgroup", "decision", "deepspeed", "step", "barrier",
+    "import", "before_start", "before_collective", "collective", "subgroup", "decision", "deepspeed", "step",
+    "pipeline", "barrier",
 )  # fmt: skip
 
 
@@ -104,6 +105,23 @@ def train_by_deepspeed(world: World) -> None:
     engine.step()
 
 
+def train_through_stages(world: World) -> None:
+    """Steps of a pipeline with a stage on every rank; the fault comes in the second one, amid its micro-batches."""
+    from llm.model import LLM
+    from tests.distributed.engine_job import ROWS, build, train
+
+    case = {"pipeline": world.size, "accumulation": ROWS}
+    engine, context, forwards = build(case, world), LLM.context, iter(range(ROWS * 3))
+
+    def context_with_fault(self: LLM, *args: Any) -> Any:
+        if next(forwards) == ROWS + ROWS // 2:
+            here("pipeline")
+        return context(self, *args)
+
+    LLM.context = context_with_fault  # type: ignore[method-assign]
+    train(engine, case, range(3))
+
+
 def main() -> None:
     words = sys.argv[1:]
     if "--nproc" in words:
@@ -121,6 +139,8 @@ def main() -> None:
     main_decides(lambda: here("decision"), world)
     if place in ("deepspeed", "step"):
         train_by_deepspeed(world)
+    if place == "pipeline":
+        train_through_stages(world)
     here("barrier")
 
 

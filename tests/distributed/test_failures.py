@@ -27,6 +27,7 @@ REASONS = {
     "kill": "SIGKILL",
     "segfault": "SIGSEGV",
 }
+STAGE = "stage 2 of 3"  # of rank 1
 SILENT = {"stop": "stopped", "exit0": "gone"}  # torchrun sees no failure, until the others tire of waiting
 CAMPAIGN = [(fault, place, launcher) for fault in FAULTS for place in PLACES for launcher in ("own", "torchrun")]
 FEW = [
@@ -36,6 +37,8 @@ FEW = [
     ("_exit", "barrier", "own"),
     ("stop", "collective", "torchrun"),
     ("stop", "decision", "own"),
+    ("stop", "pipeline", "own"),
+    ("raise", "pipeline", "own"),
 ]
 
 
@@ -81,9 +84,12 @@ def check(fault: str, place: str, launcher: str, folder: Path) -> None:
     words, rank = last_words(fault, place, launcher, folder), rank_of(place)
     if fault in SILENT:  # the others say it: before it came, nothing is known of its process
         came = place not in ("import", "before_start")
-        expected = rf"rank {rank} \(process \d+\) is {SILENT[fault]}" if came else rf"rank {rank} did not come within"
+        what = rf"{STAGE}, process \d+" if place == "pipeline" else r"process \d+"
+        expected = rf"rank {rank} \({what}\) is {SILENT[fault]}" if came else rf"rank {rank} did not come within"
         assert re.search(expected, words), words
         return
+    if place == "pipeline" and fault in ("raise", "user", "exit"):
+        assert f"rank {rank} ({STAGE})" in words or f"(rank {rank} ({STAGE}))" in words, words
     if launcher == "torchrun":
         assert f"rank      : {rank} " in words, words
     elif not (fault == "user" and rank == 0):  # rank 0 speaks for all
