@@ -84,11 +84,17 @@ class Piece:
         return f"{place} (document {self.document}{cut if self.n_tokens < self.document_tokens else ''})"
 
 
-def check_replay(run_dir: Path, step: int, steps: int | None) -> None:
-    """UserError unless `run_dir` recorded the step or stopped in it; `steps` is the length of the run if it is known.
+def check_replay(run_dir: Path, step: int, steps: int | None, stages: int = 1) -> None:
+    """UserError unless `run_dir` recorded the step or stopped in it, and the whole model is on each replica's ranks;
+    `steps` is the length of the run if it is known.
 
     The step after the last recorded one counts: a step that ends a run by a loss that is not finite is not recorded.
     """
+    if stages > 1:
+        raise UserError(
+            f"parallel.pipeline={stages}: --replay_step looks into the whole model; give --parallel.pipeline=1 "
+            f"with it, as a step is the same on every layout"
+        )
     recorded = read_metrics(run_dir)
     first, last = min(recorded), max(recorded)
     end = last + 1 if steps is None or last < steps else last
