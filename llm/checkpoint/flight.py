@@ -1,7 +1,9 @@
 """What an asynchronous save is made of: a copy of this rank's state in host memory, and work on a thread of its own.
 
-The thread only reads the copy and writes files. It never speaks with other ranks: a collective of a second thread could
-meet one of the training thread's in another order on another rank.
+Masters and optimizer state change only when the optimizer steps, so the thread may copy them while the next forward and
+backward run; the training waits for the copy before it steps. The thread then writes files from the copy. It never
+speaks with other ranks: a collective of a second thread could meet one of the training thread's in another order on
+another rank.
 """
 
 import _thread
@@ -47,17 +49,32 @@ class HostCopy:
         if self._flat.result().numel() < size:
             self._flat = start_work(allocate, in_background)
 
-    def take(self, pieces: Sequence[Piece]) -> list[Tensor]:
-        """Copies of the pieces' values, complete on return; they stand until the next call."""
+    def take(self, pieces: Sequence[Piece]) -> tuple[list[Tensor], Callable[[], None]]:
+        """Where the copies of the pieces' values will be, and a function that copies them there, on any thread; they
+        stand until the next call.
+
+        What this thread has asked a GPU for until now comes before the copy, and what it asks for later beside it.
+        """
         self.prepare(pieces, in_background=False)
         sizes = [values.numel() for *_, values in pieces]
-        on_gpu = any(values.is_cuda for *_, values in pieces)
         copies = list(self._flat.result()[: sum(sizes)].split(sizes))
-        for copy, (*_, values) in zip(copies, pieces, strict=True):
-            copy.copy_(values.detach(), non_blocking=on_gpu)
-        if on_gpu:
-            torch.cuda.current_stream().synchronize()
-        return copies
+        device = next((values.device for *_, values in pieces if values.is_cuda), None)
+        ready = None if device is None else torch.cuda.current_stream(device).record_event()
+
+        def copy() -> None:
+            if device is None:
+                for place, (*_, values) in zip(copies, pieces, strict=True):
+                    place.copy_(values.detach())
+                return
+            assert ready is not None
+            stream = torch.cuda.Stream(device)  # of its own: not behind the kernels of the forward
+            with torch.cuda.device(device), torch.cuda.stream(stream):
+                stream.wait_event(ready)
+                for place, (*_, values) in zip(copies, pieces, strict=True):
+                    place.copy_(values.detach(), non_blocking=True)
+                stream.synchronize()
+
+        return copies, copy
 
 
 def start_work(action: Callable[[], Any], in_background: bool) -> Future[Any]:

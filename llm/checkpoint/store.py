@@ -4,8 +4,8 @@ A checkpoint comes to life in one rename. Before that: every rank writes its own
 it, the ranks exchange their records, rank 0 checks that the records cover every tensor exactly once and writes the
 manifest. A kill at any moment leaves either the whole checkpoint or a hidden folder that the next start removes.
 
-Writing and committing may go on behind the training: `begin` copies the state, threads do the rest in two stages, and
-between those the ranks meet in `advance`, at a step boundary where all have finished theirs.
+Copying, writing and committing may go on behind the training: threads do it in two stages, and between those the ranks
+meet in `advance`, at a step boundary where all have finished theirs.
 """
 
 import json
@@ -18,6 +18,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from llm.atomic import sync, write_file
 from llm.boxes import Box, box_shape
@@ -45,6 +47,8 @@ class _Flight:
     in_background: bool
     give_up: threading.Event
     task: Future[Any]
+    copied: threading.Event
+    """The values are needed no more where they were."""
     committing: bool = False
 
     @property
@@ -114,8 +118,9 @@ class CheckpointStore:
         """Begin the checkpoint of `step`, after finishing the one before it (collective).
 
         `shapes` are those of whole parameters. Over all ranks the pieces hold every element of each (name, kind) once.
-        On return in_background has copied the values, in as much host memory; without it they are written from where
-        they are. best_step: that of the best checkpoint so far, for retention.
+        In_background copies the values into as much host memory and writes them from there: they must not change
+        before `wait_for_copy` has returned. Without it they are written from where they are. best_step: that of the
+        best checkpoint so far, for retention.
         SaveFailed on every rank where the file system has not the space that all files need together.
         """
         self.finish()
@@ -129,15 +134,27 @@ class CheckpointStore:
             "meta": meta,
         }
         self._check_space(plan, n_rows, manifest)
-        values = self._copy.take(pieces) if in_background else (values for *_, values in pieces)
-        work, give_up = self._work(step), threading.Event()
+        values: Iterable[Tensor]
+        values, copy = self._copy.take(pieces) if in_background else ((values for *_, values in pieces), _nothing)
+        work, give_up, copied = self._work(step), threading.Event(), threading.Event()
 
         def write() -> dict[str, Any]:
+            try:
+                copy()
+            finally:
+                copied.set()
             work.mkdir(parents=True, exist_ok=True)
             fragments = write_planned(work / plan.name, plan, values, give_up.is_set)
             return {"file": plan.name, "is": plan.record.to_json(), "fragments": [f.to_json() for f in fragments]}
 
-        self._flight = _Flight(manifest, best_step, in_background, give_up, start_work(write, in_background))
+        task = start_work(write, in_background)
+        self._flight = _Flight(manifest, best_step, in_background, give_up, task, copied)
+
+    def wait_for_copy(self) -> None:
+        """Return once the values of the save that has been begun may change. What failed meanwhile is told by
+        `advance`."""
+        if self._flight is not None:
+            self._flight.copied.wait()
 
     def _work(self, step: int) -> Path:
         return self.folder / f"{HIDDEN}step_{step:08d}"

@@ -11,7 +11,7 @@ one mechanism for every reason, without waiting for the device.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -114,6 +114,8 @@ class Engine:
         self._ema_decay = ema_decay
         self._ema = [flat.detach().clone() for flat in self._partitions] if ema_decay is not None else []
         self._ema_of = dict(zip(map(id, self._partitions), self._ema, strict=False))
+        self.before_change: Callable[[], object] = _nothing
+        """Called each time before masters, optimizer state or averages change."""
         self._probe = torch.zeros((), device=world.device)  # not finite once a local gradient was not
         for name, parameter in model.named_parameters():
             if grid.expert.size == 1 or plan_for(name).ep_dim is None:  # else it is of other ranks' tokens too
@@ -206,6 +208,7 @@ class Engine:
     def _finish_step(self) -> float:
         """Apply the gradients unless they are not finite; their norm, inf if they were not applied."""
         engine = self._deepspeed
+        self.before_change()
         if self.zero_stage:
             engine.step()
             reported = private.gradient_norm(engine)
@@ -276,6 +279,7 @@ class Engine:
 
     @torch.no_grad()
     def _swap_ema(self) -> None:
+        self.before_change()
         for flat, average in zip(self._partitions, self._ema, strict=True):
             kept = flat.detach().clone()
             flat.copy_(average)
@@ -352,6 +356,7 @@ class Engine:
 
         kinds: for each parameter the kinds of fragments that the checkpoint has. On a new optimizer state all are zero.
         """
+        self.before_change()
         base = private.base_optimizer(self._deepspeed)
         if isinstance(base, Muon) != any("momentum_buffer" in kept for kept in kinds.values()):
             kinds = {name: {"master"} for name in kinds}  # of another optimizer: this one begins anew
@@ -360,7 +365,11 @@ class Engine:
             # a partition without pieces is padding, and keeps step with the others
             names = [piece.name for piece in self._pieces if piece.partition == number] or list(kinds)
             keys = set().union(*(kinds[name] for name in names)) - {"master", "ema"}
-            state: dict[str, Tensor] = {key: torch.zeros_like(flat, requires_grad=False) for key in sorted(keys)}
+            held = state_of.get(flat, {})  # new memory would be there twice, and costs more than what is read into it
+            state: dict[str, Tensor] = {
+                key: held[key].zero_() if key in held else torch.zeros_like(flat, requires_grad=False)
+                for key in sorted(keys)
+            }
             if "exp_avg" in keys:
                 state["step"] = torch.tensor(scalars["step"], device=flat.device)
             state_of[flat] = state
@@ -370,6 +379,10 @@ class Engine:
     def finish_load(self) -> None:
         """Make the loaded masters the weights of the next forward (collective)."""
         self._publish()
+
+
+def _nothing() -> None:
+    return None
 
 
 def _total_norm(grads: list[Tensor]) -> Tensor:

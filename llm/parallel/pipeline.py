@@ -144,6 +144,7 @@ class PipelineEngine(Engine):
         one_or_nan = self._tally.one_or_nan(self._loss_limit)
         gradients = (pipe.gradient(self._deepspeed, parameter) for parameter in self.model.parameters())
         next(gradient for gradient in gradients if gradient is not None).mul_(one_or_nan)
+        self.before_change()  # nothing of ours comes between this and the optimizer
 
     def _publish(self) -> None:
         super()._publish()

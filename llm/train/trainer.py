@@ -74,6 +74,7 @@ class Trainer:
         sources, self.valid = open_sources(config, self.tokenizer, world)
         self.mixture = all_or_none(lambda: Mixture(sources, config.train.seq_len, config.train.seed), world)
         self.engine = build_engine(self.config, self.grid)
+        self.engine.before_change = self.store.wait_for_copy
         self.guard = Guard(config.guard)
         self.metrics = StepMetrics(self.config.model, world, config.log.peak_flops)
         self.step = 0

@@ -16,6 +16,7 @@ import torch
 
 from llm.boxes import whole
 from llm.checkpoint import store as store_module
+from llm.checkpoint.flight import HostCopy
 from llm.checkpoint.fragments import Piece, plan_file
 from llm.checkpoint.reader import Checkpoint, list_steps, newest_valid
 from llm.checkpoint.store import CheckpointStore, SaveFailed
@@ -72,6 +73,7 @@ def test_training_goes_on_and_changes_nothing_of_what_is_being_saved(
         store = CheckpointStore(tmp_path, world, keep=5, keep_best=False)
         values = torch.arange(N, dtype=torch.float32)
         store.begin(1, SHAPES, pieces_of(world, values), {})
+        store.wait_for_copy()
         values += 1  # the training
         seen = [at_a_boundary(store, world) for _ in range(3)]
         assert not [name for name in names(tmp_path) if name.startswith("step")]
@@ -86,6 +88,41 @@ def test_training_goes_on_and_changes_nothing_of_what_is_being_saved(
     assert names(tmp_path) == ["step_00000001"]
     checkpoint = Checkpoint.open(tmp_path / "step_00000001")
     assert torch.equal(checkpoint.read("w"), torch.arange(N, dtype=torch.float32))
+
+
+def test_a_copy_that_takes_its_time_is_waited_for_before_values_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copying, go = threading.Event(), threading.Event()
+    take = HostCopy.take
+
+    def slow_take(host: HostCopy, pieces: list[Piece]) -> tuple[list[torch.Tensor], Callable[[], None]]:
+        copies, copy = take(host, pieces)
+
+        def slow_copy() -> None:
+            copying.set()
+            assert go.wait(60)
+            copy()
+
+        return copies, slow_copy
+
+    monkeypatch.setattr(HostCopy, "take", slow_take)
+    store, values = CheckpointStore(tmp_path, ALONE, keep=5, keep_best=False), torch.zeros(N)
+    store.begin(1, SHAPES, [("w", "master", whole((N,)), 0, values)], {})
+    assert copying.wait(60)
+
+    def optimizer() -> None:
+        store.wait_for_copy()
+        values.add_(1)
+
+    step = threading.Thread(target=optimizer)
+    step.start()
+    step.join(0.05)  # the forward and backward are over, the copy is not
+    assert step.is_alive() and not values.any()
+    go.set()
+    step.join()
+    store.finish()
+    assert values.all() and torch.equal(Checkpoint.open(tmp_path / "step_00000001").read("w"), torch.zeros(N))
 
 
 def test_a_second_save_waits_for_the_first_and_the_memory_is_used_again(

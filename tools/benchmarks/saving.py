@@ -6,7 +6,8 @@
 The state is what AdamW steps on: float32 masters and two moments, 500 MB over all ranks, of an engine that trains. In
 one process, and in two with ZeRO-1, all contestants save it in turn, round after round, into the same folder. A save
 behind the training goes on while steps are made: what the training waits for it is the time inside the calls of the
-library, and what it costs in all is how much later the same steps are done.
+library and, before an optimizer steps, for the copy of the state; and what it costs in all is how much later the same
+steps are done.
 """
 
 import json
@@ -190,7 +191,8 @@ def section(writer: str, found: dict[str, Any]) -> str:
             "\n".join(f"* {bar}" for bar in bars)
             + f"\n* getting the memory before the first save holds the training for {preparing.text(4)} s\n"
             "* *first*: of a run, memory got behind the training two steps earlier, as the trainer does; *unprepared*: "
-            "memory got in the save itself; *later*: any other\n"
+            "memory got in the save itself; *later*: any other. Ours copies the state while the next forward and "
+            "backward run; what the optimizer's step has to wait for the copy is part of the stall\n"
             "* ours writes a digest of each block, and checks it in loading; DCP and DeepSpeed do neither. DeepSpeed "
             "does not flush what it saves, and writes the model's own weights beside the masters. DCP is given whole "
             "partitions as flat tensors, other keys on each rank: it has nothing to cut, merge or compare. *memory "

@@ -219,9 +219,17 @@ class Bench:
         def due() -> bool:
             return store.due(*self._boundary(*store.flags()))
 
+        waited = 0.0
+
+        def wait() -> None:
+            nonlocal waited
+            waited += seconds(store.wait_for_copy)
+
+        self.engine.before_change = wait
         found = self._behind(lambda: self._begin(store, in_background=True), due, store.advance)
+        self.engine.before_change = store.wait_for_copy
         self.remove("ours")
-        return found
+        return found | {"stall": found["stall"] + waited, "waited": waited}
 
     def _behind(
         self, begin: Callable[[], Any], due: Callable[[], bool], advance: Callable[[], int | None]
