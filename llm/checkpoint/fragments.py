@@ -38,7 +38,7 @@ LEAST_BLOCK_BYTES, BLOCKS_OF_A_PARAMETER = 256 << 10, 16
 """A parameter has so many blocks, if that makes them neither smaller nor larger than it is said here."""
 MOST_STRIPES = 24
 """Divided by 2, 3, 4, 6, 8 and 12: so many tensor-parallel ranks find their own columns in stripes of their own."""
-LEAST_STRIPED_BYTES, LEAST_STRIPED_BLOCK_BYTES = 512 << 10, 64 << 10
+LEAST_STRIPED_BYTES, LEAST_STRIPED_BLOCK_BYTES = 512 << 10, 256 << 10
 """Parameters smaller than this are read whole by everyone; digests of smaller blocks would weigh too much."""
 VERSION = 3
 BLANK = "0" * 32
@@ -211,8 +211,20 @@ def _block_bytes(shape: tuple[int, ...], width: int, stripe: tuple[int, int] | N
     block = min(BLOCK_BYTES, max(LEAST_BLOCK_BYTES, math.prod(shape) * width // BLOCKS_OF_A_PARAMETER))
     if stripe is not None:
         stripes = shape[stripe[0]] // stripe[1]
-        block = max(min(block, LEAST_STRIPED_BLOCK_BYTES), block // stripes)
+        block = _whole_rows(max(min(block, LEAST_STRIPED_BLOCK_BYTES), block // stripes), shape, width, stripe)
     return max(width, block // width * width)
+
+
+def _whole_rows(block: int, shape: tuple[int, ...], width: int, stripe: tuple[int, int]) -> int:
+    """About so many bytes, but if possible as many as whole stripes, or equal parts of whole rows of one: each part of
+    a block of a whole parameter is then one rectangle, and copied in one go."""
+    dimension, columns = stripe
+    rows = math.prod(shape[:dimension])
+    size = rows * columns * math.prod(shape[dimension + 1 :]) * width
+    if size <= block:
+        return block // size * size
+    most = -(-size // block)
+    return next((size // n for n in range(most, 2 * most) if rows % n == 0), block)
 
 
 def _striped(part: Part, dimension: int, width: int) -> list[Part]:
