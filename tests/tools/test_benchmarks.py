@@ -11,7 +11,7 @@ import torch
 
 from llm import LLM
 from llm.errors import UserError
-from tools.benchmarks import gpu, harness, machine, parallel
+from tools.benchmarks import gpu, harness, machine, parallel, pipeline
 from tools.benchmarks.contestants import Shape, transformers_weights
 from tools.benchmarks.harness import Bar, Contestant, Spread, Timing, check_same_work, interleave, write_result
 from tools.benchmarks.memory import ENVIRONMENT, storage_bytes
@@ -161,6 +161,19 @@ def test_layouts_on_two_processes_do_the_same_step_and_say_how_long_they_talk():
     found = [parallel.measure(model, layout, "fp32", 2) for layout in ({}, {"tensor": 2})]
     assert all(0 < run["talking"] < run["step"] for run in found)
     check_same_work({str(i): run["loss"] for i, run in enumerate(found)}, 1e-5)
+
+
+@pytest.mark.full
+@pytest.mark.distributed
+def test_a_pipeline_and_one_process_are_timed_at_the_same_step_and_compared_by_the_formula(monkeypatch):
+    small = {"dim": 32, "n_layers": 3, "n_heads": 4, "ffn_hidden": 48, "vocab_size": 192, "max_seq_len": 512}
+    monkeypatch.setattr(pipeline, "MODEL", small)
+    text = pipeline.compare("fp32", (8,), rounds=2, steps=1)  # other losses would have been an error
+    row = text.split("| 8 | ")[1].splitlines()[0].split(" | ")
+    alone, formula, piped, ratio = (float(cell.split(" ")[0]) for cell in row[:4])
+    slowest = float(text.split("the slowest stage has ")[1].split("%")[0]) / 100
+    assert formula == pytest.approx(alone * slowest * 9 / 8, rel=0.01) and row[4] == "11.1%"
+    assert piped > 0 and ratio > 0 and text.count("expected") == 2
 
 
 def test_a_gpu_report_counts_utilisation_and_names_what_did_not_fit():

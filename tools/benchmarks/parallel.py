@@ -98,18 +98,25 @@ def compare(name: str, precision: str, rounds: int, steps: int) -> str:
 def measure(model: dict[str, Any], layout: dict[str, Any], precision: str, steps: int) -> dict[str, float]:
     """Seconds of a step, and of them in collectives, of one job on two processes; the loss of its last step."""
     task = {"model": model, "layout": layout, "precision": precision, "steps": steps}
-    task |= {"batch": BATCH, "seq_len": SEQ_LEN}
+    return run_jobs(task | {"batch": BATCH, "micro_batches": 1, "seq_len": SEQ_LEN})[0]
+
+
+def run_jobs(task: dict[str, Any], processes: int = 2, jobs: int = 1) -> list[dict[str, float]]:
+    """What parallel_job.py measured of `task` on so many processes; with several jobs, of each of them side by side."""
+    script = str(ROOT / "tools/benchmarks/parallel_job.py")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", script]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryDirectory() as folder:
-        written, out = Path(folder) / "task.json", Path(folder) / "out.json"
+        written = Path(folder) / "task.json"
         written.write_text(json.dumps(task))
-        job = str(ROOT / "tools/benchmarks/parallel_job.py")
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", job]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([*launcher, str(written), str(out)], env=environment, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise UserError(f"{layout or 'DP2'}: the job ended with {done.returncode}: {done.stderr[-500:]}")
-        found: dict[str, float] = json.loads(out.read_text())
-        return found
+        outs = [Path(folder) / f"out{number}.json" for number in range(jobs)]
+        pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        running = [subprocess.Popen([*launcher, str(written), str(out)], env=environment, **pipes) for out in outs]
+        for job in running:
+            words = job.communicate()[1]
+            if job.returncode != 0:
+                raise UserError(f"{task['layout'] or 'DP2'}: a job ended with {job.returncode}: {words[-500:]}")
+        return [json.loads(out.read_text()) for out in outs]
 
 
 if __name__ == "__main__":

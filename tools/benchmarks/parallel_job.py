@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node 2 tools/benchmarks/parallel_job.py TASK OUT
 
-TASK is a JSON file: model (ModelArgs), layout (keys of `parallel`), precision, batch (rows of a step), seq_len, steps.
+TASK is a JSON file: model (ModelArgs), layout (keys of `parallel`), precision, batch (rows of a step), micro_batches (in
+which a rank cuts its rows), seq_len, steps.
 """
 
 import json
@@ -21,9 +22,9 @@ from llm.data.batch import MicroBatch, StepBatch
 from llm.parallel import launch
 from llm.parallel.build import build_model
 from llm.parallel.collectives import gather_json
-from llm.parallel.engine import Engine
 from llm.parallel.grid import Grid, make_grid
 from llm.parallel.layout import Layout
+from llm.parallel.pipeline import engine_class
 from llm.train.config import OptimConfig
 from llm.train.optimizer import make_optimizer
 
@@ -53,14 +54,14 @@ class Clock:
         return timed
 
 
-def batch_of(grid: Grid, vocab: int, rows: int, seq_len: int) -> StepBatch:
+def batch_of(grid: Grid, vocab: int, rows: int, seq_len: int, micro_batches: int) -> StepBatch:
     """This rank's rows of a random batch, the same every step, one document each."""
     draw = torch.Generator().manual_seed(0)
     stream = torch.randint(0, vocab, (rows, seq_len + 1), generator=draw)
-    mine = stream[grid.data.rank :: grid.data.size]
-    bounds = torch.arange(0, len(mine) * seq_len + 1, seq_len, dtype=torch.int32)
-    micro_batch = MicroBatch(mine[:, :-1].contiguous(), mine[:, 1:].contiguous(), bounds)
-    return StepBatch([micro_batch], 0, 0, first_row=0, n_rows=rows, wait_s=0.0)
+    parts = stream[grid.data.rank :: grid.data.size].chunk(micro_batches)
+    bounds = torch.arange(0, len(parts[0]) * seq_len + 1, seq_len, dtype=torch.int32)
+    made = [MicroBatch(part[:, :-1].contiguous(), part[:, 1:].contiguous(), bounds) for part in parts]
+    return StepBatch(made, 0, 0, first_row=0, n_rows=rows, wait_s=0.0)
 
 
 def main() -> None:
@@ -70,18 +71,19 @@ def main() -> None:
     args, layout = ModelArgs.model_validate(task["model"]), Layout(world.size, **task["layout"])
     grid = make_grid(world, layout)
     model = build_model(args, 0, grid, zero_stage=layout.zero_stage, precision=task["precision"])
-    engine = Engine(
+    rows, cuts = task["batch"] // grid.data.size, task["micro_batches"]
+    engine = engine_class(grid)(
         model,
         make_optimizer(model, OptimConfig()),
         grid=grid,
         precision=task["precision"],
-        micro_batch_size=task["batch"] // grid.data.size,
-        max_accumulation=1,
+        micro_batch_size=rows // cuts,
+        max_accumulation=cuts,
         clip_norm=1.0,
         seed=0,
         zero_stage=layout.zero_stage,
     )
-    batch = batch_of(grid, args.vocab_size, task["batch"], task["seq_len"])
+    batch = batch_of(grid, args.vocab_size, task["batch"], task["seq_len"], cuts)
     n_tokens = task["batch"] * task["seq_len"]
     clock = Clock()
     seconds, talking, loss = [], [], 0.0

@@ -75,7 +75,7 @@ class Bench:
         self.rounds: int = task.get("rounds", 0)
         self.folder = Path(task["folder"])
         train = config.train
-        self._batch = batch_of(self.grid, config.model.vocab_size, train.global_batch_size, train.seq_len)
+        self._batch = batch_of(self.grid, config.model.vocab_size, train.global_batch_size, train.seq_len, 1)
         self._n_tokens = train.global_batch_size * train.seq_len
         self._saves = 0
         for _ in range(2):  # the first makes the optimizer's state
