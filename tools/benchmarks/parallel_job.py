@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node 2 tools/benchmarks/parallel_job.py TASK OUT
 
-TASK is a JSON file: model (ModelArgs), layout (keys of `parallel`), precision, batch (rows of a step), micro_batches (in
-which a rank cuts its rows), seq_len, steps.
+TASK is a JSON file: model (ModelArgs), layout (keys of `parallel`), precision, batch (rows of a step), micro_batches
+(in which a rank cuts its rows), seq_len, steps.
 """
 
 import json
