@@ -1,10 +1,10 @@
 """Does my config give one answer on every layout? `python tools/layouts.py --config C --nproc 4` runs its first steps,
 on its own data, on every layout that fits and compares them with one process.
 
-Layouts are tensor x expert x data-parallel ranks x ZeRO stage; the validator of the run config says which fit. A
-layout is equal when loss and gradient norm of every step are: in float32 to 1e-5 of their size, with the same number of
-tokens at every expert; in bf16 to 1e-2, and to 2e-3 in the mean. Exit status 0: all are equal; 1: one is not; 2: bad
-input.
+Layouts are tensor x pipeline x expert x data-parallel ranks x ZeRO stage; the validator of the run config says which
+fit. A layout is equal when loss and gradient norm of every step are: in float32 to 1e-5 of their size, with the same
+number of tokens at every expert; in bf16 to 1e-2, and to 2e-3 in the mean. Exit status 0: all are equal; 1: one is not;
+2: bad input.
 
 Where float32 chose other experts, and one process had a token at that step whose choice hung on a rounding, the layout
 is right in its own way: it is called a tie and judged by the steps before.
@@ -171,21 +171,22 @@ def fitting(config: RunConfig, ranks: int, stages: Sequence[int]) -> Iterator[Ca
     """
     sizes = micro_batch_sizes(config)
     for tensor in divisors(ranks):
-        for expert in divisors(ranks // tensor):
-            for stage in stages:
-                parallel = {"tensor": tensor, "expert": expert, "zero_stage": stage}
-                for micro in sizes:
-                    cut = changed(config, parallel, {"micro_batch_size": micro})
-                    try:
-                        yield Candidate(check_layout(cut, ranks), cut)
-                        break
-                    except UserError:
-                        continue
+        for pipeline in divisors(ranks // tensor):
+            for expert in divisors(ranks // tensor // pipeline):
+                for stage in stages:
+                    parallel = {"tensor": tensor, "pipeline": pipeline, "expert": expert, "zero_stage": stage}
+                    for micro in sizes:
+                        cut = changed(config, parallel, {"micro_batch_size": micro})
+                        try:
+                            yield Candidate(check_layout(cut, ranks), cut)
+                            break
+                        except UserError:
+                            continue
 
 
 def alone(config: RunConfig) -> RunConfig:
     """The config for one process in float32 with nothing cut, compiled or moved."""
-    cut = {"tensor": 1, "expert": 1, "zero_stage": 1, "offload_optimizer": False}
+    cut = {"tensor": 1, "pipeline": 1, "expert": 1, "zero_stage": 1, "offload_optimizer": False}
     micro = micro_batch_sizes(config)[0]
     return changed(config, cut, {"precision": "fp32", "compile": False, "micro_batch_size": micro})
 
@@ -270,14 +271,15 @@ def relative(value: float, right: float) -> float:
     return math.inf if math.isnan(off) else off
 
 
-HEADINGS = "ranks  tensor  expert  data  zero  micro      loss  grad_norm  routing"
+HEADINGS = "ranks  tensor  pipeline  expert  data  zero  micro      loss  grad_norm  routing"
 
 
 def line(candidate: Candidate, verdict: Verdict) -> str:
     """A row of the printed table."""
     layout, micro = candidate.layout, candidate.config.train.micro_batch_size
     numbers = (
-        f"{layout.world:5}  {layout.tensor:6}  {layout.expert:6}  {layout.data:4}  {layout.zero_stage:4}  {micro:5}"
+        f"{layout.world:5}  {layout.tensor:6}  {layout.pipeline:8}  {layout.expert:6}  {layout.data:4}  "
+        f"{layout.zero_stage:4}  {micro:5}"
     )
     if verdict.failure is not None:
         return f"{numbers}  FAILED: {verdict.failure}"
@@ -305,6 +307,7 @@ def entry(candidate: Candidate, verdict: Verdict, rows: list[Row] | str) -> Row:
     return {
         "ranks": layout.world,
         "tensor": layout.tensor,
+        "pipeline": layout.pipeline,
         "expert": layout.expert,
         "data": layout.data,
         "zero_stage": layout.zero_stage,

@@ -22,7 +22,7 @@ def shrunk(config: RunConfig, ranks: int) -> RunConfig:
     batch = alike(math.gcd(train.global_batch_size, *(size for _, size in train.batch_schedule)), ranks, ranks)
     model = args.model_dump(mode="json") | {
         "init_from": None,
-        "n_layers": layers_of_every_kind(args),
+        "n_layers": max(layers_of_every_kind(args), min(args.n_layers, ranks)),  # as many stages as before
         "dim": min(args.dim, WIDTH),
         "head_dim": min(args.head_width, HEAD_WIDTH),
         "ffn_hidden": alike(args.ffn_width(), HIDDEN, ranks),
