@@ -11,6 +11,7 @@ import os
 import runpy
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -166,7 +167,7 @@ def plant_in_training(killer: Killer) -> None:
     from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
     from llm import atomic
-    from llm.checkpoint.reader import Checkpoint
+    from llm.checkpoint import filling
     from llm.model import LLM
     from llm.parallel.engine import Engine
     from llm.train.trainer import Trainer
@@ -177,10 +178,12 @@ def plant_in_training(killer: Killer) -> None:
         killer.here("build")
         original(*args)
 
-    def read(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        values = original(*args, **kwargs)
-        killer.here("load")
-        return values
+    one_at_a_time = threading.Lock()
+
+    def read(original: Callable[..., None], *args: Any) -> None:
+        original(*args)
+        with one_at_a_time:  # blocks are read on several threads
+            killer.here("load")
 
     def resume(original: Callable[..., list[str]], trainer: Trainer) -> list[str]:
         lines = original(trainer)
@@ -216,7 +219,7 @@ def plant_in_training(killer: Killer) -> None:
 
     wrap(atomic, "sync", sync)
     wrap(Trainer, "__init__", build)
-    wrap(Checkpoint, "read", read)
+    wrap(filling, "_do", read)
     wrap(Trainer, "resume", resume)
     wrap(Trainer, "take_step", take_step)
     wrap(LLM, "forward", forward)
