@@ -27,6 +27,7 @@ from llm.layers.region import WHOLE, Region
 from llm.recompute import Recompute, recomputed
 
 if TYPE_CHECKING:
+    from llm.parallel.stages import Stage
     from llm.tokenizer import Tokenizer
 
 
@@ -94,6 +95,8 @@ class LLM(nn.Module):
             self.layers: nn.ModuleList | nn.ModuleDict = nn.ModuleList(Block(args, spec) for spec in self.specs)
             self.norm = make_norm(args, args.dim)
             self.output = None if args.tie_embeddings else Output(args.dim, args.vocab_size, args.logit_softcap)
+        self.stages: tuple[Stage, ...] = ()
+        """What a rank of a pipeline has of the model; empty where it is whole."""
         initialise(self, args, seed)
 
     @classmethod
@@ -159,12 +162,16 @@ class LLM(nn.Module):
         x_BTD, stats = self.through_layers(self.embed(inputs), self.context(inputs, cache))
         return self.finish(x_BTD, inputs), stats
 
-    def through_layers(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, list[RouterStats]]:
-        """What the layers of this module make of token vectors, in the form of `embed`'s."""
+    def through_layers(
+        self, x_BTD: Tensor, ctx: Context, numbers: range | None = None
+    ) -> tuple[Tensor, list[RouterStats]]:
+        """What the layers of this module make of token vectors, in `embed`'s form: all, or those of `numbers`."""
         stats = []
         eager = self.compiled and not torch.is_grad_enabled()
         with torch.compiler.set_stance("force_eager") if eager else nullcontext():
-            for layer in self.layers.children():
+            for number, layer in self.layers.named_children():
+                if numbers is not None and int(number) not in numbers:
+                    continue
                 x_BTD, layer_stats = recomputed(self.activation_checkpointing, layer, x_BTD, ctx)
                 if layer_stats is not None:
                     stats.append(layer_stats)

@@ -174,7 +174,10 @@ def fitting(config: RunConfig, ranks: int, stages: Sequence[int]) -> Iterator[Ca
         for pipeline in divisors(ranks // tensor):
             for expert in divisors(ranks // tensor // pipeline):
                 for stage in stages:
-                    parallel = {"tensor": tensor, "pipeline": pipeline, "expert": expert, "zero_stage": stage}
+                    parallel: dict[str, Any] = {"tensor": tensor, "pipeline": pipeline}
+                    parallel |= {"expert": expert, "zero_stage": stage}
+                    if pipeline == 1:
+                        parallel["pipeline_schedule"] = "1f1b"  # there is none
                     for micro in sizes:
                         cut = changed(config, parallel, {"micro_batch_size": micro})
                         try:
@@ -186,7 +189,8 @@ def fitting(config: RunConfig, ranks: int, stages: Sequence[int]) -> Iterator[Ca
 
 def alone(config: RunConfig) -> RunConfig:
     """The config for one process in float32 with nothing cut, compiled or moved."""
-    cut = {"tensor": 1, "pipeline": 1, "expert": 1, "zero_stage": 1, "offload_optimizer": False}
+    cut: dict[str, Any] = {"tensor": 1, "pipeline": 1, "pipeline_schedule": "1f1b", "expert": 1}
+    cut |= {"zero_stage": 1, "offload_optimizer": False}
     micro = micro_batch_sizes(config)[0]
     return changed(config, cut, {"precision": "fp32", "compile": False, "micro_batch_size": micro})
 

@@ -1,6 +1,7 @@
 """A model on its device, as its layout wants it: whole, or from the first moment only this rank's share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
 from torch import nn
@@ -44,7 +45,8 @@ def build_model(
     model = LLM(args, device="meta")
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if grid.pipeline.size > 1:
-        keep_stage(model, split(args, grid.pipeline.size, seq_len)[grid.pipeline.rank])
+        stages = split(args, grid.layout.stages, seq_len)
+        keep_stages(model, [stages[number] for number in grid.layout.stages_of(grid.pipeline.rank)])
     for module in model.modules():  # buffers are few and whole
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -63,15 +65,17 @@ def build_model(
     return model
 
 
-def keep_stage(model: LLM, stage: Stage) -> None:
-    """Leave of a model its part in a stage. Names stay; what is gone is None, or not among the layers."""
-    model.layers = nn.ModuleDict({str(i): model.layers[i] for i in stage.layers})  # type: ignore[index]
-    tied = model.output is None
-    gone = {"tok_embeddings": not (stage.first or (stage.last and tied)), "norm": not stage.last}
-    for name, is_gone in {**gone, "output": not stage.last}.items():
+def keep_stages(model: LLM, stages: Sequence[Stage]) -> None:
+    """Leave of a model what is in these stages. Names stay; what is gone is None, or not among the layers."""
+    kept = chain.from_iterable(stage.layers for stage in stages)
+    model.layers = nn.ModuleDict({str(i): model.layers[i] for i in kept})  # type: ignore[index]
+    model.stages = tuple(stages)
+    first, last, tied = stages[0].first, stages[-1].last, model.output is None
+    gone = {"tok_embeddings": not (first or (last and tied)), "norm": not last, "output": not last}
+    for name, is_gone in gone.items():
         if is_gone:
             setattr(model, name, None)
-    if stage.last and tied:
+    if last and tied and not first:
         private.mark_copy(model.tok_embeddings.weight)
 
 

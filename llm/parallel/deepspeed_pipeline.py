@@ -2,11 +2,11 @@
 
 Written against DeepSpeed 0.19.8; tests/distributed/test_deepspeed_pipeline.py fails by name when one of them moves.
 
-The schedule (one forward, one backward in turn), its sends and receives and the buffers in flight are DeepSpeed's. It
-gets a stage as a module of its class PipelineModule whose only content is a function of ours, and groups from our grid:
-PipelineModule's own constructor would build layers under names of its own and make every group of ranks again. Of its
-instructions two are preceded or replaced by ours: what is to happen between the last backward and the reduction of
-gradients, and how gradients of tied weights are summed.
+The schedules (one forward, one backward in turn; DualPipeV), their sends and receives and the buffers in flight are
+DeepSpeed's. It gets a rank's stages as a module of its class PipelineModule or DualPipeVModule whose only content is a
+function of ours, and groups from our grid: their own constructors would build layers under names of their own and make
+every group of ranks again. Of its instructions one is replaced by ours: where it would sum gradients of tied weights,
+what is to happen between the last backward and the reduction of gradients happens.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,13 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from llm.model import LLM
 from llm.parallel.deepspeed_private import _import_deepspeed
 from llm.parallel.grid import DeepSpeedGroups, Grid
 from llm.parallel.launch import stdout_to_nowhere
 
-Forward = Callable[[Tensor], Tensor]
+Forward = Callable[[Tensor, int], Tensor]
 """Of the tensor that came from the stage before (in the first stage: token ids) to the one for the stage after (in the
-last stage: whatever `evaluate` is to return, or a loss)."""
+last stage: the loss), in the first or second of a rank's stages: 0 or 1."""
 
 
 class PipelineGroups(DeepSpeedGroups):
@@ -72,14 +73,14 @@ class PipelineGroups(DeepSpeedGroups):
 
 
 def initialize(
-    model: nn.Module,
+    model: LLM,
     forward: Forward,
     before_reduction: Callable[[], None],
     optimizer: torch.optim.Optimizer,
     config: dict[str, Any],
     grid: Grid,
 ) -> Any:
-    """DeepSpeed's pipeline engine around this rank's stage, without its printing.
+    """DeepSpeed's pipeline engine around this rank's stages, without its printing.
 
     before_reduction is called in each step after the last backward, before gradients are summed over data-parallel
     ranks. Parameters of `optimizer` that `model` does not have become part of the module, so that they get its dtype.
@@ -87,8 +88,11 @@ def initialize(
     deepspeed = _import_deepspeed()
     from deepspeed.pipe import PipelineModule
     from deepspeed.runtime.pipe import schedule
+    from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 
-    class Stage(PipelineModule):
+    class Stages(DualPipeVModule if len(model.stages) > 1 else PipelineModule):  # type: ignore[misc]
+        active_phase = 0
+
         def __init__(self) -> None:
             nn.Module.__init__(self)
             self.model = model
@@ -104,12 +108,15 @@ def initialize(
         def mpu(self) -> PipelineGroups:
             return self._grid
 
+        def activate_phase(self, phase: int) -> None:
+            self.active_phase = phase
+
         def forward(self, x: Tensor) -> Tensor:
-            return forward(x)
+            return forward(x, self.active_phase)
 
     config = {**config, "pipeline": {"pipe_partitioned": False, "grad_partitioned": False}}
     with stdout_to_nowhere():
-        engine, _, _, _ = deepspeed.initialize(model=Stage(), optimizer=optimizer, config=config)
+        engine, _, _, _ = deepspeed.initialize(model=Stages(), optimizer=optimizer, config=config)
     engine._INSTRUCTION_MAP = {
         **engine._INSTRUCTION_MAP,
         schedule.ReduceTiedGrads: lambda _: before_reduction(),
@@ -123,15 +130,6 @@ def train(engine: Any, batches: Iterator[tuple[Tensor, Tensor]], micro_batches: 
     """
     engine.micro_batches = micro_batches
     engine.train_batch(batches)
-
-
-def evaluate(engine: Any, batches: Iterator[tuple[Tensor, Tensor]], micro_batches: int) -> list[Tensor]:
-    """What the last stage's forward returned for each micro-batch, on the ranks of the last stage; elsewhere nothing
-    (collective).
-    """
-    engine.total_loss = None  # it adds to what the last call left, whose shape may be another
-    outputs = engine.eval_batch(batches, reduce_output=None, bcast_loss=False, num_micro_batches=micro_batches)
-    return [] if outputs is None else list(outputs)
 
 
 def forget_shape(engine: Any) -> None:

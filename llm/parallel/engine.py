@@ -13,6 +13,7 @@ one mechanism for every reason, without waiting for the device.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,7 +92,6 @@ class Engine:
             config[key] = {**config[key], **value} if isinstance(config.get(key), dict) else value
         if precision == "fp16":
             check_fp16()
-        self.moe_layers = self._moe_layers()
         self._deepspeed = self._initialize(optimizer, config)
         private.grow_loss_scale_late(self._deepspeed)
         if world.size == 1:
@@ -116,20 +116,21 @@ class Engine:
         self._ema_of = dict(zip(map(id, self._partitions), self._ema, strict=False))
         self.before_change: Callable[[], object] = _nothing
         """Called each time before masters, optimizer state or averages change."""
-        self._probe = torch.zeros((), device=world.device)  # not finite once a local gradient was not
+        self._stages = grid.layout.stages_of(grid.pipeline.rank)
+        self._probes = torch.zeros(len(self._stages), device=world.device)  # not finite once a stage's gradient was not
         for name, parameter in model.named_parameters():
             if grid.expert.size == 1 or plan_for(name).ep_dim is None:  # else it is of other ranks' tokens too
-                parameter.register_hook(self._probe_gradient)
+                parameter.register_hook(partial(self._probe_gradient, self._stage_of(name)))
 
     def _initialize(self, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
         return private.initialize(self.model, optimizer, config, self.grid)
 
-    def _moe_layers(self) -> range:
-        """Which of the whole model's mixture-of-experts layers are this rank's."""
-        return range(sum(spec.ffn == "moe" for spec in self.model.specs))
+    def _stage_of(self, name: str) -> int:
+        """Which of this rank's stages a parameter belongs to."""
+        return 0
 
-    def _probe_gradient(self, grad: Tensor) -> None:
-        self._probe += grad.sum(dtype=torch.float32)
+    def _probe_gradient(self, stage: int, grad: Tensor) -> None:
+        self._probes[stage] += grad.sum(dtype=torch.float32)
 
     @torch.no_grad()
     def _draw_masters(self, seed: int) -> None:
@@ -162,9 +163,9 @@ class Engine:
         """
         for group in private.base_optimizer(self._deepspeed).param_groups:
             group["lr"] = lr * group["lr_factor"]
-        tally = Tally(self.model.args, self.moe_layers, n_targets, n_tokens, self.world)
+        tally = Tally(self.model.args, n_targets, n_tokens, self.world)
         losses: list[Tensor] = []
-        self._probe.zero_()
+        self._probes.zero_()
         self.model.train()
         norm = self._compute_and_apply(batch, tally, losses, loss_limit)
         result = tally.result(norm, self.grid.expert.size)
@@ -243,9 +244,10 @@ class Engine:
         was, the sum over ranks was not."""
         group, data_rank, ranks = self.grid.tensor.ranks, self.grid.data.rank, self.grid.data.size
         who = f"rank {group[0]}" if len(group) == 1 else f"tensor-parallel ranks {', '.join(map(str, group))}"
-        stages, stage = self.grid.pipeline.size, self.grid.pipeline.rank
-        if stages > 1:
-            who = f"{who} ({stage_name(stage, stages)})"
+        broken = [stage for stage, fine in zip(self._stages, self._probes.isfinite().tolist(), strict=True) if not fine]
+        stage = max(broken, default=self._stages[-1])
+        if self.grid.pipeline.size > 1:
+            who = f"{who} ({stage_name(self.grid.layout, stage)})"
         micro_batches = len(batch.micro_batches)  # of which an earlier stage of a pipeline has no losses
         rows = batch.n_rows // (micro_batches * ranks)
         mine: list[str] = []
@@ -253,7 +255,7 @@ class Engine:
             if not bool(loss.isfinite()):
                 first = batch.first_row + (m * ranks + data_rank) * rows
                 mine.append(f"{who}: loss of rows {first} to {first + rows - 1} is {float(loss)}")
-        if not mine and not bool(self._probe.isfinite()):
+        if not mine and broken:
             spans = [batch.first_row + (m * ranks + data_rank) * rows for m in range(micro_batches)]
             named = ", ".join(f"{first} to {first + rows - 1}" for first in spans)
             mine.append(f"{who}: a gradient of rows {named} is not finite")

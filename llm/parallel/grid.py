@@ -51,7 +51,7 @@ class Grid:
     def speaks(self) -> bool:
         """Whether this rank counts for what all ranks of its replica have alike or only the last stage has, such as the
         loss of a batch."""
-        return self.leads and self.pipeline.rank == self.pipeline.size - 1
+        return self.leads and self.pipeline.rank == self.layout.holder(self.layout.stages - 1)
 
     @property
     def leads(self) -> bool:
@@ -74,14 +74,16 @@ def make_grid(world: World, layout: Layout | None = None) -> Grid:
     grid = Grid(world, layout, **{str(dimension): group for dimension, group in groups.items()})
     if layout.tensor > 1:
         _tell_fairscale(grid)
-    stages = layout.pipeline
-    name_roles({rank: stage_name(layout.place(rank).pipeline, stages) for rank in range(world.size) if stages > 1})
+    if layout.pipeline > 1:
+        held = [layout.stages_of(layout.place(rank).pipeline) for rank in range(world.size)]
+        name_roles({rank: stage_name(layout, *stages) for rank, stages in enumerate(held)})
     return grid
 
 
-def stage_name(number: int, count: int) -> str:
-    """How a stage is told to people."""
-    return f"stage {number + 1} of {count}"
+def stage_name(layout: Layout, *numbers: int) -> str:
+    """How stages are told to people."""
+    named = " and ".join(str(number + 1) for number in numbers)
+    return f"stage{'s' if len(numbers) > 1 else ''} {named} of {layout.stages}"
 
 
 _DIMENSIONS: tuple[Dimension, ...] = ("tensor", "data", "expert", "expert_data", "pipeline", "replica")

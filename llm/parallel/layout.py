@@ -11,6 +11,7 @@ from itertools import product
 from typing import Literal, NamedTuple
 
 Dimension = Literal["pipeline", "data", "context", "tensor", "expert", "expert_data", "replica"]
+PipelineSchedule = Literal["1f1b", "dualpipev"]
 
 
 class Place(NamedTuple):
@@ -36,10 +37,27 @@ class Layout:
     zero_stage: int = 1
     sequence_parallel: bool = True
     """Cut the activations between tensor-parallel regions along the sequence."""
+    pipeline_schedule: PipelineSchedule = "1f1b"
+    """In which order a pipeline's ranks do forwards and backwards, and by that which stages they hold."""
 
     @property
     def data(self) -> int:
         return self.world // (self.tensor * self.pipeline * self.context)
+
+    @property
+    def stages(self) -> int:
+        """Parts that the layers are cut into."""
+        return self.pipeline * (2 if self.pipeline_schedule == "dualpipev" else 1)
+
+    def stages_of(self, pipeline_rank: int) -> tuple[int, ...]:
+        """The stages that a place of a pipeline holds, in the order of the model: one, or with dualpipev one on the way
+        from the first place to the last and one on the way back.
+        """
+        return tuple(stage for stage in range(self.stages) if self.holder(stage) == pipeline_rank)
+
+    def holder(self, stage: int) -> int:
+        """The place of a pipeline that holds a stage."""
+        return min(stage, self.stages - 1 - stage) if self.pipeline_schedule == "dualpipev" else stage
 
     def __str__(self) -> str:
         sizes = {"tensor": self.tensor, "pipeline": self.pipeline, "context": self.context}
@@ -48,6 +66,8 @@ class Layout:
             cut.append(f"expert {self.expert} of the data ranks")
         if self.tensor > 1:
             cut.append(f"sequence {'cut' if self.sequence_parallel else 'whole'}")
+        if self.pipeline_schedule != "1f1b":
+            cut.append(self.pipeline_schedule)
         return ", ".join([f"data {self.data}", *cut, f"ZeRO-{self.zero_stage}"])
 
     def size(self, dimension: Dimension) -> int:

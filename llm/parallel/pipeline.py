@@ -1,22 +1,24 @@
-"""A training step of one stage of a pipeline, on DeepSpeed's pipeline engine.
+"""A training step of one rank of a pipeline, on DeepSpeed's pipeline engine.
 
-One tensor goes from stage to stage: the residual stream. Token ids, labels and document boundaries are the same on all
-stages, because each reads the same micro-batches; a stage's forwards come in their order, so the next forward is of the
-next micro-batch.
+A rank holds one stage of the model, or with the DualPipeV schedule two: one on the way from the first rank to the last,
+one on the way back. One tensor goes from stage to stage: the residual stream. Token ids, labels and document boundaries
+are the same on all stages, because each rank reads the same micro-batches; a stage's forwards come in their order, so
+its next forward is of the next micro-batch. Without gradients there is no schedule: all micro-batches go through one
+stage of a rank and then through the other, and ranks only wait for what they need.
 
 The last stage alone has the loss. The router's losses of the stages before it are part of no tensor that is sent: the
 stage's result passes through an autograd node that gives them their gradient. All stages know the global loss only
 after their last backward; what makes a bad step's last gradient non-finite elsewhere is done then, to a gradient that
 is already there, so that the same check drops the step on all ranks.
 
-Tied embeddings belong to the first stage. The last one has a copy that no optimizer knows: before gradients are summed
-over data-parallel ranks it sends its gradient, and after the update it gets the new weights. So there is one master,
-clipped and counted once, and nothing that could drift apart.
+Tied embeddings belong to the first stage. The last one, where another rank has it, has a copy that no optimizer knows:
+before gradients are summed over data-parallel ranks it sends its gradient, and after the update it gets the new
+weights. So there is one master, clipped and counted once, and nothing that could drift apart.
 """
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -36,30 +38,35 @@ from llm.parallel.grid import Grid
 from llm.parallel.step import Tally
 
 EVALUATED_AT_ONCE = 4
-"""Micro-batches of a validation that go through the pipeline together, for each stage."""
+"""Micro-batches of a validation that go through the pipeline together, for each rank of it."""
+MOST_DIMENSIONS = 3
+"""Of what goes from stage to stage."""
 
 
 class PipelineEngine(Engine):
-    """An Engine whose model is one stage, built by llm/parallel/build.py for the same grid."""
+    """An Engine whose model is a rank's stages, built by llm/parallel/build.py for the same grid."""
 
     _tally: Tally
     _losses: list[Tensor]
     _loss_limit: float | None
 
     def _initialize(self, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
-        self._first = self.grid.pipeline.rank == 0
-        self._last = self.grid.pipeline.rank == self.grid.pipeline.size - 1
-        self._queue: deque[MicroBatch | TransformerInput] = deque()
+        layout, is_moe = self.grid.layout, [spec.ffn == "moe" for spec in self.model.specs]
+        self._n_moe_layers = sum(is_moe)
+        self._moe_layers = [
+            range(sum(is_moe[: stage.layers.start]), sum(is_moe[: stage.layers.stop])) for stage in self.model.stages
+        ]
+        self._queues: list[deque[MicroBatch]] = [deque() for _ in self.model.stages]
         self._shape: tuple[int, ...] = ()
         self._expert_counts = torch.zeros(0, 0, dtype=torch.int64)
-        self._tied = _Tied(self) if self.model.args.tie_embeddings else None
-        return pipe.initialize(self.model, self._forward, self._before_reduction, optimizer, config, self.grid)
+        ends = [self.grid.pipeline.ranks[layout.holder(stage)] for stage in (0, layout.stages - 1)]
+        self._last_rank = ends[1]
+        self._tied = _Tied(self, *ends) if self.model.args.tie_embeddings and ends[0] != ends[1] else None
+        return pipe.initialize(self.model, self._next_forward, self._before_reduction, optimizer, config, self.grid)
 
-    def _moe_layers(self) -> range:
-        layers = [int(number) for number, _ in self.model.layers.named_children()]
-        is_moe = [spec.ffn == "moe" for spec in self.model.specs]
-        self._all_moe_layers = sum(is_moe)
-        return range(sum(is_moe[: layers[0]]), sum(is_moe[: layers[-1] + 1]))
+    def _stage_of(self, name: str) -> int:
+        owns = [stage.owns(name) for stage in self.model.stages]
+        return owns.index(True) if any(owns) else len(owns) - 1  # the last stage's copy of a tied table
 
     def _compute_and_apply(
         self, batch: StepBatch, tally: Tally, losses: list[Tensor], loss_limit: float | None
@@ -77,38 +84,73 @@ class PipelineEngine(Engine):
 
     def _feed(self, micro_batches: list[MicroBatch]) -> Iterator[tuple[Tensor, Tensor]]:
         """The micro-batches for DeepSpeed, and for this stage's forwards."""
-        self._queue = deque(micro_batches)
-        self._expect(micro_batches[0].tokens_BT.shape)
-        return ((batch.tokens_BT, batch.labels_BT) for batch in micro_batches)
-
-    def _expect(self, shape: tuple[int, ...]) -> None:
-        if tuple(shape) != self._shape:
+        self._queues = [deque(micro_batches) for _ in self.model.stages]
+        shape = tuple(micro_batches[0].tokens_BT.shape)
+        if shape != self._shape:
             pipe.forget_shape(self._deepspeed)
-            self._shape = tuple(shape)
+            self._shape = shape
+        return ((batch.tokens_BT, batch.labels_BT) for batch in micro_batches)
 
     def logits(self, inputs: TransformerInput) -> Tensor:
         """Float32 logits (B, V) of each row's last token, on all ranks (collective, without gradients)."""
-        self._queue = deque([inputs])
-        self._expect(inputs.tokens.shape)
-        found = pipe.evaluate(self._deepspeed, iter([(inputs.tokens, inputs.tokens)]), 1)
+        found = self._through_stages([inputs])
         shape = len(inputs.tokens), self.model.args.vocab_size
         logits_BV = found[0] if found else torch.empty(shape, device=self.world.device)
-        dist.broadcast(logits_BV, self.grid.pipeline.ranks[-1], group=self.grid.pipeline.handle)
+        dist.broadcast(logits_BV, self._last_rank, group=self.grid.pipeline.handle)
         return logits_BV
+
+    @torch.no_grad()
+    def _through_stages(self, batches: Sequence[MicroBatch | TransformerInput]) -> list[Tensor]:
+        """What the last stage makes of each batch, where it is; elsewhere nothing (collective)."""
+        self.model.eval()
+        layout, ranks, here = self.grid.layout, self.grid.pipeline.ranks, self.grid.pipeline.rank
+        results: list[Tensor] = []
+        turning: deque[Tensor] = deque()  # from this rank's one stage to its other
+        for phase, stage in enumerate(self.model.stages):
+            source, target = (layout.holder(stage.number + step) for step in (-1, 1))
+            for batch in batches:
+                if stage.first:
+                    x = torch.empty(0, device=self.world.device)  # the batch has what it takes
+                else:
+                    x = turning.popleft() if source == here else self._receive(ranks[source])
+                x = self._forward(x, phase, batch)
+                if stage.last:
+                    results.append(x)
+                elif target == here:
+                    turning.append(x)
+                else:
+                    self._send(x, ranks[target])
+        return results
+
+    def _send(self, x: Tensor, rank: int) -> None:
+        shape = torch.tensor([*x.shape, *[-1] * (MOST_DIMENSIONS - x.dim())], device=x.device)
+        dist.send(shape, rank)
+        dist.send(x.contiguous(), rank)
+
+    def _receive(self, rank: int) -> Tensor:
+        shape = torch.empty(MOST_DIMENSIONS, dtype=torch.int64, device=self.world.device)
+        dist.recv(shape, rank)
+        dtype = next(self.model.parameters()).dtype
+        x = torch.empty([size for size in shape.tolist() if size >= 0], dtype=dtype, device=self.world.device)
+        dist.recv(x, rank)
+        return x
 
     def decoder(self) -> Decoder:
         return _ThroughStages(self)
 
-    def _forward(self, x: Tensor) -> Tensor:
-        """This stage of the next micro-batch."""
-        model, batch = self.model, self._queue.popleft()
+    def _next_forward(self, x: Tensor, phase: int) -> Tensor:
+        """A stage of its next micro-batch."""
+        return self._forward(x, phase, self._queues[phase].popleft())
+
+    def _forward(self, x: Tensor, phase: int, batch: MicroBatch | TransformerInput) -> Tensor:
+        model, stage = self.model, self.model.stages[phase]
         inputs = batch if isinstance(batch, TransformerInput) else self._inputs(batch)
         ctx = model.context(inputs)
-        if self._first:
+        if stage.first:
             x = model.embed(inputs)
         else:
             model.region.begin(inputs.tokens.numel())
-        x, stats = model.through_layers(x, ctx)
+        x, stats = model.through_layers(x, ctx, stage.layers)
         training = torch.is_grad_enabled()
         auxiliary = x.new_zeros((), dtype=torch.float32)
         ranks = self.grid.data.size
@@ -116,9 +158,10 @@ class PipelineEngine(Engine):
             tally = self._tally
             balance = torch.stack([layer.balance_sum for layer in stats]).sum()
             z = torch.stack([layer.z_sum for layer in stats]).sum()
-            tally.add_routing(balance, z, torch.stack([layer.expert_counts for layer in stats]))
+            counts = torch.stack([layer.expert_counts for layer in stats])
+            tally.add_routing(balance, z, counts, self._moe_layers[phase].start)
             auxiliary = (balance + z) * (ranks / tally.n_tokens)
-        if not self._last:
+        if not stage.last:
             return _Inject.apply(x, auxiliary, self) if auxiliary.requires_grad else x
         if isinstance(batch, TransformerInput):
             return model.logits(model.finish(x, inputs)[:, -1:])[:, 0]
@@ -154,13 +197,13 @@ class PipelineEngine(Engine):
     def _loss_sums(self, batches: Iterator[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor]]:
         none = torch.zeros((), device=self.world.device)
         while chunk := list(islice(batches, EVALUATED_AT_ONCE * self.grid.pipeline.size)):
-            sums = pipe.evaluate(self._deepspeed, self._feed(chunk), len(chunk))
+            sums = self._through_stages(chunk)
             yield from zip(chunk, sums or [none] * len(chunk), strict=True)
 
     def expert_counts(self) -> Tensor:
-        if not len(self._expert_counts) and self._all_moe_layers:
+        if not len(self._expert_counts) and self._n_moe_layers:
             assert self.model.args.moe is not None
-            return torch.zeros(self._all_moe_layers, self.model.args.moe.n_experts, dtype=torch.int64)
+            return torch.zeros(self._n_moe_layers, self.model.args.moe.n_experts, dtype=torch.int64)
         return self._expert_counts
 
     def set_expert_counts(self, counts: Tensor) -> None:
@@ -170,8 +213,9 @@ class PipelineEngine(Engine):
                 f"expert counts must have shape {tuple(expected)} (MoE layers, experts); got {tuple(counts.shape)}"
             )
         self._expert_counts = counts
-        if self.moe_layers:
-            self.model.set_expert_counts(counts[self.moe_layers.start : self.moe_layers.stop])
+        mine = [counts[layers.start : layers.stop] for layers in self._moe_layers]
+        if any(map(len, mine)):
+            self.model.set_expert_counts(torch.cat(mine))
 
 
 class _ThroughStages:
@@ -207,11 +251,10 @@ class _Inject(torch.autograd.Function):
 
 
 class _Tied:
-    """The token table of the first stage and its copy in the last one."""
+    """The token table of the first stage and its copy in the last one, on these ranks."""
 
-    def __init__(self, engine: PipelineEngine) -> None:
-        self.engine, self.grid = engine, engine.grid
-        first, last = self.grid.pipeline.ranks[0], self.grid.pipeline.ranks[-1]
+    def __init__(self, engine: PipelineEngine, first: int, last: int) -> None:
+        self.engine = engine
         self.peer = {first: last, last: first}.get(engine.world.rank)
         self.owner = engine.world.rank == first
         self._sum: Tensor | None = None

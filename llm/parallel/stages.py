@@ -11,6 +11,7 @@ from itertools import accumulate
 
 from llm.args import LayerSpec, ModelArgs
 from llm.model import LLM
+from llm.parallel.layout import PipelineSchedule
 from llm.plans import plan_for
 
 
@@ -103,6 +104,13 @@ def balanced(weights: Sequence[int], parts: int) -> list[int]:
     return best[-1][2]
 
 
-def bubble(stages: int, micro_batches: int) -> float:
-    """The part of a step in which a rank waits, with one forward and one backward in turn (1F1B) and equal stages."""
-    return (stages - 1) / (micro_batches + stages - 1)
+def bubble(ranks: int, micro_batches: int, schedule: PipelineSchedule) -> float:
+    """The part of a step in which a rank waits, where all have as much work, a backward takes two forwards and sending
+    takes no time.
+
+    A rank's forward and backward of a micro-batch are 3. With one forward and one backward in turn it waits for those
+    of each other rank once. DualPipeV, as DeepSpeed 0.19.8 runs it (it makes weight gradients with the others), waits
+    5/2 for each rank less 3, as playing its instructions shows (tests/train/test_stages.py).
+    """
+    waits = 3 * (ranks - 1) if schedule == "1f1b" or ranks == 1 else 2.5 * ranks - 3
+    return waits / (3 * micro_batches + waits)

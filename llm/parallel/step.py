@@ -1,6 +1,6 @@
 """What an optimizer step was made of, summed over micro-batches and ranks.
 
-Shapes: M number of MoE layers of the whole model, m those of a rank, E experts.
+Shapes: M number of MoE layers of the whole model, m those of a stage, E experts.
 """
 
 import math
@@ -57,10 +57,10 @@ class StepResult:
 class Tally:
     """The sums of one step: this rank's, then all ranks'. One all-reduce in float64; counts up to 2^53 stay exact."""
 
-    def __init__(self, args: ModelArgs, moe_layers: range, n_targets: int, n_tokens: int, world: World) -> None:
-        """moe_layers: which of the model's MoE layers `add_routing` tells of. n_targets, n_tokens: of all ranks."""
+    def __init__(self, args: ModelArgs, n_targets: int, n_tokens: int, world: World) -> None:
+        """n_targets, n_tokens: of all ranks."""
         self.n_targets, self.n_tokens = n_targets, n_tokens
-        self._world, self._moe_layers = world, moe_layers
+        self._world = world
         layers = sum(spec.ffn == "moe" for spec in args.layer_specs())
         experts = args.moe.n_experts if args.moe is not None and layers else 0
         self._shape = layers, experts
@@ -73,11 +73,11 @@ class Tally:
         """Sum of a micro-batch's negative log-likelihood."""
         self._sums[0] += loss_sum.detach().double()
 
-    def add_routing(self, balance_sum: Tensor, z_sum: Tensor, counts_mE: Tensor) -> None:
-        """A micro-batch's sums of the router's losses, and its expert counts."""
+    def add_routing(self, balance_sum: Tensor, z_sum: Tensor, counts_mE: Tensor, first: int = 0) -> None:
+        """A micro-batch's sums of the router's losses, and its expert counts in MoE layers from the `first` on."""
         self._sums[1] += balance_sum.detach().double()
         self._sums[2] += z_sum.detach().double()
-        self._counts[self._moe_layers.start : self._moe_layers.stop] += counts_mE
+        self._counts[first : first + len(counts_mE)] += counts_mE
 
     def sum_over_ranks(self) -> None:
         """From now on the sums are those of all ranks (collective)."""

@@ -9,7 +9,7 @@ Letters: t tensor-parallel, n data-parallel, e expert-parallel ranks.
 
 from collections import Counter
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 from llm.boxes import tensor_dim
@@ -83,15 +83,17 @@ def _pipeline(work: Workload) -> Iterator[Sent]:
     gradient and gets new weights; DeepSpeed tells all stages the loss.
     """
     layout = work.layout
-    s, pipelines = layout.pipeline, layout.world // layout.pipeline
-    if s == 1:
+    ranks, pipelines = layout.pipeline, layout.world // layout.pipeline
+    if ranks == 1:
         return
+    between = [layout.holder(stage) for stage in range(layout.stages)]
+    hops = sum(here != there for here, there in pairwise(between))
     cut = layout.tensor if layout.sequence_parallel else 1
     vectors = work.tokens * work.args.dim * BYTES[work.precision] // cut
-    yield Sent("pipeline", "activations", pipelines * work.accumulation * (s - 1) * 2 * vectors)
+    yield Sent("pipeline", "activations", pipelines * work.accumulation * hops * 2 * vectors)
     copied = layout.data * sum(kind.ranks * kind.copied for kind in work.kinds)
     yield Sent("pipeline", "tied table", copied * (FLOAT32 + BYTES[work.precision]))
-    yield Sent("pipeline", "loss", pipelines * (s - 1) * 2 * FLOAT32)
+    yield Sent("pipeline", "loss", pipelines * (ranks - 1) * 2 * FLOAT32)
     yield Sent("data", "loss", layout.tensor * 2 * (layout.data - 1) * FLOAT32)
 
 

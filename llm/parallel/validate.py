@@ -8,12 +8,12 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
+from itertools import chain, product
 from typing import NamedTuple
 
 from llm.args import ModelArgs
 from llm.errors import UserError
-from llm.parallel.layout import Dimension, Layout
+from llm.parallel.layout import Dimension, Layout, PipelineSchedule
 
 WHOLE_PARAMETERS_ONLY = ("log.trace_steps",)
 """Config keys whose feature, once asked for, does not know of cut parameters and activations."""
@@ -61,8 +61,8 @@ class Choice(NamedTuple):
     layout: Layout
     micro_batch_size: int
 
-    def numbers(self) -> dict[str, int]:
-        """The numbers by config key."""
+    def settings(self) -> dict[str, int | str]:
+        """What is chosen, by config key."""
         layout = self.layout
         return {
             "parallel.tensor": layout.tensor,
@@ -71,6 +71,7 @@ class Choice(NamedTuple):
             "parallel.zero_stage": layout.zero_stage,
             "train.micro_batch_size": self.micro_batch_size,
             "parallel.sequence_parallel": layout.sequence_parallel,
+            "parallel.pipeline_schedule": layout.pipeline_schedule,
         }
 
 
@@ -101,9 +102,16 @@ def _tensor(needs: Needs, choice: Choice) -> Iterator[str]:
 
 
 def _pipeline(needs: Needs, choice: Choice) -> Iterator[str]:
-    stages, layers = choice.layout.pipeline, needs.args.n_layers
-    if stages > layers:
-        yield f"parallel.pipeline={stages} is above model.n_layers={layers}"
+    layout, layers = choice.layout, needs.args.n_layers
+    if layout.pipeline_schedule == "dualpipev" and layout.pipeline == 1:
+        yield "parallel.pipeline_schedule=dualpipev needs parallel.pipeline=2 or more, not 1"
+    elif layout.stages > layout.pipeline and layout.stages > layers:
+        yield (
+            f"parallel.pipeline_schedule=dualpipev cuts the layers in twice parallel.pipeline={layout.pipeline}, which "
+            f"is above model.n_layers={layers}"
+        )
+    elif layout.stages > layers:
+        yield f"parallel.pipeline={layout.pipeline} is above model.n_layers={layers}"
 
 
 def _expert(needs: Needs, choice: Choice) -> Iterator[str]:
@@ -148,6 +156,12 @@ def _batch(needs: Needs, choice: Choice) -> Iterator[str]:
             yield f"{key}={size} is not divisible by {data} data-parallel ranks"
         if size % (micro * data):
             yield f"{key}={size} is not divisible by train.micro_batch_size={micro} x {data} data-parallel ranks"
+        elif choice.layout.pipeline_schedule == "dualpipev" and size // (micro * data) < choice.layout.stages:
+            yield (
+                f"{key}={size} in micro-batches of {micro} on {data} data-parallel ranks makes "
+                f"{size // (micro * data)} a step, and parallel.pipeline_schedule=dualpipev needs twice "
+                f"parallel.pipeline={choice.layout.pipeline}"
+            )
 
 
 def _sequence(needs: Needs, choice: Choice) -> Iterator[str]:
@@ -184,10 +198,10 @@ def nearest(needs: Needs, wanted: Choice, world: int) -> Choice | None:
     return min(_working(needs, wanted, world), key=lambda choice: _distance(wanted, choice), default=None)
 
 
-def changes(wanted: Choice, other: Choice) -> dict[str, int]:
-    """The numbers of `other`, by key, in which it differs from `wanted`."""
-    before = wanted.numbers()
-    return {key: value for key, value in other.numbers().items() if value != before[key]}
+def changes(wanted: Choice, other: Choice) -> dict[str, int | str]:
+    """The settings of `other`, by key, in which it differs from `wanted`."""
+    before = wanted.settings()
+    return {key: value for key, value in other.settings().items() if value != before[key]}
 
 
 def _working(needs: Needs, wanted: Choice, world: int) -> Iterator[Choice]:
@@ -207,19 +221,22 @@ def _layouts(like: Layout) -> Iterator[Layout]:
         for pipeline in divisors(like.world // tensor) if like.pipeline > 1 else (1,):
             cut = replace(like, tensor=tensor, pipeline=pipeline)
             for expert in divisors(cut.data) if cut.data else ():
-                for zero_stage in range(4):
-                    yield replace(cut, expert=expert, zero_stage=zero_stage)
+                schedules: tuple[PipelineSchedule, ...] = ("1f1b", "dualpipev")
+                for zero_stage, schedule in product(range(4), schedules):
+                    if schedule in ("1f1b", like.pipeline_schedule):
+                        yield replace(cut, expert=expert, zero_stage=zero_stage, pipeline_schedule=schedule)
 
 
 def _distance(wanted: Choice, other: Choice) -> tuple[int, ...]:
     """Order of nearness; no two choices are equally near."""
-    before, changed = wanted.numbers(), changes(wanted, other)
-    in_layout = {key: abs(value - before[key]) for key, value in changed.items() if key in LAYOUT_NUMBERS}
+    before, changed = wanted.settings(), changes(wanted, other)
+    in_layout = {key: abs(int(changed[key]) - int(before[key])) for key in LAYOUT_NUMBERS if key in changed}
     return (
         len(changed),
         len(in_layout),
         other.micro_batch_size > wanted.micro_batch_size,  # it may not fit
         "parallel.sequence_parallel" in changed,
+        "parallel.pipeline_schedule" in changed,
         sum(in_layout.values()),
         abs(other.micro_batch_size - wanted.micro_batch_size),
         # another ZeRO stage before another expert, that before another tensor, and that before another pipeline; of two
@@ -253,7 +270,8 @@ def _advice(needs: Needs, wanted: Choice) -> str:
 
 def _can_work(needs: Needs, wanted: Choice, world: int) -> bool:
     """Whether anything works on `world` ranks: if so, it does with everything but `tensor` at what asks for least."""
-    least = replace(wanted.layout, world=world, pipeline=1, expert=1, zero_stage=1, sequence_parallel=False)
+    whole = {"pipeline": 1, "expert": 1, "zero_stage": 1}
+    least = replace(wanted.layout, world=world, sequence_parallel=False, pipeline_schedule="1f1b", **whole)
     return any(problem(needs, Choice(replace(least, tensor=t), 1)) is None for t in divisors(world))
 
 
@@ -261,7 +279,7 @@ def _count(ranks: int) -> str:
     return f"{ranks} rank{'' if ranks == 1 else 's'}"
 
 
-def _told(numbers: dict[str, int]) -> str:
+def _told(numbers: dict[str, int | str]) -> str:
     return ", ".join(f"{key}={str(value).lower()}" for key, value in numbers.items())
 
 

@@ -45,15 +45,14 @@ class OptimizerGroup(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """Tensor-parallel ranks of a stage that hold parts of the same sizes; others differ where a vocabulary is cut
-    unevenly.
+    """Tensor-parallel ranks of a place of the pipeline that hold parts of the same sizes; others differ where a
+    vocabulary is cut unevenly.
     """
 
     sizes: Mapping[str, int]
     """Elements of each parameter that such a rank owns, before ZeRO cuts them."""
     ranks: int
     """How many there are in a tensor-parallel group."""
-    stage: int = 0
     copied: int = 0
     """Elements of a tied token table of which it has a copy."""
 
@@ -111,17 +110,20 @@ class Workload:
     @cached_property
     def stages(self) -> list[Stage]:
         """The stages of the pipeline; without one, a single stage."""
-        return split(self.args, self.layout.pipeline, self.seq_len)
+        return split(self.args, self.layout.stages, self.seq_len)
 
     @cached_property
     def kinds(self) -> tuple[Kind, ...]:
-        """The kinds of ranks of a replica: of each stage one, or two where the vocabulary does not divide evenly."""
-        return tuple(kind for stage in self.stages for kind in self._kinds(stage))
+        """The kinds of ranks of a replica: of each place of the pipeline one, or two where the vocabulary does not
+        divide evenly.
+        """
+        return tuple(kind for place in range(self.layout.pipeline) for kind in self._kinds(place))
 
-    def _kinds(self, stage: Stage) -> Iterator[Kind]:
+    def _kinds(self, place: int) -> Iterator[Kind]:
         layout, args = self.layout, self.args
-        names = [name for name in self.shapes if stage.owns(name)]
-        copy = ["tok_embeddings.weight"] if args.tie_embeddings and stage.last and not stage.first else []
+        stages = [self.stages[number] for number in layout.stages_of(place)]
+        names = [name for name in self.shapes if any(stage.owns(name) for stage in stages)]
+        copy = ["tok_embeddings.weight"] if args.tie_embeddings and stages[-1].last and not stages[0].first else []
         found: Counter[tuple[int, ...]] = Counter()
         for rank in range(layout.tensor):
             boxes = (
@@ -130,7 +132,7 @@ class Workload:
             )
             found[tuple(math.prod(box_shape(box)) for box in boxes)] += 1
         for sizes, ranks in found.items():
-            yield Kind(dict(zip(names, sizes, strict=False)), ranks, stage.number, sum(sizes[len(names) :]))
+            yield Kind(dict(zip(names, sizes, strict=False)), ranks, sum(sizes[len(names) :]))
 
     def members(self, group: OptimizerGroup, kind: Kind) -> list[int]:
         """Elements of each parameter of the group on such a rank; a group without any has a filler of one element."""

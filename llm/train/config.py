@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from llm.args import ModelArgs
 from llm.data.sources import SourceSpec
 from llm.errors import UserError
-from llm.parallel.layout import Layout
+from llm.parallel.layout import Layout, PipelineSchedule
 from llm.parallel.validate import WHOLE_PARAMETERS_ONLY, Choice, Needs, check
 from llm.plans import Kind
 from llm.tokenizer import TokenizerConfig
@@ -54,8 +54,12 @@ class ParallelConfig(Section):
     tensor: int = Field(1, ge=1)
     """Ranks that share every matrix; must divide model.n_heads and the feed-forward widths."""
     pipeline: int = Field(1, ge=1)
-    """Stages that the layers are cut into, one after the other; needs zero_stage=1 and works best with many more
-    micro-batches than stages."""
+    """Ranks that hold the layers one after the other; needs zero_stage=1 and works best with many more micro-batches
+    than ranks."""
+    pipeline_schedule: PipelineSchedule = "1f1b"
+    """1f1b: a stage a rank, one forward and one backward in turn. dualpipev: two stages a rank, half as large, the
+    layers going from the first rank to the last and back: ranks wait less, keep more activations, send twice as much.
+    """
     expert: int = Field(1, ge=1)
     """Data-parallel ranks that share the experts of a layer; must divide model.moe.n_experts."""
     context: int = Field(1, ge=1)
@@ -396,6 +400,7 @@ def layout_of(config: RunConfig, world: int) -> Layout:
         context=parallel.context,
         zero_stage=parallel.zero_stage,
         sequence_parallel=parallel.sequence_parallel,
+        pipeline_schedule=parallel.pipeline_schedule,
     )
 
 

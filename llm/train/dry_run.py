@@ -97,8 +97,8 @@ def _grid(layout: Layout) -> Iterator[str]:
 
 
 def _pipeline(work: Workload) -> Iterator[str]:
-    count, micro_batches = len(work.stages), work.accumulation
-    if count == 1:
+    layout, ranks, micro_batches = work.layout, work.layout.pipeline, work.accumulation
+    if ranks == 1:
         return
     yield ""
     yield "stages, cut by estimated work (the head weighs its matrix, an expert what it is chosen):"
@@ -106,11 +106,15 @@ def _pipeline(work: Workload) -> Iterator[str]:
         first, last = stage.layers[0], stage.layers[-1]
         layers = f"layer {first}" if first == last else f"layers {first} to {last}"
         parts = ["embedding"] * stage.first + [layers] + ["head"] * stage.last
-        yield f"  {stage_name(stage.number, count):<14} {', '.join(parts):<34} {stage.share:6.1%} of the work"
-    slowest = max(stage.share for stage in work.stages)
+        yield f"  {stage_name(layout, stage.number):<14} {', '.join(parts):<34} {stage.share:6.1%} of the work"
+    shares = {layout.stages_of(place): 0.0 for place in range(ranks)}
+    shares = {held: sum(work.stages[number].share for number in held) for held in shares}
+    slowest = max(shares, key=lambda held: shares[held])
+    formula = "(S-1)/(m+S-1)" if layout.pipeline_schedule == "1f1b" else "(5S-6)/(6m+5S-6)"
     yield (
-        f"a rank waits (S-1)/(m+S-1) = {bubble(count, micro_batches):.1%} of a step of m={micro_batches} micro-batches "
-        f"for S={count} stages, and all for the slowest stage, which has {slowest * count:.2f} times the mean work"
+        f"a rank waits {formula} = {bubble(ranks, micro_batches, layout.pipeline_schedule):.1%} of a step of "
+        f"m={micro_batches} micro-batches on S={ranks} ranks ({layout.pipeline_schedule}), and all for the one with "
+        f"{stage_name(layout, *slowest)}, which has {shares[slowest] * ranks:.2f} times the mean work"
     )
 
 

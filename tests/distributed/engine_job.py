@@ -52,7 +52,8 @@ def build(case: dict[str, Any], world: World) -> Engine:
     raw = {**TINY_MODEL, "vocab_size": VOCAB, "tie_embeddings": case.get("tied", False), **case.get("model", {})}
     args = ModelArgs.model_validate(raw)
     stage, precision, accumulation = case.get("stage", 1), case.get("precision", "fp32"), case.get("accumulation", 1)
-    cut = {key: case[key] for key in ("tensor", "expert", "pipeline", "sequence_parallel") if key in case}
+    keys = ("tensor", "expert", "pipeline", "pipeline_schedule", "sequence_parallel")
+    cut = {key: case[key] for key in keys if key in case}
     grid = make_grid(world, Layout(world.size, zero_stage=stage, **cut))
     model = build_model(args, SEED, grid, zero_stage=stage, precision=precision, seq_len=SEQ_LEN)
     model.activation_checkpointing = case.get("recompute", "none")

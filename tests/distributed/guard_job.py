@@ -62,9 +62,9 @@ def spoil(engine: Engine, kind: str | None, rank: int) -> None:
             return loss * {"loss": math.nan, "spike": 10.0}.get(kind or "", 1.0)
         return loss
 
-    def spoiled_layers(self: LLM, x: torch.Tensor, ctx: Any) -> Any:
+    def spoiled_layers(self: LLM, x: torch.Tensor, *args: Any) -> Any:
         bad = state["bad"] and kind == "gradient" and state["left"] == 0
-        return through_layers(self, _Spoil.apply(x) if bad else x, ctx)
+        return through_layers(self, _Spoil.apply(x) if bad else x, *args)
 
     engine.train_step = train_step  # type: ignore[method-assign]
     LLM.context, LLM.loss_sum = counting_context, spoiled_loss  # type: ignore[method-assign]

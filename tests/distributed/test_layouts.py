@@ -37,6 +37,7 @@ MODELS: dict[str, Case] = {
     "top1 tied": {"model": {**WIDE, "moe": {**TINY_MODEL["moe"], "top_k": 1}}, "tied": True, "first": 300},
     # the first two of four layers, a stage of their own, have no experts
     "late experts": {"model": {**WIDE, "moe": {**TINY_MODEL["moe"], "interleave": 4}}, "first": 300},
+    "deep": {"model": {**WIDE, "n_layers": 8}, "tied": True, "first": 300},  # two stages of each of four ranks
     "one kv head": {"model": {**WIDE, "n_kv_heads": 1}, "first": 200},
     "neox": {"model": {**WIDE, **NEOX}, "first": 600},
     "gemma2": {"model": {**WIDE, **GEMMA2}, "tied": True, "first": 300},
@@ -61,6 +62,7 @@ ON_TWO_RANKS: list[Case] = [
     {"tensor": 2, "of": "olmo2", "sequence_parallel": False},
     {"pipeline": 2, "accumulation": 4},
     {"pipeline": 2, "of": "top1 tied", "optimizer": "sgd", "accumulation": 2, "recompute": "full"},
+    {"pipeline": 2, "pipeline_schedule": "dualpipev", "of": "top1 tied", "accumulation": 4},
 ]
 ON_FOUR_RANKS: list[Case] = [
     {"tensor": 2, "expert": 2, "accumulation": 2},
@@ -101,17 +103,21 @@ def matrix(ranks: int) -> list[Case]:
 
 
 def pipelines(ranks: int) -> list[Case]:
-    """Every number of stages, tensor- and expert-parallel ranks that fits, with the micro-batches that rows allow."""
+    """Both schedules with every number of places in the pipeline, tensor- and expert-parallel ranks that fits, with
+    the micro-batches that rows allow.
+    """
     cases: list[Case] = []
-    for stages, tensor, expert in product((2, 3, 4), (1, 2), (1, 2)):
-        data, rest = divmod(ranks, stages * tensor)
+    for schedule, places, tensor, expert in product(("1f1b", "dualpipev"), (2, 3, 4), (1, 2), (1, 2)):
+        data, rest = divmod(ranks, places * tensor)
         if rest or data == 0 or data % expert:
             continue
-        layout = {"pipeline": stages, "tensor": tensor, "expert": expert}
+        layout = {"pipeline": places, "pipeline_schedule": schedule, "tensor": tensor, "expert": expert}
+        v = schedule == "dualpipev"
         for accumulation, recompute in ((2, "none"), (4, "full"), (8, "selective")):
-            if ROWS % (accumulation * data) == 0:
-                of = ("top2", "top1 tied")
-                both = [{"of": model, "optimizer": name} for model, name in product(of, OPTIMIZERS)]
+            if ROWS % (accumulation * data) == 0 and accumulation >= 2 * places * v:
+                deep = v and places > 2
+                of, names = (("deep",), ("adamw",)) if deep else (("top2", "top1 tied"), OPTIMIZERS)
+                both = [{"of": model, "optimizer": name} for model, name in product(of, names)]
                 cases += [{**layout, "accumulation": accumulation, "recompute": recompute, **case} for case in both]
     return cases
 
@@ -130,6 +136,16 @@ def more_pipelines() -> dict[int, list[Case]]:
                 {"offload": True},
                 {"precision": "bf16", "of": "small weights"},
                 {"precision": "fp16", "of": "small weights"},
+                *(
+                    {"pipeline_schedule": "dualpipev", "accumulation": 4, **case}
+                    for case in (
+                        {"optimizer": "muon"},
+                        {"offload": True},
+                        {"precision": "bf16", "of": "small weights"},
+                        {"precision": "fp16", "of": "small weights"},
+                    )
+                    if layout["pipeline"] == 2
+                ),
             )
         ]
         for ranks, of_ranks in layouts.items()
@@ -206,6 +222,7 @@ def few_steps(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str],
 def many_steps(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[dict[str, Any]]]:
     cases = [case for ranks in (1, 2, 4, 8) for case in matrix(ranks) + extras().get(ranks, [])]
     cases += [case for ranks in (2, 4) for case in more_pipelines()[ranks]]
+    cases += [case for ranks in (2, 3, 4, 6, 8) for case in pipelines(ranks)]
     return references(tmp_path_factory.mktemp("one"), cases, STEPS)
 
 

@@ -56,6 +56,7 @@ LAYOUTS: dict[str, On] = {
     "4 ranks PP2 DP2": On(4, 6, {"pipeline": 2}),
     "4 ranks PP2 TP2": On(4, 6, {"pipeline": 2, "tensor": 2}),
     "4 ranks PP2 EP2": On(4, 6, {"pipeline": 2, "expert": 2}),
+    "4 ranks PP2 DP2 V": On(4, 1, {"pipeline": 2, "pipeline_schedule": "dualpipev"}),
     "8 ranks PP4 DP2": On(8, 3, {"pipeline": 4}),
     "8 ranks PP2 TP2 DP2": On(8, 3, {"pipeline": 2, "tensor": 2}),
 }

@@ -101,6 +101,13 @@ MORE_ON_FOUR_RANKS = [
     ),
     case("pipeline replica tensor", tensor=2, pipeline=2, model={"tie_embeddings": True}, optim={"name": "muon"}),
     case("data pipeline world", pipeline=2, precision="bf16", optim={"lr_factors": {"head": 0.5}}),
+    *(
+        case("pipeline replica tensor", tensor=2, pipeline=2, pipeline_schedule="dualpipev", micro=1, precision=bits)
+        for bits in ("fp32", "bf16")
+    ),
+    case(
+        "data pipeline world", pipeline=2, pipeline_schedule="dualpipev", micro=1, model={"tie_embeddings": True}
+    ),
     case("pipeline", pipeline=4, micro=1, model={"n_layers": 5, "tie_embeddings": True}),
     *(case("data expert pipeline world", pipeline=2, expert=2, precision=bits) for bits in ("fp32", "bf16")),
     case("data expert tensor world", tensor=2, expert=2, sequence_parallel=False, precision="bf16", recompute="full"),

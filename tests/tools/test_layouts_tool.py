@@ -186,9 +186,10 @@ def test_sound_layouts_are_equal_and_planted_faults_are_found(tmp_path: Path) ->
 
 
 def test_one_process_has_nothing_cut() -> None:
+    pipeline = {"pipeline": 2, "pipeline_schedule": "dualpipev"}
     config = changed(
         tiny(train={"global_batch_size": 6, "micro_batch_size": 4}),
-        {"tensor": 2, "pipeline": 2, "expert": 2, "zero_stage": 2, "offload_optimizer": True},
+        {"tensor": 2, **pipeline, "expert": 2, "zero_stage": 2, "offload_optimizer": True},
         {"precision": "bf16"},
     )
     one = alone(config)

@@ -1,7 +1,9 @@
 """Pipelines before any process exists: which are accepted, how layers are cut into stages, what --dry_run says."""
 
-from itertools import combinations, product
+from collections import Counter, defaultdict, deque
+from itertools import chain, combinations, product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,5 +94,88 @@ def test_a_dry_run_names_stages_their_work_and_the_bubble(tmp_path: Path) -> Non
     config = validate(raw, "config")
     text = report(config, check_layout(config, 2))
     assert "stage 1 of 2" in text and "stage 2 of 2" in text and "embedding, layers 0" in text
-    assert f"{bubble(2, 8):.1%} of a step of m=8 micro-batches for S=2 stages" in text
-    assert bubble(2, 8) == pytest.approx(1 / 9) and bubble(1, 8) == 0
+    assert f"{bubble(2, 8, '1f1b'):.1%} of a step of m=8 micro-batches on S=2 ranks (1f1b)" in text
+    assert bubble(2, 8, "1f1b") == pytest.approx(1 / 9) and bubble(1, 8, "1f1b") == 0
+    raw["parallel"]["pipeline_schedule"] = "dualpipev"
+    config = validate(raw, "config")
+    text = report(config, check_layout(config, 2))
+    assert all(f"stage {number} of 4" in text for number in range(1, 5)) and "7.7% of a step" in text
+    assert "all for the one with stages " in text
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_the_bubble_of_dualpipev_is_that_of_its_instructions(ranks: int) -> None:
+    for micro_batches in (2 * ranks, 2 * ranks + 3, 8 * ranks):
+        whole, work = played(ranks, micro_batches)
+        assert bubble(ranks, micro_batches, "dualpipev") == pytest.approx(1 - work / whole)
+        assert bubble(ranks, micro_batches, "dualpipev") < bubble(ranks, micro_batches, "1f1b")
+
+
+def played(ranks: int, micro_batches: int) -> tuple[float, float]:
+    """Time of a step by DeepSpeed's instructions, and that in which a rank works: a forward of a stage takes 1/2, a
+    backward 1, and a rank goes on from a CommitP2P once all that it sends or receives there has both its ends.
+    """
+    from deepspeed.runtime.pipe import schedule
+
+    down = {schedule.SendActivation: 1, schedule.RecvActivation: -1, schedule.SendGrad: -1, schedule.RecvGrad: 1}
+    sends = (schedule.SendActivation, schedule.SendGrad)
+    programs: list[deque[Any]] = []
+    for place in range(ranks):
+        program, pending, numbers = deque[Any](), [], Counter[tuple[int, int]]()
+        for command in chain.from_iterable(schedule.DualPipeVSchedule(micro_batches, ranks, place).steps()):
+            if type(command) in down:
+                peer = place + down[type(command)] * (1 if command.phase == 0 else -1)
+                pair = (place, peer) if isinstance(command, sends) else (peer, place)
+                pending.append((*pair, numbers[pair]))
+                numbers[pair] += 1
+            elif isinstance(command, schedule.CommitP2P):
+                program.append(pending)
+                pending = []
+            elif isinstance(command, (schedule.ForwardPass, schedule.BackwardPass)):
+                program.append(0.5 if isinstance(command, schedule.ForwardPass) else 1.0)
+        programs.append(program)
+    now, work = [0.0] * ranks, sum(task for task in programs[0] if isinstance(task, float))
+    reached: dict[tuple[int, int, int], dict[int, float]] = defaultdict(dict)
+    while any(programs):
+        before = sum(map(len, programs))
+        for place, program in enumerate(programs):
+            while program:
+                if isinstance(program[0], float):
+                    now[place] += program.popleft()
+                    continue
+                for transfer in program[0]:
+                    reached[transfer].setdefault(place, now[place])
+                if any(len(reached[transfer]) < 2 for transfer in program[0]):
+                    break
+                now[place] = max([now[place], *(max(reached[t].values()) for t in program.popleft())])
+        assert sum(map(len, programs)) < before, "nobody can go on"
+    return max(now), work
+
+
+@pytest.mark.parametrize(
+    ("sections", "ranks", "message"),
+    [
+        ({"pipeline_schedule": "dualpipev"}, 2, "dualpipev needs parallel.pipeline=2 or more, not 1; use .*=1f1b"),
+        (
+            {"pipeline": 4, "pipeline_schedule": "dualpipev"},
+            4,
+            "twice parallel.pipeline=4, which is above model.n_layers=4; use .*=1f1b",
+        ),
+    ],
+)
+def test_dualpipev_where_it_cannot_be_is_refused_with_what_can(
+    tmp_path: Path, sections: dict[str, Any], ranks: int, message: str
+) -> None:
+    config = validate(tiny_config(tmp_path, parallel=sections), "config")
+    with pytest.raises(UserError, match=message):
+        check_layout(config, ranks)
+
+
+def test_dualpipev_needs_two_micro_batches_for_each_rank(tmp_path: Path) -> None:
+    parallel = {"pipeline": 2, "pipeline_schedule": "dualpipev"}
+    raw = tiny_config(tmp_path, parallel=parallel, train={"global_batch_size": 16, "micro_batch_size": 8})
+    message = "train.global_batch_size=16 in micro-batches of 8 .* makes 2 a step, .* use train.micro_batch_size=4"
+    with pytest.raises(UserError, match=message):
+        check_layout(validate(raw, "config"), 2)
+    raw["train"]["micro_batch_size"] = 4
+    assert check_layout(validate(raw, "config"), 2).stages == 4

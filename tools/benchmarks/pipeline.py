@@ -1,11 +1,11 @@
-"""What a pipeline's bubble costs: a step of two stages on two processes, against what the formula of 1F1B says.
+"""What a pipeline's bubble costs: a step on two processes that are a pipeline, against what the formula says.
 
     python tools/benchmarks/pipeline.py                   # one result file
 
 The prediction owes nothing to the pipeline's own clock. One process makes the same step of the whole model, with a copy
-of itself on the other core, so that both share the machine as two stages do; if that takes T for m micro-batches, a
-pipeline of S stages, whose slowest one has a part w of the work, should take T x w x (m + S - 1) / m: each of the m
-micro-batches and of the S - 1 slots of filling and draining costs what the slowest stage takes.
+of itself on the other core, so that both share the machine as two ranks do; if that takes T, and a rank waits a part b
+of a step (llm/parallel/stages.py), a pipeline of S ranks whose busiest one has a part w of the work should take
+T x w / (1 - b). With one forward and one backward in turn that is T x w x (m + S - 1) / m for m micro-batches.
 """
 
 import os
@@ -22,11 +22,12 @@ if not __package__:
 from llm.args import ModelArgs
 from llm.cli import run_cli
 from llm.errors import UserError
+from llm.parallel.layout import Layout, PipelineSchedule
 from llm.parallel.stages import bubble, split
 from tools.benchmarks.harness import RESULTS, Bar, Spread, check_same_work, table, write_result
 from tools.benchmarks.parallel import run_jobs
 
-STAGES = 2
+RANKS, ALONE = 2, "one process"
 MODEL: dict[str, Any] = {  # the head weighs what a layer does: nine layers and the head make two equal stages
     "dim": 512, "n_layers": 9, "n_heads": 8, "n_kv_heads": 4, "ffn_hidden": 1408, "vocab_size": 6272,
     "max_seq_len": 512, "tie_embeddings": False,
@@ -61,42 +62,59 @@ def benchmark(
 
 def compare(precision: str, micro_batches: tuple[int, ...], rounds: int, steps: int) -> str:
     """Markdown of the measured and the predicted times."""
-    slowest = max(stage.share for stage in split(ModelArgs.model_validate(MODEL), STAGES, SEQ_LEN))
     rows, bars = [], []
     for m in micro_batches:
         task = {"model": MODEL, "precision": precision, "steps": steps, "batch": m, "micro_batches": m}
-        alone, piped = in_turn(task | {"seq_len": SEQ_LEN}, rounds)
-        predicted = [seconds * slowest * (m + STAGES - 1) / m for seconds in alone]
-        ratio = Spread.of([measured / formula for measured, formula in zip(piped, predicted, strict=True)])
-        idle = Spread.of([1 - whole / STAGES / measured for whole, measured in zip(alone, piped, strict=True)])
-        times = [Spread.of(seconds).text() for seconds in (alone, predicted, piped)]
-        rows.append([str(m), *times, ratio.text(), f"{bubble(STAGES, m):.1%}", f"{idle.median:.1%}"])
-        if m == BAR_AT:
-            bars.append(Bar("step time over the formula's", ratio.median, 1 + NEAR, at_least=False))
-            bars.append(Bar("step time over the formula's", ratio.median, 1 - NEAR))
-    head = ["m", "s a step, one process", "s a step, by the formula", "s a step, pipeline", "measured over formula"]
-    head += ["bubble, by the formula", "not working, measured"]
-    bullets = "\n".join(f"* m={BAR_AT}: {bar.text()}" for bar in bars)
+        seconds = in_turn(task | {"seq_len": SEQ_LEN}, rounds, {ALONE: Layout(1), **pipelines(m)})
+        rows.append([str(m), ALONE, Spread.of(seconds[ALONE]).text(), *["-"] * 4])
+        for name, layout in pipelines(m).items():
+            waits = bubble(layout.pipeline, m, layout.pipeline_schedule)
+            predicted = [whole * busiest(layout) / (1 - waits) for whole in seconds[ALONE]]
+            ratio = Spread.of([own / formula for own, formula in zip(seconds[name], predicted, strict=True)])
+            pairs = zip(seconds[ALONE], seconds[name], strict=True)
+            idle = Spread.of([1 - whole / RANKS / own for whole, own in pairs])
+            times = [Spread.of(values).text() for values in (seconds[name], predicted)]
+            rows.append([str(m), name, *times, ratio.text(), f"{waits:.1%}", f"{idle.median:.1%}"])
+            if m == BAR_AT and layout.pipeline_schedule == "1f1b":
+                bars.append(Bar("step time over the formula's", ratio.median, 1 + NEAR, at_least=False))
+                bars.append(Bar("step time over the formula's", ratio.median, 1 - NEAR))
+    head = ["m", "", "s a step", "by the formula", "measured over formula", "bubble, by the formula"]
+    bullets = "\n".join(f"* 1f1b, m={BAR_AT}: {bar.text()}" for bar in bars)
+    shares = ", ".join(f"{busiest(layout):.1%} with {name}" for name, layout in pipelines(BAR_AT).items())
     return (
-        f"## {STAGES} stages, one forward and one backward in turn (1F1B), {precision}\n\nwidth {MODEL['dim']}, "
-        f"{MODEL['n_layers']} layers, vocabulary {MODEL['vocab_size']:,}; the slowest stage has {slowest:.1%} of the "
-        f"work; m micro-batches of {SEQ_LEN} tokens a step; AdamW, ZeRO-1, gloo; {rounds} rounds of {steps} steps. "
-        "*Not working* is what is missing of both cores at the rate of one process: bubble, sending, and whatever a "
-        f"stage costs that a whole model does not\n\n{table(head, rows)}\n\n{bullets}"
+        f"## {RANKS} ranks, {precision}\n\nwidth {MODEL['dim']}, {MODEL['n_layers']} layers, vocabulary "
+        f"{MODEL['vocab_size']:,}; the busiest rank has {shares} of the work; m micro-batches of {SEQ_LEN} tokens a "
+        f"step; AdamW, ZeRO-1, gloo; {rounds} rounds of {steps} steps. *Not working* is what is missing of both cores "
+        "at the rate of one process: bubble, sending, and whatever a stage costs that a whole model does not\n\n"
+        f"{table([*head, 'not working, measured'], rows)}\n\n{bullets}"
     )
 
 
-def in_turn(task: dict[str, Any], rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds a step of each round: of one process, the mean of two side by side, and of the pipeline."""
-    seconds: dict[int, list[float]] = {1: [], STAGES: []}
+def pipelines(micro_batches: int) -> dict[str, Layout]:
+    """The schedules that go with so many micro-batches."""
+    schedules: tuple[PipelineSchedule, ...] = ("1f1b", "dualpipev") if micro_batches >= 2 * RANKS else ("1f1b",)
+    return {name: Layout(RANKS, pipeline=RANKS, pipeline_schedule=name) for name in schedules}
+
+
+def busiest(layout: Layout) -> float:
+    """The part of the work that the rank with most of it has."""
+    stages = split(ModelArgs.model_validate(MODEL), layout.stages, SEQ_LEN)
+    return max(sum(stages[number].share for number in layout.stages_of(place)) for place in range(layout.pipeline))
+
+
+def in_turn(task: dict[str, Any], rounds: int, layouts: dict[str, Layout]) -> dict[str, list[float]]:
+    """Seconds a step of each layout in each round; of one on a single process, the mean of two side by side."""
+    seconds: dict[str, list[float]] = {name: [] for name in layouts}
     for number in range(rounds):
         losses = {}
-        for stages in seconds if number % 2 == 0 else reversed(seconds):
-            found = run_jobs(task | {"layout": {"pipeline": stages}}, stages, jobs=STAGES // stages)
-            seconds[stages].append(statistics.mean(run["step"] for run in found))
-            losses[f"{stages} stages"] = found[0]["loss"]
+        for name in seconds if number % 2 == 0 else reversed(seconds):
+            layout = layouts[name]
+            asked = {"pipeline": layout.pipeline, "pipeline_schedule": layout.pipeline_schedule}
+            found = run_jobs(task | {"layout": asked}, layout.world, jobs=RANKS // layout.world)
+            seconds[name].append(statistics.mean(run["step"] for run in found))
+            losses[name] = found[0]["loss"]
         check_same_work(losses, SAME_LOSS[task["precision"]])
-    return seconds[1], seconds[STAGES]
+    return seconds
 
 
 if __name__ == "__main__":
