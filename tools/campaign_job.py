@@ -208,9 +208,9 @@ def plant_in_training(killer: Killer) -> None:
             killer.here("forward", killer.step)
         return original(*args, **kwargs)
 
-    def gradient(original: Callable[..., None], engine: Engine, grad: Any) -> None:
+    def gradient(original: Callable[..., None], *args: Any) -> None:
         killer.here("backward", killer.step)
-        original(engine, grad)
+        original(*args)
 
     def sync(original: Callable[..., None], path: Path) -> None:
         original(path)
