@@ -28,6 +28,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llm.cache import Cache
 from llm.data.batch import MicroBatch, StepBatch
 from llm.datatypes import TransformerInput
 from llm.generate import Decoder
@@ -91,16 +92,20 @@ class PipelineEngine(Engine):
             self._shape = shape
         return ((batch.tokens_BT, batch.labels_BT) for batch in micro_batches)
 
-    def logits(self, inputs: TransformerInput) -> Tensor:
-        """Float32 logits (B, V) of each row's last token, on all ranks (collective, without gradients)."""
-        found = self._through_stages([inputs])
+    def logits(self, inputs: TransformerInput, caches: Sequence[Cache]) -> Tensor:
+        """Float32 logits (B, V) of each row's last token, on all ranks (collective, without gradients). The tokens
+        continue the rows of the caches, one for each stage of this rank.
+        """
+        found = self._through_stages([inputs], caches)
         shape = len(inputs.tokens), self.model.args.vocab_size
         logits_BV = found[0] if found else torch.empty(shape, device=self.world.device)
         dist.broadcast(logits_BV, self._last_rank, group=self.grid.pipeline.handle)
         return logits_BV
 
     @torch.no_grad()
-    def _through_stages(self, batches: Sequence[MicroBatch | TransformerInput]) -> list[Tensor]:
+    def _through_stages(
+        self, batches: Sequence[MicroBatch | TransformerInput], caches: Sequence[Cache] | None = None
+    ) -> list[Tensor]:
         """What the last stage makes of each batch, where it is; elsewhere nothing (collective)."""
         self.model.eval()
         layout, ranks, here = self.grid.layout, self.grid.pipeline.ranks, self.grid.pipeline.rank
@@ -113,7 +118,7 @@ class PipelineEngine(Engine):
                     x = torch.empty(0, device=self.world.device)  # the batch has what it takes
                 else:
                     x = turning.popleft() if source == here else self._receive(ranks[source])
-                x = self._forward(x, phase, batch)
+                x = self._forward(x, phase, batch, None if caches is None else caches[phase])
                 if stage.last:
                     results.append(x)
                 elif target == here:
@@ -142,15 +147,19 @@ class PipelineEngine(Engine):
         """A stage of its next micro-batch."""
         return self._forward(x, phase, self._queues[phase].popleft())
 
-    def _forward(self, x: Tensor, phase: int, batch: MicroBatch | TransformerInput) -> Tensor:
+    def _forward(
+        self, x: Tensor, phase: int, batch: MicroBatch | TransformerInput, cache: Cache | None = None
+    ) -> Tensor:
         model, stage = self.model, self.model.stages[phase]
         inputs = batch if isinstance(batch, TransformerInput) else self._inputs(batch)
-        ctx = model.context(inputs)
+        ctx = model.context(inputs, cache)
         if stage.first:
             x = model.embed(inputs)
         else:
             model.region.begin(inputs.tokens.numel())
         x, stats = model.through_layers(x, ctx, stage.layers)
+        if cache is not None:
+            cache.forget()
         training = torch.is_grad_enabled()
         auxiliary = x.new_zeros((), dtype=torch.float32)
         ranks = self.grid.data.size
@@ -219,22 +228,19 @@ class PipelineEngine(Engine):
 
 
 class _ThroughStages:
-    """Rows of tokens that go through all stages again for each new token: nothing is kept of them."""
+    """A model in stages, of which each rank keeps what its own have made of the rows so far."""
 
     def __init__(self, engine: PipelineEngine) -> None:
         self._engine = engine
-        self._tokens = self._positions = np.zeros((0, 0), dtype=np.int64)
+        self._caches = [Cache(engine.model.args) for _ in engine.model.stages]
 
     def logits(self, tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> Tensor:
-        if not self._tokens.size:
-            self._tokens, self._positions = tokens[:, :0], positions[:, :0]
-        self._tokens = np.concatenate([self._tokens, tokens], axis=1)
-        self._positions = np.concatenate([self._positions, positions], axis=1)
-        on_device = torch.from_numpy(self._tokens).to(self._engine.world.device)
-        return self._engine.logits(TransformerInput(on_device, torch.from_numpy(self._positions)))
+        inputs = TransformerInput(torch.from_numpy(tokens).to(self._engine.world.device), torch.from_numpy(positions))
+        return self._engine.logits(inputs, self._caches)
 
     def keep(self, rows: list[int]) -> None:
-        self._tokens, self._positions = self._tokens[rows], self._positions[rows]
+        for cache in self._caches:
+            cache.reorder(rows)
 
 
 class _Inject(torch.autograd.Function):

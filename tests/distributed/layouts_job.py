@@ -16,6 +16,8 @@ SAVED_STEP = 4
 RUNS: dict[str, dict[str, Any]] = {
     "again": CUT,
     "data_parallel": {},
+    "pipelined": {"pipeline": 2, "expert": 2},
+    "dualpipev": {"pipeline": 2, "pipeline_schedule": "dualpipev", "tensor": 2},
     "resumed": {**CUT, "continues": True},
     "resumed_data_parallel": {"zero_stage": 3, "continues": True},
 }

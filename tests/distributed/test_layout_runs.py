@@ -74,13 +74,15 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(runs: Path) -> None:
         assert (runs / "resumed" / last / name).read_bytes() == (runs / "fresh" / last / name).read_bytes()
 
 
-def test_cut_and_uncut_runs_record_the_same(runs: Path) -> None:
+@pytest.mark.parametrize("other", ["data_parallel", "pipelined", "dualpipev"])
+def test_cut_and_uncut_runs_record_the_same(runs: Path, other: str) -> None:
+    """Validation and greedy samples too, which in a pipeline go from stage to stage, from prompts of two lengths."""
     fresh = without_timing(metrics(runs / "fresh"))
     assert sum("valid_loss" in row for row in fresh) == STEPS // 2
-    assert_close(without_timing(metrics(runs / "data_parallel")), fresh)
+    assert_close(without_timing(metrics(runs / other)), fresh)
     texts = samples(runs / "fresh")
     assert len(texts) == 2 and all(len(text.splitlines()) > 2 for text in texts)
-    assert samples(runs / "data_parallel") == texts
+    assert samples(runs / other) == texts
 
 
 def test_a_cut_run_continues_on_another_layout(runs: Path) -> None:

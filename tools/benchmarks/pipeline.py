@@ -53,7 +53,7 @@ def benchmark(
     output: folder of the result file
     """
     if rounds < 3 or steps < 1 or min(micro_batches, default=0) < 1:
-        raise UserError(f"--rounds={rounds} --steps={steps} --micro_batches={micro_batches}: at least 3 rounds, 1, 1")
+        raise UserError(f"--rounds={rounds} --steps={steps} --micro_batches={micro_batches}: at least 3, 1 and 1")
     sections = [compare(precision, micro_batches, rounds, steps)]
     how = "Jobs took turns, each on two cores: two processes of one thread that are a pipeline, or alone and twice"
     path = write_result(f"pipeline-{precision}", "The bubble of a pipeline", sections, Path(output), how)
