@@ -45,7 +45,7 @@ def main() -> None:
             print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False) + report(config, layout), end="")
         return
     if flags.replay_step is not None:
-        check_replay(flags.folder(), flags.replay_step, config.train.steps, layout.pipeline)
+        check_replay(flags.folder(), flags.replay_step, config.train.steps, layout)
     elif not in_torchrun or os.environ["RANK"] == "0":
         refuse_if_held(flags.folder())
     if flags.nproc and not in_torchrun:

@@ -19,11 +19,11 @@ def shrunk(config: RunConfig, ranks: int) -> RunConfig:
     """
     args, train = config.model, config.train
     seq_len = alike(train.seq_len, SEQ_LEN, ranks)
-    batch = alike(math.gcd(train.global_batch_size, *(size for _, size in train.batch_schedule)), ranks, ranks)
-    stages = ranks * (2 if config.parallel.pipeline_schedule == "dualpipev" else 1)  # at most, as before
+    stages = ranks * (2 if config.parallel.pipeline_schedule == "dualpipev" else 1)  # at most
+    batch = alike(math.gcd(train.global_batch_size, *(size for _, size in train.batch_schedule)), stages, ranks)
     model = args.model_dump(mode="json") | {
         "init_from": None,
-        "n_layers": max(layers_of_every_kind(args), min(args.n_layers, stages)),
+        "n_layers": max(layers_of_every_kind(args), min(args.n_layers, stages)),  # as many stages as before
         "dim": min(args.dim, WIDTH),
         "head_dim": min(args.head_width, HEAD_WIDTH),
         "ffn_hidden": alike(args.ffn_width(), HIDDEN, ranks),

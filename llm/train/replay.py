@@ -29,6 +29,7 @@ from llm.datatypes import TransformerInput
 from llm.errors import DamagedFile, UserError
 from llm.model import LLM
 from llm.parallel.collectives import agreed_error, all_or_none, gather_json, main_decides, sum_over_ranks
+from llm.parallel.layout import Layout
 from llm.tokenizer import Tokenizer
 from llm.train.guard import Guard
 
@@ -84,16 +85,17 @@ class Piece:
         return f"{place} (document {self.document}{cut if self.n_tokens < self.document_tokens else ''})"
 
 
-def check_replay(run_dir: Path, step: int, steps: int | None, stages: int = 1) -> None:
+def check_replay(run_dir: Path, step: int, steps: int | None, layout: Layout | None = None) -> None:
     """UserError unless `run_dir` recorded the step or stopped in it, and the whole model is on each replica's ranks;
     `steps` is the length of the run if it is known.
 
     The step after the last recorded one counts: a step that ends a run by a loss that is not finite is not recorded.
     """
-    if stages > 1:
+    if layout is not None and layout.pipeline > 1:
+        schedule = "" if layout.pipeline_schedule == "1f1b" else " --parallel.pipeline_schedule=1f1b"
         raise UserError(
-            f"parallel.pipeline={stages}: --replay_step looks into the whole model; give --parallel.pipeline=1 "
-            f"with it, as a step is the same on every layout"
+            f"parallel.pipeline={layout.pipeline}: --replay_step looks into the whole model; give "
+            f"--parallel.pipeline=1{schedule} with it, as a step is the same on every layout"
         )
     recorded = read_metrics(run_dir)
     first, last = min(recorded), max(recorded)

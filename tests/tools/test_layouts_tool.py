@@ -12,7 +12,7 @@ import pytest
 
 from llm.errors import UserError
 from llm.train.config import RunConfig, check_layout, load_config, validate
-from tests.distributed.harness import ROOT, environment, tiny_config, write_config, write_text
+from tests.distributed.harness import ROOT, TINY_MODEL, environment, tiny_config, write_config, write_text
 from tools.layouts import BOUND, alone, changed, compare, fitting, layouts, line, prepared, trained
 from tools.shrink import alike, layers_of_every_kind, shrunk
 
@@ -72,6 +72,15 @@ def test_a_small_model_has_every_kind_of_layer_and_the_same_layouts(path: Path) 
     chunk = size.attention_chunk_size
     assert chunk is None or chunk <= small.train.seq_len // 4, "a row must hold several chunks"
     assert shrunk(small, 8) == small
+
+
+def test_a_small_config_keeps_the_pipelines_of_two_stages_a_rank() -> None:
+    parallel = {"pipeline": 4, "pipeline_schedule": "dualpipev"}
+    train = {"global_batch_size": 64, "micro_batch_size": 2}
+    config = tiny(model={**TINY_MODEL, "n_layers": 16}, parallel=parallel, train=train)
+    found = numbers(shrunk(config, 8), 8)
+    assert found == numbers(config, 8)
+    assert {(1, 8, 1, 1), (2, 4, 1, 1)} <= found
 
 
 def test_layers_stop_where_the_last_kind_has_come() -> None:

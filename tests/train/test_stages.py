@@ -9,36 +9,64 @@ import pytest
 
 from llm.args import ModelArgs
 from llm.errors import UserError
-from llm.parallel.layout import Layout
+from llm.parallel.layout import Layout, PipelineSchedule
 from llm.parallel.stages import balanced, bubble, costs, split
-from llm.parallel.validate import Choice, Needs, problem
+from llm.parallel.validate import Choice, Needs, changes, nearest, problem
 from llm.train.config import check_layout, validate
 from llm.train.dry_run import report
 from llm.train.replay import check_replay
 from tests.distributed.harness import TINY_MODEL, tiny_config
 
 ARGS = ModelArgs.model_validate({**TINY_MODEL, "vocab_size": 64})
+SCHEDULES: tuple[PipelineSchedule, ...] = "1f1b", "dualpipev"
 
 
 def test_a_pipeline_is_accepted_when_every_rule_holds() -> None:
-    """Four layers, heads 4 over 2, widths 48 and 24, 4 experts, batches of 24 in micro-batches of 1, float32."""
-    needs, accepted = Needs(ARGS, "fp32", False, 48, (("b", 24),)), 0
-    for world, tensor, stages, expert, zero in product(range(1, 9), (1, 2, 4), range(1, 9), (1, 2, 4), range(4)):
-        layout = Layout(world, tensor, expert, stages, zero_stage=zero, sequence_parallel=False)
-        replica = tensor * stages
-        expected = (
-            world % replica == 0
-            and stages <= 4
-            and (world // replica) % expert == 0
-            and 24 % (world // replica) == 0
-            and (stages == 1 or zero == 1)
-            and (zero != 3 or expert == 1)
-            and (zero != 0 or (tensor == 1 and expert == 1))
-        )
-        found = problem(needs, Choice(layout, 1))
-        assert (found is None) == expected, (layout, found)
-        accepted += expected and stages > 1
-    assert accepted > 10
+    """Four layers, heads 4 over 2, widths 48 and 24, 4 experts, batches of 24 in micro-batches of 3, float32."""
+    needs, accepted = Needs(ARGS, "fp32", False, 48, (("b", 24),)), Counter[str]()
+    places: tuple[range, ...] = range(1, 9), range(1, 9)
+    for world, pipeline, tensor, expert, zero in product(*places, (1, 2, 4), (1, 2, 4), range(4)):
+        for schedule in SCHEDULES:
+            layout = Layout(world, tensor, expert, pipeline, 1, zero, False, schedule)
+            replica = tensor * pipeline
+            v = schedule == "dualpipev"
+            expected = (
+                world % replica == 0
+                and pipeline <= (2 if v else 4)
+                and (world // replica) % expert == 0
+                and 24 % (3 * (world // replica)) == 0
+                and (pipeline == 1 or zero == 1)
+                and (zero != 3 or expert == 1)
+                and (zero != 0 or (tensor == 1 and expert == 1))
+                and (not v or (pipeline > 1 and 8 // (world // replica) >= 2 * pipeline))
+            )
+            found = problem(needs, Choice(layout, 3))
+            assert (found is None) == expected, (layout, found)
+            accepted[schedule] += expected and pipeline > 1
+    assert accepted["1f1b"] > 10 and accepted["dualpipev"] > 3
+
+
+@pytest.mark.parametrize("batch", [16, 24])
+def test_the_nearest_pipeline_changes_as_few_settings_as_any_that_works(batch: int) -> None:
+    """Against every choice of four ranks, from every pipeline there with dualpipev that does not work."""
+    needs = Needs(ARGS, "fp32", False, 48, (("b", batch),))
+    divisors = [n for n in range(1, batch + 1) if batch % n == 0]
+    every = [
+        Choice(Layout(4, tensor, expert, pipeline, 1, zero, False, schedule), micro)
+        for tensor, expert, pipeline in product((1, 2, 4), repeat=3)
+        for zero, schedule, micro in product(range(4), SCHEDULES, divisors)
+    ]
+    working = [choice for choice in every if problem(needs, choice) is None]
+    refused = 0
+    for wanted in every:
+        if wanted.layout.pipeline == 1 or wanted.layout.pipeline_schedule == "1f1b" or wanted in working:
+            continue
+        near = nearest(needs, wanted, 4)
+        assert near in working
+        fewest = min(len(changes(wanted, choice)) for choice in working)
+        assert len(changes(wanted, near)) == fewest, (wanted, near)
+        refused += 1
+    assert refused > 100
 
 
 @pytest.mark.parametrize(
@@ -61,8 +89,10 @@ def test_what_looks_into_the_whole_model_is_refused(tmp_path: Path) -> None:
     config = validate(tiny_config(tmp_path, parallel={"pipeline": 2}, log={"trace_steps": [1, 2]}), "config")
     with pytest.raises(UserError, match="log.trace_steps"):
         check_layout(config, 2)
-    with pytest.raises(UserError, match="parallel.pipeline=2: --replay_step .* --parallel.pipeline=1"):
-        check_replay(tmp_path, 1, None, stages=2)
+    with pytest.raises(UserError, match="parallel.pipeline=2: --replay_step .* --parallel.pipeline=1 with it"):
+        check_replay(tmp_path, 1, None, Layout(2, pipeline=2))
+    with pytest.raises(UserError, match="--parallel.pipeline=1 --parallel.pipeline_schedule=1f1b with it"):
+        check_replay(tmp_path, 1, None, Layout(2, pipeline=2, pipeline_schedule="dualpipev"))
 
 
 @pytest.mark.parametrize("weights", [[1, 1, 1, 1], [5, 1, 1, 1, 9], [1, 2, 3, 4, 5, 6, 7], [9, 1, 1, 1, 1, 1, 1, 1]])
