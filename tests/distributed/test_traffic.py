@@ -29,6 +29,8 @@ def fetching(small: int, reuse: int, ahead: int, **more: int) -> dict[str, Any]:
     return {"zero_optimization": dict(zip(names, (small, reuse, ahead), strict=True)) | more}
 
 
+DUALPIPEV: Case = {"pipeline": 2, "pipeline_schedule": "dualpipev", "micro": 1, "model": {"n_layers": 4}}
+"""Four stages and micro-batches."""
 ON_TWO_RANKS = [
     case("data", zero_stage=1),
     case("data", zero_stage=2, precision="bf16"),
@@ -102,12 +104,11 @@ MORE_ON_FOUR_RANKS = [
     case("pipeline replica tensor", tensor=2, pipeline=2, model={"tie_embeddings": True}, optim={"name": "muon"}),
     case("data pipeline world", pipeline=2, precision="bf16", optim={"lr_factors": {"head": 0.5}}),
     *(
-        case("pipeline replica tensor", tensor=2, pipeline=2, pipeline_schedule="dualpipev", micro=1, precision=bits)
-        for bits in ("fp32", "bf16")
+        case("pipeline replica tensor", tensor=2, precision=bits, sequence_parallel=cut, recompute=again, **DUALPIPEV)
+        for bits, cut, again in (("fp32", True, "none"), ("bf16", True, "selective"), ("fp16", False, "full"))
     ),
-    case(
-        "data pipeline world", pipeline=2, pipeline_schedule="dualpipev", micro=1, model={"tie_embeddings": True}
-    ),
+    case("data pipeline world", **(DUALPIPEV | {"model": {"n_layers": 5, "tie_embeddings": True}})),
+    *(case("data expert pipeline world", expert=2, precision=bits, **DUALPIPEV) for bits in ("fp32", "bf16")),
     case("pipeline", pipeline=4, micro=1, model={"n_layers": 5, "tie_embeddings": True}),
     *(case("data expert pipeline world", pipeline=2, expert=2, precision=bits) for bits in ("fp32", "bf16")),
     case("data expert tensor world", tensor=2, expert=2, sequence_parallel=False, precision="bf16", recompute="full"),
