@@ -123,33 +123,23 @@ def pipelines(ranks: int) -> list[Case]:
 
 
 def more_pipelines() -> dict[int, list[Case]]:
-    """Pipelines with other models, optimizers and precisions."""
+    """Pipelines of both schedules with other models, optimizers and precisions."""
     layouts = {2: [{"pipeline": 2}], 4: [{"pipeline": 2, "tensor": 2}, {"pipeline": 2}, {"pipeline": 4}]}
-    return {
-        ranks: [
-            {**layout, "accumulation": 2, **case}
-            for layout in of_ranks
-            for case in (
-                *({"of": of} for of in ("one kv head", "neox", "gemma2", "olmo2")),
-                {"accumulation": 1},
-                {"optimizer": "muon"},
-                {"offload": True},
-                {"precision": "bf16", "of": "small weights"},
-                {"precision": "fp16", "of": "small weights"},
-                *(
-                    {"pipeline_schedule": "dualpipev", "accumulation": 4, **case}
-                    for case in (
-                        {"optimizer": "muon"},
-                        {"offload": True},
-                        {"precision": "bf16", "of": "small weights"},
-                        {"precision": "fp16", "of": "small weights"},
-                    )
-                    if layout["pipeline"] == 2
-                ),
-            )
-        ]
-        for ranks, of_ranks in layouts.items()
-    }
+    others: list[Case] = [
+        *({"of": of} for of in ("one kv head", "neox", "gemma2", "olmo2", "late experts")),
+        {"optimizer": "muon"},
+        {"offload": True},
+        {"precision": "bf16", "of": "small weights"},
+        {"precision": "fp16", "of": "small weights"},
+    ]
+    v = {"pipeline_schedule": "dualpipev", "accumulation": 4}
+    cases: dict[int, list[Case]] = {}
+    for ranks, of_ranks in layouts.items():
+        cases[ranks] = [{**layout, "accumulation": 1} for layout in of_ranks]
+        cases[ranks] += [{**layout, "accumulation": 2, **case} for layout, case in product(of_ranks, others)]
+        of_four_stages = [layout for layout in of_ranks if layout["pipeline"] == 2]  # as many as layers
+        cases[ranks] += [{**layout, **v, **case} for layout, case in product(of_four_stages, others)]
+    return cases
 
 
 def extras() -> dict[int, list[Case]]:

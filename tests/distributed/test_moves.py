@@ -83,7 +83,7 @@ FAMILIES: dict[str, Family] = {
         (REFERENCE, "4 ranks TP2 EP2 ZeRO-2", *PIPELINES), 20, {"optim": {"ema_decay": 0.8}}
     ),
     "tied pipelines": Family(
-        (REFERENCE, "2 ranks PP2", "4 ranks PP4"), 21, {"model": {**MODEL, "tie_embeddings": True}}
+        (REFERENCE, "2 ranks PP2", "4 ranks PP4", "4 ranks PP2 DP2 V"), 21, {"model": {**MODEL, "tie_embeddings": True}}
     ),
     "few steps": FEW._replace(layouts=(REFERENCE,)),
     "muon": Family(
