@@ -106,9 +106,10 @@ def _pipeline(work: Workload) -> Iterator[str]:
         first, last = stage.layers[0], stage.layers[-1]
         layers = f"layer {first}" if first == last else f"layers {first} to {last}"
         parts = ["embedding"] * stage.first + [layers] + ["head"] * stage.last
-        yield f"  {stage_name(layout, stage.number):<14} {', '.join(parts):<34} {stage.share:6.1%} of the work"
-    shares = {layout.stages_of(place): 0.0 for place in range(ranks)}
-    shares = {held: sum(work.stages[number].share for number in held) for held in shares}
+        what, place = ", ".join(parts), layout.holder(stage.number)
+        yield f"  {stage_name(layout, stage.number):<14} {what:<34} {stage.share:6.1%} of the work, pipeline {place}"
+    every = map(layout.stages_of, range(ranks))
+    shares = {held: sum(work.stages[number].share for number in held) for held in every}
     slowest = max(shares, key=lambda held: shares[held])
     formula = "(S-1)/(m+S-1)" if layout.pipeline_schedule == "1f1b" else "(5S-6)/(6m+5S-6)"
     yield (
