@@ -126,7 +126,7 @@ def more_pipelines() -> dict[int, list[Case]]:
     """Pipelines of both schedules with other models, optimizers and precisions."""
     layouts = {2: [{"pipeline": 2}], 4: [{"pipeline": 2, "tensor": 2}, {"pipeline": 2}, {"pipeline": 4}]}
     others: list[Case] = [
-        *({"of": of} for of in ("one kv head", "neox", "gemma2", "olmo2", "late experts")),
+        *({"of": of} for of in ("one kv head", "neox", "gemma2", "olmo2")),
         {"optimizer": "muon"},
         {"offload": True},
         {"precision": "bf16", "of": "small weights"},
