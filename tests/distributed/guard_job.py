@@ -72,25 +72,24 @@ def spoil(engine: Engine, kind: str | None, rank: int) -> None:
 
 
 def main() -> None:
-    config_path, out = Path(sys.argv[1]), Path(sys.argv[2])
+    config_path, out, stage = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     launch.quiet_libraries()
     world = launch.start(60, 1)
     plain = LLM.context, LLM.loss_sum, LLM.through_layers
-    for stage, precision in STAGES.items():
-        for name, case in CASES.items():
-            raw = yaml.safe_load(config_path.read_text())
-            raw["guard"] = case.get("guard", {})
-            raw["train"].update(case.get("train", {}), precision=precision)
-            raw["parallel"].update(zero_stage=stage or 1, offload_optimizer=stage == OFFLOADED)
-            raw["parallel"]["pipeline"] = 2 if stage == PIPELINE else 1
-            trainer = Trainer(validate(raw, str(config_path)), out / f"{stage}-{name}", world)
-            spoil(trainer.engine, case.get("spoil"), rank=1)
-            try:
-                trainer.fit()
-            except UserError as error:
-                finite = all(bool(f.values.isfinite().all()) for f in trainer.engine.owned_fragments())
-                (out / f"{stage}-{name}" / f"error{world.rank}.txt").write_text(f"{finite} {error}")
-            LLM.context, LLM.loss_sum, LLM.through_layers = plain  # type: ignore[method-assign]
+    for name, case in CASES.items():
+        raw = yaml.safe_load(config_path.read_text())
+        raw["guard"] = case.get("guard", {})
+        raw["train"].update(case.get("train", {}), precision=STAGES[stage])
+        raw["parallel"].update(zero_stage=stage or 1, offload_optimizer=stage == OFFLOADED)
+        raw["parallel"]["pipeline"] = 2 if stage == PIPELINE else 1
+        trainer = Trainer(validate(raw, str(config_path)), out / f"{stage}-{name}", world)
+        spoil(trainer.engine, case.get("spoil"), rank=1)
+        try:
+            trainer.fit()
+        except UserError as error:
+            finite = all(bool(f.values.isfinite().all()) for f in trainer.engine.owned_fragments())
+            (out / f"{stage}-{name}" / f"error{world.rank}.txt").write_text(f"{finite} {error}")
+        LLM.context, LLM.loss_sum, LLM.through_layers = plain  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from tools.campaign_plan import PLACES, Settings, plan
 
 pytestmark = pytest.mark.distributed
 
-KILLS = 3
+KILLS = 2
 FULL = {
     "tensor 2 x data 2": (4, {"tensor": 2}, {"keep": 2, "keep_best": True}),
     "ZeRO-3": (2, {"zero_stage": 3}, {"keep": 2}),

@@ -33,12 +33,10 @@ CAMPAIGN = [(fault, place, launcher) for fault in FAULTS for place in PLACES for
 FEW = [
     ("kill", "collective", "own"),
     ("raise", "subgroup", "torchrun"),
-    ("user", "before_start", "own"),
     ("_exit", "barrier", "own"),
     ("stop", "collective", "torchrun"),
     ("stop", "decision", "own"),
     ("stop", "pipeline", "own"),
-    ("raise", "pipeline", "own"),
 ]
 
 

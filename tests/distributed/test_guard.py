@@ -14,8 +14,17 @@ STEPS = 13
 GO_ON = [name for name in CASES if name not in ("skipped", "loss-raise")]
 
 
+IN_FULL = (1, 3)
+
+
+@pytest.fixture(scope="module", params=[pytest.param(s, marks=[pytest.mark.full] * (s in IN_FULL)) for s in STAGES])
+def stage(request: pytest.FixtureRequest) -> int:
+    """Of ZeRO, or that of a pipeline."""
+    return int(request.param)
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory, stage: int) -> Path:
     folder = tmp_path_factory.mktemp("guard")
     write_text(folder)
     config = tiny_config(
@@ -24,7 +33,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         checkpoint={"interval": 4},
         optim={"ema_decay": 0.9, "warmup_steps": 2},
     )
-    done = run("tests/distributed/guard_job.py", str(write_config(folder / "c.yaml", config)), str(folder), nproc=2)
+    words = [str(write_config(folder / "c.yaml", config)), str(folder), str(stage)]
+    done = run("tests/distributed/guard_job.py", *words, nproc=2)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -36,13 +46,11 @@ def files(run_dir: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", GO_ON)
-@pytest.mark.parametrize("stage", STAGES)
 def test_the_run_is_bitwise_one_that_passed_over_the_step(runs: Path, stage: int, name: str) -> None:
     found, expected = files(runs / f"{stage}-{name}"), files(runs / f"{stage}-skipped")
     assert found == expected and expected
 
 
-@pytest.mark.parametrize("stage", STAGES)
 def test_it_is_logged_with_step_rank_and_rows(runs: Path, stage: int) -> None:
     log = (runs / f"{stage}-loss-skip" / "log.txt").read_text()
     # rank 1's second micro-batch of four rows: rows 12 to 15 of the step's sixteen
@@ -57,7 +65,6 @@ def test_it_is_logged_with_step_rank_and_rows(runs: Path, stage: int) -> None:
     assert "going back to the last checkpoint" in log and f"step {BAD_STEP}: passed over" in log
 
 
-@pytest.mark.parametrize("stage", STAGES)
 def test_rows_of_metrics_say_what_was_not_applied(runs: Path, stage: int) -> None:
     for name, reason in (("loss-skip", "loss"), ("gradient-skip", "gradient"), ("spike-skip", "limit")):
         rows = metrics(runs / f"{stage}-{name}")
@@ -69,7 +76,6 @@ def test_rows_of_metrics_say_what_was_not_applied(runs: Path, stage: int) -> Non
     assert rows[BAD_STEP - 1]["skipped"] == "passed over"
 
 
-@pytest.mark.parametrize("stage", STAGES)
 def test_raise_stops_all_ranks_with_finite_weights(runs: Path, stage: int) -> None:
     for rank in (0, 1):
         text = (runs / f"{stage}-loss-raise" / f"error{rank}.txt").read_text()
@@ -78,8 +84,8 @@ def test_raise_stops_all_ranks_with_finite_weights(runs: Path, stage: int) -> No
     assert steps == ["step_00000004", "step_00000008"]
 
 
-def test_the_guards_memory_is_in_the_checkpoint(runs: Path) -> None:
-    folder = runs / "1-loss-rewind" / "checkpoints" / f"step_{STEPS:08d}"
+def test_the_guards_memory_is_in_the_checkpoint(runs: Path, stage: int) -> None:
+    folder = runs / f"{stage}-loss-rewind" / "checkpoints" / f"step_{STEPS:08d}"
     manifest = next(file for file in folder.iterdir() if file.suffix == ".json")
     guard = json.loads(manifest.read_text())["meta"]["guard"]
     assert guard["passed_over"] == [BAD_STEP] and guard["events"] == 1 and len(guard["losses"]) == STEPS - 1

@@ -58,8 +58,6 @@ ON_TWO_RANKS: list[Case] = [
     {"expert": 2, "accumulation": 2},
     {"expert": 2, "of": "top1 tied", "optimizer": "sgd", "stage": 2},
     {"tensor": 2, "of": "neox", "recompute": "selective"},
-    {"tensor": 2, "of": "gemma2", "accumulation": 2},
-    {"tensor": 2, "of": "olmo2", "sequence_parallel": False},
     {"pipeline": 2, "accumulation": 4},
     {"pipeline": 2, "of": "top1 tied", "optimizer": "sgd", "accumulation": 2, "recompute": "full"},
     {"pipeline": 2, "pipeline_schedule": "dualpipev", "of": "top1 tied", "accumulation": 4},
