@@ -130,7 +130,7 @@ class Engine:
         return 0
 
     def _probe_gradient(self, stage: int, grad: Tensor) -> None:
-        self._probes[stage] += grad.sum(dtype=torch.float32)
+        self._probes[stage].add_(grad.sum(dtype=torch.float32))
 
     @torch.no_grad()
     def _draw_masters(self, seed: int) -> None:
