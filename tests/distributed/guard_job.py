@@ -28,7 +28,10 @@ CASES: dict[str, dict[str, Any]] = {
     "loss-raise": {"spoil": "loss", "guard": {"nonfinite": "raise"}},
 }
 PIPELINE = 0  # not a stage of ZeRO here, but two stages of a pipeline
-STAGES = {1: "fp32", 2: "bf16", 3: "fp32", PIPELINE: "fp32"}
+DUALPIPEV = -1  # the same with four stages, the last of which, with the loss, is on rank 0
+STAGES = {1: "fp32", 2: "bf16", 3: "fp32", PIPELINE: "fp32", DUALPIPEV: "fp32"}
+SPOILED = {DUALPIPEV: 0}
+"""The rank that goes wrong, where it is not rank 1."""
 OFFLOADED = 2  # the stage whose optimizer works in CPU memory
 
 
@@ -49,7 +52,7 @@ def spoil(engine: Engine, kind: str | None, rank: int) -> None:
 
     def train_step(batch: Any, *args: Any) -> Any:
         state["bad"] = batch.first_row == (BAD_STEP - 1) * batch.n_rows and engine.world.rank == rank
-        state["left"] = len(batch.micro_batches)
+        state["left"] = len(batch.micro_batches) * max(len(engine.model.stages), 1)
         return step(batch, *args)
 
     def counting_context(self: LLM, *args: Any) -> Any:  # once in every forward, of every stage
@@ -80,10 +83,11 @@ def main() -> None:
         raw = yaml.safe_load(config_path.read_text())
         raw["guard"] = case.get("guard", {})
         raw["train"].update(case.get("train", {}), precision=STAGES[stage])
-        raw["parallel"].update(zero_stage=stage or 1, offload_optimizer=stage == OFFLOADED)
-        raw["parallel"]["pipeline"] = 2 if stage == PIPELINE else 1
+        raw["parallel"].update(zero_stage=max(stage, 1), offload_optimizer=stage == OFFLOADED)
+        raw["parallel"]["pipeline"] = 2 if stage in (PIPELINE, DUALPIPEV) else 1
+        raw["parallel"]["pipeline_schedule"] = "dualpipev" if stage == DUALPIPEV else "1f1b"
         trainer = Trainer(validate(raw, str(config_path)), out / f"{stage}-{name}", world)
-        spoil(trainer.engine, case.get("spoil"), rank=1)
+        spoil(trainer.engine, case.get("spoil"), rank=SPOILED.get(stage, 1))
         try:
             trainer.fit()
         except UserError as error:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.guard_job import BAD_STEP, CASES, PIPELINE, STAGES
+from tests.distributed.guard_job import BAD_STEP, CASES, DUALPIPEV, PIPELINE, SPOILED, STAGES
 from tests.distributed.harness import metrics, run, tiny_config, write_config, write_text
 
 pytestmark = pytest.mark.distributed
@@ -14,7 +14,7 @@ STEPS = 13
 GO_ON = [name for name in CASES if name not in ("skipped", "loss-raise")]
 
 
-IN_FULL = (1, 3)
+IN_FULL = (1, 3, DUALPIPEV)
 
 
 @pytest.fixture(scope="module", params=[pytest.param(s, marks=[pytest.mark.full] * (s in IN_FULL)) for s in STAGES])
@@ -55,11 +55,14 @@ def test_it_is_logged_with_step_rank_and_rows(runs: Path, stage: int) -> None:
     log = (runs / f"{stage}-loss-skip" / "log.txt").read_text()
     # rank 1's second micro-batch of four rows: rows 12 to 15 of the step's sixteen
     first = (BAD_STEP - 1) * 16 + 12
-    last, first_stage = ("rank 1 (stage 2 of 2)", "rank 0 (stage 1 of 2)") if stage == PIPELINE else ("rank 1",) * 2
+    last, before = {
+        PIPELINE: ("rank 1 (stage 2 of 2)", "rank 0 (stage 1 of 2)"),
+        DUALPIPEV: ("rank 0 (stage 4 of 4)", "rank 1 (stage 3 of 4)"),
+    }.get(stage, ("rank 1", None))
     assert f"step {BAD_STEP}: the loss is nan ({last}: loss of rows {first} to {first + 3} is nan); no update" in log
     log = (runs / f"{stage}-gradient-skip" / "log.txt").read_text()
-    # in a pipeline what rank 1 gets wrong is a gradient that it sends to the stage before
-    who, spans = (first_stage, first - 12) if stage == PIPELINE else (last, first - 8)
+    # in a pipeline what goes wrong is a gradient that is sent to the stage before
+    who, spans = (last, first - 8) if before is None else (before, first - 12)
     assert f"step {BAD_STEP}: the gradient is not finite ({who}: a gradient of rows {spans} to" in log
     log = (runs / f"{stage}-loss-rewind" / "log.txt").read_text()
     assert "going back to the last checkpoint" in log and f"step {BAD_STEP}: passed over" in log
@@ -79,7 +82,7 @@ def test_rows_of_metrics_say_what_was_not_applied(runs: Path, stage: int) -> Non
 def test_raise_stops_all_ranks_with_finite_weights(runs: Path, stage: int) -> None:
     for rank in (0, 1):
         text = (runs / f"{stage}-loss-raise" / f"error{rank}.txt").read_text()
-        assert text.startswith(f"True step {BAD_STEP}: the loss is nan (rank 1")
+        assert text.startswith(f"True step {BAD_STEP}: the loss is nan (rank {SPOILED.get(stage, 1)}")
     steps = sorted(path.name for path in (runs / f"{stage}-loss-raise" / "checkpoints").iterdir())
     assert steps == ["step_00000004", "step_00000008"]
 
