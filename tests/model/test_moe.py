@@ -107,12 +107,44 @@ def test_an_unvisited_expert_gets_a_gradient_of_zeros():
     assert visited.sum() == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_a_tokens_bits_do_not_depend_on_what_others_choose(top_k):
-    moe = layer(n_experts=4, top_k=top_k)
-    token = torch.randn(1, 1, 16)
-    results = [moe(torch.cat([token, torch.randn(1, 39, 16)], dim=1))[0][:, :1] for _ in range(20)]
+def test_a_tokens_bits_do_not_depend_on_what_others_choose(top_k, dtype):
+    moe = layer(dtype, n_experts=4, top_k=top_k)
+    token = torch.randn(1, 1, 16, dtype=dtype)
+    results = [moe(torch.cat([token, torch.randn(1, 39, 16, dtype=dtype)], dim=1))[0][:, :1] for _ in range(20)]
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("apply", ["input", "output"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_experts_in_one_product_are_experts_one_by_one(dtype, apply, monkeypatch):
+    moe, x = layer(dtype, n_experts=3, top_k=2, apply=apply), torch.randn(1, 300, 16, dtype=dtype, requires_grad=True)
+    upstream, products = torch.randn(300, 16), []
+    monkeypatch.setattr(torch, "bmm", lambda *args, bmm=torch.bmm, **more: products.append(1) or bmm(*args, **more))
+
+    def run():
+        products.clear()
+        y, _ = moe(x)
+        return (y, *torch.autograd.grad((y.float().flatten(0, 1) * upstream).sum(), (x, *moe.parameters())))
+
+    together, in_one = run(), len(products)
+    monkeypatch.setattr("llm.layers.moe.in_one_product", lambda *_: False)
+    alone = run()
+    assert (in_one, len(products)) == (3 + 6, 0)  # forward and backward; then none
+    for a, b in zip(together, alone, strict=True):  # 2**-8 is a rounding of bfloat16; each goes through a few
+        assert (a - b).float().norm() <= 2**-8 * b.float().norm()
+
+
+def test_rows_are_padded_to_the_busiest_experts_only_within_a_limit():
+    expert = torch.tensor([0] * 20 + [1] * 17 + [2] * 40).unsqueeze(1)
+    assert Dispatch.sort(expert, 3, 16, even=True).sizes.tolist() == [48, 48, 48]
+    assert Dispatch.sort(expert, 4, 16, even=True).sizes.tolist() == [32, 32, 48, 0]  # 192 rows for 112
+    even = Dispatch.sort(expert, 3, 16, even=True)
+    assert torch.equal(even.pair_of_row[even.row_of_pair], torch.arange(77))
+    assert len(even.padding) == 3 * 48 - 77
+    x = torch.randn(77, 2)
+    assert torch.equal(even.gather(even.scatter(x)), x)
 
 
 def test_values_and_gradients_are_the_same_bits_every_time():
