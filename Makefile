@@ -11,6 +11,8 @@ NPROC ?= 2
 RUN ?= runs/quickstart
 CONFIG ?= configs/pretrain/quickstart.yaml
 
+# unit tests share the cores, file by file; a distributed test has them all
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 BIN := .venv/bin
 RUNTIME := .venv/.runtime-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 export OMP_NUM_THREADS ?= 1
@@ -51,10 +53,12 @@ endif
 	$(BIN)/python tools/layouts.py --config $(CONFIG) --nproc $(NPROC) --shrink
 
 test: .venv/.dev
-	$(BIN)/python -m pytest -m "not full"
+	$(BIN)/python -m pytest -m "not full and not distributed" $(SIDE_BY_SIDE)
+	$(BIN)/python -m pytest -m "not full and distributed"
 
 test-full: .venv/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not distributed" $(SIDE_BY_SIDE)
+	$(BIN)/python -m pytest -m distributed
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
