@@ -292,14 +292,18 @@ def _fill(out: Tensor, pieces: list[Piece], weights: Weights) -> None:
         for box in _chunks(piece.mine):
             part = piece.within(box)
             assert part is not None
-            values = torch.empty(box_shape(box), dtype=torch.float32)
+            target, narrow = view(out, part.theirs), out.dtype == torch.float16
+            if target.is_contiguous() and not part.turned and not narrow:
+                weights.read(part.name, box, target.view(box_shape(box)))
+                continue
+            values = torch.empty(box_shape(box), dtype=torch.float32 if narrow else out.dtype)
             theirs = part.to_theirs(weights.read(part.name, box, values))
-            written = view(out, part.theirs).copy_(theirs)
-            if out.dtype == torch.float16:  # bfloat16 reaches as far as float32, but for its last rounding
-                _check_range(part.key, theirs, written)
+            target.copy_(theirs)
+            if narrow:  # bfloat16 reaches as far as float32, but for its last rounding
+                check_range(part.key, theirs, target)
 
 
-def _check_range(key: str, exact: Tensor, written: Tensor) -> None:
+def check_range(key: str, exact: Tensor, written: Tensor) -> None:
     """UserError where a finite value has become infinite."""
     lost = written.isinf() & exact.isfinite()
     if lost.any():

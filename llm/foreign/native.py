@@ -20,7 +20,7 @@ from llm.checkpoint.fragments import BLOCK_BYTES, DTYPES, VERSION, plan_file, wr
 from llm.checkpoint.pretrained import save_tokenizer
 from llm.checkpoint.reader import FORMAT, MANIFEST, Checkpoint, seal
 from llm.errors import UserError
-from llm.foreign.export import Weights, new_target
+from llm.foreign.export import Weights, check_range, new_target
 from llm.foreign.load import view
 from llm.parallel.build import whole_shapes
 from llm.tokenizer import Tokenizer
@@ -56,13 +56,22 @@ class OfCheckpoint:
     def read(self, name: str, box: Box, out: Tensor) -> Tensor:
         shape = self.checkpoint.shapes.get(name, ())
         at, _, length = next(runs(shape, box, 0, out.numel()), (0, 0, 0)) if len(shape) == len(box) else (0, 0, 0)
-        if length < out.numel() or not out.is_contiguous():
-            return out.copy_(self.checkpoint.read(name, self._kind, box=box).view(out.shape))
+        if not out.is_contiguous():
+            return out.copy_(self.read(name, box, torch.empty(out.shape, dtype=self.dtype())))
         rest = out.view(-1)
+        if length < len(rest):
+            self._fill(name, box, 0, rest)
+            return out
+        size, step = prod(shape), BLOCK_BYTES // self.dtype().itemsize
         while len(rest):
-            values = self._from(name, at, prod(shape))[: len(rest)]
-            rest[: len(values)].copy_(values)
-            rest, at = rest[len(values) :], at + len(values)
+            n = len(rest) if at + len(rest) == size else len(rest) // step * step
+            if at % step == 0 and n:  # whole blocks go straight to where they belong
+                self._fill(name, whole(shape), at, rest[:n])
+            else:
+                values = self._from(name, at, size)[: len(rest)]
+                n = len(values)
+                rest[:n].copy_(values)
+            rest, at = rest[n:], at + n
         return out
 
     def _from(self, name: str, at: int, size: int) -> Tensor:
@@ -72,9 +81,14 @@ class OfCheckpoint:
             step = BLOCK_BYTES // self.dtype().itemsize
             first = at // step * step
             self._block = "", 0, torch.empty(0)  # so that there are not two
-            values = self.checkpoint.read(name, self._kind, start=first, stop=min(first + step, size)).to(self.dtype())
+            values = torch.empty(min(step, size - first), dtype=self.dtype())
+            self._fill(name, whole(self.checkpoint.shapes[name]), first, values)
             self._block = name, first, values
         return values[at - first :]
+
+    def _fill(self, name: str, box: Box, start: int, out: Tensor) -> None:
+        """Values of the flattened box from `start` on."""
+        self.checkpoint.fill([(name, self._kind, box, start, start + len(out), out)])
 
     def dtype(self) -> torch.dtype:
         """In which the weights are kept."""
@@ -95,7 +109,7 @@ def write_native(
     """Write the model folder `target`, whole or not at all, one parameter in memory at a time.
 
     source: where the weights are from, kept in the manifest. keep: files to keep under their names. `tell` is told the
-    bytes of each parameter written. UserError when `target` exists.
+    bytes of each parameter written. UserError when `target` exists or a value is beyond `dtype`.
     """
     shapes = whole_shapes(args)
     name = str(dtype).removeprefix("torch.")
@@ -151,8 +165,10 @@ def _values(
     sizes = {name: torch.Size(shapes[name]).numel() for name in names}
     buffer = torch.empty(max(sizes.values()), dtype=dtype)  # a new tensor each time would be there beside the last one
     for name in names:
-        values = buffer[: sizes[name]]
-        weights.read(name, whole(shapes[name]), values.view(shapes[name]))
+        values, box = buffer[: sizes[name]], whole(shapes[name])
+        weights.read(name, box, values.view(shapes[name]))
+        if dtype == torch.float16 and values.isinf().any():  # seldom, so they are read again, as they are
+            check_range(name, weights.read(name, box, torch.empty(shapes[name])).view(-1), values)
         tell(values.nbytes)
         yield values
 

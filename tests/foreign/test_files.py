@@ -253,16 +253,19 @@ def test_pickles_read_the_same_where_the_system_does_not_say_what_is_mapped(meta
 def test_any_box_of_a_model_folder_is_read_and_in_order_each_block_once(made, monkeypatch):
     monkeypatch.setattr("llm.foreign.native.BLOCK_BYTES", 400)  # of what is asked for at a time
     checkpoint, _ = load_checkpoint(made["native"])
-    weights, asked = OfCheckpoint(checkpoint), []
+    weights, asked = OfCheckpoint(checkpoint), []  # (first, behind the last) of what the file is asked for
     expected = LLM.from_pretrained(made["native"]).state_dict()
-    whole_read = checkpoint.read
-    monkeypatch.setattr(checkpoint, "read", lambda *a, **k: asked.append(k.get("start")) or whole_read(*a, **k))
+    fill = checkpoint.fill
+    monkeypatch.setattr(checkpoint, "fill", lambda rows: asked.extend(row[3:5] for row in rows) or fill(rows))
     name = "layers.0.feed_forward.w1.weight"
     for first in range(0, 48, 5):  # 640 bytes, so that blocks begin in the middle
         last = min(first + 5, 48)
         found = weights.read(name, ((first, last), (0, 32)), torch.empty(last - first, 32))
         assert torch.equal(found, expected[name][first:last])
-    assert asked == list(range(0, 48 * 32, 100))
+    assert asked == [(first, min(first + 100, 48 * 32)) for first in range(0, 48 * 32, 100)]
+    asked.clear()
+    weights.read(name, ((0, 48), (0, 32)), torch.empty(48, 32))
+    assert asked == [(0, 48 * 32)]
     for box in (((7, 40), (3, 30)), ((5, 6), (0, 7)), ((0, 48), (31, 32)), ((9, 9), (0, 32))):
         (a, b), (c, d) = box
         assert torch.equal(weights.read(name, box, torch.empty(b - a, d - c)), expected[name][a:b, c:d])

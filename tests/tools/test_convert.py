@@ -216,6 +216,25 @@ def test_an_export_to_float16_refuses_what_would_become_infinite(format, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
 
 
+def test_an_import_to_float16_refuses_what_would_become_infinite(foreign, tmp_path, capsys):
+    shutil.copytree(foreign, tmp_path / "a")
+
+    def planted(value):
+        def change(key, tensor):
+            if key == "model.layers.0.mlp.down_proj.weight":
+                tensor[1, 2], tensor[3, 4] = value, float("inf")
+            return tensor
+
+        return change
+
+    rewrite(tmp_path / "a", planted(-65504.0))
+    convert.main(["import", str(tmp_path / "a"), str(tmp_path / "b"), "--dtype=float16"])
+    rewrite(tmp_path / "a", planted(-7e4))
+    line = refused(capsys, "import", tmp_path / "a", tmp_path / "c", "--dtype=float16")
+    assert "layers.0.feed_forward.w2.weight: 1 values, up to 7e+04, are beyond float16 (65504)" in line
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+
+
 def test_a_damaged_model_of_ours_leaves_no_export(native, tmp_path, capsys):
     """Found only when the weights are read, in the middle of the writing."""
     shutil.copytree(native, tmp_path / "a")
