@@ -137,6 +137,7 @@ def more_pipelines() -> dict[int, list[Case]]:
         cases[ranks] += [{**layout, "accumulation": 2, **case} for layout, case in product(of_ranks, others)]
         of_four_stages = [layout for layout in of_ranks if layout["pipeline"] == 2]  # as many as layers
         cases[ranks] += [{**layout, **v, **case} for layout, case in product(of_four_stages, others)]
+    cases[2] += [{"pipeline": 2, "accumulation": 2, "compile": True}, {"pipeline": 2, **v, "compile": True}]
     return cases
 
 

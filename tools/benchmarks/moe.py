@@ -33,8 +33,10 @@ from tools.benchmarks.moe_layers import FAMILIES, Build, Family, Layer, LayerSha
 Precision = Literal["fp32", "bf16"]
 FEW, MANY = 16, 64
 SPEED_BAR, GROWTH_BAR = 1.0, 1.3
-SAME = {"fp32": 1e-5, "bf16": 2e-2}
-"""Norm of the difference of a result over the norm of ours: order of sums; 8 bits at each of a dozen operations."""
+SAME = {"fp32": 1e-5, "bf16": 4e-2}
+"""Norm of the difference of a result over the norm of ours: order of sums; in bf16 batched_mm adds the gradients of an
+expert's n pairs one after the other, which costs about sqrt(n / 3) roundings of 2**-9: 2.6e-2 with n = 512. Another
+function of the same weights, one without renormalisation for instance, is further away than 0.1."""
 N_BATCHES = 8
 SLOW = 4.0
 """A peer this many times slower than ours in its second step is timed in that step only."""
@@ -73,7 +75,7 @@ def benchmark(
     precision: Literal["fp32", "bf16", "all"] = "all",
     rounds: int = 9,
     tokens: int = 4096,
-    huge_pages: bool = False,
+    huge_pages: bool = True,
     output: str = str(RESULTS),
 ) -> None:
     """Time the layer in turn with transformers' at 16 and 64 experts and write a dated result file.
@@ -82,7 +84,7 @@ def benchmark(
     precision: of weights and activations on both sides
     rounds: rounds that count, each a step of every contestant
     tokens: tokens of a step
-    huge_pages: have torch ask for huge pages (THP_MEM_ALLOC_ENABLE=1), for all contestants
+    huge_pages: have torch ask for huge pages, as launch/pretrain.py does (THP_MEM_ALLOC_ENABLE=1), for all contestants
     output: folder of the result file
     """
     if rounds < MIN_ROUNDS:
@@ -94,7 +96,7 @@ def benchmark(
     families: list[Family] = list(FAMILIES) if family == "all" else [family]
     precisions: list[Precision] = ["fp32", "bf16"] if precision == "all" else [precision]
     sections = [compare(name, kind, rounds, tokens) for name in families for kind in precisions]
-    name = f"moe-{family}-{precision}" + ("-huge-pages" if huge_pages else "")
+    name = f"moe-{family}-{precision}" + ("" if huge_pages else "-small-pages")
     path = write_result(name, "Mixture-of-experts layer against transformers", sections, Path(output))
     print("\n\n".join(sections), f"\nwritten to {path}")
 
