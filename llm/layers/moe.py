@@ -25,9 +25,10 @@ from llm.layers.linear import Linear
 from llm.layers.opaque import opaque
 from llm.layers.region import WHOLE, Exchange, Region
 
-ROW_MULTIPLE = 16
-"""Rows of an expert are padded to this on a CPU: its GEMM picks kernels, and so bits, by the row count when that is
-small (measured up to 10 rows). Padded, a token's result is the same bits whatever the other tokens chose."""
+FEWEST_ROWS = 16
+"""An expert with any rows gets at least so many on a CPU: its GEMM picks kernels, and so bits, by the row count when
+that is small (measured in float32 up to 15 rows, 10 with most shapes). A token's result is then the same bits whatever
+the other tokens chose. In half precision rows come in multiples of it, as AMX has tiles of 16."""
 EVEN_LIMIT = 1.5
 """In half precision on a CPU all experts get as many rows as the busiest, unless that makes more than this many times
 the rows: one batched product of 64 experts with 64 rows each takes 0.4 to 0.55 of the time of 64 products (bf16 with
@@ -65,8 +66,8 @@ class MoE(nn.Module):
     @opaque
     def routed(self, x_ND: Tensor, weight_Nk: Tensor, expert_Nk: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of the chosen experts' results (N, D), and how many of this rank's own tokens each expert got (E,)."""
-        padded, even = rows_for(x_ND) if self.exchange is None else (1, False)
-        dispatch = Dispatch.sort(expert_Nk, self.moe.n_experts, padded, even)
+        padding = Padding.of(x_ND) if self.exchange is None else Padding()
+        dispatch = Dispatch.sort(expert_Nk, self.moe.n_experts, padding)
         weight_R1 = weight_Nk.to(x_ND.dtype).flatten()[dispatch.pair_of_row].unsqueeze(-1)
         x_RD = dispatch.scatter(x_ND)
         multiply = self.experts if self.exchange is None else self._elsewhere
@@ -90,7 +91,7 @@ class MoE(nn.Module):
         arrived_SD = self.exchange.swap(x_RD, send, receive)
         experts_re = torch.arange(experts, device=x_RD.device).repeat(len(sizes_re))
         expert_S = experts_re.repeat_interleave(sizes_re.flatten(), output_size=sum(receive))
-        here = Dispatch.sort(expert_S.unsqueeze(-1), experts, *rows_for(arrived_SD))
+        here = Dispatch.sort(expert_S.unsqueeze(-1), experts, Padding.of(arrived_SD))
         y_SD = here.gather(self.experts(here.scatter(arrived_SD), here.sizes))
         return self.exchange.swap(y_SD, receive, send)
 
@@ -134,10 +135,32 @@ def route(logits_NE: Tensor, moe: MoEArgs) -> tuple[Tensor, Tensor]:
     return weight_Nk, expert_Nk
 
 
-def rows_for(x_ND: Tensor) -> tuple[int, bool]:
-    """How Dispatch.sort is to lay out rows that experts multiply where `x_ND` lies: `multiple` and `even`."""
-    on_cpu = x_ND.device.type == "cpu"
-    return ROW_MULTIPLE if on_cpu else 1, on_cpu and x_ND.dtype.itemsize == 2
+@dataclass(frozen=True)
+class Padding:
+    """How many rows experts get for the pairs that they have."""
+
+    least: int = 0
+    """Of an expert that has any."""
+    multiple: int = 1
+    even: bool = False
+    """As many for each as for the busiest, within EVEN_LIMIT."""
+
+    @classmethod
+    def of(cls, x_ND: Tensor) -> "Padding":
+        """As suits products with `x_ND` where it lies."""
+        if x_ND.device.type != "cpu":
+            return cls()
+        return cls(multiple=FEWEST_ROWS, even=True) if x_ND.dtype.itemsize == 2 else cls(least=FEWEST_ROWS)
+
+    def sizes(self, counts_E: Tensor) -> Tensor:
+        """Rows of each expert; the counts themselves where nothing is padded."""
+        if self == Padding():
+            return counts_E
+        least_E = torch.where(counts_E > 0, counts_E.clamp(min=self.least), 0)
+        sizes_E = (least_E + self.multiple - 1) // self.multiple * self.multiple
+        if self.even and len(sizes_E) * int(sizes_E.max()) <= EVEN_LIMIT * int(sizes_E.sum()):
+            return sizes_E.max().expand_as(sizes_E)
+        return sizes_E
 
 
 @dataclass(frozen=True)
@@ -157,26 +180,23 @@ class Dispatch:
     top_k: int
 
     @classmethod
-    def sort(cls, expert_Nk: Tensor, n_experts: int, multiple: int, even: bool = False) -> "Dispatch":
-        """Stable sort of the pairs by expert, each expert's rows padded to `multiple`, or with `even` to as many as the
-        busiest has, within EVEN_LIMIT."""
+    def sort(cls, expert_Nk: Tensor, n_experts: int, padding: Padding) -> "Dispatch":
+        """Stable sort of the pairs by expert."""
         expert_P = expert_Nk.flatten()
         order_P = torch.argsort(expert_P, stable=True)
         counts_E = torch.bincount(expert_P, minlength=n_experts)
         index_P = torch.arange(expert_P.numel(), device=order_P.device)
-        if multiple == 1 and not even:  # and no reading of counts, which would make the host wait for the device
+        sizes_E = padding.sizes(counts_E)
+        if sizes_E is counts_E:  # nothing reads counts here, which would make the host wait for the device
             row_of_pair = torch.empty_like(order_P).scatter_(0, order_P, index_P)
             return cls(row_of_pair, order_P, order_P[:0], counts_E, counts_E, expert_Nk.shape[1])
-        sizes_E = (counts_E + multiple - 1) // multiple * multiple
-        if even and n_experts * int(sizes_E.max()) <= EVEN_LIMIT * int(sizes_E.sum()):
-            sizes_E = sizes_E.max().expand(n_experts)
         shift_E = (sizes_E.cumsum(0) - sizes_E) - (counts_E.cumsum(0) - counts_E)
         row_of_sorted = index_P + shift_E[expert_P[order_P]]
         pair_of_row = order_P.new_full((int(sizes_E.sum()),), -1)
         pair_of_row[row_of_sorted] = order_P
-        padding = (pair_of_row < 0).nonzero().flatten()
+        filler = (pair_of_row < 0).nonzero().flatten()
         row_of_pair = torch.empty_like(order_P).scatter_(0, order_P, row_of_sorted)
-        return cls(row_of_pair, pair_of_row.clamp_(min=0), padding, counts_E, sizes_E, expert_Nk.shape[1])
+        return cls(row_of_pair, pair_of_row.clamp_(min=0), filler, counts_E, sizes_E, expert_Nk.shape[1])
 
     def scatter(self, x_ND: Tensor) -> Tensor:
         """Each pair's token, at the pair's row; (R, D)."""

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from llm.args import MoEArgs
-from llm.layers.moe import Dispatch, MoE, grouped_matmul
+from llm.layers.moe import Dispatch, MoE, Padding, grouped_matmul
 from llm.parallel.step import highest_share
 from tests.model.models import MOE, llama4, tokens
 
@@ -79,7 +79,7 @@ def test_the_hand_written_backwards_are_the_derivatives(apply):
     moe = layer(torch.float64, n_experts=3, top_k=2, apply=apply)
     x = torch.randn(1, 4, 16, dtype=torch.float64)
     # weights held fixed: the router computes in float32, too coarse for finite differences
-    dispatch = Dispatch.sort(torch.tensor([[0, 2], [2, 0], [0, 2], [2, 0]]), 3, 16)
+    dispatch = Dispatch.sort(torch.tensor([[0, 2], [2, 0], [0, 2], [2, 0]]), 3, Padding(multiple=16))
 
     def through_experts(x, w1, w2, w3):
         rows = dispatch.scatter(x)
@@ -108,11 +108,12 @@ def test_an_unvisited_expert_gets_a_gradient_of_zeros():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("others", [39, 199])
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_a_tokens_bits_do_not_depend_on_what_others_choose(top_k, dtype):
+def test_a_tokens_bits_do_not_depend_on_what_others_choose(top_k, others, dtype):
     moe = layer(dtype, n_experts=4, top_k=top_k)
     token = torch.randn(1, 1, 16, dtype=dtype)
-    results = [moe(torch.cat([token, torch.randn(1, 39, 16, dtype=dtype)], dim=1))[0][:, :1] for _ in range(20)]
+    results = [moe(torch.cat([token, torch.randn(1, others, 16, dtype=dtype)], dim=1))[0][:, :1] for _ in range(20)]
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -137,10 +138,10 @@ def test_experts_in_one_product_are_experts_one_by_one(dtype, apply, monkeypatch
 
 
 def test_rows_are_padded_to_the_busiest_experts_only_within_a_limit():
-    expert = torch.tensor([0] * 20 + [1] * 17 + [2] * 40).unsqueeze(1)
-    assert Dispatch.sort(expert, 3, 16, even=True).sizes.tolist() == [48, 48, 48]
-    assert Dispatch.sort(expert, 4, 16, even=True).sizes.tolist() == [32, 32, 48, 0]  # 192 rows for 112
-    even = Dispatch.sort(expert, 3, 16, even=True)
+    expert, padding = torch.tensor([0] * 20 + [1] * 17 + [2] * 40).unsqueeze(1), Padding(multiple=16, even=True)
+    assert Dispatch.sort(expert, 4, padding).sizes.tolist() == [32, 32, 48, 0]  # even, there were 192 for 112
+    even = Dispatch.sort(expert, 3, padding)
+    assert even.sizes.tolist() == [48, 48, 48]
     assert torch.equal(even.pair_of_row[even.row_of_pair], torch.arange(77))
     assert len(even.padding) == 3 * 48 - 77
     x = torch.randn(77, 2)
@@ -157,12 +158,15 @@ def test_values_and_gradients_are_the_same_bits_every_time():
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
-@pytest.mark.parametrize("multiple", [1, 16])
-def test_dispatch_sorts_pairs_by_expert_in_order_of_tokens(multiple):
+@pytest.mark.parametrize(
+    "padding, sizes",
+    [(Padding(), (2, 0, 2, 2)), (Padding(multiple=16), (16, 0, 16, 16)), (Padding(least=9), (9, 0, 9, 9))],
+)
+def test_dispatch_sorts_pairs_by_expert_in_order_of_tokens(padding, sizes):
     expert = torch.tensor([[2, 0], [0, 3], [2, 3]])
-    dispatch = Dispatch.sort(expert, 4, multiple)
+    dispatch = Dispatch.sort(expert, 4, padding)
     assert dispatch.counts.tolist() == [2, 0, 2, 2]
-    assert dispatch.sizes.tolist() == [-(-n // multiple) * multiple for n in (2, 0, 2, 2)]
+    assert dispatch.sizes.tolist() == list(sizes)
     by_expert = [rows.tolist() for rows in dispatch.pair_of_row.split(dispatch.sizes.tolist())]
     assert [rows[:2] for rows in by_expert] == [[1, 2], [], [0, 4], [3, 5]]
     assert torch.equal(dispatch.pair_of_row[dispatch.row_of_pair], torch.arange(6))
