@@ -36,9 +36,6 @@ EXIT_USER_ERROR = 2
 EXIT_FAILURE = 1
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl: the signal that a process gets when the thread that started it ends."""
-HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
-"""Where Linux can give memory in pages of 2 MiB. Each step frees gradients and activations and takes them anew, and
-with pages of 4 KiB a step of a wide mixture of experts spends a tenth of its time in page faults."""
 _roll: Roll | None = None  # of this process's job, from `start` on, for the end of `run`
 
 
@@ -93,8 +90,6 @@ def start(timeout_s: float, threads: int) -> World:
         torch.cuda.set_device(world.device)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        if HUGE_PAGES.is_dir():  # torch reads the variable at its first large allocation
-            os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if "RANK" in os.environ:
         base, _, _ = next(iter(dist.rendezvous("env://", timeout=timeout)))
     else:

@@ -11,7 +11,6 @@ import torch
 from llm import LLM
 from llm.checkpoint.pretrained import load_run_tokenizer
 from llm.generate import generate
-from llm.parallel import launch
 from tests.distributed.harness import ROOT, environment, metrics, run, tiny_config, write_config, write_text
 
 pytestmark = pytest.mark.distributed
@@ -127,29 +126,3 @@ def test_two_nodes_meet_by_the_readmes_command(tmp_path: Path) -> None:
     assert [process.returncode for process in nodes] == [0, 0], outputs
     assert sum("2 process(es)" in out for out, _ in outputs) == 1, "rank 0 alone reports"
     assert len(metrics(tmp_path / "run")) == 3
-
-
-HUGE_PAGES = launch.HUGE_PAGES / "enabled"
-
-
-@pytest.mark.skipif(
-    not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="this machine gives no huge pages"
-)
-@pytest.mark.parametrize("wanted", [None, "0"])
-def test_large_tensors_of_a_run_lie_in_huge_pages_unless_the_user_says_no(wanted: str | None) -> None:
-    if wanted == "0" and "[always]" in HUGE_PAGES.read_text():
-        pytest.skip("this machine gives huge pages to everybody")
-    code = """
-import re, torch
-from llm.parallel import launch
-launch.start(60, 1)
-held = torch.ones(64 << 18)
-found = re.findall(r"AnonHugePages: *(\\d+) kB", open("/proc/self/smaps").read())
-print(sum(map(int, found)) // 1024)
-"""
-    env = {key: value for key, value in environment().items() if key != "THP_MEM_ALLOC_ENABLE"}
-    env |= {} if wanted is None else {"THP_MEM_ALLOC_ENABLE": wanted}
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    mib = int(done.stdout)
-    assert mib >= 32 if wanted is None else mib < 32  # of 64

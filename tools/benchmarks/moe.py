@@ -75,7 +75,7 @@ def benchmark(
     precision: Literal["fp32", "bf16", "all"] = "all",
     rounds: int = 9,
     tokens: int = 4096,
-    huge_pages: bool = True,
+    huge_pages: bool = False,
     output: str = str(RESULTS),
 ) -> None:
     """Time the layer in turn with transformers' at 16 and 64 experts and write a dated result file.
@@ -84,7 +84,7 @@ def benchmark(
     precision: of weights and activations on both sides
     rounds: rounds that count, each a step of every contestant
     tokens: tokens of a step
-    huge_pages: have torch ask for huge pages, as launch/pretrain.py does (THP_MEM_ALLOC_ENABLE=1), for all contestants
+    huge_pages: have torch ask for huge pages (THP_MEM_ALLOC_ENABLE=1), for all contestants
     output: folder of the result file
     """
     if rounds < MIN_ROUNDS:
@@ -96,7 +96,7 @@ def benchmark(
     families: list[Family] = list(FAMILIES) if family == "all" else [family]
     precisions: list[Precision] = ["fp32", "bf16"] if precision == "all" else [precision]
     sections = [compare(name, kind, rounds, tokens) for name in families for kind in precisions]
-    name = f"moe-{family}-{precision}" + ("" if huge_pages else "-small-pages")
+    name = f"moe-{family}-{precision}" + ("-huge-pages" if huge_pages else "")
     path = write_result(name, "Mixture-of-experts layer against transformers", sections, Path(output))
     print("\n\n".join(sections), f"\nwritten to {path}")
 
