@@ -19,6 +19,7 @@ import yaml
 
 from llm.checkpoint.lock import refuse_if_held
 from llm.errors import UserError
+from llm.malloc import keep_freed
 from llm.parallel import launch
 from llm.train.config import RunConfig, check_layout, load_config
 from llm.train.flags import RunFlags, help_text, parse_run_flags
@@ -56,6 +57,8 @@ def main() -> None:
 def train(config: RunConfig, flags: RunFlags) -> None:
     launch.quiet_libraries()
     leave_before_first_step()
+    if launch.read_world().device.type == "cpu":
+        keep_freed()
     world = launch.start(config.parallel.timeout_s, config.train.threads)
     from llm.train.trainer import Trainer  # its imports take seconds, so a wrong config is told first
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-SHARED = (Path(__file__).resolve().parents[2] / "shared").resolve()
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = (ROOT.parent / "shared").resolve()
 
 needs_shared = pytest.mark.skipif(
     not (SHARED / "data").is_dir(), reason="the folder ../shared with real test data is not beside this clone"

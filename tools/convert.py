@@ -8,13 +8,11 @@
 DST appears whole or not at all. One tensor is in memory at a time; Meta's files are made one at a time.
 """
 
-import ctypes
 import json
 import math
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +32,14 @@ from llm.errors import UserError
 from llm.foreign.export import check_free, choose_family, export_hf, export_meta, meaning
 from llm.foreign.files import TOKENIZER_FILES, open_foreign
 from llm.foreign.native import OfCheckpoint, kept_files, write_native
+from llm.malloc import give_back_freed
 from llm.pretrained import tokenizer_of
 from llm.tokenizer import Tokenizer
 
 DEFAULT_SHARD_GB = 5.0
-MMAP_THRESHOLD, LARGE_BYTES = -3, 1 << 20
-"""glibc's mallopt: memory from this size on goes back to the system when it is freed. By itself glibc learns from the
-first buffers to keep them, 100 MB and more."""
+LARGE_BYTES = 1 << 20
+"""Memory from this size on goes back to the system when it is freed. By itself glibc learns from the first buffers to
+keep them, 100 MB and more."""
 
 
 def import_(
@@ -295,8 +294,7 @@ def _either_tokenizer(a: str, b: str) -> Tokenizer:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    with suppress(OSError, AttributeError):  # another C library does as it does
-        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, LARGE_BYTES)
+    give_back_freed(LARGE_BYTES)
     commands: dict[str, Any] = {"import": import_, "export": export, "inspect": inspect, "verify": verify}
     run_cli(import_, argv, **commands)
 

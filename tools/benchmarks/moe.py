@@ -26,6 +26,7 @@ from torch import Tensor
 
 from llm.cli import run_cli
 from llm.errors import UserError
+from llm.malloc import keep_freed
 from tools.benchmarks.contestants import DTYPES
 from tools.benchmarks.harness import MIN_ROUNDS, RESULTS, Bar, Contestant, Timing, interleave, table, write_result
 from tools.benchmarks.moe_layers import FAMILIES, Build, Family, Layer, LayerShape, Problem, our_layer, peers
@@ -75,7 +76,7 @@ def benchmark(
     precision: Literal["fp32", "bf16", "all"] = "all",
     rounds: int = 9,
     tokens: int = 4096,
-    huge_pages: bool = False,
+    keep_memory: bool = True,
     output: str = str(RESULTS),
 ) -> None:
     """Time the layer in turn with transformers' at 16 and 64 experts and write a dated result file.
@@ -84,19 +85,20 @@ def benchmark(
     precision: of weights and activations on both sides
     rounds: rounds that count, each a step of every contestant
     tokens: tokens of a step
-    huge_pages: have torch ask for huge pages (THP_MEM_ALLOC_ENABLE=1), for all contestants
+    keep_memory: freed memory stays with the process, as launch/pretrain.py has it, for all contestants
     output: folder of the result file
     """
     if rounds < MIN_ROUNDS:
         raise UserError(f"--rounds={rounds}: at least {MIN_ROUNDS}, so that quartiles mean something")
     if tokens < 1:
         raise UserError(f"--tokens={tokens}: at least 1")
-    os.environ["THP_MEM_ALLOC_ENABLE"] = str(int(huge_pages))  # read at torch's first large allocation
+    if keep_memory:
+        keep_freed()
     torch.set_num_threads(1)
     families: list[Family] = list(FAMILIES) if family == "all" else [family]
     precisions: list[Precision] = ["fp32", "bf16"] if precision == "all" else [precision]
     sections = [compare(name, kind, rounds, tokens) for name in families for kind in precisions]
-    name = f"moe-{family}-{precision}" + ("-huge-pages" if huge_pages else "")
+    name = f"moe-{family}-{precision}" + ("" if keep_memory else "-memory-given-back")
     path = write_result(name, "Mixture-of-experts layer against transformers", sections, Path(output))
     print("\n\n".join(sections), f"\nwritten to {path}")
 
