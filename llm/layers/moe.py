@@ -29,6 +29,9 @@ FEWEST_ROWS = 16
 """An expert with any rows gets at least so many on a CPU: its GEMM picks kernels, and so bits, by the row count when
 that is small (measured in float32 up to 15 rows, 10 with most shapes). A token's result is then the same bits whatever
 the other tokens chose. In half precision rows come in multiples of it, as AMX has tiles of 16."""
+ROWS_TOGETHER = 32
+"""All experts' rows come to a multiple of this on a CPU: torch works through a tensor by vectors, and what is left at
+its end, up to two vectors, by single numbers, with another exp and so with other bits."""
 EVEN_LIMIT = 1.5
 """In half precision on a CPU all experts get as many rows as the busiest, unless that makes more than this many times
 the rows: one batched product of 64 experts with 64 rows each takes 0.4 to 0.55 of the time of 64 products (bf16 with
@@ -144,13 +147,17 @@ class Padding:
     multiple: int = 1
     even: bool = False
     """As many for each as for the busiest, within EVEN_LIMIT."""
+    together: int = 1
+    """A multiple of which all come to; the last one gets what is missing."""
 
     @classmethod
     def of(cls, x_ND: Tensor) -> "Padding":
         """As suits products with `x_ND` where it lies."""
         if x_ND.device.type != "cpu":
             return cls()
-        return cls(multiple=FEWEST_ROWS, even=True) if x_ND.dtype.itemsize == 2 else cls(least=FEWEST_ROWS)
+        if x_ND.dtype.itemsize == 2:
+            return cls(multiple=FEWEST_ROWS, even=True)
+        return cls(least=FEWEST_ROWS, together=ROWS_TOGETHER)
 
     def sizes(self, counts_E: Tensor) -> Tensor:
         """Rows of each expert; the counts themselves where nothing is padded."""
@@ -160,6 +167,7 @@ class Padding:
         sizes_E = (least_E + self.multiple - 1) // self.multiple * self.multiple
         if self.even and len(sizes_E) * int(sizes_E.max()) <= EVEN_LIMIT * int(sizes_E.sum()):
             return sizes_E.max().expand_as(sizes_E)
+        sizes_E[-1] += -sizes_E.sum() % self.together
         return sizes_E
 
 

@@ -160,7 +160,12 @@ def test_values_and_gradients_are_the_same_bits_every_time():
 
 @pytest.mark.parametrize(
     "padding, sizes",
-    [(Padding(), (2, 0, 2, 2)), (Padding(multiple=16), (16, 0, 16, 16)), (Padding(least=9), (9, 0, 9, 9))],
+    [
+        (Padding(), (2, 0, 2, 2)),
+        (Padding(multiple=16), (16, 0, 16, 16)),
+        (Padding(least=9), (9, 0, 9, 9)),
+        (Padding(least=9, together=8), (9, 0, 9, 14)),
+    ],
 )
 def test_dispatch_sorts_pairs_by_expert_in_order_of_tokens(padding, sizes):
     expert = torch.tensor([[2, 0], [0, 3], [2, 3]])
