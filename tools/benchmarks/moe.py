@@ -34,10 +34,11 @@ from tools.benchmarks.moe_layers import FAMILIES, Build, Family, Layer, LayerSha
 Precision = Literal["fp32", "bf16"]
 FEW, MANY = 16, 64
 SPEED_BAR, GROWTH_BAR = 1.0, 1.3
-SAME = {"fp32": 1e-5, "bf16": 4e-2}
-"""Norm of the difference of a result over the norm of ours: order of sums; in bf16 batched_mm adds the gradients of an
-expert's n pairs one after the other, which costs about sqrt(n / 3) roundings of 2**-9: 2.6e-2 with n = 512. Another
-function of the same weights, one without renormalisation for instance, is further away than 0.1."""
+SAME = {"fp32": 1e-5, "bf16": 2e-2}
+"""Norm of the difference of a result over the norm of ours: order of sums; 8 bits at each of a dozen operations."""
+SAME_ONE_BY_ONE = {"fp32": 1e-5, "bf16": 4e-2}
+"""The same of batched_mm, which adds the gradients of an expert's n pairs one after the other in the weights'
+precision: about sqrt(n / 3) roundings, of 2**-9 in bf16, so 2.6e-2 with n = 512 (2.4e-2 came)."""
 N_BATCHES = 8
 SLOW = 4.0
 """A peer this many times slower than ours in its second step is timed in that step only."""
@@ -115,7 +116,8 @@ def compare(family: Family, precision: Precision, rounds: int, tokens: int) -> s
         entries.append(ours)
         limit, expected = SLOW * ours.seconds_once(), ours.layer.results(problem.batches[0])
         for name, build in peers(family).items():
-            entry = prepare(name, build, shape, problem, expected, SAME[precision])
+            same = SAME_ONE_BY_ONE if "batched_mm" in name else SAME
+            entry = prepare(name, build, shape, problem, expected, same[precision])
             if isinstance(entry, str):
                 absent[entry_key(name, n_experts)] = entry
             elif (seconds := entry.seconds_once()) > limit:
