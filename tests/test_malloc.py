@@ -1,11 +1,16 @@
 """Page faults tell whether memory that was freed was kept: each page that comes from the system has one."""
 
 import os
+import platform
 import subprocess
 import sys
 
 import pytest
+import torch
 
+from launch import pretrain
+from llm.parallel import launch
+from llm.train.config import ParallelConfig, RunConfig, TrainConfig
 from tests.shared import ROOT
 
 PAGES = 64 << 20 >> 12  # of a tensor of 64 MiB
@@ -24,7 +29,7 @@ print(*(faults() for _ in range(5)))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux" or os.confstr("CS_GNU_LIBC_VERSION") is None, reason="needs glibc")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library does as it does")
 @pytest.mark.parametrize(
     "setting, variable, kept",
     [
@@ -40,3 +45,22 @@ def test_freed_memory_is_kept_or_given_back(setting: str, variable: dict[str, st
     )
     found = [int(count) for count in done.stdout.split()]
     assert max(found) < PAGES / 10 if kept else min(found) > PAGES / 2, found
+
+
+@pytest.mark.parametrize("device, kept", [("cpu", [True]), ("cuda", [])])
+def test_a_run_on_a_cpu_keeps_its_memory(device: str, kept: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Started(Exception):
+        pass
+
+    def start(timeout_s: float, threads: int) -> None:
+        raise Started
+
+    asked: list[bool] = []
+    monkeypatch.setattr(pretrain, "keep_freed", lambda: asked.append(True))
+    monkeypatch.setattr(pretrain, "leave_before_first_step", lambda: None)
+    monkeypatch.setattr(launch, "read_world", lambda: launch.World(0, 1, 0, torch.device(device)))
+    monkeypatch.setattr(launch, "start", start)
+    config = RunConfig.model_construct(parallel=ParallelConfig(), train=TrainConfig.model_construct(threads=1))
+    with pytest.raises(Started):
+        pretrain.train(config, flags=None)  # type: ignore[arg-type]
+    assert asked == kept
