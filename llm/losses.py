@@ -10,6 +10,8 @@ two numbers a token, once a chunk.
 Shapes: B batch, T tokens, N = B*T, D model width, V vocabulary (or this rank's share), n tokens of a chunk.
 """
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,15 +64,10 @@ def token_nll(
 ) -> Tensor:
     """Negative log-likelihood of each label in nats, (B, T) float32, 0 where the label is negative. No gradient."""
     _check_labels(labels_BT, vocabulary)
-    nll = []
-    for hidden, labels in _chunks(hidden_BTD.flatten(0, 1), labels_BT.flatten(), _rows(weight_VD, vocabulary)):
-        logits = capped(F.linear(hidden, weight_VD).float(), softcap)
-        if vocabulary is None:
-            nll.append(_chunk_nll(logits, labels)[0])
-        else:
-            log_z, target = _across_shares(*_of_share(logits, labels, vocabulary), vocabulary)
-            nll.append((log_z - target).masked_fill_(labels < 0, 0))
-    return torch.cat(nll).view(labels_BT.shape)
+    hidden_ND, labels_N = hidden_BTD.flatten(0, 1), labels_BT.flatten()
+    chunks = _chunks(hidden_ND, labels_N, weight_VD, vocabulary)
+    nll = [_chunk_nll(logits, labels, vocabulary, softcap, grad=False) for logits, _, labels in chunks]
+    return torch.cat(nll).float().view(labels_BT.shape)
 
 
 def _check_labels(labels_BT: Tensor, vocabulary: VocabularyShare | None) -> None:
@@ -79,31 +76,62 @@ def _check_labels(labels_BT: Tensor, vocabulary: VocabularyShare | None) -> None
         torch._assert_async((labels_BT < vocabulary.total).all(), f"a label is not below {vocabulary.total}")
 
 
-def _rows(weight_VD: Tensor, vocabulary: VocabularyShare | None) -> int:
-    """By how many rows chunks are sized: ranks whose shares differ must cut the tokens alike."""
-    return len(weight_VD) if vocabulary is None else vocabulary.largest
+def _chunks(
+    hidden_ND: Tensor, labels_N: Tensor, weight_VD: Tensor, vocabulary: VocabularyShare | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Logits (n, V), hidden states (n, D) and labels (n,) of one chunk after the other; all logits lie in the same
+    memory, whose pages the system has to clear but once.
 
-
-def _chunks(hidden_ND: Tensor, labels_N: Tensor, vocab_size: int) -> list[tuple[Tensor, Tensor]]:
+    Ranks whose shares of the vocabulary differ in size cut the tokens alike.
+    """
     on_cpu = hidden_ND.device.type == "cpu"
-    n = max(MIN_CHUNK_TOKENS, CHUNK_ELEMENTS["cpu" if on_cpu else "accelerator"] // vocab_size)
+    rows = len(weight_VD) if vocabulary is None else vocabulary.largest
+    n = max(MIN_CHUNK_TOKENS, CHUNK_ELEMENTS["cpu" if on_cpu else "accelerator"] // rows)
     if on_cpu and hidden_ND.element_size() == 2:
         n *= 2  # the same bytes, as only a block of the chunk is ever float32
-    return list(zip(hidden_ND.split(n), labels_N.split(n), strict=True))
+    memory_nV = hidden_ND.new_empty(min(n, len(hidden_ND)), len(weight_VD))
+    for hidden, labels in zip(hidden_ND.split(n), labels_N.split(n), strict=True):
+        yield torch.mm(hidden, weight_VD.t(), out=memory_nV[: len(hidden)]), hidden, labels
 
 
-def _blocks(logits_nV: Tensor, labels_n: Tensor) -> list[tuple[Tensor, Tensor]]:
-    if logits_nV.device.type != "cpu":
-        return [(logits_nV, labels_n)]
-    rows = max(1, BLOCK_ELEMENTS // logits_nV.shape[1])
-    return list(zip(logits_nV.split(rows), labels_n.split(rows), strict=True))
+def _blocks(logits_nV: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some rows of all at a time: on a CPU so few that what is made of them stays in its cache."""
+    rows = len(logits_nV)
+    if logits_nV.device.type == "cpu":
+        rows = max(1, BLOCK_ELEMENTS // logits_nV.shape[1])
+    return zip(*(x.split(rows) for x in (logits_nV, *others)), strict=True)
 
 
-def _chunk_nll(logits_nV: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihoods (n,) and log-probabilities (n, V)."""
-    log_p_nV = F.log_softmax(logits_nV, dim=-1)
-    nll_n = -log_p_nV.gather(-1, labels_n.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return nll_n.masked_fill_(labels_n < 0, 0), log_p_nV
+def _chunk_nll(
+    logits_nV: Tensor, labels_n: Tensor, vocabulary: VocabularyShare | None, softcap: float | None, grad: bool
+) -> Tensor:
+    """Negative log-likelihoods (n,), 0 where the label is ignored; with `grad` the logits become their gradients,
+    softmax - one_hot(label), in place.
+    """
+    take = _whole_nll if vocabulary is None else partial(_share_nll, vocabulary)
+    nll_n = take(logits_nV, labels_n, softcap, grad)
+    if grad and logits_nV.device.type == "cpu":  # on a GPU, asking which rows are ignored would stall the queue
+        logits_nV.index_fill_(0, (labels_n < 0).nonzero().flatten(), 0)
+    elif grad:
+        logits_nV.mul_((labels_n >= 0).unsqueeze(-1))
+    return nll_n.masked_fill_(labels_n < 0, 0)
+
+
+def _whole_nll(logits_nV: Tensor, labels_n: Tensor, softcap: float | None, grad: bool) -> Tensor:
+    """`_chunk_nll` of the whole vocabulary, but for ignored rows."""
+    wide = _wide(logits_nV)
+    label_n1 = labels_n.clamp(min=0).unsqueeze(-1)
+    minus_one_n1 = torch.full_like(label_n1, -1, dtype=wide)
+    log_likelihoods = []
+    for logits, label, minus_one in _blocks(logits_nV, label_n1, minus_one_n1):
+        scores = capped(logits.to(wide), softcap)
+        log_p = F.log_softmax(scores, dim=-1)
+        log_likelihoods.append(log_p.gather(-1, label))
+        if grad:
+            p = torch.exp(log_p, out=logits if scores is logits else log_p).scatter_add_(-1, label, minus_one)
+            if p is not logits:
+                logits.copy_(_through_cap(p, scores, softcap))
+    return -torch.cat(log_likelihoods).squeeze(-1)
 
 
 def _of_share(logits_nV: Tensor, labels_n: Tensor, vocabulary: VocabularyShare) -> tuple[Tensor, Tensor]:
@@ -127,26 +155,24 @@ def _across_shares(log_z_n: Tensor, target_n: Tensor, vocabulary: VocabularyShar
 
 
 def _share_nll(
-    logits_nV: Tensor,
-    labels_n: Tensor,
-    vocabulary: VocabularyShare,
-    softcap: float | None,
-    wide: torch.dtype,
-    grad: bool,
+    vocabulary: VocabularyShare, logits_nV: Tensor, labels_n: Tensor, softcap: float | None, grad: bool
 ) -> Tensor:
-    """Sum of the chunk's negative log-likelihoods; with `grad` this rank's logits become their gradients."""
-    blocks = _blocks(logits_nV, labels_n)
-    own = (_of_share(capped(x.to(wide), softcap), labels, vocabulary) for x, labels in blocks)
+    """`_chunk_nll` of this rank's share, but for ignored rows; the nll is that of the whole vocabulary."""
+    wide = _wide(logits_nV)
+    own = [
+        _of_share(capped(logits.to(wide), softcap), labels, vocabulary)
+        for logits, labels in _blocks(logits_nV, labels_n)
+    ]
     own_log_z, own_target = zip(*own, strict=True)
     log_z_n, target_n = _across_shares(torch.cat(own_log_z), torch.cat(own_target), vocabulary)
     if grad:
-        for (logits, labels), log_z in zip(blocks, log_z_n.split([len(b) for _, b in blocks]), strict=True):
+        for logits, labels, log_z in _blocks(logits_nV, labels_n, log_z_n):
             row, mine = _in_share(labels, vocabulary.first, logits.shape[1])
             scores = capped(logits.to(wide), softcap)
             p = (scores - log_z.unsqueeze(-1)).exp_()
             p.scatter_add_(-1, row.unsqueeze(-1), -mine.unsqueeze(-1).to(wide))
-            logits.copy_(_through_cap(p.mul_((labels >= 0).unsqueeze(-1)), scores, softcap))
-    return (log_z_n - target_n).masked_fill_(labels_n < 0, 0).sum()
+            logits.copy_(_through_cap(p, scores, softcap))
+    return log_z_n - target_n
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -161,22 +187,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         with_grad: bool,
     ) -> Tensor:
         with_hidden, with_weight = (with_grad and need for need in ctx.needs_input_grad[:2])
-        wide = torch.promote_types(hidden_ND.dtype, torch.float32)
-        total = hidden_ND.new_zeros((), dtype=wide)
+        with_grad = with_hidden or with_weight
+        total = hidden_ND.new_zeros((), dtype=_wide(hidden_ND))
         grad_hidden = torch.empty_like(hidden_ND) if with_hidden else None
-        grad_weight = torch.empty_like(weight_VD, dtype=wide) if with_weight else None
+        grad_weight = torch.empty_like(weight_VD, dtype=_wide(hidden_ND)) if with_weight else None
         done = 0
-        for hidden, labels in _chunks(hidden_ND, labels_N, _rows(weight_VD, vocabulary)):
-            logits = F.linear(hidden, weight_VD)
-            if vocabulary is not None:
-                total += _share_nll(logits, labels, vocabulary, softcap, wide, with_hidden or with_weight)
-            for logits_block, labels_block in _blocks(logits, labels) if vocabulary is None else ():
-                scores = capped(logits_block.to(wide), softcap)
-                nll, log_p = _chunk_nll(scores, labels_block)
-                total += nll.sum()
-                if with_hidden or with_weight:  # the logits have served, and make room for their gradients
-                    logits_block.copy_(_through_cap(_grad_logits(log_p, labels_block), scores, softcap))
-            if grad_hidden is not None:
+        for logits, hidden, labels in _chunks(hidden_ND, labels_N, weight_VD, vocabulary):
+            total += _chunk_nll(logits, labels, vocabulary, softcap, with_grad).sum()
+            if grad_hidden is not None:  # the logits are now their gradients
                 torch.mm(logits, weight_VD, out=grad_hidden[done : done + len(labels)])
             if grad_weight is not None:
                 _accumulate(grad_weight, logits.t(), hidden, first=done == 0)
@@ -196,14 +214,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None
 
 
-def _grad_logits(log_p_nV: Tensor, labels_n: Tensor) -> Tensor:
-    """softmax - one_hot(label), and 0 for ignored labels; overwrites its argument."""
-    kept_n1 = (labels_n >= 0).unsqueeze(-1)
-    grad = log_p_nV.exp_()
-    grad.scatter_add_(-1, labels_n.clamp(min=0).unsqueeze(-1), -torch.ones_like(kept_n1, dtype=grad.dtype))
-    if grad.device.type == "cpu":  # on a GPU, asking which rows are ignored would stall the queue
-        return grad.index_fill_(0, (labels_n < 0).nonzero().flatten(), 0)
-    return grad.mul_(kept_n1)
+def _wide(x: Tensor) -> torch.dtype:
+    """The dtype of sums: float32 at least."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _through_cap(grad: Tensor, scores: Tensor, softcap: float | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Compare contestants on a machine that is never quite still: in turn, in one process, round after round.
+"""Compare contestants on a machine that is never quite still: in turn, round after round.
 
 In each round every contestant runs a short block of steps, the order turning round each time, so that a slow minute
 of the machine falls on all of them. What is reported is the median of the per-round ratios with its quartiles, not a
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -25,13 +26,36 @@ MIN_ROUNDS = 7
 """Fewer give quartiles that mean nothing."""
 
 
+class Timed(Protocol):
+    """Something to be timed: in this process (`Contestant`) or in its own (own_process.py)."""
+
+    @property
+    def name(self) -> str:
+        """As it is called in the result."""
+
+    @property
+    def step(self) -> Callable[[], float]:
+        """Does the work once and returns a number (a loss) by which contestants can be told to do the same work."""
+
+    def timed(self, block: int) -> tuple[float, float]:
+        """Seconds of `block` steps, by the clock and of a core."""
+
+
 @dataclass(frozen=True)
 class Contestant:
-    """Something to be timed."""
+    """Something to be timed in this process."""
 
     name: str
     step: Callable[[], float]
-    """Does the work once and returns a number (a loss) by which contestants can be told to do the same work."""
+
+    def timed(self, block: int) -> tuple[float, float]:
+        """Seconds of `block` steps, by the clock and of a core."""
+        _wait_for_device()
+        started, cpu_started = time.perf_counter(), time.process_time()
+        for _ in range(block):
+            self.step()
+        _wait_for_device()
+        return time.perf_counter() - started, time.process_time() - cpu_started
 
 
 @dataclass(frozen=True)
@@ -57,7 +81,7 @@ class Spread:
 class Timing:
     """Seconds a step, of each contestant in each round; the lists are parallel.
 
-    cpu_seconds is the time that this process had a core: on a crowded machine it leaves out the time in which others
+    cpu_seconds is the time that the process had a core: on a crowded machine it leaves out the time in which others
     had it, and tells whether a ratio of wall times was theirs.
     """
 
@@ -81,7 +105,7 @@ class Timing:
         return min(names, key=lambda name: self.spread(name).median)
 
 
-def interleave(contestants: Sequence[Contestant], *, rounds: int, block: int = 1, warmup: int = 2) -> Timing:
+def interleave(contestants: Sequence[Timed], *, rounds: int, block: int = 1, warmup: int = 2) -> Timing:
     """Time every contestant in each of `rounds` rounds of `block` steps, after `warmup` steps that do not count.
 
     One CPU thread: more would fight over cores with whatever else runs, and differ between libraries. Raises UserError
@@ -96,13 +120,9 @@ def interleave(contestants: Sequence[Contestant], *, rounds: int, block: int = 1
     timing = Timing({contestant.name: [] for contestant in contestants}, {c.name: [] for c in contestants})
     for number in range(rounds):
         for contestant in contestants if number % 2 == 0 else reversed(contestants):
-            _wait_for_device()
-            started, cpu_started = time.perf_counter(), time.process_time()
-            for _ in range(block):
-                contestant.step()
-            _wait_for_device()
-            timing.seconds[contestant.name].append((time.perf_counter() - started) / block)
-            timing.cpu_seconds[contestant.name].append((time.process_time() - cpu_started) / block)
+            seconds, cpu_seconds = contestant.timed(block)
+            timing.seconds[contestant.name].append(seconds / block)
+            timing.cpu_seconds[contestant.name].append(cpu_seconds / block)
     return timing
 
 
@@ -142,6 +162,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 IN_TURNS = "Contestants took turns in one process with one thread"
+IN_TURNS_APART = "Contestants took turns, each in a process of its own with one thread"
 
 
 def write_result(name: str, title: str, sections: Sequence[str], folder: Path = RESULTS, how: str = IN_TURNS) -> Path:
