@@ -7,7 +7,11 @@ nothing to recompute.
 Where the vocabulary is cut over ranks, a rank has its part of a chunk's logits, and all that ranks tell each other is
 two numbers a token, once a chunk.
 
-Shapes: B batch, T tokens, N = B*T, D model width, V vocabulary (or this rank's share), n tokens of a chunk.
+On a CPU in full precision a chunk's logits are made, turned into probabilities and multiplied with both weights block
+by block of the vocabulary, with each block's own highest logits and sums as in FlashAttention (arXiv:2205.14135).
+
+Shapes: B batch, T tokens, N = B*T, D model width, V vocabulary (or this rank's share), n tokens of a chunk, v rows of
+the vocabulary in a block, b blocks.
 """
 
 from collections.abc import Iterator
@@ -27,6 +31,12 @@ MIN_CHUNK_TOKENS = 256
 """Smallest chunk whatever the vocabulary, as each chunk adds to the whole weight gradient."""
 BLOCK_ELEMENTS = 1 << 18
 """Logits of a chunk that a CPU turns into gradients at a time, so that softmax and what follows stay in its cache."""
+TILE_ELEMENTS = 512 * 2000
+"""The same where a chunk goes through the vocabulary in blocks, each of which meets the weights at once (measured; rows
+of a power of two would share the same places of a cache).
+"""
+MIN_TILE_TOKENS = 512
+"""MIN_CHUNK_TOKENS there (measured)."""
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
@@ -48,7 +58,7 @@ def lm_loss_sum(
     raises. With a share of the vocabulary, the gradient of hidden is this rank's term of a sum over ranks.
     """
     hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-    _check_labels(labels_BT, vocabulary)
+    _check_labels(labels_BT, weight_VD, vocabulary)
     return _ChunkedCrossEntropy.apply(
         hidden_ND, weight_VD, labels_BT.reshape(-1), vocabulary, softcap, torch.is_grad_enabled()
     )
@@ -63,17 +73,17 @@ def token_nll(
     softcap: float | None = None,
 ) -> Tensor:
     """Negative log-likelihood of each label in nats, (B, T) float32, 0 where the label is negative. No gradient."""
-    _check_labels(labels_BT, vocabulary)
+    _check_labels(labels_BT, weight_VD, vocabulary)
     hidden_ND, labels_N = hidden_BTD.flatten(0, 1), labels_BT.flatten()
     chunks = _chunks(hidden_ND, labels_N, weight_VD, vocabulary)
     nll = [_chunk_nll(logits, labels, vocabulary, softcap, grad=False) for logits, _, labels in chunks]
     return torch.cat(nll).float().view(labels_BT.shape)
 
 
-def _check_labels(labels_BT: Tensor, vocabulary: VocabularyShare | None) -> None:
-    """Of a share, no rank would miss a label that none has; whole logits raise by themselves."""
-    if vocabulary is not None:
-        torch._assert_async((labels_BT < vocabulary.total).all(), f"a label is not below {vocabulary.total}")
+def _check_labels(labels_BT: Tensor, weight_VD: Tensor, vocabulary: VocabularyShare | None) -> None:
+    """Where labels are looked for in parts of the vocabulary, none would miss one that lies in no part."""
+    total = len(weight_VD) if vocabulary is None else vocabulary.total
+    torch._assert_async((labels_BT < total).all(), f"a label is not below {total}")
 
 
 def _chunks(
@@ -175,6 +185,90 @@ def _share_nll(
     return log_z_n - target_n
 
 
+def _tiles_suit(hidden_ND: Tensor) -> bool:
+    """Half precision would round each tile's products and a GPU would start more kernels: they take chunks."""
+    return hidden_ND.device.type == "cpu" and hidden_ND.dtype == _wide(hidden_ND)
+
+
+def _take_chunks(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    vocabulary: VocabularyShare | None,
+    softcap: float | None,
+    grad_hidden_ND: Tensor | None,
+    grad_weight_VD: Tensor | None,
+) -> Tensor:
+    """Sum of the negative log-likelihoods; gradients are written where there is a place for them."""
+    with_grad = grad_hidden_ND is not None or grad_weight_VD is not None
+    total = hidden_ND.new_zeros((), dtype=_wide(hidden_ND))
+    done = 0
+    for logits, hidden, labels in _chunks(hidden_ND, labels_N, weight_VD, vocabulary):
+        total += _chunk_nll(logits, labels, vocabulary, softcap, with_grad).sum()
+        if grad_hidden_ND is not None:  # the logits are now their gradients
+            torch.mm(logits, weight_VD, out=grad_hidden_ND[done : done + len(labels)])
+        if grad_weight_VD is not None:
+            _accumulate(grad_weight_VD, logits.t(), hidden, first=done == 0)
+        done += len(labels)
+    return total
+
+
+def _take_tiles(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    vocabulary: VocabularyShare | None,
+    softcap: float | None,
+    grad_hidden_ND: Tensor | None,
+    grad_weight_VD: Tensor | None,
+) -> Tensor:
+    """`_take_chunks` through the vocabulary in blocks.
+
+    A tile holds exp(score - the row's highest score in the tile): a gradient but for a factor a row, which goes into
+    what the tile is multiplied with, and for the label's own share, which is added at the end.
+    """
+    first, largest = (0, len(weight_VD)) if vocabulary is None else (vocabulary.first, vocabulary.largest)
+    n = max(MIN_TILE_TOKENS, TILE_ELEMENTS // largest)
+    weights = weight_VD.split(max(1, TILE_ELEMENTS // n))
+    firsts = [first + i * len(weights[0]) for i in range(len(weights))]
+    grad_weights = () if grad_weight_VD is None else grad_weight_VD.split(len(weights[0]))
+    memory = hidden_ND.new_empty(min(n, len(hidden_ND)) * len(weight_VD))
+    total = hidden_ND.new_zeros(())
+    done = 0
+    for hidden, labels in zip(hidden_ND.split(n), labels_N.split(n), strict=True):
+        tiles_nv = memory[: len(labels) * len(weight_VD)].split([len(labels) * len(weight) for weight in weights])
+        tiles_nv = tuple(tile.view(len(labels), -1) for tile in tiles_nv)
+        highest, sums, target_n = [], [], hidden.new_zeros(len(labels))
+        for tile, weight, start in zip(tiles_nv, weights, firsts, strict=True):
+            scores = capped(torch.mm(hidden, weight.t(), out=tile), softcap)
+            row, mine = _in_share(labels, start, len(weight))
+            target_n += scores.gather(-1, row.unsqueeze(-1)).squeeze(-1).masked_fill_(~mine, 0)
+            highest.append(scores.amax(-1))
+            sums.append(torch.sub(scores, highest[-1].unsqueeze(-1), out=tile).exp_().sum(-1))
+            _through_cap(tile, scores, softcap)
+        highest_bn = torch.stack(highest)
+        own_log_z_n = (highest_bn + torch.stack(sums).log_()).logsumexp(0)
+        log_z_n, label_score_n = own_log_z_n, target_n
+        if vocabulary is not None:
+            log_z_n, label_score_n = _across_shares(own_log_z_n, target_n, vocabulary)
+        total += (log_z_n - label_score_n).masked_fill_(labels < 0, 0).sum()
+
+        factor_bn1 = (highest_bn - log_z_n).exp_().mul_(labels >= 0).unsqueeze(-1)
+        row, mine = _in_share(labels, first, len(weight_VD))
+        pull_n1 = _through_cap(-mine.to(hidden.dtype), target_n, softcap).unsqueeze(-1)
+        if grad_hidden_ND is not None:
+            grad_hidden = torch.mul(weight_VD[row], pull_n1, out=grad_hidden_ND[done : done + len(labels)])
+        for i, (tile, weight, factor_n1) in enumerate(zip(tiles_nv, weights, factor_bn1, strict=True)):
+            if grad_hidden_ND is not None:
+                grad_hidden.addcmul_(tile @ weight, factor_n1)
+            if grad_weight_VD is not None:
+                _accumulate(grad_weights[i], tile.t(), hidden * factor_n1, first=done == 0)
+        if grad_weight_VD is not None:
+            grad_weight_VD.index_add_(0, row, hidden * pull_n1)
+        done += len(labels)
+    return total
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -187,18 +281,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         with_grad: bool,
     ) -> Tensor:
         with_hidden, with_weight = (with_grad and need for need in ctx.needs_input_grad[:2])
-        with_grad = with_hidden or with_weight
-        total = hidden_ND.new_zeros((), dtype=_wide(hidden_ND))
         grad_hidden = torch.empty_like(hidden_ND) if with_hidden else None
         grad_weight = torch.empty_like(weight_VD, dtype=_wide(hidden_ND)) if with_weight else None
-        done = 0
-        for logits, hidden, labels in _chunks(hidden_ND, labels_N, weight_VD, vocabulary):
-            total += _chunk_nll(logits, labels, vocabulary, softcap, with_grad).sum()
-            if grad_hidden is not None:  # the logits are now their gradients
-                torch.mm(logits, weight_VD, out=grad_hidden[done : done + len(labels)])
-            if grad_weight is not None:
-                _accumulate(grad_weight, logits.t(), hidden, first=done == 0)
-            done += len(labels)
+        gradients = grad_hidden, grad_weight
+        take = _take_tiles if (with_hidden or with_weight) and _tiles_suit(hidden_ND) else _take_chunks
+        total = take(hidden_ND, weight_VD, labels_N, vocabulary, softcap, *gradients)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden_ND.dtype, weight_VD.dtype
         return total

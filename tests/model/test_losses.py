@@ -1,18 +1,25 @@
-"""The chunked loss equals F.cross_entropy, and never holds a long batch's logits."""
+"""The chunked loss equals F.cross_entropy, in chunks and in tiles, and never holds a long batch's logits."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm import losses
 from llm.losses import lm_loss_sum, token_nll
 from tests.model.models import VOCAB, llama4, tokens
 
 
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
+@pytest.fixture(autouse=True, params=["tiles", "chunks"])
+def small_chunks(request, monkeypatch):
+    """Chunks of 7 tokens of the 40, tiles of 5 rows of the 31 of the vocabulary; chunks are what a GPU takes."""
     monkeypatch.setattr(losses, "CHUNK_ELEMENTS", {"cpu": 7 * 31})
     monkeypatch.setattr(losses, "MIN_CHUNK_TOKENS", 1)
+    monkeypatch.setattr(losses, "BLOCK_ELEMENTS", 2 * 31)
+    monkeypatch.setattr(losses, "MIN_TILE_TOKENS", 7)
+    monkeypatch.setattr(losses, "TILE_ELEMENTS", 7 * 5)
+    if request.param == "chunks":
+        monkeypatch.setattr(losses, "_tiles_suit", lambda hidden: False)
 
 
 def problem(dtype=torch.float32):
@@ -90,12 +97,24 @@ def test_no_gradient_is_computed_under_no_grad(monkeypatch):
         torch.testing.assert_close(lm_loss_sum(hidden, weight, labels), reference(hidden, weight, labels).detach())
 
 
-def test_only_a_chunk_of_logits_exists_at_a_time(monkeypatch):
-    hidden, weight, labels = problem()
-    largest, plain = [], F.log_softmax
-    monkeypatch.setattr(F, "log_softmax", lambda x, dim: (largest.append(x.numel()), plain(x, dim=dim))[1])
-    lm_loss_sum(hidden, weight, labels).backward()
-    assert max(largest) <= 7 * 31 and sum(largest) == 40 * 31
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.elements = max(self.elements, made.numel())
+        return made
+
+
+def test_only_a_chunk_of_logits_exists_at_a_time():
+    hidden, weight, labels = (x.detach() for x in problem())
+    hidden.requires_grad_()
+    with Largest() as largest:
+        lm_loss_sum(hidden[..., :1], weight[:, :1].contiguous(), labels).backward()
+    assert largest.elements == max(7 * 31, hidden.numel())  # no two chunks' logits, and 40 * 31 of all
 
 
 def test_token_nll_is_each_targets_loss():
@@ -145,3 +164,32 @@ def test_a_label_that_no_share_of_the_vocabulary_has_is_refused():
     for loss in (lm_loss_sum, token_nll):
         with pytest.raises(RuntimeError, match="a label is not below 31"):
             loss(hidden, weight, labels, OnlyRank())
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_extreme_logits_of_a_tile_neither_overflow_nor_vanish(softcap):
+    """A row's highest logits differ by 1,000 between tiles, so that all of some tiles is 0 in float32."""
+    hidden, weight, labels = problem()
+    with torch.no_grad():
+        weight[3::5] *= 300
+        labels[0, 5] = (hidden[0, 5] @ weight.T).argmin()
+    expected = capped_reference(hidden, weight, labels, softcap)
+    ours = lm_loss_sum(hidden, weight, labels, softcap=softcap)
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
+    gradients = [torch.autograd.grad(loss, (hidden, weight)) for loss in (ours, expected)]
+    for mine, reference_gradient in zip(*gradients, strict=True):
+        # logits of 1,000s are rounded by 1e-4, and the products' order of sums decides how
+        torch.testing.assert_close(mine, reference_gradient, rtol=1e-3, atol=1e-3)
+
+
+def capped_reference(hidden, weight, labels, softcap):
+    logits = losses.capped(F.linear(hidden, weight), softcap)
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten().clamp(min=-1), ignore_index=-1, reduction="sum")
+
+
+def test_a_label_beyond_the_vocabulary_is_refused():
+    hidden, weight, labels = problem()
+    labels[0, 0] = 31
+    for loss in (lm_loss_sum, token_nll):
+        with pytest.raises((RuntimeError, IndexError), match="31"):
+            loss(hidden, weight, labels)
