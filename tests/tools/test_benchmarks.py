@@ -15,6 +15,7 @@ from tools.benchmarks import gpu, harness, machine, parallel, pipeline
 from tools.benchmarks.contestants import Shape, transformers_weights
 from tools.benchmarks.harness import Bar, Contestant, Spread, Timing, check_same_work, interleave, write_result
 from tools.benchmarks.memory import ENVIRONMENT, storage_bytes
+from tools.benchmarks.own_process import OwnProcess
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = Shape(vocab=61, batch=2, seq_len=24, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn=48)
@@ -36,6 +37,35 @@ def test_contestants_take_turns_and_the_order_turns_round():
     timing = interleave([Contestant(n, stepper(n)) for n in "ab"], rounds=7, block=2, warmup=1)
     assert "".join(turns) == "ab" + "aabb" + "bbaa" + "aabb" + "bbaa" + "aabb" + "bbaa" + "aabb"
     assert all(len(times[name]) == 7 for times in (timing.seconds, timing.cpu_seconds) for name in "ab")
+
+
+SERVED = """
+from tools.benchmarks.own_process import serve
+made = []
+def build():
+    print("a library's remark on stdout")
+    def step():
+        made.append(1)
+        if len(made) == 6:
+            raise RuntimeError("out of luck")
+        return float(len(made))
+    return step
+serve(build)
+"""
+
+
+def test_a_process_of_its_own_makes_the_steps_it_is_asked_for_and_its_end_is_told():
+    command = [sys.executable, "-c", SERVED]
+    with OwnProcess("peer", command, {**os.environ, "PYTHONPATH": str(ROOT)}) as peer:
+        assert peer.step() == 1.0
+        seconds, cpu_seconds = peer.timed(3)
+        assert seconds > 0 and cpu_seconds >= 0
+        assert peer.step() == 5.0
+        with pytest.raises(UserError, match="peer ended with 1: .*RuntimeError: out of luck"):
+            peer.step()
+    with OwnProcess("other", command, {**os.environ, "PYTHONPATH": str(ROOT)}) as other:
+        assert other.step() == 1.0
+    assert other.process.returncode is not None
 
 
 def test_too_few_rounds_are_refused():
