@@ -16,7 +16,7 @@ def small_chunks(request, monkeypatch):
     monkeypatch.setattr(losses, "CHUNK_ELEMENTS", {"cpu": 7 * 31})
     monkeypatch.setattr(losses, "MIN_CHUNK_TOKENS", 1)
     monkeypatch.setattr(losses, "BLOCK_ELEMENTS", 2 * 31)
-    monkeypatch.setattr(losses, "MIN_TILE_TOKENS", 7)
+    monkeypatch.setattr(losses, "TILED_TOKENS", (1, 7))
     monkeypatch.setattr(losses, "TILE_ELEMENTS", 7 * 5)
     if request.param == "chunks":
         monkeypatch.setattr(losses, "_tiles_suit", lambda hidden: False)
