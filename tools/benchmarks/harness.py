@@ -50,11 +50,11 @@ class Contestant:
 
     def timed(self, block: int) -> tuple[float, float]:
         """Seconds of `block` steps, by the clock and of a core."""
-        _wait_for_device()
+        wait_for_device()
         started, cpu_started = time.perf_counter(), time.process_time()
         for _ in range(block):
             self.step()
-        _wait_for_device()
+        wait_for_device()
         return time.perf_counter() - started, time.process_time() - cpu_started
 
 
@@ -195,6 +195,7 @@ def _relative(script: str) -> str:
     return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
 
 
-def _wait_for_device() -> None:
+def wait_for_device() -> None:
+    """Until a GPU, where there is one, has done what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llm.errors import UserError
+from tools.benchmarks.harness import wait_for_device
 
 
 class OwnProcess:
@@ -66,8 +67,10 @@ def serve(build: Callable[[], Callable[[], float]]) -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     step = build()
     for line in sys.stdin:
+        wait_for_device()
         started, cpu_started = time.perf_counter(), time.process_time()
         for _ in range(int(line)):
             loss = step()
+        wait_for_device()
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
         print(json.dumps([seconds, cpu_seconds, loss]), file=answers, flush=True)
