@@ -1,5 +1,9 @@
 """The chunked loss equals F.cross_entropy, in chunks and in tiles, and never holds a long batch's logits."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -193,3 +197,40 @@ def test_a_label_beyond_the_vocabulary_is_refused():
     for loss in (lm_loss_sum, token_nll):
         with pytest.raises((RuntimeError, IndexError), match="31"):
             loss(hidden, weight, labels)
+
+
+class Share:
+    """One of two ranks' rows of the vocabulary; ranks are threads that meet in `gather`."""
+
+    def __init__(self, rank, sizes, meeting, table):
+        self.first, self.largest, self.total = sum(sizes[:rank]), max(sizes), sum(sizes)
+        self.rank, self.meeting, self.table = rank, meeting, table
+
+    def gather(self, x):
+        self.table[self.rank] = x
+        self.meeting.wait(10)
+        found = torch.stack([self.table[rank] for rank in range(2)])
+        self.meeting.wait(10)
+        return found
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_two_shares_of_the_vocabulary_give_the_loss_of_the_whole(softcap):
+    """Each share has several tiles, the last one narrower, and labels lie in all of them."""
+    hidden, weight, labels = problem()
+    expected = capped_reference(hidden, weight, labels, softcap)
+    grad_hidden, grad_weight = torch.autograd.grad(expected, (hidden, weight))
+    sizes, meeting, table = (17, 14), threading.Barrier(2), {}
+
+    def rank(number, rows):
+        x, w = hidden.detach().requires_grad_(), rows.detach().requires_grad_()
+        loss = lm_loss_sum(x, w, labels, Share(number, sizes, meeting, table), softcap)
+        return loss.detach(), *torch.autograd.grad(loss, (x, w))
+
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(rank, range(2), weight.split(sizes)))
+    close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)  # sums of 40 tokens in another order
+    for loss, _, _ in found:
+        close(loss, expected.detach())
+    close(found[0][1] + found[1][1], grad_hidden)
+    close(torch.cat([found[0][2], found[1][2]]), grad_weight)
