@@ -65,6 +65,7 @@ def serve(build: Callable[[], Callable[[], float]]) -> None:
     """
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    sys.stdout = sys.stderr  # its own buffer would be written at the end, after the words of an error
     step = build()
     for line in sys.stdin:
         wait_for_device()
