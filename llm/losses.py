@@ -8,13 +8,14 @@ Where the vocabulary is cut over ranks, a rank has its part of a chunk's logits,
 two numbers a token, once a chunk.
 
 On a CPU in full precision a chunk's logits are made, turned into probabilities and multiplied with both weights block
-by block of the vocabulary, with each block's own highest logits and sums as in FlashAttention (arXiv:2205.14135).
+by block of the vocabulary, with each block's own softmax until the whole sum is known, as in FlashAttention
+(arXiv:2205.14135).
 
 Shapes: B batch, T tokens, N = B*T, D model width, V vocabulary (or this rank's share), n tokens of a chunk, v rows of
 the vocabulary in a block, b blocks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -39,6 +40,8 @@ TILED_TOKENS = 512, 1024
 takes 2 % less time than with 512, as each chunk adds to the whole weight gradient."""
 TILED_ELEMENTS = 1 << 25
 """128 MiB of float32."""
+TINY = 1e-30
+"""Probabilities above have all the bits of float32 (the smallest normal number is 1.2e-38)."""
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
@@ -226,8 +229,8 @@ def _take_tiles(
 ) -> Tensor:
     """`_take_chunks` through the vocabulary in blocks.
 
-    A tile holds exp(score - the row's highest score in the tile): a gradient but for a factor a row, which goes into
-    what the tile is multiplied with, and for the label's own share, which is added at the end.
+    A tile holds the softmax of its own scores: a gradient but for a factor a row, which goes into what the tile is
+    multiplied with, and for the label's own share, which is added at the end.
     """
     first, largest = (0, len(weight_VD)) if vocabulary is None else (vocabulary.first, vocabulary.largest)
     fewest, most = TILED_TOKENS
@@ -241,22 +244,21 @@ def _take_tiles(
     for hidden, labels in zip(hidden_ND.split(n), labels_N.split(n), strict=True):
         tiles_nv = memory[: len(labels) * len(weight_VD)].split([len(labels) * len(weight) for weight in weights])
         tiles_nv = tuple(tile.view(len(labels), -1) for tile in tiles_nv)
-        highest, sums, target_n = [], [], hidden.new_zeros(len(labels))
+        tile_log_z, target_n = [], hidden.new_zeros(len(labels))
         for tile, weight, start in zip(tiles_nv, weights, firsts, strict=True):
-            scores = capped(torch.mm(hidden, weight.t(), out=tile), softcap)
+            scores = _scores(hidden, weight, softcap, out=tile)
             row, mine = _in_share(labels, start, len(weight))
             target_n += scores.gather(-1, row.unsqueeze(-1)).squeeze(-1).masked_fill_(~mine, 0)
-            highest.append(scores.amax(-1))
-            sums.append(torch.sub(scores, highest[-1].unsqueeze(-1), out=tile).exp_().sum(-1))
+            tile_log_z.append(_softmax_into(tile, scores, partial(_scores, hidden, weight, softcap)))
             _through_cap(tile, scores, softcap)
-        highest_bn = torch.stack(highest)
-        own_log_z_n = (highest_bn + torch.stack(sums).log_()).logsumexp(0)
+        log_z_bn = torch.stack(tile_log_z)
+        own_log_z_n = log_z_bn.logsumexp(0)
         log_z_n, label_score_n = own_log_z_n, target_n
         if vocabulary is not None:
             log_z_n, label_score_n = _across_shares(own_log_z_n, target_n, vocabulary)
         total += (log_z_n - label_score_n).masked_fill_(labels < 0, 0).sum()
 
-        factor_bn1 = (highest_bn - log_z_n).exp_().mul_(labels >= 0).unsqueeze(-1)
+        factor_bn1 = (log_z_bn - log_z_n).exp_().mul_(labels >= 0).unsqueeze(-1)
         row, mine = _in_share(labels, first, len(weight_VD))
         pull_n1 = _through_cap(-mine.to(hidden.dtype), target_n, softcap).unsqueeze(-1)
         if grad_hidden_ND is not None:
@@ -270,6 +272,24 @@ def _take_tiles(
             grad_weight_VD.index_add_(0, row, hidden * pull_n1)
         done += len(labels)
     return total
+
+
+def _softmax_into(out_nv: Tensor, scores_nv: Tensor, again: Callable[[], Tensor]) -> Tensor:
+    """Writes the softmax of each row and returns logsumexp (n,). `out_nv` may be the scores' own memory: `again` makes
+    them once more.
+
+    All of a softmax is done while a row is in the cache, but the sum that it divides by is not told: any probability
+    and its score tell it, but one that was rounded to nothing.
+    """
+    first_n = scores_nv[:, 0].clone()
+    first_p_n = torch.softmax(scores_nv, -1, out=out_nv)[:, 0]
+    if (first_p_n > TINY).all():
+        return first_n - first_p_n.log()
+    return again().logsumexp(-1)
+
+
+def _scores(hidden_nD: Tensor, weight_vD: Tensor, softcap: float | None, out: Tensor | None = None) -> Tensor:
+    return capped(torch.mm(hidden_nD, weight_vD.t(), out=out), softcap)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
