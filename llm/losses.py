@@ -246,10 +246,10 @@ def _take_tiles(
         tiles_nv = tuple(tile.view(len(labels), -1) for tile in tiles_nv)
         tile_log_z, target_n = [], hidden.new_zeros(len(labels))
         for tile, weight, start in zip(tiles_nv, weights, firsts, strict=True):
-            scores = _scores(hidden, weight, softcap, out=tile)
+            scores = capped(torch.mm(hidden, weight.t(), out=tile), softcap)
             row, mine = _in_share(labels, start, len(weight))
             target_n += scores.gather(-1, row.unsqueeze(-1)).squeeze(-1).masked_fill_(~mine, 0)
-            tile_log_z.append(_softmax_into(tile, scores, partial(_scores, hidden, weight, softcap)))
+            tile_log_z.append(_softmax_into(tile, scores, partial(_rows_scores, hidden, weight, softcap)))
             _through_cap(tile, scores, softcap)
         log_z_bn = torch.stack(tile_log_z)
         own_log_z_n = log_z_bn.logsumexp(0)
@@ -274,22 +274,24 @@ def _take_tiles(
     return total
 
 
-def _softmax_into(out_nv: Tensor, scores_nv: Tensor, again: Callable[[], Tensor]) -> Tensor:
+def _softmax_into(out_nv: Tensor, scores_nv: Tensor, again: Callable[[Tensor], Tensor]) -> Tensor:
     """Writes the softmax of each row and returns logsumexp (n,). `out_nv` may be the scores' own memory: `again` makes
-    them once more.
+    the rows of the given indices once more.
 
     All of a softmax is done while a row is in the cache, but the sum that it divides by is not told: any probability
     and its score tell it, but one that was rounded to nothing.
     """
     first_n = scores_nv[:, 0].clone()
     first_p_n = torch.softmax(scores_nv, -1, out=out_nv)[:, 0]
-    if (first_p_n > TINY).all():
-        return first_n - first_p_n.log()
-    return again().logsumexp(-1)
+    log_z_n = first_n - first_p_n.log()
+    untold = (~(first_p_n > TINY)).nonzero().flatten()
+    if len(untold):
+        log_z_n[untold] = again(untold).logsumexp(-1)
+    return log_z_n
 
 
-def _scores(hidden_nD: Tensor, weight_vD: Tensor, softcap: float | None, out: Tensor | None = None) -> Tensor:
-    return capped(torch.mm(hidden_nD, weight_vD.t(), out=out), softcap)
+def _rows_scores(hidden_nD: Tensor, weight_vD: Tensor, softcap: float | None, rows: Tensor) -> Tensor:
+    return capped(hidden_nD[rows] @ weight_vD.t(), softcap)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
