@@ -47,12 +47,12 @@ def continue_prompt(
     try:
         (ids,) = generate(
             network,
-            [[tokenizer.bos_id, *tokenizer.encode(prompt)]],
+            [tokenizer.prompt_ids(prompt)],
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            stop_ids=(tokenizer.eos_id,) if stop else (),
+            stop_ids=tokenizer.end_ids if stop else (),
             seed=seed,
         )
     except ValueError as error:  # a setting out of range

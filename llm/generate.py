@@ -120,7 +120,7 @@ def _check(
     prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
 ) -> None:
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
-        raise ValueError("every prompt needs at least one token; begin an empty text with the tokenizer's bos_id")
+        raise ValueError("every prompt needs at least one token; tokenizer.prompt_ids begins an empty text")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if temperature < 0:

@@ -95,9 +95,31 @@ class Tokenizer(Protocol):
     kind: str
     vocab_size: int
     bos_id: int
+    """what begins a text where nothing else does: the begin mark, or for a tokenizer without one what separates
+    documents"""
     eos_id: int
+    """the mark after every training document"""
     fingerprint: str
     """hex digest of everything that decides the ids: two tokenizers with the same fingerprint give the same ids"""
+
+    @property
+    def begin_ids(self) -> tuple[int, ...]:
+        """What it puts before a text, a prompt or a training document, by itself; () where it puts nothing."""
+        return (self.bos_id,)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Every id that ends a generation, `eos_id` first."""
+        return (self.eos_id,)
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """Ids of a prompt: as `transformers` would begin it where the tokenizer is a foreign one, else `begin_ids` and
+        `encode(text)`. An empty text without begin mark is `bos_id` alone, as there must be a token to start from.
+
+        A prompt of a foreign tokenizer may spell its control tokens (<|im_start|>, ...), as chat templates do; a
+        training document, which goes through `encode`, never does.
+        """
+        return [*self.begin_ids, *self.encode(text)] or [self.bos_id]
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without begin and end marks. UnicodeEncodeError (a ValueError) on a lone surrogate."""
@@ -108,7 +130,8 @@ class Tokenizer(Protocol):
         return [np.asarray(self.encode(text), dtype=np.uint32) for text in texts]
 
     def decode_bytes(self, ids: TokenIds) -> bytes:
-        """UTF-8 bytes of `ids`; marks give nothing. ValueError on an id outside the vocabulary."""
+        """UTF-8 bytes of `ids`; marks give nothing, and neither do ids from vocab_size on: many models have more rows
+        than their tokenizer has tokens. ValueError on a negative id."""
         ...
 
     def decode(self, ids: TokenIds) -> str:
@@ -170,7 +193,7 @@ class ByteTokenizer(Tokenizer):
         return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32) for text in texts]
 
     def decode_bytes(self, ids: TokenIds) -> bytes:
-        ids = checked_ids(ids, self.vocab_size)
+        ids = known_ids(ids, self.vocab_size)
         return ids[ids < 256].astype(np.uint8).tobytes()
 
     def save(self, directory: Path) -> TokenizerConfig:
@@ -214,7 +237,7 @@ class CharacterTokenizer(Tokenizer):
         return ids
 
     def decode_bytes(self, ids: TokenIds) -> bytes:
-        ids = checked_ids(ids, self.vocab_size)
+        ids = known_ids(ids, self.vocab_size)
         return self._code_points[ids[ids < self.bos_id]].tobytes().decode("utf-32-le").encode()
 
     def save(self, directory: Path) -> TokenizerConfig:
@@ -244,7 +267,7 @@ class TableTokenizer(Tokenizer):
         return np.asarray(self.encode(text), dtype=np.uint32)
 
     def decode_bytes(self, ids: TokenIds) -> bytes:
-        return b"".join([self._bytes_of_id[number] for number in checked_ids(ids, self.vocab_size).tolist()])
+        return b"".join([self._bytes_of_id[number] for number in known_ids(ids, self.vocab_size).tolist()])
 
     def token_bytes(self) -> np.ndarray:
         return np.array([len(text) for text in self._bytes_of_id], dtype=np.int64)
@@ -316,7 +339,7 @@ class SentencePieceTokenizer(TableTokenizer):
         text = super().decode_bytes(ids)
         if not self._opens_with_space:
             return text
-        numbers = checked_ids(ids, self.vocab_size).tolist()
+        numbers = known_ids(ids, self.vocab_size).tolist()
         first = next((number for number in numbers if self._bytes_of_id[number]), None)
         return text[1:] if first in self._opens_with_space else text
 
@@ -458,9 +481,9 @@ def _read_characters(content: bytes, path: Path) -> str:
     return characters
 
 
-def checked_ids(ids: TokenIds, vocab_size: int) -> np.ndarray:
-    """The ids as an int64 array, all inside the vocabulary."""
+def known_ids(ids: TokenIds, vocab_size: int) -> np.ndarray:
+    """Those of the ids that are inside the vocabulary, as an int64 array. ValueError on a negative one."""
     array = np.asarray(ids, dtype=np.int64).reshape(-1)
-    if array.size and not 0 <= int(array.min()) <= int(array.max()) < vocab_size:
-        raise ValueError(f"token ids {int(array.min())}..{int(array.max())} are not all within 0..{vocab_size - 1}")
-    return array
+    if array.size and int(array.min()) < 0:
+        raise ValueError(f"token id {int(array.min())} is negative")
+    return array[array < vocab_size]

@@ -91,10 +91,18 @@ def test_a_lone_surrogate_is_refused(tokenizer: Tokenizer, text: str) -> None:
         tokenizer.encode_batch(["a", text], threads=2)
 
 
-def test_an_id_outside_the_vocabulary_is_refused(tokenizer: Tokenizer) -> None:
-    for ids in ([-1], [0, tokenizer.vocab_size]):
-        with pytest.raises(ValueError, match="not all within"):
-            tokenizer.decode(ids)
+def test_an_id_beyond_the_vocabulary_decodes_to_nothing_and_a_negative_one_is_refused(tokenizer: Tokenizer) -> None:
+    """Models are padded to round numbers of rows, which sampling may choose."""
+    beyond = [tokenizer.vocab_size, *tokenizer.encode("ab"), tokenizer.vocab_size + 500]
+    assert tokenizer.decode(beyond) == "ab"
+    with pytest.raises(ValueError, match="-1 is negative"):
+        tokenizer.decode([0, -1])
+
+
+def test_a_prompt_begins_as_every_training_document(tokenizer: Tokenizer) -> None:
+    assert tokenizer.begin_ids == (tokenizer.bos_id,) and tokenizer.end_ids == (tokenizer.eos_id,)
+    assert tokenizer.prompt_ids(" ab ") == [tokenizer.bos_id, *tokenizer.encode(" ab ")]
+    assert tokenizer.prompt_ids("") == [tokenizer.bos_id]
 
 
 def test_saved_and_loaded_it_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -279,7 +279,7 @@ def _rows(a: str, b: str, text: str | None, tokens: int, vocab_size: int) -> lis
             content = Path(text).read_text(errors="strict")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--text={text}: {error}") from None
-        ids = torch.tensor([tokenizer.bos_id, *tokenizer.encode(content[: 16 * tokens])][:tokens])
+        ids = torch.tensor(tokenizer.prompt_ids(content[: 16 * tokens])[:tokens])
         if int(ids.max()) >= vocab_size:
             raise UserError(f"--text={text}: its tokens go beyond the vocabulary of {vocab_size}")
     return list(ids.split(256))

@@ -91,12 +91,12 @@ def _folder_entries(folders: list[tuple[str, int]]) -> tuple[FolderEntry, ...]:
 
 
 def _encoded(documents: Iterable[Document], tokenizer: Tokenizer, threads: int) -> Iterator[EncodedDocument]:
-    bos, eos = np.array([tokenizer.bos_id], np.uint32), np.array([tokenizer.eos_id], np.uint32)
+    begin, end = np.array(tokenizer.begin_ids, np.uint32), np.array([tokenizer.eos_id], np.uint32)
     for block in _blocks(documents):
         for document, ids in zip(block, _encode_block(block, tokenizer, threads), strict=True):
             text = document.text.encode()
             digest = hashlib.blake2b(text, digest_size=16).digest()
-            yield EncodedDocument(np.concatenate((bos, ids, eos)), document.key, digest, len(text))
+            yield EncodedDocument(np.concatenate((begin, ids, end)), document.key, digest, len(text))
 
 
 def _encode_block(block: list[Document], tokenizer: Tokenizer, threads: int) -> list[np.ndarray]:

@@ -1,8 +1,8 @@
 """A source: a folder with `manifest.json` and `shards/*.arrow`, read as one long stream of tokens.
 
-Each document is `[bos] + tokens + [eos]`; documents follow one another without gaps. Row k of length T covers stream
-tokens [k T, k T + T]: T inputs and, shifted by one, T labels, so neighbouring rows share one token and every token but
-a row's first is a label once.
+Each document is `[bos] + tokens + [eos]`, without the begin mark where the tokenizer puts none; documents follow one
+another without gaps. Row k of length T covers stream tokens [k T, k T + T]: T inputs and, shifted by one, T labels, so
+neighbouring rows share one token and every token but a row's first is a label once.
 
 Shapes: T row length.
 """

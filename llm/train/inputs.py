@@ -81,11 +81,11 @@ def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
 
 
 def encode_prompts(config: RunConfig, tokenizer: Tokenizer, world: World) -> list[list[int]]:
-    """`eval.prompts` as token ids, each after the token that begins a document."""
+    """`eval.prompts` as token ids, each begun as the tokenizer begins a text."""
 
     def encode() -> list[list[int]]:
         try:
-            return [[tokenizer.bos_id, *tokenizer.encode(text)] for text in config.eval.prompts]
+            return [tokenizer.prompt_ids(text) for text in config.eval.prompts]
         except UserError as error:
             raise UserError(f"eval.prompts: {error}") from None
 

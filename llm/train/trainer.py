@@ -440,7 +440,7 @@ class Trainer:
             self.prompts,
             max_new_tokens=self.config.eval.sample_tokens,
             temperature=self.config.eval.temperature,
-            stop_ids=(self.tokenizer.eos_id,),
+            stop_ids=self.tokenizer.end_ids,
             seed=self.step,
         )
         return [self.tokenizer.decode(ids) for ids in continuations]
