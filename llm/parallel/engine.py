@@ -24,7 +24,6 @@ from llm import init
 from llm.boxes import Box, whole
 from llm.data.batch import MicroBatch, StepBatch
 from llm.datatypes import TransformerInput
-from llm.errors import UserError
 from llm.generate import Decoder
 from llm.model import LLM
 from llm.parallel import deepspeed_private as private
@@ -32,6 +31,7 @@ from llm.parallel.build import whole_shapes
 from llm.parallel.collectives import agreed_error, gather_json, sum_over_ranks
 from llm.parallel.grid import Grid, stage_name
 from llm.parallel.muon import Muon
+from llm.parallel.precision import check_precision
 from llm.parallel.step import Skipped, StepResult, Tally
 from llm.plans import plan_for
 
@@ -90,8 +90,7 @@ class Engine:
         config["gradient_accumulation_steps"] = max_accumulation  # sizes its buffers; train_step says which is the last
         for key, value in (extra_config or {}).items():
             config[key] = {**config[key], **value} if isinstance(config.get(key), dict) else value
-        if precision == "fp16":
-            check_fp16()
+        check_precision(precision)
         self._deepspeed = self._initialize(optimizer, config)
         private.grow_loss_scale_late(self._deepspeed)
         if world.size == 1:
@@ -421,11 +420,3 @@ def deepspeed_config(
         config["data_types"] = {"grad_accum_dtype": "fp32"}
         config["communication_data_type"] = "fp32"
     return config
-
-
-def check_fp16() -> None:
-    """UserError where the device lacks fp16 arithmetic."""
-    from deepspeed.accelerator import get_accelerator
-
-    if not get_accelerator().is_fp16_supported():
-        raise UserError("train.precision=fp16: this device has no fp16 arithmetic; use bf16 or fp32")

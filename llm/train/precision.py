@@ -6,6 +6,8 @@ import time
 import torch
 import torch.nn.functional as F
 
+from llm.parallel.precision import has_arithmetic
+
 
 def faster_precision(dim: int, device: torch.device) -> tuple[str, str]:
     """("bf16" or "fp32", the reason in words) for matrix products of width `dim` on `device`.
@@ -17,6 +19,8 @@ def faster_precision(dim: int, device: torch.device) -> tuple[str, str]:
     if device.type == "cuda":
         supported = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bf16" if supported else "fp32"), ("the GPU has bf16 arithmetic" if supported else "the GPU lacks bf16")
+    if not has_arithmetic("bf16"):
+        return "fp32", "this device has no bf16 arithmetic"
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         x, w = torch.ones(1024, dim, dtype=dtype), torch.ones(2 * dim, dim, dtype=dtype)

@@ -12,6 +12,7 @@ from llm.parallel import launch
 from llm.parallel.collectives import gather_json
 from llm.parallel.engine import Engine
 from llm.parallel.launch import World
+from llm.parallel.precision import has_arithmetic
 from llm.train.config import validate
 from llm.train.trainer import Trainer
 from tests.distributed.engine_job import ROWS, SEQ_LEN, build, cut_batch
@@ -52,8 +53,11 @@ def average_is_right(world: World) -> dict[str, bool]:
 
 
 def change_what_may_be_changed(raw: dict[str, Any], config_path: Path, run_dir: Path, world: World) -> None:
-    """A run whose optimizer, precision and average change on the way, as checkpoint.allow_changes lets them."""
-    for optimizer, precision, decay, steps in (("muon", "fp16", None, 4), ("adamw", "fp32", DECAY, 8)):
+    """A run whose optimizer, precision and average change on the way, as checkpoint.allow_changes lets them: from fp16,
+    whose loss scale must go, where the device has it, else from bf16.
+    """
+    half = next((precision for precision in ("fp16", "bf16") if has_arithmetic(precision)), None)
+    for optimizer, precision, decay, steps in (("muon", half, None, 4), ("adamw", "fp32", DECAY, 8)) if half else ():
         raw["optim"].update(name=optimizer, ema_decay=decay)
         raw["train"].update(precision=precision, steps=steps)
         raw["parallel"]["zero_stage"] = 1

@@ -7,6 +7,7 @@ import pytest
 
 from tests.distributed.guard_job import BAD_STEP, CASES, DUALPIPEV, PIPELINE, SPOILED, STAGES
 from tests.distributed.harness import metrics, run, tiny_config, write_config, write_text
+from tests.machine import needs
 
 pytestmark = pytest.mark.distributed
 
@@ -20,6 +21,7 @@ IN_FULL = (1, 3, DUALPIPEV)
 @pytest.fixture(scope="module", params=[pytest.param(s, marks=[pytest.mark.full] * (s in IN_FULL)) for s in STAGES])
 def stage(request: pytest.FixtureRequest) -> int:
     """Of ZeRO, or that of a pipeline."""
+    needs(STAGES[request.param])
     return int(request.param)
 
 

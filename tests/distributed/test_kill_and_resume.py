@@ -19,6 +19,7 @@ from tests.distributed.harness import (
     write_config,
     write_text,
 )
+from tests.machine import needs
 
 pytestmark = pytest.mark.distributed
 
@@ -62,6 +63,7 @@ def kill_one_rank_after(step: int, arguments: list[str], run_dir: Path, rank: in
     ids=["fp32, three kills", "fp32, six kills", "bf16, six kills"],
 )
 def test_a_killed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path, precision: str, kills: tuple[int, ...]) -> None:
+    needs(precision)
     write_text(tmp_path)
     config = write_config(
         tmp_path / "config.yaml",

@@ -12,6 +12,7 @@ from llm import LLM
 from llm.checkpoint.pretrained import load_run_tokenizer
 from llm.generate import generate
 from tests.distributed.harness import ROOT, environment, metrics, run, tiny_config, write_config, write_text
+from tests.machine import has, needs
 
 pytestmark = pytest.mark.distributed
 
@@ -24,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("launch")
     write_text(folder)
     sections = {
-        "train": {"steps": 12, "precision": "bf16"},
+        "train": {"steps": 12, "precision": "bf16" if has("bf16") else "fp32"},
         "checkpoint": {"interval": 4, "keep": 3},
         "eval": {"interval": 6, "sample_interval": 12, "sample_tokens": 8, "prompts": ["ab", ""]},
         "log": {"tensorboard": True},
@@ -83,6 +84,7 @@ def test_generate_names_what_is_missing(folder: Path) -> None:
 
 
 def test_the_masters_are_float32_and_not_rounded(folder: Path) -> None:
+    needs("bf16")
     model = LLM.from_pretrained(folder / "run")
     weight = model.layers[0].attention.wq.weight
     assert not torch.equal(weight, weight.bfloat16().float())

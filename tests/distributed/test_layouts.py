@@ -17,6 +17,7 @@ from llm.parallel.validate import LAYOUT_RULES, Choice, Needs, problem
 from tests.distributed.engine_job import ROWS, SEQ_LEN
 from tests.distributed.harness import TINY_MODEL
 from tests.distributed.test_zero import check, train
+from tests.machine import part
 
 pytestmark = pytest.mark.distributed
 
@@ -197,9 +198,15 @@ def references(folder: Path, cases: list[Case], steps: int) -> dict[tuple[str, s
     return expected
 
 
-def check_all(cases: list[Case], found: list[Any], expected: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
+def check_all(
+    subtests: pytest.Subtests,
+    cases: list[Case],
+    found: list[Any],
+    expected: dict[tuple[str, str], list[dict[str, Any]]],
+) -> None:
     for case, rows in zip(cases, found, strict=True):
-        check(case, rows, expected[model_and_optimizer(case)])
+        with part(subtests, **case):
+            check(case, rows, expected[model_and_optimizer(case)])
 
 
 @pytest.fixture(scope="module")
@@ -216,9 +223,11 @@ def many_steps(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str]
 
 
 @pytest.mark.parametrize("ranks", BY_RANKS)
-def test_one_layout_of_each_kind_equals_one_process(tmp_path: Path, ranks: int, few_steps: Any) -> None:
+def test_one_layout_of_each_kind_equals_one_process(
+    tmp_path: Path, ranks: int, few_steps: Any, subtests: pytest.Subtests
+) -> None:
     cases = BY_RANKS[ranks]
-    check_all(cases, train(tmp_path, [prepared(case, CI_STEPS) for case in cases], ranks), few_steps)
+    check_all(subtests, cases, train(tmp_path, [prepared(case, CI_STEPS) for case in cases], ranks), few_steps)
 
 
 def test_the_matrix_has_every_kind_of_layout() -> None:
@@ -232,30 +241,36 @@ def test_the_matrix_has_every_kind_of_layout() -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-def test_every_layout_equals_one_process(tmp_path: Path, ranks: int, many_steps: Any) -> None:
+def test_every_layout_equals_one_process(
+    tmp_path: Path, ranks: int, many_steps: Any, subtests: pytest.Subtests
+) -> None:
     cases = matrix(ranks)
-    check_all(cases, train(tmp_path, [prepared(case, STEPS) for case in cases], ranks), many_steps)
+    check_all(subtests, cases, train(tmp_path, [prepared(case, STEPS) for case in cases], ranks), many_steps)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("ranks", extras())
-def test_precisions_and_what_saves_memory_equal_one_process(tmp_path: Path, ranks: int, many_steps: Any) -> None:
+def test_precisions_and_what_saves_memory_equal_one_process(
+    tmp_path: Path, ranks: int, many_steps: Any, subtests: pytest.Subtests
+) -> None:
     cases = extras()[ranks]
-    check_all(cases, train(tmp_path, [prepared(case, STEPS) for case in cases], ranks), many_steps)
+    check_all(subtests, cases, train(tmp_path, [prepared(case, STEPS) for case in cases], ranks), many_steps)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("ranks", [2, 3, 4, 6, 8])
-def test_every_pipeline_equals_one_process(tmp_path: Path, ranks: int, many_steps: Any) -> None:
+def test_every_pipeline_equals_one_process(
+    tmp_path: Path, ranks: int, many_steps: Any, subtests: pytest.Subtests
+) -> None:
     cases = pipelines(ranks)
     assert cases
-    check_all(cases, train(tmp_path, [prepared(case, STEPS) for case in cases], ranks), many_steps)
+    check_all(subtests, cases, train(tmp_path, [prepared(case, STEPS) for case in cases], ranks), many_steps)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("ranks", more_pipelines())
 def test_pipelines_of_other_models_and_precisions_equal_one_process(
-    tmp_path: Path, ranks: int, many_steps: Any
+    tmp_path: Path, ranks: int, many_steps: Any, subtests: pytest.Subtests
 ) -> None:
     cases = more_pipelines()[ranks]
-    check_all(cases, train(tmp_path, [prepared(case, STEPS) for case in cases], ranks), many_steps)
+    check_all(subtests, cases, train(tmp_path, [prepared(case, STEPS) for case in cases], ranks), many_steps)

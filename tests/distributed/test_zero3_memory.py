@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.harness import run
+from tests.machine import needs
 
 pytestmark = [pytest.mark.distributed, pytest.mark.full]
 
@@ -14,6 +15,7 @@ STATE = 2 + 4 + 4 + 8  # bytes per parameter: bf16 weight, float32 gradient and 
 
 
 def test_a_model_four_times_a_ranks_share_of_memory_is_made_within_that_share(tmp_path: Path) -> None:
+    needs("bf16")
     done = run("tests/distributed/zero3_memory_job.py", str(tmp_path / "out.json"), nproc=RANKS, timeout=600)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "out.json").read_text())

@@ -3,6 +3,7 @@
 import pytest
 
 from llm.errors import UserError
+from tests.machine import needs
 from tools.benchmarks import saving
 
 BLOCKING = ("ours, blocking", "DCP, blocking", "DeepSpeed, blocking")
@@ -65,6 +66,7 @@ def test_bad_flags_are_named():
 @pytest.mark.distributed
 def test_everyone_loads_what_it_saved_and_a_rank_reads_little_more_than_its_share(tmp_path, monkeypatch):
     """The job itself refuses a state that comes back changed. Two rounds: quartiles need no more."""
+    needs("bf16")
     monkeypatch.setattr(saving, "MODEL", SMALL)
     task = {"config": saving.run_config("bf16", 2, {}), "folder": str(tmp_path), "kept": str(tmp_path / "kept")}
     result = saving.run_job("compare", task | {"rounds": 2}, 2, tmp_path)
