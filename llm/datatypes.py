@@ -114,7 +114,8 @@ def _shortened(values: Ints) -> str:
 
 
 class RouterStats(NamedTuple):
-    """What MoE layers report of their routing: sums, so that the cuts of a batch add up to the whole."""
+    """What MoE layers report of their routing: sums over tokens that are no padding, so that the cuts of a batch add
+    up to the whole."""
 
     balance_sum: Tensor
     """float32 scalar: aux_alpha * E * sum over tokens t and experts e of f_e P_te."""

@@ -57,8 +57,11 @@ class Block(nn.Module):
         h_BTD = x_BTD + _through(self.attention_post_norm, update_BTD)
         if self.spec.ffn == "none":
             return h_BTD, None
-        update = self.feed_forward(_through(self.ffn_norm, x_BTD if self.parallel else h_BTD))
-        y_BTD, stats = update if self.spec.ffn == "moe" else (update, None)
+        normed_BTD, stats = _through(self.ffn_norm, x_BTD if self.parallel else h_BTD), None
+        if self.spec.ffn == "moe":
+            y_BTD, stats = self.feed_forward(normed_BTD, ctx.valid_BT)
+        else:
+            y_BTD = self.feed_forward(normed_BTD)
         return h_BTD + _through(self.ffn_post_norm, y_BTD), stats
 
 
@@ -136,12 +139,15 @@ class LLM(nn.Module):
         """
         if isinstance(inputs, Tensor):
             inputs = TransformerInput(inputs)
+        with torch.no_grad() if cache is not None else nullcontext():
+            return self._forward(inputs, labels, cache, return_hidden)
+
+    def _forward(
+        self, inputs: TransformerInput, labels: Tensor | None, cache: Cache | None, return_hidden: bool
+    ) -> TransformerOutput:
+        hidden_BTD, stats = self._trunk(inputs, cache)
         if cache is not None:
-            with torch.no_grad():
-                hidden_BTD, stats = self._trunk(inputs, cache)
-                cache.forget()
-        else:
-            hidden_BTD, stats = self._trunk(inputs, None)
+            cache.forget()
         out = TransformerOutput(hidden=hidden_BTD if return_hidden else None)
         if stats:
             out.balance_sum = torch.stack([layer.balance_sum for layer in stats]).sum()
@@ -214,14 +220,16 @@ class LLM(nn.Module):
         )
         n_rows, row_length = inputs.tokens.shape
         shape = n_rows, row_length
+        padded = self.args.moe is not None and (positions_BT < 0).any()
+        valid_BT = torch.from_numpy(positions_BT >= 0).to(device) if padded else None
         if self.args.rope_scaling is not None and self.args.rope_scaling.kind == "dynamic":
             lengths_BT = document_lengths(positions_BT, document_starts)
             positions, lengths = (torch.tensor(x, device=device) for x in (positions_BT, lengths_BT))
-            return Context.build(self.args, self.specs, positions, plan, shape, lengths)
+            return Context.build(self.args, self.specs, positions, plan, shape, lengths, valid_BT)
         # a graph is compiled for one row of positions or for one a row, so compiled blocks always get the latter
         agree = not self.compiled and (positions_BT == positions_BT[:1]).all()
         shared_BT = torch.tensor(positions_BT[:1] if agree else positions_BT, device=device)
-        return Context.build(self.args, self.specs, shared_BT, plan, shape)
+        return Context.build(self.args, self.specs, shared_BT, plan, shape, valid_BT=valid_BT)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Float32 logits (B, T, V) of final hidden states."""

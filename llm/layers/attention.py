@@ -34,6 +34,8 @@ class Context:
     """Attention over the batch itself, or over a cache."""
     shape: tuple[int, int]
     """Rows B and tokens T of the batch."""
+    valid_BT: Tensor | None = None
+    """bool: false for padding; None where there is none."""
 
     @classmethod
     def build(
@@ -44,6 +46,7 @@ class Context:
         plan: Attend,
         shape: tuple[int, int],
         lengths_BT: Tensor | None = None,
+        valid_BT: Tensor | None = None,
     ) -> "Context":
         """positions_BT: int64, (1, T) where all rows agree, on the device of the layers. lengths_BT: positions of each
         token's document, for frequencies that depend on them."""
@@ -57,6 +60,7 @@ class Context:
             temperature_BT11=temperature(args, positions_BT) if any(spec.temperature for spec in specs) else None,
             plan=plan,
             shape=shape,
+            valid_BT=valid_BT,
         )
 
 

@@ -55,20 +55,27 @@ class MoE(nn.Module):
         # assignments of the whole previous step, set by the trainer; all 0 = not known yet
         self.register_buffer("expert_counts", torch.zeros(moe.n_experts, dtype=torch.int64), persistent=False)
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, RouterStats]:
+    def forward(self, x_BTD: Tensor, valid_BT: Tensor | None = None) -> tuple[Tensor, RouterStats]:
+        """`valid_BT`: false for padding, which goes to experts as the rest does but counts in no statistic; None where
+        there is none."""
         x = self.region.enter(x_BTD)
         x_ND = x.flatten(0, -2)
+        valid_N = None if valid_BT is None else valid_BT.flatten()
         logits_NE = self.router(x_ND)
         weight_Nk, expert_Nk = route(logits_NE, self.moe)
-        y_ND, counts_E = self.routed(x_ND, weight_Nk, expert_Nk)
+        y_ND, counts_E = self.routed(x_ND, weight_Nk, expert_Nk, valid_N)
         y = y_ND.view_as(x)
         if self.shared_expert is not None:
             y = y + self.shared_expert.inside(x)
-        return self.region.leave(y), self.statistics(self.region.own(logits_NE), counts_E)
+        own_valid = None if valid_N is None else self.region.own(valid_N)
+        return self.region.leave(y), self.statistics(self.region.own(logits_NE), counts_E, own_valid)
 
     @opaque
-    def routed(self, x_ND: Tensor, weight_Nk: Tensor, expert_Nk: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of the chosen experts' results (N, D), and how many of this rank's own tokens each expert got (E,)."""
+    def routed(
+        self, x_ND: Tensor, weight_Nk: Tensor, expert_Nk: Tensor, valid_N: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Sum of the chosen experts' results (N, D), and how many of this rank's own valid tokens each expert got
+        (E,)."""
         padding = Padding.of(x_ND) if self.exchange is None else Padding()
         dispatch = Dispatch.sort(expert_Nk, self.moe.n_experts, padding)
         weight_R1 = weight_Nk.to(x_ND.dtype).flatten()[dispatch.pair_of_row].unsqueeze(-1)
@@ -78,10 +85,11 @@ class MoE(nn.Module):
             y_RD = multiply(x_RD * weight_R1, dispatch.sizes)
         else:
             y_RD = multiply(x_RD, dispatch.sizes) * weight_R1
-        own = self.region.own(expert_Nk)
-        counts = dispatch.counts
-        if len(own) != len(expert_Nk):
-            counts = torch.bincount(own.flatten(), minlength=self.moe.n_experts)
+        n_experts, own, counts = self.moe.n_experts, self.region.own(expert_Nk), dispatch.counts
+        if valid_N is not None:  # padding counts for an expert beyond the last
+            own = own.masked_fill(~self.region.own(valid_N).unsqueeze(-1), n_experts)
+        if len(own) != len(expert_Nk) or valid_N is not None:
+            counts = torch.bincount(own.flatten(), minlength=n_experts + 1)[:n_experts]
         return dispatch.gather(y_RD), counts
 
     def _elsewhere(self, x_RD: Tensor, sizes_E: Tensor) -> Tensor:
@@ -98,23 +106,30 @@ class MoE(nn.Module):
         y_SD = here.gather(self.experts(here.scatter(arrived_SD), here.sizes))
         return self.exchange.swap(y_SD, receive, send)
 
-    def statistics(self, logits_NE: Tensor, counts: Tensor) -> RouterStats:
-        """The losses' sums and the counts of this call.
+    def statistics(self, logits_NE: Tensor, counts: Tensor, valid_N: Tensor | None = None) -> RouterStats:
+        """The losses' sums and the counts of this call; of valid tokens only.
 
         The balance loss compares each token's softmax with the previous whole step's counts, not with its own batch's:
         so it is linear in tokens, and any cut of a batch over ranks and micro-batches adds up to the same number.
         """
         zero = logits_NE.new_zeros(())
-        balance = self._balance(logits_NE) if self.moe.balance == "lag" and self.moe.aux_alpha else zero
-        z = self.moe.z_alpha * logits_NE.logsumexp(-1).square().sum() if self.moe.z_alpha else zero
+        balance = self._balance(logits_NE, valid_N) if self.moe.balance == "lag" and self.moe.aux_alpha else zero
+        z = self.moe.z_alpha * _of_valid(logits_NE.logsumexp(-1).square(), valid_N).sum() if self.moe.z_alpha else zero
         return RouterStats(balance, z, counts)
 
-    def _balance(self, logits_NE: Tensor) -> Tensor:
+    def _balance(self, logits_NE: Tensor, valid_N: Tensor | None) -> Tensor:
         n_experts, total = self.moe.n_experts, self.expert_counts.sum()
         share_E = torch.where(total > 0, self.expert_counts.double() / total.clamp(min=1), 1 / n_experts).to(
             logits_NE.dtype
         )
-        return self.moe.aux_alpha * n_experts * (logits_NE.softmax(-1).sum(0) @ share_E)
+        return self.moe.aux_alpha * n_experts * (_of_valid(logits_NE.softmax(-1), valid_N).sum(0) @ share_E)
+
+
+def _of_valid(x_N: Tensor, valid_N: Tensor | None) -> Tensor:
+    """x (N, ...) with 0 for tokens that are padding."""
+    if valid_N is None:
+        return x_N
+    return x_N.masked_fill(~valid_N.view(-1, *[1] * (x_N.dim() - 1)), 0)
 
 
 class Router(Linear):

@@ -100,9 +100,14 @@ def test_a_long_continuation_is_masked_in_blocks(monkeypatch):
     torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids).logits, **TOLERANCE)
 
 
-def test_a_cache_turns_gradients_off():
-    model = llama4()
-    assert not model(tokens(1, 4), cache=Cache(model.args), return_hidden=True).hidden.requires_grad
+@pytest.mark.parametrize("tie", [False, True], ids=["output", "tied"])
+@pytest.mark.parametrize("asked", [dict(), dict(labels=tokens(1, 4)), dict(return_hidden=True)], ids=str)
+def test_a_forward_with_a_cache_builds_no_graph(asked, tie):
+    model = llama4(tie_embeddings=tie, moe=MOE | dict(aux_alpha=0.1, z_alpha=0.1))
+    out = model(tokens(1, 4), cache=Cache(model.args), **asked)
+    made = [value for value in vars(out).values() if value is not None]
+    assert len(made) >= 4 and not any(value.requires_grad for value in made)
+    assert model(tokens(1, 4)).logits.requires_grad  # gradients are as they were afterwards
 
 
 def test_what_does_not_continue_the_rows_is_refused():

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from llm.args import MoEArgs
+from llm.cache import Cache
+from llm.datatypes import TransformerInput
 from llm.layers.moe import Dispatch, MoE, Padding, grouped_matmul
 from llm.parallel.step import highest_share
 from tests.model.models import MOE, llama4, tokens
@@ -209,3 +211,40 @@ def test_expert_load_is_the_highest_share_of_any_layer_over_an_even_one():
     assert highest_share(counts) == 2.0  # 8 tokens, where 4 were even
     assert highest_share(counts.unflatten(1, (2, -1)).sum(-1)) == 10 / 8  # two ranks with two experts each
     assert highest_share(torch.zeros(2, 4, dtype=torch.int64)) == 0.0
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_padding_counts_in_no_statistic_of_a_layer(variant):
+    moe, x = layer(**(variant | dict(aux_alpha=0.3, z_alpha=0.2))), torch.randn(3, 7, 16)
+    moe.expert_counts.copy_(torch.tensor([7, 0, 3, 9, 1]))
+    valid = torch.rand(3, 7) > 0.4
+    (_, padded), (_, alone) = moe(x, valid), moe(x[valid].unsqueeze(0))
+    assert torch.equal(padded.expert_counts, alone.expert_counts)
+    ours, theirs = (
+        (stats.balance_sum, stats.z_sum, *torch.autograd.grad(stats.balance_sum + stats.z_sum, moe.router.weight))
+        for stats in (padded, alone)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # float32 sums in another order
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_router_losses_and_counts_of_padded_rows_are_those_of_the_rows_alone(side, cached):
+    model, ids, lengths = llama4(moe=MOE | dict(top_k=2, aux_alpha=0.1, z_alpha=0.01)), tokens(3, 24), [5, 24, 1]
+    model.set_expert_counts(torch.randint(1, 50, (4, 4)))
+    width = 26
+    batch, positions = torch.zeros(3, width, dtype=torch.int64), torch.full((3, width), -1)
+    for row, n in enumerate(lengths):
+        low = {"left": width - n, "right": 0, "both": (width - n) // 2}[side]
+        batch[row, low : low + n], positions[row, low : low + n] = ids[row, :n], torch.arange(n)
+    whole = model(
+        TransformerInput(batch, tokens_position=positions),
+        cache=Cache(model.args) if cached else None,
+        return_hidden=True,
+    )
+    parts = [model(ids[row : row + 1, :n], return_hidden=True) for row, n in enumerate(lengths)]
+    assert torch.equal(whole.expert_counts, sum(part.expert_counts for part in parts))
+    assert whole.expert_counts.sum() == sum(lengths) * 2 * 4  # two experts a token in each of four layers
+    for name in ("balance_sum", "z_sum"):
+        # float32 sums in another order
+        torch.testing.assert_close(getattr(whole, name), sum(getattr(part, name) for part in parts), rtol=1e-5, atol=0)
