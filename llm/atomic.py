@@ -1,13 +1,28 @@
 """Folders and files that appear whole or not at all: written under a hidden temporary name, flushed to disk, then
 renamed.
+
+A temporary name has a random part, so no two processes share one, whatever machine or container they are in. Its writer
+holds a lock (flock), which the kernel takes back however the process ends: what can be locked was left by a killed one.
+Where the file system has no flock nobody can tell, and what a killed process left there stays.
 """
 
+import errno
+import fcntl
 import os
+import re
+import secrets
 import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
+LOCK = ".lock"
+MOST_BYTES = 100
+"""Of a target's name in the temporary one: longer names would pass the 255 bytes that file systems allow."""
+RANDOM_PART = re.compile(r"[0-9a-f]{16}x")
+"""Ends in a letter that is no hexadecimal digit: no process id, which earlier versions had here, looks like it."""
 
 
 @contextmanager
@@ -20,10 +35,11 @@ def new_directory(target: Path) -> Iterator[Path]:
     target = Path(target).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(target)
-    temporary = target.parent / f"{_temporary_prefix(target)}{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    # a lock file of its own: not every file system locks folders, and one inside would have to leave before the rename
+    lock, descriptor = _locked_file(target, LOCK)
+    temporary = lock.with_name(lock.name.removesuffix(LOCK))
     try:
+        temporary.mkdir()
         yield temporary
         for folder, _, files in os.walk(temporary):
             for name in files:
@@ -40,6 +56,8 @@ def new_directory(target: Path) -> Iterator[Path]:
         sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def write_file(target: Path, content: bytes) -> None:
@@ -48,7 +66,7 @@ def write_file(target: Path, content: bytes) -> None:
     target = Path(target).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(target)
-    temporary = target.parent / f"{_temporary_prefix(target)}{os.getpid()}"
+    temporary, descriptor = _locked_file(target)
     try:
         temporary.write_bytes(content)
         sync(temporary)
@@ -56,30 +74,66 @@ def write_file(target: Path, content: bytes) -> None:
         sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def _temporary_prefix(target: Path) -> str:
-    return f".{target.name}.{socket.gethostname()}."
+    parts = (target.name, socket.gethostname())
+    name, host = (os.fsencode(part)[:MOST_BYTES].decode(errors="ignore") for part in parts)
+    return f".{name}.{host}."
+
+
+def _locked_file(target: Path, ending: str = "") -> tuple[Path, int]:
+    """A new file with a temporary name of `target`, open and locked by this process."""
+    while True:
+        path = target.parent / f"{_temporary_prefix(target)}{secrets.token_hex(8)}x{ending}"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        if _try_lock(descriptor) is not False and _is_at(path, descriptor):
+            return path, descriptor
+        os.close(descriptor)  # another process took it for abandoned in the moment before it was locked, and removes it
 
 
 def _remove_abandoned(target: Path) -> None:
     prefix = _temporary_prefix(target)
-    for path in target.parent.glob(f"{prefix}*"):
-        owner = path.name.removeprefix(prefix)
-        if owner.isdecimal() and not _is_alive(int(owner)):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+    for path in target.parent.iterdir():
+        if not path.name.startswith(prefix) or path.is_dir():
+            continue
+        random_part = path.name.removeprefix(prefix).removesuffix(LOCK)
+        if RANDOM_PART.fullmatch(random_part):
+            with suppress(OSError):  # gone meanwhile, or somebody else's: not ours to clear
+                _remove_if_abandoned(path)
 
 
-def _is_alive(process_id: int) -> bool:
-    with suppress(PermissionError):  # someone else's, so it lives
-        try:
-            os.kill(process_id, 0)
-        except ProcessLookupError:
-            return False
+def _remove_if_abandoned(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        if _try_lock(descriptor) and _is_at(path, descriptor):
+            if path.name.endswith(LOCK):
+                shutil.rmtree(path.with_name(path.name.removesuffix(LOCK)), ignore_errors=True)
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool | None:
+    """Whether the lock was free and is now held; None where the file system has none."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in NO_FLOCK:
+            return None
+        raise
     return True
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether the open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def sync(path: Path) -> None:

@@ -1,14 +1,10 @@
 """`data:` of a run config: prepared once, opened by all, wrong things named by their key."""
 
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from llm.atomic import new_directory, write_file
-from llm.data.source import TokenSource
 from llm.data.sources import SourceSpec, open_data, prepare_data
 from llm.errors import UserError
 from llm.tokenizer import ByteTokenizer, CharacterTokenizer
@@ -85,51 +81,3 @@ def test_opening_what_was_not_prepared_says_so(text: Path, tmp_path: Path) -> No
 def test_a_weight_that_is_none_is_refused(weight: float) -> None:
     with pytest.raises(ValidationError, match="weight"):
         SourceSpec(path="x", weight=weight)
-
-
-def test_of_two_that_prepare_at_once_one_folder_stays(tmp_path: Path) -> None:
-    target = tmp_path / "source"
-    with pytest.raises(FileExistsError), new_directory(target) as slower:
-        (slower / "file").write_text("slower")
-        target.mkdir()
-        (target / "file").write_text("faster")
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-    assert (target / "file").read_text() == "faster"
-
-
-def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), new_directory(tmp_path / "source") as folder:
-        (folder / "half").write_text("half")
-        raise KeyboardInterrupt
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_a_killed_process_left_is_cleared_and_a_live_ones_is_not(tmp_path: Path) -> None:
-    finished = subprocess.Popen(["true"])
-    finished.wait()
-    with new_directory(tmp_path / "source") as folder:
-        mine = folder.name
-        prefix = mine.removesuffix(str(os.getpid()))
-        (tmp_path / f"{prefix}{finished.pid}").mkdir()
-        (tmp_path / f"{prefix}{os.getppid()}").mkdir()
-    with pytest.raises(FileExistsError), new_directory(tmp_path / "source"):
-        pass
-    assert {path.name for path in tmp_path.iterdir()} == {"source", f"{prefix}{os.getppid()}"}
-
-
-def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
-    write_file(tmp_path / "deep" / "file", b"old")
-    write_file(tmp_path / "deep" / "file", b"new")
-    assert (tmp_path / "deep" / "file").read_bytes() == b"new"
-    assert len(list((tmp_path / "deep").iterdir())) == 1
-
-
-def test_a_killed_build_leaves_no_source_and_the_next_one_succeeds(text: Path, tmp_path: Path) -> None:
-    with new_directory(tmp_path / "source") as folder:
-        (folder / "shards").mkdir()
-        abandoned = folder.with_name(folder.name.removesuffix(str(os.getpid())) + "999999999")
-        (folder / "shards").rename(abandoned)
-    os.rmdir(tmp_path / "source")
-    source = make_source(tmp_path / "source", ["abc"])
-    assert not abandoned.exists()
-    assert TokenSource.open(source.path, verify=True).n_docs == 1
