@@ -1,4 +1,4 @@
-"""The training loader: one thread that reads ahead, and the fixed-order pass over validation data.
+"""The training loader: one thread that reads ahead.
 
 Rows have one global order (`mixture`). Step s of global batch G covers rows [c, c + G), where c counts the rows
 consumed before; micro-batch m of data-parallel rank d takes the b rows from c + m D b + d b on. So what a step contains
@@ -13,14 +13,13 @@ import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 
 import numpy as np
 
-from llm.data.batch import MicroBatch, StepBatch, collate
+from llm.data.batch import StepBatch, collate
 from llm.data.mixture import Mixture
-from llm.data.source import TokenSource
 from llm.errors import UserError
 
 Schedule = Sequence[tuple[int, int]]
@@ -143,23 +142,6 @@ class TrainLoader:
             self._ready.get_nowait()
         except queue.Empty:
             return
-
-
-def validation_batches(
-    source: TokenSource, *, seq_len: int, micro_batch_size: int, dp_rank: int, dp_size: int, max_rows: int | None = None
-) -> Iterator[MicroBatch]:
-    """All rows of a source in order, cut over the ranks like a training step; every rank gets the same number of
-    micro-batches.
-
-    Each token of the source is a target exactly once, except the first of each document. The last row is filled up
-    without labels, and so are the rows that some ranks lack. `max_rows` stops earlier.
-    """
-    total = -(-max(0, source.n_tokens - 1) // seq_len)
-    total = total if max_rows is None else min(total, max_rows)
-    for begin in range(0, total, micro_batch_size * dp_size):
-        first = begin + dp_rank * micro_batch_size
-        places = [(source, k) if k < total else None for k in range(first, first + micro_batch_size)]
-        yield collate(places, seq_len, fill=source.eos_id)
 
 
 def _valid_dp_sizes(global_batch_size: int, micro_batch_size: int) -> str:

@@ -227,8 +227,11 @@ class CheckpointConfig(Section):
 class EvalConfig(Section):
     interval: int = Field(100, ge=1)
     """Steps between validations; the last step always gets one."""
+    rows: int | None = Field(512, ge=1)
+    """Rows (of train.seq_len tokens) of the held-out text that a validation reads, a fixed choice over all of it, the
+    same on every layout; null = all."""
     batches: int | None = Field(None, ge=1)
-    """Micro-batches per rank of a validation; null = the whole held-out source."""
+    """Older name for rows: so many times train.global_batch_size rows; null without eval.rows = all."""
     patience: int | None = Field(None, ge=1)
     """End the run after this many validations without a new best; null = never."""
     sample_interval: int | None = Field(None, ge=1)
@@ -312,6 +315,22 @@ class RunConfig(Section):
             raise ValueError(f"train.seq_len={self.train.seq_len} is above model.max_seq_len={self.model.max_seq_len}")
         if self.eval.patience is not None and self.data.valid is None:
             raise ValueError(f"eval.patience={self.eval.patience} needs held-out text: set data.valid")
+        return self._with_held_out_rows()
+
+    def _with_held_out_rows(self) -> "RunConfig":
+        """The config with `eval.rows` where the older `eval.batches` says how many."""
+        given, batches = self.eval.model_fields_set, self.eval.batches
+        if "batches" not in given:
+            return self
+        rows = None if batches is None else batches * self.train.global_batch_size
+        if "rows" not in given:
+            object.__setattr__(self, "eval", self.eval.model_copy(update={"rows": rows}))  # frozen for all others
+        elif batches is not None and self.eval.rows != rows:
+            held_out = "null" if self.eval.rows is None else self.eval.rows
+            raise ValueError(
+                f"eval.rows={held_out} and eval.batches={batches} (x train.global_batch_size="
+                f"{self.train.global_batch_size} = {rows} rows) both say how much is read; set eval.batches to null"
+            )
         return self
 
 

@@ -25,6 +25,7 @@ from llm.checkpoint.pretrained import save_tokenizer
 from llm.checkpoint.reader import Checkpoint, list_steps, newest_valid, resolve
 from llm.checkpoint.store import CheckpointStore, SaveFailed
 from llm.data.batch import StepBatch
+from llm.data.heldout import HeldOut
 from llm.data.loader import TrainLoader
 from llm.data.mixture import Mixture
 from llm.errors import UserError
@@ -44,7 +45,7 @@ from llm.train.metrics import StepMetrics
 from llm.train.schedule import epoch_rows, learning_rate, steps_between
 from llm.train.stop import EXIT_STOPPED, Requests
 from llm.train.trace import Trace
-from llm.train.validation import Best, validate
+from llm.train.validation import Best, settle_rows, validate
 
 
 class Trainer:
@@ -71,8 +72,11 @@ class Trainer:
         )
         self.config, self.precision_reason = settle_precision(config, self.store, world)
         main_decides(self._refuse_another_run, world)
-        sources, self.valid = open_sources(config, self.tokenizer, world)
+        sources, valid = open_sources(config, self.tokenizer, world)
         self.mixture = all_or_none(lambda: Mixture(sources, config.train.seq_len, config.train.seed), world)
+        self.config, self._rows_said = settle_rows(self.config)
+        rows = (config.train.seq_len, config.eval.rows)
+        self.held_out = all_or_none(lambda: HeldOut(valid, *rows) if valid else None, world)
         self.engine = build_engine(self.config, self.grid)
         self.engine.before_change = self.store.wait_for_copy
         self.guard = Guard(config.guard)
@@ -81,7 +85,7 @@ class Trainer:
         self._saved_step = 0  # what the initial weights need no checkpoint for
         self.consumed_rows = 0
         self.tokens = 0
-        self.best = Best()
+        self.best, self._notes = self._best_of({})
         self._epochs = config.train.epochs
         self._settle_steps()
 
@@ -120,10 +124,10 @@ class Trainer:
                     f"to go back to an older one, give another --run_dir"
                 )
             if not used:
-                return [self._resumed(self.store.load_exactly(named, self.read_checkpoint))]
+                return self._resumed(self.store.load_exactly(named, self.read_checkpoint))
         checkpoint, skipped = self.store.load_newest(self.read_checkpoint)
         lines = [f"skipped a checkpoint, now set aside: {line}" for line in skipped]
-        return lines + (self._begin() if checkpoint is None else [self._resumed(checkpoint)])
+        return lines + (self._begin() if checkpoint is None else self._resumed(checkpoint))
 
     def _begin(self) -> list[str]:
         """Lines about the weights of a new run, if they are to come from elsewhere (collective)."""
@@ -133,8 +137,9 @@ class Trainer:
         apply()
         return lines
 
-    def _resumed(self, checkpoint: Checkpoint) -> str:
-        return f"resumed from {checkpoint.path} (step {checkpoint.step}, {self.consumed_rows:,} rows seen)"
+    def _resumed(self, checkpoint: Checkpoint) -> list[str]:
+        line = f"resumed from {checkpoint.path} (step {checkpoint.step}, {self.consumed_rows:,} rows seen)"
+        return [line, *self._notes]
 
     def _refuse_another_run(self) -> None:
         """UserError where the checkpoint to continue is of another config: before text is sharded and a model is built,
@@ -184,11 +189,16 @@ class Trainer:
             self.step = self._saved_step = checkpoint.step
             self.consumed_rows = meta["data"]["consumed"]
             self.tokens = meta["tokens"]
-            self.best = Best(**meta["best"])
+            self.best, self._notes = self._best_of(meta["best"])
             self.guard.load(meta["guard"])
             self._settle_steps()
 
         return apply
+
+    def _best_of(self, state: dict[str, Any]) -> tuple[Best, list[str]]:
+        """A checkpoint's best validation, if it counts for this run's held-out rows, and lines where it does not."""
+        best = Best(**state)
+        return (best, []) if self.held_out is None else best.on(self.held_out)
 
     def save(self, log: RunLog | None, last: bool = False) -> None:
         """Begin the checkpoint of the current step, once the one before it is written; with checkpoint.asynchronous
@@ -328,7 +338,7 @@ class Trainer:
                 f"step {self.step} is to be passed over, but there is no checkpoint yet to go back to; "
                 f"give --train.skip_steps=[{self.step}], or a shorter checkpoint.interval"
             )
-        return [f"skipped a checkpoint, now set aside: {line}" for line in skipped] + [self._resumed(checkpoint)]
+        return [f"skipped a checkpoint, now set aside: {line}" for line in skipped] + self._resumed(checkpoint)
 
     def _end(self) -> str | None:
         """Why there is no next step, in words; None when there is one."""
@@ -401,8 +411,8 @@ class Trainer:
         """Validate, record, save and sample, each when its time has come; why the run ends here, or None."""
         config = self.config
         new_best = False
-        if self.valid and (self.step == self.steps or self.step % config.eval.interval == 0):
-            found = validate(self.engine, self.valid, self.tokenizer, config, lambda: bool(requests.stop))
+        if self.held_out and (self.step == self.steps or self.step % config.eval.interval == 0):
+            found = validate(self.engine, self.held_out, self.tokenizer, config, lambda: bool(requests.stop))
             if found is None:
                 notes = [*notes, f"step {self.step}: validation given up, as the run is to stop"]
             else:
@@ -472,6 +482,8 @@ class Trainer:
             f"{self.grid.layout}, {config.train.precision} ({self.precision_reason}); one epoch is "
             f"{self.mixture.n_rows:,} rows of {config.train.seq_len} tokens; run folder {self.run_dir}"
         )
+        if self.held_out is not None:
+            log.say(f"a validation reads {self.held_out.described()} ({self._rows_said})")
         return log
 
 

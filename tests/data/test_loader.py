@@ -1,4 +1,4 @@
-"""Steps: labels and boundaries, the same rows on any number of ranks, resuming, the thread's manners, validation."""
+"""Steps: labels and boundaries, the same rows on any number of ranks, resuming, the thread's manners."""
 
 import threading
 from pathlib import Path
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from llm.data.batch import IGNORE, MicroBatch, StepBatch, collate
-from llm.data.loader import TrainLoader, in_force, validation_batches
+from llm.data.batch import IGNORE, StepBatch, collate
+from llm.data.loader import TrainLoader, in_force
 from llm.data.mixture import Mixture
 from llm.data.source import TokenSource
 from llm.errors import UserError
@@ -142,44 +142,6 @@ def test_steps_follow_one_another_however_far_is_read_ahead(mixture: Mixture) ->
             mixture, seq_len=T, global_batch_size=G, micro_batch_size=G, dp_rank=0, dp_size=1, prefetch=prefetch
         ) as loader:
             assert [loader.next().first_row for _ in range(4)] == [0, G, 2 * G, 3 * G]
-
-
-def all_validation(source: TokenSource, ranks: int, micro: int, max_rows: int | None = None) -> list[list[MicroBatch]]:
-    return [
-        list(
-            validation_batches(
-                source, seq_len=T, micro_batch_size=micro, dp_rank=rank, dp_size=ranks, max_rows=max_rows
-            )
-        )
-        for rank in range(ranks)
-    ]
-
-
-@pytest.mark.parametrize(("ranks", "micro"), [(1, 1), (1, 8), (3, 4), (8, 5)])
-def test_validation_has_every_token_as_a_target_once(source: TokenSource, ranks: int, micro: int) -> None:
-    batches = all_validation(source, ranks, micro)
-    assert len({len(of_rank) for of_rank in batches}) == 1
-    labels = torch.cat([batch.labels_BT for step in zip(*batches, strict=True) for batch in step]).reshape(-1).numpy()
-    stream = stream_of(TEXTS)
-    assert np.array_equal(labels[labels >= 0], stream[stream != ByteTokenizer.bos_id])
-
-
-def test_what_fills_the_last_row_is_a_piece_of_its_own(source: TokenSource) -> None:
-    (batches,) = all_validation(source, ranks=1, micro=4)
-    last = batches[-1]
-    n_real = source.n_tokens - (len(batches) - 1) * 4 * T
-    assert n_real % T > 0 and n_real < 4 * T
-    assert n_real in last.cu_seqlens.tolist()
-    assert (last.labels_BT.reshape(-1)[n_real - 1 :] == IGNORE).all()
-    assert set(range(0, 4 * T + 1, T)) <= set(last.cu_seqlens.tolist())
-
-
-def test_validation_stops_after_max_rows_on_every_layout(source: TokenSource) -> None:
-    targets = [
-        sum(batch.n_targets() for of_rank in all_validation(source, ranks, micro, max_rows=10) for batch in of_rank)
-        for ranks, micro in ((1, 10), (3, 2), (4, 4))
-    ]
-    assert targets[0] == targets[1] == targets[2] > 0
 
 
 BATCHES = ((30, 12), (60, 48), (61, 6))

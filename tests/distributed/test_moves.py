@@ -106,7 +106,6 @@ CHAIN_EVERY = 5
 def item(folder: Path, name: str, family: Family, layout: str, interval: int, resume: Path | None) -> dict[str, Any]:
     """A run as moves_job.py reads it."""
     on, given = LAYOUTS[layout], family.sections
-    data_ranks = on.ranks // (on.parallel.get("tensor", 1) * on.parallel.get("pipeline", 1))
     train = {"global_batch_size": BATCH, "micro_batch_size": on.micro_batch, "seq_len": 32, "seed": family.seed}
     sections = {
         **given,
@@ -115,7 +114,7 @@ def item(folder: Path, name: str, family: Family, layout: str, interval: int, re
         "optim": {"clip_norm": CLIP_NORM, **given.get("optim", {})},
         "train": {**train, **given.get("train", {}), "steps": family.steps},
         "checkpoint": {"interval": interval, "keep": 5, "resume": str(resume or "never")},
-        "eval": {"batches": BATCH // (on.micro_batch * data_ranks)},  # as many rows on every layout
+        "eval": {"rows": BATCH},
     }
     return {"name": name, "config": tiny_config(folder, **sections)}
 

@@ -77,7 +77,7 @@ def test_a_config_keeps_to_the_published_size_and_budget(path: str, monkeypatch:
     config = load_config(path)
     train = config.train
     assert (train.steps, train.global_batch_size, train.seq_len, train.precision) == (2000, 12, 64, "fp32")
-    assert config.eval.batches is None
+    assert config.eval.rows is None
     args = config.model.model_copy(
         update={"vocab_size": CHARACTERS_OF_TINYSHAKESPEARE + len(("begin", "end"))}
     )

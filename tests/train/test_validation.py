@@ -1,8 +1,16 @@
 """When a run has stopped getting better."""
 
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
-from llm.train.validation import Best
+import pytest
+
+from llm.data.heldout import HeldOut
+from llm.errors import UserError
+from llm.train.config import RunConfig, validate
+from llm.train.validation import Best, settle_rows
+from tests.distributed.harness import tiny_config
 
 
 def test_patience_counts_validations_since_the_best() -> None:
@@ -21,3 +29,61 @@ def test_it_survives_a_checkpoint_also_one_from_before_patience() -> None:
     best = Best(valid_loss=1.0, step=1, since=5)
     assert Best(**asdict(best)) == best
     assert Best(**{"valid_loss": 1.0, "step": 1}) == Best(1.0, 1, 0)
+
+
+class Rows(NamedTuple):
+    """What Best asks of held-out rows."""
+
+    n_rows: int
+    fingerprint: str
+
+    def described(self) -> str:
+        return f"{self.n_rows} of 99 held-out rows"
+
+
+def on(best: Best, rows: Rows) -> tuple[Best, list[str]]:
+    return best.on(cast(HeldOut, rows))
+
+
+def test_the_same_held_out_rows_keep_best_and_patience() -> None:
+    best = Best(valid_loss=1.0, step=1, since=5, rows=8, held_out="a")
+    assert on(best, Rows(8, "a")) == (best, [])
+
+
+def test_other_held_out_rows_begin_best_and_patience_anew_and_say_so() -> None:
+    fresh, lines = on(Best(valid_loss=1.0, step=7, since=5, rows=8, held_out="a"), Rows(9, "b"))
+    assert fresh == Best(rows=9, held_out="b") and not fresh.exhausted(1)
+    (line,) = lines
+    assert "8 rows -> 9 of 99 held-out rows" in line and "1.0000 of step 7" in line
+    # also before there was a best: the change itself is news
+    assert on(Best(rows=8, held_out="a"), Rows(8, "b"))[1] == [
+        "changed: a validation reads other rows now: 8 rows -> 8 of 99 held-out rows"
+    ]
+
+
+def test_a_best_from_before_rows_were_kept_counts_no_more() -> None:
+    fresh, lines = on(Best(**{"valid_loss": 1.0, "step": 1}), Rows(9, "b"))
+    assert fresh == Best(rows=9, held_out="b") and len(lines) == 1 and "does not say" in lines[0]
+    assert on(Best(), Rows(9, "b")) == (Best(rows=9, held_out="b"), [])
+
+
+def config_with(tmp_path: Path, **evaluation: Any) -> RunConfig:
+    return validate(tiny_config(tmp_path, eval=evaluation), "test.yaml")
+
+
+def test_batches_are_read_as_rows_of_the_whole_job(tmp_path: Path) -> None:
+    assert config_with(tmp_path).eval.rows == 512
+    config = config_with(tmp_path, batches=3)
+    assert config.eval.rows == 48
+    settled, told = settle_rows(config)
+    assert (settled.eval.rows, settled.eval.batches) == (48, None)
+    assert "3 x train.global_batch_size=16 rows" in told and "eval.rows=48" in told
+    assert config_with(tmp_path, batches=None).eval.rows is None, "what it meant: the whole held-out text"
+    for resolved in (config, settled, config_with(tmp_path, rows=None), config_with(tmp_path, rows=5)):
+        assert validate(resolved.model_dump(mode="json"), "again") == resolved
+
+
+@pytest.mark.parametrize("rows", [24, None])
+def test_rows_and_batches_together_are_refused(tmp_path: Path, rows: int | None) -> None:
+    with pytest.raises(UserError, match=r"eval\.rows=.* and eval\.batches=3 .*= 48 rows\).*set eval\.batches to null"):
+        config_with(tmp_path, rows=rows, batches=3)

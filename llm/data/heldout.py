@@ -1,0 +1,64 @@
+"""The held-out rows that a validation reads: a fixed choice from all rows of all held-out sources, whatever the layout.
+
+The rows of all sources, one source after the other, have one held-out order: a permutation that depends on their number
+alone, not on train.seed, ranks or micro-batches. The first `eval.rows` of it count. They are read in the order in which
+they lie on disk and cut over the ranks like a training step; what the last micro-batches lack is filled up without
+labels, so that every rank has as many of them.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from llm.data.batch import MicroBatch, collate
+from llm.data.order import ORDER_VERSION, permute, round_keys
+from llm.data.source import TokenSource
+
+
+class HeldOut:
+    """The first `limit` rows (None: all) of the held-out order over `sources`, rows being `seq_len` tokens.
+
+    n_rows: how many that are, of the `total` there are. fingerprint: digest of what they are made of; equal where two
+    validations read the same rows.
+
+    The rows of all of a source have each of its tokens as a target exactly once, except the first of each document. Its
+    last row is filled up without labels.
+    """
+
+    def __init__(self, sources: Sequence[TokenSource], seq_len: int, limit: int | None) -> None:
+        self.sources = sorted(sources, key=lambda source: source.fingerprint)  # the config's order does not matter
+        self.seq_len = seq_len
+        counts = [-(-max(0, source.n_tokens - 1) // seq_len) for source in self.sources]
+        self.total = sum(counts)
+        self.n_rows = self.total if limit is None else min(limit, self.total)
+        if self.n_rows == self.total:
+            self._rows = np.arange(self.total)
+        else:
+            keys = round_keys("held-out", self.total)
+            self._rows = np.sort(permute(np.arange(self.n_rows), self.total, keys))
+        self._ends = np.cumsum(counts)
+        parts = [ORDER_VERSION, seq_len, self.n_rows, [source.fingerprint for source in self.sources]]
+        self.fingerprint = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+    def batches(self, micro_batch_size: int, dp_rank: int, dp_size: int) -> Iterator[MicroBatch]:
+        """The micro-batches of one of `dp_size` data-parallel ranks; as many on each of them."""
+        for begin in range(0, self.n_rows, micro_batch_size * dp_size):
+            first = begin + dp_rank * micro_batch_size
+            places = [self._place(i) for i in range(first, first + micro_batch_size)]
+            yield collate(places, self.seq_len, fill=self.sources[0].eos_id)
+
+    def _place(self, i: int) -> tuple[TokenSource, int] | None:
+        """(source, row in it) of the i-th row that counts; None behind the last."""
+        if i >= self.n_rows:
+            return None
+        row = int(self._rows[i])
+        number = int(self._ends.searchsorted(row, side="right"))
+        return self.sources[number], row - (int(self._ends[number - 1]) if number else 0)
+
+    def described(self) -> str:
+        """How much a validation reads, in words."""
+        if self.n_rows == self.total:
+            return f"all {self.total:,} held-out rows"
+        return f"{self.n_rows:,} of {self.total:,} held-out rows"
