@@ -12,15 +12,15 @@ traffic of the layout; `--help` lists every key.
 rebuilds step 120 of a run and lists its documents, the highest loss first.
 """
 
-import os
 import sys
 
 import yaml
 
+from llm import environment
 from llm.checkpoint.lock import refuse_if_held
 from llm.errors import UserError
 from llm.malloc import keep_freed
-from llm.parallel import launch
+from llm.parallel import launch, local
 from llm.train.config import RunConfig, check_layout, load_config
 from llm.train.flags import RunFlags, help_text, parse_run_flags
 from llm.train.replay import check_replay, replay
@@ -33,24 +33,23 @@ def main() -> None:
         print(help_text())
         return
     flags = parse_run_flags(words)
-    config = load_config(flags.config, flags.overrides)
-    in_torchrun = "RANK" in os.environ
-    if in_torchrun and flags.nproc:
+    place = environment.place()
+    if flags.nproc and (place.size > 1 or environment.in_torchrun()):
         raise UserError(f"--nproc={flags.nproc} is for plain python; torchrun has --nproc_per_node")
-    ranks = int(os.environ["WORLD_SIZE"]) if in_torchrun else flags.nproc or 1
-    layout = check_layout(config, ranks)
+    config = load_config(flags.config, flags.overrides)
+    layout = check_layout(config, flags.nproc or place.size)
     if flags.dry_run:
-        if not in_torchrun or os.environ["RANK"] == "0":
+        if place.rank == 0:
             from llm.train.dry_run import report  # it imports torch
 
             print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False) + report(config, layout), end="")
         return
     if flags.replay_step is not None:
         check_replay(flags.folder(), flags.replay_step, config.train.steps, layout)
-    elif not in_torchrun or os.environ["RANK"] == "0":
+    elif place.rank == 0:
         refuse_if_held(flags.folder())
-    if flags.nproc and not in_torchrun:
-        sys.exit(launch.torchrun(__file__, flags.without_nproc(words), flags.nproc, config.train.threads))
+    if flags.nproc:
+        sys.exit(local.torchrun(__file__, flags.without_nproc(words), flags.nproc, config.train.threads))
     train(config, flags)
 
 

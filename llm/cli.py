@@ -7,11 +7,13 @@ mend ends as one last line `error: ...` and exit code 2; a bug keeps its traceba
 
 import difflib
 import inspect
+import os
 import re
 import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import fire
@@ -19,9 +21,12 @@ from fire.decorators import SetParseFn
 from pydantic import ValidationError
 
 from llm.errors import UserError
+from llm.screen import Watched, watched
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 HELP = ("--help", "-h")
+EXIT_UNREAD = 128 + 13
+"""Exit status of a command whose output nobody reads to its end: that of a process ended by SIGPIPE."""
 
 
 def run_cli(
@@ -36,18 +41,38 @@ def run_cli(
     line = list(sys.argv[1:] if argv is None else argv)
     if line and line[0] in commands:
         function = commands[line.pop(0)]
-    try:
+
+    def job() -> None:
         if any(word in HELP for word in line):
             print(describe(function, commands))
-            return
-        arguments = bind(function, *split(line))
-    except UserError as error:
-        stop(str(error))
-    run_or_stop(lambda: function(**arguments))
+        else:
+            function(**bind(function, *split(line)))
+
+    run_or_stop(job)
 
 
 def run_or_stop(job: Callable[[], object]) -> None:
-    """Run a job; what the user must mend becomes one last line on stderr and exit code 2."""
+    """Run a job; what the user must mend becomes one last line on stderr and exit code 2.
+
+    Where nobody reads what it prints any more (`| head`), it ends without a word, with the status of SIGPIPE.
+    """
+    lost: OSError | None = None
+    with watched() as streams:
+        try:
+            try:
+                _run_or_stop(job)
+            finally:
+                lost = _lost_output(streams)  # now, as Python itself would complain at the end of the process
+        except OSError:
+            if lost is None:
+                raise
+    if isinstance(lost, BrokenPipeError):
+        raise SystemExit(EXIT_UNREAD)
+    if lost is not None:
+        stop(f"standard output: {lost.strerror}", code=1)
+
+
+def _run_or_stop(job: Callable[[], object]) -> None:
     try:
         job()
     except UserError as error:
@@ -62,10 +87,28 @@ def run_or_stop(job: Callable[[], object]) -> None:
         stop("interrupted", code=130)
 
 
+def _lost_output(streams: Sequence[Watched]) -> OSError | None:
+    """Why what was printed cannot be written, if it cannot; from then on it goes nowhere."""
+    lost = None
+    for stream in streams:
+        with suppress(OSError):
+            stream.flush()
+        error = stream.complaint()
+        if error is not None:
+            lost = lost or error
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+    return lost
+
+
 def stop(message: str, code: int = 2) -> NoReturn:
     """End the process with `error: message` as the last line."""
-    sys.stdout.flush()
-    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    with suppress(OSError):  # the status says it, too
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    with suppress(OSError):
+        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 

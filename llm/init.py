@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from llm.args import ModelArgs
 from llm.boxes import Box, runs
+from llm.environment import ranks_here
 from llm.plans import plan_for
 
 WORDS_PER_BLOCK = 4  # one step of Philox4x64 gives four words
@@ -106,7 +107,7 @@ def normal(seed: int, name: str, start: int, stop: int, std: float = 1.0) -> NDA
 def _own_cores() -> int:
     """This process's share of the cores that it may use, beside the other ranks of a launcher on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, cores // ranks_here())
 
 
 def uniform(seed: int, name: str, start: int, stop: int) -> NDArray[np.float64]:

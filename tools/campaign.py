@@ -35,6 +35,7 @@ from llm.checkpoint.reader import list_steps
 from llm.cli import HELP, describe, run_or_stop
 from llm.data.sources import check_data
 from llm.errors import UserError
+from llm.parallel import local
 from llm.tokenizer import load_tokenizer
 from llm.train.config import check_layout, load_config
 from llm.train.yaml_file import read_yaml
@@ -104,12 +105,12 @@ class Campaign:
 
     def _launch(self, script: list[str], run_dir: Path, first: int, max_restarts: int) -> None:
         self._log = self.folder / f"{run_dir.name}_{first}.txt"
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--max-restarts={max_restarts}"]
+        torchrun = local.command(self.settings.nproc, max_restarts)
         words = [f"--config={self.settings.config}", f"--run_dir={run_dir}"]
         words += [f"--{key}={json.dumps(value)}" for key, value in self._changed.items()]
         with self._log.open("wb") as log:
             self._launcher = subprocess.Popen(
-                [*torchrun, f"--nproc_per_node={self.settings.nproc}", *script, *words],
+                [*torchrun, *script, *words],
                 env={"OMP_NUM_THREADS": "1", **os.environ, MARK: str(self.folder), FIRST: str(first)},
                 stdout=log,
                 stderr=subprocess.STDOUT,

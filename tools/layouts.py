@@ -30,6 +30,7 @@ from llm.atomic import write_file
 from llm.cli import run_cli
 from llm.data.sources import check_data
 from llm.errors import UserError
+from llm.parallel import local
 from llm.parallel.layout import Layout
 from llm.parallel.validate import divisors
 from llm.tokenizer import load_tokenizer
@@ -214,9 +215,8 @@ def trained(configs: Sequence[RunConfig], ranks: int, steps: int, job: Path = JO
             task, out, log = (Path(folder) / f"{name}{began}" for name in ("task.json", "out.jsonl", "log.txt"))
             task.write_text(json_format.dumps([config.model_dump(mode="json") for config in configs[began:]]))
             with log.open("w") as file:
-                launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
                 words = [str(job), str(task), str(steps), str(out)]
-                process = subprocess.Popen([*launcher, *words], stdout=file, stderr=subprocess.STDOUT)
+                process = subprocess.Popen([*local.command(ranks), *words], stdout=file, stderr=subprocess.STDOUT)
             try:
                 running = True
                 while running:
@@ -297,11 +297,13 @@ def line(candidate: Candidate, verdict: Verdict) -> str:
 def described(expected: list[Row]) -> str:
     """What one process did, in a line."""
     margins = [(row["margin"], step) for step, row in enumerate(expected, 1) if row["margin"] is not None]
-    nearest = f"; nearest choice of a router: {min(margins)[0]:.1e} of its logits, step {min(margins)[1]}"
+    nearest = ""
+    if margins:
+        nearest = "; nearest choice of a router: {:.1e} of its logits, step {}".format(*min(margins))
     first, last = expected[0], expected[-1]
     return (
         f"one process: loss {first['loss']:.4f} to {last['loss']:.4f}, gradient norm {first['grad_norm']:.3g} to "
-        f"{last['grad_norm']:.3g}{nearest if margins else ''}"
+        f"{last['grad_norm']:.3g}{nearest}"
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from llm.boxes import box_shape
 from llm.checkpoint.fragments import DTYPES, FileRecord, Fragment, bytes_of, check_header, opened, read_block
 from llm.checkpoint.overlap import Part, common, rectangles, view
+from llm.environment import ranks_here
 
 MOST_THREADS = 8
 BYTES_OF_A_THREAD = 4 << 20
@@ -152,8 +153,7 @@ def _work_through(path: Path, descriptor: int, jobs: list[_Job], version: int) -
 
 def _threads() -> int:
     """This rank's share of the cores."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) // max(1, ranks)))
+    return max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) // ranks_here()))
 
 
 def _block_size(job: _Job) -> int:

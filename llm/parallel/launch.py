@@ -29,8 +29,11 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from llm import environment
 from llm.errors import UserError
 from llm.parallel.peers import GRACE_S, PeerError, Roll, is_peers_fault
+from llm.screen import protect
+from llm.signals import EXIT_STOPPED
 
 EXIT_USER_ERROR = 2
 EXIT_FAILURE = 1
@@ -68,10 +71,18 @@ def _who(rank: int) -> str:
 
 
 def read_world() -> World:
-    """Rank and size as torchrun gives them; one process when started by plain `python`. No group is made."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    """Rank and size as the launcher gives them; one process when started by plain `python`. No group is made.
+
+    UserError where the environment contradicts itself, or this machine.
+    """
+    place, gpus = environment.place(), torch.cuda.device_count()
+    local_rank = place.local_rank or 0
+    if gpus > 1 and place.local_rank is None:
+        raise UserError(f"LOCAL_RANK is missing in the environment: which of this machine's {gpus} GPUs is to be used?")
+    if gpus and local_rank >= gpus:
+        raise UserError(f"LOCAL_RANK={local_rank}: this machine has {gpus} GPU(s), one for each process")
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    return World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), local_rank, device)
+    return World(place.rank, place.size, local_rank, device)
 
 
 def start(timeout_s: float, threads: int) -> World:
@@ -90,10 +101,10 @@ def start(timeout_s: float, threads: int) -> World:
         torch.cuda.set_device(world.device)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if "RANK" in os.environ:
-        base, _, _ = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    if world.size > 1:
+        base = _meeting_place(timeout)
     else:
-        base = dist.HashStore()
+        base = dist.HashStore()  # nobody is to be met, wherever the variables lead
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     _roll = Roll(base, world.rank, world.size)
     store = _roll.meet(timeout_s)
@@ -106,6 +117,18 @@ def start(timeout_s: float, threads: int) -> World:
         device_id=world.device if world.device.type == "cuda" else None,
     )
     return replace(world, store=store, timeout_s=timeout_s)
+
+
+def _meeting_place(timeout: timedelta) -> dist.Store:
+    """The store of the job's ranks, at MASTER_ADDR and MASTER_PORT."""
+    try:
+        store, _, _ = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ["MASTER_PORT"]
+        raise UserError(f"MASTER_PORT={port} is in use on this machine by another job; give a free one") from None
+    return store
 
 
 def quiet_libraries() -> None:
@@ -132,9 +155,11 @@ def run(main: Callable[[], None]) -> None:
     A UserError in which all ranks agree is printed by rank 0 alone. torchrun hears of a failure through its error
     file, so that its own report repeats the line.
     """
-    faulthandler.enable()  # a crash in native code says where
+    protect()  # what is printed must not end what is trained
+    with contextlib.suppress(ValueError, OSError):  # no descriptor to write to
+        faulthandler.enable()  # a crash in native code says where
     end_with_torchrun()
-    rank = int(os.environ.get("RANK", 0))
+    rank, launched = environment.rank_or_zero(), environment.in_torchrun()
     try:
         main()
         if dist.is_initialized():
@@ -154,7 +179,7 @@ def run(main: Callable[[], None]) -> None:
         _leave(130)
     except SystemExit as leaving:
         status = leaving.code
-        if status is None or status in (0, os.EX_TEMPFAIL) or (isinstance(status, int) and "RANK" not in os.environ):
+        if status is None or status in (0, EXIT_STOPPED) or (isinstance(status, int) and not launched):
             _leave(int(status or 0))
         if isinstance(status, int):
             _fail(f"error: {_who(rank)}: exit status {status}", status)
@@ -174,7 +199,7 @@ def end_with_torchrun() -> None:
     on, holding the run folder against the job that takes their place, until they next need the store, which died with
     torchrun. SIGKILL, as nothing else is heard within a collective, and nothing can be agreed on without the store.
     """
-    if not sys.platform.startswith("linux") or "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not sys.platform.startswith("linux") or not environment.in_torchrun():
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
     if os.getppid() == 1:  # it died before, unless it is itself the first process of a container
@@ -219,35 +244,6 @@ def _wait_for_the_end() -> None:
 
 def _one_line(message: object) -> str:
     return " ".join(str(message).split())[:500]
-
-
-def torchrun(script: str, arguments: list[str], nproc: int, threads: int) -> int:
-    """Start `script` on `nproc` processes of this machine through torchrun, in this process; return its exit status.
-
-    For one machine this saves typing torchrun's own flags, and a failed worker's line stays the last one: torchrun
-    would add a traceback of its own.
-    """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as torchrun_main
-
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    logging.disable(logging.ERROR)  # torchrun's report of what the worker has already said
-    try:
-        torchrun_main(["--standalone", f"--nproc_per_node={nproc}", script, *arguments])
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode > 0:
-            said = isinstance(failure.error_file_data.get("message"), dict)  # what `_tell_torchrun` writes
-            if not said and failure.exitcode != os.EX_TEMPFAIL:
-                print(f"error: rank {rank} left with status {failure.exitcode}", file=sys.stderr)
-            return failure.exitcode
-        print(f"error: rank {rank} was killed by {failure.signal_name()}; the same command resumes", file=sys.stderr)
-        return 128 - failure.exitcode
-    except SignalException as signal:
-        print(f"stopped by {signal.sigval.name}; the same command resumes from the last checkpoint", file=sys.stderr)
-        return 128 + signal.sigval
-    return 0
 
 
 def _tell_torchrun(line: str, when: float | None = None) -> None:

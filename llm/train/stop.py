@@ -1,36 +1,40 @@
-"""Requests from outside that a run obeys at the next step boundary: stop (SIGTERM, SIGINT) and save (a touched file).
+"""Requests from outside that a run obeys at the next step boundary: stop (llm/signals.py) and save (a touched file).
 
 A signal only sets a flag. Ranks hear of it at different moments, so they add their flags up at the next boundary and
-act together: save, then leave with EXIT_STOPPED, which tells a scheduler that the same command goes on.
+act together: save, then leave with EXIT_STOPPED.
 """
 
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-EXIT_STOPPED = 75
-"""Exit status of a run that saved and stopped on request: sysexits' EX_TEMPFAIL, "try again later"."""
+from llm.environment import in_torchrun, rank_or_zero
+from llm.signals import EXIT_STOPPED, heeded
+
 SAVE_FILE = "save"
 """Touching this file in the run folder asks for a checkpoint now; it is removed when that is written."""
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
 def leave_before_first_step() -> None:
     """Until a `Requests` takes over, a signal ends this process at once: it has made no step that could be saved."""
+    for number in heeded(in_torchrun()):
+        signal.signal(number, _leave)
 
-    def leave(number: int, frame: FrameType | None) -> None:
-        if os.environ.get("RANK", "0") == "0":
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    with suppress(OSError, ValueError, RuntimeError):  # the screen may be gone, or in the middle of a line
+        if rank_or_zero() == 0:
             name = signal.Signals(number).name
             print(f"stopped by {name} before a step was made; the same command goes on", flush=True)
         sys.stderr.flush()
-        os._exit(EXIT_STOPPED)  # an exception would wait for threads, and for collectives that peers have left
+    os._exit(EXIT_STOPPED)  # an exception would wait for threads, and for collectives that peers have left
 
-    for number in SIGNALS:
-        signal.signal(number, leave)
+
+def _over(number: int, frame: FrameType | None) -> None:
+    """The run has ended: nothing is left to stop."""
 
 
 class Requests:
@@ -44,20 +48,30 @@ class Requests:
         self.stop: str | None = None
         """Name of the signal that asked to stop."""
         self._save_file = run_dir / SAVE_FILE
-        self._previous = {number: signal.signal(number, self._heard) for number in SIGNALS}
+        self._obeyed: int | None = None  # the time of a touch whose file cannot be removed
+        self._previous = {number: signal.signal(number, self._heard) for number in heeded(in_torchrun())}
 
     def _heard(self, number: int, frame: FrameType | None) -> None:
         self.stop = self.stop or signal.Signals(number).name
 
     def save_wanted(self) -> bool:
-        """Whether somebody touched the save file."""
-        return self._save_file.exists()
+        """Whether somebody touched the save file; False also where the run folder cannot be looked into."""
+        touched = self._touched()
+        return touched is not None and touched != self._obeyed
 
     def save_done(self) -> None:
         """Take the save file away, so that the next touch counts."""
-        self._save_file.unlink(missing_ok=True)
+        self._obeyed = self._touched()
+        with suppress(OSError):
+            self._save_file.unlink(missing_ok=True)
+
+    def _touched(self) -> int | None:
+        try:
+            return self._save_file.stat().st_mtime_ns
+        except OSError:
+            return None
 
     def close(self) -> None:
-        """Give the signals back."""
+        """Give the signals back; those that would have ended a run before its first step do nothing any more."""
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, _over if handler is _leave else handler)

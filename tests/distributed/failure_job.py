@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from llm.errors import UserError
-from llm.parallel import launch
+from llm.parallel import launch, local
 from llm.parallel.collectives import main_decides
 from llm.parallel.grid import make_grid
 from llm.parallel.launch import World
@@ -126,7 +126,7 @@ def main() -> None:
     words = sys.argv[1:]
     if "--nproc" in words:
         at = words.index("--nproc")
-        sys.exit(launch.torchrun(__file__, words[:at], int(words[at + 1]), 1))
+        sys.exit(local.torchrun(__file__, words[:at], int(words[at + 1]), 1))
     _, place, rank, timeout_s = arguments()
     here("before_start")
     world = launch.start(timeout_s, 1)

@@ -201,7 +201,7 @@ def test_a_rank_whose_torchrun_died_before_ends_by_itself(tmp_path: Path) -> Non
         f"p = subprocess.Popen([sys.executable, '-c', {rank!r}.replace('PARENT', str(os.getpid()))])\n"
         "print(p.pid)"
     )
-    env = {**environment(), "TORCHELASTIC_RUN_ID": "test"}
+    env = {**environment(), "TORCHELASTIC_RUN_ID": "test", "RANK": "0"}
     done = subprocess.run([sys.executable, "-c", launcher], env=env, capture_output=True, text=True, timeout=60)
     # which returned when the rank, too, had closed its standard error
     if "torchrun died" not in done.stderr and Path("/proc/1/cmdline").read_bytes().find(b"python") >= 0:

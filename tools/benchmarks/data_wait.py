@@ -1,7 +1,6 @@
 """How long a real run waits for its data: a short `launch/pretrain.py` over real text, read from its metrics.jsonl."""
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from llm.environment import alone
 from llm.errors import UserError
 from tools.benchmarks.harness import Bar
 from tools.stdlib_corpus import write_corpus
@@ -50,9 +50,8 @@ def short_run(folder: Path) -> list[dict[str, Any]]:
     config = {**CONFIG, "data": {"train": str(folder / "text" / "train.jsonl"), "cache_dir": str(folder / "cache")}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, str(ROOT / "launch/pretrain.py"), f"--config={folder / 'config.yaml'}"]
-    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     done = subprocess.run(
-        [*command, f"--run_dir={folder / 'run'}"], cwd=ROOT, env=kept, capture_output=True, text=True
+        [*command, f"--run_dir={folder / 'run'}"], cwd=ROOT, env=alone(), capture_output=True, text=True
     )
     if done.returncode != 0:
         raise UserError(f"launch/pretrain.py ended with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")

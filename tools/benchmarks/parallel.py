@@ -23,6 +23,7 @@ if not __package__:
 
 from llm.cli import run_cli
 from llm.errors import UserError
+from llm.parallel import local
 from tools.benchmarks.harness import RESULTS, Spread, check_same_work, table, write_result
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,7 +105,7 @@ def measure(model: dict[str, Any], layout: dict[str, Any], precision: str, steps
 def run_jobs(task: dict[str, Any], processes: int = 2, jobs: int = 1) -> list[dict[str, float]]:
     """What parallel_job.py measured of `task` on so many processes; with several jobs, of each of them side by side."""
     script = str(ROOT / "tools/benchmarks/parallel_job.py")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", script]
+    launcher = [*local.command(processes), script]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "task.json"

@@ -26,6 +26,7 @@ if not __package__:
 
 from llm.cli import run_cli
 from llm.errors import UserError
+from llm.parallel import local
 from tools.benchmarks.harness import MIN_ROUNDS, RESULTS, Bar, Spread, table, write_result
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,7 +112,7 @@ def run_job(what: str, task: dict[str, Any], nproc: int, scratch: Path) -> Any:
     written, out = scratch / "task.json", scratch / "out.json"
     written.write_text(json.dumps(task))
     job = str(ROOT / "tools/benchmarks/saving_job.py")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", job]
+    launcher = [*local.command(nproc), job]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*launcher, what, str(written), str(out)], env=environment, capture_output=True, text=True)
     if done.returncode != 0:

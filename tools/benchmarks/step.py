@@ -22,6 +22,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from llm.cli import run_cli
+from llm.environment import alone
 from llm.errors import UserError
 from llm.malloc import keep_freed
 from llm.parallel import launch
@@ -196,7 +197,7 @@ def command(what: str, name: str, case: str, precision: str, keep_memory: bool =
 
 def environment() -> dict[str, str]:
     """Of a process that is a world of its own."""
-    return {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return alone()
 
 
 if __name__ == "__main__":
