@@ -1,13 +1,15 @@
 """Command lines: every flag is settled before the job runs; what the user must mend is one last line."""
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
 import pytest
 from pydantic import BaseModel
 
-from llm.cli import run_cli, split
+from llm.cli import EXIT_UNREAD, run_cli, split
 from llm.errors import UserError
 
 Job = tuple[Callable[..., None], list[dict]]
@@ -165,3 +167,60 @@ def test_dotted_flags_are_split_and_kept_as_text() -> None:
         ["run"],
         {"train.steps": "200", "optim.lr": "1e-4", "dry_run": None},
     )
+
+
+def unread_pipe(**options: int) -> TextIO:
+    """A stream into a pipe that nobody reads any more."""
+    read, write = os.pipe()
+    os.close(read)
+    return os.fdopen(write, "w", **options)  # type: ignore[call-overload, no-any-return]
+
+
+@pytest.mark.parametrize("buffering", [-1, 1])
+def test_help_that_nobody_reads_to_its_end_ends_without_a_word(
+    buffering: int, job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdout", unread_pipe(buffering=buffering))
+    with pytest.raises(SystemExit) as ended:
+        run_cli(job[0], ["--help"])
+    assert ended.value.code == EXIT_UNREAD and capsys.readouterr().err == ""
+    sys.stdout.flush()  # as Python does at the end: what is left goes nowhere
+
+
+def test_the_status_of_bad_input_holds_where_nobody_reads_the_message(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", unread_pipe())
+    with pytest.raises(SystemExit) as ended:
+        run_cli(job[0], ["--no_such_flag"])
+    assert ended.value.code == 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_output_that_a_full_disk_lost_is_an_error(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: SIM115 (closed with the test)
+    with pytest.raises(SystemExit) as ended:
+        run_cli(job[0], ["--help"])
+    assert ended.value.code == 1
+    assert last_line(capsys) == "error: standard output: No space left on device"
+
+
+def test_a_broken_pipe_of_the_jobs_own_is_no_unread_output(job: Job) -> None:
+    def talk() -> None:
+        raise BrokenPipeError("a process of its own")
+
+    with pytest.raises(BrokenPipeError):
+        run_cli(talk, [])
+
+
+def test_a_letter_that_the_screen_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def greet() -> None:
+        print("gr\u00fc\u00dfe")
+
+    out = tmp_path / "out.txt"
+    with open(out, "w", encoding="ascii") as screen:
+        monkeypatch.setattr(sys, "stdout", screen)
+        run_cli(greet, [])
+    assert out.read_bytes() == b"gr\\xfc\\xdfe\n"

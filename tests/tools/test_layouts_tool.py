@@ -13,11 +13,28 @@ import pytest
 from llm.errors import UserError
 from llm.train.config import RunConfig, check_layout, load_config, validate
 from tests.distributed.harness import ROOT, TINY_MODEL, environment, tiny_config, write_config, write_text
-from tools.layouts import BOUND, alone, changed, compare, fitting, layouts, line, prepared, trained
+from tools.layouts import BOUND, alone, changed, compare, described, fitting, layouts, line, prepared, trained
 from tools.shrink import alike, layers_of_every_kind, shrunk
 
 CONFIGS = sorted((ROOT / "configs/pretrain").glob("*.yaml"))
 STAGES = (1, 2, 3)
+
+
+DENSE = {"dim": 256, "n_layers": 6, "n_heads": 8, "n_kv_heads": 2, "max_seq_len": 1024}
+WITHOUT_EXPERTS: dict[str, dict[str, Any]] = {
+    "dense": DENSE,
+    "tied": {**DENSE, "tie_embeddings": True, "qkv_bias": True},
+    "gpt_neox": {
+        **DENSE, "n_kv_heads": 8, "norm": "layer", "act": "gelu", "gated": False, "ffn_bias": True, "qkv_bias": True,
+        "o_bias": True, "parallel_residual": True, "rope_pct": 0.25, "ffn_hidden": 1024,
+    },
+    "gemma": {
+        **DENSE, "head_dim": 64, "norm_place": "sandwich", "norm_offset": True, "attn_softcap": 50.0,
+        "logit_softcap": 30.0, "embed_scale": 16.0, "score_scale": 0.0625, "tie_embeddings": True,
+        "sliding_window": 512, "layer_pattern": ["attn:window", "attn:full"], "act": "gelu_tanh",
+    },
+    "yarn": {**DENSE, "qk_norm": "head", "rope_scaling": {"kind": "yarn", "original_max_position": 512}},
+}  # fmt: skip
 
 
 def tiny(**sections: dict[str, Any]) -> RunConfig:
@@ -72,6 +89,23 @@ def test_a_small_model_has_every_kind_of_layer_and_the_same_layouts(path: Path) 
     chunk = size.attention_chunk_size
     assert chunk is None or chunk <= small.train.seq_len // 4, "a row must hold several chunks"
     assert shrunk(small, 8) == small
+
+
+@pytest.mark.parametrize("kind", WITHOUT_EXPERTS)
+def test_a_model_without_experts_is_made_small_and_keeps_its_layouts(kind: str) -> None:
+    train = {"seq_len": 1024, "global_batch_size": 16, "micro_batch_size": 4}
+    raw = tiny_config(Path("text"), train=train)
+    config = prepared(validate({**raw, "model": WITHOUT_EXPERTS[kind]}, "test"), "fp32", None)
+    small = shrunk(config, 4)
+    assert numbers(small, 4) == numbers(config, 4) and numbers(small, 4)
+    assert {spec.mask for spec in small.model.layer_specs()} == {spec.mask for spec in config.model.layer_specs()}
+    assert max(small.model.dim, small.model.ffn_width(), small.train.seq_len) <= 128
+
+
+def test_one_process_is_described_with_and_without_routers() -> None:
+    rows = [{"loss": 5.0, "grad_norm": 1.5, "margin": margin} for margin in (None, 0.25, 0.125)]
+    assert described(rows[:1]) == "one process: loss 5.0000 to 5.0000, gradient norm 1.5 to 1.5"
+    assert described(rows).endswith("; nearest choice of a router: 1.2e-01 of its logits, step 3")
 
 
 def test_a_small_config_keeps_the_pipelines_of_two_stages_a_rank() -> None:
