@@ -2,6 +2,8 @@
 DeepSpeed.
 """
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,11 +18,30 @@ from llm.checkpoint.pretrained import (
 )
 from llm.errors import UserError
 from llm.foreign.export import Weights
-from llm.foreign.files import is_foreign, open_foreign
+from llm.foreign.files import ForeignModel, is_foreign, open_foreign
 from llm.foreign.native import OfCheckpoint
 from llm.foreign.tokenizer import foreign_tokenizer
 from llm.model import LLM
 from llm.tokenizer import Tokenizer, TokenizerConfig
+
+Tell = Callable[[str], object]
+LOG = logging.getLogger(__name__)
+
+
+def log_note(line: str) -> None:
+    """Where notes about a folder go unless a caller has a place for them: the logger `llm.pretrained`, which writes to
+    stderr where nobody has set up logging."""
+    LOG.warning("note: %s", line)
+
+
+def read_foreign(path: Path, tell: Tell | None = log_note) -> ForeignModel:
+    """The model in a foreign folder; `tell` gets a line for everything that the folder leaves open or says twice;
+    None where the same folder is read again by what tells it."""
+    source = open_foreign(path)
+    if tell is not None:
+        for line in source.warnings:
+            tell(f"{path}: {line}")
+    return source
 
 
 def load_model(path: str | Path, dtype: torch.dtype, average: bool = False) -> LLM:
@@ -29,7 +50,7 @@ def load_model(path: str | Path, dtype: torch.dtype, average: bool = False) -> L
     if is_foreign(path):
         if average:
             raise UserError(f"{path}: holds no averaged weights")
-        source = open_foreign(path)
+        source = read_foreign(path)
         weights = source.weights()
         weights.check_twins()
         model = LLM(source.args, device="meta").to_empty(device="cpu").to(dtype)
@@ -63,17 +84,18 @@ def tokenizer_config_of(path: str | Path) -> TokenizerConfig:
     return config if config.path is None else config.model_copy(update={"path": str((folder / config.path).resolve())})
 
 
-def args_of(path: str | Path) -> ModelArgs:
-    """What the model is, from its config and the headers of its files."""
+def args_of(path: str | Path, tell: Tell | None = log_note) -> ModelArgs:
+    """What the model is, from its config and the headers of its files. `tell`: see read_foreign."""
     path = Path(path)
-    return open_foreign(path).args if is_foreign(path) else load_checkpoint(path)[1]
+    return read_foreign(path, tell).args if is_foreign(path) else load_checkpoint(path)[1]
 
 
-def weights_of(path: str | Path) -> tuple[ModelArgs, Weights]:
-    """What the model is, and its parameters in boxes, of which only what is asked for is read."""
+def weights_of(path: str | Path, tell: Tell | None = log_note) -> tuple[ModelArgs, Weights]:
+    """What the model is, and its parameters in boxes, of which only what is asked for is read. `tell`: see
+    read_foreign."""
     path = Path(path)
     if is_foreign(path):
-        source = open_foreign(path)
+        source = read_foreign(path, tell)
         return source.args, source.weights()
     checkpoint, args = load_checkpoint(path)
     return args, OfCheckpoint(checkpoint)

@@ -37,6 +37,16 @@ class Entry(NamedTuple):
     """Bytes from the start of the file."""
 
 
+class Unread(NamedTuple):
+    """A tensor of a dtype that is not read: whole numbers, 8 bits and fewer. Files may hold some that nobody needs."""
+
+    dtype: str
+    """As the file calls it."""
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
 class TensorFile:
     """Tensors that lie in a file row by row, by name. DamagedFile, naming the file, when it cannot be read."""
 
@@ -91,13 +101,14 @@ class TensorFile:
 
 
 class SafetensorsFile(TensorFile):
-    """The tensors of one file. DamagedFile, naming the file, when it is not what its header says."""
+    """The tensors of one file; `unread` are those of other dtypes, which are only listed. DamagedFile, naming the file,
+    when it is not what its header says."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, {})
-        self.metadata, self.entries = self._read_header()
+        self.metadata, self.entries, self.unread = self._read_header()
 
-    def _read_header(self) -> tuple[dict[str, str], dict[str, Entry]]:
+    def _read_header(self) -> tuple[dict[str, str], dict[str, Entry], dict[str, Unread]]:
         size = os.fstat(self._descriptor).st_size
         first = os.pread(self._descriptor, 8, 0)
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else LONGEST_HEADER + 1
@@ -106,17 +117,18 @@ class SafetensorsFile(TensorFile):
         try:
             header = json.loads(os.pread(self._descriptor, length, 8), object_pairs_hook=self._unique)
             metadata = header.pop("__metadata__", {})
-            entries = {key: self._entry(key, row, 8 + length) for key, row in header.items()}
+            found = {key: self._entry(key, row, 8 + length) for key, row in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise DamagedFile(f"{self.path}: damaged: its safetensors header cannot be read") from None
         end = 8 + length
-        for key, entry in sorted(entries.items(), key=lambda item: (item[1].offset, _bytes(*item[1][1::-1]))):
-            if entry.offset != end:
+        for offset, size_of, key in sorted((entry.offset, _size(entry), key) for key, entry in found.items()):
+            if offset != end:
                 raise DamagedFile(f"{self.path}: damaged: {key} does not begin where the tensor before it ends")
-            end += _bytes(entry.shape, entry.dtype)
+            end += size_of
         if end != size:
             raise DamagedFile(f"{self.path}: damaged or cut off: it has {size:,} bytes, its header says {end:,}")
-        return metadata, entries
+        entries = {key: entry for key, entry in found.items() if isinstance(entry, Entry)}
+        return metadata, entries, {key: entry for key, entry in found.items() if isinstance(entry, Unread)}
 
     def _unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -124,12 +136,12 @@ class SafetensorsFile(TensorFile):
             raise DamagedFile(f"{self.path}: holds {first_repeated(pairs)} twice")
         return found
 
-    def _entry(self, key: str, row: dict[str, Any], data: int) -> Entry:
-        if row["dtype"] not in DTYPES:
-            raise DamagedFile(f"{self.path}: {key} is {row['dtype']}; known are {', '.join(DTYPES)}")
+    def _entry(self, key: str, row: dict[str, Any], data: int) -> Entry | Unread:
         shape, (start, stop) = row["shape"], row["data_offsets"]
         if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
             raise ValueError
+        if row["dtype"] not in DTYPES:
+            return Unread(str(row["dtype"]), tuple(shape), data + start, stop - start)
         entry = Entry(DTYPES[row["dtype"]], tuple(shape), data + start)
         if _bytes(entry.shape, entry.dtype) != stop - start:
             raise DamagedFile(f"{self.path}: damaged: the bytes of {key} do not fit its shape")
@@ -140,6 +152,10 @@ def first_repeated(pairs: list[tuple[str, Any]]) -> str:
     """The first key of a JSON object that has been there before."""
     seen: set[str] = set()
     return next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+
+
+def _size(entry: Entry | Unread) -> int:
+    return entry.nbytes if isinstance(entry, Unread) else _bytes(entry.shape, entry.dtype)
 
 
 def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

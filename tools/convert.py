@@ -31,12 +31,15 @@ from llm.cli import run_cli
 from llm.errors import UserError
 from llm.foreign.export import check_free, choose_family, export_hf, export_meta, meaning
 from llm.foreign.files import TOKENIZER_FILES, open_foreign
+from llm.foreign.finite import FiniteWeights
 from llm.foreign.native import OfCheckpoint, kept_files, write_native
 from llm.malloc import give_back_freed
 from llm.pretrained import tokenizer_of
 from llm.tokenizer import Tokenizer
 
 DEFAULT_SHARD_GB = 5.0
+SHOWN = 4
+"""Names that a line lists."""
 LARGE_BYTES = 1 << 20
 """Memory from this size on goes back to the system when it is freed. By itself glibc learns from the first buffers to
 keep them, 100 MB and more."""
@@ -48,6 +51,8 @@ def import_(
     family: str | None = None,
     dtype: str | None = None,
     set: list[str] | None = None,
+    text_only: bool = False,
+    allow_nonfinite: bool = False,
     quiet: bool = False,
 ) -> None:
     """Read a foreign folder into a model folder of ours.
@@ -57,16 +62,18 @@ def import_(
     family: read it as this family, whatever its config says
     dtype: of the weights written: float32, bfloat16 or float16; default: the file's own
     set: keys of ModelArgs that hold instead of what the config says, as rope_scaling.factor=32
+    text_only: leave out what a multimodal model has beside its text model
+    allow_nonfinite: take weights with NaN or infinite values too
     quiet: no progress bar
     """
     asked = _dtype(dtype)
     check_free(Path(dst))
-    source = open_foreign(Path(src), family, _overrides(set or []))
+    source = open_foreign(Path(src), family, _overrides(set or []), text_only)
     chosen = asked or _kept(source.files.dtype())
     for line in (*source.warnings, *_rounded(source.files.dtypes(), chosen)):
         print(f"note: {line}")
-    weights = source.weights()
-    weights.check_twins()
+    source.weights().check_twins()
+    weights = FiniteWeights(source.weights(), allow_nonfinite)
     tokenizer = _tokenizer_or_note(Path(src))
     total = _parameters(source.args) * chosen.itemsize
     with tqdm(total=total, unit="B", unit_scale=True, disable=quiet or not sys.stderr.isatty()) as bar:
@@ -80,6 +87,8 @@ def import_(
             keep={name: Path(src) / name for name in TOKENIZER_FILES if (Path(src) / name).is_file()},
             tell=bar.update,
         )
+    for line in weights.found.values():
+        print(f"note: {line}")
     print(f"{src}: {source.family.name}, {_parameters(source.args):,} parameters, written to {dst} as {_name(chosen)}")
 
 
@@ -222,13 +231,16 @@ def inspect(src: str, family: str | None = None) -> None:
     src: folder with config.json or params.json
     family: read it as this family, whatever its config says
     """
-    source = open_foreign(Path(src), family)
+    source = open_foreign(Path(src), family, text_only=True)
     for line in source.warnings:
         print(f"note: {line}")
     print(f"family      {source.family.name} ({source.family.format})")
     print(f"parameters  {_parameters(source.args):,}, {_name(source.files.dtype())}")
     twins = sorted({piece.key for piece in source.found.pieces if piece.twin})
     print(f"tensors     {len(source.files.shapes())}, all known" + (f"; held twice: {len(twins)}" if twins else ""))
+    if source.dropped:
+        more = f" and {len(source.dropped) - SHOWN} more" if len(source.dropped) > SHOWN else ""
+        print(f"not read    {len(source.dropped)}: {', '.join(source.dropped[:SHOWN])}{more}")
     defaults = ModelArgs(dim=source.args.dim, n_layers=1, n_heads=1, head_dim=2)
     for key, value in source.args.model_dump(mode="json").items():
         if value != getattr(defaults, key) or key == "dim":

@@ -148,7 +148,7 @@ def _operate(
         raise UserError(f"--dtype={dtype} is not one of {', '.join(DTYPES)}")
     if Path(dst).exists():
         raise UserError(f"{dst}: exists already; give another folder, or remove it")
-    args = args_of(src)
+    args = args_of(src, tell=None)  # the notes are told below, where it is read
     operation(args, dict(LLM(args, device="meta").named_parameters()))
     chosen = _kept_dtype(src, average) if dtype is None else DTYPES[dtype]
 

@@ -25,10 +25,12 @@ Warn = Callable[[str], None]
 SHOWN = 4
 """Names of each kind that a message lists."""
 DROP = (
-    r"rope\.freqs", r"(.*\.)?freqs_cis", r".*\.rotary_emb\.inv_freq", r".*\._extra_state",
-    r".*\.attention\.(masked_bias|bias)", r".*\.(global|running)_gate_stats_3E", r".*\.expert_activation_DE",
+    r"(.*\.)?rope\.freqs", r"(.*\.)?freqs_cis", r"(.*\.)?rotary_emb\.(inv_freq|(cos|sin)_cached)",
+    r"(.*\.)?_extra_state", r"(.*\.)?position_ids", r"(.*\.)?attention\.(masked_bias|bias)",
+    r".*\.self_attn\.(masked_bias|bias)", r".*\.(global|running)_gate_stats_3E", r".*\.expert_activation_DE",
 )  # fmt: skip
-"""Buffers that public checkpoints carry and no model needs."""
+"""Buffers that public checkpoints carry and no model needs: tables of positions, causal masks, counts. They are passed
+over by name, whatever their dtype."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,20 @@ class Family:
     containers: Mapping[str, str] = field(default_factory=dict)
     """What stands before the names of a block, an attention and a feed-forward: ours -> theirs."""
     drop: tuple[str, ...] = DROP
+    tower: tuple[str, ...] = ()
+    """Names of what a multimodal model has beside its text model, which alone is read."""
     format: str = "hf"
     """hf or meta: how its files are laid out."""
+    architecture: str = ""
+    """What Hugging Face calls the class of its language models."""
 
     def dropped(self, key: str) -> bool:
-        """Whether a foreign tensor is one that no model needs."""
-        return any(re.fullmatch(pattern, key) for pattern in self.drop)
+        """Whether a foreign tensor is one that no text model needs."""
+        return self.of_tower(key) or any(re.fullmatch(pattern, key) for pattern in self.drop)
+
+    def of_tower(self, key: str) -> bool:
+        """Whether a foreign tensor belongs to what reads other than text."""
+        return any(re.fullmatch(pattern, key) for pattern in self.tower)
 
     def expanded(self) -> Iterator[Row]:
         """The rows, those of biases written out."""

@@ -1,30 +1,28 @@
 """Foreign model folders: what they are, and their tensors, read as they are asked for.
 
 Hugging Face: config.json beside model.safetensors, or its parts and their index, or the same as .bin files. Meta:
-params.json beside consolidated.NN.pth. Pickles are opened by torch with weights_only, which executes nothing; one that
-asks for code is refused.
+params.json beside consolidated.NN.pth. Which of the files are read is llm/foreign/weight_files.py's.
 """
 
-import json
-import pickle
-import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
 from llm.args import ModelArgs
-from llm.errors import DamagedFile, UserError
-from llm.foreign.family import Family, Match, family_named, match
-from llm.foreign.load import ForeignWeights, view
+from llm.errors import UserError
+from llm.foreign.family import Family, Match, families, family_named, match
+from llm.foreign.load import ForeignWeights
 from llm.foreign.pieces import Piece, Shape
+from llm.foreign.stored import Stored
+from llm.foreign.weight_files import WeightFiles, hugging_face_files, meta_files, read_json
 from llm.parallel.build import whole_shapes
-from llm.safetensors_file import DTYPES, Entry, SafetensorsFile, TensorFile, first_repeated
+from llm.safetensors_file import DTYPES
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -32,119 +30,15 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 LLAMA4_KEYS = {"moe_args", "use_qk_norm", "nope_layer_interval", "attention_chunk_size", "attn_temperature_tuning"}
 """Of Meta's params.json, which does not name its family; they matter to no earlier one."""
+MODALITIES = ("vision_config", "audio_config", "speech_config", "text_config", "mm_vision_tower")
+"""Keys of configs of models that read more than text."""
 Key = tuple[int, str]
 
 
-class _File(Protocol):
-    def shapes(self) -> Mapping[str, Shape]: ...
-
-    def dtype(self, key: str) -> torch.dtype: ...
-
-    def read(self, piece: Piece, out: Tensor) -> None: ...
-
-
-class _Safetensors:
-    def __init__(self, path: Path) -> None:
-        self._file = SafetensorsFile(path)
-        self._shapes = {key: entry.shape for key, entry in self._file.entries.items()}
-
-    def shapes(self) -> dict[str, Shape]:
-        return self._shapes
-
-    def dtype(self, key: str) -> torch.dtype:
-        return self._file.entries[key].dtype
-
-    def read(self, piece: Piece, out: Tensor) -> None:
-        self._file.read(piece.key, piece.theirs, piece.to_theirs(out))
-
-
-class _Pickle:
-    """A zip file of torch.save. torch says where in it the values lie; they are read there, not from torch's map of the
-    file, because what has been touched of a map counts as memory."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._tensors = self._open()
-        self._shapes = {key: tuple(tensor.shape) for key, tensor in self._tensors.items()}
-        maps = _maps_of(path)
-        self._file = TensorFile(path, {key: e for key, tensor in self._tensors.items() if (e := _entry(tensor, maps))})
-
-    def _open(self) -> dict[str, Tensor]:
-        try:
-            found = torch.load(self._path, map_location="cpu", weights_only=True, mmap=True)
-        except pickle.UnpicklingError:
-            raise UserError(
-                f"{self._path}: refused: it holds more than tensors, which loading it might execute as code"
-            ) from None
-        except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if _is_legacy(self._path):
-                raise UserError(
-                    f"{self._path}: in the format before torch 1.6, which is not read; save it again with a newer torch"
-                ) from None
-            raise DamagedFile(f"{self._path}: damaged or cut off: {_first_line(error)}") from None
-        except OSError as error:
-            raise DamagedFile(f"{self._path}: {error.strerror or error}") from None
-        found = found.get("model", found) if isinstance(found, dict) else found
-        if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
-            raise UserError(f"{self._path}: holds no mapping of names to tensors")
-        for key, tensor in found.items():
-            if tensor.dtype not in DTYPES.values() or tensor.layout != torch.strided:
-                kind = str(tensor.dtype).removeprefix("torch.") + ("" if tensor.layout == torch.strided else ", sparse")
-                raise UserError(f"{self._path}: {key} is {kind}; known are {', '.join(DTYPES)}")
-        return found
-
-    def shapes(self) -> dict[str, Shape]:
-        return self._shapes
-
-    def dtype(self, key: str) -> torch.dtype:
-        return self._tensors[key].dtype
-
-    def read(self, piece: Piece, out: Tensor) -> None:
-        target = piece.to_theirs(out)
-        if piece.key in self._file.entries:
-            self._file.read(piece.key, piece.theirs, target)
-        else:
-            target.copy_(view(self._tensors[piece.key], piece.theirs))
-
-
-def _maps_of(path: Path) -> list[tuple[int, int, int]]:
-    """(first address, address behind the last, place in the file) of maps of a file; none where Linux is not."""
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        addresses, _, place, _, _, *name = line.split(maxsplit=5)
-        if name == [str(path.resolve())]:
-            first, last = (int(address, 16) for address in addresses.split("-"))
-            found.append((first, last, int(place, 16)))
-    return found
-
-
-def _entry(tensor: Tensor, maps: list[tuple[int, int, int]]) -> Entry | None:
-    """Where in its mapped file a tensor lies; None for one that is not mapped, or not row by row."""
-    at = tensor.data_ptr()
-    for first, last, place in maps:
-        if tensor.is_contiguous() and first <= at and at + tensor.nbytes <= last:
-            return Entry(tensor.dtype, tuple(tensor.shape), at - first + place)
-    return None
-
-
-def _is_legacy(path: Path) -> bool:
-    """Whether it begins like a pickle, not like a zip file."""
-    with open(path, "rb") as file:
-        return file.read(1) == b"\x80"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 class Files:
-    """The tensors of one or several files, by (shard, key)."""
+    """The tensors of one or several files that make up a model, by (shard, key)."""
 
-    def __init__(self, name: str, files: Mapping[Key, _File]) -> None:
+    def __init__(self, name: str, files: Mapping[Key, Stored]) -> None:
         self.name = name
         self._files = files
 
@@ -153,7 +47,8 @@ class Files:
 
     def dtypes(self) -> Counter[torch.dtype]:
         """How many tensors are of each dtype."""
-        return Counter(file.dtype(key) for (_, key), file in self._files.items())
+        found = (file.dtype(key) for (_, key), file in self._files.items())
+        return Counter(dtype for dtype in found if dtype is not None)
 
     def dtype(self) -> torch.dtype:
         """The dtype of most tensors."""
@@ -161,6 +56,18 @@ class Files:
 
     def read(self, piece: Piece, out: Tensor) -> None:
         self._files[piece.shard, piece.key].read(piece, out)
+
+    def only(self, keys: set[Key]) -> "Files":
+        """These tensors alone. UserError where one is of a dtype that is not read."""
+        for shard, key in sorted(keys & self._files.keys()):
+            file = self._files[shard, key]
+            if file.dtype(key) is None:
+                raise UserError(f"{file.path}: {key} is {file.described(key)[0]}; known are {', '.join(DTYPES)}")
+        return Files(self.name, {key: file for key, file in self._files.items() if key in keys})
+
+    def nbytes(self, keys: set[Key]) -> int:
+        """Bytes of some tensors, be they of a dtype that is read or not."""
+        return sum(self._files[shard, key].described(key)[1] for shard, key in keys)
 
 
 @dataclass(frozen=True)
@@ -173,7 +80,11 @@ class ForeignModel:
     config: dict[str, Any]
     found: Match
     files: Files
+    """The tensors that the model is made of."""
     warnings: tuple[str, ...] = field(default=())
+    """Lines about what the folder leaves open or says twice, and what of it was taken."""
+    dropped: tuple[str, ...] = field(default=())
+    """Names of tensors that no model needs."""
 
     def weights(self) -> ForeignWeights:
         return ForeignWeights(self.files, self.found)
@@ -184,29 +95,42 @@ def is_foreign(path: Path) -> bool:
     return (path / "config.json").is_file() or (path / "params.json").is_file()
 
 
-def open_foreign(path: Path, family: str | None = None, overrides: Mapping[str, Any] | None = None) -> ForeignModel:
+def open_foreign(
+    path: Path,
+    family: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    text_only: bool = False,
+) -> ForeignModel:
     """The model in a folder; `overrides` are keys of ModelArgs that hold instead of what its config says.
 
-    UserError, naming file and key, when it is of no known family, or config and tensors do not fit together.
+    text_only: take the text model of a multimodal one. UserError, naming file and key, when it is of no known family,
+    or config and tensors do not fit together, or it reads more than text and that is not asked for.
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such folder")
-    warnings: list[str] = []
+    notes: list[str] = []
     if (path / "config.json").is_file():
-        config = _read_json(path / "config.json")
+        config = read_json(path / "config.json")
+        _refuse_quantised(config, path)
         chosen = family_named(family) if family else _family_of(config, path)
-        shards = [_hf_files(path)]
+        _refuse_other_inputs(chosen, config, path)
+        notes += _about_config(chosen, config)
+        found_files = hugging_face_files(path, config)
+        chosen, said = _of_base_model(chosen, found_files)
+        notes += said
     elif (path / "params.json").is_file():
-        config = _read_json(path / "params.json")
-        shards = [{key: file for key in file.shapes()} for file in _meta_files(path)]
-        fused = any(key.endswith(("wqkv.weight", "router_DE")) for key in shards[0])
+        config = read_json(path / "params.json")
+        found_files = meta_files(path)
+        fused = any(key.endswith(("wqkv.weight", "router_DE")) for key in found_files.shards[0])
         chosen = family_named(family or ("meta_llama4" if fused or config.keys() & LLAMA4_KEYS else "meta_llama"))
     else:
         raise UserError(f"{path}: holds neither config.json nor params.json")
+    notes += found_files.notes
+    shards = found_files.shards
     files = Files(str(path), {(i, key): file for i, shard in enumerate(shards) for key, file in shard.items()})
     shapes = files.shapes()
     try:
-        read = chosen.read_config(config, warnings.append)
+        read = chosen.read_config(config, notes.append)
         if chosen.format == "meta":
             read |= _settled_by_weights(read, shapes, len(shards))
     except UserError as error:  # it says in which file, not where that is
@@ -216,8 +140,94 @@ def open_foreign(path: Path, family: str | None = None, overrides: Mapping[str, 
         raise UserError(f"{path}: its config makes no sense to {chosen.name}: {type(error).__name__} {error}") from None
     args = _model_args(path, {**read, **_merged(read, overrides or {})})
     found = match(chosen, args, whole_shapes(args), shapes, len(shards))
+    used = {(piece.shard, piece.key) for piece in found.pieces}
+    own = files.only(used)
+    said, nobodys = found_files.spare({key for _, key in used} | set(found.missing), found.unknown)
+    notes += said
+    found = replace(found, unknown=tuple(key for key in found.unknown if key not in nobodys))
     found.check(str(path))
-    return ForeignModel(path, chosen, args, config, found, files, tuple(warnings))
+    notes += _about_tower(chosen, config, path, files, text_only)
+    if chosen.format == "hf":
+        notes += _about_dtype(config, own)
+    dropped = sorted({key for shard, key in shapes.keys() - used})
+    return ForeignModel(path, chosen, args, config, found, own, tuple(notes), tuple(dropped))
+
+
+def _refuse_quantised(config: Mapping[str, Any], path: Path) -> None:
+    """UserError where weights are packed by another library, whose numbers are not the model's."""
+    text = config.get("text_config")
+    for holder in (config, text if isinstance(text, dict) else {}):
+        for key in ("quantization_config", "compression_config"):
+            if settings := holder.get(key):
+                method = settings.get("quant_method") or settings.get("format") if isinstance(settings, dict) else None
+                raise UserError(
+                    f"{path / 'config.json'}: {key}{f' ({method})' if method else ''}: quantised weights are not read; "
+                    f"take the model from before, or, where its files hold plain weights, remove {key} from config.json"
+                )
+
+
+def _refuse_other_inputs(family: Family, config: Mapping[str, Any], path: Path) -> None:
+    """UserError where a text family's config speaks of images or sound."""
+    named = [key for key in MODALITIES if config.get(key)]
+    if named and not family.tower:
+        raise UserError(
+            f"{path / 'config.json'}: {named[0]} makes it a multimodal model, which {family.name} is not; "
+            f"of those only the text model of llama4 is read"
+        )
+
+
+def _about_config(family: Family, config: Mapping[str, Any]) -> Iterator[str]:
+    """Lines about keys that say nothing of numbers."""
+    if config.get("auto_map"):
+        yield f"config.json: auto_map names code that came with the model; it is not run, and read as {family.name}"
+    architectures = config.get("architectures")
+    known = {named.architecture: named.name for named in families().values() if named.architecture}
+    for name in architectures if isinstance(architectures, list) else []:
+        if known.get(name, family.name) != family.name:
+            yield (
+                f"config.json: model_type={config.get('model_type')} and architectures={name} contradict each other; "
+                f"read as {family.name}"
+            )
+
+
+def _of_base_model(family: Family, files: WeightFiles) -> tuple[Family, list[str]]:
+    """The family with names as a model without its head writes them, where these are such; and a line that says so."""
+    (table,) = [entry.theirs for entry in family.rows if entry.ours == ("tok_embeddings.weight",)]
+    prefix = f"{table.partition('.')[0]}."
+    keys = files.shards[0].keys()
+    if table in keys or table.removeprefix(prefix) not in keys:
+        return family, []
+    rows = tuple(replace(entry, theirs=entry.theirs.removeprefix(prefix)) for entry in family.rows)
+    return replace(family, rows=rows), [f"names of tensors lack {prefix!r}, as of a model saved without its head"]
+
+
+def _about_tower(
+    family: Family, config: Mapping[str, Any], path: Path, files: Files, text_only: bool
+) -> Iterator[str]:
+    """A line about what a multimodal model has beside its text model. UserError unless that may be left out."""
+    tower = {(shard, key) for shard, key in files.shapes() if family.of_tower(key)}
+    if not tower:
+        if config.get("vision_config"):
+            yield "config.json: vision_config, but no weights of a vision tower: it is the text model alone"
+        return
+    prefixes = " and ".join(dict.fromkeys(key.partition(".")[0] for _, key in sorted(tower)))
+    said = f"{len(tower)} tensors of {prefixes}, {files.nbytes(tower) / 1e9:.3g} GB"
+    if not text_only:
+        raise UserError(
+            f"{path}: a multimodal model, of which only the text model is read: {said}, would be lost; "
+            f"tools/convert.py import {path} DST --text_only takes the text model"
+        )
+    yield f"text_only: {said}, are left out; images cannot be read"
+
+
+def _about_dtype(config: Mapping[str, Any], files: Files) -> Iterator[str]:
+    """A line where the config gives the weights another dtype than the files do."""
+    text = config.get("text_config")
+    holders = (config, text if isinstance(text, dict) else {})
+    said = next((h[key] for h in holders for key in ("dtype", "torch_dtype") if isinstance(h.get(key), str)), None)
+    held = str(files.dtype()).removeprefix("torch.") if files.dtypes() else said
+    if said not in (None, "auto", held):
+        yield f"config.json: dtype {said}, but the files hold {held}, which is kept"
 
 
 def _merged(read: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,23 +247,6 @@ def _model_args(path: Path, raw: dict[str, Any]) -> ModelArgs:
         raise UserError(f"{path}: its config makes no model: {said}") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
-            raise UserError(f"{path}: holds {first_repeated(pairs)} twice")
-        return dict(pairs)
-
-    try:
-        found = json.loads(path.read_bytes(), object_pairs_hook=unique)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{path}: damaged: not JSON") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: damaged: not a JSON object")
-    return found
-
-
 def _family_of(config: Mapping[str, Any], path: Path) -> Family:
     kind = config.get("model_type")
     if not isinstance(kind, str):
@@ -261,51 +254,8 @@ def _family_of(config: Mapping[str, Any], path: Path) -> Family:
     try:
         return family_named(kind)
     except UserError as error:
-        raise UserError(f"{path / 'config.json'}: model_type: {error}") from None
-
-
-def _hf_files(path: Path) -> dict[str, _File]:
-    for stem, suffix, kind in (("model", "safetensors", _Safetensors), ("pytorch_model", "bin", _Pickle)):
-        index = path / f"{stem}.{suffix}.index.json"
-        if index.is_file():
-            return _indexed(path, index, kind)
-        if (single := path / f"{stem}.{suffix}").is_file():
-            file = kind(single)
-            return {key: file for key in file.shapes()}
-    raise UserError(f"{path}: holds no model.safetensors, model.safetensors.index.json or pytorch_model.bin")
-
-
-def _indexed(path: Path, index: Path, kind: type[_Safetensors] | type[_Pickle]) -> dict[str, _File]:
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise UserError(f"{index}: damaged: it has no weight_map")
-    files: dict[str, _File] = {}
-    for name in sorted(set(weight_map.values())):
-        if Path(name).name != name:
-            raise UserError(f"{index}: names a file outside its folder: {name}")
-        if not (path / name).is_file():
-            raise UserError(f"{path / name}: missing, {index.name} lists it")
-        files[name] = kind(path / name)
-    found: dict[str, _File] = {}
-    for name, file in files.items():
-        for key in file.shapes():
-            if key in found:
-                raise UserError(f"{path / name}: holds {key}, which another part holds too")
-            found[key] = file
-    for key, name in weight_map.items():
-        if key not in files[name].shapes():
-            raise UserError(f"{path / name}: has no {key}, {index.name} says so")
-    return found
-
-
-def _meta_files(path: Path) -> list[_File]:
-    numbers = {int(m[1]): p for p in path.iterdir() if (m := re.fullmatch(r"consolidated\.(\d\d)\.pth", p.name))}
-    if not numbers:
-        raise UserError(f"{path}: holds no consolidated.00.pth")
-    for number in range(max(numbers) + 1):
-        if number not in numbers:
-            raise UserError(f"{path / f'consolidated.{number:02d}.pth'}: missing")
-    return [_Pickle(numbers[number]) for number in sorted(numbers)]
+        more = next((f"; it is a multimodal model ({key})" for key in MODALITIES if config.get(key)), "")
+        raise UserError(f"{path / 'config.json'}: model_type: {error}{more}") from None
 
 
 def _settled_by_weights(read: Mapping[str, Any], shapes: Mapping[Key, Shape], shards: int) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 so that `load_state_dict` takes foreign names as well as ours.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from math import prod
 from typing import Any, Protocol
 
@@ -78,14 +79,23 @@ class ForeignWeights:
                 self.source.read(piece, view(out, where))
         return out
 
+    def names(self) -> list[str]:
+        """Of the parameters."""
+        return list(self._pieces)
+
+    def values_of(self, name: str, most: int) -> Iterator[tuple[str, Tensor]]:
+        """(foreign name, values) of all that fills a parameter, about `most` at a time, in float64, which rounds none
+        of them."""
+        for piece in self._pieces[name]:
+            for part in _rows_of(piece, most):
+                out = torch.empty(box_shape(part.mine), dtype=torch.float64)
+                self.source.read(part, out)
+                yield part.key, out
+
     def check_twins(self) -> None:
         """UserError where tensors that hold the same parameter differ: replicas in several files, or a tied head."""
         for twin in self._twins:
-            (first, last), *rest = twin.mine
-            step = max(1, TWIN_ELEMENTS // max(1, prod(box_shape(tuple(rest)))))
-            for at in range(first, last, step):
-                part = twin.within(((at, min(at + step, last)), *rest))
-                assert part is not None
+            for part in _rows_of(twin, TWIN_ELEMENTS):
                 ours, theirs = (torch.empty(box_shape(part.mine)) for _ in range(2))
                 self.read(part.name, part.mine, ours)
                 self.source.read(part, theirs)
@@ -94,6 +104,16 @@ class ForeignWeights:
                         f"{self.source.name}: {twin.key}{f' of part {twin.shard}' if twin.shard else ''} holds the "
                         f"same weights as {twin.name}, but differs from it"
                     )
+
+
+def _rows_of(piece: Piece, most: int) -> Iterator[Piece]:
+    """A piece in parts of some rows, of about `most` elements."""
+    (first, last), *rest = piece.mine
+    step = max(1, most // max(1, prod(box_shape(tuple(rest)))))
+    for at in range(first, last, step):
+        part = piece.within(((at, min(at + step, last)), *rest))
+        assert part is not None
+        yield part
 
 
 def identify(args: ModelArgs, ours: Mapping[str, Shape], source: Source) -> Match:
@@ -144,7 +164,7 @@ def _of(family: Family, place: str) -> Family | None:
         for entry in family.expanded()
         if entry.theirs.startswith(theirs) and all(name.startswith(place) for name in entry.ours)
     )
-    return Family(family.name, rows, family.read_config, drop=family.drop)
+    return replace(family, rows=rows)
 
 
 def register_hook(module: nn.Module, args: ModelArgs, place: str) -> None:

@@ -20,7 +20,8 @@ def read_weights(engine: Engine, model: ModelSection) -> tuple[Callable[[], None
     taken, and what of the model is not as it was there. UserError where a parameter has another shape or is not there.
     """
     path = Path(str(model.init_from))
-    args, weights = weights_of(path)
+    notes: list[str] = []
+    args, weights = weights_of(path, notes.append)
     theirs, ours = whole_shapes(args), engine.shapes
     for name in ours.keys() | theirs.keys():
         if ours.get(name) != theirs.get(name):
@@ -28,7 +29,7 @@ def read_weights(engine: Engine, model: ModelSection) -> tuple[Callable[[], None
                 f"model.init_from={path}: {name} has shape {_shape(theirs, name)} there, {_shape(ours, name)} here"
             )
     before, now = meaning(args), meaning(model)
-    lines = [f"began with the weights of {path}"]
+    lines = [f"began with the weights of {path}", *(f"note: {line}" for line in notes)]
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     lines += [f"note: {key} was {before.get(key)} there and is {now.get(key)} here" for key in changed]
     loaded = [

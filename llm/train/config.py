@@ -371,7 +371,7 @@ def _complete_from_weights(raw: dict[str, Any], where: str) -> None:
     from llm.pretrained import args_of, tokenizer_config_of  # they import torch
 
     try:
-        own = args_of(source).model_dump(mode="json")
+        own = args_of(source, tell=None).model_dump(mode="json")  # the run says them when it begins
         groups = {key: own[key] | value for key, value in model.items() if _is_group(value) and _is_group(own.get(key))}
         raw["model"] = own | model | groups
         if "tokenizer" not in raw:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from pathlib import Path
 
 from llm.errors import UserError
 from llm.model import LLM
@@ -12,6 +13,7 @@ from llm.parallel.layout import Dimension, Layout
 from llm.parallel.stages import bubble
 from llm.parallel.workload import ZERO3_DEFAULTS, OptimizerGroup, Workload
 from llm.plans import plan_for
+from llm.pretrained import args_of
 from llm.tokenizer import load_tokenizer
 from llm.train.config import RunConfig
 from llm.train.optimizer import parameter_groups
@@ -60,6 +62,7 @@ def report(config: RunConfig, layout: Layout) -> str:
 
 
 def _lines(config: RunConfig, layout: Layout) -> Iterator[str]:
+    yield from _notes(config)
     yield from _grid(layout)
     try:
         config = _with_vocabulary(config)
@@ -75,6 +78,15 @@ def _lines(config: RunConfig, layout: Layout) -> Iterator[str]:
         yield "train.precision=auto counts as bf16, which GPUs take"
     yield from _memory(work, config.checkpoint.asynchronous)
     yield from _traffic(work)
+
+
+def _notes(config: RunConfig) -> list[str]:
+    """What is to be said about the folder that the weights come from."""
+    source = config.model.init_from
+    found: list[str] = []
+    if source is not None and Path(source).exists():
+        args_of(source, tell=lambda line: found.append(f"note: {line}"))
+    return found
 
 
 def _with_vocabulary(config: RunConfig) -> RunConfig:

@@ -75,6 +75,24 @@ def pth(value: Any, **options: Any) -> Callable[[Path], None]:
     return lambda folder: torch.save(value, folder / "consolidated.01.pth", **options)
 
 
+def added(key: str, value: Any) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        file = folder / "consolidated.01.pth"
+        torch.save(torch.load(file) | {key: value}, file)
+
+    return damage
+
+
+def replaced(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    """The last norm of the second part, changed."""
+
+    def damage(folder: Path) -> None:
+        norm = torch.load(folder / "consolidated.01.pth")["norm.weight"]
+        added("norm.weight", change(norm))(folder)
+
+    return damage
+
+
 def without(folder: Path) -> None:
     """An index that leaves a part out, which is not there either."""
     file = folder / "model.safetensors.index.json"
@@ -86,10 +104,12 @@ def without(folder: Path) -> None:
 
 
 def twice(folder: Path) -> None:
-    """A tensor in two parts."""
+    """A tensor in two parts, with other values in the one that the index does not mean."""
     parts = sorted(folder.glob("model-*.safetensors"))
     index = json.loads((folder / "model.safetensors.index.json").read_text())
-    shutil.copy(parts[0], folder / "model-copy.safetensors")
+    data = bytearray(parts[0].read_bytes())
+    data[-3] ^= 1
+    (folder / "model-copy.safetensors").write_bytes(data)
     index["weight_map"]["extra"] = "model-copy.safetensors"
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
@@ -124,7 +144,7 @@ HF_FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "index leads outside": (content(INDEX, '{"weight_map": {"x": "../out.safetensors"}}'), "a file outside its folder"),
     "index leads to the root": (content(INDEX, '{"weight_map": {"x": "/etc/passwd"}}'), "a file outside its folder"),
     "index says what is not so": (
-        content(INDEX, json.dumps({"weight_map": {"lost.weight": PART}})), f"{PART}: has no lost.weight"
+        content(INDEX, json.dumps({"weight_map": {"model.norm.weight": PART}})), f"{PART}: has no model.norm.weight"
     ),
     "dtype of 8 bits": (edited_header(lambda text: text.replace('"F32"', '"F8_E4M3"', 1)), "is F8_E4M3; known"),
     "a key twice in a header": (
@@ -179,8 +199,10 @@ META_FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "no mapping": (pth([torch.ones(2)]), "holds no mapping of names to tensors"),
     "numbers between tensors": (pth({"a": 1}), "holds no mapping of names to tensors"),
-    "whole numbers": (pth({"a": torch.ones(2, dtype=torch.int8)}), "a is int8; known are"),
-    "sparse": (pth({"a": torch.ones(2, 2).to_sparse()}), "a is float32, sparse; known are"),
+    "whole numbers": (replaced(lambda norm: norm.to(torch.int8)), "norm.weight is int8; known are"),
+    "sparse": (replaced(lambda norm: norm.to_sparse()), "norm.weight is float32, sparse; known are"),
+    "whole numbers of nobody": (added("a", torch.ones(2, dtype=torch.int8)), "has a, which the family does not know"),
+    "a number of nobody": (added("a", 1), "has a, which the family does not know"),
     "a part without a tensor": (pth({"norm.weight": torch.ones(32)}), "misses"),
     "params are not JSON": (content("params.json", "dim"), "params.json: damaged: not JSON"),
     "params without layers": (changed("params.json", n_layers=None), "n_layers is missing"),
@@ -244,7 +266,7 @@ def test_pickles_read_the_same_where_the_system_does_not_say_what_is_mapped(meta
     expected = LLM.from_pretrained(meta).state_dict()
     assert set(read) >= expected.keys()
     read.clear()
-    monkeypatch.setattr("llm.foreign.files._maps_of", lambda path: [])
+    monkeypatch.setattr("llm.foreign.stored._maps_of", lambda path: [])
     found = LLM.from_pretrained(meta).state_dict()
     assert not read and all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 

@@ -85,6 +85,6 @@ def write_gemma2(args: ModelArgs) -> dict[str, Any]:
 
 
 FAMILIES = (
-    Family("gemma", ROWS, read_gemma, write_gemma, CONTAINERS),
-    Family("gemma2", GEMMA2_ROWS, read_gemma2, write_gemma2, CONTAINERS),
+    Family("gemma", ROWS, read_gemma, write_gemma, CONTAINERS, architecture="GemmaForCausalLM"),
+    Family("gemma2", GEMMA2_ROWS, read_gemma2, write_gemma2, CONTAINERS, architecture="Gemma2ForCausalLM"),
 )

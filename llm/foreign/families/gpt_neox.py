@@ -51,4 +51,4 @@ def write_config(args: ModelArgs) -> dict[str, Any]:
 
 
 CONTAINERS = hf.containers(BLOCK, "attention", "mlp")
-FAMILIES = (Family("gpt_neox", ROWS, read_config, write_config, CONTAINERS),)
+FAMILIES = (Family("gpt_neox", ROWS, read_config, write_config, CONTAINERS, architecture="GPTNeoXForCausalLM"),)

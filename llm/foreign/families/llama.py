@@ -39,6 +39,6 @@ def write_mistral(args: ModelArgs) -> dict[str, Any]:
 
 
 FAMILIES = (
-    Family("llama", ROWS, read_llama, write_llama, CONTAINERS),
-    Family("mistral", ROWS, read_mistral, write_mistral, CONTAINERS),
+    Family("llama", ROWS, read_llama, write_llama, CONTAINERS, architecture="LlamaForCausalLM"),
+    Family("mistral", ROWS, read_mistral, write_mistral, CONTAINERS, architecture="MistralForCausalLM"),
 )

@@ -5,7 +5,7 @@ from typing import Any
 from llm.args import ModelArgs
 from llm.errors import UserError
 from llm.foreign import hf
-from llm.foreign.family import DROP, Family, Row, Warn, row
+from llm.foreign.family import Family, Row, Warn, row
 
 OURS = "layers.{i}"
 EXPERTS = f"{OURS}.feed_forward.experts"
@@ -124,6 +124,6 @@ TABLE = rows("")
 INSIDE = rows("language_model.")
 CONTAINERS = hf.containers("model.layers.{i}", "self_attn", "feed_forward")
 FAMILIES = (
-    Family("llama4_text", TABLE, read_config, write_config, CONTAINERS),
-    Family("llama4", INSIDE, read_config, None, {"": ""}, (*DROP, *VISION)),
+    Family("llama4_text", TABLE, read_config, write_config, CONTAINERS, architecture="Llama4ForCausalLM"),
+    Family("llama4", INSIDE, read_config, None, {"": ""}, tower=VISION),
 )

@@ -4,7 +4,7 @@ from typing import Any
 
 from llm.foreign import hf
 from llm.foreign.families.meta_llama import read_config as read_llama
-from llm.foreign.family import DROP, Family, Warn, row
+from llm.foreign.family import Family, Warn, row
 
 OURS = "layers.{i}"
 FFN = f"{OURS}.feed_forward"
@@ -64,4 +64,4 @@ def read_config(config: hf.Config, warn: Warn) -> dict[str, Any]:
 
 
 CONTAINERS = hf.containers(OURS, "attention", "feed_forward")
-FAMILIES = (Family("meta_llama4", ROWS, read_config, None, CONTAINERS, (*DROP, *VISION), "meta"),)
+FAMILIES = (Family("meta_llama4", ROWS, read_config, None, CONTAINERS, tower=VISION, format="meta"),)

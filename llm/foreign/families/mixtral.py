@@ -36,4 +36,4 @@ def write_config(args: ModelArgs) -> dict[str, Any]:
 
 TABLE = (*ROWS, *hf.experts(f"{BLOCK}.block_sparse_moe", "w1", "w3", "w2"))
 CONTAINERS = hf.containers(BLOCK, "self_attn", "block_sparse_moe")
-FAMILIES = (Family("mixtral", TABLE, read_config, write_config, CONTAINERS),)
+FAMILIES = (Family("mixtral", TABLE, read_config, write_config, CONTAINERS, architecture="MixtralForCausalLM"),)

@@ -31,4 +31,4 @@ def write_config(args: ModelArgs) -> dict[str, Any]:
     return hf.write_common(args, "Olmo2ForCausalLM", "olmo2") | {"attention_bias": args.qkv_bias}
 
 
-FAMILIES = (Family("olmo2", ROWS, read_config, write_config, CONTAINERS),)
+FAMILIES = (Family("olmo2", ROWS, read_config, write_config, CONTAINERS, architecture="Olmo2ForCausalLM"),)

@@ -84,7 +84,7 @@ def write_qwen3_moe(args: ModelArgs) -> dict[str, Any]:
 
 MOE_ROWS = (*ROWS, *hf.experts(f"{BLOCK}.mlp", "gate_proj", "up_proj", "down_proj"))
 FAMILIES = (
-    Family("qwen2", ROWS, read_qwen2, write_qwen2, CONTAINERS),
-    Family("qwen3", ROWS, read_qwen3, write_qwen3, CONTAINERS),
-    Family("qwen3_moe", MOE_ROWS, read_qwen3_moe, write_qwen3_moe, CONTAINERS),
+    Family("qwen2", ROWS, read_qwen2, write_qwen2, CONTAINERS, architecture="Qwen2ForCausalLM"),
+    Family("qwen3", ROWS, read_qwen3, write_qwen3, CONTAINERS, architecture="Qwen3ForCausalLM"),
+    Family("qwen3_moe", MOE_ROWS, read_qwen3_moe, write_qwen3_moe, CONTAINERS, architecture="Qwen3MoeForCausalLM"),
 )
