@@ -1,6 +1,7 @@
 # make pretrain   the main job on real text, from nothing to a sampled text
 # make layouts    compare every layout of NPROC processes with one process:  make layouts NPROC=4 CONFIG=my.yaml
-# make test       all tests but the long ones;   make test-full   every test
+# make test       all tests but the long ones;   make test-full   every test;   make test-slice   this commit's share of
+#                 the long ones, which .ci/run runs too (SLICE=N another share)
 # make lint       style and types
 #
 # TORCH is what pip installs as torch. Left empty, it is version 2.13.0, the CPU build where pip's index offers one by that name.
@@ -8,6 +9,7 @@
 TORCH ?=
 PYTHON ?= python3
 NPROC ?= 2
+SLICE ?=
 RUN ?= runs/quickstart
 CONFIG ?= configs/pretrain/quickstart.yaml
 
@@ -17,11 +19,16 @@ BIN := .venv/bin
 RUNTIME := .venv/.runtime-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: pretrain pretrain-long layouts test test-full lint setup clean
+.PHONY: pretrain pretrain-long layouts test test-slice test-full lint setup clean
 
 setup: $(RUNTIME)
 
 $(RUNTIME): requirements.txt constraints.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo "error: PYTHON=$(PYTHON) is not Python 3.11 or later; name one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; \
+	    exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "error: $(PYTHON) lacks the module venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 ifeq ($(TORCH),)
 	$(BIN)/pip install -q torch==2.13.0+cpu 2>/dev/null || $(BIN)/pip install -q torch==2.13.0
@@ -53,8 +60,11 @@ endif
 	$(BIN)/python tools/layouts.py --config $(CONFIG) --nproc $(NPROC) --shrink
 
 test: .venv/.dev
-	$(BIN)/python -m pytest -m "not full and not distributed" $(SIDE_BY_SIDE)
-	$(BIN)/python -m pytest -m "not full and distributed"
+	$(BIN)/python -m pytest -m "not full and not distributed" --budget units $(SIDE_BY_SIDE)
+	$(BIN)/python -m pytest -m "not full and distributed" --budget jobs
+
+test-slice: .venv/.dev
+	$(BIN)/python -m tests.slices $(if $(SLICE),--number $(SLICE))
 
 test-full: .venv/.dev
 	$(BIN)/python -m pytest -m "not distributed" $(SIDE_BY_SIDE)

@@ -21,8 +21,16 @@ def uneven_norms(args: ModelArgs, name: str, seed: int, start: int, stop: int) -
     return values
 
 
-if __name__ == "__main__":
+def main() -> None:
+    buckets = muon.BUCKET_ELEMENTS
     init.initial_values = uneven_norms
     if int(os.environ["WORLD_SIZE"]) > 1:
         muon.BUCKET_ELEMENTS = 1500  # an expert's matrix has 768 elements, wq 1024
-    launch.run(engine_job.main)
+    try:
+        engine_job.main()
+    finally:
+        init.initial_values, muon.BUCKET_ELEMENTS = initial_values, buckets
+
+
+if __name__ == "__main__":
+    launch.run(main)

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.diff_job import CASES, SPOILED_STEP, STEPS
-from tests.distributed.harness import run, tiny_config, write_config, write_text
+from tests.distributed.harness import tiny_config, write_config, write_text
+from tests.distributed.pool import run_job
 from tools.diff import diff
 
 pytestmark = pytest.mark.distributed
@@ -18,7 +19,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     traced = {"interval": 10, "tensorboard": False, "trace_steps": [1, STEPS]}
     config = write_config(folder / "config.yaml", tiny_config(folder, train={"steps": STEPS}, log=traced))
     for nproc, cases in ((2, list(CASES)), (1, ["sound"])):
-        done = run("tests/distributed/diff_job.py", str(config), str(folder / "runs"), *cases, nproc=nproc)
+        done = run_job("tests/distributed/diff_job.py", str(config), str(folder / "runs"), *cases, nproc=nproc)
         assert done.returncode == 0, done.stderr
     return folder / "runs"
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.equality_job import ACCUMULATIONS, OPTIMIZERS
-from tests.distributed.harness import metrics, run, tiny_config, write_config, write_text
+from tests.distributed.harness import metrics, tiny_config, write_config, write_text
+from tests.distributed.pool import run_job
 
 pytestmark = pytest.mark.distributed
 
@@ -21,7 +22,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_text(folder)
     config = write_config(folder / "config.yaml", tiny_config(folder))
     for nproc in (1, 2, 4):
-        done = run("tests/distributed/equality_job.py", str(config), str(folder / "runs"), nproc=nproc)
+        done = run_job("tests/distributed/equality_job.py", str(config), str(folder / "runs"), nproc=nproc)
         assert done.returncode == 0, done.stderr
     return folder / "runs"
 

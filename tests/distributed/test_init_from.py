@@ -18,6 +18,7 @@ from llm.parallel.build import whole_shapes
 from llm.train.begin import read_range
 from llm.train.config import load_config
 from tests.distributed.harness import TINY_MODEL, metrics, run, tiny_config, write_config, write_text
+from tests.distributed.pool import run_job
 
 pytestmark = pytest.mark.distributed
 
@@ -61,7 +62,7 @@ def test_every_layout_begins_with_the_given_weights(folder: Path) -> None:
         (name, config_of(folder, "native" if name == "zero3" else name, parallel)) for name, parallel in LAYOUTS.items()
     ]
     (folder / "runs.json").write_text(json.dumps(runs))
-    done = run("tests/distributed/init_from_job.py", str(folder / "runs.json"), str(folder / "out"), nproc=4)
+    done = run_job("tests/distributed/init_from_job.py", str(folder / "runs.json"), str(folder / "out"), nproc=4)
     assert done.returncode == 0, done.stderr
     for name in LAYOUTS:
         source = "native" if name == "zero3" else name

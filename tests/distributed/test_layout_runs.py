@@ -9,6 +9,7 @@ import pytest
 
 from tests.distributed.harness import metrics, run, tiny_config, without_timing, write_config, write_text
 from tests.distributed.layouts_job import CUT, RUNS, SAVED_STEP
+from tests.distributed.pool import run_job
 
 pytestmark = pytest.mark.distributed
 
@@ -31,12 +32,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     config = write_config(folder / "config.yaml", raw)
     fresh = str(folder / "fresh")
-    for script, arguments in (
-        ("launch/pretrain.py", ["--config", str(config), "--run_dir", fresh]),
-        ("tests/distributed/layouts_job.py", [str(config), str(folder), fresh]),
-    ):
-        done = run(script, *arguments, nproc=4, timeout=600)
-        assert done.returncode == 0, done.stderr
+    done = run("launch/pretrain.py", "--config", str(config), "--run_dir", fresh, nproc=4, timeout=600)
+    assert done.returncode == 0, done.stderr
+    done = run_job("tests/distributed/layouts_job.py", str(config), str(folder), fresh, nproc=4, timeout=600)
+    assert done.returncode == 0, done.stderr
     return folder
 
 

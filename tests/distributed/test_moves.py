@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.distributed.harness import TINY_MODEL, metrics, run, tiny_config, without_timing, write_text
+from tests.distributed.harness import TINY_MODEL, metrics, tiny_config, without_timing, write_text
+from tests.distributed.pool import run_job
 from tests.distributed.test_layouts import MARGIN
 from tests.distributed.test_zero import BF16, BF16_MEAN, FP16, FP32
 from tests.machine import has, needs
@@ -137,7 +138,7 @@ def checkpoint(run_dir: Path, step: int) -> Path:
 def launch(folder: Path, ranks: int, plan: list[dict[str, Any]]) -> None:
     file = folder / "plan.json"
     file.write_text(json.dumps(plan))
-    done = run("tests/distributed/moves_job.py", str(file), str(folder), nproc=ranks, timeout=3600)
+    done = run_job("tests/distributed/moves_job.py", str(file), str(folder), nproc=ranks, timeout=3600)
     assert done.returncode == 0, done.stderr
 
 

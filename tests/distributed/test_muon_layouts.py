@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.harness import run
+from tests.distributed.pool import run_job
 
 pytestmark = pytest.mark.distributed
 
@@ -33,7 +33,7 @@ CASES: list[dict[str, Any]] = [  # on four ranks; where tensor is 4, the two kv 
 def train(folder: Path, cases: list[dict[str, Any]], nproc: int) -> list[list[dict[str, Any]]]:
     file, out = folder / f"cases{nproc}.json", folder / f"out{nproc}.json"
     file.write_text(json.dumps([{**case, "steps": 4} for case in cases]))
-    done = run("tests/distributed/muon_layouts_job.py", str(file), str(out), nproc=nproc)
+    done = run_job("tests/distributed/muon_layouts_job.py", str(file), str(out), nproc=nproc)
     assert done.returncode == 0, done.stderr
     return list(json.loads(out.read_text()))
 

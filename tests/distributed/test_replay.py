@@ -12,6 +12,7 @@ from llm.data.mixture import Mixture
 from llm.data.sources import open_data, prepare_data
 from llm.tokenizer import ByteTokenizer
 from tests.distributed.harness import metrics, run, tiny_config, write_config, write_text
+from tests.distributed.pool import run_job
 from tests.distributed.replay_job import stopped
 
 pytestmark = pytest.mark.distributed
@@ -69,7 +70,7 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[str,
     )
     run_dir = folder / "run"
     steps = json.dumps([POISONED_STEP, EARLY_STEP, INTERVAL + 1])
-    done = run("tests/distributed/replay_job.py", str(config), str(run_dir), steps, nproc=2)
+    done = run_job("tests/distributed/replay_job.py", str(config), str(run_dir), steps, nproc=2)
     assert done.returncode == 0, done.stderr
     return run_dir, place, contents(run_dir), done.stdout
 

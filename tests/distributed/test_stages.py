@@ -8,7 +8,8 @@ import torch
 
 from llm import LLM
 from llm.checkpoint.reader import Checkpoint
-from tests.distributed.harness import metrics, run, tiny_config, write_config, write_text
+from tests.distributed.harness import metrics, tiny_config, write_config, write_text
+from tests.distributed.pool import run_job
 from tests.distributed.stages_job import JOURNEYS
 from tests.machine import has
 
@@ -26,7 +27,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         optim={"schedule": "constant", "ema_decay": 0.75, "lr_factors": {"embedding": 2.0}},
         eval={"interval": 8, "sample_interval": 8, "sample_tokens": 8},
     )
-    done = run("tests/distributed/stages_job.py", str(write_config(folder / "c.yaml", config)), str(folder), nproc=2)
+    words = [str(write_config(folder / "c.yaml", config)), str(folder)]
+    done = run_job("tests/distributed/stages_job.py", *words, nproc=2)
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.harness import run
+from tests.distributed.pool import run_job
 from tests.machine import has
 
 pytestmark = pytest.mark.distributed
@@ -129,7 +129,7 @@ def compare(folder: Path, cases: list[Case], nproc: int) -> list[dict[str, Any] 
     file, out = folder / "cases.json", folder / "out.json"
     here = [has(case["train"]["precision"]) for case in cases]
     file.write_text(json.dumps([case for case, possible in zip(cases, here, strict=True) if possible]))
-    done = run("tests/distributed/traffic_job.py", str(file), str(out), nproc=nproc, timeout=1500)
+    done = run_job("tests/distributed/traffic_job.py", str(file), str(out), nproc=nproc, timeout=1500)
     assert done.returncode == 0, done.stderr
     found = iter(json.loads(out.read_text()))
     return [next(found) if possible else None for possible in here]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.harness import run
+from tests.distributed.pool import run_job
 from tests.machine import needs, part, possible
 
 pytestmark = pytest.mark.distributed
@@ -54,7 +54,7 @@ def train(folder: Path, cases: list[dict[str, Any]], nproc: int) -> list[list[di
     """The rows of each case; none where this device lacks the case's precision."""
     file, out = folder / "cases.json", folder / f"out{nproc}.json"
     file.write_text(json.dumps(possible(cases)))
-    done = run("tests/distributed/engine_job.py", str(file), str(out), nproc=nproc, timeout=1500)
+    done = run_job("tests/distributed/engine_job.py", str(file), str(out), nproc=nproc, timeout=1500)
     assert done.returncode == 0, done.stderr
     found = iter(json.loads(out.read_text()))
     return [next(found) if possible([case]) else [] for case in cases]
