@@ -77,6 +77,14 @@ def write_file(target: Path, content: bytes) -> None:
         os.close(descriptor)
 
 
+def write_unless_same(target: Path, content: bytes) -> None:
+    """`write_file`, where the file does not have this content: one that does stays, also on a disk that is full."""
+    with suppress(OSError):
+        if target.read_bytes() == content:
+            return
+    write_file(target, content)
+
+
 def _temporary_prefix(target: Path) -> str:
     parts = (target.name, socket.gethostname())
     name, host = (os.fsencode(part)[:MOST_BYTES].decode(errors="ignore") for part in parts)

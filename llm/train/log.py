@@ -1,115 +1,25 @@
-"""What a run tells: lines on the screen and in log.txt, metrics.jsonl with one object per step, curves in TensorBoard
-and Weights & Biases.
+"""What a run reports: lines on the screen and in log.txt, metrics.jsonl with one object per step, and curves.
 
 Only rank 0 owns one of these. After a resume, rows of steps that will be repeated are cut off first, so no curve
-doubles back.
+doubles back. Nothing of it ever ends a run: what a place cannot take is counted, and the others hear of it
+(llm/train/reporting.py).
 """
 
-import html
 import json
 import os
-import secrets
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
-from llm.atomic import write_file
-from llm.errors import UserError
-
-CURVES = {
-    "loss": "train/loss",
-    "lm_loss": "train/lm_loss",
-    "moe_balance_loss": "train/moe_balance_loss",
-    "moe_z_loss": "train/moe_z_loss",
-    "grad_norm": "optim/grad_norm",
-    "lr": "optim/lr",
-    "batch_size": "optim/batch_size",
-    "seq_len": "optim/seq_len",
-    "tokens_per_s": "throughput/tokens_per_s",
-    "mfu": "throughput/mfu",
-    "data_wait_s": "throughput/data_wait_s",
-    "memory_gb": "memory/peak_gb",
-    "valid_loss": "val/loss",
-    "valid_loss_ema": "val/loss_ema",
-    "valid_ppl": "val/ppl",
-    "valid_bits_per_byte": "val/bits_per_byte",
-}
-"""Fields of a row that are drawn, and under which name."""
-WANDB_ID = "wandb_id"
-"""File in the run folder with the identity of the run at Weights & Biases."""
-
-
-class CurveSink(Protocol):
-    """Where curves are drawn."""
-
-    def numbers(self, step: int, values: dict[str, float]) -> None:
-        """Points of the curves named in `values`."""
-
-    def text(self, step: int, name: str, text: str) -> None:
-        """A text sample."""
-
-    def close(self) -> None:
-        """Flush."""
-
-
-class TensorBoard:
-    """Curves in `tb/` of the run folder."""
-
-    def __init__(self, run_dir: Path, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._board = SummaryWriter(str(run_dir / "tb"), purge_step=first_step)
-
-    def numbers(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-
-    def text(self, step: int, name: str, text: str) -> None:
-        self._board.add_text(name, text, step)
-
-    def close(self) -> None:
-        self._board.close()
-
-
-class WeightsAndBiases:
-    """Curves at Weights & Biases; WANDB_MODE, WANDB_PROJECT and the like have their usual say.
-
-    The run's identity lies in the run folder, so that after a resume the same curves go on. Steps that are repeated are
-    dropped there, as steps only grow; they would have the same values.
-    """
-
-    def __init__(self, run_dir: Path, config: dict[str, Any]) -> None:
-        """`config` is shown beside the curves. UserError where the service refuses, for want of a key or a network."""
-        import wandb
-
-        file = run_dir / WANDB_ID
-        if not file.exists():
-            write_file(file, secrets.token_hex(8).encode())
-        try:
-            self._run = wandb.init(
-                id=file.read_text().strip(),
-                name=run_dir.resolve().name,
-                dir=str(run_dir),
-                config=config,
-                resume="allow",
-            )
-        except wandb.Error as error:
-            raise UserError(f"log.wandb=true: {error}; try `wandb login`, or WANDB_MODE=offline") from None
-
-    def numbers(self, step: int, values: dict[str, float]) -> None:
-        self._run.log(values, step=step)
-
-    def text(self, step: int, name: str, text: str) -> None:
-        import wandb
-
-        self._run.log({name: wandb.Html(f"<pre>{html.escape(text)}</pre>")}, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+from llm import screen
+from llm.train.curves import CURVES, CurveSink
+from llm.train.reporting import Channel, LineFile, reason_of
 
 
 class RunLog:
@@ -120,14 +30,16 @@ class RunLog:
     ) -> None:
         self.steps = steps
         self.interval = interval
-        self._text = open(run_dir / "log.txt", "a", buffering=1)  # noqa: SIM115 (closed by close)
-        self._metrics_path = run_dir / "metrics.jsonl"
-        healed = cut_from(self._metrics_path, first_step)
-        self._metrics = open(self._metrics_path, "a", buffering=1)  # noqa: SIM115
-        self._curves = curves
+        self._text, self._metrics = LineFile(run_dir / "log.txt"), LineFile(run_dir / "metrics.jsonl")
+        self._screen_channel = Channel("the screen", "lines")
+        self._text_channel = Channel(str(run_dir / "log.txt"), "lines")
+        self._metrics_channel = Channel(str(run_dir / "metrics.jsonl"), "rows")
+        self._curves = [(sink, Channel(sink.name, "points of steps")) for sink in curves]
+        healed = cut_from(run_dir / "metrics.jsonl", first_step)
         self._bar = None
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=steps, initial=first_step - 1, unit="step", dynamic_ncols=True)
+        with suppress(OSError, ValueError):  # a terminal that is gone
+            if sys.stderr is not None and sys.stderr.isatty():
+                self._bar = tqdm(total=steps, initial=first_step - 1, unit="step", dynamic_ncols=True)
         self._first_step = first_step
         self._started = time.monotonic()
         if healed:
@@ -135,24 +47,41 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """A line for the screen and log.txt."""
-        print(text, file=self._text)
+        lines = text.count("\n") + 1
+        self._pass_on(
+            self._text_channel.send(lambda: self._text.write(text), lines),
+            self._screen_channel.send(lambda: self._show(text), lines),
+        )
+
+    def _pass_on(self, *notes: str | None) -> None:
+        """Say what became of one place on those that work; what is lost of this is not counted."""
+        for note in notes:
+            for action in (self._text.write, self._show) if note else ():
+                with suppress(Exception):
+                    action(note)  # type: ignore[arg-type]
+
+    def _show(self, text: str) -> None:
+        """A line on the screen. OSError where it is gone."""
         if self._bar is not None:
             self._bar.write(text)
         else:
             print(text, flush=True)
+        lost = screen.complaint()  # a protected one does not raise
+        if lost is not None:
+            raise lost
 
     def step(self, row: dict[str, Any]) -> None:
         """Record a step: always in metrics.jsonl and the curves, every `interval` steps and at a validation on the
         screen.
         """
         step = row["step"]
-        self._metrics.write(json.dumps(row) + "\n")
+        self._pass_on(self._metrics_channel.send(lambda: self._metrics.write(json.dumps(row))))
         points = {name: row[key] for key, name in CURVES.items() if row.get(key) is not None}
-        for sink in self._curves:
-            sink.numbers(step, points)
+        self._draw(lambda sink: sink.numbers(step, points))
         if self._bar is not None:
-            self._bar.update(1)
-            self._bar.set_postfix_str(f"loss {_number(row['loss'], '.4f')}")
+            with suppress(OSError, ValueError):
+                self._bar.update(1)
+                self._bar.set_postfix_str(f"loss {_number(row['loss'], '.4f')}")
         if step % self.interval == 0 or step in (self._first_step, self.steps):
             self.say(self._line(row))
         if "valid_loss" in row:
@@ -165,17 +94,19 @@ class RunLog:
     def sample(self, step: int, prompt: str, text: str) -> None:
         """A text sample, on the screen, in log.txt and beside the curves."""
         self.say(f"--- sample at step {step}, prompt {prompt!r} ---\n{text}\n---")
-        for sink in self._curves:
-            sink.text(step, "sample", text)
+        self._draw(lambda sink: sink.text(step, "sample", text))
+
+    def _draw(self, action: Callable[[CurveSink], None]) -> None:
+        self._pass_on(*(channel.send(partial(action, sink)) for sink, channel in self._curves))
 
     def close(self) -> None:
         """Flush and close everything."""
         if self._bar is not None:
-            self._bar.close()
-        for sink in self._curves:
-            sink.close()
-        self._metrics.close()
-        self._text.close()
+            with suppress(OSError, ValueError):
+                self._bar.close()
+        self._pass_on(*(channel.end(sink.close) for sink, channel in self._curves))
+        self._pass_on(self._metrics_channel.end(self._metrics.close), self._screen_channel.end(_nothing))
+        self._pass_on(self._text_channel.end(self._text.close))
 
     def _line(self, row: dict[str, Any]) -> str:
         step = row["step"]
@@ -194,21 +125,50 @@ def _number(value: float | None, form: str) -> str:
     return "not finite" if value is None else format(value, form)
 
 
+def _nothing() -> None:
+    return None
+
+
 def cut_from(path: Path, first_step: int) -> str | None:
-    """Drop rows of `first_step` and later, and what is no row, by writing the rest anew; a line that says what was
-    dropped for being damaged, if that was more than the last row, which a kill tears."""
-    if not path.exists():
-        return None
-    kept, damaged = [], []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    """Drop rows of `first_step` and later, and what is no row; a line that says what was dropped for being damaged, if
+    that was more than the last row, which a kill tears, or why nothing could be dropped.
+    """
+    try:
+        if not path.exists() or path.is_char_device() or path.is_fifo():
+            return None  # nothing is kept there
+        content = path.read_bytes()
+    except OSError as error:
+        return f"{path}: rows of repeated steps stay in it ({reason_of(error)})"
+    kept: list[bytes] = []
+    damaged: list[int] = []
+    offset = end = 0  # of a line; behind the last one that is kept
+    lines = content.split(b"\n")
     for number, line in enumerate(lines, 1):
+        offset += len(line) + 1
         try:
             if int(json.loads(line)["step"]) < first_step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError, RecursionError):
+                kept.append(content[offset - len(line) - 1 : offset])
+                end = offset
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             if number < len(lines):
                 damaged.append(number)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    os.replace(temporary, path)
+    try:
+        if end < len(content):
+            os.truncate(path, end)  # which needs no space on the disk
+        if (wanted := b"".join(kept)) != content[:end]:
+            _replace(path, wanted)
+    except OSError as error:
+        return f"{path}: damaged lines and rows of repeated steps stay in it ({reason_of(error)})"
     return f"{path}: dropped damaged lines {damaged}" if damaged else None
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file anew, whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise

@@ -35,6 +35,7 @@ from llm.model import LLM, Block
 from llm.parallel.collectives import gather_json
 from llm.parallel.launch import World
 from llm.train.log import cut_from
+from llm.train.reporting import Channel, LineFile
 
 PIECE = 1 << 20
 """Elements that are widened to float64 at a time."""
@@ -54,10 +55,12 @@ class Trace:
         self.model = model
         self.world = world
         self.path = path
+        self._file, self._channel = LineFile(path), Channel(str(path), "records")
+        self._notes: list[str] = []
         self.steps = range(steps[0], steps[1] + 1) if steps else range(0)
         self._written = first_step - 1
         if world.is_main:
-            cut_from(path, first_step)
+            self._note(cut_from(path, first_step))
 
     @contextmanager
     def step(self, step: int, gradient_scale: float) -> Iterator[None]:
@@ -74,10 +77,20 @@ class Trace:
         records = merge(gather_json(recorder.sums(), self.world))
         if self.world.is_main:
             if step <= self._written:  # the run was taken back to an earlier step
-                cut_from(self.path, step)
-            with open(self.path, "a") as file:
-                file.write("".join(json.dumps({"step": step, **record}) + "\n" for record in records))
+                self._note(cut_from(self.path, step))
+            text = "\n".join(json.dumps({"step": step, **record}) for record in records)
+            self._note(self._channel.send(lambda: self._file.write(text), len(records)))
+            if step == self.steps[-1]:
+                self._note(self._channel.end(self._file.close))
         self._written = step
+
+    def _note(self, note: str | None) -> None:
+        self._notes += [note] if note else []
+
+    def notes(self) -> list[str]:
+        """Lines about what could not be written, since the last call: a trace never ends a run."""
+        notes, self._notes = self._notes, []
+        return notes
 
 
 class Recorder:

@@ -10,7 +10,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import yaml
 
-from llm.atomic import write_file
+from llm.atomic import write_unless_same
 from llm.checkpoint.lock import run_lock
 from llm.checkpoint.pretrained import save_tokenizer
 from llm.checkpoint.reader import Checkpoint, list_steps, newest_valid, resolve
@@ -38,9 +38,10 @@ from llm.tokenizer import Tokenizer, load_tokenizer
 from llm.train.begin import read_weights
 from llm.train.build import build_engine
 from llm.train.config import RunConfig, check_layout, differences
+from llm.train.curves import CurveSink, TensorBoard, WeightsAndBiases
 from llm.train.guard import Guard
 from llm.train.inputs import encode_prompts, open_sources, settle_precision, with_vocabulary
-from llm.train.log import CurveSink, RunLog, TensorBoard, WeightsAndBiases
+from llm.train.log import RunLog
 from llm.train.metrics import StepMetrics
 from llm.train.schedule import epoch_rows, learning_rate, steps_between
 from llm.train.stop import EXIT_STOPPED, Requests
@@ -291,6 +292,7 @@ class Trainer:
                 if self.config.checkpoint.asynchronous and self.step == first:  # the optimizer has its state now
                     self.store.prepare(self.engine.owned_fragments())
                 action, lines = self.guard.judge(self.step, result)
+                lines = [*trace.notes(), *lines]
                 if action == "rewind":
                     return [*lines, *self._rewind(log)]
                 row = self.metrics.row(
@@ -455,18 +457,31 @@ class Trainer:
         )
         return [self.tokenizer.decode(ids) for ids in continuations]
 
-    def _open_log(self, notes: list[str]) -> RunLog:
+    def _describe(self, write: Callable[[], str | None]) -> str | None:
+        """Write a description of the run into its folder. OSError where a new run has none; one that goes on says so.
+        """
+        try:
+            return write()
+        except OSError as error:
+            if not self.step:
+                raise
+            return f"{error.filename or self.run_dir} cannot be written ({error.strerror}); the run goes on without"
+
+    def _open_log(self, notes: Sequence[str | None]) -> RunLog:
         """The run folder and its log with the opening lines (rank 0)."""
         config = self.config
         self.run_dir.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        write_file(self.run_dir / "config.yaml", text.encode())
-        healed = save_tokenizer(self.tokenizer, self.run_dir)
+        described = (
+            lambda: write_unless_same(self.run_dir / "config.yaml", text.encode()),
+            lambda: save_tokenizer(self.tokenizer, self.run_dir),
+        )
+        notes = [*notes, *(self._describe(write) for write in described)]
         curves: list[CurveSink] = []
         if config.log.tensorboard:
             curves.append(TensorBoard(self.run_dir, self.step + 1))
         if config.log.wandb:
-            curves.append(WeightsAndBiases(self.run_dir, config.model_dump(mode="json")))
+            curves.append(WeightsAndBiases(self.run_dir, config.model_dump(mode="json"), resumed=self.step > 0))
         log = RunLog(
             self.run_dir,
             first_step=self.step + 1,
@@ -474,9 +489,8 @@ class Trainer:
             interval=config.log.interval,
             curves=curves,
         )
-        for line in [*notes, healed]:
-            if line:
-                log.say(line)
+        for line in filter(None, notes):
+            log.say(line)
         log.say(
             f"{self.engine.n_parameters:,} parameters, {self.world.size} process(es) on {self.world.device.type}: "
             f"{self.grid.layout}, {config.train.precision} ({self.precision_reason}); one epoch is "

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from llm.errors import UserError
-from llm.train.log import WANDB_ID, RunLog, WeightsAndBiases
+from llm.train.curves import WANDB_ID, WeightsAndBiases
+from llm.train.log import RunLog
 
 ROW = {
     "loss": 2.0, "lm_loss": 2.0, "grad_norm": 1.0, "lr": 0.1, "tokens_per_s": 10.0, "data_wait_s": 0.0, "mfu": None,

@@ -1,0 +1,137 @@
+"""Where the numbers of a run are drawn: TensorBoard, Weights & Biases.
+
+A sink raises where it cannot take something; the log counts that and goes on (llm/train/log.py).
+"""
+
+import html
+import secrets
+import threading
+from pathlib import Path
+from typing import Any, Protocol
+
+from llm.atomic import write_file
+from llm.errors import UserError
+from llm.train.reporting import Opened
+
+CURVES = {
+    "loss": "train/loss",
+    "lm_loss": "train/lm_loss",
+    "moe_balance_loss": "train/moe_balance_loss",
+    "moe_z_loss": "train/moe_z_loss",
+    "grad_norm": "optim/grad_norm",
+    "lr": "optim/lr",
+    "batch_size": "optim/batch_size",
+    "seq_len": "optim/seq_len",
+    "tokens_per_s": "throughput/tokens_per_s",
+    "mfu": "throughput/mfu",
+    "data_wait_s": "throughput/data_wait_s",
+    "memory_gb": "memory/peak_gb",
+    "valid_loss": "val/loss",
+    "valid_loss_ema": "val/loss_ema",
+    "valid_ppl": "val/ppl",
+    "valid_bits_per_byte": "val/bits_per_byte",
+}
+"""Fields of a row that are drawn, and under which name."""
+WANDB_ID = "wandb_id"
+"""File in the run folder with the identity of the run at Weights & Biases."""
+
+
+class CurveSink(Protocol):
+    """Where curves are drawn."""
+
+    name: str
+    """For messages."""
+
+    def numbers(self, step: int, values: dict[str, float]) -> None:
+        """Points of the curves named in `values`."""
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """A text sample."""
+
+    def close(self) -> None:
+        """Flush."""
+
+
+class TensorBoard:
+    """Curves in `tb/` of the run folder. After a failure, of its writing thread too, a new file is begun there."""
+
+    name = "tb/ (TensorBoard)"
+
+    def __init__(self, run_dir: Path, first_step: int) -> None:
+        self._folder, self._next_step = run_dir / "tb", first_step
+        self._board: Opened[Any] = Opened(self._open, lambda board: board.close())
+
+    def _open(self) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        threading.excepthook = _without_writer_threads
+        return SummaryWriter(str(self._folder), purge_step=self._next_step)
+
+    def numbers(self, step: int, values: dict[str, float]) -> None:
+        def add(board: Any) -> None:
+            for name, value in values.items():
+                board.add_scalar(name, value, step)
+
+        self._next_step = step  # where a file that is begun now replaces the ones before
+        self._board.use(add)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        self._next_step = step + 1  # the numbers of this step are there
+        self._board.use(lambda board: board.add_text(name, text, step))
+
+    def close(self) -> None:
+        self._board.close()
+
+
+def _without_writer_threads(failed: threading.ExceptHookArgs) -> None:
+    """For threading.excepthook: what ends a writing thread of TensorBoard is reported by the next use of it."""
+    if type(failed.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(failed)
+
+
+class WeightsAndBiases:
+    """Curves at Weights & Biases; WANDB_MODE, WANDB_PROJECT and the like have their usual say.
+
+    The run's identity lies in the run folder, so that after a resume the same curves go on. Steps that are repeated are
+    dropped there, as steps only grow; they would have the same values.
+    """
+
+    name = "Weights & Biases"
+
+    def __init__(self, run_dir: Path, config: dict[str, Any], resumed: bool = False) -> None:
+        """`config` is shown beside the curves. UserError where the service refuses, for want of a key or a network;
+        not where a run is `resumed`, which trains on without and tries again.
+        """
+        self._run_dir, self._config = run_dir, config
+        self._run: Opened[Any] = Opened(self._open, lambda run: run.finish())
+        if not resumed:
+            self._run.use(lambda run: None)
+
+    def _open(self) -> Any:
+        import wandb
+
+        file = self._run_dir / WANDB_ID
+        if not file.exists():
+            write_file(file, secrets.token_hex(8).encode())
+        try:
+            return wandb.init(
+                id=file.read_text(encoding="utf-8").strip(),
+                name=self._run_dir.resolve().name,
+                dir=str(self._run_dir),
+                config=self._config,
+                resume="allow",
+            )
+        except wandb.Error as error:
+            raise UserError(f"log.wandb=true: {error}; try `wandb login`, or WANDB_MODE=offline") from None
+
+    def numbers(self, step: int, values: dict[str, float]) -> None:
+        self._run.use(lambda run: run.log(values, step=step))
+
+    def text(self, step: int, name: str, text: str) -> None:
+        import wandb
+
+        page = wandb.Html(f"<pre>{html.escape(text)}</pre>")
+        self._run.use(lambda run: run.log({name: page}, step=step))
+
+    def close(self) -> None:
+        self._run.close()
