@@ -5,7 +5,8 @@ SentencePiece, raw bytes and characters are here; tokenizer_tiktoken.py and toke
 `decode(encode(text)) == text` holds for every string that can be written as UTF-8 (one without lone surrogates). The
 losses in nats that training reports mean something per byte only because of that. Tokenizers that came with a foreign
 model may be let change the text first (`lossy`): bits per byte are then of the text as they read it. No text ever
-encodes to the begin and end marks: they are added by whoever builds documents.
+encodes to the begin and end marks: they are added by whoever builds documents. A prompt is not a document: what its
+user spells, control tokens included, becomes what the tokenizer's own library makes of it (`prompt_ids`).
 
 Source: SentencePiece (Kudo & Richardson 2018, arXiv:1808.06226) with byte fallback.
 """
@@ -14,7 +15,7 @@ import hashlib
 import io
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, Protocol
@@ -48,10 +49,11 @@ class TokenizerConfig(BaseModel):
 
     kind: TokenizerKind
     """sentencepiece (a .model file) or characters (a JSON file), which tools/train_tokenizer.py makes; tiktoken (the
-    file of ranks of Llama 3 and 4), hf (a tokenizer.json) or bytes (256 ids, no file)
+    file of ranks of Llama 3 and 4), hf (a tokenizer.json, or a folder, read as transformers reads it) or bytes (256
+    ids, no file)
     """
     path: str | None = None
-    """the tokenizer's file; none for bytes"""
+    """the tokenizer's file, or with kind hf its folder; none for bytes"""
     variant: Literal["llama3", "llama4"] | None = None
     """tiktoken only: whose pattern and special tokens go with the ranks; null tells it from their number"""
     bos: str | None = None
@@ -158,6 +160,10 @@ def load_tokenizer(config: TokenizerConfig, base: Path | None = None) -> Tokeniz
     if config.path is None:
         return ByteTokenizer()
     path = Path(base or ".") / config.path
+    if config.kind == "hf" and path.is_dir():
+        from llm.foreign.tokenizer import folder_tokenizer
+
+        return folder_tokenizer(path, config)
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -256,6 +262,8 @@ class TableTokenizer(Tokenizer):
 
     _bytes_of_id: list[bytes]
     """UTF-8 bytes of each id, none for marks"""
+    _opens_with_space: Set[int] = frozenset()
+    """Ids whose first space is no part of a text that they begin: the tokenizer puts one there."""
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         if threads == 1:
@@ -267,7 +275,9 @@ class TableTokenizer(Tokenizer):
         return np.asarray(self.encode(text), dtype=np.uint32)
 
     def decode_bytes(self, ids: TokenIds) -> bytes:
-        return b"".join([self._bytes_of_id[number] for number in known_ids(ids, self.vocab_size).tolist()])
+        shown = [number for number in known_ids(ids, self.vocab_size).tolist() if self._bytes_of_id[number]]
+        text = b"".join([self._bytes_of_id[number] for number in shown])
+        return text[1:] if shown and shown[0] in self._opens_with_space else text
 
     def token_bytes(self) -> np.ndarray:
         return np.array([len(text) for text in self._bytes_of_id], dtype=np.int64)
@@ -304,14 +314,14 @@ class SentencePieceTokenizer(TableTokenizer):
             )
         self._meta_space_ids = [byte_ids[byte] for byte in META_SPACE_UTF8] if len(byte_ids) == 256 else None
 
-        self._adds_space = self._processor.normalize("a") != "a"
+        self.adds_prefix = self._processor.normalize("a") != "a"
         # Protocol buffers merge when concatenated: this overrides one field of the model,
         # normalizer_spec.add_dummy_prefix = false.
-        self._inner = _open_model(model + b"\x1a\x02\x18\x00", name) if self._adds_space else self._processor
+        self._inner = _open_model(model + b"\x1a\x02\x18\x00", name) if self.adds_prefix else self._processor
         self._opens_with_space = {
             i
             for i in range(self.vocab_size)
-            if self._adds_space and self._processor.id_to_piece(i).startswith(META_SPACE)
+            if self.adds_prefix and self._processor.id_to_piece(i).startswith(META_SPACE)
         }
         if not lossy and self.decode(self.encode(LOSSLESS_PROBE)) != LOSSLESS_PROBE:
             raise UserError(
@@ -330,18 +340,21 @@ class SentencePieceTokenizer(TableTokenizer):
             ids += self._inner.encode(part)
         return ids
 
+    def encode_inside(self, text: str) -> list[int]:
+        """Ids of `text` where it continues another: without the space that a model may put before a text."""
+        if self._meta_space_ids is None:
+            whole: list[int] = self._inner.encode(text)
+            return whole
+        first, *rest = text.split(META_SPACE)
+        ids: list[int] = self._inner.encode(first)
+        for part in rest:
+            ids += [*self._meta_space_ids, *self._inner.encode(part)]
+        return ids
+
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         if any(META_SPACE in text for text in texts):
             return [np.asarray(self.encode(text), dtype=np.uint32) for text in texts]
         return [np.asarray(ids, dtype=np.uint32) for ids in self._processor.encode(list(texts), num_threads=threads)]
-
-    def decode_bytes(self, ids: TokenIds) -> bytes:
-        text = super().decode_bytes(ids)
-        if not self._opens_with_space:
-            return text
-        numbers = known_ids(ids, self.vocab_size).tolist()
-        first = next((number for number in numbers if self._bytes_of_id[number]), None)
-        return text[1:] if first in self._opens_with_space else text
 
     def save(self, directory: Path) -> TokenizerConfig:
         (Path(directory) / "tokenizer.model").write_bytes(self._model)

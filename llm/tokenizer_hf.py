@@ -1,32 +1,37 @@
-"""Hugging Face's tokenizer.json, as far as it is lossless: byte-level BPE (GPT-2, Llama 3, ...).
+"""Hugging Face's tokenizer.json; lossless ones are byte-level BPE (GPT-2, Llama 3, ...).
 
 A tokenizer.json is a chain normalizer -> pre-tokenizer -> model, and most things that can stand in it change or drop
 characters. So the chain is compared with lists of what is known to keep every byte, and refused with the reason
-otherwise; a few texts that were tried would prove little. Decoding joins the bytes of the ids here, because the
-library's own decoder gives a text, in which a character cut in the middle is lost.
+otherwise; a few texts that were tried would prove little. `lossy` takes any other that the library opens (Llama 2's and
+Gemma's read U+2581 as a space). Decoding joins the bytes of the ids here, because the library's own decoder gives a
+text, in which a character cut in the middle is lost.
 
 Added tokens with the mark `special`, and the two tokens that begin and end documents, are never found in text. Other
-added tokens (runs of blanks in some vocabularies) are part of how text is written.
+added tokens (runs of blanks in some vocabularies) are part of how text is written. A prompt may spell any of them.
 
 Source: the tokenizers library; byte-level BPE of GPT-2 (Radford et al. 2019).
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from llm.errors import UserError
-from llm.tokenizer import LOSSLESS_PROBE, TableTokenizer, TokenizerConfig
+from llm.tokenizer import LOSSLESS_PROBE, META_SPACE, TableTokenizer, TokenizerConfig
 
 # GPT-2 writes each byte as one visible character: those that are visible in Latin-1 as themselves, the others as the
 # characters from U+0100 on.
 _VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _HIDDEN = sorted(set(range(256)) - set(_VISIBLE))
 BYTE_OF_CHARACTER = {chr(byte): byte for byte in _VISIBLE} | {chr(256 + i): byte for i, byte in enumerate(_HIDDEN)}
+
+BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "<\uff5cbegin\u2581of\u2581sentence\uff5c>")
 EOS_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>", "<\uff5cend\u2581of\u2581sentence\uff5c>")
@@ -60,7 +65,7 @@ PRE_TOKENIZERS: dict[str, Callable[[Part], str]] = {
 
 
 class HFTokenizer(TableTokenizer):
-    """A byte-level BPE of the tokenizers library."""
+    """A tokenizer of the tokenizers library."""
 
     kind = "hf"
 
@@ -73,7 +78,7 @@ class HFTokenizer(TableTokenizer):
         lossy: bool = False,
     ) -> None:
         """`content` of a tokenizer.json; `bos`, `eos`: names of the tokens around documents, None finds them; `name`
-        is used in errors; `lossy` lets its normalizer change text. UserError when the file is damaged or not lossless.
+        is used in errors; `lossy` lets it change text. UserError when the file is damaged or not lossless.
 
         Attributes:
             special_tokens: ids of the special tokens by name, those around documents included.
@@ -85,7 +90,7 @@ class HFTokenizer(TableTokenizer):
         self._tokenizer = _open(document, (self.bos, self.eos), name)
         self.special_tokens = {token["content"]: token["id"] for token in document["added_tokens"] if token["special"]}
         self.bos_id, self.eos_id = self.special_tokens[self.bos], self.special_tokens[self.eos]
-        self._bytes_of_id = _id_bytes(self._tokenizer, document["added_tokens"], name)
+        self._bytes_of_id, self._opens_with_space = _id_bytes(self._tokenizer, document, name)
         self.vocab_size = len(self._bytes_of_id)
         ids = f"hf\0{self.bos_id} {self.eos_id}\0".encode()
         self.fingerprint = hashlib.blake2b(ids + content, digest_size=16).hexdigest()
@@ -101,14 +106,28 @@ class HFTokenizer(TableTokenizer):
         (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return encoding.ids
 
+    def prompt_ids(self, text: str) -> list[int]:
+        return [*self.begin_ids, *self.library_ids(text, around=False)] or [self.bos_id]
+
+    def library_ids(self, text: str, around: bool = True, find_special: bool = True) -> list[int]:
+        """Ids of `text` as the library itself gives them: special tokens that it spells are found, if `find_special`.
+        `around`: with what its post-processor puts around every text."""
+        text.encode()
+        self._tokenizer.encode_special_tokens = not find_special
+        try:
+            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=around)
+        finally:
+            self._tokenizer.encode_special_tokens = True
+        return encoding.ids
+
     def save(self, directory: Path) -> TokenizerConfig:
         (Path(directory) / "tokenizer.json").write_bytes(self._file)
         return TokenizerConfig(kind="hf", path="tokenizer.json", bos=self.bos, eos=self.eos, lossy=self.lossy)
 
 
 def _read_lossless(content: bytes, name: str, lossy: bool) -> dict[str, Any]:
-    """The JSON, with its list of added tokens. UserError when the tokenizer it describes is not lossless; what a
-    normalizer changes is let pass if `lossy`."""
+    """The JSON, with its list of added tokens. UserError when the tokenizer it describes is not lossless, unless
+    `lossy`."""
     try:
         document = json.loads(content)
         if not isinstance(document["model"]["vocab"], dict | list):
@@ -118,11 +137,10 @@ def _read_lossless(content: bytes, name: str, lossy: bool) -> dict[str, Any]:
             token["id"], token["special"] = int(token["id"]), bool(token["special"])
             if not isinstance(token["content"], str) or not token["content"]:
                 raise ValueError("an added token without content")
-        checked = {**document, "normalizer": None} if lossy else document
-        loss = next(_losses(checked), None)
+        loss = next(_losses(document), None)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{name}: not a tokenizer.json, or damaged ({type(error).__name__}: {error})") from None
-    if loss is not None:
+    if loss is not None and not lossy:
         raise UserError(f"{name}: the tokenizer changes text: {loss}; use a byte-level BPE without normalizer")
     return document
 
@@ -208,16 +226,50 @@ def _open(document: dict[str, Any], marks: tuple[str, str], name: str) -> tokeni
     return tokenizer
 
 
-def _id_bytes(tokenizer: tokenizers.Tokenizer, added: list[Part], name: str) -> list[bytes]:
-    """UTF-8 bytes of each id: none for special tokens and for ids that nothing has."""
+def _id_bytes(tokenizer: tokenizers.Tokenizer, document: Part, name: str) -> tuple[list[bytes], set[int]]:
+    """UTF-8 bytes of each id, none for special tokens and for ids that nothing has; and the ids whose first space is no
+    part of a text that they begin."""
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     if len(set(vocabulary.values())) != len(vocabulary):
         raise UserError(f"{name}: damaged (two tokens of the vocabulary share an id)")
     bytes_of_id = [b""] * (max(vocabulary.values()) + 1)
+    bytes_of = _bytes_of_characters if is_byte_level(document) else partial(_bytes_of_piece, document)
     for piece, number in vocabulary.items():
-        known = all(character in BYTE_OF_CHARACTER for character in piece)
-        # Text never becomes a piece with other characters; the library decodes those as they stand.
-        bytes_of_id[number] = bytes(BYTE_OF_CHARACTER[character] for character in piece) if known else piece.encode()
-    for token in added:
+        bytes_of_id[number] = bytes_of(piece)
+    opens = {i for i, text in enumerate(bytes_of_id) if text.startswith(b" ")} if _strips_a_space(document) else set()
+    for token in document["added_tokens"]:
         bytes_of_id[token["id"]] = b"" if token["special"] else token["content"].encode()
-    return bytes_of_id
+    return bytes_of_id, opens
+
+
+def is_byte_level(document: Part) -> bool:
+    """Whether its pieces are bytes, written as GPT-2 does."""
+    chain = [document.get("decoder"), document.get("pre_tokenizer"), document.get("normalizer")]
+    return any('"ByteLevel"' in json.dumps(part) for part in chain)
+
+
+def _bytes_of_characters(piece: str) -> bytes:
+    known = all(character in BYTE_OF_CHARACTER for character in piece)
+    # Text never becomes a piece with other characters; the library decodes those as they stand.
+    return bytes(BYTE_OF_CHARACTER[character] for character in piece) if known else piece.encode()
+
+
+def _bytes_of_piece(document: Part, piece: str) -> bytes:
+    """Of a vocabulary of characters, in the ways of SentencePiece and WordPiece."""
+    model = document["model"]
+    if model.get("byte_fallback") and BYTE_PIECE.fullmatch(piece):
+        return bytes([int(piece[3:5], 16)])
+    if piece == model.get("unk_token"):
+        return b""
+    if model.get("type") == "WordPiece":
+        prefix = model.get("continuing_subword_prefix", "##")
+        return piece.removeprefix(prefix).encode() if piece.startswith(prefix) else b" " + piece.encode()
+    return piece.replace(META_SPACE, " ").encode()
+
+
+def _strips_a_space(document: Part) -> bool:
+    """Whether its decoder takes a space from the beginning of a text."""
+    parts = list(_parts(document.get("decoder"), "decoders"))
+    strips = any(part.get("type") == "Strip" and part.get("start", 0) for part in parts)
+    prefixed = any(part.get("type") == "Metaspace" and part.get("prepend_scheme") != "never" for part in parts)
+    return strips or prefixed or document["model"].get("type") == "WordPiece"

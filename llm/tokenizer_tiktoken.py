@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tiktoken
 
@@ -43,6 +43,8 @@ class Variant:
     """number of ranks in the published file"""
     special: tuple[str, ...]
     """names of the special tokens; their ids follow the ranks"""
+    ends: tuple[str, ...]
+    """names of those that end a turn or a message, and with it a generation"""
 
 
 def _names(count: int, prefix: str, named: dict[int, str], skip: tuple[int, ...] = ()) -> tuple[str, ...]:
@@ -74,6 +76,7 @@ VARIANTS: dict[VariantName, Variant] = {
                 11: "image",
             },
         ),
+        ends=("<|eom_id|>", "<|eot_id|>"),
     ),
     "llama4": Variant(
         pattern=(
@@ -114,13 +117,14 @@ VARIANTS: dict[VariantName, Variant] = {
             *_names(10, "reasoning_", {8: "reasoning_thinking_start", 9: "reasoning_thinking_end"}),  # from 201134
             *_names(904, "", {}),  # from 201144, up to the vocabulary of 202048
         ),
+        ends=("<|eom|>", "<|eot|>"),
     ),
 }
 
 
 class TiktokenTokenizer(TableTokenizer):
-    """Byte-level BPE by ranks. The special tokens have ids, but tiktoken is not told of them: a text that spells one is
-    text.
+    """Byte-level BPE by ranks. The special tokens have ids, but tiktoken does not know them: a text that spells one is
+    text, only a prompt may spell them.
     """
 
     kind = "tiktoken"
@@ -137,6 +141,7 @@ class TiktokenTokenizer(TableTokenizer):
         self.variant = _checked_variant(len(rank_of), variant, name)
         facts = VARIANTS[self.variant]
         self.special_tokens = {token: len(rank_of) + place for place, token in enumerate(facts.special)}
+        self._special = re.compile("(" + "|".join(map(re.escape, facts.special)) + ")")
         self.vocab_size = len(rank_of) + len(facts.special)
         self.bos_id = self.special_tokens["<|begin_of_text|>"]
         self.eos_id = self.special_tokens["<|end_of_text|>"]
@@ -151,6 +156,23 @@ class TiktokenTokenizer(TableTokenizer):
     def encode(self, text: str) -> list[int]:
         text.encode()  # tiktoken would replace lone surrogates without a word
         return [number for piece in pieces(text) for number in self._encoding.encode_ordinary(piece)]
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        return (self.eos_id, *(self.special_tokens[name] for name in VARIANTS[self.variant].ends))
+
+    def prompt_ids(self, text: str) -> list[int]:
+        ids = [*self.begin_ids]
+        for i, part in enumerate(self._special.split(text)):  # text and special tokens in turn
+            ids += [self.special_tokens[part]] if i % 2 else self.encode(part)
+        return ids
+
+    def document(self) -> dict[str, Any]:
+        """The content of a tokenizer.json with the same ids, but for runs of more than MAX_RUN characters."""
+        from llm.tokenizer_json import ranks_document
+
+        ranks = {token: rank for rank, token in enumerate(self._bytes_of_id) if token}
+        return ranks_document(ranks, VARIANTS[self.variant].pattern, self.special_tokens)
 
     def save(self, directory: Path) -> TokenizerConfig:
         (Path(directory) / "tokenizer.model").write_bytes(self._file)

@@ -100,7 +100,7 @@ def test_an_id_beyond_the_vocabulary_decodes_to_nothing_and_a_negative_one_is_re
 
 
 def test_a_prompt_begins_as_every_training_document(tokenizer: Tokenizer) -> None:
-    assert tokenizer.begin_ids == (tokenizer.bos_id,) and tokenizer.end_ids == (tokenizer.eos_id,)
+    assert tokenizer.begin_ids == (tokenizer.bos_id,) and tokenizer.end_ids[0] == tokenizer.eos_id
     assert tokenizer.prompt_ids(" ab ") == [tokenizer.bos_id, *tokenizer.encode(" ab ")]
     assert tokenizer.prompt_ids("") == [tokenizer.bos_id]
 

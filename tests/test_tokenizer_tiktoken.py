@@ -150,7 +150,7 @@ def test_ranks_that_tell_no_variant_need_one() -> None:
 
 def test_a_variant_with_the_ranks_of_the_other_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     row = VARIANTS["llama4"]
-    monkeypatch.setitem(VARIANTS, "llama4", type(row)(row.pattern, 265, row.special))
+    monkeypatch.setitem(VARIANTS, "llama4", type(row)(row.pattern, 265, row.special, row.ends))
     assert TiktokenTokenizer(RANKS).variant == "llama4"
     with pytest.raises(UserError, match="variant=llama3, but its 265 ranks are those of llama4"):
         TiktokenTokenizer(RANKS, "llama3")

@@ -2,12 +2,14 @@
 
 import base64
 import inspect
+import io
 import json
 import random
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -96,6 +98,23 @@ def made_hf(special: tuple[str, ...] = ("<|endoftext|>",)) -> dict[str, Any]:
     )
     tokenizer.train_from_iterator(CODE[:1], trainer)
     return json.loads(tokenizer.to_str())
+
+
+def sentencepiece_model(size: int, prefix: bool, code: int = 0) -> bytes:
+    """A small SentencePiece BPE; `prefix`: it puts a space before a text, as Llama 2's does."""
+    output = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CODE[code][:60_000].splitlines()),
+        model_writer=output,
+        model_type="bpe",
+        vocab_size=size,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=prefix,
+        minloglevel=2,
+    )
+    return output.getvalue()
 
 
 def opened(document: dict[str, Any], bos: str | None = None, eos: str | None = None) -> HFTokenizer:

@@ -30,9 +30,10 @@ from llm.checkpoint.pretrained import load_checkpoint
 from llm.cli import run_cli
 from llm.errors import UserError
 from llm.foreign.export import check_free, choose_family, export_hf, export_meta, meaning
-from llm.foreign.files import TOKENIZER_FILES, open_foreign
+from llm.foreign.files import open_foreign
 from llm.foreign.finite import FiniteWeights
 from llm.foreign.native import OfCheckpoint, kept_files, write_native
+from llm.foreign.tokenizer import TOKENIZER_FILES
 from llm.malloc import give_back_freed
 from llm.pretrained import tokenizer_of
 from llm.tokenizer import Tokenizer

@@ -66,9 +66,7 @@ def written_config(family: Family, args: ModelArgs) -> dict[str, Any]:
     ours, theirs = meaning(args, family.format == "meta"), meaning(said, family.format == "meta")
     unsaid = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
     if unsaid:
-        raise UserError(
-            f"a {family.name} config cannot say {', '.join(f'{key} ({ours.get(key)})' for key in unsaid)}"
-        )
+        raise UserError(f"a {family.name} config cannot say {', '.join(f'{key} ({ours.get(key)})' for key in unsaid)}")
     export_pieces(family, args, whole_shapes(args))
     return config
 
@@ -337,5 +335,3 @@ def _write_extra(folder: Path, files: Mapping[str, bytes | Path]) -> None:
             shutil.copyfile(content, folder / name)
         else:
             (folder / name).write_bytes(content)
-
-

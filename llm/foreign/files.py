@@ -24,10 +24,6 @@ from llm.foreign.weight_files import WeightFiles, hugging_face_files, meta_files
 from llm.parallel.build import whole_shapes
 from llm.safetensors_file import DTYPES
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "generation_config.json", "chat_template.jinja",
-)  # fmt: skip
 LLAMA4_KEYS = {"moe_args", "use_qk_norm", "nope_layer_interval", "attention_chunk_size", "attn_temperature_tuning"}
 """Of Meta's params.json, which does not name its family; they matter to no earlier one."""
 MODALITIES = ("vision_config", "audio_config", "speech_config", "text_config", "mm_vision_tower")

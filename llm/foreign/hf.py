@@ -216,9 +216,7 @@ def pattern(windowed: Sequence[bool], window: int | None) -> dict[str, Any]:
         return {}
     if all(windowed):
         return {"sliding_window": window}
-    period = next(
-        n for n in range(1, len(windowed) + 1) if all(w == windowed[i % n] for i, w in enumerate(windowed))
-    )
+    period = next(n for n in range(1, len(windowed) + 1) if all(w == windowed[i % n] for i, w in enumerate(windowed)))
     items = ["attn:window" if w else "attn:full" for w in windowed[:period]]
     return {"sliding_window": window, "layer_pattern": items}
 

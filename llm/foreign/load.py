@@ -137,9 +137,7 @@ def translate(module: nn.Module, args: ModelArgs, place: str, state: Mapping[str
     local = [part for family in families().values() if (part := _of(family, place)) is not None]
     matches = [match(part, args, ours, source.shapes()) for part in local]
     foreign = [
-        found
-        for found in matches
-        if others & ({piece.key for piece in found.pieces} | own_names(found.family, args))
+        found for found in matches if others & ({piece.key for piece in found.pieces} | own_names(found.family, args))
     ]
     if not foreign:
         if len(others) == len(state):
@@ -180,5 +178,3 @@ def register_hook(module: nn.Module, args: ModelArgs, place: str) -> None:
             state.update({prefix + key: value for key, value in translated.items()})
 
     module.register_load_state_dict_pre_hook(hook)
-
-
