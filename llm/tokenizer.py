@@ -356,6 +356,10 @@ class SentencePieceTokenizer(TableTokenizer):
             return [np.asarray(self.encode(text), dtype=np.uint32) for text in texts]
         return [np.asarray(ids, dtype=np.uint32) for ids in self._processor.encode(list(texts), num_threads=threads)]
 
+    def serialized(self) -> bytes:
+        """The content of the tokenizer's file."""
+        return self._model
+
     def save(self, directory: Path) -> TokenizerConfig:
         (Path(directory) / "tokenizer.model").write_bytes(self._model)
         return TokenizerConfig(kind="sentencepiece", path="tokenizer.model", lossy=self.lossy)

@@ -16,6 +16,8 @@ from llm.sentencepiece_model import BPE, BYTE, NORMAL, UNIGRAM, USER_DEFINED, Se
 from llm.tokenizer import META_SPACE
 
 Part = dict[str, Any]
+PREFIXED = rf"\A(?=[^{META_SPACE}])"
+"""Where a space is put: before a text, but none before U+2581, which is no piece."""
 BEYOND_TEXT = -1e6
 """Score of pieces that no text may become: below that of every other way to write it."""
 
@@ -44,7 +46,7 @@ def sentencepiece_document(model: SentencePieceModel) -> Part:
         raise UserError("a SentencePiece model that is neither bpe nor unigram has no tokenizer.json")
     shell = tokenizers.Tokenizer(models.BPE())
     before: list[normalizers.Normalizer] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
-    before += [normalizers.Prepend(" ")] if model.adds_prefix else []
+    before += [normalizers.Replace(Regex(PREFIXED), " ")] if model.adds_prefix else []
     after: list[decoders.Decoder] = [decoders.ByteFallback(), decoders.Fuse()]
     after += [decoders.Strip(content=" ", left=1)] if model.adds_prefix else []
     if before:
@@ -141,7 +143,9 @@ def template(before: list[str], after: list[str], ids: Mapping[str, int]) -> Par
 
 def adds_prefix(document: Part) -> bool:
     """Whether a space is put before a text that has none."""
-    found = json.dumps([document.get("normalizer"), document.get("pre_tokenizer")])
+    found = json.dumps([document.get("normalizer"), document.get("pre_tokenizer")], ensure_ascii=False)
+    if json.dumps(PREFIXED, ensure_ascii=False) in found:
+        return True
     return '"Prepend"' in found or ('"Metaspace"' in found and '"prepend_scheme": "never"' not in found)
 
 

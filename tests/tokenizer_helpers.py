@@ -100,8 +100,8 @@ def made_hf(special: tuple[str, ...] = ("<|endoftext|>",)) -> dict[str, Any]:
     return json.loads(tokenizer.to_str())
 
 
-def sentencepiece_model(size: int, prefix: bool, code: int = 0) -> bytes:
-    """A small SentencePiece BPE; `prefix`: it puts a space before a text, as Llama 2's does."""
+def sentencepiece_model(size: int, prefix: bool, code: int = 0, cleans: bool = False) -> bytes:
+    """A small SentencePiece BPE. `prefix`: it puts a space before a text. `cleans`: it drops blanks."""
     output = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CODE[code][:60_000].splitlines()),
@@ -110,7 +110,7 @@ def sentencepiece_model(size: int, prefix: bool, code: int = 0) -> bytes:
         vocab_size=size,
         byte_fallback=True,
         normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
+        remove_extra_whitespaces=cleans,
         add_dummy_prefix=prefix,
         minloglevel=2,
     )

@@ -186,7 +186,7 @@ def export(
     target_family = _family(args, format, family, came_from)
     weights = OfCheckpoint(checkpoint, average)
     chosen = asked or weights.dtype()
-    extra = kept_files(checkpoint, _tokenizer_or_note(Path(src)))
+    extra = kept_files(checkpoint, _tokenizer_or_note(Path(src)), target_family.name if format == "hf" else None)
     total = _parameters(args) * chosen.itemsize
     with tqdm(total=total, unit="B", unit_scale=True, disable=quiet or not sys.stderr.isatty()) as bar:
         if format == "hf":

@@ -22,6 +22,8 @@ from llm.checkpoint.reader import FORMAT, MANIFEST, Checkpoint, seal
 from llm.errors import UserError
 from llm.foreign.export import Weights, check_range, new_target
 from llm.foreign.load import view
+from llm.foreign.tokenizer import FolderTokenizer
+from llm.foreign.tokenizer_export import export_tokenizer, exported_as_it_came
 from llm.parallel.build import whole_shapes
 from llm.tokenizer import Tokenizer
 
@@ -182,34 +184,56 @@ class Extra:
     notes: list[str] = field(default_factory=list)
 
 
-def kept_files(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> Extra:
-    """Files that came with the model; else its tokenizer in the form that others read, as far as there is one."""
+def kept_files(checkpoint: Checkpoint, tokenizer: Tokenizer | None, family: str | None) -> Extra:
+    """Files that came with the model, and its tokenizer in the form that others read.
+
+    family: as which family of Hugging Face's format it is written, whose tokenizer files are then such that
+    AutoTokenizer gives this tokenizer's ids; None for Meta's format, which gets the tokenizer's own file.
+    """
     found = Extra()
     kept = checkpoint.path / KEPT
     if kept.is_dir():
         found.files = {file.name: file for file in sorted(kept.iterdir()) if file.is_file()}
-    if tokenizer is not None:
-        found.config = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    if any(name.startswith("tokenizer") for name in found.files):
-        return found
     if tokenizer is None:
-        found.notes.append("written without a tokenizer, as there is none")
+        if not any(name.startswith("tokenizer") for name in found.files):
+            found.notes.append("written without a tokenizer, as there is none")
         return found
+    ends = list(tokenizer.end_ids)
+    found.config = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
+    if family is not None and not exported_as_it_came(tokenizer, found.files, family):
+        try:
+            export = export_tokenizer(tokenizer)
+        except UserError as error:
+            found.notes.append(f"written without a tokenizer that transformers reads: {error}")
+        else:
+            for name in (
+                "tokenizer_config.json",
+                "special_tokens_map.json",
+                "added_tokens.json",
+                "vocab.json",
+                "merges.txt",
+            ):
+                found.files.pop(name, None)
+            generation = found.files.get("generation_config.json")
+            found.files |= export.files
+            if generation is not None:
+                found.files["generation_config.json"] = generation
+            found.config, found.notes = export.config, [*found.notes, *export.notes]
     found.files.setdefault("generation_config.json", _json(found.config))
-    with tempfile.TemporaryDirectory() as folder:
-        config = tokenizer.save(Path(folder))
-        if config.path is not None:
-            found.files[config.path] = (Path(folder) / config.path).read_bytes()
-    if config.kind == "hf":
-        marks = {"bos_token": config.bos, "eos_token": config.eos}
-        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **marks}
-    elif config.kind == "sentencepiece":
-        settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": False}
-    else:
-        found.notes.append(f"its tokenizer, of kind {config.kind}, has no form that transformers reads by itself")
-        return found
-    found.files["tokenizer_config.json"] = _json(settings)
+    if not any(name.startswith("tokenizer.") for name in found.files) or tokenizer.kind == "sentencepiece":
+        found.files |= {name: content for name, content in own_files(tokenizer).items() if name not in found.files}
     return found
+
+
+def own_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The tokenizer's own file, tokenizer.model for SentencePiece and tiktoken, for those that read no tokenizer.json;
+    none for kinds that nobody else knows."""
+    inner = tokenizer.inner if isinstance(tokenizer, FolderTokenizer) else tokenizer
+    with tempfile.TemporaryDirectory() as folder:
+        config = inner.save(Path(folder))
+        if config.path is None:
+            return {}
+        return {config.path: (Path(folder) / config.path).read_bytes()}
 
 
 def _json(content: dict[str, Any]) -> bytes:

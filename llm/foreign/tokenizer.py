@@ -28,7 +28,7 @@ from llm.tokenizer import (
     load_tokenizer,
 )
 from llm.tokenizer_hf import BOS_NAMES, SERVES_AS_BOTH, HFTokenizer, is_byte_level
-from llm.tokenizer_json import adds_prefix
+from llm.tokenizer_json import added, adds_prefix, template
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -84,7 +84,8 @@ class FolderTokenizer(TableTokenizer):
         """`inner` encodes documents; `settled` None: prompts too.
 
         Attributes:
-            lossy: whether text is changed. notes: lines on what in the files is not what it seems.
+            lossy: whether text is changed. added: its added tokens by id. notes: lines on what in the files is not what
+                it seems.
         """
         self.kind, self.lossy = inner.kind, getattr(inner, "lossy", False)
         self.notes: list[str] = []
@@ -93,22 +94,23 @@ class FolderTokenizer(TableTokenizer):
         self._marks = (config.bos, config.eos)
         self._files = {name: (path / name).read_bytes() for name in TOKENIZER_FILES if (path / name).is_file()}
         self._config = _reduced(read_json(path / "config.json"))
-        added = _added_tokens(path, settled)
+        tokens = _added_tokens(path, settled)
         rows = self._config.get("vocab_size")
-        natural = max([inner.vocab_size, *(number + 1 for number in added)])
+        self.added = tokens
+        natural = max([inner.vocab_size, *(number + 1 for number in tokens)])
         self.vocab_size = min(natural, rows) if isinstance(rows, int) and rows > 0 else natural
         self._bytes_of_id = (inner._bytes_of_id + [b""] * natural)[: self.vocab_size]
         self._adds_prefix = settled is None or adds_prefix(settled.document)
         self._opens_with_space = inner._opens_with_space if self._adds_prefix else frozenset()
-        for number, token in added.items():
+        for number, token in tokens.items():
             if number >= self.vocab_size:
                 self.notes.append(
                     f"its added token {token['content']!r} has id {number}, beyond the model's {rows} rows"
                 )
             else:
                 self._bytes_of_id[number] = b"" if token["special"] else token["content"].encode()
-        names = {token["content"]: number for number, token in added.items() if number < self.vocab_size}
-        self._special = {name: number for name, number in names.items() if added[number]["special"]}
+        names = {token["content"]: number for number, token in tokens.items() if number < self.vocab_size}
+        self._special = {name: number for name, number in names.items() if tokens[number]["special"]}
         self._in_text = {} if isinstance(inner, HFTokenizer) else _found_in_text(inner, names, self._special)
         self._ids_of_marks(inner, names)
         self._unprefixed = isinstance(inner, SentencePieceTokenizer) and inner.adds_prefix and not self._adds_prefix
@@ -218,13 +220,34 @@ class FolderTokenizer(TableTokenizer):
         return TokenizerConfig(kind="hf", path=COPY, bos=bos, eos=eos, lossy=self.lossy)
 
     def document(self) -> dict[str, Any] | None:
-        """The content of the tokenizer.json that gives the ids of prompts; None where SentencePiece gives them."""
-        return None if self._settled is None else self._settled.document
+        """The content of the tokenizer.json that gives the ids of prompts; None where `inner` gives them."""
+        if self._settled is None:
+            return None
+        document = dict(self._settled.document)
+        if self._marks[0] is not None:
+            ids = {self._marks[0]: self.begin_ids[0]}
+            document["post_processor"] = template([self._marks[0]], [], ids)
+        return document
 
     @property
     def inner(self) -> TableTokenizer:
         """What encodes documents."""
         return self._inner
+
+    @property
+    def splits_special(self) -> bool:
+        """Whether control tokens that a prompt spells are text (split_special_tokens)."""
+        return self._settled is not None and self._settled.splits_special
+
+    @property
+    def model_type(self) -> str:
+        """Of the model that it came with, as its config.json has it."""
+        return str(self._config.get("model_type", ""))
+
+    def kept_settings(self) -> dict[str, Any]:
+        """What of tokenizer_config.json has nothing to do with ids."""
+        found = json.loads(self._files.get("tokenizer_config.json", b"{}"))
+        return {key: found[key] for key in ("chat_template", "model_max_length", "padding_side") if key in found}
 
     @property
     def marks(self) -> dict[str, str]:
@@ -327,7 +350,7 @@ def _added_tokens(path: Path, settled: Settled | None) -> dict[int, dict[str, An
     special = {v.get("content") if isinstance(v, dict) else v for v in told.values() if isinstance(v, str | dict)}
     special |= {t.get("content") if isinstance(t, dict) else t for t in told.get("additional_special_tokens", [])}
     return {
-        number: {"content": content, "special": content in special or _looks_like_control(content)}
+        number: added(content, content in special or _looks_like_control(content))
         for content, number in read_json(path / "added_tokens.json").items()
         if isinstance(number, int)
     }

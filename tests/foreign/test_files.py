@@ -226,9 +226,7 @@ def test_code_in_a_pickle_is_refused_unrun(name, old, meta, foreign, tmp_path, c
     for path in (tmp_path / "a").glob("model*"):
         path.unlink()
     canary = tmp_path / "canary"
-    torch.save(
-        {"x": torch.ones(2), "y": Code(canary)}, tmp_path / "a" / name, _use_new_zipfile_serialization=not old
-    )
+    torch.save({"x": torch.ones(2), "y": Code(canary)}, tmp_path / "a" / name, _use_new_zipfile_serialization=not old)
     said = "in the format before torch 1.6" if old else "refused: it holds more than tensors"
     assert f"{name}: {said}" in refused(capsys, "import", tmp_path / "a", tmp_path / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
@@ -269,7 +267,6 @@ def test_pickles_read_the_same_where_the_system_does_not_say_what_is_mapped(meta
     monkeypatch.setattr("llm.foreign.stored._maps_of", lambda path: [])
     found = LLM.from_pretrained(meta).state_dict()
     assert not read and all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-
 
 
 def test_any_box_of_a_model_folder_is_read_and_in_order_each_block_once(made, monkeypatch):
