@@ -39,7 +39,7 @@ class LayerSpec:
 
 
 class _Group(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class RopeScaling(_Group):
@@ -82,7 +82,7 @@ class RopeScaling(_Group):
 class MoEArgs(_Group):
     """Mixture-of-experts layers."""
 
-    n_experts: int = Field(gt=0)
+    n_experts: int = Field(gt=0, le=1 << 16)
     """Experts in each MoE layer."""
     top_k: int = Field(1, gt=0)
     """Experts each token visits."""
@@ -120,11 +120,11 @@ class MoEArgs(_Group):
 class ModelArgs(_Group):
     """The architecture of one model. Checked at construction; a ValueError names the key and what is possible."""
 
-    dim: int = Field(gt=0)
+    dim: int = Field(gt=0, le=1 << 20)
     """Width of the residual stream."""
-    n_layers: int = Field(gt=0)
+    n_layers: int = Field(gt=0, le=1 << 16)
     """Number of layers."""
-    n_heads: int = Field(gt=0)
+    n_heads: int = Field(gt=0, le=1 << 20)
     """Query heads."""
     n_kv_heads: int | None = Field(None, gt=0)
     """Key and value heads; unset = n_heads."""

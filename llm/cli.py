@@ -6,7 +6,9 @@ mend ends as one last line `error: ...` and exit code 2; a bug keeps its traceba
 """
 
 import difflib
+import functools
 import inspect
+import math
 import os
 import re
 import sys
@@ -35,8 +37,8 @@ def run_cli(
     """Run `function` with the flags of the command line, or one of `commands` when the line begins with its name.
 
     Parameters are given by name (`--name=value`, `--name value`) or by place. Annotations decide how a value is read:
-    str, int, float, bool, `list[str]` (separated by commas) and any of them `| None`. Exits with 2 and one line on bad
-    input.
+    str, PathText, int, float, bool, `list[str]` (separated by commas) and any of them `| None`. Exits with 2 and one
+    line on bad input.
     """
     line = list(sys.argv[1:] if argv is None else argv)
     if line and line[0] in commands:
@@ -46,7 +48,7 @@ def run_cli(
         if any(word in HELP for word in line):
             print(describe(function, commands))
         else:
-            function(**bind(function, *split(line)))
+            function(**bind(function, *split(with_values(line, function))))
 
     run_or_stop(job)
 
@@ -112,23 +114,39 @@ def stop(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
+def with_values(line: Sequence[str], function: Callable[..., object]) -> list[str]:
+    """The line with `--name value` as `--name=value` where the function's flag `name` takes a value, so that values may
+    look like flags: what follows such a flag is its value, unless that is another flag of the function.
+    """
+    takes_value = {name: hint is not bool for name, hint in _hints(function).items()}
+    joined: list[str] = []
+    words = list(line)
+    while words:
+        word = words.pop(0)
+        if takes_value.get(_flag_name(word)) and "=" not in word and words and _flag_name(words[0]) not in takes_value:
+            word += "=" + words.pop(0)
+        joined.append(word)
+    return joined
+
+
 def split(line: Sequence[str]) -> tuple[list[str], dict[str, str | None]]:
     """(values by place, values by flag name) of a command line: `x --a.b=1 --c` gives (["x"], {"a.b": "1", "c": None}).
 
-    UserError on a flag given twice and on words with a meaning to fire alone.
+    UserError on a flag given twice, on words with a meaning to fire alone, and on bytes that are no UTF-8.
     """
-    names = [word.lstrip("-").split("=")[0].replace("-", "_") for word in line if _is_flag(word)]
+    names = [_flag_name(word) for word in line if _is_flag(word)]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"--{name} is given {names.count(name)} times")
     for word in line:
         if word in ("-", "--"):
             raise UserError(f"a lone {word} means nothing here")
+    _refuse_other_encodings(line)
     without_value = [
         _is_flag(word) and "=" not in word and (following is None or _is_flag(following))
         for word, following in zip(line, [*line, None][1:], strict=True)
     ]
-    found: tuple[list[str], dict[str, str | None]] = ([], {})
+    found: tuple[list[str], dict[str, str]] = ([], {})
 
     @SetParseFn(str)
     def collect(*values: str, **flags: str) -> None:
@@ -136,9 +154,20 @@ def split(line: Sequence[str]) -> tuple[list[str], dict[str, str | None]]:
         found[1].update(flags)
 
     fire.Fire(collect, command=[word for word, bare in zip(line, without_value, strict=True) if not bare])
-    bare_words = [word for word, bare in zip(line, without_value, strict=True) if bare]
-    found[1].update({word.lstrip("-").replace("-", "_"): None for word in bare_words})
-    return found
+    given: dict[str, str | None] = {**found[1]}
+    given.update({_flag_name(word): None for word, bare in zip(line, without_value, strict=True) if bare})
+    return found[0], {name: given[name] for name in names if name in given}
+
+
+def _refuse_other_encodings(line: Sequence[str]) -> None:
+    """UserError at a word that is not UTF-8, but for the name of a file that is there."""
+    for before, word in zip(["", *line], line, strict=False):
+        name, equals, value = word.partition("=") if _is_flag(word) else (before if _is_flag(before) else "", "", word)
+        lone = next((letter for letter in word if "\udc80" <= letter <= "\udcff"), None)
+        if lone is not None and not os.path.lexists(value):
+            shown = word.encode(errors="surrogateescape").decode(errors="backslashreplace")
+            of = f"{name}: " if name and not equals else ""
+            raise UserError(f"{of}{shown}: the byte 0x{ord(lone) - 0xDC00:x} is not UTF-8; give the text in UTF-8")
 
 
 def bind(function: Callable[..., object], values: Sequence[str], flags: dict[str, str | None]) -> dict[str, Any]:
@@ -146,7 +175,7 @@ def bind(function: Callable[..., object], values: Sequence[str], flags: dict[str
     possible.
     """
     parameters = inspect.signature(function).parameters
-    types_of = typing.get_type_hints(function)
+    types_of = _hints(function)
     if len(values) > len(parameters):
         raise UserError(f"{values[len(parameters)]!r} is one value too many; the flags are {_flag_list(parameters)}")
     given: dict[str, str] = dict(zip(parameters, values, strict=False))
@@ -160,7 +189,7 @@ def bind(function: Callable[..., object], values: Sequence[str], flags: dict[str
         if name in given:
             raise UserError(f"--{name} is given twice: {given[name]!r} by place and {text!r} by name")
         if text is None and types_of[name] is not bool:
-            raise UserError(f"--{name} has no value")
+            raise UserError(f"--{name} has no value; one that looks like a flag is given as --{name}=VALUE")
         given[name] = "true" if text is None else text
     missing = [
         name for name, parameter in parameters.items() if parameter.default is parameter.empty and name not in given
@@ -172,10 +201,16 @@ def bind(function: Callable[..., object], values: Sequence[str], flags: dict[str
 
 def convert(name: str, text: str, kind: Any) -> Any:
     """`text` as a value of the annotation `kind`; UserError names `name` when it is none."""
-    if isinstance(kind, types.UnionType):
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
         if text in ("None", "none", "null"):
             return None
         (kind,) = (option for option in typing.get_args(kind) if option is not types.NoneType)
+    if typing.get_origin(kind) is typing.Annotated:
+        value, checks = convert(name, text, kind.__origin__), kind.__metadata__
+        try:
+            return functools.reduce(lambda value, check: check.func(value), checks, value)
+        except ValueError as error:
+            raise UserError(f"{name}={text}: {error}") from None
     if typing.get_origin(kind) in (list, tuple):
         return typing.get_origin(kind)(
             convert(name, part, typing.get_args(kind)[0]) for part in text.split(",") if part
@@ -188,10 +223,17 @@ def convert(name: str, text: str, kind: Any) -> Any:
         if text not in typing.get_args(kind):
             raise UserError(f"{name}={text}: possible are {', '.join(typing.get_args(kind))}")
         return text
+    return text if kind is str else _number(name, text, kind)
+
+
+def _number(name: str, text: str, kind: type[int] | type[float]) -> float:
     try:
-        return kind(text)
+        number = float(text) if kind is float or not re.fullmatch(r"[-+ ]*[\d_]+ *", text) else int(text)
     except ValueError:
-        raise UserError(f"{name}={text}: expected {'a whole number' if kind is int else 'a number'}") from None
+        number = math.nan
+    if not math.isfinite(number) or number != kind(number):
+        raise UserError(f"{name}={text}: expected {'a whole number' if kind is int else 'a number'}")
+    return kind(number)
 
 
 def describe(function: Callable[..., object], commands: dict[str, Callable[..., object]] | None = None) -> str:
@@ -206,6 +248,16 @@ def describe(function: Callable[..., object], commands: dict[str, Callable[..., 
         lines += ["", "commands:"]
         lines += [f"  {name}: {(inspect.getdoc(command) or name).splitlines()[0]}" for name, command in others.items()]
     return "\n".join(lines)
+
+
+def _hints(function: Callable[..., object]) -> dict[str, Any]:
+    hints = typing.get_type_hints(function, include_extras=True)
+    return {name: hints[name] for name in inspect.signature(function).parameters}
+
+
+def _flag_name(word: str) -> str:
+    """`a_b` of `--a-b` and `--a-b=1`; empty for a value."""
+    return word.lstrip("-").split("=")[0].replace("-", "_") if _is_flag(word) else ""
 
 
 def _is_flag(word: str) -> bool:

@@ -25,6 +25,7 @@ import sentencepiece
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from llm.errors import UserError
+from llm.paths import PathText
 
 TokenIds = Sequence[int] | np.ndarray
 TokenizerKind = Literal["sentencepiece", "tiktoken", "hf", "bytes", "characters"]
@@ -52,7 +53,7 @@ class TokenizerConfig(BaseModel):
     file of ranks of Llama 3 and 4), hf (a tokenizer.json, or a folder, read as transformers reads it) or bytes (256
     ids, no file)
     """
-    path: str | None = None
+    path: PathText | None = None
     """the tokenizer's file, or with kind hf its folder; none for bytes"""
     variant: Literal["llama3", "llama4"] | None = None
     """tiktoken only: whose pattern and special tokens go with the ranks; null tells it from their number"""

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from llm.cli import EXIT_UNREAD, run_cli, split
 from llm.errors import UserError
+from llm.paths import PathText
 
 Job = tuple[Callable[..., None], list[dict]]
 
@@ -224,3 +225,69 @@ def test_a_letter_that_the_screen_lacks_is_escaped(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(sys, "stdout", screen)
         run_cli(greet, [])
     assert out.read_bytes() == b"gr\\xfc\\xdfe\n"
+
+
+def said(capsys: pytest.CaptureFixture[str], job: Job, *line: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(job[0], list(line))
+    assert stopped.value.code == 2 and not job[1]
+    return last_line(capsys)
+
+
+@pytest.mark.parametrize("word", ["--flag", "--flag=3", "-n 5", "-n", "--", "-", "--no such\nthing", "a=b", "[1, 2]"])
+def test_a_value_may_look_like_a_flag(job: Job, word: str) -> None:
+    function, calls = job
+    run_cli(function, ["--word", word, "--times=2"])
+    run_cli(function, [f"--word={word}", "--times", "2"])
+    assert [(call["word"], call["times"]) for call in calls] == [(word, 2)] * 2
+
+
+def test_a_flag_of_the_function_is_no_value(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "error: --word has no value; one that looks like a flag is given as --word=VALUE" in said(
+        capsys, job, "--word", "--times", "3"
+    )
+
+
+def test_the_first_unknown_flag_is_named(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said(capsys, job, "--wrod", "--flag") == "error: unknown flag --wrod; did you mean --word?"
+
+
+@pytest.mark.parametrize("line", [["--word", "caf\udce9"], ["--word=caf\udce9"]])
+def test_bytes_that_are_no_utf_8_are_named(job: Job, line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert said(capsys, job, *line) == r"error: --word=caf\xe9: the byte 0xe9 is not UTF-8; give the text in UTF-8"
+
+
+def test_the_name_of_a_file_may_be_any_bytes(job: Job, tmp_path: Path) -> None:
+    file = tmp_path / "caf\udce9"
+    file.touch()
+    run_cli(job[0], ["--word", str(file)])
+    assert job[1][0]["word"] == str(file)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (["--times=1e3"], 1000),
+        (["--times=1_000"], 1000),
+        (["--times=99999999999999999999"], 99999999999999999999),
+    ],
+)
+def test_a_whole_number_may_be_written_as_in_a_config(job: Job, line: list[str], expected: int) -> None:
+    run_cli(job[0], ["hello", *line])
+    assert job[1][0]["times"] == expected
+
+
+@pytest.mark.parametrize("text", ["--times=1.5", "--times=nan", "--volume=nan", "--volume=1e400", "--times="])
+def test_what_is_no_finite_number_is_refused(job: Job, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said(capsys, job, "hello", text).startswith(f"error: {text}: expected a ")
+
+
+def test_a_path_is_taken_from_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found: list[object] = []
+
+    def take(inputs: list[PathText], output: PathText | None = None) -> None:
+        found.extend((inputs, output))
+
+    run_cli(take, ["--inputs=~/a,b", "--output=~/c"])
+    assert found == [[str(tmp_path / "a"), "b"], str(tmp_path / "c")]

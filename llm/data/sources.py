@@ -17,6 +17,7 @@ from llm.data.build import build_source
 from llm.data.documents import input_files, read_documents
 from llm.data.source import SHARDS, TokenSource, is_source
 from llm.errors import UserError
+from llm.paths import PathText
 from llm.tokenizer import Tokenizer
 
 CACHE_VERSION = 1  # raise it when the same text and tokenizer would give other shards
@@ -27,7 +28,7 @@ class SourceSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    path: str = Field(min_length=1)
+    path: PathText = Field(min_length=1)
     """a source folder made by tools/shard.py, or raw text: a text file, a folder, .jsonl, .jsonl.gz, .parquet"""
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """share of the rows, relative to the other sources"""

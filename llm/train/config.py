@@ -11,19 +11,25 @@ from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from llm.args import ModelArgs
 from llm.data.sources import SourceSpec
 from llm.errors import UserError
 from llm.parallel.layout import Layout, PipelineSchedule
 from llm.parallel.validate import WHOLE_PARAMETERS_ONLY, Choice, Needs, check
+from llm.paths import PathText
 from llm.plans import Kind
 from llm.tokenizer import TokenizerConfig
-from llm.train.explain import explain, refuse_booleans, section_of
+from llm.train.deepspeed_options import checked_options
+from llm.train.explain import by_commas, explain, keys_of, prepared, section_of
+from llm.train.names import meant
 from llm.train.yaml_file import read_yaml
 
 Count = Annotated[int, Field(ge=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+BY_COMMAS = BeforeValidator(by_commas)
+ONE_TEXT = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
 
 
 class Section(BaseModel):
@@ -35,18 +41,18 @@ class Section(BaseModel):
 
 
 class ModelSection(ModelArgs):
-    init_from: str | None = None
+    init_from: PathText | None = None
     """Begin with the weights of this run, checkpoint, model folder or foreign folder; keys left out here are its own.
     """
 
 
 class DataConfig(Section):
-    train: Annotated[str, Field(min_length=1)] | Annotated[list[SourceSpec], Field(min_length=1)]
+    train: Annotated[PathText, Field(min_length=1)] | Annotated[list[SourceSpec], Field(min_length=1)]
     """Training text: a path, or a list of {path, weight, name, text_field}; raw text is sharded into the cache first.
     """
-    valid: Annotated[str, Field(min_length=1)] | Annotated[list[SourceSpec], Field(min_length=1)] | None = None
+    valid: Annotated[PathText, Field(min_length=1)] | Annotated[list[SourceSpec], Field(min_length=1)] | None = None
     """Held-out text, in the same form (weights do not matter); no validation without it."""
-    cache_dir: str = "runs/cache"
+    cache_dir: PathText = "runs/cache"
     """Where raw text is kept as token shards after its first use."""
 
 
@@ -100,7 +106,7 @@ class OptimConfig(Section):
     """Steps of the decay at the end of wsd; default: 20 % of the steps."""
     min_lr: float = Field(3.0e-5, ge=0)
     """Learning rate at the last step (constant: no effect); min_lr / lr holds for muon_lr and lr_factors too."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    betas: Annotated[tuple[Beta, Beta], BY_COMMAS] = (0.9, 0.95)
     """AdamW's averages of gradient and squared gradient."""
     eps: float = Field(1.0e-8, gt=0)
     """AdamW's epsilon."""
@@ -149,7 +155,7 @@ class TrainConfig(Section):
     """Compile the blocks with torch.compile (needs a C++ compiler)."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward recomputes to save memory: nothing, cheap elementwise work, or whole blocks."""
-    skip_steps: tuple[Count, ...] = ()
+    skip_steps: Annotated[tuple[Count, ...], BY_COMMAS] = ()
     """Steps whose rows are passed over without an update."""
     seed: int = 0
     """Seed of the initial weights and of the order of the data."""
@@ -210,10 +216,10 @@ class CheckpointConfig(Section):
     on_failure: Literal["stop", "continue"] = "stop"
     """When a checkpoint cannot be written (full disk): stop, or say so and train on; the last step's must be written.
     """
-    resume: str = "auto"
+    resume: PathText = "auto"
     """auto = newest valid checkpoint of the run folder; never = refuse a used folder; or the path of a checkpoint."""
-    allow_changes: tuple[str, ...] = ()
-    """Config keys that may differ from the checkpoint's although they change the results."""
+    allow_changes: Annotated[tuple[str, ...], BY_COMMAS] = ()
+    """Config keys, separated by commas, that may differ from the checkpoint's although they change the results."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "CheckpointConfig":
@@ -240,8 +246,8 @@ class EvalConfig(Section):
     """Tokens per sample."""
     temperature: float = Field(0.8, ge=0)
     """Temperature of the samples; 0 = greedy."""
-    prompts: tuple[str, ...] = Field(("",), min_length=1)
-    """Prompts of the samples; an empty one starts a document."""
+    prompts: Annotated[tuple[str, ...], ONE_TEXT, Field(min_length=1)] = ("",)
+    """Prompts of the samples, a list or one text; an empty one starts a document."""
 
 
 class LogConfig(Section):
@@ -253,7 +259,7 @@ class LogConfig(Section):
     """Send curves to Weights & Biases, online or offline as its own environment variables say."""
     peak_flops: float | None = Field(None, gt=0)
     """Arithmetic peak of one device (FLOP/s), for mfu; null = known for common GPUs, mfu stays null elsewhere."""
-    trace_steps: tuple[Count, Count] | None = None
+    trace_steps: Annotated[tuple[Count, Count] | None, BY_COMMAS] = None
     """[first, last]: write statistics of every module's output and every gradient of these steps to trace.jsonl."""
 
     @model_validator(mode="after")
@@ -266,14 +272,6 @@ class LogConfig(Section):
         if self.trace_steps is not None and self.trace_steps[0] > self.trace_steps[1]:
             raise ValueError(f"log.trace_steps={list(self.trace_steps)}: the first step lies after the last")
         return self
-
-
-# What the config's own sections decide of DeepSpeed's JSON; the rest may be passed through.
-OWNED_BY_CONFIG = frozenset(
-    ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    + ("optimizer", "scheduler", "bf16", "fp16", "amp", "torch_autocast", "data_types")
-    + ("activation_checkpointing", "compile", "tensorboard", "wandb", "tensor_parallel", "sequence_parallel_size")
-)
 
 
 class RunConfig(Section):
@@ -300,21 +298,20 @@ class RunConfig(Section):
     log: LogConfig = LogConfig()
     """What is written where."""
     deepspeed: dict[str, Any] = {}
-    """Expert options passed through to DeepSpeed's JSON."""
+    """Expert options passed through to DeepSpeed's JSON, but for those that the other sections decide."""
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _known_to_deepspeed(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return checked_options(options) if options else {}
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
-        owned = sorted(OWNED_BY_CONFIG & self.deepspeed.keys())
-        if owned:
-            raise ValueError(f"deepspeed.{owned[0]} is set by the other sections of the config; leave it out")
-        zero = self.deepspeed.get("zero_optimization", {})
-        for key, owner in (("stage", "zero_stage"), ("offload_optimizer", "offload_optimizer")):
-            if not isinstance(zero, dict) or key in zero:
-                raise ValueError(f"deepspeed.zero_optimization.{key} is set by parallel.{owner}; leave it out")
         if self.train.seq_len > self.model.max_seq_len:
             raise ValueError(f"train.seq_len={self.train.seq_len} is above model.max_seq_len={self.model.max_seq_len}")
         if self.eval.patience is not None and self.data.valid is None:
             raise ValueError(f"eval.patience={self.eval.patience} needs held-out text: set data.valid")
+        self._keys_are_known()
         return self._with_held_out_rows()
 
     def _with_held_out_rows(self) -> "RunConfig":
@@ -332,6 +329,15 @@ class RunConfig(Section):
                 f"{self.train.global_batch_size} = {rows} rows) both say how much is read; set eval.batches to null"
             )
         return self
+
+    def _keys_are_known(self) -> None:
+        known = keys_of(RunConfig)
+        sections = {key[:i] for key in known for i, letter in enumerate(key) if letter == "."}
+        for key in self.checkpoint.allow_changes:
+            if key not in known and key not in sections and not key.startswith("deepspeed."):
+                near = meant(key, known)
+                hint = f"did you mean {' or '.join(near)}?" if near else "see --help for all keys"
+                raise ValueError(f"checkpoint.allow_changes={key}: no such key; {hint}")
 
 
 # Keys whose change on resume keeps the mathematics of the run: how it is cut, how long it is, what is watched.
@@ -353,7 +359,7 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Ru
         if key == "model":
             model = raw["model"] = value
     if isinstance(model, str):
-        raw["model"] = read_yaml(Path(model))
+        raw["model"] = read_yaml(Path(model).expanduser())
     for key, value in (overrides or {}).items():
         if key != "model":
             _set(raw, key, value)
@@ -387,8 +393,7 @@ def _is_group(value: Any) -> bool:
 def validate(raw: dict[str, Any], where: str) -> RunConfig:
     """RunConfig of a nested dict; UserError with one line that names the first wrong key."""
     try:
-        refuse_booleans(raw, RunConfig)
-        return RunConfig.model_validate(raw)
+        return RunConfig.model_validate(prepared(raw, RunConfig))
     except ValidationError as error:
         raise UserError(f"{where}: {explain(error, RunConfig)}") from None
     except ValueError as error:

@@ -1,4 +1,5 @@
-"""What a schema of pydantic sections says about wrong input: one line that names the key as it is written."""
+"""Wrong input to a schema of pydantic sections, in one line that names the key as it is written; and what is read for
+what was written, where YAML and a schema see different things in it."""
 
 import difflib
 from collections.abc import Iterator
@@ -6,28 +7,51 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-
-def refuse_booleans(raw: Any, schema: type[BaseModel], prefix: str = "") -> None:
-    """pydantic would read true as the number 1, and a flag without its value is true."""
-    for name, value in raw.items() if isinstance(raw, dict) else ():
-        info = schema.model_fields.get(name)
-        if info is None:
-            continue
-        inner = section_of(info.annotation)
-        if inner is not None:
-            refuse_booleans(value, inner, f"{prefix}{name}.")
-        elif {bool, Any}.isdisjoint(_leaf_types(info.annotation)):
-            for key, leaf in _leaves(value, f"{prefix}{name}"):
-                if isinstance(leaf, bool):
-                    raise ValueError(f"{key}={str(leaf).lower()}: expected a value other than true or false")
+from llm.train.names import meant
+from llm.train.yaml_file import TypedFloat, TypedInt, typed
 
 
-def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict | list | tuple):
-        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _leaves(inner, f"{key}.{name}")
-    else:
-        yield key, value
+def prepared(value: Any, annotation: Any, key: str = "") -> Any:
+    """`value` as a field of this type is to read it: an empty section has its defaults, text that looks like a number
+    is text. ValueError naming `key` at true or false where neither can stand: pydantic would read true as the number
+    1, and a flag without its value is true.
+    """
+    schema, leaf_types = section_of(annotation), _leaf_types(annotation)
+    if isinstance(value, dict):
+        fields = {} if schema is None else schema.model_fields
+        of = {name: fields[name].annotation if name in fields else None if fields else annotation for name in value}
+        dotted = f"{key}." if key else ""
+        return {
+            name: inner if of[name] is None else prepared(inner, of[name], f"{dotted}{name}")
+            for name, inner in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [prepared(inner, annotation, f"{key}.{i}") for i, inner in enumerate(value)]
+    if value is None and (schema is not None or dict in _origins(annotation)) and type(None) not in leaf_types:
+        return {}
+    if isinstance(value, bool) and {bool, Any}.isdisjoint(leaf_types):
+        raise ValueError(f"{key}={typed(value)}: expected a value other than true or false")
+    if isinstance(value, TypedInt | TypedFloat) and _is_text(leaf_types):
+        return value.text
+    return value
+
+
+def takes_text(schema: type[BaseModel], key: str) -> bool:
+    """Whether a value of the dotted `key` is text and can be no number."""
+    *path, leaf = key.split(".")
+    field = _section(schema, path).model_fields.get(leaf)
+    return field is not None and _is_text(_leaf_types(field.annotation))
+
+
+def _is_text(leaf_types: set[Any]) -> bool:
+    return str in leaf_types and {int, float, Any}.isdisjoint(leaf_types)
+
+
+def by_commas(value: Any) -> Any:
+    """A list given as `a,b`, which needs no brackets in a shell, or as its only item."""
+    if isinstance(value, str):
+        return [item for item in map(str.strip, value.split(",")) if item]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def _leaf_types(annotation: Any) -> set[Any]:
@@ -37,30 +61,75 @@ def _leaf_types(annotation: Any) -> set[Any]:
 
 def explain(error: ValidationError, schema: type[BaseModel]) -> str:
     """One line for the first problem of a pydantic error, naming the key as it is written on the command line."""
-    problems = error.errors()
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     # of a value that may be a string or a list, pydantic tells both ways in which it failed: the longer one is meant
     first = max(problems[:2], key=lambda problem: len(problem["loc"])) if len(problems) > 1 else problems[0]
-    key = ".".join(str(part) for part in first["loc"] if not isinstance(part, str) or part.isidentifier())
+    path = list(_written(first, schema))
+    key = ".".join(path)
     if first["type"] == "extra_forbidden":
-        known = _fields(schema, [str(part) for part in first["loc"][:-1]])
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(known)}"
-        return f"unknown key {key}; {hint}"
+        return f"unknown key {key}; {_hint(path, schema)}"
     if first["type"] == "missing":
         return f"missing key {key}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return message
-    return f"{key}={first['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"{key}={typed(first['input'])}: {message[0].lower()}{message[1:]}"
 
 
-def _fields(schema: type[BaseModel], path: list[str]) -> list[str]:
+def _hint(path: list[str], schema: type[BaseModel]) -> str:
+    """What an unknown key may have been meant to be."""
+    inner = _section(schema, path[:-1])
+    if any(part.isdecimal() for part in path):  # in a list, where only the names beside it can be meant
+        near = difflib.get_close_matches(path[-1], inner.model_fields, n=1)
+    else:
+        near = meant(".".join(path), [*schema.model_fields, *keys_of(schema), "run_dir"])
+    if not near:
+        return f"known keys here: {', '.join(inner.model_fields)}"
+    if near == path[-1:] and "." in path[-1]:
+        section, _, leaf = path[-1].rpartition(".")
+        return f"in a file it is the key {leaf} under {section.replace('.', ' under ')}"
+    return f"did you mean {' or '.join('--run_dir' if name == 'run_dir' else name for name in near)}?"
+
+
+def _written(problem: Any, schema: type[BaseModel]) -> Iterator[str]:
+    """The parts of a problem's place that stand in the file; pydantic also names the alternatives of a union."""
+    inner: Any = schema
+    unknown = len(problem["loc"]) - 1 if problem["type"] == "extra_forbidden" else None
+    for i, part in enumerate(problem["loc"]):
+        fields = inner.model_fields if isinstance(inner, type) and issubclass(inner, BaseModel) else {}
+        if isinstance(part, int):
+            yield str(part)
+        elif part in fields:
+            yield part
+            annotation = fields[part].annotation
+            inner = section_of(annotation) or annotation
+        elif i == unknown if fields else dict in _origins(inner) and part != "[key]":
+            yield part
+
+
+def _origins(annotation: Any) -> set[Any]:
+    """The containers in a type: {dict} of `dict[str, int] | None`."""
+    inner = getattr(annotation, "__args__", ())
+    return {getattr(annotation, "__origin__", annotation)}.union(*(_origins(argument) for argument in inner))
+
+
+def _section(schema: type[BaseModel], path: list[str]) -> type[BaseModel]:
     for part in path:
         field = schema.model_fields.get(part)
-        inner = section_of(field.annotation) if field is not None else None
+        schema = (section_of(field.annotation) if field is not None else None) or schema
+    return schema
+
+
+def keys_of(schema: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every dotted key of a schema that takes a value."""
+    keys: list[str] = []
+    for name, info in schema.model_fields.items():
+        inner = section_of(info.annotation)
+        if inner is None or str in _leaf_types(info.annotation):
+            keys.append(prefix + name)
         if inner is not None:
-            schema = inner
-    return list(schema.model_fields)
+            keys += keys_of(inner, f"{prefix}{name}.")
+    return keys
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:

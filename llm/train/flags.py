@@ -3,7 +3,6 @@
 Values read as they would in the YAML file, and the schema in llm/train/config.py has the say on names and types.
 """
 
-import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,10 @@ from pydantic import BaseModel
 
 from llm.cli import split
 from llm.errors import UserError
+from llm.paths import expanded
 from llm.train.config import RunConfig
-from llm.train.explain import section_of
+from llm.train.explain import keys_of, section_of, takes_text
+from llm.train.names import meant
 from llm.train.yaml_file import scalar
 
 OWN_FLAGS = {
@@ -56,15 +57,18 @@ def parse_run_flags(words: list[str]) -> RunFlags:
     values, texts = split(words)
     if values:
         raise UserError(f"unexpected word {values[0]!r}; every option is --key=value")
-    flags: dict[str, Any] = {key: True if text is None else scalar(text) for key, text in texts.items()}
+    flags: dict[str, Any] = {key: True if text is None else _value(key, text) for key, text in texts.items()}
     own = {key: flags.pop(key) for key in list(flags) if key in OWN_FLAGS}
     for key in ("config", "run_dir"):  # paths stay as they were typed
         if key in own and not texts[key]:
             raise UserError(f"--{key} needs a value")
+        if key in own:
+            texts[key] = _path(f"--{key}", str(texts[key]))
     for key in flags:
         if "." not in key and key not in RunConfig.model_fields:
-            near = difflib.get_close_matches(key, [*OWN_FLAGS, *_dotted(RunConfig)], n=1)
-            raise UserError(f"unknown flag --{key}" + (f"; did you mean --{near[0]}?" if near else "; see --help"))
+            near = meant(key, [*OWN_FLAGS, *keys_of(RunConfig)])
+            hint = f"did you mean {' or '.join(f'--{name}' for name in near)}?" if near else "see --help"
+            raise UserError(f"unknown flag --{key}; {hint}")
     replay_step = _natural(own, "replay_step", "step of the run")
     if replay_step is not None and "config" not in own:
         if "run_dir" not in own:
@@ -83,6 +87,22 @@ def parse_run_flags(words: list[str]) -> RunFlags:
         replay_step=replay_step,
         overrides=flags,
     )
+
+
+def _path(flag: str, text: str) -> str:
+    try:
+        return expanded(text)
+    except ValueError as error:
+        raise UserError(f"{flag}={text}: {error}") from None
+
+
+def _value(key: str, text: str) -> Any:
+    """What `--key=text` gives: read as in the YAML file, but where the key takes text that is what was typed, colons,
+    hashes and all, unless it is quoted, null, or the list or mapping that the key takes too."""
+    value = scalar(text)
+    if key in OWN_FLAGS or value is None or text[:1] in ("'", '"') or not takes_text(RunConfig, key):
+        return value
+    return value if isinstance(value, list | dict) and text[0] in "[{" else text
 
 
 def _natural(own: dict[str, Any], key: str, what: str) -> int | None:

@@ -36,7 +36,7 @@ def refuse(text: Path, tmp_path: Path, *flags: str, nproc: int | None = None, **
 @pytest.mark.parametrize(
     ("flags", "sections", "expected"),
     [
-        (["--train.stesp=3"], {}, "unknown key train.stesp; did you mean steps?"),
+        (["--train.stesp=3"], {}, "unknown key train.stesp; did you mean train.steps?"),
         ([], {"data": {"train": "no/such/file.jsonl"}}, "no/such/file.jsonl"),
         ([], {"data": {"valid": "no/such/valid.jsonl"}}, "data.valid=no/such/valid.jsonl"),
         ([], {"tokenizer": {"kind": "sentencepiece", "path": "no/such/file.model"}}, "no/such/file.model"),

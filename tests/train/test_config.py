@@ -9,8 +9,19 @@ import torch
 
 from launch import pretrain
 from llm.errors import UserError
-from llm.train.config import TrainConfig, accumulation_steps, check_layout, differences, load_config, validate
-from llm.train.flags import help_text, parse_run_flags
+from llm.train.config import (
+    RunConfig,
+    TrainConfig,
+    accumulation_steps,
+    check_layout,
+    differences,
+    load_config,
+    validate,
+)
+from llm.train.explain import keys_of
+from llm.train.flags import OWN_FLAGS, help_text, parse_run_flags
+from llm.train.names import OTHERS_NAMES
+from llm.train.yaml_file import scalar
 from tests.distributed.harness import tiny_config, write_config
 
 
@@ -55,7 +66,7 @@ def test_a_model_file_is_read_from_its_path(tmp_path: Path) -> None:
         ({"optim": {"learning_rate": 1}}, "unknown key optim.learning_rate"),
         ({"train": {"steps": "ten"}}, "train.steps='ten'"),
         ({"train": {"steps": 0}}, "train.steps=0"),
-        ({"model": {"moe": {"n_experts": 4, "topk": 2}}}, "unknown key model.moe.topk; did you mean top_k?"),
+        ({"model": {"moe": {"n_experts": 4, "topk": 2}}}, "unknown key model.moe.topk; did you mean model.moe.top_k?"),
         ({"train": {"seq_len": 65}}, "train.seq_len=65 is above model.max_seq_len=64"),
         (
             {"checkpoint": {"interval": 100, "keep_every": 250}},
@@ -83,6 +94,12 @@ def test_a_model_file_is_read_from_its_path(tmp_path: Path) -> None:
         ({"eval": {"patience": 3}, "data": {"valid": None}}, "eval.patience=3 needs held-out text: set data.valid"),
         ({"log": {"trace_steps": [5, 4]}}, "log.trace_steps=[5, 4]: the first step lies after the last"),
         ({"deepspeed": {"zero_optimization": {"offload_optimizer": {}}}}, "set by parallel.offload_optimizer"),
+        ({"train": {"lr": 1}}, "unknown key train.lr; did you mean optim.lr?"),
+        ({"optim": {"max_steps": 1}}, "unknown key optim.max_steps; did you mean train.steps?"),
+        ({"train": {"block_size": 1}}, "unknown key train.block_size; did you mean train.seq_len?"),
+        ({"log": {"keep": 1}}, "unknown key log.keep; did you mean checkpoint.keep?"),
+        ({"checkpoint": {"allow_changes": ["optim.lrr"]}}, "checkpoint.allow_changes=optim.lrr: no such key; did you"),
+        ({"data": {"cache_dir": "$NO_SUCH_VARIABLE/cache"}}, "data.cache_dir='$NO_SUCH_VARIABLE/cache': $NO_SUCH_VAR"),
     ],
 )
 def test_a_wrong_config_names_its_key(tmp_path: Path, sections: dict[str, Any], expected: str) -> None:
@@ -176,7 +193,7 @@ def test_a_checkpoint_written_before_a_key_existed_stands_at_its_default(tmp_pat
 @pytest.mark.parametrize(
     ("flags", "sections", "expected"),
     [
-        ([], {"train": {"stesp": 3}}, "unknown key train.stesp; did you mean steps?"),
+        ([], {"train": {"stesp": 3}}, "unknown key train.stesp; did you mean train.steps?"),
         (["--runn_dir=x"], {}, "unknown flag --runn_dir; did you mean --run_dir?"),
         (["--dry_run=maybe"], {}, "--dry_run=maybe: expected true or false"),
         (["--log.tensorboard=perhaps"], {}, "log.tensorboard='perhaps'"),
@@ -237,7 +254,8 @@ def test_false_on_the_command_line_is_false(
         (b"- a\n- b\n", "expected a mapping of sections, found list"),
         (b"a: [1\n", "not valid YAML"),
         (b"? [1, 2]\n: 3\n", "not valid YAML"),
-        (b"a: 2024-99-99\n", "not valid YAML"),
+        (b"a:\n\t- 1\n", "not valid YAML"),
+        (b"", "is empty"),
     ],
 )
 def test_a_file_that_is_no_config_is_named(tmp_path: Path, content: bytes, expected: str) -> None:
@@ -250,6 +268,122 @@ def test_a_file_that_is_no_config_is_named(tmp_path: Path, content: bytes, expec
 def test_a_path_stays_as_it_was_typed() -> None:
     flags = parse_run_flags(["--config", "c.yaml", "--run_dir", "2024_01"])
     assert flags.run_dir == "2024_01"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("learning_rate: 1e-3", "unknown key learning_rate; did you mean optim.lr?"),
+        ("batch_size: 8", "unknown key batch_size; did you mean train.global_batch_size?"),
+        ("output_dir: x", "unknown key output_dir; did you mean --run_dir?"),
+        ("trian: {steps: 3}", "unknown key trian; did you mean train?"),
+        ("train.steps: 3", "unknown key train.steps; in a file it is the key steps under train"),
+    ],
+)
+def test_a_key_that_nobody_knows_names_the_one_that_was_meant(tmp_path: Path, line: str, expected: str) -> None:
+    path = write_config(tmp_path / "c.yaml", tiny_config(tmp_path))
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(UserError) as error:
+        load_config(path)
+    assert expected in str(error.value)
+
+
+def test_every_key_that_another_trainers_name_leads_to_is_one() -> None:
+    assert set(OTHERS_NAMES) <= {*keys_of(RunConfig), *OWN_FLAGS}
+    assert not {name for names in OTHERS_NAMES.values() for name in names} & set(keys_of(RunConfig))
+
+
+WRONG = ("text", "-1", "true", "[1, a]", "{a: 1}", "null", "1e400", "1.5", ".nan", "99999999999")
+
+
+@pytest.mark.parametrize("written", WRONG)
+def test_a_wrong_value_of_any_key_is_one_line_with_the_key(tmp_path: Path, written: str) -> None:
+    for key in keys_of(RunConfig):
+        if key.startswith(("data.train.", "data.valid.")):
+            continue  # of a list's items
+        raw = tiny_config(tmp_path)
+        node: dict[str, Any] = raw
+        *path, leaf = key.split(".")
+        for part in path:
+            node[part] = dict(node.get(part) or {})
+            node = node[part]
+        node[leaf] = scalar(written)
+        try:
+            validate(raw, "c.yaml")
+        except UserError as error:
+            line = str(error)
+            assert leaf in line and key.rpartition(".")[0] in line and len(line.splitlines()) == 1, (key, line)
+            assert "pydantic" not in line and len(line) < 900, (key, line)
+
+
+def read(tmp_path: Path, **changes: str) -> RunConfig:
+    """The tiny config with keys, `__` for a dot, written as the text of a YAML value."""
+    lines = [f"{key.replace('__', '.')}: {value}" for key, value in changes.items()]
+    raw = tiny_config(tmp_path)
+    for key, value in (line.split(": ", 1) for line in lines):
+        section, leaf = key.split(".")
+        raw[section] = {**raw.get(section, {}), leaf: scalar(value)}
+    return validate(raw, "c.yaml")
+
+
+def test_a_number_of_yaml_1_1_is_what_was_written(tmp_path: Path) -> None:
+    assert read(tmp_path, train__steps="010").train.steps == 10
+    assert read(tmp_path, train__steps="0o10").train.steps == 8
+    assert read(tmp_path, train__steps="1_000").train.steps == 1000
+    assert read(tmp_path, train__steps="1e3").train.steps == 1000
+    assert read(tmp_path, optim__lr="1e-3").optim.lr == 1e-3
+    for wrong in ("1:30", "1,000", "1e3.5", "1.5"):
+        with pytest.raises(UserError, match=r"train\.steps="):
+            read(tmp_path, train__steps=wrong)
+
+
+def test_text_that_looks_like_a_number_a_date_or_a_word_is_text(tmp_path: Path) -> None:
+    config = read(tmp_path, eval__prompts="[no, 007, 2024-01-01, 1_0, 1e3]", data__train="2024")
+    assert config.eval.prompts == ("no", "007", "2024-01-01", "1_0", "1e3") and config.data.train == "2024"
+    assert read(tmp_path, guard__spike="off").guard.spike == "off"
+    assert read(tmp_path, log__tensorboard="yes").log.tensorboard is True
+
+
+def test_an_empty_section_has_its_defaults(tmp_path: Path) -> None:
+    path = write_config(tmp_path / "c.yaml", {**tiny_config(tmp_path), "guard": None, "deepspeed": None})
+    assert load_config(path).guard == RunConfig.model_fields["guard"].default
+
+
+def test_a_file_of_windows_with_anchors_reads(tmp_path: Path) -> None:
+    text = write_config(tmp_path / "c.yaml", tiny_config(tmp_path)).read_text()
+    merged = text + "guard: &a {spike: warn}\ndeepspeed: {}\n"
+    (tmp_path / "c.yaml").write_bytes(b"\xef\xbb\xbf" + merged.replace("\n", "\r\n").encode())
+    assert load_config(tmp_path / "c.yaml").guard.spike == "warn"
+
+
+@pytest.mark.parametrize("written", ["optim.lr,optim.min_lr", "[optim.lr, optim.min_lr]", "[optim.lr,optim.min_lr]"])
+def test_a_list_reads_with_and_without_brackets(tmp_path: Path, written: str) -> None:
+    path = write_config(tmp_path / "c.yaml", tiny_config(tmp_path))
+    flags = parse_run_flags(["--config", str(path), f"--checkpoint.allow_changes={written}", "--train.skip_steps=3"])
+    config = load_config(flags.config, flags.overrides)
+    assert config.checkpoint.allow_changes == ("optim.lr", "optim.min_lr") and config.train.skip_steps == (3,)
+
+
+@pytest.mark.parametrize("prompt", ["Hello, world: a #1", "{not yaml", "10", "yes", "'quoted", "a: b", "*x", "- a"])
+def test_a_prompt_on_the_command_line_is_text(tmp_path: Path, prompt: str) -> None:
+    path = write_config(tmp_path / "c.yaml", tiny_config(tmp_path))
+    flags = parse_run_flags(["--config", str(path), f"--eval.prompts={prompt}"])
+    assert load_config(flags.config, flags.overrides).eval.prompts == (prompt,)
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_path_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    raw = tiny_config(tmp_path, data={"train": [{"path": "~/train.jsonl"}], "valid": "~/v.jsonl", "cache_dir": "~/c"})
+    raw["tokenizer"] = {"kind": "characters", "path": "~/t.json"}
+    write_config(tmp_path / "model.yaml", raw.pop("model"))
+    write_config(tmp_path / "c.yaml", raw)
+    flags = parse_run_flags(["--config=~/c.yaml", "--run_dir=~/run", "--model=~/model.yaml"])
+    config = load_config(flags.config, flags.overrides)
+    assert flags.folder() == tmp_path / "run" and config.data.cache_dir == str(tmp_path / "c")
+    assert not isinstance(config.data.train, str) and config.data.train[0].path == str(tmp_path / "train.jsonl")
+    assert (config.data.valid, config.tokenizer.path) == (str(tmp_path / "v.jsonl"), str(tmp_path / "t.json"))
 
 
 def test_help_lists_every_key_with_its_documentation() -> None:
