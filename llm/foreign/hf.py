@@ -14,6 +14,7 @@ from llm.errors import UserError
 from llm.foreign.family import Row, Warn, row
 
 Config = Mapping[str, Any]
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
     "relu": "relu",
@@ -77,6 +78,14 @@ def required(config: Config, key: str) -> Any:
     return config[key]
 
 
+def with_defaults(config: Config, defaults: Config, warn: Warn) -> dict[str, Any]:
+    """A config with the keys that it leaves out as transformers has them for its family. Sizes among them are told: no
+    known writer leaves them out."""
+    for key in (key for key in SIZES if key in defaults and key not in config):
+        warn(f"config.json: {key} is missing, taken as {defaults[key]}, the default of transformers")
+    return {**defaults, **config}
+
+
 def one_of(config: Config, keys: Sequence[str], warn: Warn) -> Any:
     """The value that the first of several spellings of a key has; None without any."""
     told = {key: config[key] for key in keys if config.get(key) is not None}
@@ -86,16 +95,27 @@ def one_of(config: Config, keys: Sequence[str], warn: Warn) -> Any:
 
 
 def common_args(
-    config: Config, warn: Warn, *, theta: float = 1e4, eps: str = "rms_norm_eps", partial_rotary: bool = False
+    config: Config,
+    warn: Warn,
+    *,
+    theta: float = 1e4,
+    eps: str = "rms_norm_eps",
+    rope_names: tuple[str, str] = ("rope_theta", "partial_rotary_factor"),
+    partial: float | None = None,
+    by_layer: bool = False,
 ) -> dict[str, Any]:
-    """What nearly all families say in the same words.
+    """What nearly all families say in the same words. `config` has its defaults.
 
-    partial_rotary: whether the family can rotate a part of each head. UserError where another is told to.
+    theta: base of RoPE where the config has none. rope_names: how its base and the rotated part of a head are called
+    beside rope_parameters. partial: that part where the config has none, of a family that can rotate less than all;
+    UserError where another is told to. by_layer: whether the family reads layer_types.
     """
+    if not by_layer and len(set(config.get("layer_types") or ())) > 1:
+        warn("config.json: layer_types is nothing that this family reads, in transformers either")
     heads = required(config, "num_attention_heads")
     kv_heads = config.get("num_key_value_heads")
-    rope = rope_args(config, warn, theta)
-    if rope["rope_pct"] != 1 and not partial_rotary:
+    rope = rope_args(config, warn, theta, rope_names, 1.0 if partial is None else partial)
+    if rope["rope_pct"] != 1 and partial is None:
         raise UserError(f"config.json: partial_rotary_factor={rope['rope_pct']} is not a setting of this family")
     return {
         "dim": required(config, "hidden_size"),
@@ -104,11 +124,11 @@ def common_args(
         "n_kv_heads": heads if kv_heads is None else kv_heads,
         "head_dim": config.get("head_dim"),
         "vocab_size": required(config, "vocab_size"),
-        "max_seq_len": config.get("max_position_embeddings", 2048),
-        "ffn_hidden": config.get("intermediate_size"),
-        "norm_eps": config.get(eps, 1e-6),
+        "max_seq_len": required(config, "max_position_embeddings"),
+        "ffn_hidden": required(config, "intermediate_size"),
+        "norm_eps": required(config, eps),
         "act": activation(config),
-        "tie_embeddings": config.get("tie_word_embeddings", False),
+        "tie_embeddings": bool(config.get("tie_word_embeddings")),
         "init_std": config.get("initializer_range") or 0.02,
         "rope_interleaved": False,
         **rope,
@@ -142,32 +162,38 @@ def layer_kinds(config: Config, *known: str) -> list[bool] | None:
     return [kind == known[0] for kind in kinds]
 
 
-def rope_args(config: Config, warn: Warn, theta: float) -> dict[str, Any]:
-    """rope_theta, rope_pct and rope_scaling."""
-    given = _one_spelling(config.get("rope_parameters"))
-    if any(isinstance(value, dict) for value in given.values()):
+def rope_args(
+    config: Config,
+    warn: Warn,
+    theta: float,
+    names: tuple[str, str] = ("rope_theta", "partial_rotary_factor"),
+    partial: float = 1.0,
+) -> dict[str, Any]:
+    """rope_theta, rope_pct and rope_scaling, as transformers takes them: `rope_scaling` where there is one, else
+    `rope_parameters`; what the chosen one lacks comes from beside it, by `names`, else from the defaults given."""
+    groups = {key: _one_spelling(config.get(key)) for key in ("rope_scaling", "rope_parameters")}
+    if any(isinstance(value, dict) for group in groups.values() for value in group.values()):
         raise UserError("config.json: rope_parameters differ between kinds of layers, which is not supported")
-    old = _one_spelling(config.get("rope_scaling"))
-    for key, spellings in (
-        ("rope_theta", ("rope_theta", "rotary_emb_base")),
-        ("partial_rotary_factor", ("partial_rotary_factor", "rotary_pct")),
-    ):
-        told = next((config[name] for name in spellings if config.get(name) is not None), None)
-        if told is not None and given.get(key, told) != told:
-            warn(f"config.json: rope_parameters.{key}={given[key]} and {told} contradict each other; the first is used")
-        if told is not None:
-            given.setdefault(key, told)
-    clash = sorted(key for key in old.keys() & given.keys() if old[key] != given[key])
-    if clash:
-        warn(f"config.json: rope_parameters and rope_scaling contradict each other in {clash[0]}; the first is used")
-    params = {**old, **given}
+    chosen = next((key for key, group in groups.items() if group), "rope_parameters")
+    params = dict(groups[chosen])
+    for key, name, default in zip(("rope_theta", "partial_rotary_factor"), names, (theta, partial), strict=True):
+        beside = config.get(name)
+        if beside is not None and params.setdefault(key, beside) != beside:
+            warn(f"config.json: {chosen}.{key}={params[key]} and {beside} contradict each other; the first is used")
+        params.setdefault(key, default)
+    other = groups["rope_parameters"] if chosen == "rope_scaling" else {}
+    for key, value in sorted(other.items()):
+        if params.get(key, "default" if key == "rope_type" else None) != value:
+            said = f"{key}, {params.get(key)} and {value}"
+            warn(f"config.json: rope_scaling and rope_parameters contradict each other in {said}; the first is used")
+            break
     kind = params.get("rope_type", "default")
     args: dict[str, Any] = {
-        "rope_theta": float(params.get("rope_theta", theta)),
-        "rope_pct": float(params.get("partial_rotary_factor", 1.0)),
+        "rope_theta": float(params["rope_theta"]),
+        "rope_pct": float(params["partial_rotary_factor"]),
     }
     if kind != "default":
-        args["rope_scaling"] = _scaling(kind, params, config)
+        args["rope_scaling"] = _scaling(kind, params, config, warn)
     return args
 
 
@@ -179,10 +205,10 @@ def _one_spelling(params: Config | None) -> dict[str, Any]:
     return found
 
 
-def _scaling(kind: str, params: dict[str, Any], config: Config) -> dict[str, Any]:
+def _scaling(kind: str, params: dict[str, Any], config: Config, warn: Warn) -> dict[str, Any]:
     if kind not in ("linear", "dynamic", "llama3", "yarn"):
         raise UserError(f"config.json: rope_type={kind} is not one of default, linear, dynamic, llama3, yarn")
-    longest = config.get("max_position_embeddings", 2048)
+    longest = required(config, "max_position_embeddings")
     original = params.get("original_max_position_embeddings") or longest
     factor = params.get("factor")
     if factor is None:
@@ -195,7 +221,10 @@ def _scaling(kind: str, params: dict[str, Any], config: Config) -> dict[str, Any
     elif kind != "linear":
         found["original_max_position"] = original
     if kind == "llama3":
-        found |= {key: float(params.get(key, d)) for key, d in (("low_freq_factor", 1.0), ("high_freq_factor", 4.0))}
+        for key, default in (("low_freq_factor", 1.0), ("high_freq_factor", 4.0)):
+            if key not in params:
+                warn(f"config.json: rope_type=llama3 without {key}, taken as {default} (Llama 3.1)")
+            found[key] = float(params.get(key, default))
     if kind == "yarn":
         found |= {"beta_fast": float(params.get("beta_fast") or 32), "beta_slow": float(params.get("beta_slow") or 1)}
         found["truncate"] = params.get("truncate", True)
@@ -222,15 +251,17 @@ def pattern(windowed: Sequence[bool], window: int | None) -> dict[str, Any]:
 
 
 def qwen_windows(config: Config, warn: Warn) -> dict[str, Any]:
-    """Windows as Qwen 2 and 3 say them."""
+    """Windows as Qwen 2 and 3 say them: `config` as it is in the file, but for the window."""
     n, window = config["num_hidden_layers"], config.get("sliding_window")
-    if not config.get("use_sliding_window", False) or window is None:
-        return {}
-    first = config.get("max_window_layers", 28)
-    windowed = [i >= first for i in range(n)]
     told = layer_kinds(config, "sliding_attention", "full_attention")
+    if not config.get("use_sliding_window") or window is None:
+        if told is not None and any(told):
+            warn("config.json: layer_types has sliding layers, but no window is in use: all of them see all before")
+        return {}
+    first = config.get("max_window_layers")
+    windowed = [i >= (28 if first is None else first) for i in range(n)]
     if told is not None:
-        if told != windowed and "max_window_layers" in config:
+        if told != windowed and first is not None:
             warn("config.json: layer_types and max_window_layers contradict each other; layer_types is used")
         windowed = told
     return pattern(windowed, window)

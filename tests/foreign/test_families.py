@@ -21,6 +21,7 @@ from tests.foreign.models import (
     CHUNK,
     CONFIGS,
     FULL,
+    LINEAR,
     LLAMA3,
     TABLE,
     YARN,
@@ -207,12 +208,14 @@ CONTRADICTIONS = {
     "theta": (config("llama", rope_theta=5e5), "rope_theta", {}),
     "scaling's number": (
         config("llama", rope_parameters=LLAMA3, rope_scaling=LLAMA3 | {"factor": 2.0}), "factor",
-        {"rope_parameters": LLAMA3},
+        {"rope_parameters": LLAMA3 | {"factor": 2.0}},
     ),
-    "scaling's kind": (config("llama", rope_scaling={"type": "linear", "factor": 4.0}), "rope_type", {}),
+    "scaling's kind": (
+        config("llama", rope_scaling={"type": "linear", "factor": 4.0}), "rope_type", {"rope_parameters": LINEAR}
+    ),
     "scaling's original length": (
         config("qwen2", rope_parameters=YARN, rope_scaling=YARN | {"original_max_position_embeddings": 8}),
-        "original_max_position_embeddings", {"rope_parameters": YARN},
+        "original_max_position_embeddings", {"rope_parameters": YARN | {"original_max_position_embeddings": 8}},
     ),
     "rotated part": (config("gpt_neox", rotary_pct=1.0), "partial_rotary_factor", {}),
     "windows": (
@@ -250,7 +253,7 @@ REFUSED = {
     "kind of layer": (config("qwen3", use_sliding_window=True, sliding_window=4, layer_types=[CHUNK] * 3), "chunked"),
     "too few kinds of layers": (config("gemma2", layer_types=[FULL]), "layer_types"),
     "too few nope flags": (config("llama4_text", no_rope_layers=[1]), "no_rope_layers"),
-    "no width": (config("llama", hidden_size=...), "hidden_size"),
+    "no width": (config("llama", hidden_size=None), "hidden_size"),
 }
 
 

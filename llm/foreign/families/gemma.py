@@ -24,13 +24,24 @@ GEMMA2_ROWS = (
 )
 
 
-def read_common(config: hf.Config, warn: Warn) -> dict[str, Any]:
+GEMMA: dict[str, Any] = {
+    "vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28,
+    "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256, "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh",
+}  # fmt: skip
+GEMMA2 = GEMMA | {
+    "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "sliding_window": 4096, "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0, "hidden_activation": "gelu_pytorch_tanh",
+}  # fmt: skip
+"""What transformers takes for keys that a config leaves out."""
+
+
+def read_common(config: hf.Config, warn: Warn, by_layer: bool) -> dict[str, Any]:
     if config.get("use_bidirectional_attention"):
         raise UserError("config.json: use_bidirectional_attention is not supported")
-    biased = config.get("attention_bias", False)
-    return hf.common_args(config, warn) | {
-        "head_dim": config.get("head_dim", 256),
-        "tie_embeddings": config.get("tie_word_embeddings", True),
+    biased = bool(config.get("attention_bias"))
+    return hf.common_args(config, warn, by_layer=by_layer) | {
         "qkv_bias": biased,
         "o_bias": biased,
         "norm_offset": True,
@@ -43,25 +54,28 @@ def required_width(config: hf.Config) -> int:
 
 
 def read_gemma(config: hf.Config, warn: Warn) -> dict[str, Any]:
-    act = config.get("hidden_activation")
-    if act is None and config.get("hidden_act", "gelu_pytorch_tanh") == "gelu":
+    config, beside = hf.with_defaults(config, GEMMA, warn), config.get("hidden_activation")
+    act = config["hidden_act"] or GEMMA["hidden_act"]
+    if act == "gelu":
         warn("config.json: hidden_act=gelu, as early Gemma files say, stands for the tanh approximation")
         act = "gelu_pytorch_tanh"
-    act = act or config.get("hidden_act") or "gelu_pytorch_tanh"
-    return read_common(config, warn) | {"act": hf.activation({"hidden_act": act})}
+    if beside not in (None, act):
+        warn(f"config.json: hidden_act={act} and hidden_activation={beside} contradict each other; the first is used")
+    return read_common(config, warn, False) | {"act": hf.activation({"hidden_act": act})}
 
 
 def read_gemma2(config: hf.Config, warn: Warn) -> dict[str, Any]:
-    n_layers, window = config["num_hidden_layers"], config.get("sliding_window", 4096)
+    config = hf.with_defaults(config, GEMMA2, warn)
+    n_layers, window = config["num_hidden_layers"], config["sliding_window"]
     told = hf.layer_kinds(config, "sliding_attention", "full_attention")
     windowed = [i % 2 == 0 for i in range(n_layers)] if told is None else told
-    act = {"hidden_act": config.get("hidden_activation") or "gelu_pytorch_tanh"}
-    return read_common(config, warn) | {
+    act = {"hidden_act": config["hidden_activation"] or GEMMA2["hidden_activation"]}
+    return read_common(config, warn, True) | {
         "act": hf.activation(act),
         "norm_place": "sandwich",
-        "score_scale": config.get("query_pre_attn_scalar", 256) ** -0.5,
-        "attn_softcap": config.get("attn_logit_softcapping", 50.0),
-        "logit_softcap": config.get("final_logit_softcapping", 30.0),
+        "score_scale": hf.required(config, "query_pre_attn_scalar") ** -0.5,
+        "attn_softcap": config["attn_logit_softcapping"],
+        "logit_softcap": config["final_logit_softcapping"],
         **hf.pattern(windowed, window),
     }
 

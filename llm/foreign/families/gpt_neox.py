@@ -20,15 +20,21 @@ ROWS = (
 )
 
 
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 50432, "hidden_size": 6144, "intermediate_size": 24576, "num_hidden_layers": 44,
+    "num_attention_heads": 64, "max_position_embeddings": 2048, "layer_norm_eps": 1e-5, "hidden_act": "gelu",
+}  # fmt: skip
+"""What transformers takes for keys that a config leaves out."""
+
+
 def read_config(config: hf.Config, warn: Warn) -> dict[str, Any]:
-    common = hf.common_args({"hidden_act": "gelu", **config}, warn, eps="layer_norm_eps", partial_rotary=True)
-    if "rope_parameters" not in config and not any(key in config for key in ("rotary_pct", "partial_rotary_factor")):
-        common["rope_pct"] = 0.25
+    config = hf.with_defaults(config, DEFAULTS, warn)
+    names = ("rotary_emb_base", "rotary_pct")
+    common = hf.common_args(config, warn, eps="layer_norm_eps", rope_names=names, partial=0.25)
     biased = config.get("attention_bias", True)
     return common | {
         "n_kv_heads": common["n_heads"],
         "head_dim": None,
-        "norm_eps": config.get("layer_norm_eps", 1e-5),
         "norm": "layer",
         "gated": False,
         "ffn_bias": True,

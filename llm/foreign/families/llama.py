@@ -16,12 +16,23 @@ ROWS = (
 CONTAINERS = hf.containers(BLOCK, "self_attn", "mlp")
 
 
+LLAMA: dict[str, Any] = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+MISTRAL = LLAMA | {
+    "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096,
+}  # fmt: skip
+"""What transformers takes for keys that a config leaves out."""
+
+
 def read_llama(config: hf.Config, warn: Warn) -> dict[str, Any]:
-    biased = config.get("attention_bias", False)
+    config = hf.with_defaults(config, LLAMA, warn)
+    biased = bool(config.get("attention_bias"))
     return hf.common_args(config, warn) | {
         "qkv_bias": biased,
         "o_bias": biased,
-        "ffn_bias": config.get("mlp_bias", False),
+        "ffn_bias": bool(config.get("mlp_bias")),
     }
 
 
@@ -31,6 +42,7 @@ def write_llama(args: ModelArgs) -> dict[str, Any]:
 
 
 def read_mistral(config: hf.Config, warn: Warn) -> dict[str, Any]:
+    config = hf.with_defaults(config, MISTRAL, warn)
     return hf.common_args(config, warn) | {"sliding_window": config.get("sliding_window")}
 
 

@@ -26,14 +26,20 @@ def rows(prefix: str) -> tuple[Row, ...]:
     )
 
 
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 202048, "hidden_size": 5120, "intermediate_size": 8192, "intermediate_size_mlp": 16384,
+    "num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128,
+    "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+"""What transformers takes for keys that a config leaves out."""
+
+
 def read_config(config: hf.Config, warn: Warn) -> dict[str, Any]:
-    text = config.get("text_config", config)
+    text = hf.with_defaults(config.get("text_config") or config, DEFAULTS, warn)
     n_layers = hf.required(text, "num_hidden_layers")
     hf.silu_experts(text)
-    args = hf.common_args(text, warn, theta=5e5) | {
-        "head_dim": text.get("head_dim", 128),
-        "norm_eps": text.get("rms_norm_eps", 1e-5),
-        "ffn_hidden": text.get("intermediate_size_mlp", 16384),
+    args = hf.common_args(text, warn, theta=5e5, by_layer=True) | {
+        "ffn_hidden": hf.required(text, "intermediate_size_mlp"),
         "rope_interleaved": True,
         "qk_norm": "l2" if text.get("use_qk_norm", True) else None,
         "qkv_bias": text.get("attention_bias", False),

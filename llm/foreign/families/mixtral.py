@@ -4,11 +4,15 @@ from typing import Any
 
 from llm.args import ModelArgs
 from llm.foreign import hf
-from llm.foreign.families.llama import BLOCK, ROWS
+from llm.foreign.families.llama import BLOCK, MISTRAL, ROWS
 from llm.foreign.family import Family, Warn
+
+DEFAULTS = MISTRAL | {"rms_norm_eps": 1e-5, "sliding_window": None, "num_experts_per_tok": 2}
+"""What transformers takes for keys that a config leaves out."""
 
 
 def read_config(config: hf.Config, warn: Warn) -> dict[str, Any]:
+    config = hf.with_defaults(config, DEFAULTS, warn)
     hf.silu_experts(config)
     experts = hf.one_of(config, ("num_local_experts", "num_experts"), warn)
     return hf.common_args(config, warn, theta=1e6) | {
@@ -16,7 +20,7 @@ def read_config(config: hf.Config, warn: Warn) -> dict[str, Any]:
         "ffn_hidden": None,
         "moe": {
             "n_experts": 8 if experts is None else experts,
-            "top_k": config.get("num_experts_per_tok", 2),
+            "top_k": config["num_experts_per_tok"],
             "hidden": config.get("intermediate_size"),
             "score": "softmax",
             "renorm": True,

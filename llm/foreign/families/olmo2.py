@@ -4,7 +4,7 @@ from typing import Any
 
 from llm.args import ModelArgs
 from llm.foreign import hf
-from llm.foreign.families.llama import BLOCK, CONTAINERS
+from llm.foreign.families.llama import BLOCK, CONTAINERS, LLAMA
 from llm.foreign.family import Family, Warn
 
 ROWS = (
@@ -15,10 +15,14 @@ ROWS = (
 )
 
 
+DEFAULTS = LLAMA | {"vocab_size": 50304, "rms_norm_eps": 1e-5}
+"""What transformers takes for keys that a config leaves out."""
+
+
 def read_config(config: hf.Config, warn: Warn) -> dict[str, Any]:
-    biased = config.get("attention_bias", False)
+    config = hf.with_defaults(config, DEFAULTS, warn)
+    biased = bool(config.get("attention_bias"))
     return hf.common_args(config, warn) | {
-        "norm_eps": config.get("rms_norm_eps", 1e-5),
         "qkv_bias": biased,
         "o_bias": biased,
         "qk_norm": "full",

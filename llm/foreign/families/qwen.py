@@ -7,19 +7,35 @@ from llm.foreign import hf
 from llm.foreign.families.llama import BLOCK, CONTAINERS, ROWS
 from llm.foreign.family import Family, Warn
 
+QWEN2: dict[str, Any] = {
+    "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
+    "sliding_window": 4096,
+}  # fmt: skip
+QWEN3 = QWEN2 | {"head_dim": 128}
+QWEN3_MOE = QWEN2 | {
+    "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24, "num_key_value_heads": 4,
+    "num_experts_per_tok": 8, "moe_intermediate_size": 768, "decoder_sparse_step": 1,
+}  # fmt: skip
+"""What transformers takes for keys that a config leaves out."""
+
 
 def read_qwen2(config: hf.Config, warn: Warn) -> dict[str, Any]:
-    return hf.common_args(config, warn) | {"qkv_bias": True, **hf.qwen_windows(config, warn)}
+    config = hf.with_defaults(config, QWEN2, warn)
+    return hf.common_args(config, warn, by_layer=True) | {"qkv_bias": True, **hf.qwen_windows(config, warn)}
 
 
 def read_qwen3(config: hf.Config, warn: Warn) -> dict[str, Any]:
-    biased = config.get("attention_bias", False)
-    common = hf.common_args(config, warn) | {"qkv_bias": biased, "o_bias": biased, "qk_norm": "head"}
-    return {**common, "head_dim": config.get("head_dim", 128)} | hf.qwen_windows(config, warn)
+    config = hf.with_defaults(config, QWEN3, warn)
+    biased = bool(config.get("attention_bias"))
+    common = hf.common_args(config, warn, by_layer=True)
+    common |= {"qkv_bias": biased, "o_bias": biased, "qk_norm": "head"}
+    return common | hf.qwen_windows(config, warn)
 
 
 def read_qwen3_moe(config: hf.Config, warn: Warn) -> dict[str, Any]:
-    biased, window = config.get("attention_bias", False), config.get("sliding_window")
+    config = hf.with_defaults(config, QWEN3_MOE, warn)
+    biased, window = bool(config.get("attention_bias")), config.get("sliding_window")
     experts = hf.one_of(config, ("num_experts", "num_local_experts"), warn)
     n_layers = config["num_hidden_layers"]
     hf.silu_experts(config)
@@ -27,15 +43,15 @@ def read_qwen3_moe(config: hf.Config, warn: Warn) -> dict[str, Any]:
         "qkv_bias": biased,
         "o_bias": biased,
         "qk_norm": "head",
-        "sliding_window": window if config.get("use_sliding_window", False) else None,
+        "sliding_window": window if config.get("use_sliding_window") else None,
         "moe": {
             "n_experts": 128 if experts is None else experts,
-            "top_k": config.get("num_experts_per_tok", 8),
-            "hidden": config.get("moe_intermediate_size", 768),
-            "interleave": config.get("decoder_sparse_step", 1),
+            "top_k": config["num_experts_per_tok"],
+            "hidden": config["moe_intermediate_size"],
+            "interleave": config["decoder_sparse_step"],
             "dense_layers": [i for i in config.get("mlp_only_layers") or () if i < n_layers],
             "score": "softmax",
-            "renorm": config.get("norm_topk_prob", False),
+            "renorm": bool(config.get("norm_topk_prob")),
             "apply": "output",
             "shared": False,
         },
