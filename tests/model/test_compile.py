@@ -5,6 +5,7 @@ seconds instead of a minute.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ EVERYTHING = dict(n_layers=2, nope_layer_interval=2, moe=MOE | dict(interleave=2
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
+def fresh_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Nothing compiled before, here or by an earlier session: what its cache holds may be of other instructions."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
     counters.clear()
     yield
