@@ -301,20 +301,20 @@ def find_source(spec: SourceSpec, fingerprint: str, cache_dir: str | None) -> To
     fingerprint knows without the text. UserError when they are not there, not whole, or not the same any more.
     """
     path = Path(spec.path)
-    if is_source(path) and (path / SHARDS).is_dir():
-        source = TokenSource.open(path)
-        if source.fingerprint != fingerprint:
-            raise UserError(f"{path}: holds other shards than the run read ({source.fingerprint}, not {fingerprint})")
+    source = TokenSource.open(path) if is_source(path) and (path / SHARDS).is_dir() else None
+    if source is not None and source.fingerprint == fingerprint:
         return source
     cache = Path(cache_dir) if cache_dir else None
     for folder in sorted(cache.iterdir()) if cache and cache.is_dir() else ():
-        if folder.name.startswith(f"{spec.resolved_name()}-") and is_source(folder):
+        if folder.name.startswith(f"{spec.cache_name()}-") and is_source(folder):
             try:
                 stated = json_format.loads((folder / SOURCE_MANIFEST).read_bytes()).get("fingerprint")
             except (ValueError, AttributeError):
                 continue  # damaged, so there is no telling what it was
             if stated == fingerprint:
                 return TokenSource.open(folder)
+    if source is not None:
+        raise UserError(f"{path}: holds other shards than the run read ({source.fingerprint}, not {fingerprint})")
     where = f"{path} is no folder of shards" if path.exists() else f"{path} is not there any more"
     raise UserError(f"{where}, and {cache or 'no cache'} has no shards of it (relative paths start at {Path.cwd()})")
 

@@ -101,7 +101,7 @@ def main() -> None:
     launch.quiet_libraries()
     world = launch.start(first.parallel.timeout_s, first.train.threads)
     tokenizer = all_or_none(lambda: load_tokenizer(first.tokenizer), world)
-    sources, _ = open_sources(first, tokenizer, world)
+    sources, _, _ = open_sources(first, tokenizer, world)
     mixture = all_or_none(lambda: Mixture(sources, first.train.seq_len, first.train.seed), world)
     grids: dict[tuple[int, ...], Grid] = {}  # groups take time and memory, and the ZeRO stages can share them
     for config in configs:

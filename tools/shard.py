@@ -11,7 +11,9 @@ if not __package__:
 
 from llm.cli import run_cli
 from llm.data.build import build_source
-from llm.data.documents import input_files, read_documents
+from llm.data.documents import Reading, read_listings
+from llm.data.found import Tally, found_lines
+from llm.data.listing import list_input
 from llm.data.source import TokenSource
 from llm.errors import UserError
 from llm.tokenizer import TokenizerConfig, TokenizerKind, load_tokenizer
@@ -28,19 +30,22 @@ def shard(
     variant: str | None = None,
     bos: str | None = None,
     eos: str | None = None,
+    separator: str | None = None,
 ) -> None:
     """Tokenise text into a new folder of shards with a manifest, whole or not at all.
 
-    input: text files, folders, .jsonl, .jsonl.gz, .parquet, separated by commas
+    input: text files, folders, .jsonl, .ndjson, .json, .parquet, separated by commas; text and JSON also with .gz,
+        .bz2, .xz or .zst behind
     output: the folder to make; it must not exist
     tokenizer: the tokenizer's file; none for --kind=bytes
     kind: what sort of tokenizer that is; tiktoken is a file of ranks (Llama 3 and 4), hf a tokenizer.json
-    text_field: field of JSONL and Parquet rows that holds the text
+    text_field: field of JSON and Parquet rows that holds the text
     shard_mb: a shard is closed once its tokens take this many MiB
     threads: threads the tokenizer may use; the shards do not depend on it
     variant: llama3 or llama4, for --kind=tiktoken when the number of ranks does not tell
     bos: name of the token that begins a document, for --kind=hf when its usual names do not tell
     eos: name of the token that ends a document, likewise
+    separator: what ends a document in text files, as <|endoftext|>, and is no part of it; without it each is one
     """
     if shard_mb < 1 or threads < 1:
         raise UserError(f"--shard_mb={shard_mb} --threads={threads}: both must be at least 1")
@@ -48,19 +53,24 @@ def shard(
         raise UserError(f"--output={output}: exists already; remove it or name another folder")
     config = {"kind": kind, "path": tokenizer, "variant": variant, "bos": bos, "eos": eos}
     encoder = load_tokenizer(TokenizerConfig.model_validate(config))
-    total_bytes = sum(file.stat().st_size for path in input for file in input_files(Path(path), "--input"))
-    documents = read_documents(*input, text_field=text_field, key="--input")
-    began = time.perf_counter()
+    listings = [list_input(path, "--input") for path in input]
+    if separator == "":
+        raise UserError("--separator: is empty")
+    if separator is not None and all(file.format.has_rows for listing in listings for file in listing.files):
+        raise UserError(f"--separator={separator}: is for text files, and --input has none")
+    began, tally, name = time.perf_counter(), Tally(), f"--input={','.join(input)}"
     source = build_source(
-        documents,
+        read_listings(listings, Reading(text_field, separator), tally),
         encoder,
         output,
-        total_bytes=total_bytes,
+        total_bytes=sum(listing.bytes for listing in listings),
         shard_bytes=shard_mb << 20,
         threads=threads,
-        name=f"--input={','.join(input)}",
+        name=name,
+        found=lambda: tally.found(listings),
     )
     seconds = time.perf_counter() - began
+    _print_found(name, source)
     print(f"{output}: {_summary(source)}; {seconds:.1f} s, {source.n_tokens / seconds / 1e6:.2f} Mtok/s")
 
 
@@ -69,7 +79,15 @@ def check(source: str) -> None:
 
     source: the folder
     """
-    print(f"{source}: whole; {_summary(TokenSource.open(source, verify=True))}")
+    opened = TokenSource.open(source, verify=True)
+    _print_found(f"{source} was made of", opened)
+    print(f"{source}: whole; {_summary(opened)}")
+
+
+def _print_found(given: str, source: TokenSource) -> None:
+    if source.manifest.found is not None:
+        for line in found_lines(given, source.manifest.found, source.n_docs, "--separator"):
+            print(line)
 
 
 def _summary(source: TokenSource) -> str:

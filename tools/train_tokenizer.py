@@ -11,7 +11,9 @@ if not __package__:
 
 from llm.atomic import write_file
 from llm.cli import run_cli
-from llm.data.documents import read_documents
+from llm.data.documents import Reading, read_listings
+from llm.data.found import Tally, found_lines
+from llm.data.listing import Listing, list_input
 from llm.errors import UserError
 from llm.tokenizer import CharacterTokenizer, alphabet, train_sentencepiece
 
@@ -27,10 +29,12 @@ def train(
     max_bytes: int = 100_000_000,
     text_field: str = "text",
     threads: int = 1,
+    separator: str | None = None,
 ) -> None:
     """Train a lossless tokenizer and write it to one file, whole or not at all.
 
-    input: text files, folders, .jsonl, .jsonl.gz, .parquet, separated by commas
+    input: text files, folders, .jsonl, .ndjson, .json, .parquet, separated by commas; text and JSON also with .gz,
+        .bz2, .xz or .zst behind
     output: the file to write (.model for SentencePiece, .json for characters)
     vocab_size: number of ids, marks and the 256 byte pieces included; of no meaning for characters
     kind: sentencepiece, or characters: every character of the text is one id
@@ -40,8 +44,9 @@ def train(
         2.01 bits per byte with it after a million tokens)
     character_coverage: share of the text's characters with a piece of their own; the others are written in bytes
     max_bytes: text beyond this is sampled evenly
-    text_field: field of JSONL and Parquet rows that holds the text
+    text_field: field of JSON and Parquet rows that holds the text
     threads: threads SentencePiece may use; the ids do not depend on it
+    separator: what ends a document in text files, as <|endoftext|>, and is no part of it
     """
     if vocab_size < 1 or max_bytes < 1 or threads < 1:
         raise UserError(
@@ -51,9 +56,14 @@ def train(
         raise UserError(f"--character_coverage={character_coverage}: expected 0.9 to 1")
     if Path(output).is_dir():
         raise UserError(f"--output={output}: is a folder; name a file")
-    texts = (document.text for document in read_documents(*input, text_field=text_field, key="--input"))
+    if separator == "":
+        raise UserError("--separator: is empty")
+    listings = [list_input(path, "--input") for path in input]
+    tally = Tally()
+    texts = (document.text for document in read_listings(listings, Reading(text_field, separator), tally))
     if kind == "characters":
         tokenizer = CharacterTokenizer(alphabet(texts))
+        _print_found(input, listings, tally)
         write_file(Path(output), tokenizer.serialized())
         print(f"{output}: {len(tokenizer.characters)} characters")
         return
@@ -66,8 +76,14 @@ def train(
         max_bytes=max_bytes,
         threads=threads,
     )
+    _print_found(input, listings, tally)
     write_file(Path(output), model)
     print(f"{output}: {vocab_size} pieces")
+
+
+def _print_found(input: list[str], listings: list[Listing], tally: Tally) -> None:
+    for line in found_lines(f"--input={','.join(input)}", tally.found(listings), tally.documents, "--separator"):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -2,19 +2,22 @@
 by shard, whole or not at all.
 """
 
-import hashlib
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from llm.atomic import new_directory
 from llm.data.documents import Document
+from llm.data.found import Found
 from llm.data.shards import EncodedDocument, ShardEntry, write_shard
 from llm.data.source import MANIFEST, SHARDS, FolderEntry, Manifest, TokenizerEntry, TokenSource
+from llm.data.split import Split, text_digest
 from llm.errors import UserError
 from llm.tokenizer import Tokenizer
 
@@ -32,6 +35,8 @@ def build_source(
     shard_bytes: int = SHARD_BYTES,
     threads: int = 1,
     name: str = "the input",
+    split: Split | None = None,
+    found: Callable[[], Found] | None = None,
 ) -> TokenSource:
     """Tokenise the documents into a new source folder at `output`.
 
@@ -39,48 +44,81 @@ def build_source(
         total_bytes: bytes of the input files, for the progress bar.
         name: of the input, for errors.
         shard_bytes: a shard is closed once its tokens take this much; a document is never split.
+        split: only the documents of this side.
+        found: asked for what the files held, when all documents have been read.
 
     FileExistsError when `output` exists; UserError when there are no documents or a text cannot be encoded (the
     document is named).
     """
     output = Path(output)
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    made_with = TokenizerEntry(
+        kind=tokenizer.kind,
+        fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+    )
+    with _progress(output.name, total_bytes) as progress:
+        encoded = _encoded(_side(documents, split), tokenizer, threads, progress)
+        return write_source(encoded, made_with, output, shard_bytes=shard_bytes, name=name, found=found)
+
+
+class Placed(NamedTuple):
+    """A document ready to be written, and the folder that its name starts from."""
+
+    document: EncodedDocument
+    folder: str
+
+
+def write_source(
+    documents: Iterable[Placed],
+    made_with: TokenizerEntry,
+    output: Path,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    name: str = "the input",
+    found: Callable[[], Found] | None = None,
+) -> TokenSource:
+    """Write encoded documents as a new source folder; see `build_source`."""
+    dtype = np.dtype(np.uint16 if made_with.vocab_size <= 1 << 16 else np.uint32)
     with new_directory(output) as folder:
         (folder / SHARDS).mkdir()
         entries: list[ShardEntry] = []
         folders: list[tuple[str, int]] = []
-        for shard in _shards(
-            _encoded(_with_progress(_noted(documents, folders), output.name, total_bytes), tokenizer, threads),
-            shard_bytes // dtype.itemsize,
-        ):
+        for shard in _shards(_noted(documents, folders), shard_bytes // dtype.itemsize):
             entries.append(write_shard(folder / SHARDS / f"{len(entries):05d}.arrow", shard, dtype))
         if not entries:
-            raise UserError(f"{name}: has no documents")
+            raise NoDocuments(f"{name}: has no documents")
         manifest = Manifest(
-            tokenizer=TokenizerEntry(
-                kind=tokenizer.kind,
-                fingerprint=tokenizer.fingerprint,
-                vocab_size=tokenizer.vocab_size,
-                bos_id=tokenizer.bos_id,
-                eos_id=tokenizer.eos_id,
-            ),
+            tokenizer=made_with,
             dtype="uint16" if dtype == np.uint16 else "uint32",
             documents=sum(entry.documents for entry in entries),
             tokens=sum(entry.tokens for entry in entries),
             text_bytes=sum(entry.text_bytes for entry in entries),
             shards=tuple(entries),
             folders=_folder_entries(folders),
+            found=None if found is None else found(),
         )
         (folder / MANIFEST).write_bytes(manifest.serialized())
     return TokenSource.open(output)
 
 
-def _noted(documents: Iterable[Document], folders: list[tuple[str, int]]) -> Iterator[Document]:
-    """The documents; `folders` gets each stretch of one folder with its number of documents, so it stays short."""
+class NoDocuments(UserError):
+    """There is nothing to write."""
+
+
+def _side(documents: Iterable[Document], split: Split | None) -> Iterator[Document]:
     for document in documents:
-        if not folders or folders[-1][0] != document.folder:
-            folders.append((document.folder, 0))
-        folders[-1] = (document.folder, folders[-1][1] + 1)
+        if split is None or split.keeps(text_digest(document.text.encode())):
+            yield document
+
+
+def _noted(documents: Iterable[Placed], folders: list[tuple[str, int]]) -> Iterator[EncodedDocument]:
+    """The documents; `folders` gets each stretch of one folder with its number of documents, so it stays short."""
+    for document, folder in documents:
+        if not folders or folders[-1][0] != folder:
+            folders.append((folder, 0))
+        folders[-1] = (folder, folders[-1][1] + 1)
         yield document
 
 
@@ -90,13 +128,16 @@ def _folder_entries(folders: list[tuple[str, int]]) -> tuple[FolderEntry, ...]:
     return tuple(FolderEntry(path=path, documents=count) for path, count in folders)
 
 
-def _encoded(documents: Iterable[Document], tokenizer: Tokenizer, threads: int) -> Iterator[EncodedDocument]:
+def _encoded(
+    documents: Iterable[Document], tokenizer: Tokenizer, threads: int, progress: Callable[[int], None]
+) -> Iterator[Placed]:
     begin, end = np.array(tokenizer.begin_ids, np.uint32), np.array([tokenizer.eos_id], np.uint32)
     for block in _blocks(documents):
         for document, ids in zip(block, _encode_block(block, tokenizer, threads), strict=True):
             text = document.text.encode()
-            digest = hashlib.blake2b(text, digest_size=16).digest()
-            yield EncodedDocument(np.concatenate((begin, ids, end)), document.key, digest, len(text))
+            encoded = EncodedDocument(np.concatenate((begin, ids, end)), document.key, text_digest(text), len(text))
+            yield Placed(encoded, document.folder)
+            progress(document.consumed)
 
 
 def _encode_block(block: list[Document], tokenizer: Tokenizer, threads: int) -> list[np.ndarray]:
@@ -107,7 +148,7 @@ def _encode_block(block: list[Document], tokenizer: Tokenizer, threads: int) -> 
             try:
                 tokenizer.encode(document.text)
             except UserError as error:
-                raise UserError(f"{document.key}: {error}") from None
+                raise UserError(f"{document.called}: {error}") from None
         raise
 
 
@@ -137,23 +178,31 @@ def _shards(documents: Iterable[EncodedDocument], shard_tokens: int) -> Iterator
         yield shard
 
 
-def _with_progress(documents: Iterable[Document], name: str, total_bytes: int) -> Iterator[Document]:
-    """A bar on a terminal; elsewhere (log files) a plain line now and then."""
+@contextmanager
+def _progress(name: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Call it with the bytes of the input that are done: a bar on a terminal; elsewhere (log files) a plain line now
+    and then.
+    """
     if sys.stderr.isatty():
         with tqdm(total=total_bytes, unit="B", unit_scale=True, desc=f"sharding {name}") as bar:
-            for document in documents:
-                yield document
-                bar.update(document.consumed - bar.n)
+
+            def move(done: int) -> None:
+                bar.update(done - bar.n)
+
+            yield move
         return
     began = last = time.monotonic()
-    for document in documents:
-        yield document
+
+    def line(done: int) -> None:
+        nonlocal last
         now = time.monotonic()
         if now - last >= LINE_INTERVAL_S:
             last = now
-            share = document.consumed / max(1, total_bytes)
+            share = done / max(1, total_bytes)
             print(
                 f"sharding {name}: {share:.0%} of {total_bytes / 1e6:.1f} MB, {now - began:.0f} s",
                 file=sys.stderr,
                 flush=True,
             )
+
+    yield line

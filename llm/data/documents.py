@@ -1,168 +1,191 @@
-"""Reading documents from text files, folders, JSONL (plain or gzip) and Parquet, strictly: what cannot be read is an
-error with its file and line.
+"""Reading documents from text files, JSON and Parquet, strictly: what cannot be read is an error with file and line.
 
 Text is taken as it is: no newline is translated and nothing is stripped. Nothing is skipped silently; an empty text is
 a document too.
 """
 
-import gzip
-import json
 import os
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llm.data.formats import DAMAGED, format_of, opened, shown
+from llm.data.found import Tally
+from llm.data.json_rows import is_json_lines, json_file, json_lines
+from llm.data.listing import InputFile, Listing, list_input
 from llm.errors import UserError
 
-MAX_RECORD_BYTES = 1 << 28  # one JSONL line; also what a gzip bomb can reach in memory
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
-PARQUET_SUFFIX = ".parquet"
-BINARY_SUFFIXES = (".gz", ".zst", ".bz2", ".xz", ".zip", ".tar", ".arrow", ".bin", ".npy", ".model", ".safetensors")
+PART = "::"
+"""Between the name of a text file that is cut at document marks and the number of a document in it."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """key: the file's name in its folder, with `:line` or `:row` (from 1) where a file holds several; consumed: bytes
-    of all input files read when it ended; folder: the absolute path that `key` starts from, empty where there is none.
+    """key: the file's name in its folder, with `:line` or `:row` (from 1) where a file holds several, `::number` where
+    it is a text cut at marks; consumed: bytes of all input files read when it ended; folder: the absolute path that
+    `key` starts from, empty where there is none; where: what messages call it, `key` if nothing is said.
     """
 
     key: str
     text: str
     consumed: int
     folder: str = ""
+    where: str = ""
+
+    @property
+    def called(self) -> str:
+        """What messages call it."""
+        return self.where or self.key
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files are read. text_field: of JSON and Parquet rows; separator: ends a document in text files, which without
+    one are a document each.
+    """
+
+    text_field: str = "text"
+    separator: str | None = None
 
 
 def split_key(key: str) -> tuple[str, int | None]:
-    """(file, line or row from 1) of a document's key; None for a file that is one document."""
-    file, _, row = key.rpartition(":")
-    if row.isdecimal() and file.endswith((*JSONL_SUFFIXES, PARQUET_SUFFIX)):
-        return file, int(row)
+    """(file, line, row or number from 1) of a document's key; None for a file that is one document."""
+    file, mark, row = key.rpartition(":")
+    if mark and row.isdecimal() and row.isascii():
+        if file.endswith(":"):
+            return file[:-1], int(row)
+        format = format_of(file)
+        if format is not None and format.has_rows:
+            return file, int(row)
     return key, None
 
 
-def input_files(path: Path, key: str = "input") -> list[Path]:
-    """The files behind a path: itself, or all files below a folder in the order of their relative paths, hidden ones
-    left out.
-
-    UserError naming `key` when there is nothing to read, and for files that are neither text, JSONL nor Parquet.
-    """
-    if path.is_dir():
-        below = [
-            file
-            for file in path.rglob("*")
-            if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        ]
-        files = sorted(below, key=lambda file: file.relative_to(path).as_posix())
-    else:
-        files = [path]
-    if not path.exists():
-        raise UserError(f"{key}={path}: no such file or directory")
-    if not files:
-        raise UserError(f"{key}={path}: the folder has no files")
-    for file in files:
-        if file.name.endswith(BINARY_SUFFIXES) and not file.name.endswith(JSONL_SUFFIXES):
-            raise UserError(
-                f"{key}={file}: cannot be read as text; possible are text files, .jsonl, .jsonl.gz and .parquet"
-            )
-    return files
+def option(key: str, name: str) -> str:
+    """How the option `name` of the text that was given as `key` is typed."""
+    return f"--{name}" if key.startswith("--") else f"--{key.removesuffix('.path')}.{name}"
 
 
-def read_documents(*paths: str | Path, text_field: str = "text", key: str = "input") -> Iterator[Document]:
-    """All documents of the paths. A text file is one document; JSONL and Parquet have one in each row's `text_field`.
+def read_documents(
+    *paths: str | Path, text_field: str = "text", key: str = "input", separator: str | None = None
+) -> Iterator[Document]:
+    """All documents of the paths. A text file is one document, or several that end with `separator`; JSON and Parquet
+    have one in each row's `text_field`.
 
     UserError names `key`, file and row; a missing path is found before anything is read.
     """
-    places = [(Path(path), file) for path in paths for file in input_files(Path(path), key)]
-    return _documents(places, text_field, key)
+    listings = [list_input(path, key) for path in paths]
+    return read_listings(listings, Reading(text_field, separator))
 
 
-def _documents(places: list[tuple[Path, Path]], text_field: str, key: str) -> Iterator[Document]:
+def read_listings(listings: Iterable[Listing], reading: Reading, tally: Tally | None = None) -> Iterator[Document]:
+    """All documents of the files that were listed; `tally` counts them."""
     before = 0
-    for path, file in places:
-        folder = file.parent if file == path else path
-        name = file.relative_to(folder).as_posix()
-        where_from = os.fsencode(folder.absolute()).decode(errors="replace")
-        for row, text, consumed in _rows(file, text_field, key):
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                where = f"{key}={file}" + (f", row {row}" if row else "")
-                raise UserError(f"{where}: the text has a lone surrogate, which is no character") from None
-            yield Document(f"{name}:{row}" if row else name, text, before + consumed, where_from)
-        before += file.stat().st_size
+    for listing in listings:
+        for file in listing.files:
+            folder = os.fsencode(file.folder.absolute()).decode(errors="replace")
+            name = os.fsencode(file.name).decode(errors="replace")
+            where = f"{listing.key}={shown(file.path)}"
+            if tally is not None:
+                tally.begin(file)
+            for row, text, consumed in _rows(file, where, reading, option(listing.key, "text_field"), tally):
+                document = Document(
+                    key=f"{name}{PART if file.format.kind == 'text' else ':'}{row}" if row else name,
+                    text=text,
+                    consumed=before + consumed,
+                    folder=folder,
+                    where=f"{where}, {'document' if file.format.kind == 'text' else 'row'} {row}" if row else where,
+                )
+                try:
+                    text.encode()
+                except UnicodeEncodeError:
+                    raise UserError(
+                        f"{document.called}: the text has a lone surrogate, which is no character"
+                    ) from None
+                if tally is not None:
+                    tally.add(document.text)
+                yield document
+            before += file.status.st_size
 
 
-def _rows(file: Path, text_field: str, key: str) -> Iterator[tuple[int, str, int]]:
+def _rows(
+    file: InputFile, where: str, reading: Reading, option: str, tally: Tally | None
+) -> Iterator[tuple[int, str, int]]:
     """(row from 1, or 0 for a whole file; text; bytes of the file read so far)."""
     try:
-        if file.name.endswith(JSONL_SUFFIXES):
-            yield from _jsonl_rows(file, text_field, key)
-        elif file.name.endswith(PARQUET_SUFFIX):
-            yield from _parquet_rows(file, text_field, key)
-        else:
-            content = file.read_bytes()
-            yield 0, _utf8(content, f"{key}={file}"), len(content)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{key}={file}: damaged or cut-off gzip file ({error})") from None
+        if file.format.kind == "parquet":
+            yield from _parquet_rows(file, where, reading.text_field, option)
+            return
+        as_lines = file.format.kind == "lines"
+        if file.format.kind == "json":
+            with opened(file.path, file.format.compression) as (stream, _):
+                as_lines = is_json_lines(stream)
+        with opened(file.path, file.format.compression) as (stream, raw):
+            if file.format.kind == "text":
+                yield from _texts(file, stream, where, reading.separator, tally)
+            else:
+                for row, text in (json_lines if as_lines else json_file)(stream, where, reading.text_field, option):
+                    yield row, text, raw.tell()
+    except DAMAGED as error:
+        raise UserError(f"{where}: damaged or cut-off {file.format.compression} file ({error})") from None
     except OSError as error:
-        raise UserError(f"{key}={file}: cannot be read ({error.strerror or error})") from None
+        if error.strerror is None and file.format.compression:
+            raise UserError(f"{where}: damaged or cut-off {file.format.compression} file ({error})") from None
+        raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
 
 
-def _jsonl_rows(file: Path, text_field: str, key: str) -> Iterator[tuple[int, str, int]]:
-    with file.open("rb") as raw:
-        lines = gzip.GzipFile(fileobj=raw) if file.name.endswith(".gz") else raw
-        number = 0
-        while line := lines.readline(MAX_RECORD_BYTES + 1):
-            number += 1
-            where = f"{key}={file}, line {number}"
-            if len(line) > MAX_RECORD_BYTES:
-                raise UserError(f"{where}: longer than {MAX_RECORD_BYTES} bytes; is it JSONL, one object a line?")
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(_utf8(line, where))
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{where}: not JSON ({error})") from None
-            if not isinstance(record, dict):
-                raise UserError(
-                    f"{where}: a {type(record).__name__} where an object with a field {text_field!r} must be"
-                )
-            if not isinstance(record.get(text_field), str):
-                raise UserError(
-                    f"{where}: no text in field {text_field!r} (see text_field); "
-                    f"the line has {', '.join(map(repr, record)) or 'no fields'}"
-                )
-            yield number, record[text_field], raw.tell()
+def _texts(
+    file: InputFile, stream: IO[bytes], where: str, separator: str | None, tally: Tally | None
+) -> Iterator[tuple[int, str, int]]:
+    content = stream.read()
+    zero = content.find(b"\0")
+    if zero >= 0:
+        raise UserError(f"{where}: is no text file (byte {zero} is zero); move it away, or convert it to UTF-8 text")
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 at byte {error.start}, so no text file as it is read here") from None
+    del content
+    size = file.status.st_size
+    if separator is None:
+        if tally is not None:
+            tally.look(text)
+        yield 0, text, size
+        return
+    at, number = 0, 0
+    while at < len(text):
+        number += 1
+        end = text.find(separator, at)
+        if end < 0:
+            yield number, text[at:], size
+            return
+        begin, at = at, end + len(separator)
+        if not separator[-1].isspace():  # the line end behind a mark is the mark's, not the next text's
+            at += 2 if text.startswith("\r\n", at) else text.startswith("\n", at)
+        yield number, text[begin:end], size * at // len(text)
+    if not text:
+        yield 1, text, size
 
 
-def _parquet_rows(file: Path, text_field: str, key: str) -> Iterator[tuple[int, str, int]]:
-    size = file.stat().st_size
+def _parquet_rows(file: InputFile, where: str, text_field: str, option: str) -> Iterator[tuple[int, str, int]]:
     row = 0
     try:
-        with pq.ParquetFile(file, page_checksum_verification=True) as table:
+        with pq.ParquetFile(file.path, page_checksum_verification=True) as table:
             fields = table.schema_arrow.names
             if text_field not in fields:
                 raise UserError(
-                    f"{key}={file}: no column {text_field!r}; it has {', '.join(map(repr, fields))} (see text_field)"
+                    f"{where}: no column {text_field!r}; it has {', '.join(map(repr, fields))} (see {option})"
                 )
             for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
                 for value in batch.column(0):
                     row += 1
                     text = value.as_py()
                     if not isinstance(text, str):
-                        raise UserError(f"{key}={file}, row {row}: no text in column {text_field!r}")
-                    yield row, text, size * row // table.metadata.num_rows
+                        raise UserError(f"{where}, row {row}: no text in column {text_field!r}")
+                    yield row, text, file.status.st_size * row // table.metadata.num_rows
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{key}={file}, after row {row}: damaged or unreadable Parquet file ({reason})") from None
-
-
-def _utf8(content: bytes, where: str) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 at byte {error.start}") from None
+        raise UserError(f"{where}, after row {row}: damaged or unreadable Parquet file ({reason})") from None

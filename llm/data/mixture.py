@@ -8,6 +8,7 @@ once, whatever the other sources are. Nothing depends on ranks, batch sizes or t
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,24 +31,17 @@ class Mixture:
         self.sources = [source for _, source, _ in sources]
         self.seq_len = seq_len
         self.seed = seed
-        if len(set(self.names)) != len(self.names):
-            raise UserError(
-                f"data sources need different names, not {', '.join(self.names)}; the order of rows depends on the name"
-            )
+        problem = mixture_problem(self.names, [weight for _, _, weight in sources])
+        if problem is not None:
+            raise UserError(problem)
         self.rows_of = [source.n_rows(seq_len) for source in self.sources]
         for name, source, rows in zip(self.names, self.sources, self.rows_of, strict=True):
             if rows == 0:
                 raise UserError(
-                    f"data.train: source {name} ({source.path}) has {source.n_tokens} tokens, "
+                    f"data.train: source {name} ({source.given}) has {source.n_tokens} tokens, "
                     f"too few for one row of train.seq_len={seq_len} and the token after it"
                 )
         self.slots = _largest_remainder([weight for _, _, weight in sources])
-        for name, slots in zip(self.names, self.slots, strict=True):
-            if slots == 0:
-                raise UserError(
-                    f"data source {name}: its weight is below 1/{2 * CYCLE} of the total, so it would never be read; "
-                    f"raise it or leave it out"
-                )
         self._last_cycle: tuple[int, np.ndarray, np.ndarray] | None = None
 
     @property
@@ -137,9 +131,29 @@ class Mixture:
         return source_of_slot, row_of_slot
 
 
+def mixture_problem(names: Sequence[str], weights: Sequence[float]) -> str | None:
+    """Why sources of these names and weights cannot be mixed, naming them by number from 0; None when they can."""
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            return (
+                f"data sources need different names, not {', '.join(names)}; the order of rows depends on the name; "
+                f"give source {number} another: --data.train.{number}.name={name}_{number}"
+            )
+    for number, (weight, slots) in enumerate(zip(weights, _largest_remainder(weights), strict=True)):
+        if slots == 0:
+            return (
+                f"data source {names[number]}: its weight is below 1/{2 * CYCLE} of the total, so it would never be "
+                f"read; raise data.train.{number}.weight={weight} or leave it out"
+            )
+    return None
+
+
 def _largest_remainder(weights: Sequence[float]) -> list[int]:
     """Whole slots per source that add up to CYCLE and are nearest to the weights; ties go to the earlier source."""
     total = sum(weights)
+    if not math.isfinite(total):
+        weights = [weight / max(weights) for weight in weights]
+        total = sum(weights)
     exact = [CYCLE * weight / total for weight in weights]
     slots = [int(share) for share in exact]
     by_remainder = sorted(range(len(weights)), key=lambda j: (slots[j] - exact[j], j))

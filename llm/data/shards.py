@@ -106,15 +106,32 @@ class Shard:
         names, which is checked when it is first used, is damaged.
         """
         if self._names is None:
-            try:
-                names = _read_batch(self.path).column("name")
-                whole = len(names) == self._entry.documents and column_crc32(names) == self._entry.crc32["name"]
-            except (pa.ArrowException, KeyError, ValueError) as error:
-                raise damaged(self.path, str(error)) from None
-            if not whole:
-                raise damaged(self.path, "the names of its documents differ from the manifest's crc32")
-            self._names = names
+            self._names = _checked_column(self.path, self._entry, "name")
         return str(self._names[document].as_py())
+
+
+def text_digests(path: Path, entry: ShardEntry) -> np.ndarray:
+    """Digests of the texts of a shard, (n_documents, 16) uint8, without looking at its tokens. UserError naming the
+    shard when they are damaged."""
+    column = _checked_column(path, entry, "digest")
+    return np.frombuffer(column.buffers()[1], np.uint8, 16 * len(column)).reshape(-1, 16)
+
+
+def text_sizes(path: Path, entry: ShardEntry) -> np.ndarray:
+    """Bytes of each text of a shard, (n_documents,) int64; see text_digests."""
+    sizes: np.ndarray = _checked_column(path, entry, "text_bytes").to_numpy()
+    return sizes
+
+
+def _checked_column(path: Path, entry: ShardEntry, name: str) -> pa.Array:
+    try:
+        column = _read_batch(path).column(name)
+        whole = len(column) == entry.documents and column_crc32(column) == entry.crc32[name]
+    except (pa.ArrowException, KeyError, ValueError) as error:
+        raise damaged(path, str(error)) from None
+    if not whole:
+        raise damaged(path, f"the {name}s of its documents differ from the manifest's crc32")
+    return column
 
 
 def check_size(path: Path, entry: ShardEntry) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llm.data.documents import split_key
+from llm.data.found import Found
 from llm.data.shards import Shard, ShardEntry, check_content, check_size, damaged
 from llm.errors import UserError
 
@@ -63,19 +64,24 @@ class Manifest(BaseModel):
     folders: tuple[FolderEntry, ...] = ()
     """Where the names of the documents start from; empty in sources made before this was kept, and for documents that
     come from no file."""
+    found: Found | None = None
+    """What the files held and what was left out; none in sources made before this was kept."""
 
     def fingerprint(self) -> str:
-        """Hex digest of everything but `folders`, the shards' digests included: the same text gives the same one,
-        wherever it lay.
+        """Hex digest of everything but `folders` and `found`, the shards' digests included: the same text gives the
+        same one, wherever it lay.
         """
-        return _digest(self.model_dump(mode="json", exclude={"folders"}))
+        return _digest(self.model_dump(mode="json", exclude={"folders", "found"}))
 
     def serialized(self) -> bytes:
-        """The content of manifest.json: the fields, their fingerprint, and a digest of the folders if there are any."""
-        fields = self.model_dump(mode="json", exclude=None if self.folders else {"folders"})
+        """The content of manifest.json: the fields, their fingerprint, and digests of `folders` and `found` if there
+        are any.
+        """
+        absent = {key for key in ("folders", "found") if not getattr(self, key)}
+        fields = self.model_dump(mode="json", exclude=absent)
         fields["fingerprint"] = self.fingerprint()
-        if self.folders:
-            fields["folders_digest"] = _digest(fields["folders"])
+        for key in {"folders", "found"} - absent:
+            fields[f"{key}_digest"] = _digest(fields[key])
         return (json.dumps(fields, indent=1) + "\n").encode()
 
 
@@ -107,6 +113,12 @@ class TokenSource:
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
+        self.given = str(path)
+        """What its user calls it: where it was made from text, the text's path."""
+        self.given_as_shards = True
+        """Whether its user gave a folder of shards, not text."""
+        self.notes: tuple[str, ...] = ()
+        """Lines for people about what it was made of."""
         self.manifest = manifest
         self.n_tokens = manifest.tokens
         self.n_docs = manifest.documents
@@ -232,7 +244,7 @@ def _read_manifest(path: Path) -> Manifest:
     try:
         fields = json.loads(file.read_bytes())
         written = fields.pop("fingerprint")
-        folders_digest = fields.pop("folders_digest", None)
+        digests = {key: fields.pop(f"{key}_digest", None) for key in ("folders", "found")}
         manifest = Manifest.model_validate(fields)
     except FileNotFoundError:
         raise UserError(
@@ -247,8 +259,8 @@ def _read_manifest(path: Path) -> Manifest:
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: damaged manifest ({error}); make the source again with tools/shard.py") from None
-    folders = [folder.model_dump() for folder in manifest.folders]
-    whole = manifest.fingerprint() == written and folders_digest == (_digest(folders) if folders else None)
+    stated = {key: _digest(fields[key]) if fields.get(key) else None for key in digests}
+    whole = manifest.fingerprint() == written and digests == stated
     if not whole or sum(folder.documents for folder in manifest.folders) not in (0, manifest.documents):
         raise UserError(
             f"{file}: damaged manifest (its content differs from its fingerprint); "

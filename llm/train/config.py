@@ -11,16 +11,27 @@ from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from llm.args import ModelArgs
-from llm.data.sources import SourceSpec
+from llm.data.mixture import mixture_problem
+from llm.data.sources import SourceSpec, source_specs
 from llm.errors import UserError
 from llm.parallel.layout import Layout, PipelineSchedule
 from llm.parallel.validate import WHOLE_PARAMETERS_ONLY, Choice, Needs, check
 from llm.paths import PathText
 from llm.plans import Kind
 from llm.tokenizer import TokenizerConfig
+from llm.train.data_keys import as_sources, with_option
 from llm.train.deepspeed_options import checked_options
 from llm.train.explain import by_commas, explain, keys_of, prepared, section_of
 from llm.train.names import meant
@@ -48,12 +59,31 @@ class ModelSection(ModelArgs):
 
 class DataConfig(Section):
     train: Annotated[PathText, Field(min_length=1)] | Annotated[list[SourceSpec], Field(min_length=1)]
-    """Training text: a path, or a list of {path, weight, name, text_field}; raw text is sharded into the cache first.
-    """
-    valid: Annotated[PathText, Field(min_length=1)] | Annotated[list[SourceSpec], Field(min_length=1)] | None = None
-    """Held-out text, in the same form (weights do not matter); no validation without it."""
+    """Training text: a path, or a list of paths and {path, weight, name, text_field, separator}; raw text is sharded
+    into the cache first."""
+    valid: (
+        Annotated[PathText, Field(min_length=1)]
+        | Annotated[list[SourceSpec], Field(min_length=1)]
+        | Annotated[float, Field(gt=0, lt=1)]
+        | None
+    ) = None
+    """Held-out text, in the same form (weights do not matter), or a share of the training documents, as 0.05, chosen by
+    their hash and not trained on; no validation without it."""
     cache_dir: PathText = "runs/cache"
     """Where raw text is kept as token shards after its first use."""
+
+    @field_validator("train", "valid", mode="before")
+    @classmethod
+    def _listed(cls, value: Any, info: ValidationInfo) -> Any:
+        return as_sources(value, f"data.{info.field_name}")
+
+    @model_validator(mode="after")
+    def _can_be_mixed(self) -> "DataConfig":
+        specs = source_specs(self.train)
+        problem = mixture_problem([spec.resolved_name() for spec in specs], [spec.weight for spec in specs])
+        if problem is not None:
+            raise ValueError(problem)
+        return self
 
 
 class ParallelConfig(Section):
@@ -407,6 +437,9 @@ def _set(raw: dict[str, Any], dotted: str, value: Any) -> None:
         child = node.setdefault(section, {})
         if child is None:
             child = node[section] = {}
+        if sections[:i] == ["data"] and section in ("train", "valid"):
+            node[section] = with_option(child, [*sections[i + 1 :], leaf], value, f"data.{section}")
+            return
         if not isinstance(child, dict):
             raise UserError(f"--{dotted}: {'.'.join(sections[: i + 1])} is a value, not a section")
         node = child

@@ -7,8 +7,9 @@ from functools import partial
 
 from llm.checkpoint.reader import newest_valid, resolve
 from llm.checkpoint.store import CheckpointStore
+from llm.data.overlap import overlap_notes
 from llm.data.source import TokenSource
-from llm.data.sources import check_data, open_data, prepare_data
+from llm.data.sources import check_data, open_data, prepare_data, sides
 from llm.errors import UserError
 from llm.parallel.collectives import agreed_error, all_or_none, main_decides
 from llm.parallel.launch import World
@@ -24,21 +25,22 @@ it is first read.
 
 def open_sources(
     config: RunConfig, tokenizer: Tokenizer, world: World
-) -> tuple[list[tuple[str, TokenSource, float]], list[TokenSource]]:
-    """The training sources with their names and weights, and the held-out sources; raw text is sharded by rank 0."""
-    cache = config.data.cache_dir
-    for key, spec in (("data.train", config.data.train), ("data.valid", config.data.valid)):
-        if spec is not None:  # both before the first is sharded, which may take long
-            main_decides(partial(check_data, spec, key=key), world)
+) -> tuple[list[tuple[str, TokenSource, float]], list[TokenSource], list[str]]:
+    """The training sources with their names and weights, the held-out sources, and lines that say what they are made
+    of; raw text is sharded by rank 0."""
+    cache, of_role = config.data.cache_dir, sides(config.data.train, config.data.valid)
+    for side in of_role.values():  # both before the first is sharded, which may take long
+        main_decides(partial(check_data, side, cache_dir=cache), world)
     opened: dict[str, list[tuple[str, TokenSource, float]]] = {"data.train": [], "data.valid": []}
-    for key, spec in (("data.train", config.data.train), ("data.valid", config.data.valid)):
-        if spec is not None:
-            main_decides(partial(prepare_data, spec, tokenizer, cache, key=key), world)
-            opened[key] = all_or_none(partial(open_data, spec, tokenizer, cache, key=key), world)
-            for _, source, _ in opened[key]:
-                if source.n_tokens <= VERIFY_TOKENS:
-                    main_decides(partial(_verify, source), world)
-    return opened["data.train"], [source for _, source, _ in opened["data.valid"]]
+    for role, side in of_role.items():
+        main_decides(partial(prepare_data, side, tokenizer, cache), world)
+        opened[role] = all_or_none(partial(open_data, side, tokenizer, cache), world)
+        for _, source, _ in opened[role]:
+            if source.n_tokens <= VERIFY_TOKENS:
+                main_decides(partial(_verify, source), world)
+    train, valid = ([source for _, source, _ in opened[role]] for role in ("data.train", "data.valid"))
+    overlap = main_decides(partial(overlap_notes, train, valid), world)
+    return opened["data.train"], valid, [note for source in train + valid for note in source.notes] + overlap
 
 
 def _verify(source: TokenSource) -> None:

@@ -73,7 +73,7 @@ class Trainer:
         )
         self.config, self.precision_reason = settle_precision(config, self.store, world)
         main_decides(self._refuse_another_run, world)
-        sources, valid = open_sources(config, self.tokenizer, world)
+        sources, valid, self._data_notes = open_sources(config, self.tokenizer, world)
         self.mixture = all_or_none(lambda: Mixture(sources, config.train.seq_len, config.train.seed), world)
         self.config, self._rows_said = settle_rows(self.config)
         rows = (config.train.seq_len, config.eval.rows)
@@ -255,7 +255,7 @@ class Trainer:
                 raise
 
     def _fit(self) -> None:
-        notes: list[str] | None = self.resume()
+        notes: list[str] | None = [*self._data_notes, *self.resume()]
         requests = Requests(self.run_dir)
         try:
             while notes is not None:

@@ -2,14 +2,15 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llm.data import documents
-from llm.data.documents import read_documents
+from llm.data import json_rows
+from llm.data.documents import read_documents, split_key
 from llm.errors import UserError
 
 TEXTS = ["one\r\ntwo\r\n", "", "  tabs\tand\n\n\nblank lines \n", "\u00e9\u0301 \U0001f600 \u2028 \x00 \x85 end"]
@@ -28,7 +29,7 @@ def write_parquet(path: Path, values: list, column: str = "text", **options: obj
 
 
 def test_a_text_file_is_one_document_byte_for_byte(tmp_path: Path) -> None:
-    for number, text in enumerate(TEXTS):
+    for number, text in enumerate([*TEXTS[:3], TEXTS[3].replace("\x00", "")]):
         path = tmp_path / f"{number}.txt"
         path.write_bytes(text.encode())
         assert texts_of(path) == [text]
@@ -99,7 +100,7 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, line: bytes, rea
 
 
 def test_an_endless_line_is_refused_before_it_fills_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "MAX_RECORD_BYTES", 1000)
+    monkeypatch.setattr(json_rows, "MAX_RECORD_BYTES", 1000)
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "' + b"x" * 1_000_000))
     with pytest.raises(UserError, match="line 1: longer than 1000 bytes"):
@@ -119,8 +120,8 @@ def test_a_text_file_in_another_encoding_is_named_with_the_place(tmp_path: Path)
         texts_of(tmp_path / "a.txt")
 
 
-@pytest.mark.parametrize("name", ["a.zip", "a.txt.gz", "weights.safetensors"])
-def test_a_binary_file_is_refused_by_its_name(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["a.zip", "a.TAR.gz", "a.csv", "a.parquet.gz"])
+def test_a_form_that_is_not_read_is_refused_by_its_name(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"data")
     with pytest.raises(UserError, match=f"{name}: cannot be read as text"):
         texts_of(tmp_path)
@@ -155,3 +156,40 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"a\.parquet.*damaged"):
             texts_of(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "separator", "expected"),
+    [
+        ("a<|e|>b<|e|>c", "<|e|>", ["a", "b", "c"]),
+        ("a<|e|>b<|e|>", "<|e|>", ["a", "b"]),
+        ("a\n<|e|>\nb\r\n<|e|>\r\n\nc\n", "<|e|>", ["a\n", "b\r\n", "\nc\n"]),
+        ("<|e|><|e|> a ", "<|e|>", ["", "", " a "]),
+        ("a\n\nb\n\n\nc", "\n\n", ["a", "b", "\nc"]),
+        ("no mark", "<|e|>", ["no mark"]),
+        ("", "<|e|>", [""]),
+    ],
+)
+def test_a_mark_ends_a_document_and_is_no_part_of_it(
+    tmp_path: Path, content: str, separator: str, expected: list[str]
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(content.encode())
+    found = list(read_documents(path, separator=separator))
+    assert [document.text for document in found] == expected
+    assert [split_key(document.key) for document in found] == [("a.txt", i + 1) for i in range(len(expected))]
+    assert found[-1].consumed == path.stat().st_size
+
+
+def test_a_binary_text_file_is_refused_by_name(tmp_path: Path) -> None:
+    for content in ("text".encode("utf-16-le"), b"\x7fELF\x00\x01", b"a\x00"):
+        (tmp_path / "a.txt").write_bytes(content)
+        with pytest.raises(UserError, match=r"input=.*a\.txt: is no text file \(byte \d+ is zero\)"):
+            texts_of(tmp_path)
+
+
+def test_strange_file_names_are_read_and_named(tmp_path: Path) -> None:
+    name = os.fsdecode(b"-caf\xe9\n.txt")
+    (tmp_path / name).write_text("text")
+    (document,) = read_documents(tmp_path)
+    assert document.key == "-caf\ufffd\n.txt" and document.called == f"input={tmp_path}/-caf\\udce9\\n.txt"

@@ -79,7 +79,7 @@ def trained(folder: Path, step: int = 12, best: int = 10, **sections: Any) -> tu
     write_texts(folder)
     train = [
         {"path": str(folder / "web.jsonl"), "weight": 3.0},
-        {"path": str(folder / "books.jsonl"), "name": "a book"},
+        {"path": str(folder / "books.jsonl"), "name": "a_book"},
     ]
     sections = {"data": {"train": train}, "optim": {"lr": 0.5}, "train": {"seed": 4, "seq_len": 48}, **sections}
     config = validate(tiny_config(folder, **sections), "test")
@@ -372,7 +372,7 @@ def test_the_rows_of_each_file_are_counted(
     _, report = told_json(capsys, path, data=True)
     source, row = mixture.locate(np.arange(CONSUMED))
     assert report["data"]["epochs"] == mixture.epoch(CONSUMED)
-    assert [entry["name"] for entry in report["data"]["sources"]] == ["web", "a book"]
+    assert [entry["name"] for entry in report["data"]["sources"]] == ["web", "a_book"]
     for number, entry in enumerate(report["data"]["sources"]):
         rows = row[source == number]
         times = np.bincount(rows, minlength=mixture.rows_of[number])
@@ -405,7 +405,7 @@ def test_sources_that_are_gone_changed_or_damaged_say_so_and_rows_are_still_coun
     native = json.loads(json.dumps(meta))
     native["config"]["data"]["train"][1]["path"] = str(tmp_path / "elsewhere")
     assert told_json(capsys, save(13, **native))[1]["data"]["sources"][1]["of"] == mixture.rows_of[1]
-    native["data"]["data"]["sources"]["a book"]["fingerprint"] = "0" * 32
+    native["data"]["data"]["sources"]["a_book"]["fingerprint"] = "0" * 32
     problem = told_json(capsys, save(14, **native))[1]["data"]["sources"][1]["problem"]
     assert "elsewhere: holds other shards than the run read" in problem
 
