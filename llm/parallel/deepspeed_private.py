@@ -270,12 +270,20 @@ def set_loss_scaler_state(engine: Any, state: dict[str, float]) -> None:
 
 def grow_loss_scale_late(engine: Any) -> None:
     """Leave the growth of fp16's loss scale to `grow_loss_scale`: DeepSpeed grows it before it divides the gradients by
-    it, so that a step in which it grows is made with half the gradient, and ZeRO-3 reports half the norm.
+    it, so that a step in which it grows is made with half the gradient, and ZeRO-3 reports half the norm. At its lowest
+    scale it is not to end the process: what then happens is decided by guard.nonfinite.
     """
     zero = engine.optimizer
     if loss_scaler_state(engine):
+        zero.loss_scaler.raise_error_at_min_scale = False
         update = zero._update_scale
         zero._update_scale = lambda has_overflow=False: update(True) if has_overflow else None
+
+
+def loss_scale_is_lowest(engine: Any) -> bool:
+    """Whether fp16's loss scale cannot fall any further: it is at its minimum, or a fixed one."""
+    state = loss_scaler_state(engine)
+    return not state or state["cur_scale"] <= engine.optimizer.loss_scaler.min_scale
 
 
 def grow_loss_scale(engine: Any) -> None:

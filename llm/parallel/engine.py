@@ -32,7 +32,7 @@ from llm.parallel.collectives import agreed_error, gather_json, sum_over_ranks
 from llm.parallel.grid import Grid, stage_name
 from llm.parallel.muon import Muon
 from llm.parallel.precision import check_precision
-from llm.parallel.step import Skipped, StepResult, Tally
+from llm.parallel.step import Overflows, Skipped, StepResult, Tally
 from llm.plans import plan_for
 
 ZERO3_SUB_GROUP = 1 << 24
@@ -110,6 +110,7 @@ class Engine:
             optimizer.describe(self._partitions, names, self.shapes, self.boxes, self._pieces, cut)
         if precision != "fp32":
             self._draw_masters(seed)
+        self._overflows = Overflows()
         self._ema_decay = ema_decay
         self._ema = [flat.detach().clone() for flat in self._partitions] if ema_decay is not None else []
         self._ema_of = dict(zip(map(id, self._partitions), self._ema, strict=False))
@@ -166,6 +167,7 @@ class Engine:
         losses: list[Tensor] = []
         self._probes.zero_()
         self.model.train()
+        at_lowest = private.loss_scale_is_lowest(self._deepspeed)
         norm = self._compute_and_apply(batch, tally, losses, loss_limit)
         result = tally.result(norm, self.grid.expert.size)
         result.loss_scale = private.loss_scaler_state(self._deepspeed).get("cur_scale")
@@ -173,8 +175,9 @@ class Engine:
             if tally.counts is not None:
                 self.set_expert_counts(tally.counts)
             self._update_ema()
+            self._overflows.applied()
         else:
-            result.skipped = self._why_skipped(result.loss, loss_limit)
+            result.skipped = self._why_skipped(result.loss, loss_limit, at_lowest)
             if result.skipped in ("loss", "gradient"):
                 result.culprits = self._find_culprits(batch, losses)
         return result
@@ -231,12 +234,12 @@ class Engine:
         engine.step()
         return float(norm)
 
-    def _why_skipped(self, loss: float, loss_limit: float | None) -> Skipped:
+    def _why_skipped(self, loss: float, loss_limit: float | None, at_lowest: bool) -> Skipped:
         if not math.isfinite(loss):
             return "loss"
         if loss_limit is not None and loss > loss_limit:
             return "limit"
-        return "overflow" if self.precision == "fp16" else "gradient"
+        return self._overflows.why(at_lowest) if self.precision == "fp16" else "gradient"
 
     def _find_culprits(self, batch: StepBatch, losses: list[Tensor]) -> list[str]:
         """One line per rank, or group of tensor-parallel ranks, whose own loss or gradient was not finite; where none

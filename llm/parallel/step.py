@@ -43,7 +43,8 @@ class StepResult:
     """Of fp16."""
     skipped: Skipped | None = None
     """Why weights and optimizer state were left as they were: the loss or a gradient was not finite, the loss was above
-    its limit, fp16 overflowed and lowers its loss scale, which is part of its work, or the step was not to be made."""
+    its limit, fp16 overflowed and lowers its loss scale, which is part of its work, or the step was not to be made. In
+    fp16 a gradient counts as not finite where no lower scale would help; see `Overflows`."""
     culprits: list[str] = field(default_factory=list)
     """Where the loss or gradient was not finite: rank, rows of the data order, losses of its micro-batches."""
 
@@ -52,6 +53,32 @@ class StepResult:
         """A step that was not computed: its losses are NaN."""
         unknown = (math.nan,) * 4
         return cls(*unknown, math.inf, n_targets, n_tokens, None, skipped="passed over")
+
+
+class Overflows:
+    """Tells fp16's overflows, which a lower loss scale cures, from gradients that are not finite at any scale.
+
+    A single step cannot say which it was. But nothing is left to be cured where the scale cannot fall any further, or
+    has fallen so often since a step went well that no gradient can have grown so much.
+    """
+
+    MOST_IN_A_ROW = 12
+    """Steps; the scale is then a thousandth or less of one that was right."""
+
+    def __init__(self) -> None:
+        self._in_a_row: int | None = None  # None until a step went well: at first the scale seeks its size
+
+    def applied(self) -> None:
+        """A step was applied at the present scale."""
+        self._in_a_row = 0
+
+    def why(self, at_lowest: bool) -> Literal["overflow", "gradient"]:
+        """Why a step with a finite loss was not applied. at_lowest: whether it was made at the lowest loss scale."""
+        if self._in_a_row is not None:
+            self._in_a_row += 1
+        if at_lowest or (self._in_a_row or 0) > self.MOST_IN_A_ROW:
+            return "gradient"
+        return "overflow"
 
 
 class Tally:

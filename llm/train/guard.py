@@ -49,6 +49,8 @@ class Guard:
             return "go on", [f"step {step}: passed over, no update"]
         if result.skipped in ("loss", "gradient"):
             what = f"the loss is {result.loss}" if result.skipped == "loss" else "the gradient is not finite"
+            if result.skipped == "gradient" and result.loss_scale is not None:
+                what += f", for all that fp16's loss scale fell to {result.loss_scale:g}"
             text = f"step {step}: {what} ({'; '.join(result.culprits)})"
             if self.config.nonfinite == "raise":
                 raise agreed_error(f"{text}; guard.nonfinite=raise: weights and the last checkpoint are intact")

@@ -1,11 +1,13 @@
 """The policy for steps that go wrong."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
 from llm.errors import UserError
-from llm.parallel.step import Skipped, StepResult
+from llm.parallel import deepspeed_private as private
+from llm.parallel.step import Overflows, Skipped, StepResult
 from llm.train.config import GuardConfig
 from llm.train.guard import Guard
 
@@ -79,3 +81,44 @@ def test_a_spike_that_was_vetoed_does_not_enter_the_window() -> None:
     limit = guard.loss_limit()
     assert guard.judge(9, result(50.0, "limit"))[0] == "go on"
     assert guard.loss_limit() == limit and guard.events == 1
+
+
+def test_a_gradient_that_is_not_finite_at_the_lowest_scale_is_no_overflow() -> None:
+    overflows = Overflows()
+    found = [overflows.why(at_lowest=scale == 1) for scale in (4, 2, 1)]
+    assert found == ["overflow", "overflow", "gradient"]
+
+
+def test_overflows_in_a_row_after_a_step_that_went_well_end_as_what_no_scale_cures() -> None:
+    overflows = Overflows()
+    seeking = [overflows.why(at_lowest=False) for _ in range(2 * Overflows.MOST_IN_A_ROW)]
+    assert set(seeking) == {"overflow"}, "at first the scale seeks its size"
+    overflows.applied()
+    assert {overflows.why(at_lowest=False) for _ in range(Overflows.MOST_IN_A_ROW)} == {"overflow"}
+    assert overflows.why(at_lowest=False) == "gradient"
+    overflows.applied()
+    assert overflows.why(at_lowest=False) == "overflow"
+
+
+def test_fp16_says_how_far_its_scale_had_fallen_and_who_was_it() -> None:
+    broken = StepResult(2.0, 2.0, 0.0, 0.0, math.inf, 10, 10, None, loss_scale=1.0, skipped="gradient")
+    broken.culprits = ["rank 1: a gradient of rows 4 to 7 is not finite"]
+    with pytest.raises(UserError, match=r"step 9: the gradient is not finite, .* scale fell to 1 \(rank 1: a gradient"):
+        Guard(GuardConfig()).judge(9, broken)
+
+
+def test_the_loss_scaler_of_deepspeed_does_not_end_the_process_at_its_lowest_scale(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loss_scaler = pytest.importorskip("deepspeed.runtime.fp16.loss_scaler")
+    monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 1)
+    scaler = loss_scaler.DynamicLossScaler(4.0, 1000, 1, 1, False)
+    optimizer = SimpleNamespace(loss_scaler=scaler, _update_scale=scaler.update_scale)
+    engine = SimpleNamespace(optimizer=optimizer)
+    private.grow_loss_scale_late(engine)
+    lowest = []
+    for _ in range(4):
+        lowest.append(private.loss_scale_is_lowest(engine))
+        optimizer._update_scale(True)
+    assert lowest == [False, False, True, True] and scaler.cur_scale == 1.0
+    assert private.loss_scale_is_lowest(SimpleNamespace(optimizer=None)), "a fixed scale does not fall"
