@@ -91,6 +91,11 @@ class Engine:
         for key, value in (extra_config or {}).items():
             config[key] = {**config[key], **value} if isinstance(config.get(key), dict) else value
         check_precision(precision)
+        name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+        groups = optimizer.param_groups
+        members = [(group, name_of[id(p)]) for group in groups for p in group["params"] if id(p) in name_of]
+        self._frozen = {name for group, name in members if group["lr_factor"] == 0}
+        self._of_muon = {name for group, name in members if group.get("muon")}
         self._deepspeed = self._initialize(optimizer, config)
         private.grow_loss_scale_late(self._deepspeed)
         if world.size == 1:
@@ -226,7 +231,8 @@ class Engine:
             engine.zero_grad()
             return math.inf
         base = private.base_optimizer(engine)
-        if self._clip_norm and type(base) is torch.optim.AdamW and base.defaults["fused"]:
+        is_adamw = isinstance(base, torch.optim.AdamW) and not isinstance(base, Muon)
+        if self._clip_norm and is_adamw and base.defaults["fused"]:
             # divides in the same pass over memory as the update, where clipping would be one more
             base.grad_scale = (norm / self._clip_norm).clamp(min=1).float()  # type: ignore[attr-defined]
         elif self._clip_norm:
@@ -358,17 +364,22 @@ class Engine:
     def prepare_load(self, kinds: dict[str, set[str]], scalars: dict[str, float]) -> None:
         """Create optimizer state, so that `fragments` lists everything that a checkpoint must fill.
 
-        kinds: for each parameter the kinds of fragments that the checkpoint has. On a new optimizer state all are zero.
+        kinds: for each parameter the kinds of fragments that the checkpoint has. On a new optimizer state all are zero;
+        so is what the checkpoint lacks because it was frozen then. What is frozen now has none.
         """
         self.before_change()
         base = private.base_optimizer(self._deepspeed)
-        if isinstance(base, Muon) != any("momentum_buffer" in kept for kept in kinds.values()):
-            kinds = {name: {"master"} for name in kinds}  # of another optimizer: this one begins anew
+        foreign = "exp_avg" if isinstance(base, Muon) else "momentum_buffer"
+        anew = any(foreign in kept and (name in self._of_muon or not self._of_muon) for name, kept in kinds.items())
+        if anew:
+            kinds = {name: {"master"} for name in kinds}  # of another optimizer
         state_of = base.state
         for number, flat in enumerate(self._partitions):
             # a partition without pieces is padding, and keeps step with the others
             names = [piece.name for piece in self._pieces if piece.partition == number] or list(kinds)
-            keys = set().union(*(kinds[name] for name in names)) - {"master", "ema"}
+            keys = set().union(*(kinds[name] for name in names if name not in self._frozen)) - {"master", "ema"}
+            if not keys and "step" in scalars and not anew and not self._frozen.issuperset(names):  # frozen until now
+                keys = {"momentum_buffer"} if self._of_muon.issuperset(names) else {"exp_avg", "exp_avg_sq"}
             held = state_of.get(flat, {})  # new memory would be there twice, and costs more than what is read into it
             state: dict[str, Tensor] = {
                 key: held[key].zero_() if key in held else torch.zeros_like(flat, requires_grad=False)

@@ -113,7 +113,7 @@ class Bucket:
 
 
 class Muon(torch.optim.AdamW):
-    """Steps groups marked `muon=True` by Muon and all others by fused AdamW.
+    """Steps groups marked `muon=True` by Muon and all others by fused AdamW; those with `lr_factor` 0 not at all.
 
     `describe` must be called once ZeRO has cut the parameters.
     """
@@ -150,13 +150,14 @@ class Muon(torch.optim.AdamW):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of all groups (collective where a group is Muon's)."""
         groups = self.param_groups
-        self.param_groups = [group for group in groups if not group["muon"]]
+        moving = [group for group in groups if group["lr_factor"]]
+        self.param_groups = [group for group in moving if not group["muon"]]
         try:
             if self.param_groups:
                 super().step()
         finally:
             self.param_groups = groups
-        for group in groups:
+        for group in moving:
             if group["muon"]:
                 for flat in group["params"]:
                     if flat.grad is not None:

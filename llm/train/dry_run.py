@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from llm.errors import UserError
 from llm.model import LLM
@@ -35,7 +36,7 @@ def workload(config: RunConfig, layout: Layout) -> Workload:
     groups = tuple(
         OptimizerGroup(
             names=tuple(names[id(parameter)] for parameter in group["params"]),
-            algorithm="muon" if group["muon"] else "sgd" if config.optim.name == "sgd" else "adamw",
+            algorithm=_algorithm(group, config.optim.name),
             on_expert_ranks=group.get("moe", False),
         )
         for group in parameter_groups(model, config.optim)
@@ -54,6 +55,13 @@ def workload(config: RunConfig, layout: Layout) -> Workload:
         ema=config.optim.ema_decay is not None,
         zero=config.deepspeed.get("zero_optimization", {}),
     )
+
+
+def _algorithm(group: dict[str, Any], name: str) -> str:
+    """By the state that the optimizer keeps: none of what is frozen."""
+    if group["lr_factor"] == 0 or name == "sgd":
+        return "sgd"
+    return "muon" if group["muon"] else "adamw"
 
 
 def report(config: RunConfig, layout: Layout) -> str:

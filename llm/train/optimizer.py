@@ -44,10 +44,35 @@ def parameter_groups(model: LLM, optim: OptimConfig) -> list[dict[str, Any]]:
     ]
 
 
+class PartlyFrozenAdamW(torch.optim.AdamW):
+    """AdamW that leaves groups with `lr_factor` 0 alone, and keeps no moments of them."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of the other groups."""
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if group["lr_factor"]]
+        try:
+            if self.param_groups:
+                super().step()
+        finally:
+            self.param_groups = groups
+
+
+def freeze(model: LLM, optim: OptimConfig) -> None:
+    """Make the gradients of parameters whose kind has the learning-rate factor 0 zero before anything sees them: no
+    norm, clipping or check counts them. They are still computed, and their memory stays.
+    """
+    for name, parameter in model.named_parameters():  # copies of tied weights too
+        if optim.lr_factors.get(plan_for(name).kind, 1.0) == 0:
+            parameter.register_hook(torch.zeros_like)
+
+
 def make_optimizer(model: LLM, optim: OptimConfig) -> torch.optim.Optimizer:
     """Fused AdamW, plain SGD, or Muon with AdamW, over the groups above, none of which is empty: DeepSpeed takes a norm
-    of each group, over all stages together.
+    of each group, over all stages together. Parameters of the factor 0 are frozen.
     """
+    freeze(model, optim)
     groups = parameter_groups(model, optim)
     like = next(model.parameters())
     for group in groups:
@@ -57,4 +82,5 @@ def make_optimizer(model: LLM, optim: OptimConfig) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=optim.lr)
     if optim.name == "muon":
         return Muon(groups, lr=optim.lr, momentum=optim.muon_momentum, betas=optim.betas, eps=optim.eps, fused=True)
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+    adamw = torch.optim.AdamW if all(group["lr_factor"] for group in groups) else PartlyFrozenAdamW
+    return adamw(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
