@@ -201,6 +201,7 @@ def checkpoint_report(found: Survey, damages: list[Damage] | None, *, tensors: b
         "format_version": found.version,
         "versions": meta.get("versions") or {},
         "passed_over": (meta.get("guard") or {}).get("passed_over", []),
+        "rows_passed_over": (meta.get("guard") or {}).get("rows_passed_over", []),
         "model": model_line(config.get("model")),
         "changed": {key: [value, default] for key, value, default in changed_keys(config, RunConfig)},
         "config": config,
@@ -271,7 +272,7 @@ def data_report(state: dict[str, Any], config: dict[str, Any], files: bool) -> R
     their rows was read. What cannot be known says why.
     """
     report: Report = {"rows": state["consumed"], "seq_len": state["data"]["seq_len"], "seed": state["seed"]}
-    report |= {"epochs": None, "note": None, "sources": []}
+    report |= {"earlier_rows": state.get("earlier_rows"), "epochs": None, "note": None, "sources": []}
     raw = config["data"]["train"]
     try:
         specs = source_specs(raw if isinstance(raw, str) else [SourceSpec.model_validate(spec) for spec in raw])
@@ -279,7 +280,9 @@ def data_report(state: dict[str, Any], config: dict[str, Any], files: bool) -> R
     except (UserError, ValidationError) as error:
         report["note"] = f"rows of each source are not known: {' '.join(str(error).split())}"
         return report
-    if "data" in (config.get("checkpoint") or {}).get("allow_changes", ()):
+    if report["earlier_rows"]:
+        report["note"] = f"{report['earlier_rows']:,} earlier rows of this run came from other data"
+    elif report["earlier_rows"] is None and "data" in (config.get("checkpoint") or {}).get("allow_changes", ()):
         report["note"] = "the data was allowed to change in this run: earlier rows may have come from other sources"
     for spec, (name, rows) in zip(specs, asked.items(), strict=True):
         entry: Report = {"name": name, "path": spec.path, "rows": rows, "of": None, "problem": None}

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from llm.data.ranges import described
+
 SHOWN = 20
 """Lines of one kind that are printed; JSON has them all."""
 
@@ -60,6 +62,8 @@ def checkpoint_lines(report: Report) -> Iterator[str]:
         yield f"best validation loss so far: {best['valid_loss']:.4f} at step {best['step']}"
     if report["passed_over"]:
         yield f"steps whose rows were passed over: {', '.join(map(str, report['passed_over']))}"
+    if report["rows_passed_over"]:
+        yield f"passed over: {described(report['rows_passed_over'])}"
     versions = {"format": report["format_version"], **report["versions"]}
     yield f"versions: {', '.join(f'{name} {version}' for name, version in versions.items())}"
     if report["config"]:

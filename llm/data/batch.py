@@ -36,7 +36,8 @@ class MicroBatch:
 @dataclass(frozen=True)
 class StepBatch:
     """One rank's part of a step. n_targets and n_tokens count this rank's labels and tokens; first_row and n_rows are
-    the whole step's global rows; wait_s is how long the trainer waited for it.
+    the whole step's global rows; wait_s is how long the trainer waited for it; passed_over are ranges (first, end) of
+    global rows of the whole step that are not to be trained on.
     """
 
     micro_batches: list[MicroBatch]
@@ -45,6 +46,12 @@ class StepBatch:
     first_row: int
     n_rows: int
     wait_s: float
+    passed_over: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def is_passed_over(self) -> bool:
+        """Whether no row of the step is to be trained on."""
+        return sum(end - first for first, end in self.passed_over) == self.n_rows
 
 
 def collate(

@@ -5,6 +5,9 @@ consumed before; micro-batch m of data-parallel rank d takes the b rows from c +
 does not depend on the number of ranks D or on b, and a checkpoint needs no more than c. Tensor-parallel and pipeline
 ranks of one data-parallel rank ask with the same d and get the same rows.
 
+A run may pass over ranges of rows. In a step that has other rows too, rows of such a range are padding without labels
+(a row that is not there), so that the step is one of its other rows; a step that lies within them is marked as a whole.
+
 The batch size G and the length of the sequences that a row is read as may change during a run, at numbers of rows seen;
 a step has what is in force at its first row c. Neither touches the order of rows.
 """
@@ -20,6 +23,8 @@ import numpy as np
 
 from llm.data.batch import StepBatch, collate
 from llm.data.mixture import Mixture
+from llm.data.ranges import Range, within
+from llm.data.source import TokenSource
 from llm.errors import UserError
 
 Schedule = Sequence[tuple[int, int]]
@@ -54,10 +59,13 @@ class TrainLoader:
         prefetch: int = 2,
         batch_schedule: Schedule = (),
         seq_len_schedule: Schedule = (),
+        earlier_rows: int = 0,
+        passed_over: Sequence[Range] = (),
     ) -> None:
         """global_batch_size and micro_batch_size count rows; `start_row` is the number of rows consumed so far;
         `prefetch` steps are read ahead. The schedules change global_batch_size, and the length of the sequences that
-        each row of seq_len tokens is cut into.
+        each row of seq_len tokens is cut into; they count `earlier_rows` too, which were read of other data.
+        `passed_over`: global rows that are not to be trained on.
 
         UserError when a batch cannot be cut evenly.
         """
@@ -76,6 +84,8 @@ class TrainLoader:
         self._global_batch_size = global_batch_size
         self._batch_schedule = tuple(batch_schedule)
         self._seq_len_schedule = tuple(seq_len_schedule)
+        self._earlier_rows = earlier_rows
+        self._passed_over = list(passed_over)
         self._part = (micro_batch_size, dp_rank, dp_size)
         self._next_row = start_row
         self._ready: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=prefetch)
@@ -119,16 +129,26 @@ class TrainLoader:
             self._ready.put(error)
 
     def _read_step(self, first_row: int) -> StepBatch:
-        n_rows = in_force(self._global_batch_size, self._batch_schedule, first_row)
-        piece_len = in_force(self.mixture.seq_len, self._seq_len_schedule, first_row)
+        seen = self._earlier_rows + first_row
+        n_rows = in_force(self._global_batch_size, self._batch_schedule, seen)
+        piece_len = in_force(self.mixture.seq_len, self._seq_len_schedule, seen)
+        passed_over = within(self._passed_over, first_row, first_row + n_rows)
         b, rank, ranks = self._part
-        mine = np.arange(first_row, first_row + n_rows).reshape(-1, ranks, b)[:, rank]
-        sources, rows = self.mixture.locate(mine.reshape(-1))
-        places = [(self.mixture.sources[j], k) for j, k in zip(sources.tolist(), rows.tolist(), strict=True)]
+        mine = np.arange(first_row, first_row + n_rows).reshape(-1, ranks, b)[:, rank].reshape(-1)
+        sources, rows = self.mixture.locate(mine)
+        places: list[tuple[TokenSource, int] | None] = [
+            (self.mixture.sources[j], k) for j, k in zip(sources.tolist(), rows.tolist(), strict=True)
+        ]
+        if passed_over != [(first_row, first_row + n_rows)]:
+            for first, end in passed_over:
+                for i in np.flatnonzero((first <= mine) & (mine < end)).tolist():
+                    places[i] = None
+        fill = self.mixture.sources[0].eos_id
         micro_batches = [
-            collate(places[m : m + b], self.mixture.seq_len, piece_len=piece_len) for m in range(0, len(places), b)
+            collate(places[m : m + b], self.mixture.seq_len, fill, piece_len) for m in range(0, len(places), b)
         ]
         return StepBatch(
+            passed_over=tuple(passed_over),
             micro_batches=micro_batches,
             n_targets=sum(micro_batch.n_targets() for micro_batch in micro_batches),
             n_tokens=sum(micro_batch.tokens_BT.numel() for micro_batch in micro_batches),

@@ -77,33 +77,38 @@ class Mixture:
             source[here], row[here] = sources[slot], rows[slot]
         return source, row
 
-    def state(self, consumed: int) -> dict:
-        """What a checkpoint keeps: the same on every rank and layout."""
+    def state(self, consumed: int, earlier_rows: int = 0) -> dict:
+        """What a checkpoint keeps, the same on every rank and layout. earlier_rows: read of other data before this."""
         return {
             "order_version": ORDER_VERSION,
             "fingerprint": self.fingerprint,
             "seed": self.seed,
             "consumed": consumed,
+            "earlier_rows": earlier_rows,
             "data": self._parts(),
         }
+
+    def changes(self, state: dict) -> dict[str, str]:
+        """What differs between a checkpoint's state and this mixture: words by key; empty when the order of rows goes
+        on unchanged. Keys are `seed`, `data.seq_len`, `data.sources.NAME....` and the like.
+        """
+        now = self.state(consumed=0)
+        if all(state.get(key) == now[key] for key in ("order_version", "fingerprint", "seed")):
+            return {}
+        before, after = _flat(state), _flat(now)
+        return {
+            key: f"{before.get(key, 'absent')} in the checkpoint, {after.get(key, 'absent')} now"
+            for key in sorted(before.keys() | after.keys())
+            if key not in ("consumed", "earlier_rows", "fingerprint") and before.get(key) != after.get(key)
+        } or {"fingerprint": f"{state.get('fingerprint')} in the checkpoint, {self.fingerprint} now"}
 
     def check_state(self, state: dict) -> None:
         """UserError that lists all differences between a checkpoint's state and this mixture; silent when the order of
         rows goes on unchanged.
         """
-        now = self.state(consumed=0)
-        if all(state.get(key) == now[key] for key in ("order_version", "fingerprint", "seed")):
-            return
-        before, after = _flat(state), _flat(now)
-        changed = [
-            f"{key}: {before.get(key, 'absent')} in the checkpoint, {after.get(key, 'absent')} now"
-            for key in sorted(before.keys() | after.keys())
-            if key not in ("consumed", "fingerprint") and before.get(key) != after.get(key)
-        ]
-        raise UserError(
-            f"the training data differs from the checkpoint's, so its rows cannot go on: "
-            f"{'; '.join(changed) or 'fingerprint'}"
-        )
+        changed = "; ".join(f"{key}: {words}" for key, words in self.changes(state).items())
+        if changed:
+            raise UserError(f"the training data differs from the checkpoint's, so its rows cannot go on: {changed}")
 
     def _parts(self) -> dict:
         return {

@@ -34,6 +34,7 @@ from llm.tokenizer import TokenizerConfig
 from llm.train.data_keys import as_sources, with_option
 from llm.train.deepspeed_options import checked_options
 from llm.train.explain import by_commas, explain, keys_of, prepared, section_of
+from llm.train.length import misfit
 from llm.train.names import meant
 from llm.train.yaml_file import read_yaml
 
@@ -126,14 +127,15 @@ class OptimConfig(Section):
     muon_momentum: float = Field(0.95, ge=0, lt=1)
     """Muon's (Nesterov) momentum."""
     lr_factors: dict[Kind, Annotated[float, Field(ge=0)]] = {}
-    """Factor on the learning rate for kinds of parameters (matrix, expert, norm, router, embedding, head); 0 freezes.
-    """
+    """Factor on the learning rate for kinds of parameters (matrix, expert, norm, router, embedding, head); 0 freezes:
+    no update, no moments, no part in the gradient norm."""
     schedule: Literal["cosine", "linear", "wsd", "one_cycle", "constant"] = "cosine"
     """cosine; linear; wsd = warm-up, stable, decay (1 - sqrt); one_cycle = cosine from lr/25 up to lr, then down."""
-    warmup_steps: int = Field(100, ge=0)
-    """Steps of linear warm-up; with one_cycle the steps of the rise, which must then be given (1 or more)."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Steps of linear warm-up; null = 100, but at most a tenth of the run's steps; with one_cycle the steps of the
+    rise, which must then be given (1 or more)."""
     decay_steps: int | None = Field(None, ge=1)
-    """Steps of the decay at the end of wsd; default: 20 % of the steps."""
+    """Steps of the decay at the end of wsd; null = 20 % of the steps."""
     min_lr: float = Field(3.0e-5, ge=0)
     """Learning rate at the last step (constant: no effect); min_lr / lr holds for muon_lr and lr_factors too."""
     betas: Annotated[tuple[Beta, Beta], BY_COMMAS] = (0.9, 0.95)
@@ -155,7 +157,7 @@ class OptimConfig(Section):
             raise ValueError(f"optim.decay_steps belongs to optim.schedule=wsd, not {self.schedule}")
         if self.muon_lr is not None and self.name != "muon":
             raise ValueError(f"optim.muon_lr belongs to optim.name=muon, not {self.name}")
-        if self.schedule == "one_cycle" and ("warmup_steps" not in self.model_fields_set or self.warmup_steps == 0):
+        if self.schedule == "one_cycle" and not self.warmup_steps:
             raise ValueError(
                 "optim.schedule=one_cycle needs optim.warmup_steps, the steps of its rise; 30 % of the steps is usual"
             )
@@ -342,6 +344,11 @@ class RunConfig(Section):
         if self.eval.patience is not None and self.data.valid is None:
             raise ValueError(f"eval.patience={self.eval.patience} needs held-out text: set data.valid")
         self._keys_are_known()
+        optim, steps = self.optim, self.train.steps
+        if steps is not None:  # of train.epochs only the data says how many they are
+            wrong = misfit(optim.schedule, optim.warmup_steps, optim.decay_steps, steps, f"train.steps={steps}")
+            if wrong:
+                raise ValueError(wrong)
         return self._with_held_out_rows()
 
     def _with_held_out_rows(self) -> "RunConfig":
@@ -496,17 +503,24 @@ def _as_typed(value: Any) -> str:
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[str, ...] = ()) -> list[str]:
-    """Lines `key: saved -> now` for every key that must not change on resume and did.
+    """Lines `key: saved -> now` for every key that must not change on resume and did."""
+    changed = changes(saved, now).items()
+    return [f"{k}: {was!r} -> {value!r}" for k, (was, value) in changed if not is_among(k, FREE_ON_RESUME + allowed)]
+
+
+def changes(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """(value in `saved`, value now) of every key that differs, by name.
 
     A key that `saved` does not have, because it was written before the key existed, stands at its default.
     """
     flat_saved, flat_now = _flatten(_completed(saved, RunConfig)), _flatten(now)
-    lines = []
-    for key in sorted(flat_saved.keys() | flat_now.keys()):
-        free = any(key == prefix or key.startswith(prefix + ".") for prefix in FREE_ON_RESUME + allowed)
-        if not free and flat_saved.get(key) != flat_now.get(key):
-            lines.append(f"{key}: {flat_saved.get(key)!r} -> {flat_now.get(key)!r}")
-    return lines
+    pairs = {key: (flat_saved.get(key), flat_now.get(key)) for key in sorted(flat_saved.keys() | flat_now.keys())}
+    return {key: (was, value) for key, (was, value) in pairs.items() if was != value}
+
+
+def is_among(key: str, keys: tuple[str, ...]) -> bool:
+    """Whether the key, or a section that it stands in, is one of `keys`."""
+    return any(key == prefix or key.startswith(prefix + ".") for prefix in keys)
 
 
 def _completed(saved: dict[str, Any], schema: type[BaseModel]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Every function is called by all ranks together, and what one of them meets, all 
 """
 
 from functools import partial
+from typing import Any
 
 from llm.checkpoint.reader import newest_valid, resolve
 from llm.checkpoint.store import CheckpointStore
@@ -51,9 +52,9 @@ def settle_precision(config: RunConfig, store: CheckpointStore, world: World) ->
     """The config with `train.precision: auto` replaced, and the reason in words; a continued run keeps what it has."""
     if config.train.precision != "auto":
         return config, "set in the config"
-    saved = main_decides(lambda: _saved_precision(store, config.checkpoint.resume), world)
+    saved = _saved(config, store, world, "train", "precision")
     if saved is not None:
-        precision, reason = saved, "as this run began"
+        precision, reason = str(saved), "as this run began"
     else:
         dim = config.model.dim
         precision, reason = main_decides(lambda: list(faster_precision(dim, world.device)), world)
@@ -61,12 +62,24 @@ def settle_precision(config: RunConfig, store: CheckpointStore, world: World) ->
     return config.model_copy(update={"train": train}), reason
 
 
-def _saved_precision(store: CheckpointStore, resume: str) -> str | None:
-    """What `auto` was settled to in the checkpoint that this run will continue; None for a new run."""
-    checkpoint, _ = newest_valid(store.folder)
-    if checkpoint is None and resume not in ("auto", "never"):
-        checkpoint = resolve(resume)
-    return None if checkpoint is None else str(checkpoint.meta_with("config")["config"]["train"]["precision"])
+def settle_warmup(config: RunConfig, store: CheckpointStore, world: World) -> RunConfig:
+    """The config with the `optim.warmup_steps` of the run that it goes on with, where it names none itself."""
+    if config.optim.warmup_steps is not None:
+        return config
+    saved = _saved(config, store, world, "optim", "warmup_steps")
+    return config.model_copy(update={"optim": config.optim.model_copy(update={"warmup_steps": saved})})
+
+
+def _saved(config: RunConfig, store: CheckpointStore, world: World, section: str, key: str) -> Any:
+    """What the checkpoint that this run will go on with has settled a key to; None for a new run."""
+
+    def read() -> Any:
+        checkpoint, _ = newest_valid(store.folder)
+        if checkpoint is None and config.checkpoint.resume not in ("auto", "never"):
+            checkpoint = resolve(config.checkpoint.resume)
+        return None if checkpoint is None else checkpoint.meta_with("config")["config"][section][key]
+
+    return main_decides(read, world)
 
 
 def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:

@@ -14,6 +14,7 @@
 | tokens_per_s, tokens_per_s_per_device | of the whole job, of one of its ranks |
 | mfu | share of the device's peak that the model's own arithmetic took (llm/train/flops.py); null where none is known |
 | step_time_s, data_wait_s | seconds of the step, and of them waiting for data |
+| rows_passed_over | ranges [first row, end row) of the step that were not trained on; only where there are any |
 | memory_gb | peak of rank 0 since it began, GiB: allocated on its GPU, or of the whole process on a CPU |
 """
 
@@ -68,6 +69,7 @@ class StepMetrics:
             "step_time_s": seconds,
             "data_wait_s": batch.wait_s,
             "memory_gb": peak_memory_gb(self.world.device),
+            **({"rows_passed_over": [list(rows) for rows in batch.passed_over]} if batch.passed_over else {}),
         }
 
 

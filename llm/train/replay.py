@@ -25,13 +25,14 @@ from llm.checkpoint.reader import list_steps, resolve
 from llm.data.batch import MicroBatch, StepBatch
 from llm.data.loader import TrainLoader
 from llm.data.mixture import Mixture
+from llm.data.ranges import Range
 from llm.datatypes import TransformerInput
 from llm.errors import DamagedFile, UserError
 from llm.model import LLM
 from llm.parallel.collectives import agreed_error, all_or_none, gather_json, main_decides, sum_over_ranks
 from llm.parallel.layout import Layout
 from llm.tokenizer import Tokenizer
-from llm.train.guard import Guard
+from llm.train.guard import Guard, rows_and_size
 
 if TYPE_CHECKING:
     from llm.train.trainer import Trainer
@@ -134,8 +135,9 @@ def replay(trainer: "Trainer", step: int) -> dict[str, Any]:
     world, config = trainer.world, trainer.config
     main_decides(lambda: check_replay(trainer.run_dir, step, trainer.steps), world)
     recorded = main_decides(lambda: _recorded_to(trainer.run_dir, step), world)
-    trainer.guard = _lenient(trainer.guard, recorded)
+    trainer.guard = _lenient(trainer.guard)
     started_from, skipped = _load_before(trainer, step, first_recorded=recorded[0]["step"])
+    trainer.guard.passed_over += _passed_over(recorded, trainer.step, trainer.consumed_rows)
     start = trainer.step
     by_step = {row["step"]: row for row in recorded}
     _say(trainer, f"replay of step {step} of {trainer.run_dir}, from {started_from or 'the initial weights'}")
@@ -225,17 +227,27 @@ def _next_batch(trainer: "Trainer", loader: TrainLoader) -> tuple[StepBatch, int
 def _advance(trainer: "Trainer", batch: StepBatch, n_targets: int, n_tokens: int, *, last: bool) -> dict[str, Any]:
     """One step as the run made it, the last one in any case; what the run would record of it."""
     result, lr = trainer.take_step(batch, n_targets, n_tokens, always=last)
-    trainer.guard.judge(trainer.step, result)
+    trainer.guard.judge(trainer.step, result, *rows_and_size(batch))
     return {**asdict(result), "targets": result.n_targets, "lr": lr, "tokens": trainer.tokens}
 
 
-def _lenient(guard: Guard, recorded: Sequence[dict[str, Any]]) -> Guard:
+def _lenient(guard: Guard) -> Guard:
     """A guard under which a replay meets the updates that the run made, and neither stops nor goes back."""
     spike = "skip" if guard.config.spike == "rewind" else guard.config.spike
     always = {"nonfinite": "skip", "spike": spike, "max_events": 2**62}
-    replaying = Guard(guard.config.model_copy(update=always))
-    replaying.passed_over = {row["step"] for row in recorded if row.get("skipped") == "passed over"}
-    return replaying
+    return Guard(guard.config.model_copy(update=always))
+
+
+def _passed_over(recorded: Sequence[dict[str, Any]], step: int, first_row: int) -> list[Range]:
+    """The rows that the steps behind `step`, which begin with `first_row`, were recorded to have passed over."""
+    ranges: list[Range] = []
+    for row in recorded:
+        if row["step"] > step:
+            rows = (first_row, first_row + row["batch_size"])
+            whole = [rows] if row.get("skipped") == "passed over" else []  # a record from before rows were kept
+            ranges += [(first, end) for first, end in row.get("rows_passed_over", whole)]
+            first_row = rows[1]
+    return ranges
 
 
 def _pieces(trainer: "Trainer", batch: StepBatch, n_targets: int) -> list[Piece]:
@@ -246,8 +258,12 @@ def _pieces(trainer: "Trainer", batch: StepBatch, n_targets: int) -> list[Piece]
     score = partial(score_pieces, trainer.mixture, trainer.tokenizer)
     micro_batches = list(zip(nll, batch.micro_batches, _global_rows(trainer, batch), strict=True))
     scored = all_or_none(lambda: [score(*micro_batch) for micro_batch in micro_batches], world)
+    left_out = () if batch.is_passed_over else batch.passed_over
     mine = [
-        (micro_batch, *found) for micro_batch, part in zip(batch.micro_batches, scored, strict=True) for found in part
+        (micro_batch, *found)
+        for micro_batch, part in zip(batch.micro_batches, scored, strict=True)
+        for found in part
+        if not any(first <= found[2].row < end for first, end in left_out)  # there the batch has padding
     ]
     gathered = gather_json([asdict(piece) for *_, piece in mine] if trainer.grid.speaks else [], world)
     everything = [(rank, i, Piece(**fields)) for rank, part in enumerate(gathered) for i, fields in enumerate(part)]

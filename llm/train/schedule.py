@@ -8,6 +8,7 @@ import math
 
 from llm.data.loader import in_force
 from llm.train.config import OptimConfig, TrainConfig
+from llm.train.length import default_decay, default_warmup
 
 ONE_CYCLE_DIV = 25.0
 """one_cycle begins at the peak divided by this (the default of fastai's and PyTorch's OneCycleLR)."""
@@ -20,6 +21,8 @@ def lr_factor(optim: OptimConfig, steps: int, step: int) -> float:
     from 1/25. The last step has min_lr / lr, except with `constant`.
     """
     warmup, low = optim.warmup_steps, optim.min_lr / optim.lr
+    if warmup is None:
+        warmup = default_warmup(steps, optim.decay_steps)
     if step <= warmup:
         if optim.schedule != "one_cycle":
             return step / warmup
@@ -28,7 +31,7 @@ def lr_factor(optim: OptimConfig, steps: int, step: int) -> float:
     if optim.schedule == "constant":
         return 1.0
     if optim.schedule == "wsd":
-        decay = optim.decay_steps or max(steps // 5, 1)
+        decay = optim.decay_steps or default_decay(steps, warmup)
         progress = max(step - (steps - decay), 0) / decay
         return 1.0 - (1.0 - low) * math.sqrt(progress) if progress < 1 else low
     progress = min((step - warmup) / max(steps - warmup, 1), 1.0)
@@ -42,6 +45,13 @@ def learning_rate(optim: OptimConfig, steps: int, step: int) -> float:
 
 def _half_cosine(progress: float) -> float:
     return 0.5 * (1 - math.cos(math.pi * progress))
+
+
+def rows_of_step(train: TrainConfig, step: int, row: int, asked: int) -> tuple[int, int]:
+    """(first row, end row) of step `asked` of a run that has seen `row` rows after step `step`, which lies before."""
+    for _ in range(step + 1, asked):
+        row += in_force(train.global_batch_size, train.batch_schedule, row)
+    return row, row + in_force(train.global_batch_size, train.batch_schedule, row)
 
 
 def steps_between(train: TrainConfig, first_row: int, end_row: int) -> int:

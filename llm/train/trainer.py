@@ -39,10 +39,12 @@ from llm.train.begin import read_weights
 from llm.train.build import build_engine
 from llm.train.config import RunConfig, check_layout, differences
 from llm.train.curves import CurveSink, TensorBoard, WeightsAndBiases
-from llm.train.guard import Guard
-from llm.train.inputs import encode_prompts, open_sources, settle_precision, with_vocabulary
+from llm.train.guard import Guard, rows_and_size
+from llm.train.inputs import encode_prompts, open_sources, settle_precision, settle_warmup, with_vocabulary
+from llm.train.length import default_warmup, misfit
 from llm.train.log import RunLog
 from llm.train.metrics import StepMetrics
+from llm.train.resume import SkippedSteps, change_lines, data_line, data_refused, guard_state
 from llm.train.schedule import epoch_rows, learning_rate, steps_between
 from llm.train.stop import EXIT_STOPPED, Requests
 from llm.train.trace import Trace
@@ -72,23 +74,27 @@ class Trainer:
             keep_every=config.checkpoint.keep_every,
         )
         self.config, self.precision_reason = settle_precision(config, self.store, world)
+        self.config = settle_warmup(self.config, self.store, world)
         main_decides(self._refuse_another_run, world)
         sources, valid, self._data_notes = open_sources(config, self.tokenizer, world)
         self.mixture = all_or_none(lambda: Mixture(sources, config.train.seq_len, config.train.seed), world)
         self.config, self._rows_said = settle_rows(self.config)
         rows = (config.train.seq_len, config.eval.rows)
         self.held_out = all_or_none(lambda: HeldOut(valid, *rows) if valid else None, world)
-        self.engine = build_engine(self.config, self.grid)
-        self.engine.before_change = self.store.wait_for_copy
-        self.guard = Guard(config.guard)
-        self.metrics = StepMetrics(self.config.model, world, config.log.peak_flops)
         self.step = 0
         self._saved_step = 0  # what the initial weights need no checkpoint for
         self.consumed_rows = 0
+        self.earlier_rows = 0
+        """Rows that were read of other data, before a checkpoint was continued on the present one."""
         self.tokens = 0
+        self.skipped = SkippedSteps()
+        self.guard = Guard(config.guard)
         self.best, self._notes = self._best_of({})
         self._epochs = config.train.epochs
         self._settle_steps()
+        self.engine = build_engine(self.config, self.grid)
+        self.engine.before_change = self.store.wait_for_copy
+        self.metrics = StepMetrics(self.config.model, world, config.log.peak_flops)
 
     @property
     def steps(self) -> int:
@@ -97,12 +103,19 @@ class Trainer:
         return self.config.train.steps
 
     def _settle_steps(self) -> None:
-        """`train.epochs` in steps, from where the run stands: its batch size may have been another one before."""
+        """What depends on where the run stands: `train.epochs` in steps, as the batch size may have been another one
+        before; the warm-up that fits them; and the rows of `train.skip_steps`.
+        """
+        train, optim = self.config.train, self.config.optim
         if self._epochs is not None:
             end = epoch_rows(self._epochs, self.mixture.n_rows)
-            steps = self.step + steps_between(self.config.train, self.consumed_rows, end)
-            train = self.config.train.model_copy(update={"steps": steps, "epochs": None})
-            self.config = self.config.model_copy(update={"train": train})
+            steps = self.step + steps_between(train, *(self.earlier_rows + row for row in (self.consumed_rows, end)))
+            train = train.model_copy(update={"steps": steps, "epochs": None})
+        if optim.warmup_steps is None:
+            assert train.steps is not None
+            optim = optim.model_copy(update={"warmup_steps": default_warmup(train.steps, optim.decay_steps)})
+        self.config = self.config.model_copy(update={"train": train, "optim": optim})
+        self.skipped.settle(train, self.step, self.consumed_rows, self.earlier_rows)
 
     def resume(self) -> list[str]:
         """Continue the run folder's newest valid checkpoint, or begin from the one that the config names.
@@ -131,7 +144,13 @@ class Trainer:
         return lines + (self._begin() if checkpoint is None else self._resumed(checkpoint))
 
     def _begin(self) -> list[str]:
-        """Lines about the weights of a new run, if they are to come from elsewhere (collective)."""
+        """Lines about the weights of a new run, if they are to come from elsewhere (collective). UserError where the
+        schedule has no room in it, which only the data says of `train.epochs`.
+        """
+        optim, length = self.config.optim, f"train.epochs={self._epochs}, that is {self.steps} steps"
+        wrong = misfit(optim.schedule, optim.warmup_steps, optim.decay_steps, self.steps, length)
+        if wrong and self._epochs is not None:
+            raise agreed_error(wrong)
         if self.config.model.init_from is None:
             return []
         apply, lines = all_or_none(lambda: read_weights(self.engine, self.config.model), self.world)
@@ -139,8 +158,8 @@ class Trainer:
         return lines
 
     def _resumed(self, checkpoint: Checkpoint) -> list[str]:
-        line = f"resumed from {checkpoint.path} (step {checkpoint.step}, {self.consumed_rows:,} rows seen)"
-        return [line, *self._notes]
+        rows = self.earlier_rows + self.consumed_rows
+        return [f"resumed from {checkpoint.path} (step {checkpoint.step}, {rows:,} rows seen)", *self._notes]
 
     def _refuse_another_run(self) -> None:
         """UserError where the checkpoint to continue is of another config: before text is sharded and a model is built,
@@ -168,11 +187,7 @@ class Trainer:
         """
         meta = checkpoint.meta_with("data", "expert_counts", "optimizer_scalars", "tokens", "best", "guard")
         changed = self._changes(checkpoint)
-        if "data" not in self.config.checkpoint.allow_changes:
-            try:
-                self.mixture.check_state(meta["data"])
-            except UserError as error:
-                changed.append(str(error))
+        changed += data_refused(self.mixture, meta["data"], self.config.checkpoint.allow_changes)
         _refuse(checkpoint, changed)
         kinds = checkpoint.kinds()
         self.engine.prepare_load(kinds, meta["optimizer_scalars"])
@@ -180,6 +195,8 @@ class Trainer:
         for name, kind, box, start, values in self.engine.fragments():
             if kind == "ema" and kind not in kinds[name]:
                 kind = "master"  # an average that begins now begins with the weights
+            elif kind != "master" and kind not in kinds[name]:
+                continue  # of a parameter that was frozen until now: zeros
             places.append((name, kind, box, start, start + values.numel(), values))
         checkpoint.fill(places)
 
@@ -189,10 +206,20 @@ class Trainer:
                 self.engine.set_expert_counts(torch.tensor(meta["expert_counts"], dtype=torch.int64))
             self.step = self._saved_step = checkpoint.step
             self.consumed_rows = meta["data"]["consumed"]
+            self.earlier_rows = meta["data"].get("earlier_rows", 0)
             self.tokens = meta["tokens"]
-            self.best, self._notes = self._best_of(meta["best"])
-            self.guard.load(meta["guard"])
+            self.best, other_rows = self._best_of(meta["best"])
+            self.guard.load(guard_state(meta, self.step))
+            self.skipped.load(meta, self.step)
+            other_data = data_line(self.mixture, meta["data"])
+            if other_data:
+                self.earlier_rows += self.consumed_rows
+                self.consumed_rows = 0
+                self.guard.forget_data()
+                self.skipped.forget_data()
             self._settle_steps()
+            changed = change_lines(meta, self.config, self.world.size, self.step)
+            self._notes = [*changed, *([other_data] if other_data else []), *other_rows]
 
         return apply
 
@@ -209,12 +236,13 @@ class Trainer:
         meta = {
             "config": self.config.model_dump(mode="json"),
             "tokenizer": self.tokenizer.fingerprint,
-            "data": self.mixture.state(self.consumed_rows),
+            "data": self.mixture.state(self.consumed_rows, self.earlier_rows),
             "expert_counts": self.engine.expert_counts().tolist(),
             "optimizer_scalars": self.engine.optimizer_scalars(),
             "tokens": self.tokens,
             "best": dataclasses.asdict(self.best),
             "guard": self.guard.state(),
+            "skip_steps": self.skipped.state(),
             "layout": dataclasses.asdict(self.grid.layout),
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
         }
@@ -291,7 +319,7 @@ class Trainer:
                     result, lr = self.take_step(batch, n_targets, n_tokens)
                 if self.config.checkpoint.asynchronous and self.step == first:  # the optimizer has its state now
                     self.store.prepare(self.engine.owned_fragments())
-                action, lines = self.guard.judge(self.step, result)
+                action, lines = self.guard.judge(self.step, result, *rows_and_size(batch))
                 lines = [*trace.notes(), *lines]
                 if action == "rewind":
                     return [*lines, *self._rewind(log)]
@@ -322,10 +350,11 @@ class Trainer:
         """
         step = self.step + 1
         lr = learning_rate(self.config.optim, self.steps, step)
-        if not always and (step in self.guard.passed_over or step in self.config.train.skip_steps):
+        if batch.is_passed_over and not always:
             result = StepResult.passed_over(n_targets, n_tokens)
         else:
-            result = self.engine.train_step(batch, n_targets, n_tokens, lr, self.guard.loss_limit())
+            _, size = rows_and_size(batch)
+            result = self.engine.train_step(batch, n_targets, n_tokens, lr, self.guard.loss_limit(size))
         self.step = step
         self.consumed_rows += batch.n_rows
         self.tokens += n_tokens
@@ -367,6 +396,8 @@ class Trainer:
             start_row=self.consumed_rows,
             batch_schedule=train.batch_schedule,
             seq_len_schedule=train.seq_len_schedule,
+            earlier_rows=self.earlier_rows,
+            passed_over=[*self.guard.passed_over, *self.skipped.ranges],
         )
 
     def _next_batch(self, loader: TrainLoader, requests: Requests) -> tuple[StepBatch, int, int, bool, bool, bool]:

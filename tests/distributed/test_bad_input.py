@@ -166,7 +166,9 @@ def test_text_without_documents_is_named_by_two_processes_in_one_line(tmp_path: 
 
 
 def test_a_named_checkpoint_begins_a_new_run_and_a_restart_goes_on_from_there(text: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "config.yaml", tiny_config(text, checkpoint={"interval": 2}))
+    config = write_config(
+        tmp_path / "config.yaml", tiny_config(text, checkpoint={"interval": 2}, optim={"warmup_steps": 2})
+    )
     first = ["--config", str(config), "--run_dir", str(tmp_path / "first"), "--train.steps=4"]
     assert run("launch/pretrain.py", *first).returncode == 0
     back = f"--checkpoint.resume={tmp_path / 'first' / 'checkpoints' / 'step_00000002'}"

@@ -93,4 +93,5 @@ def test_the_guards_memory_is_in_the_checkpoint(runs: Path, stage: int) -> None:
     folder = runs / f"{stage}-loss-rewind" / "checkpoints" / f"step_{STEPS:08d}"
     manifest = next(file for file in folder.iterdir() if file.suffix == ".json")
     guard = json.loads(manifest.read_text())["meta"]["guard"]
-    assert guard["passed_over"] == [BAD_STEP] and guard["events"] == 1 and len(guard["losses"]) == STEPS - 1
+    rows = [[(BAD_STEP - 1) * 16, BAD_STEP * 16]]
+    assert guard["rows_passed_over"] == rows and guard["events"] == 1 and len(guard["losses"]) == STEPS - 1

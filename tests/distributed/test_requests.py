@@ -18,7 +18,10 @@ def started(folder: Path, *flags: str, nproc: int | None) -> subprocess.Popen[st
     """A run that would take far longer than the test, at its third step or later."""
     write_text(folder)
     config = write_config(
-        folder / "config.yaml", tiny_config(folder, train={"steps": 100_000}, checkpoint={"interval": 100_000})
+        folder / "config.yaml",
+        tiny_config(
+            folder, train={"steps": 100_000}, checkpoint={"interval": 100_000}, optim={"warmup_steps": 2}
+        ),
     )
     process = subprocess.Popen(
         command("launch/pretrain.py", "--config", str(config), "--run_dir", str(folder / "run"), *flags, nproc=nproc),

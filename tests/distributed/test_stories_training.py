@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     del config["tokenizer"]  # the model's own
     write_config(folder / "config.yaml", config)
     words = ("--config", str(folder / "config.yaml"), "--run_dir")
-    still = ("--train.steps=1", "--eval.interval=1", "--optim.lr=1e-12", "--optim.min_lr=0")
+    still = ("--train.steps=1", "--optim.warmup_steps=0", "--eval.interval=1", "--optim.lr=1e-12", "--optim.min_lr=0")
     for command in (
         ("launch/pretrain.py", *words, str(folder / "still"), *still),
         ("launch/pretrain.py", *words, str(folder / "run")),

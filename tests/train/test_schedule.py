@@ -1,13 +1,17 @@
 """The learning rate at named points of every schedule; steps of epochs under a changing batch size."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llm.data.loader import in_force
-from llm.train.config import OptimConfig, TrainConfig
-from llm.train.schedule import epoch_rows, learning_rate, lr_factor, steps_between
+from llm.errors import UserError
+from llm.train.config import OptimConfig, TrainConfig, validate
+from llm.train.length import default_warmup, misfit
+from llm.train.schedule import epoch_rows, learning_rate, lr_factor, rows_of_step, steps_between
+from tests.distributed.harness import tiny_config
 
 STEPS = 100
 FALLING = ("cosine", "linear", "wsd", "one_cycle")
@@ -85,3 +89,59 @@ def test_an_epoch_sees_every_row_and_a_tenth_of_1000_rows_is_100() -> None:
     assert epoch_rows(1.0, 1000) == 1000 and epoch_rows(0.1, 1000) == 100 and epoch_rows(0.3, 10) == 3
     assert epoch_rows(2.5, 3) == 8
     assert steps_between(TrainConfig(global_batch_size=64), 0, epoch_rows(1.0, 1000)) == 16  # 15.6 steps
+
+
+def test_a_warm_up_that_is_not_given_fits_the_run() -> None:
+    assert [default_warmup(steps, None) for steps in (1, 9, 10, 20, 500, 1000, 10**6)] == [0, 0, 1, 2, 50, 100, 100]
+    assert default_warmup(20, 20) == 0 and default_warmup(1000, 950) == 50, "it leaves the decay its steps"
+    optim = OptimConfig(lr=1.0, min_lr=0.1)
+    rates = [learning_rate(optim, 20, step) for step in range(1, 21)]
+    assert rates[0] == 0.5 and rates[1] == 1.0 and rates[-1] == pytest.approx(0.1)
+
+
+def test_a_decay_that_is_not_given_leaves_the_warm_up_alone() -> None:
+    rates = [learning_rate(optim_with(schedule="wsd", warmup_steps=9), 10, step) for step in range(1, 11)]
+    assert rates[8] == 1.0 and rates[9] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "decay", "advice"),
+    [
+        ("wsd", 3, 10, "optim.decay_steps=7 or less"),
+        ("wsd", 5, 8, "optim.decay_steps=5 or less"),
+        ("wsd", None, 11, "optim.decay_steps=10 or less"),
+        ("wsd", 10, None, "optim.warmup_steps=1 "),
+        ("cosine", 10, None, "optim.warmup_steps=1 "),
+        ("linear", 100, None, "optim.warmup_steps=1 "),
+        ("one_cycle", 10, None, "optim.warmup_steps=1 "),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_what_does(
+    schedule: str, warmup: int | None, decay: int | None, advice: str
+) -> None:
+    text = misfit(schedule, warmup, decay, 10, "train.steps=10")
+    assert text and advice in text and "train.steps=10" in text
+    raw = tiny_config(Path("nowhere"), train={"steps": 10})
+    raw["optim"] = {"lr": 1.0, "schedule": schedule, "warmup_steps": warmup, "decay_steps": decay}
+    with pytest.raises(UserError, match=r"optim\.(warmup|decay)_steps"):
+        validate(raw, "test.yaml")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "decay"),
+    [
+        *[("wsd", 3, 7), ("wsd", None, 10), ("wsd", 9, None)],
+        *[("cosine", 9, None), ("cosine", None, None), ("constant", 100, None)],
+    ],
+)
+def test_what_fits_passes(schedule: str, warmup: int | None, decay: int | None) -> None:
+    assert misfit(schedule, warmup, decay, 10, "train.steps=10") is None
+
+
+def test_the_rows_of_a_step_are_those_that_the_loader_gives_it() -> None:
+    train = TrainConfig(global_batch_size=16, batch_schedule=((50, 24), (60, 8)))
+    row = 0
+    for step in range(1, 12):
+        size = in_force(16, train.batch_schedule, row)
+        assert rows_of_step(train, 0, 0, step) == (row, row + size)
+        row += size

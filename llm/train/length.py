@@ -1,0 +1,34 @@
+"""Whether warm-up and decay fit into a run, and the warm-up of one that names none."""
+
+DEFAULT_WARMUP = 100
+"""Steps, but at most a tenth of the run."""
+
+
+def default_warmup(steps: int, decay_steps: int | None) -> int:
+    """optim.warmup_steps of a run of `steps` steps that leaves it out."""
+    return max(min(DEFAULT_WARMUP, steps // 10, steps - (decay_steps or 0)), 0)
+
+
+def default_decay(steps: int, warmup: int) -> int:
+    """optim.decay_steps of a wsd run that leaves it out: 20 % of the steps, but not of the warm-up's."""
+    return max(min(steps // 5, steps - warmup), 1)
+
+
+def misfit(schedule: str, warmup: int | None, decay: int | None, steps: int, length: str) -> str | None:
+    """What is wrong with warm-up and decay as they were given (None: left out) in a run of `steps` steps, which came
+    from `length`; None where they fit.
+    """
+    if decay is not None and (warmup or 0) + decay > steps:
+        what = f"optim.decay_steps={decay}"
+        if warmup:
+            what = f"optim.warmup_steps={warmup} and {what} together"
+        fitting = steps - (warmup or 0)
+        remedy = f"use optim.decay_steps={fitting} or less" if fitting > 0 else "give fewer steps of both"
+        return f"{what} are longer than {length}; {remedy}, or more steps"
+    if schedule != "constant" and warmup is not None and warmup >= steps:
+        usual = default_warmup(steps, decay)
+        return (
+            f"optim.warmup_steps={warmup} leaves optim.schedule={schedule} no step to come down in {length}; give "
+            f"optim.warmup_steps={usual} (the default of this length), more steps, or optim.schedule=constant"
+        )
+    return None
