@@ -20,7 +20,7 @@ from llm.errors import UserError
 from llm.foreign.export import Weights
 from llm.foreign.files import ForeignModel, is_foreign, open_foreign
 from llm.foreign.native import OfCheckpoint
-from llm.foreign.tokenizer import foreign_tokenizer
+from llm.foreign.tokenizer import foreign_tokenizer, notes_of
 from llm.model import LLM
 from llm.tokenizer import Tokenizer, TokenizerConfig
 
@@ -66,19 +66,27 @@ def load_model(path: str | Path, dtype: torch.dtype, average: bool = False) -> L
     return model.eval()
 
 
-def tokenizer_of(path: str | Path) -> Tokenizer:
-    """The tokenizer that belongs to a model; UserError when there is none."""
+def tokenizer_of(path: str | Path, tell: Tell | None = log_note) -> Tokenizer:
+    """The tokenizer that belongs to a model; UserError when there is none. `tell`: see read_foreign."""
     path = Path(path)
     if is_foreign(path):
-        return foreign_tokenizer(path)[0]
+        return _foreign_tokenizer(path, tell)[0]
     return load_run_tokenizer(path)
 
 
-def tokenizer_config_of(path: str | Path) -> TokenizerConfig:
-    """How a run config names the tokenizer that belongs to a model."""
+def _foreign_tokenizer(path: Path, tell: Tell | None) -> tuple[Tokenizer, TokenizerConfig]:
+    found, config = foreign_tokenizer(path)
+    if tell is not None:
+        for line in notes_of(found):
+            tell(f"{path}: {line}")
+    return found, config
+
+
+def tokenizer_config_of(path: str | Path, tell: Tell | None = log_note) -> TokenizerConfig:
+    """How a run config names the tokenizer that belongs to a model. `tell`: see read_foreign."""
     path = Path(path)
     if is_foreign(path):
-        config, folder = foreign_tokenizer(path)[1], path
+        config, folder = _foreign_tokenizer(path, tell)[1], path
     else:
         config, folder = run_tokenizer_config(path)
     return config if config.path is None else config.model_copy(update={"path": str((folder / config.path).resolve())})

@@ -58,9 +58,9 @@ class TokenizerConfig(BaseModel):
     variant: Literal["llama3", "llama4"] | None = None
     """tiktoken only: whose pattern and special tokens go with the ranks; null tells it from their number"""
     bos: str | None = None
-    """hf only: name of the token that begins a document; null finds it by its usual names"""
+    """hf only: name of the token that begins a document; null: as a folder's files say, else by its usual names"""
     eos: str | None = None
-    """hf only: name of the token that ends a document; null finds it by its usual names"""
+    """hf only: name of the token that ends a document; null finds it likewise"""
 
     lossy: bool = False
     """sentencepiece and hf only: accept one that normalises text, as those of many foreign models do

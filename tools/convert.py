@@ -33,7 +33,7 @@ from llm.foreign.export import check_free, choose_family, export_hf, export_meta
 from llm.foreign.files import open_foreign
 from llm.foreign.finite import FiniteWeights
 from llm.foreign.native import OfCheckpoint, kept_files, write_native
-from llm.foreign.tokenizer import TOKENIZER_FILES
+from llm.foreign.tokenizer import TOKENIZER_FILES, notes_of
 from llm.malloc import give_back_freed
 from llm.pretrained import tokenizer_of
 from llm.tokenizer import Tokenizer
@@ -141,12 +141,12 @@ def _parameters(args: ModelArgs) -> int:
 def _tokenizer_or_note(path: Path) -> Tokenizer | None:
     """The tokenizer, if there is one that this project can use: weights are worth importing without."""
     try:
-        found = tokenizer_of(path)
+        found = tokenizer_of(path, tell=None)
     except UserError as error:
         print(f"note: {error}")
         return None
-    if getattr(found, "lossy", False):
-        print("note: its tokenizer normalises text, so that what is decoded may differ from what was encoded")
+    for line in notes_of(found):
+        print(f"note: {line}")
     return found
 
 

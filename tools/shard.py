@@ -31,13 +31,14 @@ def shard(
     bos: str | None = None,
     eos: str | None = None,
     separator: str | None = None,
+    lossy: bool = False,
 ) -> None:
     """Tokenise text into a new folder of shards with a manifest, whole or not at all.
 
     input: text files, folders, .jsonl, .ndjson, .json, .parquet, separated by commas; text and JSON also with .gz,
         .bz2, .xz or .zst behind
     output: the folder to make; it must not exist
-    tokenizer: the tokenizer's file; none for --kind=bytes
+    tokenizer: the tokenizer's file, or with --kind=hf its folder; none for --kind=bytes
     kind: what sort of tokenizer that is; tiktoken is a file of ranks (Llama 3 and 4), hf a tokenizer.json
     text_field: field of JSON and Parquet rows that holds the text
     shard_mb: a shard is closed once its tokens take this many MiB
@@ -46,12 +47,13 @@ def shard(
     bos: name of the token that begins a document, for --kind=hf when its usual names do not tell
     eos: name of the token that ends a document, likewise
     separator: what ends a document in text files, as <|endoftext|>, and is no part of it; without it each is one
+    lossy: accept a tokenizer that normalises text, for --kind=sentencepiece and hf
     """
     if shard_mb < 1 or threads < 1:
         raise UserError(f"--shard_mb={shard_mb} --threads={threads}: both must be at least 1")
     if Path(output).exists():
         raise UserError(f"--output={output}: exists already; remove it or name another folder")
-    config = {"kind": kind, "path": tokenizer, "variant": variant, "bos": bos, "eos": eos}
+    config = {"kind": kind, "path": tokenizer, "variant": variant, "bos": bos, "eos": eos, "lossy": lossy}
     encoder = load_tokenizer(TokenizerConfig.model_validate(config))
     listings = [list_input(path, "--input") for path in input]
     if separator == "":

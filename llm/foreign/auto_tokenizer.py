@@ -146,11 +146,19 @@ class Settled:
 def settle(path: Path) -> Settled | None:
     """The tokenizer of a folder; None where transformers finds none, or only one that Lattice reads by other rules
     (a SentencePiece model without a tokenizer_config.json, Meta's folders). UserError when a file is damaged."""
-    if not (path / "config.json").is_file() and not (path / "tokenizer_config.json").is_file():
+    try:
+        return _settle(path)
+    except UserError:
+        raise
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise UserError(f"{path}: its tokenizer's files make no sense: {type(error).__name__}: {error}") from None
+
+
+def _settle(path: Path) -> Settled | None:
+    if not any((path / name).is_file() for name in ("config.json", "tokenizer_config.json", "tokenizer.json")):
         return None
     settings = read_json(path / "tokenizer_config.json")
-    name = class_name(path, settings)
-    known = CLASSES.get(name)
+    known = CLASSES.get(class_name(path, settings))
     own = path / "tokenizer.json"
     if own.is_file():
         return _from_json(own, settings, known, path)

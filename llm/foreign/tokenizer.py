@@ -50,6 +50,16 @@ ENDS_A_TURN = (
 """Marks that must not begin a text."""
 
 
+LOSSY = "its tokenizer normalises text, so that what is decoded may differ from what was encoded"
+
+
+def notes_of(tokenizer: Tokenizer) -> list[str]:
+    """Lines on what a tokenizer does that its user may not expect."""
+    if isinstance(tokenizer, FolderTokenizer):
+        return tokenizer.notes
+    return [LOSSY] if getattr(tokenizer, "lossy", False) else []
+
+
 def foreign_tokenizer(path: Path) -> tuple[Tokenizer, TokenizerConfig]:
     """The tokenizer in a foreign folder and its config, whose path is relative to the folder. One that changes text is
     taken where there is no other (`lossy` in the config). UserError when there is none that can be used.
@@ -109,6 +119,9 @@ class FolderTokenizer(TableTokenizer):
                 )
             else:
                 self._bytes_of_id[number] = b"" if token["special"] else token["content"].encode()
+        self.notes += _guesses(path, settled, self.kind)
+        if self.lossy:
+            self.notes.append(LOSSY)
         names = {token["content"]: number for number, token in tokens.items() if number < self.vocab_size}
         self._special = {name: number for name, number in names.items() if tokens[number]["special"]}
         self._in_text = {} if isinstance(inner, HFTokenizer) else _found_in_text(inner, names, self._special)
@@ -133,6 +146,7 @@ class FolderTokenizer(TableTokenizer):
         eos = _first(names.get(self._marks[1] or ""), names.get(marks.get("eos_token", "")), *ends, inner.eos_id)
         self.eos_id = inner.eos_id if eos >= self.vocab_size else eos
         own_eos = names.get(marks.get("eos_token", ""), self.eos_id)
+        ends += inner.end_ids[1:]
         self._end_ids = tuple(dict.fromkeys([self.eos_id, own_eos, *(i for i in ends if i < self.vocab_size)]))
         around = self._around()
         self._begin_ids = tuple(number for number in around[0] if number < self.vocab_size)
@@ -192,6 +206,8 @@ class FolderTokenizer(TableTokenizer):
         return self._inner.encode_batch(texts, threads)
 
     def prompt_ids(self, text: str) -> list[int]:
+        if self._settled is None and self.kind == "tiktoken" and self._marks[0] is None:
+            return self._inner.prompt_ids(text)
         if self._settled is None:
             return [*self.begin_ids, *self._pieces(text, {**self._in_text, **self._special})] or [self.bos_id]
         text.encode()
@@ -253,6 +269,23 @@ class FolderTokenizer(TableTokenizer):
     def marks(self) -> dict[str, str]:
         """Names of special tokens by key (bos_token, ...), as its files say."""
         return {} if self._settled is None else self._settled.marks
+
+
+def _guesses(path: Path, settled: Settled | None, kind: str) -> Iterator[str]:
+    """Lines on what its files leave open or say twice."""
+    model = (path / "tokenizer.model").is_file()
+    if settled is None and kind == "sentencepiece":
+        yield (
+            "its tokenizer.model has no tokenizer_config.json beside it: a text begins with its begin mark, and as the "
+            "model says with a space or none; transformers 5 puts neither"
+        )
+    elif model and not (path / "tokenizer.json").is_file():
+        if "add_bos_token" not in read_json(path / "tokenizer_config.json") and kind == "sentencepiece":
+            yield "its tokenizer_config.json has no add_bos_token: a text gets a begin mark; transformers 5 puts none"
+    elif model and kind == "hf" and settled is not None and not _holds_ranks(path / "tokenizer.model"):
+        disagree = _disagree(path, settled)
+        if disagree:
+            yield "its tokenizer.json and its tokenizer.model give pieces other ids; tokenizer.json is used"
 
 
 SHELL_ID = 1 << 30

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.errors import UserError
+from llm.foreign.tokenizer import notes_of
 from llm.model import LLM
 from llm.parallel import memory, traffic_plan
 from llm.parallel.deepspeed_private import mark
@@ -94,6 +95,7 @@ def _notes(config: RunConfig) -> list[str]:
     found: list[str] = []
     if source is not None and Path(source).exists():
         args_of(source, tell=lambda line: found.append(f"note: {line}"))
+        found += [f"note: {line}" for line in notes_of(load_tokenizer(config.tokenizer))]
     return found
 
 

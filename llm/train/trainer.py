@@ -29,6 +29,7 @@ from llm.data.heldout import HeldOut
 from llm.data.loader import TrainLoader
 from llm.data.mixture import Mixture
 from llm.errors import UserError
+from llm.foreign.tokenizer import notes_of
 from llm.generate import generate
 from llm.parallel.collectives import agreed_error, all_or_none, main_decides, sum_over_ranks
 from llm.parallel.grid import make_grid
@@ -144,18 +145,19 @@ class Trainer:
         return lines + (self._begin() if checkpoint is None else self._resumed(checkpoint))
 
     def _begin(self) -> list[str]:
-        """Lines about the weights of a new run, if they are to come from elsewhere (collective). UserError where the
-        schedule has no room in it, which only the data says of `train.epochs`.
+        """Lines about the tokenizer of a new run, and about its weights if they are to come from elsewhere
+        (collective). UserError where the schedule has no room in it, which only the data says of `train.epochs`.
         """
         optim, length = self.config.optim, f"train.epochs={self._epochs}, that is {self.steps} steps"
         wrong = misfit(optim.schedule, optim.warmup_steps, optim.decay_steps, self.steps, length)
         if wrong and self._epochs is not None:
             raise agreed_error(wrong)
+        notes = notes_of(self.tokenizer)
         if self.config.model.init_from is None:
-            return []
+            return notes
         apply, lines = all_or_none(lambda: read_weights(self.engine, self.config.model), self.world)
         apply()
-        return lines
+        return [*lines, *notes]
 
     def _resumed(self, checkpoint: Checkpoint) -> list[str]:
         rows = self.earlier_rows + self.consumed_rows

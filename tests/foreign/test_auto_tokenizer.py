@@ -15,6 +15,7 @@ import transformers
 from llm.errors import UserError
 from llm.foreign.tokenizer import FolderTokenizer, foreign_tokenizer
 from llm.foreign.tokenizer_check import EDGES, check_texts, compare
+from llm.pretrained import tokenizer_of
 from llm.tokenizer import TokenizerConfig, load_tokenizer
 from tests.shared import needs_shared
 from tests.tokenizer_helpers import CODE, FILES, made_hf, sentencepiece_model
@@ -263,3 +264,45 @@ def test_a_folder_that_changes_text_is_refused_where_that_was_not_allowed(tmp_pa
     with pytest.raises(UserError, match="normalizer NFC can change"):
         load_tokenizer(TokenizerConfig(kind="hf", path=str(folder)))
     load_tokenizer(TokenizerConfig(kind="hf", path=str(folder), lossy=True))
+
+
+def test_what_a_folder_leaves_open_or_says_twice_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told: list[str] = []
+    spm = sentencepiece_model(400, prefix=True)
+    bare = write(tmp_path / "a", config={"model_type": "llama", "vocab_size": 400}, tokenizer=spm)
+    tokenizer = tokenizer_of(bare, told.append)
+    assert tokenizer.begin_ids == (1,) and tokenizer.prompt_ids("Once")[0] == 1
+    assert "no tokenizer_config.json" in told.pop()
+    settings = write(bare, tokenizer_config={"tokenizer_class": "LlamaTokenizer", "add_eos_token": True})
+    assert tokenizer_of(settings, told.append).prompt_ids("Once")[-1] == 2
+    assert any("no add_bos_token" in line for line in told) and any(
+        "end mark after every prompt" in line for line in told
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("tokenizer_config", b"{", "tokenizer_config.json: damaged: not JSON"),
+        ("tokenizer_config", b'{"added_tokens_decoder": [1]}', "tokenizer's files make no sense"),
+        ("generation_config", b"[]", "generation_config.json: damaged: not a JSON object"),
+        ("tokenizer", b'{"model": 3}', "tokenizer.json: not a tokenizer.json, or damaged"),
+    ],
+)
+def test_a_damaged_file_is_named(name: str, content: bytes, reason: str, tmp_path: Path) -> None:
+    folder = write(tmp_path, config={"model_type": "llama"}, tokenizer_config=FAST, tokenizer=changed())
+    (folder / f"{name}.json").write_bytes(content)
+    with pytest.raises(UserError, match=reason):
+        foreign_tokenizer(folder)
+
+
+def test_a_vocabulary_of_characters_is_read_from_its_tokenizer_json_alone(tmp_path: Path) -> None:
+    """As newer Llama 2 and Mistral folders come, without a tokenizer.model."""
+    document = made_llama_json(sentencepiece_model(400, prefix=True))
+    settings = LLAMA | {"bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = equal(write(tmp_path, config={"model_type": "llama"}, tokenizer_config=settings, tokenizer=document))
+    assert (tokenizer.kind, tokenizer.lossy) == ("hf", True)
+    assert (
+        tokenizer.decode(tokenizer.encode("Once upon\n a caf\u00e9 \U0001f600")) == "Once upon\n a caf\u00e9 \U0001f600"
+    )
+    assert not set(tokenizer.encode("a<s>b</s>")) & {1, 2}
