@@ -27,9 +27,11 @@ SPARE_SLOTS = 64
 class Cache:
     """Memory of a batch of rows. Give the same object to every forward of one generation."""
 
-    def __init__(self, args: ModelArgs) -> None:
+    def __init__(self, args: ModelArgs, longest: int | None = None) -> None:
+        """longest: tokens that a row will have in the end, padding included, where known: memory still grows as it is
+        needed, but is never taken for more."""
         self._specs = args.layer_specs()
-        self._kinds = {(spec.mask, spec.span): _Kind(spec.mask, spec.span) for spec in self._specs}
+        self._kinds = {(spec.mask, spec.span): _Kind(spec.mask, spec.span, longest) for spec in self._specs}
         self.length = 0
         """Tokens seen in each row, padding included."""
         self.next_position: Ints | None = None
@@ -144,9 +146,10 @@ def visible(query_BT: Ints, key_BS: Ints, mask: Mask, span: int | None) -> NDArr
 class _Kind:
     """What the layers of one kind of mask remember: all their buffers hold the slots that self.positions_BS lists."""
 
-    def __init__(self, mask: Mask, span: int | None) -> None:
+    def __init__(self, mask: Mask, span: int | None, longest: int | None) -> None:
         self.mask = mask
         self.span = span
+        self._longest = longest
         self.positions_BS: Ints = np.empty((0, 0), dtype=np.int64)
         self._start = 0  # slots of the buffers before it are forgotten
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
@@ -165,7 +168,7 @@ class _Kind:
         kept = end - k_BTKd.shape[1]
         old = self._buffers.get(layer, (k_BTKd[:, :0], v_BTKd[:, :0]))
         if end > old[0].shape[1]:
-            old = tuple(_enlarged(buffer, kept, end) for buffer in old)  # type: ignore[assignment]
+            old = tuple(_enlarged(buffer, kept, end, self._longest) for buffer in old)  # type: ignore[assignment]
         for buffer, new in zip(old, (k_BTKd, v_BTKd), strict=True):
             buffer[:, kept:end] = new
         self._buffers[layer] = old
@@ -195,9 +198,11 @@ class _Kind:
             self._buffers[layer] = pair[0].index_select(0, rows), pair[1].index_select(0, rows)
 
 
-def _enlarged(buffer: Tensor, kept: int, needed: int) -> Tensor:
-    """A copy of the first `kept` slots with room for `needed` and half as many more, so that appending stays cheap."""
-    capacity = needed + max(SPARE_SLOTS, needed // 2) if buffer.shape[1] else needed
+def _enlarged(buffer: Tensor, kept: int, needed: int, longest: int | None) -> Tensor:
+    """A copy of the first `kept` slots with room for `needed` and half as many more, so that appending stays cheap; at
+    first for no more than `needed` unless it is known that more come."""
+    spare = max(SPARE_SLOTS, needed // 2) if buffer.shape[1] or longest is not None else 0
+    capacity = needed + spare if longest is None else max(needed, min(needed + spare, longest))
     larger = buffer.new_empty(buffer.shape[0], capacity, *buffer.shape[2:])
     larger[:, :kept] = buffer[:, :kept]
     return larger

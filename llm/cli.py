@@ -31,6 +31,10 @@ EXIT_UNREAD = 128 + 13
 """Exit status of a command whose output nobody reads to its end: that of a process ended by SIGPIPE."""
 
 
+class Verbatim(str):
+    """Annotation of a text taken as it stands, in which "None" is a word."""
+
+
 def run_cli(
     function: Callable[..., object], /, argv: Sequence[str] | None = None, **commands: Callable[..., object]
 ) -> None:
@@ -202,9 +206,10 @@ def bind(function: Callable[..., object], values: Sequence[str], flags: dict[str
 def convert(name: str, text: str, kind: Any) -> Any:
     """`text` as a value of the annotation `kind`; UserError names `name` when it is none."""
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        if text in ("None", "none", "null"):
+        (inner,) = (option for option in typing.get_args(kind) if option is not types.NoneType)
+        if text in ("None", "none", "null") and inner is not Verbatim:
             return None
-        (kind,) = (option for option in typing.get_args(kind) if option is not types.NoneType)
+        kind = inner
     if typing.get_origin(kind) is typing.Annotated:
         value, checks = convert(name, text, kind.__origin__), kind.__metadata__
         try:
@@ -223,7 +228,7 @@ def convert(name: str, text: str, kind: Any) -> Any:
         if text not in typing.get_args(kind):
             raise UserError(f"{name}={text}: possible are {', '.join(typing.get_args(kind))}")
         return text
-    return text if kind is str else _number(name, text, kind)
+    return text if kind in (str, Verbatim) else _number(name, text, kind)
 
 
 def _number(name: str, text: str, kind: type[int] | type[float]) -> float:

@@ -18,3 +18,7 @@ class DamagedFile(UserError):
 
     Automatic resume falls back to an older checkpoint; nothing else goes on.
     """
+
+
+class NoTokenizer(UserError):
+    """A model without a tokenizer beside it."""

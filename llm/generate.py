@@ -1,12 +1,12 @@
 """Continuing prompts through the cache: greedy or sampled, any mix of prompt lengths, each row on its own.
 
 A row's tokens depend on its prompt, its seed and the settings, never on the other rows: padding is invisible, and the
-random numbers of a row are a function of (seed, row, step).
+random numbers of a row are a function of (seed, the row's key, step).
 
 Shapes: B rows, T longest prompt, V vocabulary.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llm.cache import Cache
 from llm.datatypes import TransformerInput
+from llm.generation.sampling import NonFiniteLogits, Sampling, penalised, sample
 from llm.init import uniform
 from llm.model import LLM
 
@@ -33,10 +34,12 @@ class Decoder(Protocol):
 class Cached:
     """A whole model that keeps what it has made of the rows so far."""
 
-    def __init__(self, model: LLM) -> None:
-        self._model, self._cache = model, Cache(model.args)
+    def __init__(self, model: LLM, longest: int | None = None) -> None:
+        """longest: tokens that a row will have in the end, so that no more memory is taken."""
+        self._model, self._cache = model, Cache(model.args, longest)
         self._device = next(model.parameters()).device
 
+    @torch.no_grad()
     def logits(self, tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> Tensor:
         inputs = TransformerInput(torch.from_numpy(tokens).to(self._device), torch.from_numpy(positions))
         hidden = self._model(inputs, cache=self._cache, return_hidden=True).hidden
@@ -46,7 +49,6 @@ class Cached:
         self._cache.reorder(rows)
 
 
-@torch.no_grad()
 def generate(
     model: LLM | Decoder,
     prompts: Sequence[Sequence[int]],
@@ -55,54 +57,103 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    repetition_penalty: float = 1.0,
     stop_ids: Collection[int] = (),
     seed: int = 0,
+    n_ids: int | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt, at most max_new_tokens; a stop token ends its row and is kept as the row's last.
 
-    temperature 0 takes the most likely token. Else logits are divided by it, then cut to the top_k largest, then to the
-    smallest set with probability above top_p, and drawn from. Raises ValueError for an empty prompt or a setting out of
-    range.
+    Sampling says what the settings mean; `n_ids` and errors are as of `stream`.
     """
-    _check(prompts, max_new_tokens, temperature, top_k, top_p)
-    decoder = Cached(model) if isinstance(model, LLM) else model
-    tokens, positions = _left_padded(prompts)
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
     new_tokens: list[list[int]] = [[] for _ in prompts]
-    active = list(range(len(prompts)))
-    for step in range(max_new_tokens):
-        logits = decoder.logits(tokens, positions)
-        if temperature == 0:
-            chosen = logits.argmax(-1).cpu().numpy()
+    for row, token in stream(model, prompts, sampling, max_new_tokens=max_new_tokens, stop_ids=stop_ids, n_ids=n_ids):
+        new_tokens[row].append(token)
+    return new_tokens
+
+
+def stream(
+    model: LLM | Decoder,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    max_new_tokens: int | Sequence[int],
+    stop_ids: Collection[int] = (),
+    n_ids: int | None = None,
+    keys: Sequence[str] | None = None,
+) -> Iterator[tuple[int, int]]:
+    """(row, token) of each new token as it is made, step by step.
+
+    Args:
+        max_new_tokens: for all rows, or of each.
+        n_ids: ids from here on are never chosen: rows of the table that the tokenizer has no token for.
+        keys: what a row's random numbers depend on beside the seed; default: its number among the prompts.
+
+    Raises ValueError for an empty prompt or a setting out of range, NonFiniteLogits (a FloatingPointError) where the
+    model's logits are not finite.
+    """
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    _check(prompts, limits)
+    keys = [str(row) for row in range(len(prompts))] if keys is None else keys
+    return _stream(model, prompts, sampling, limits, frozenset(stop_ids), n_ids, keys)
+
+
+def _stream(
+    model: LLM | Decoder,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    limits: Sequence[int],
+    stop_ids: frozenset[int],
+    n_ids: int | None,
+    keys: Sequence[str],
+) -> Iterator[tuple[int, int]]:
+    tokens, positions = _left_padded(prompts)
+    decoder = Cached(model, tokens.shape[1] + max(limits)) if isinstance(model, LLM) else model
+    active, going = list(range(len(prompts))), list(range(len(prompts)))
+    seen_BV: Tensor | None = None
+    for step in range(max(limits)):
+        logits_BV = decoder.logits(tokens, positions)[:, :n_ids]
+        _check_finite(logits_BV, active, step)
+        if sampling.repetition_penalty != 1:
+            if seen_BV is None:
+                seen_BV = _seen(logits_BV, prompts)
+            else:
+                seen_BV = seen_BV[going].scatter_(1, torch.from_numpy(tokens).to(seen_BV.device), True)
+            logits_BV = penalised(logits_BV, seen_BV, sampling.repetition_penalty)
+        if sampling.temperature == 0:
+            chosen = logits_BV.argmax(-1).cpu().numpy()
         else:
-            draws = np.array([uniform(seed, f"generate.row{row}", step, step + 1)[0] for row in active])
-            chosen = sample(logits, draws, temperature, top_k, top_p)
-        for row, token in zip(active, chosen.tolist(), strict=True):
-            new_tokens[row].append(token)
-        going = [i for i, token in enumerate(chosen.tolist()) if token not in stop_ids]
-        if not going or step + 1 == max_new_tokens:
-            break
+            draws = np.array([uniform(sampling.seed, f"generate.row{keys[i]}", step, step + 1)[0] for i in active])
+            chosen = sample(logits_BV, draws, sampling.temperature, sampling.top_k, sampling.top_p)
+        yield from zip(active, chosen.tolist(), strict=True)
+        going = [
+            i
+            for i, (row, token) in enumerate(zip(active, chosen.tolist(), strict=True))
+            if token not in stop_ids and step + 1 < limits[row]
+        ]
+        if not going:
+            return
         if len(going) < len(active):
             decoder.keep(going)
             active = [active[i] for i in going]
         tokens, positions = chosen[going, None], positions[going, -1:] + 1
-    return new_tokens
 
 
-def sample(
-    logits_BV: Tensor, uniform_B: NDArray[np.float64], temperature: float, top_k: int | None, top_p: float | None
-) -> NDArray[np.int64]:
-    """One token a row: where the row's uniform number falls in the cumulative probability, most likely token first."""
-    scaled_BV, order_BV = (logits_BV.double() / temperature).sort(dim=-1, descending=True, stable=True)
-    if top_k is not None:
-        scaled_BV = scaled_BV[:, :top_k]
-    p_BV = scaled_BV.softmax(-1)
-    if top_p is not None:
-        before_BV = p_BV.cumsum(-1) - p_BV
-        p_BV = p_BV.masked_fill(before_BV > top_p, 0)
-    cumulative_BV = p_BV.cumsum(-1)
-    target_B1 = torch.from_numpy(uniform_B).to(p_BV.device)[:, None] * cumulative_BV[:, -1:]
-    rank_B1 = (cumulative_BV <= target_B1).sum(-1, keepdim=True)
-    return order_BV.gather(-1, rank_B1).squeeze(-1).cpu().numpy()
+def _check_finite(logits_BV: Tensor, active: Sequence[int], step: int) -> None:
+    finite_BV = logits_BV.isfinite()
+    if not finite_BV.all():
+        bad = int((~finite_BV).any(-1).int().argmax())
+        raise NonFiniteLogits(active[bad], step + 1, int((~finite_BV[bad]).sum()), finite_BV.shape[-1])
+
+
+def _seen(logits_BV: Tensor, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """Which ids stand in each prompt, (B, V) bool."""
+    seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        known = [token for token in prompt if token < logits_BV.shape[1]]
+        seen_BV[row, torch.tensor(known, dtype=torch.int64, device=seen_BV.device)] = True
+    return seen_BV
 
 
 def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -116,18 +167,10 @@ def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], N
     return tokens, positions
 
 
-def _check(
-    prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
-) -> None:
+def _check(prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> None:
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("every prompt needs at least one token; tokenizer.prompt_ids begins an empty text")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    if temperature < 0:
-        raise ValueError(f"temperature={temperature} must be 0 (greedy) or positive")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} must be at least 1, or left out")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must lie in (0, 1], or be left out")
-    if temperature == 0 and (top_k is not None or top_p is not None):
-        raise ValueError("top_k and top_p need a temperature above 0; at 0 the most likely token is taken")
+    if len(limits) != len(prompts):
+        raise ValueError(f"max_new_tokens has {len(limits)} numbers for {len(prompts)} prompts")
+    if min(limits) < 1:
+        raise ValueError(f"max_new_tokens={min(limits)} must be at least 1")

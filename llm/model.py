@@ -5,9 +5,10 @@ Positions, documents and caches are arguments of a call; the module keeps nothin
 Shapes: B batch, T tokens, D model width, V vocabulary, E experts, M number of MoE layers.
 """
 
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from llm.args import LayerSpec, ModelArgs
 from llm.cache import Cache
 from llm.datatypes import RouterStats, TransformerInput, TransformerOutput
+from llm.errors import NoTokenizer
 from llm.foreign.load import register_hook
 from llm.init import initialise
 from llm.layers.attention import Attention, Context
@@ -98,6 +100,9 @@ class LLM(nn.Module):
             self.layers: nn.ModuleList | nn.ModuleDict = nn.ModuleList(Block(args, spec) for spec in self.specs)
             self.norm = make_norm(args, args.dim)
             self.output = None if args.tie_embeddings else Output(args.dim, args.vocab_size, args.logit_softcap)
+        self.origin: Path | None = None
+        """What `from_pretrained` read."""
+        self._tokenizer: Tokenizer | None = None
         self.stages: tuple[Stage, ...] = ()
         """What a rank of a pipeline has of the model; empty where it is whole."""
         initialise(self, args, seed)
@@ -112,7 +117,65 @@ class LLM(nn.Module):
         """
         from llm.pretrained import load_model  # files know models, not the reverse
 
-        return load_model(path, dtype, average)
+        model = load_model(path, dtype, average)
+        model.origin = Path(path)
+        return model
+
+    @property
+    def tokenizer(self) -> "Tokenizer | None":
+        """The tokenizer that lies beside what `from_pretrained` read, opened when first asked for; None where there is
+        none. Another can be set. UserError naming the file when it is damaged.
+        """
+        if self._tokenizer is None and self.origin is not None:
+            from llm.pretrained import tokenizer_of
+
+            with suppress(NoTokenizer):
+                self._tokenizer = tokenizer_of(self.origin)
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: "Tokenizer | None") -> None:
+        self._tokenizer = tokenizer
+
+    @overload
+    def generate(self, text: str, **settings: Any) -> str: ...
+
+    @overload
+    def generate(self, text: Sequence[str], **settings: Any) -> list[str]: ...
+
+    def generate(  # type: ignore[misc]  # the overloads say what comes back, not each setting again
+        self,
+        text: str | Sequence[str],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: bool = True,
+    ) -> str | list[str]:
+        """The continuation of a text, or of each of several in one batch: what comes after it, with its first space.
+
+        An empty text begins a document; `stop` ends at an end mark; llm/generation/sampling.py says what the other
+        settings mean. A continuation ends where the context (args.max_seq_len) does. Raises ValueError for a setting
+        out of range, UserError where there is no tokenizer, a text fills the context, or logits are not finite.
+        """
+        from llm.generation.sampling import Sampling
+        from llm.generation.text import Continuer
+
+        name = "this model" if self.origin is None else str(self.origin)
+        sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise NoTokenizer(
+                f"{name} has no tokenizer, so text cannot be read or written; set model.tokenizer = "
+                f"llm.tokenizer.load_tokenizer(...), or give token ids to llm.generate.generate"
+            )
+        continuer, texts = Continuer(self, tokenizer, name), [text] if isinstance(text, str) else list(text)
+        prompts = [continuer.prompt(one, f"prompt {i + 1}", str(i)) for i, one in enumerate(texts)]
+        found = [done.text for done in continuer.complete(prompts, sampling, max_new_tokens, stop)] if prompts else []
+        return found[0] if isinstance(text, str) else found
 
     def save_pretrained(self, path: str | Path, tokenizer: "Tokenizer | None" = None) -> None:
         """Write a model folder, whole or not at all, that `from_pretrained` and model.init_from read, in the

@@ -10,6 +10,7 @@ import torch
 
 from llm.args import ModelArgs
 from llm.boxes import whole
+from llm.checkpoint.fragments import DTYPES
 from llm.checkpoint.pretrained import (
     fill_from_checkpoint,
     load_checkpoint,
@@ -96,6 +97,17 @@ def args_of(path: str | Path, tell: Tell | None = log_note) -> ModelArgs:
     """What the model is, from its config and the headers of its files. `tell`: see read_foreign."""
     path = Path(path)
     return read_foreign(path, tell).args if is_foreign(path) else load_checkpoint(path)[1]
+
+
+def dtype_of(path: str | Path) -> torch.dtype:
+    """What the model was made for: of a run the precision that it was trained in, else the dtype of its weights."""
+    path = Path(path)
+    if is_foreign(path):
+        found = read_foreign(path, None).files.dtype()
+        return found if found in (torch.bfloat16, torch.float16) else torch.float32
+    checkpoint, _ = load_checkpoint(path)
+    trained = checkpoint.meta_with("config")["config"].get("train", {}).get("precision")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trained, DTYPES[checkpoint.dtype()])
 
 
 def weights_of(path: str | Path, tell: Tell | None = log_note) -> tuple[ModelArgs, Weights]:

@@ -12,7 +12,7 @@ from llm.args import ModelArgs
 from llm.atomic import new_directory
 from llm.boxes import whole
 from llm.checkpoint.reader import MANIFEST, Checkpoint, resolve
-from llm.errors import DamagedFile, UserError
+from llm.errors import DamagedFile, NoTokenizer, UserError
 from llm.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 
 TOKENIZER_FOLDER, CONFIG_FILE = "tokenizer", "config.json"
@@ -95,7 +95,7 @@ def run_tokenizer_config(path: str | Path) -> tuple[TokenizerConfig, Path]:
         folder = run_dir / TOKENIZER_FOLDER
         if os.path.lexists(folder / CONFIG_FILE):
             return _read_config(folder), folder
-    raise UserError(
+    raise NoTokenizer(
         f"{path}: no {TOKENIZER_FOLDER}/{CONFIG_FILE} in the run folder, so text cannot be read or written"
     )
 

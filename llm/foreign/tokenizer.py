@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from llm.errors import UserError
+from llm.errors import NoTokenizer, UserError
 from llm.foreign.auto_tokenizer import Settled, read_json, settle
 from llm.tokenizer import (
     SentencePieceTokenizer,
@@ -84,7 +84,7 @@ def folder_tokenizer(path: Path, config: TokenizerConfig) -> Tokenizer:
             return inner
         return FolderTokenizer(path, inner, settled, config)
     none = f"{path}: holds no tokenizer.json or tokenizer.model, so text cannot be read or written"
-    raise UserError(reasons[0] if reasons else none)
+    raise UserError(reasons[0]) if reasons else NoTokenizer(none)
 
 
 class FolderTokenizer(TableTokenizer):

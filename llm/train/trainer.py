@@ -31,6 +31,7 @@ from llm.data.mixture import Mixture
 from llm.errors import UserError
 from llm.foreign.tokenizer import notes_of
 from llm.generate import generate
+from llm.generation.text import continuation
 from llm.parallel.collectives import agreed_error, all_or_none, main_decides, sum_over_ranks
 from llm.parallel.grid import make_grid
 from llm.parallel.launch import World
@@ -480,15 +481,19 @@ class Trainer:
                 log.sample(self.step, prompt, prompt + text)
 
     def _continuations(self) -> list[str]:
-        continuations = generate(
-            self.engine.decoder(),
-            self.prompts,
-            max_new_tokens=self.config.eval.sample_tokens,
-            temperature=self.config.eval.temperature,
-            stop_ids=self.tokenizer.end_ids,
-            seed=self.step,
-        )
-        return [self.tokenizer.decode(ids) for ids in continuations]
+        try:
+            continuations = generate(
+                self.engine.decoder(),
+                self.prompts,
+                max_new_tokens=self.config.eval.sample_tokens,
+                temperature=self.config.eval.temperature,
+                stop_ids=self.tokenizer.end_ids,
+                seed=self.step,
+                n_ids=self.tokenizer.vocab_size,
+            )
+        except FloatingPointError as error:  # on all ranks alike; whether such a run goes on is the guard's to say
+            return [f" ({error})"] * len(self.prompts)
+        return [continuation(self.tokenizer, *row) for row in zip(self.prompts, continuations, strict=True)]
 
     def _describe(self, write: Callable[[], str | None]) -> str | None:
         """Write a description of the run into its folder. OSError where a new run has none; one that goes on says so.

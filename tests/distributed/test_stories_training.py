@@ -62,7 +62,7 @@ def test_its_validation_loss_falls(folder: Path) -> None:
 
 
 def test_transformers_tells_the_same_story_from_its_export(folder: Path) -> None:
-    words = ("--max_new_tokens=200", "--stop=false")
+    words = ("--prompt=", "--max_new_tokens=200", "--stop=false")
     told = run("launch/generate.py", "--model", str(folder / "run"), *words)
     assert told.returncode == 0, told.stderr
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "exported").eval()

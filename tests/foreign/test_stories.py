@@ -91,7 +91,7 @@ def test_the_loss_on_all_stories_is_the_golden_one():
 @pytest.mark.parametrize("which", ["as it came", "imported", "exported"])
 def test_two_hundred_greedy_steps_tell_the_golden_story_byte_for_byte(which, folders, capsys):
     expected = (FOLDER / "expected_greedy_200.txt").read_text()
-    run_cli(continue_prompt, [f"--model={folders[which]}", "--max_new_tokens=200", "--stop=false"])
+    run_cli(continue_prompt, [f"--model={folders[which]}", "--prompt=", "--max_new_tokens=200", "--stop=false"])
     assert capsys.readouterr().out == expected.rstrip("\n") + "\n"
 
 

@@ -1,0 +1,113 @@
+"""The command launch/generate.py: from flags to texts."""
+
+from functools import partial
+from pathlib import Path
+
+from llm import LLM
+from llm.cli import Verbatim
+from llm.errors import UserError
+from llm.generation.batch import BatchSettings, complete_file
+from llm.generation.device import Dtype, device, dtype_for, set_threads
+from llm.generation.sampling import Sampling
+from llm.generation.terminal import converse, show
+from llm.generation.text import Continuer
+from llm.pretrained import tokenizer_of
+
+
+def continue_prompt(
+    model: str,
+    prompt: Verbatim | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop: bool = True,
+    average: bool = False,
+    *,
+    repetition_penalty: float = 1.0,
+    num_samples: int = 1,
+    prompts: str | None = None,
+    output: str | None = None,
+    batch_tokens: int = 16384,
+    dtype: Dtype = "auto",
+    threads: int | None = None,
+) -> None:
+    """Print the continuation of a prompt as it is made, or write those of a file of prompts.
+
+    model: run folder, checkpoint, model folder, or a Hugging Face or Meta folder
+    prompt: text to continue; empty = begin a document; left out = read prompts from the terminal, or a line a prompt
+        from a pipe
+    max_new_tokens: most tokens to add; a continuation also ends where the model's context does
+    temperature: 0 = greedy; 1 = the model's own distribution
+    top_k: keep only the k likeliest tokens
+    top_p: keep the likeliest tokens up to this probability
+    seed: of the random choices; each prompt and sample draws its own from it
+    stop: end at the end of the document
+    average: use the moving average of the weights, of a run with optim.ema_decay
+    repetition_penalty: above 1 makes tokens of prompt and continuation less likely to come again
+    num_samples: continuations of each prompt
+    prompts: file of prompts: JSONL with `prompt`, whose other columns are kept, or plain text with a line a prompt
+    output: JSONL file for their completions, in order; the same command goes on where a killed one stopped
+    batch_tokens: tokens of prompts and continuations computed at once, with --prompts
+    dtype: auto = what the run was trained in, or the folder's weights are in, where the device is fast at it: a GPU
+        with such units, a CPU with AMX; else fp32
+    threads: of a CPU; default: OMP_NUM_THREADS, else the physical cores, or 1 for a model of up to 32M parameters
+    """
+    try:
+        sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+    _check(prompt, max_new_tokens, num_samples, prompts, output, batch_tokens, sampling)
+    continuer = _open(model, average, dtype, threads)
+    if prompts is not None and output is not None:
+        settings = BatchSettings(sampling, max_new_tokens, num_samples, stop, batch_tokens)
+        complete_file(continuer, Path(prompts), Path(output), settings)
+        return
+    show_one = partial(show, continuer, sampling=sampling, max_new_tokens=max_new_tokens, stop=stop)
+    if prompt is not None:
+        show_one(prompt, num_samples=num_samples)
+    else:
+        converse(lambda text, name, place: show_one(text, num_samples=num_samples, name=name, place=place))
+
+
+def _check(
+    prompt: str | None,
+    max_new_tokens: int,
+    num_samples: int,
+    prompts: str | None,
+    output: str | None,
+    batch_tokens: int,
+    sampling: Sampling,
+) -> None:
+    """UserError where flags are out of range or do not go together."""
+    for name, value in (
+        ("max_new_tokens", max_new_tokens),
+        ("num_samples", num_samples),
+        ("batch_tokens", batch_tokens),
+    ):
+        if value < 1:
+            raise UserError(f"--{name}={value} must be at least 1")
+    if num_samples > 1 and sampling.temperature == 0:
+        raise UserError(
+            f"--num_samples={num_samples} needs a temperature above 0; at 0 all continuations of a prompt are the same"
+        )
+    if prompt is not None and prompts is not None:
+        raise UserError("--prompt and --prompts do not go together: one text, or a file of them")
+    if prompts is not None and output is None:
+        raise UserError("--prompts needs --output, the JSONL file to write")
+    if output is not None and prompts is None:
+        raise UserError("--output goes with --prompts, a file of prompts; the shell's > keeps what is printed")
+    if prompts is not None and not Path(prompts).exists():
+        raise UserError(f"--prompts={prompts}: no such file")
+    if prompts is not None and output is not None and Path(prompts).resolve() == Path(output).resolve():
+        raise UserError(f"--output={output}: is the file of prompts; give another one")
+
+
+def _open(model: str, average: bool, dtype: Dtype, threads: int | None) -> Continuer:
+    where = device()
+    tokenizer = tokenizer_of(model)  # read first: it is small, and a damaged one is seen before the weights are read
+    set_threads(threads, 0)
+    network = LLM.from_pretrained(model, dtype_for(Path(model), dtype, where), average=average).to(where)
+    set_threads(threads, sum(parameter.numel() for parameter in network.parameters()))
+    return Continuer(network, tokenizer, model)

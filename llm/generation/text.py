@@ -1,0 +1,181 @@
+"""Texts for ids as they are made, and what a model and its tokenizer make of a text."""
+
+import codecs
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from llm.args import ModelArgs
+from llm.errors import UserError
+from llm.generate import stream
+from llm.generation.sampling import NonFiniteLogits, Sampling
+from llm.model import LLM
+from llm.tokenizer import Tokenizer
+
+FinishReason = Literal["stop", "length", "context"]
+"""Why a text ended: an end mark, max_new_tokens, or the model's context."""
+CONTEXT_IDS = 16
+"""Ids of a prompt that what comes after it is decoded with."""
+
+
+class TextStream:
+    """The text that growing ids add to a prompt: only what is final, so that all pieces together are the text of all
+    ids. Characters of several tokens wait until they are whole.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._ids = _end_of(tokenizer, prompt_ids)
+        self._sent = tokenizer.decode_bytes(self._ids)
+        self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        """What is certain of the text once this id has come."""
+        self._ids.append(token)
+        return self._characters.decode(self._fresh())
+
+    def end(self) -> str:
+        """What is left when no more comes; a character cut in the middle is U+FFFD."""
+        return self._characters.decode(self._fresh(), final=True)
+
+    def _fresh(self) -> bytes:
+        found = self._tokenizer.decode_bytes(self._ids)
+        if not found.startswith(self._sent):  # a tokenizer that takes back what it wrote: it may come round to it
+            return b""
+        fresh, self._sent = found[len(self._sent) :], found
+        return fresh
+
+
+def _end_of(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> list[int]:
+    """The last ids of a prompt, some text among them if it has any: what follows text keeps its first space."""
+    n = CONTEXT_IDS
+    while n < len(prompt_ids) and not tokenizer.decode_bytes(prompt_ids[-n:]):
+        n *= 2
+    return list(prompt_ids[-n:])
+
+
+def continuation(tokenizer: Tokenizer, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
+    """The text that these ids add to the prompt, with its first space."""
+    text = TextStream(tokenizer, prompt_ids)
+    return "".join([*map(text.push, ids), text.end()])
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to continue."""
+
+    ids: list[int]
+    name: str
+    """for errors"""
+    key: str
+    """what its random numbers depend on beside the seed"""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model made of a prompt."""
+
+    text: str
+    n_tokens: int
+    """the end mark included"""
+    finish_reason: FinishReason
+
+
+class Continuer:
+    """A model with its tokenizer. `name` is the model's in errors."""
+
+    def __init__(self, model: LLM, tokenizer: Tokenizer, name: str) -> None:
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.context = context_length(model.args)
+
+    def prompt(self, text: str, name: str = "the prompt", key: str = "0") -> Prompt:
+        """The ids of a text. UserError where it cannot be encoded, has ids that the model lacks, or fills the
+        context."""
+        try:
+            text.encode()  # not every library says what is wrong with half a character
+            ids = self.tokenizer.prompt_ids(text)
+        except UnicodeEncodeError as error:
+            broken = error.object[error.start]
+            raise UserError(
+                f"{name} is not text in UTF-8: its character {error.start + 1} is {broken!r}; "
+                f"convert it, for example with `iconv -t utf-8`"
+            ) from None
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+        rows = self.model.args.vocab_size
+        if max(ids) >= rows:
+            raise UserError(
+                f"{name} has token id {max(ids)} by the tokenizer of {self.name}, which knows "
+                f"{self.tokenizer.vocab_size} ids, but the model has rows for ids 0 to {rows - 1} only "
+                f"(vocab_size={rows}): the tokenizer belongs to another model"
+            )
+        if len(ids) >= self.context:
+            raise UserError(
+                f"{name} has {len(ids)} tokens; the context of {self.name} is {self.context} tokens (max_seq_len), "
+                f"prompt and continuation together: shorten it to {self.context - 1} or fewer"
+            )
+        return Prompt(ids, name, key)
+
+    def limits(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[int]:
+        """Most new tokens of each prompt: max_new_tokens, or fewer where the context ends before."""
+        return [min(max_new_tokens, self.context - len(prompt.ids)) for prompt in prompts]
+
+    def stream(
+        self, prompts: Sequence[Prompt], sampling: Sampling, max_new_tokens: int, stop: bool = True
+    ) -> Iterator[tuple[int, str, Completion | None]]:
+        """(row, text, None) for each piece of text that is certain, and (row, last text, completion) once a row has
+        ended. UserError where the model's logits are not finite."""
+        end_ids = frozenset(self.tokenizer.end_ids) if stop else frozenset()
+        limits = self.limits(prompts, max_new_tokens)
+        texts = [TextStream(self.tokenizer, prompt.ids) for prompt in prompts]
+        pieces: list[list[str]] = [[] for _ in prompts]
+        counts = [0] * len(prompts)
+        made = stream(
+            self.model,
+            [prompt.ids for prompt in prompts],
+            sampling,
+            max_new_tokens=limits,
+            stop_ids=end_ids,
+            n_ids=self.tokenizer.vocab_size,
+            keys=[prompt.key for prompt in prompts],
+        )
+        try:
+            for row, token in made:
+                counts[row] += 1
+                text, reason = texts[row], self._finish(token in end_ids, counts[row], limits[row], max_new_tokens)
+                piece = "" if reason == "stop" else text.push(token)
+                if reason is not None:
+                    piece += text.end()
+                pieces[row].append(piece)
+                done = None if reason is None else Completion("".join(pieces[row]), counts[row], reason)
+                if piece or done:
+                    yield row, piece, done
+        except NonFiniteLogits as error:
+            raise UserError(
+                f"{self.name}: at new token {error.step} of {prompts[error.row].name}, {error.count} of {error.of} "
+                f"logits are not finite (NaN or infinite): the weights hold such values, or the model's values are "
+                f"beyond the range of {str(next(self.model.parameters()).dtype).removeprefix('torch.')}"
+            ) from None
+
+    @staticmethod
+    def _finish(ended: bool, count: int, limit: int, max_new_tokens: int) -> FinishReason | None:
+        if ended:
+            return "stop"
+        if count == limit:
+            return "length" if limit == max_new_tokens else "context"
+        return None
+
+    def complete(
+        self, prompts: Sequence[Prompt], sampling: Sampling, max_new_tokens: int, stop: bool = True
+    ) -> list[Completion]:
+        """The completion of each prompt, all in one batch."""
+        done = {row: found for row, _, found in self.stream(prompts, sampling, max_new_tokens, stop) if found}
+        return [done[row] for row in range(len(prompts))]
+
+
+def context_length(args: ModelArgs) -> int:
+    """Most tokens of a text: max_seq_len, or what dynamic scaling of RoPE stretches it to."""
+    scaling = args.rope_scaling
+    if scaling is not None and scaling.kind == "dynamic":
+        return max(args.max_seq_len, int(scaling.original_max_position * scaling.factor))
+    return args.max_seq_len
