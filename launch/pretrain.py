@@ -17,12 +17,12 @@ import sys
 import yaml
 
 from llm import environment
-from llm.checkpoint.lock import refuse_if_held
 from llm.errors import UserError
 from llm.malloc import keep_freed
 from llm.parallel import launch, local
 from llm.train.config import RunConfig, check_layout, load_config
 from llm.train.flags import RunFlags, help_text, parse_run_flags
+from llm.train.preflight import preflight
 from llm.train.replay import check_replay, replay
 from llm.train.stop import leave_before_first_step
 
@@ -42,12 +42,14 @@ def main() -> None:
         if place.rank == 0:
             from llm.train.dry_run import report  # it imports torch
 
+            if flags.dry_run != "config":
+                preflight(config, flags.folder())
             print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False) + report(config, layout), end="")
         return
     if flags.replay_step is not None:
         check_replay(flags.folder(), flags.replay_step, config.train.steps, layout)
     elif place.rank == 0:
-        refuse_if_held(flags.folder())
+        preflight(config, flags.folder())
     if flags.nproc:
         sys.exit(local.torchrun(__file__, flags.without_nproc(words), flags.nproc, config.train.threads))
     train(config, flags)

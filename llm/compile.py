@@ -22,15 +22,15 @@ def compile_blocks(model: LLM, backend: str = "inductor") -> None:
     their shapes change too often. Raises UserError where this machine has no compiler for the code of the graphs.
     """
     if backend == "inductor":
-        _check_compiler(next(model.parameters()).device.type)
+        check_compiler(next(model.parameters()).device.type)
     keep_opaque()
     model.compiled = True
     for block in model.layers.children():
         block.compile(backend=backend)
 
 
-def _check_compiler(device_type: str) -> None:
-    """On a CPU graphs become C++; on a GPU Triton builds a small C launcher for its kernels."""
+def check_compiler(device_type: str) -> None:
+    """UserError without a compiler: on a CPU graphs become C++; on a GPU Triton builds a C launcher for its kernels."""
     if device_type == "cpu":
         variable, names = "CXX", ["clang++" if sys.platform == "darwin" else "g++"]
     else:

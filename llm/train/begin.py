@@ -22,12 +22,7 @@ def read_weights(engine: Engine, model: ModelSection) -> tuple[Callable[[], None
     path = Path(str(model.init_from))
     notes: list[str] = []
     args, weights = weights_of(path, notes.append)
-    theirs, ours = whole_shapes(args), engine.shapes
-    for name in ours.keys() | theirs.keys():
-        if ours.get(name) != theirs.get(name):
-            raise UserError(
-                f"model.init_from={path}: {name} has shape {_shape(theirs, name)} there, {_shape(ours, name)} here"
-            )
+    refuse_other_shapes(path, whole_shapes(args), engine.shapes)
     before, now = meaning(args), meaning(model)
     lines = [f"began with the weights of {path}", *(f"note: {line}" for line in notes)]
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
@@ -44,6 +39,15 @@ def read_weights(engine: Engine, model: ModelSection) -> tuple[Callable[[], None
         engine.finish_load()
 
     return apply, lines
+
+
+def refuse_other_shapes(path: Path, theirs: dict[str, tuple[int, ...]], ours: dict[str, tuple[int, ...]]) -> None:
+    """UserError naming the first parameter that has another shape in the folder, or is in one of the two alone."""
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise UserError(
+                f"model.init_from={path}: {name} has shape {_shape(theirs, name)} there, {_shape(ours, name)} here"
+            )
 
 
 def _shape(shapes: dict[str, tuple[int, ...]], name: str) -> str:

@@ -5,7 +5,7 @@ Values read as they would in the YAML file, and the schema in llm/train/config.p
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -22,7 +22,8 @@ OWN_FLAGS = {
     "run_dir": "folder of the run; default runs/<name of the config>",
     "replay_step": "rebuild this step of the run in run_dir, print its documents by loss, stop",
     "nproc": "start this many processes on this machine (instead of calling torchrun yourself)",
-    "dry_run": "check everything, print the resolved config, memory and traffic of the layout, stop",
+    "dry_run": "check all that the run checks, print the resolved config, memory and traffic of the layout, stop; "
+    "--dry_run=config leaves out files and this machine",
     "help": "this text",
 }
 
@@ -34,7 +35,7 @@ class RunFlags:
     config: str
     run_dir: str | None = None
     nproc: int | None = None
-    dry_run: bool = False
+    dry_run: bool | Literal["config"] = False
     replay_step: int | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
 
@@ -77,8 +78,8 @@ def parse_run_flags(words: list[str]) -> RunFlags:
     elif "config" not in own:
         raise UserError("--config FILE is missing; for a start: --config configs/pretrain/quickstart.yaml")
     dry_run = own.get("dry_run", False)
-    if not isinstance(dry_run, bool):
-        raise UserError(f"--dry_run={dry_run}: expected true or false")
+    if not isinstance(dry_run, bool) and dry_run != "config":
+        raise UserError(f"--dry_run={dry_run}: expected true or false, or config to leave out files and this machine")
     return RunFlags(
         config=str(texts["config"]),
         run_dir=texts.get("run_dir"),

@@ -22,7 +22,7 @@ import yaml
 from llm.atomic import write_unless_same
 from llm.checkpoint.lock import run_lock
 from llm.checkpoint.pretrained import save_tokenizer
-from llm.checkpoint.reader import Checkpoint, list_steps, newest_valid, resolve
+from llm.checkpoint.reader import Checkpoint, list_steps, resolve
 from llm.checkpoint.store import CheckpointStore, SaveFailed
 from llm.data.batch import StepBatch
 from llm.data.heldout import HeldOut
@@ -39,7 +39,8 @@ from llm.parallel.step import StepResult
 from llm.tokenizer import Tokenizer, load_tokenizer
 from llm.train.begin import read_weights
 from llm.train.build import build_engine
-from llm.train.config import RunConfig, check_layout, differences
+from llm.train.config import RunConfig, check_layout
+from llm.train.continued import changes, refuse, refuse_another_run
 from llm.train.curves import CurveSink, TensorBoard, WeightsAndBiases
 from llm.train.guard import Guard, rows_and_size
 from llm.train.inputs import encode_prompts, open_sources, settle_precision, settle_warmup, with_vocabulary
@@ -165,23 +166,7 @@ class Trainer:
         return [f"resumed from {checkpoint.path} (step {checkpoint.step}, {rows:,} rows seen)", *self._notes]
 
     def _refuse_another_run(self) -> None:
-        """UserError where the checkpoint to continue is of another config: before text is sharded and a model is built,
-        which may take hours and more memory than there is.
-        """
-        mode = self.config.checkpoint.resume
-        checkpoint, _ = newest_valid(self.store.folder)
-        if checkpoint is None and not list_steps(self.store.folder) and mode not in ("auto", "never"):
-            checkpoint = resolve(mode)
-        if checkpoint is not None and mode != "never":
-            _refuse(checkpoint, self._changes(checkpoint))
-
-    def _changes(self, checkpoint: Checkpoint) -> list[str]:
-        """Lines for all that must not differ from the checkpoint's config and tokenizer, and does."""
-        meta, config = checkpoint.meta_with("config", "tokenizer"), self.config
-        changed = differences(meta["config"], config.model_dump(mode="json"), config.checkpoint.allow_changes)
-        if meta["tokenizer"] != self.tokenizer.fingerprint and "tokenizer" not in config.checkpoint.allow_changes:
-            changed.append("tokenizer: its content differs")
-        return changed
+        refuse_another_run(self.config, self.store.folder, self.tokenizer)
 
     def read_checkpoint(self, checkpoint: Checkpoint) -> Any:
         """Compare configs, read this rank's ranges; return the function that makes the run go on from them.
@@ -189,9 +174,9 @@ class Trainer:
         What fails has spoilt masters and optimizer state: another checkpoint has to be read, or the run ends.
         """
         meta = checkpoint.meta_with("data", "expert_counts", "optimizer_scalars", "tokens", "best", "guard")
-        changed = self._changes(checkpoint)
+        changed = changes(checkpoint, self.config, self.tokenizer)
         changed += data_refused(self.mixture, meta["data"], self.config.checkpoint.allow_changes)
-        _refuse(checkpoint, changed)
+        refuse(checkpoint, changed)
         kinds = checkpoint.kinds()
         self.engine.prepare_load(kinds, meta["optimizer_scalars"])
         places = []
@@ -537,14 +522,6 @@ class Trainer:
         if self.held_out is not None:
             log.say(f"a validation reads {self.held_out.described()} ({self._rows_said})")
         return log
-
-
-def _refuse(checkpoint: Checkpoint, changed: list[str]) -> None:
-    if changed:
-        raise UserError(
-            f"{checkpoint.path} belongs to another configuration: {'; '.join(changed)}. "
-            f"Use another --run_dir, or --checkpoint.allow_changes=KEY,KEY to accept"
-        )
 
 
 def _raise(error: Exception | None) -> None:

@@ -242,7 +242,7 @@ def test_false_on_the_command_line_is_false(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = write_config(tmp_path / "c.yaml", tiny_config(tmp_path, log={"tensorboard": True}))
-    monkeypatch.setattr("sys.argv", ["p", "--config", str(config), "--dry_run", "--log.tensorboard=false"])
+    monkeypatch.setattr("sys.argv", ["p", "--config", str(config), "--dry_run=config", "--log.tensorboard=false"])
     pretrain.main()
     assert "tensorboard: false" in capsys.readouterr().out
 

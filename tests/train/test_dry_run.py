@@ -181,7 +181,7 @@ def test_the_whole_output_is_yaml_and_the_config(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = write_config(tmp_path / "c.yaml", tiny_config(tmp_path, parallel={"tensor": 2}))
-    monkeypatch.setattr("sys.argv", ["p", "--config", str(config), "--dry_run", "--nproc=4"])
+    monkeypatch.setattr("sys.argv", ["p", "--config", str(config), "--dry_run=config", "--nproc=4"])
     pretrain.main()
     out = capsys.readouterr().out
     resolved = validate(yaml.safe_load(out), "printed")

@@ -1,0 +1,152 @@
+"""All that a run refuses and that can be known before its ranks meet: one list of checks, for the run's own start and
+for `--dry_run`, so that the two cannot differ.
+
+Nothing is written and no process group exists. Files are looked at where they stand, so the checks belong on the
+machine, or the file system, that the run will use; `--dry_run=config` leaves them out.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from llm.checkpoint.lock import refuse_if_held
+from llm.checkpoint.store import CheckpointStore
+from llm.compile import check_compiler
+from llm.data.documents import read_documents
+from llm.data.source import is_source
+from llm.data.sources import Side, check_data, open_data, sides, source_specs
+from llm.errors import UserError
+from llm.parallel.launch import World
+from llm.parallel.precision import check_precision
+from llm.tokenizer import Tokenizer, load_tokenizer
+from llm.train.config import RunConfig
+from llm.train.continued import continued, refuse_another_run
+from llm.train.inputs import encode_prompts, settle_precision, settle_warmup, with_vocabulary
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has not begun."""
+
+    config: RunConfig
+    run_dir: Path
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The run's tokenizer; UserError where its file is missing or no such file."""
+        return load_tokenizer(self.config.tokenizer)
+
+    @cached_property
+    def settled(self) -> RunConfig:
+        """The config with the tokenizer's vocabulary, and what the checkpoint that it continues has settled."""
+        config = with_vocabulary(self.config, self.tokenizer)
+        if continued(config, self.checkpoints) is None:
+            return config
+        store = CheckpointStore(self.checkpoints, ALONE, keep=1, keep_best=False)
+        config, _ = settle_precision(config, store, ALONE)
+        return settle_warmup(config, store, ALONE)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
+        return self.run_dir / "checkpoints"
+
+    @cached_property
+    def sides(self) -> Iterable[Side]:
+        """The text to train on, and the held-out text if there is any."""
+        return sides(self.config.data.train, self.config.data.valid).values()
+
+
+def _run_folder(plan: Plan) -> None:
+    refuse_if_held(plan.run_dir)
+    _refuse_unwritable(plan.run_dir, "the run folder")
+
+
+def _data_is_there(plan: Plan) -> None:
+    for side in plan.sides:
+        check_data(side, cache_dir=plan.config.data.cache_dir)
+
+
+def _tokenizer(plan: Plan) -> None:
+    encode_prompts(plan.config, plan.tokenizer, ALONE)
+    with_vocabulary(plan.config, plan.tokenizer)
+
+
+def _checkpoint(plan: Plan) -> None:
+    refuse_another_run(plan.settled, plan.checkpoints, plan.tokenizer)
+
+
+def _weights(plan: Plan) -> None:
+    """Of a run that begins with others' weights."""
+    source = plan.config.model.init_from
+    if source is not None and continued(plan.settled, plan.checkpoints) is None:
+        from llm.parallel.build import whole_shapes  # these take long to import
+        from llm.pretrained import args_of
+        from llm.train.begin import refuse_other_shapes
+
+        refuse_other_shapes(Path(source), whole_shapes(args_of(source)), whole_shapes(plan.settled.model))
+
+
+def _data_is_readable(plan: Plan) -> None:
+    """The first document of every source, and the folder for what is made of them."""
+    cache = plan.config.data.cache_dir
+    for side in plan.sides:
+        for source in source_specs(side.data):
+            if is_source(Path(source.path)):
+                open_data([source], plan.tokenizer, cache, key=side.key)
+                continue
+            _refuse_unwritable(Path(cache), f"data.cache_dir={cache}")
+            documents = read_documents(
+                source.path, text_field=source.text_field, key=side.key, separator=source.separator
+            )
+            if next(documents, None) is None:
+                raise UserError(f"{side.key}={source.path}: has no documents")
+
+
+def _machine(plan: Plan) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if plan.config.train.compile:
+        check_compiler(device)
+    if plan.config.train.precision in ("bf16", "fp16"):
+        logging.disable(logging.WARNING)  # DeepSpeed announces the accelerator that it found
+        try:
+            check_precision(plan.config.train.precision)
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+CHECKS: tuple[Callable[[Plan], None], ...] = (
+    _run_folder,
+    _data_is_there,
+    _tokenizer,
+    _checkpoint,
+    _weights,
+    _data_is_readable,
+    _machine,
+)
+"""In the order in which a run meets them; what costs least first. (The config itself and its layout come before.)"""
+
+
+def preflight(config: RunConfig, run_dir: Path) -> None:
+    """UserError with the line of the first check that fails. `config` must have passed check_layout."""
+    plan = Plan(config, run_dir)
+    for check in CHECKS:
+        check(plan)
+
+
+def _refuse_unwritable(folder: Path, name: str) -> None:
+    """UserError where the folder cannot be made, or nothing be written into it."""
+    there = folder
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise UserError(f"{there}: Not a directory; {name} is to be there")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{there}: Permission denied; {name} is to be written there")
