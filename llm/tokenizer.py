@@ -17,6 +17,7 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -26,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from llm.errors import UserError
 from llm.paths import PathText
+from llm.tokenizer_parts import PART_CHARACTERS, SafeAt, anywhere, cut, no_piece_crosses
 
 TokenIds = Sequence[int] | np.ndarray
 TokenizerKind = Literal["sentencepiece", "tiktoken", "hf", "bytes", "characters"]
@@ -132,6 +134,27 @@ class Tokenizer(Protocol):
         """`encode` of each text as uint32 arrays; `threads` is used where the tokenizer can."""
         return [np.asarray(self.encode(text), dtype=np.uint32) for text in texts]
 
+    def parts(self, text: str) -> list[str]:
+        """A long text in parts whose ids, the first's by `encode` and the others' by `encode_rest`, are those of the
+        text one after the other; the text alone where the tokenizer cannot promise that.
+        """
+        return [text]
+
+    def encode_rest(self, parts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        """`encode_batch` of parts that continue a text."""
+        return self.encode_batch(parts, threads)
+
+    def encode_long(self, text: str, threads: int = 1) -> Iterator[tuple[np.ndarray, int]]:
+        """Ids of a text part by part, each with the number of characters that are done: memory for a few parts at a
+        time, besides the ids.
+        """
+        first, *rest = self.parts(text)
+        yield self.encode_batch([first], threads)[0], (done := len(first))
+        for i in range(0, len(rest), threads):
+            for part, ids in zip(rest[i : i + threads], self.encode_rest(rest[i : i + threads], threads), strict=True):
+                done += len(part)
+                yield ids, done
+
     def decode_bytes(self, ids: TokenIds) -> bytes:
         """UTF-8 bytes of `ids`; marks give nothing, and neither do ids from vocab_size on: many models have more rows
         than their tokenizer has tokens. ValueError on a negative id."""
@@ -199,6 +222,9 @@ class ByteTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32) for text in texts]
 
+    def parts(self, text: str) -> list[str]:
+        return cut(text, anywhere)
+
     def decode_bytes(self, ids: TokenIds) -> bytes:
         ids = known_ids(ids, self.vocab_size)
         return ids[ids < 256].astype(np.uint8).tobytes()
@@ -230,6 +256,9 @@ class CharacterTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         return [self._encode_array(text).astype(np.uint32) for text in texts]
+
+    def parts(self, text: str) -> list[str]:
+        return cut(text, anywhere)
 
     def _encode_array(self, text: str) -> np.ndarray:
         code_points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
@@ -267,6 +296,16 @@ class TableTokenizer(Tokenizer):
     """Ids whose first space is no part of a text that they begin: the tokenizer puts one there."""
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        long = [len(text) > PART_CHARACTERS and len(self.parts(text)) > 1 for text in texts]
+        short = [text for text, is_long in zip(texts, long, strict=True) if not is_long]
+        encoded = iter(self._encode_whole(short, threads))
+        return [
+            np.concatenate([ids for ids, _ in self.encode_long(text, threads)]) if is_long else next(encoded)
+            for text, is_long in zip(texts, long, strict=True)
+        ]
+
+    def _encode_whole(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
+        """Ids of texts that are not cut."""
         if threads == 1:
             return [self._encode_array(text) for text in texts]
         with ThreadPoolExecutor(threads) as pool:
@@ -352,10 +391,30 @@ class SentencePieceTokenizer(TableTokenizer):
             ids += [*self._meta_space_ids, *self._inner.encode(part)]
         return ids
 
-    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+    def _encode_whole(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
         if any(META_SPACE in text for text in texts):
-            return [np.asarray(self.encode(text), dtype=np.uint32) for text in texts]
+            return [self._encode_array(text) for text in texts]
         return [np.asarray(ids, dtype=np.uint32) for ids in self._processor.encode(list(texts), num_threads=threads)]
+
+    def encode_rest(self, parts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        if any(META_SPACE in part for part in parts):
+            return [np.asarray(self.encode_inside(part), dtype=np.uint32) for part in parts]
+        return [np.asarray(ids, dtype=np.uint32) for ids in self._inner.encode(list(parts), num_threads=threads)]
+
+    def parts(self, text: str) -> list[str]:
+        return [text] if self._safe_at is None or len(text) <= PART_CHARACTERS else cut(text, self._safe_at)
+
+    @cached_property
+    def _safe_at(self) -> SafeAt | None:
+        """Where a text may be cut; None where nothing is certain: a normaliser may look at what surrounds a place, and
+        a unigram model adds up its scores, in float32, from the beginning of the text.
+        """
+        model = self._processor
+        marks = [i for i in range(self.vocab_size) if model.is_control(i) or model.is_unknown(i) or model.is_byte(i)]
+        merged = sorted(set(range(self.vocab_size)) - set(marks))
+        if self.lossy or not all(model.get_score(i).is_integer() for i in merged):  # BPE's scores are ranks
+            return None
+        return no_piece_crosses(map(model.id_to_piece, merged), META_SPACE)
 
     def serialized(self) -> bytes:
         """The content of the tokenizer's file."""

@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import tokenizers
 
 from llm.errors import UserError
 from llm.tokenizer import LOSSLESS_PROBE, META_SPACE, TableTokenizer, TokenizerConfig
+from llm.tokenizer_parts import PART_CHARACTERS, SafeAt, between_words, cut
 
 # GPT-2 writes each byte as one visible character: those that are visible in Latin-1 as themselves, the others as the
 # characters from U+0100 on.
@@ -109,6 +110,25 @@ class HFTokenizer(TableTokenizer):
         text.encode()  # the library's error on lone surrogates is a TypeError
         # One text as a batch: unlike `encode`, this lets go of Python's lock and computes no offsets, in half the time.
         return self._ids(text, around=False)
+
+    def parts(self, text: str) -> list[str]:
+        return [text] if len(text) <= PART_CHARACTERS or self._safe_at is None else cut(text, self._safe_at)
+
+    @cached_property
+    def _safe_at(self) -> SafeAt | None:
+        """Where a text may be cut; None where nothing is certain: a normaliser or a pre-tokenizer that looks at more
+        than the next characters, or an added token with a space inside.
+        """
+        document = json.loads(self._file)
+        parts = [part.get("type") for part in _parts(document.get("pre_tokenizer"), "pretokenizers")]
+        local = bool(parts) and set(parts) <= {"ByteLevel", "Split", "Punctuation", "Digits", "UnicodeScripts"}
+        spaced = any(" " in token["content"].strip() for token in document["added_tokens"])
+        pre_tokenizer = self._tokenizer.pre_tokenizer
+        if self.lossy or not local or spaced or document.get("normalizer") or pre_tokenizer is None:
+            return None
+        return between_words(
+            lambda text, i: any(begin == i for _, (begin, _) in pre_tokenizer.pre_tokenize_str(text))
+        )
 
     def _ids(self, text: str, around: bool) -> list[int]:
         try:

@@ -157,6 +157,9 @@ class TiktokenTokenizer(TableTokenizer):
         text.encode()  # tiktoken would replace lone surrogates without a word
         return [number for piece in pieces(text) for number in self._encoding.encode_ordinary(piece)]
 
+    def parts(self, text: str) -> list[str]:
+        return [text[i : i + MAX_CHARACTERS] for i in range(0, len(text), MAX_CHARACTERS)] or [text]
+
     @property
     def end_ids(self) -> tuple[int, ...]:
         return (self.eos_id, *(self.special_tokens[name] for name in VARIANTS[self.variant].ends))

@@ -20,6 +20,7 @@ from llm.data.source import MANIFEST, SHARDS, FolderEntry, Manifest, TokenizerEn
 from llm.data.split import Split, text_digest
 from llm.errors import UserError
 from llm.tokenizer import Tokenizer
+from llm.tokenizer_parts import MOST_AT_ONCE
 
 BLOCK_CHARACTERS = 1 << 22  # text handed to the tokenizer at once: enough to share out among threads, little memory
 SHARD_BYTES = 128 << 20
@@ -133,11 +134,36 @@ def _encoded(
 ) -> Iterator[Placed]:
     begin, end = np.array(tokenizer.begin_ids, np.uint32), np.array([tokenizer.eos_id], np.uint32)
     for block in _blocks(documents):
-        for document, ids in zip(block, _encode_block(block, tokenizer, threads), strict=True):
+        if len(block) == 1 and len(block[0].text) >= BLOCK_CHARACTERS:
+            encoded_block = [_encode_long(block[0], tokenizer, threads, progress)]
+        else:
+            encoded_block = _encode_block(block, tokenizer, threads)
+        for document, ids in zip(block, encoded_block, strict=True):
             text = document.text.encode()
             encoded = EncodedDocument(np.concatenate((begin, ids, end)), document.key, text_digest(text), len(text))
             yield Placed(encoded, document.folder)
             progress(document.consumed)
+
+
+def _encode_long(document: Document, tokenizer: Tokenizer, threads: int, progress: Callable[[int], None]) -> np.ndarray:
+    """Ids of a long document part by part, with progress inside it."""
+    length, found, last = len(document.text), [], 0
+    try:
+        for ids, done in tokenizer.encode_long(document.text, threads):
+            found.append(ids)
+            if done - last > MOST_AT_ONCE:
+                print(
+                    f"{document.called}: {done - last:,} characters were encoded at once, which takes much memory: "
+                    f"this tokenizer gives no place in them where a text may be cut",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            progress(document.consumed - document.bytes + document.bytes * done // length)
+            last = done
+    except UserError:
+        _encode_block([document], tokenizer, threads)  # its error counts places from the beginning of the document
+        raise
+    return np.concatenate(found)
 
 
 def _encode_block(block: list[Document], tokenizer: Tokenizer, threads: int) -> list[np.ndarray]:
@@ -156,6 +182,9 @@ def _blocks(documents: Iterable[Document]) -> Iterator[list[Document]]:
     block: list[Document] = []
     size = 0
     for document in documents:
+        if block and len(document.text) >= BLOCK_CHARACTERS:  # alone, as it is encoded part by part
+            yield block
+            block, size = [], 0
         block.append(document)
         size += len(document.text)
         if size >= BLOCK_CHARACTERS:

@@ -26,8 +26,9 @@ PART = "::"
 @dataclass(frozen=True)
 class Document:
     """key: the file's name in its folder, with `:line` or `:row` (from 1) where a file holds several, `::number` where
-    it is a text cut at marks; consumed: bytes of all input files read when it ended; folder: the absolute path that
-    `key` starts from, empty where there is none; where: what messages call it, `key` if nothing is said.
+    it is a text cut at marks; consumed: bytes of all input files read when it ended, `bytes` of them for itself;
+    folder: the absolute path that `key` starts from, empty where there is none; where: what messages call it, `key` if
+    nothing is said.
     """
 
     key: str
@@ -35,6 +36,7 @@ class Document:
     consumed: int
     folder: str = ""
     where: str = ""
+    bytes: int = 0
 
     @property
     def called(self) -> str:
@@ -91,12 +93,14 @@ def read_listings(listings: Iterable[Listing], reading: Reading, tally: Tally | 
             where = f"{listing.key}={shown(file.path)}"
             if tally is not None:
                 tally.begin(file)
+            last = 0
             for row, text, consumed in _rows(file, where, reading, option(listing.key, "text_field"), tally):
                 document = Document(
                     key=f"{name}{PART if file.format.kind == 'text' else ':'}{row}" if row else name,
                     text=text,
                     consumed=before + consumed,
                     folder=folder,
+                    bytes=consumed - last,
                     where=f"{where}, {'document' if file.format.kind == 'text' else 'row'} {row}" if row else where,
                 )
                 try:
@@ -105,6 +109,7 @@ def read_listings(listings: Iterable[Listing], reading: Reading, tally: Tally | 
                     raise UserError(
                         f"{document.called}: the text has a lone surrogate, which is no character"
                     ) from None
+                last = consumed
                 if tally is not None:
                     tally.add(document.text)
                 yield document
