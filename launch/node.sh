@@ -9,6 +9,7 @@
 # JOB        a name that no other job uses
 # RESTARTS   how often torchrun starts the ranks again after a failure (3)
 # JOIN_S     seconds that a machine waits for the others, also when ranks are started again (600)
+# STOP_S     seconds that the ranks have for saving after a signal, before torchrun kills them (600)
 # ADDRESS    this machine's own address, where its name does not lead to it
 # INTERFACE  network interface of the job, where a machine has several
 # TORCHRUN   the command (.venv/bin/torchrun beside this folder, else torchrun)
@@ -18,6 +19,9 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 torchrun=${TORCHRUN:-$here/.venv/bin/torchrun}
 [ -x "$torchrun" ] || torchrun=torchrun
+# what asks torchrun to stop goes to the ranks, which save; by itself it is deaf to Slurm's --signal=USR1, and dies of it
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2,SIGXCPU
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${STOP_S:-600}
 if [ -n "${INTERFACE:-}" ]; then
     export GLOO_SOCKET_IFNAME=$INTERFACE NCCL_SOCKET_IFNAME=$INTERFACE
 fi

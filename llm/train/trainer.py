@@ -451,17 +451,19 @@ class Trainer:
         if end or self.step % config.checkpoint.interval == 0 or (new_best and config.checkpoint.keep_best):
             self.save(log, last=end is not None)
         if config.eval.sample_interval and (end or self.step % config.eval.sample_interval == 0):
-            self._sample(log)
+            self._sample(log, requests)
         return end
 
-    def _sample(self, log: RunLog | None) -> None:
-        """Continue the prompts; by rank 0, or where a forward needs the other ranks, by all alike."""
+    def _sample(self, log: RunLog | None, requests: Requests) -> None:
+        """Continue the prompts; by rank 0, unless it was asked to stop, or where a forward needs the other ranks, by
+        all alike.
+        """
         config, layout = self.config, self.grid.layout
         if layout.zero_stage == 3 or max(layout.tensor, layout.pipeline, layout.expert) > 1:
             texts = self._continuations()
         else:
-            texts = main_decides(self._continuations, self.world)
-        if log:
+            texts = main_decides(lambda: [] if requests.stop else self._continuations(), self.world)
+        if log and texts:
             for prompt, text in zip(config.eval.prompts, texts, strict=True):
                 log.sample(self.step, prompt, prompt + text)
 
