@@ -42,6 +42,8 @@ CLASS_OF_MODEL = {
 """The class that belongs to a model_type; for llama and llama4 none does."""
 CLASS_NOT_TRUSTED = ("qwen2",)
 """model_types whose own class is used whatever tokenizer_config.json names."""
+TAKEN_AS_THEY_STAND = ("TokenizersBackend", "PreTrainedTokenizer", "PythonBackend", "BloomTokenizer")
+"""Classes that change nothing in a tokenizer.json."""
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"

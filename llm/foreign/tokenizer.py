@@ -19,7 +19,7 @@ import numpy as np
 import tokenizers
 
 from llm.errors import NoTokenizer, UserError
-from llm.foreign.auto_tokenizer import Settled, read_json, settle
+from llm.foreign.auto_tokenizer import CLASSES, TAKEN_AS_THEY_STAND, Settled, class_name, read_json, settle
 from llm.tokenizer import (
     SentencePieceTokenizer,
     TableTokenizer,
@@ -27,7 +27,7 @@ from llm.tokenizer import (
     TokenizerConfig,
     load_tokenizer,
 )
-from llm.tokenizer_hf import BOS_NAMES, SERVES_AS_BOTH, HFTokenizer, is_byte_level
+from llm.tokenizer_hf import BOS_NAMES, EOS_NAMES, SERVES_AS_BOTH, HFTokenizer, is_byte_level
 from llm.tokenizer_json import added, adds_prefix, template
 
 TOKENIZER_FILES = (
@@ -274,6 +274,9 @@ class FolderTokenizer(TableTokenizer):
 def _guesses(path: Path, settled: Settled | None, kind: str) -> Iterator[str]:
     """Lines on what its files leave open or say twice."""
     model = (path / "tokenizer.model").is_file()
+    named = class_name(path, read_json(path / "tokenizer_config.json"))
+    if settled is not None and named not in CLASSES and named not in TAKEN_AS_THEY_STAND:
+        yield f"its tokenizer_class {named} is not known here, so transformers may read a prompt into other ids"
     if settled is None and kind == "sentencepiece":
         yield (
             "its tokenizer.model has no tokenizer_config.json beside it: a text begins with its begin mark, and as the "
@@ -333,8 +336,13 @@ def _plain(path: Path) -> list[TokenizerConfig]:
 def _from_document(path: Path, settled: Settled, config: TokenizerConfig, lossy: bool) -> HFTokenizer:
     file = path / "tokenizer.json"
     content = json.dumps(settled.document).encode() if settled.changed else file.read_bytes()
-    names = [token["content"] for token in settled.document["added_tokens"]]
+    rows = _reduced(read_json(path / "config.json")).get("vocab_size")
+    listed = settled.document["added_tokens"]
+    names = [token["content"] for token in listed if not isinstance(rows, int) or token["id"] < rows]
     eos = config.eos or _named(path, settled, "eos", names)
+    usual = [name for name in EOS_NAMES if name in names]
+    if eos is None and len(usual) == 1:
+        eos = usual[0]
     bos = config.bos or _named(path, settled, "bos", names)
     if bos is None and not any(name in names for name in (SERVES_AS_BOTH, *BOS_NAMES)):
         bos = eos

@@ -12,13 +12,15 @@ from tokenizers import normalizers, processors
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import transformers
 
+from llm.data.source import TokenSource
 from llm.errors import UserError
-from llm.foreign.tokenizer import FolderTokenizer, foreign_tokenizer
+from llm.foreign.tokenizer import FolderTokenizer, foreign_tokenizer, notes_of
 from llm.foreign.tokenizer_check import EDGES, check_texts, compare
 from llm.pretrained import tokenizer_of
 from llm.tokenizer import TokenizerConfig, load_tokenizer
 from tests.shared import needs_shared
 from tests.tokenizer_helpers import CODE, FILES, made_hf, sentencepiece_model
+from tools.shard import shard
 
 NAMES = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 ADDED = dict(lstrip=False, normalized=False, rstrip=False, single_word=False, special=True)
@@ -306,3 +308,25 @@ def test_a_vocabulary_of_characters_is_read_from_its_tokenizer_json_alone(tmp_pa
         tokenizer.decode(tokenizer.encode("Once upon\n a caf\u00e9 \U0001f600")) == "Once upon\n a caf\u00e9 \U0001f600"
     )
     assert not set(tokenizer.encode("a<s>b</s>")) & {1, 2}
+
+
+def test_training_documents_begin_as_prompts_do(tmp_path: Path) -> None:
+    folder = write(
+        tmp_path / "a", config={"model_type": "qwen2"}, tokenizer_config=QWEN, tokenizer=changed(normalizer=NFC)
+    )
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("Once <|im_end|>")
+    (tmp_path / "text" / "b.txt").write_text("def")
+    shard([str(tmp_path / "text")], str(tmp_path / "out"), str(folder), kind="hf", lossy=True)
+    tokenizer = foreign_tokenizer(folder)[0]
+    source = TokenSource.open(tmp_path / "out")
+    assert source.tokenizer_fingerprint == tokenizer.fingerprint
+    documents = [[*tokenizer.encode(text), 2] for text in ("Once <|im_end|>", "def")]
+    assert source.row(0, source.n_tokens - 1).tokens.tolist() == [*documents[0], *documents[1]]
+    assert documents[1][:-1] == tokenizer.prompt_ids("def")
+
+
+def test_a_class_that_is_not_known_is_named(tmp_path: Path) -> None:
+    settings = FAST | {"tokenizer_class": "CodeLlamaTokenizer"}
+    folder = write(tmp_path, config={"model_type": "llama"}, tokenizer_config=settings, tokenizer=changed())
+    assert any("CodeLlamaTokenizer" in line for line in notes_of(foreign_tokenizer(folder)[0]))
