@@ -8,6 +8,8 @@ from typing import Annotated
 from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
+from llm.errors import UserError
+
 VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
 
 
@@ -31,6 +33,26 @@ def expanded(text: str) -> str:
             {"name": variable[0]},
         )
     return path
+
+
+def refuse_unwritable(folder: Path, name: str) -> None:
+    """UserError where the folder cannot be made, or nothing be written into it."""
+    there = folder
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise UserError(f"{there}: Not a directory; {name} is to be there")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{there}: Permission denied; {name} is to be written there")
+
+
+def refuse_existing(file: str, flag: str, instead: str = "name another file, or remove it") -> None:
+    """UserError naming `flag` where a file to be written is there already, or cannot be: asked before the work."""
+    if Path(file).is_dir():
+        raise UserError(f"{flag}={file}: is a folder; name a file")
+    if os.path.lexists(file):
+        raise UserError(f"{flag}={file}: exists already; {instead}")
+    refuse_unwritable(Path(file).absolute().parent, f"{flag}={file}")
 
 
 PathText = Annotated[str, AfterValidator(expanded)]

@@ -11,6 +11,7 @@ import torch
 
 from llm.cli import bind, split
 from llm.errors import UserError
+from llm.paths import refuse_existing
 from llm.train.config import RunConfig
 from llm.train.flags import RunFlags, parse_run_flags
 from tools.campaign_job import QUARTERS, Kill
@@ -87,6 +88,8 @@ class Settings:
             )
         if self.out is not None and not Path(self.out).absolute().parent.is_dir():
             raise UserError(f"--out={self.out}: no such folder")
+        if self.out is not None:
+            refuse_existing(self.out, "--out")
         if self.keep_dir is not None and Path(self.keep_dir).exists():
             raise UserError(f"--keep_dir={self.keep_dir}: it is there already; give the name of a new folder")
 

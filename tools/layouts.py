@@ -33,6 +33,7 @@ from llm.errors import UserError
 from llm.parallel import local
 from llm.parallel.layout import Layout
 from llm.parallel.validate import divisors
+from llm.paths import refuse_existing
 from llm.tokenizer import load_tokenizer
 from llm.train.config import RunConfig, check_layout, load_config, validate
 from tools.diff import every_difference
@@ -147,6 +148,8 @@ def check_flags(nproc: Sequence[int], steps: int, stages: Sequence[int], json: s
         raise UserError(f"--zero={','.join(map(str, stages))}: possible are 0, 1, 2 and 3")
     if json is not None and not Path(json).absolute().parent.is_dir():
         raise UserError(f"--json={json}: no such folder")
+    if json is not None:
+        refuse_existing(json, "--json")
 
 
 def prepared(config: RunConfig, precision: Precision, seed: int | None) -> RunConfig:

@@ -2,6 +2,7 @@
 4096`.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Literal
@@ -15,12 +16,13 @@ from llm.data.documents import Reading, read_listings
 from llm.data.found import Tally, found_lines
 from llm.data.listing import Listing, list_input
 from llm.errors import UserError
+from llm.paths import PathText, refuse_existing
 from llm.tokenizer import CharacterTokenizer, alphabet, train_sentencepiece
 
 
 def train(
-    input: list[str],
-    output: str,
+    input: list[PathText],
+    output: PathText,
     vocab_size: int = 4096,
     kind: Literal["sentencepiece", "characters"] = "sentencepiece",
     model_type: Literal["bpe", "unigram"] = "bpe",
@@ -30,6 +32,7 @@ def train(
     text_field: str = "text",
     threads: int = 1,
     separator: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Train a lossless tokenizer and write it to one file, whole or not at all.
 
@@ -47,6 +50,7 @@ def train(
     text_field: field of JSON and Parquet rows that holds the text
     threads: threads SentencePiece may use; the ids do not depend on it
     separator: what ends a document in text files, as <|endoftext|>, and is no part of it
+    overwrite: replace a tokenizer that is there; runs and shards made with it go on with no other
     """
     if vocab_size < 1 or max_bytes < 1 or threads < 1:
         raise UserError(
@@ -54,11 +58,15 @@ def train(
         )
     if not 0.9 <= character_coverage <= 1:
         raise UserError(f"--character_coverage={character_coverage}: expected 0.9 to 1")
-    if Path(output).is_dir():
-        raise UserError(f"--output={output}: is a folder; name a file")
+    if not (overwrite and Path(output).is_file()):
+        known = "runs and shards made with it go on with no other; name another file, or give --overwrite"
+        refuse_existing(output, "--output", known)
     if separator == "":
         raise UserError("--separator: is empty")
     listings = [list_input(path, "--input") for path in input]
+    inputs = [file.path for listing in listings for file in listing.files]
+    if Path(output).exists() and any(os.path.samefile(file, output) for file in inputs):
+        raise UserError(f"--output={output}: is a file of --input; name another")
     tally = Tally()
     texts = (document.text for document in read_listings(listings, Reading(text_field, separator), tally))
     if kind == "characters":

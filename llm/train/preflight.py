@@ -6,7 +6,6 @@ machine, or the file system, that the run will use; `--dry_run=config` leaves th
 """
 
 import logging
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +22,7 @@ from llm.data.sources import Side, check_data, open_data, sides, source_specs
 from llm.errors import UserError
 from llm.parallel.launch import World
 from llm.parallel.precision import check_precision
+from llm.paths import refuse_unwritable
 from llm.tokenizer import Tokenizer, load_tokenizer
 from llm.train.config import RunConfig
 from llm.train.continued import continued, refuse_another_run
@@ -66,7 +66,7 @@ class Plan:
 
 def _run_folder(plan: Plan) -> None:
     refuse_if_held(plan.run_dir)
-    _refuse_unwritable(plan.run_dir, "the run folder")
+    refuse_unwritable(plan.run_dir, "the run folder")
 
 
 def _data_is_there(plan: Plan) -> None:
@@ -102,7 +102,7 @@ def _data_is_readable(plan: Plan) -> None:
             if is_source(Path(source.path)):
                 open_data([source], plan.tokenizer, cache, key=side.key)
                 continue
-            _refuse_unwritable(Path(cache), f"data.cache_dir={cache}")
+            refuse_unwritable(Path(cache), f"data.cache_dir={cache}")
             documents = read_documents(
                 source.path, text_field=source.text_field, key=side.key, separator=source.separator
             )
@@ -139,14 +139,3 @@ def preflight(config: RunConfig, run_dir: Path) -> None:
     plan = Plan(config, run_dir)
     for check in CHECKS:
         check(plan)
-
-
-def _refuse_unwritable(folder: Path, name: str) -> None:
-    """UserError where the folder cannot be made, or nothing be written into it."""
-    there = folder
-    while not os.path.lexists(there) and there != there.parent:
-        there = there.parent
-    if not there.is_dir():
-        raise UserError(f"{there}: Not a directory; {name} is to be there")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{there}: Permission denied; {name} is to be written there")

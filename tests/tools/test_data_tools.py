@@ -84,6 +84,27 @@ def test_bad_text_is_one_line_and_nothing_half_made(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
 
 
+def test_a_tokenizer_that_is_there_stays_unless_it_is_to_be_replaced(jsonl: Path, tmp_path: Path) -> None:
+    output = tmp_path / "t.json"
+    train([str(jsonl)], str(output), kind="characters")
+    before = output.read_bytes()
+    (tmp_path / "other.txt").write_text("xyz")
+    with pytest.raises(UserError, match="--output=.*exists already; .* or give --overwrite"):
+        train([str(tmp_path / "other.txt")], str(output), kind="characters")
+    assert output.read_bytes() == before
+    train([str(tmp_path / "other.txt")], str(output), kind="characters", overwrite=True)
+    assert output.read_bytes() != before
+
+
+def test_a_tokenizer_is_not_written_over_its_text_or_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("xyz")
+    with pytest.raises(UserError, match="--output=.*is a file of --input"):
+        train([str(tmp_path / "a.txt")], str(tmp_path / "a.txt"), kind="characters", overwrite=True)
+    with pytest.raises(UserError, match="Not a directory; --output="):
+        train([str(tmp_path / "a.txt")], str(tmp_path / "a.txt" / "t.json"), kind="characters")
+    assert (tmp_path / "a.txt").read_text() == "xyz"
+
+
 def test_a_tokenizer_that_cannot_be_trained_leaves_no_file(jsonl: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="vocab_size=50000"):
         train([str(jsonl)], str(tmp_path / "t.model"), vocab_size=50_000)

@@ -180,6 +180,7 @@ def tool(*words: str) -> subprocess.CompletedProcess[str]:
         ({"nproc": [2], "steps": 0}, "--steps=0: expected 1 or more"),
         ({"nproc": [2], "zero": [1, 4]}, "--zero=1,4: possible are 0, 1, 2 and 3"),
         ({"nproc": [2], "json": "none/table.json"}, "--json=none/table.json: no such folder"),
+        ({"nproc": [2], "json": __file__}, f"--json={__file__}: exists already; name another file"),
         ({"nproc": [7]}, "train.global_batch_size=16 is not divisible by 7 data-parallel ranks"),
     ],
 )
