@@ -18,6 +18,7 @@ from llm.plans import plan_for
 from llm.pretrained import args_of
 from llm.tokenizer import load_tokenizer
 from llm.train.config import RunConfig
+from llm.train.length import default_warmup
 from llm.train.optimizer import parameter_groups
 
 REPLICA: tuple[Dimension, ...] = ("tensor", "context", "data", "pipeline")
@@ -85,6 +86,9 @@ def _lines(config: RunConfig, layout: Layout) -> Iterator[str]:
         yield f"deepspeed.{option} is passed through; what follows does not know of it"
     if config.train.precision == "auto":
         yield "train.precision=auto counts as bf16, which GPUs take"
+    if config.optim.warmup_steps is None and config.train.steps is not None:
+        steps = default_warmup(config.train.steps, config.optim.decay_steps)
+        yield f"optim.warmup_steps=null is {_count(steps, 'step')} of train.steps={config.train.steps}"
     yield from _memory(work, config.checkpoint.asynchronous)
     yield from _traffic(work)
 
