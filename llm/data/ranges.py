@@ -22,5 +22,5 @@ def within(ranges: Iterable[Range], first: int, end: int) -> list[Range]:
 
 
 def described(ranges: Iterable[Range]) -> str:
-    """`rows 8 to 15, 40 to 47`."""
-    return "rows " + ", ".join(f"{first} to {end - 1}" for first, end in ranges)
+    """`rows 8 to 15, 40`."""
+    return "rows " + ", ".join(f"{first}" if end - first == 1 else f"{first} to {end - 1}" for first, end in ranges)

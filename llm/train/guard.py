@@ -27,6 +27,13 @@ def rows_and_size(batch: StepBatch) -> tuple[Range, tuple[int, int]]:
     return (batch.first_row, batch.first_row + batch.n_rows), (batch.n_rows, batch.micro_batches[0].tokens_BT.shape[1])
 
 
+def part_passed_over(step: int, batch: StepBatch) -> list[str]:
+    """A line where some rows of the step, but not all, were passed over."""
+    if not batch.passed_over or batch.is_passed_over:
+        return []
+    return [f"step {step}: passed over {described(batch.passed_over)}; an update from its other rows"]
+
+
 class Guard:
     """The policy of a run and what it remembers; equal on all ranks, because every loss is global."""
 

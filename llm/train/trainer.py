@@ -42,7 +42,7 @@ from llm.train.build import build_engine
 from llm.train.config import RunConfig, check_layout
 from llm.train.continued import changes, refuse, refuse_another_run
 from llm.train.curves import CurveSink, TensorBoard, WeightsAndBiases
-from llm.train.guard import Guard, rows_and_size
+from llm.train.guard import Guard, part_passed_over, rows_and_size
 from llm.train.inputs import encode_prompts, open_sources, settle_precision, settle_warmup, with_vocabulary
 from llm.train.length import default_warmup, misfit
 from llm.train.log import RunLog
@@ -308,7 +308,7 @@ class Trainer:
                 if self.config.checkpoint.asynchronous and self.step == first:  # the optimizer has its state now
                     self.store.prepare(self.engine.owned_fragments())
                 action, lines = self.guard.judge(self.step, result, *rows_and_size(batch))
-                lines = [*trace.notes(), *lines]
+                lines = [*trace.notes(), *part_passed_over(self.step, batch), *lines]
                 if action == "rewind":
                     return [*lines, *self._rewind(log)]
                 row = self.metrics.row(

@@ -51,7 +51,7 @@ def trained(steps: list[list[StepBatch]]) -> list[bytes]:
 def test_ranges_are_merged_clipped_and_named() -> None:
     assert merged([(8, 16), (0, 3), (15, 20), (20, 21), (5, 5)]) == [(0, 3), (8, 21)]
     assert within([(0, 3), (8, 21)], 2, 10) == [(2, 3), (8, 10)] and within([(0, 3)], 3, 9) == []
-    assert described([(0, 3), (8, 21)]) == "rows 0 to 2, 8 to 20"
+    assert described([(0, 3), (8, 9)]) == "rows 0 to 2, 8"
 
 
 def test_a_step_within_a_range_is_passed_over_and_shows_its_rows(mixture: Mixture) -> None:

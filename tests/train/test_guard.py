@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from llm.data.batch import StepBatch
 from llm.errors import UserError
 from llm.parallel import deepspeed_private as private
 from llm.parallel.step import Overflows, Skipped, StepResult
 from llm.train.config import GuardConfig
-from llm.train.guard import Guard
+from llm.train.guard import Guard, part_passed_over
 
 
 def result(loss: float, skipped: Skipped | None = None) -> StepResult:
@@ -148,3 +149,13 @@ def test_the_loss_scaler_of_deepspeed_does_not_end_the_process_at_its_lowest_sca
         optimizer._update_scale(True)
     assert lowest == [False, False, True, True] and scaler.cur_scale == 1.0
     assert private.loss_scale_is_lowest(SimpleNamespace(optimizer=None)), "a fixed scale does not fall"
+
+
+def test_a_step_that_lacks_some_of_its_rows_says_which() -> None:
+    def lacking(*ranges: tuple[int, int]) -> list[str]:
+        return part_passed_over(5, StepBatch([], 0, 0, first_row=32, n_rows=8, wait_s=0.0, passed_over=ranges))
+
+    assert lacking() == lacking((32, 40)) == [], "a step that lacks all of them has a line of its own"
+    assert lacking((32, 34), (36, 37)) == [
+        "step 5: passed over rows 32 to 33, 36; an update from its other rows"
+    ]
