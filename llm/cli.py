@@ -178,8 +178,9 @@ def bind(function: Callable[..., object], values: Sequence[str], flags: dict[str
     """The arguments of `function` by name, each with its annotated type. UserError names the flag and what is
     possible.
     """
-    parameters = inspect.signature(function).parameters
-    types_of = _hints(function)
+    names = {_flag_of(name): name for name in inspect.signature(function).parameters}
+    parameters = {flag: inspect.signature(function).parameters[name] for flag, name in names.items()}
+    types_of = {flag: _hints(function)[name] for flag, name in names.items()}
     if len(values) > len(parameters):
         raise UserError(f"{values[len(parameters)]!r} is one value too many; the flags are {_flag_list(parameters)}")
     given: dict[str, str] = dict(zip(parameters, values, strict=False))
@@ -200,7 +201,7 @@ def bind(function: Callable[..., object], values: Sequence[str], flags: dict[str
     ]
     if missing:
         raise UserError(f"missing {' and '.join('--' + name for name in missing)}; see --help")
-    return {name: convert(f"--{name}", text, types_of[name]) for name, text in given.items()}
+    return {names[name]: convert(f"--{name}", text, types_of[name]) for name, text in given.items()}
 
 
 def convert(name: str, text: str, kind: Any) -> Any:
@@ -247,7 +248,7 @@ def describe(function: Callable[..., object], commands: dict[str, Callable[..., 
     hints = typing.get_type_hints(function)
     for name, parameter in inspect.signature(function).parameters.items():
         default = "(required)" if parameter.default is parameter.empty else f"(default {parameter.default})"
-        lines.append(f"  --{name}: {_type_name(hints[name])} {default}")
+        lines.append(f"  --{_flag_of(name)}: {_type_name(hints[name])} {default}")
     others = {name: command for name, command in (commands or {}).items() if command is not function}
     if others:
         lines += ["", "commands:"]
@@ -258,6 +259,11 @@ def describe(function: Callable[..., object], commands: dict[str, Callable[..., 
 def _hints(function: Callable[..., object]) -> dict[str, Any]:
     hints = typing.get_type_hints(function, include_extras=True)
     return {name: hints[name] for name in inspect.signature(function).parameters}
+
+
+def _flag_of(parameter: str) -> str:
+    """The flag of a parameter: a word of Python's own has an underscore behind it there (`with_`)."""
+    return parameter.removesuffix("_")
 
 
 def _flag_name(word: str) -> str:

@@ -4,6 +4,7 @@
     python tools/convert.py export SRC DST --format hf  a run, checkpoint or model folder of ours as a foreign one
     python tools/convert.py inspect SRC                 what a foreign folder is; reads no weights
     python tools/convert.py verify A B --text FILE      whether two models, of ours or foreign, say the same
+    python tools/convert.py verify A --with transformers    whether that library reads A, or its export, as we do
 
 DST appears whole or not at all. One tensor is in memory at a time; Meta's files are made one at a time.
 """
@@ -11,6 +12,7 @@ DST appears whole or not at all. One tensor is in memory at a time; Meta's files
 import json
 import math
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,9 +32,10 @@ from llm.checkpoint.pretrained import load_checkpoint
 from llm.cli import run_cli
 from llm.errors import UserError
 from llm.foreign.export import check_free, choose_family, export_hf, export_meta, meaning
-from llm.foreign.files import open_foreign
+from llm.foreign.files import is_foreign, open_foreign
 from llm.foreign.finite import FiniteWeights
 from llm.foreign.native import OfCheckpoint, kept_files, write_native
+from llm.foreign.reference import compare_with, open_reference
 from llm.foreign.tokenizer import TOKENIZER_FILES, notes_of
 from llm.malloc import give_back_freed
 from llm.pretrained import tokenizer_of
@@ -249,17 +252,33 @@ def inspect(src: str, family: str | None = None) -> None:
 
 
 @torch.no_grad()
-def verify(a: str, b: str, text: str | None = None, tokens: int = 512, tolerance: float = 1e-5) -> None:
-    """Compare the logits of two models on a text; exit status 1 where they differ by more than the tolerance.
+def verify(
+    a: str,
+    b: str | None = None,
+    text: str | None = None,
+    tokens: int = 512,
+    tolerance: float = 1e-5,
+    with_: str | None = None,
+) -> None:
+    """Compare the logits of two models on a text, or all that a model says with what it says in transformers; exit
+    status 1 where they differ, by more than the tolerance.
 
     a: run folder, checkpoint, model folder of ours, or foreign folder
-    b: another one
+    b: another one; with transformers, the Hugging Face folder that it reads. Default then: a itself, or its export
     text: file whose beginning is read by the tokenizer of either; default: random tokens
     tokens: how many tokens are compared, in rows of up to 256
     tolerance: largest difference of logits, relative to the largest logit
+    with: transformers: ids of 1,000 prompts and the lines of the text, logits, greedy texts
     """
     if tokens < 1:
         raise UserError(f"--tokens={tokens} must be at least 1")
+    if with_ is not None:
+        if with_ != "transformers":
+            raise UserError(f"--with={with_}: possible is transformers")
+        _verify_with_transformers(a, b, text, tokens, tolerance)
+        return
+    if b is None:
+        raise UserError("missing --b: the other model; or --with=transformers, which compares with that library")
     first, second = (LLM.from_pretrained(path) for path in (a, b))
     mine, theirs = (meaning(model.args) for model in (first, second))
     for key in sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)):
@@ -283,16 +302,39 @@ def verify(a: str, b: str, text: str | None = None, tokens: int = 512, tolerance
         sys.exit(1)
 
 
+def _verify_with_transformers(a: str, b: str | None, text: str | None, tokens: int, tolerance: float) -> None:
+    if b is not None and is_foreign(Path(a)) and not is_foreign(Path(b)):
+        a, b = b, a
+    content = None if text is None else _content(text)
+    with tempfile.TemporaryDirectory() as folder:
+        if b is None and not is_foreign(Path(a)):
+            b = str(Path(folder) / "export")
+            export(a, b, quiet=True)
+        reference = open_reference(Path(a if b is None else b))
+        model = LLM.from_pretrained(a)
+        verdict = compare_with(model, _tokenizer_or_note(Path(a)), reference, content, tokens, tolerance)
+    for line in verdict.lines:
+        print(line)
+    for line in verdict.differences:
+        print(f"different: {line}")
+    if verdict.differences:
+        sys.exit(1)
+    print(f"equal in transformers, within {tolerance} of the largest logit")
+
+
+def _content(text: str) -> str:
+    try:
+        return Path(text).read_text(errors="strict")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--text={text}: {error}") from None
+
+
 def _rows(a: str, b: str, text: str | None, tokens: int, vocab_size: int) -> list[Tensor]:
     if text is None:
         ids = torch.randint(vocab_size, (tokens,), generator=torch.Generator().manual_seed(0))
     else:
         tokenizer = _either_tokenizer(a, b)
-        try:
-            content = Path(text).read_text(errors="strict")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--text={text}: {error}") from None
-        ids = torch.tensor(tokenizer.prompt_ids(content[: 16 * tokens])[:tokens])
+        ids = torch.tensor(tokenizer.prompt_ids(_content(text)[: 16 * tokens])[:tokens])
         if int(ids.max()) >= vocab_size:
             raise UserError(f"--text={text}: its tokens go beyond the vocabulary of {vocab_size}")
     return list(ids.split(256))

@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     family = choose_family(ARGS, "hf")
     export_hf(
         folder / "foreign", ARGS, OfModule(model), family,
-        dtype=torch.float32, max_shard_bytes=100_000, extra_files={}, extra_config={},
+        dtype=torch.float32, max_shard_bytes=100_000, extra_files={}, extra_config={"auto_map": {"AutoModel": "a.B"}},
     )  # fmt: skip
     return folder
 
@@ -66,7 +66,9 @@ def test_every_layout_begins_with_the_given_weights(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     for name in LAYOUTS:
         source = "native" if name == "zero3" else name
-        assert f"began with the weights of {folder / source}" in (folder / "out" / name / "log.txt").read_text()
+        said = (folder / "out" / name / "log.txt").read_text()
+        assert f"began with the weights of {folder / source}" in said
+        assert (f"note: {folder / 'foreign'}: config.json: auto_map" in said) == (name == "foreign")
     rows = {name: metrics(folder / "out" / name) for name in LAYOUTS}
     drawn = LLM(ARGS, seed=0)  # of the runs' own seed
     for found in rows.values():
