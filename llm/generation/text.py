@@ -105,9 +105,8 @@ class Continuer:
         rows = self.model.args.vocab_size
         if max(ids) >= rows:
             raise UserError(
-                f"{name} has token id {max(ids)} by the tokenizer of {self.name}, which knows "
-                f"{self.tokenizer.vocab_size} ids, but the model has rows for ids 0 to {rows - 1} only "
-                f"(vocab_size={rows}): the tokenizer belongs to another model"
+                f"{name} has token id {max(ids)} by the tokenizer of {self.name}, but the model has rows for ids 0 to "
+                f"{rows - 1} only (vocab_size={rows}): the tokenizer belongs to another model"
             )
         if len(ids) >= self.context:
             raise UserError(
