@@ -122,3 +122,14 @@ def test_what_does_not_continue_the_rows_is_refused():
         model(ids[:1], cache=cache)
     with pytest.raises(ValueError, match="row 0 continues at 3, but the cache goes on at 6"):
         model(TransformerInput(ids, tokens_position=3), cache=cache)
+
+
+def test_a_cache_that_knows_its_length_takes_memory_for_no_more():
+    model, ids = llama4(layer_pattern="attn:full", attention_chunk_size=None), tokens(2, 150)
+    known, unknown = Cache(model.args, longest=150), Cache(model.args)
+    for cache in (known, unknown):
+        model(ids[:, :100], cache=cache)
+        logits = [model(ids[:, i : i + 1], cache=cache).logits for i in range(100, 150)]
+    assert known.nbytes == 2 * 150 * 4 * 2 * 2 * 12 * 4  # rows x slots, then as above
+    assert unknown.nbytes > known.nbytes
+    torch.testing.assert_close(torch.cat(logits, dim=1), model(ids).logits[:, 100:], **TOLERANCE)
