@@ -72,6 +72,8 @@ def torchrun(script: str, arguments: list[str], nproc: int, threads: int) -> int
     except SignalException as given_up:
         print(f"stopped by {given_up.sigval.name}; the same command resumes from the last checkpoint", file=sys.stderr)
         return 128 + given_up.sigval
+    finally:
+        request.end()
     return 0
 
 
@@ -86,6 +88,7 @@ class _StopRequest:
         self.signal: signal.Signals | None = None
         """The first one."""
         self._since = 0.0
+        self._over = threading.Event()
         for number in heeded(launched=False):
             signal.signal(number, self._heard)
 
@@ -103,11 +106,15 @@ class _StopRequest:
         raise SignalException(f"got {signal.Signals(number).name}", sigval=signal.Signals(number))
 
     def _ask(self) -> None:
-        while True:
+        while not self._over.is_set():
             for child in _children() or []:
                 with suppress(OSError):
                     os.kill(child, signal.SIGTERM)
-            time.sleep(AGAIN_S)
+            self._over.wait(AGAIN_S)
+
+    def end(self) -> None:
+        """The ranks are gone: from now on nobody is asked."""
+        self._over.set()
 
 
 def _children() -> list[int] | None:

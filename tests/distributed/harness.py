@@ -10,6 +10,9 @@ from typing import Any
 
 import yaml
 
+from llm.environment import alone
+from llm.parallel import local
+
 ROOT = Path(__file__).resolve().parents[2]
 TIMING_FIELDS = ("tokens_per_s", "tokens_per_s_per_device", "step_time_s", "data_wait_s", "memory_gb", "mfu")
 
@@ -66,11 +69,7 @@ def write_config(path: Path, config: dict[str, Any]) -> Path:
 
 def environment() -> dict[str, str]:
     """This environment without what an outer torchrun or pytest left in it; one thread, as torchrun sets it."""
-    kept = {
-        k: v
-        for k, v in os.environ.items()
-        if not k.startswith(("TORCHELASTIC", "PYTEST")) and k not in ("RANK", "WORLD_SIZE")
-    }
+    kept = {key: value for key, value in alone().items() if not key.startswith("PYTEST")}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
@@ -79,8 +78,7 @@ def command(script: str, *arguments: str, nproc: int | None = None) -> list[str]
     """The command line of a script of this project: under torchrun with `nproc` processes, or plain python."""
     if nproc is None:
         return [sys.executable, str(ROOT / script), *arguments]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-    return [*launcher, str(ROOT / script), *arguments]
+    return [*local.command(nproc), str(ROOT / script), *arguments]
 
 
 def run(
