@@ -21,7 +21,7 @@ from llm.errors import UserError
 from llm.foreign.export import Weights
 from llm.foreign.files import ForeignModel, is_foreign, open_foreign
 from llm.foreign.native import OfCheckpoint
-from llm.foreign.tokenizer import foreign_tokenizer, notes_of
+from llm.foreign.tokenizer import foreign_tokenizer
 from llm.model import LLM
 from llm.tokenizer import Tokenizer, TokenizerConfig
 
@@ -78,7 +78,7 @@ def tokenizer_of(path: str | Path, tell: Tell | None = log_note) -> Tokenizer:
 def _foreign_tokenizer(path: Path, tell: Tell | None) -> tuple[Tokenizer, TokenizerConfig]:
     found, config = foreign_tokenizer(path)
     if tell is not None:
-        for line in notes_of(found):
+        for line in getattr(found, "notes", ()):
             tell(f"{path}: {line}")
     return found, config
 

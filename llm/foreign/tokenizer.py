@@ -55,9 +55,8 @@ LOSSY = "its tokenizer normalises text, so that what is decoded may differ from 
 
 def notes_of(tokenizer: Tokenizer) -> list[str]:
     """Lines on what a tokenizer does that its user may not expect."""
-    if isinstance(tokenizer, FolderTokenizer):
-        return tokenizer.notes
-    return [LOSSY] if getattr(tokenizer, "lossy", False) else []
+    notes = tokenizer.notes if isinstance(tokenizer, FolderTokenizer) else []
+    return [*notes, *([LOSSY] if getattr(tokenizer, "lossy", False) else [])]
 
 
 def foreign_tokenizer(path: Path) -> tuple[Tokenizer, TokenizerConfig]:
@@ -120,8 +119,6 @@ class FolderTokenizer(TableTokenizer):
             else:
                 self._bytes_of_id[number] = b"" if token["special"] else token["content"].encode()
         self.notes += _guesses(path, settled, self.kind)
-        if self.lossy:
-            self.notes.append(LOSSY)
         names = {token["content"]: number for number, token in tokens.items() if number < self.vocab_size}
         self._special = {name: number for name, number in names.items() if tokens[number]["special"]}
         self._in_text = {} if isinstance(inner, HFTokenizer) else _found_in_text(inner, names, self._special)
