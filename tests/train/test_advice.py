@@ -36,7 +36,7 @@ def flags_of_commands() -> set[str]:
     for path in (p for folder in ("launch", "tools", "llm/generation") for p in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.arg):
-                names.add(node.arg)
+                names.add(node.arg.rstrip("_"))  # `with_` is --with
             elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 names.add(node.target.id)
     return names
