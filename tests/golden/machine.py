@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,10 @@ def processor() -> str:
     return ", ".join(filter(None, [*numbers, said.get("model name")])) or platform.machine()
 
 
+@cache
 def onednn_isa() -> str:
     """The instruction set that oneDNN uses. torch does not pass the question on, but oneDNN prints the answer before
-    the first work that it does verbosely; so this can be asked once in a process.
+    the first work that it does verbosely; so a process can ask once.
     """
     with tempfile.TemporaryFile() as file:
         stdout = os.dup(1)
