@@ -37,8 +37,9 @@ class Mixture:
         self.rows_of = [source.n_rows(seq_len) for source in self.sources]
         for name, source, rows in zip(self.names, self.sources, self.rows_of, strict=True):
             if rows == 0:
+                path = source.given.removeprefix("data.train=")
                 raise UserError(
-                    f"data.train: source {name} ({source.given}) has {source.n_tokens} tokens, "
+                    f"data.train: source {name} ({path}) has {source.n_tokens} tokens, "
                     f"too few for one row of train.seq_len={seq_len} and the token after it"
                 )
         self.slots = _largest_remainder([weight for _, _, weight in sources])

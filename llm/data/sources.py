@@ -29,6 +29,8 @@ from llm.paths import PathText
 from llm.tokenizer import Tokenizer
 
 CACHE_VERSION = 1  # raise it when the same text and tokenizer would give other shards
+LONG_WORK_BYTES = 1 << 26
+"""Text from which on its files are said before it is sharded, not only when the run begins."""
 MOST_OF_NAME = 100
 MOST_BYTES_OF_NAME = 200
 
@@ -204,8 +206,9 @@ class _Planned:
             documents = placed_documents(whole, split)
             write_source(documents, whole.manifest.tokenizer, target, found=None if found is None else lambda: found)
             return
-        for line in self._lines_before():
-            print(line, file=sys.stderr, flush=True)
+        if self.listing.bytes >= LONG_WORK_BYTES:
+            for line in self._lines_before():
+                print(line, file=sys.stderr, flush=True)
         tally = Tally()
         reading = Reading(self.spec.text_field, self.spec.separator)
         build_source(

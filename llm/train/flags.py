@@ -5,7 +5,8 @@ Values read as they would in the YAML file, and the schema in llm/train/config.p
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel
 
@@ -127,6 +128,8 @@ def _dotted(schema: type[BaseModel], prefix: str = "") -> dict[str, str]:
     for name, info in schema.model_fields.items():
         inner = section_of(info.annotation)
         if inner is not None:
+            if any(section_of(form) is None for form in get_args(info.annotation) if form is not NoneType):
+                rows[prefix + name] = info.description or ""  # it has forms without keys, as a path
             rows.update(_dotted(inner, f"{prefix}{name}."))
         else:
             default = "" if info.is_required() else f" [{info.get_default(call_default_factory=True)}]"
