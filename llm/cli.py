@@ -122,7 +122,7 @@ def with_values(line: Sequence[str], function: Callable[..., object]) -> list[st
     """The line with `--name value` as `--name=value` where the function's flag `name` takes a value, so that values may
     look like flags: what follows such a flag is its value, unless that is another flag of the function.
     """
-    takes_value = {name: hint is not bool for name, hint in _hints(function).items()}
+    takes_value = {_flag_of(name): hint is not bool for name, hint in _hints(function).items()}
     joined: list[str] = []
     words = list(line)
     while words:

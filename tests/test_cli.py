@@ -291,3 +291,12 @@ def test_a_path_is_taken_from_the_home_folder(monkeypatch: pytest.MonkeyPatch, t
 
     run_cli(take, ["--inputs=~/a,b", "--output=~/c"])
     assert found == [[str(tmp_path / "a"), "b"], str(tmp_path / "c")]
+
+
+def test_a_flag_that_is_a_word_of_python_is_no_value_either(capsys: pytest.CaptureFixture[str]) -> None:
+    def compare(b: str, with_: str | None = None) -> None:
+        raise AssertionError
+
+    with pytest.raises(SystemExit):
+        run_cli(compare, ["--b", "--with=transformers"])
+    assert last_line(capsys).startswith("error: --b has no value")
