@@ -66,7 +66,8 @@ def assert_equal(folder: Path, names: list[str]) -> None:
 
 def test_two_ranks_read_the_same_rows_however_they_share_the_work_and_changes_are_said(tmp_path: Path) -> None:
     write_text(tmp_path, documents=60)
-    (tmp_path / "other.jsonl").write_text((tmp_path / "train.jsonl").read_text())
+    backwards = (json.loads(line)["text"][::-1] for line in (tmp_path / "train.jsonl").read_text().splitlines())
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in backwards))
     plan = [on(tmp_path, 2, name) for name in LAYOUTS[2]]
     begun = on(tmp_path, 2, "tensor", checkpoint={"interval": 2}) | {"name": "changed"}
     changed = on(
