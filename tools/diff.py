@@ -20,7 +20,7 @@ if not __package__:
 
 from llm.cli import run_cli
 from llm.errors import UserError
-from llm.train.config import differences
+from llm.train.differences import differences
 from llm.train.yaml_file import read_yaml
 
 TIMING = frozenset(

@@ -33,7 +33,7 @@ from llm.plans import Kind
 from llm.tokenizer import TokenizerConfig
 from llm.train.data_keys import as_sources, with_option
 from llm.train.deepspeed_options import checked_options
-from llm.train.explain import by_commas, explain, keys_of, prepared, section_of
+from llm.train.explain import by_commas, explain, keys_of, prepared
 from llm.train.length import misfit
 from llm.train.names import meant
 from llm.train.yaml_file import read_yaml
@@ -377,14 +377,6 @@ class RunConfig(Section):
                 raise ValueError(f"checkpoint.allow_changes={key}: no such key; {hint}")
 
 
-# Keys whose change on resume keeps the mathematics of the run: how it is cut, how long it is, what is watched.
-FREE_ON_RESUME = (
-    "model.init_from", "parallel", "train.steps", "train.epochs", "train.global_batch_size", "train.batch_schedule",
-    "train.micro_batch_size", "train.threads", "train.compile", "train.activation_checkpointing", "train.skip_steps",
-    "guard", "checkpoint", "eval", "log", "data", "tokenizer", "deepspeed",
-)  # fmt: skip
-
-
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> RunConfig:
     """Read a YAML run config, apply `{"train.steps": 200}`-like overrides, validate.
 
@@ -500,47 +492,3 @@ def _global_batches(train: TrainConfig) -> tuple[tuple[str, int], ...]:
 
 def _as_typed(value: Any) -> str:
     return str(list(value) if isinstance(value, tuple) else value)
-
-
-def differences(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[str, ...] = ()) -> list[str]:
-    """Lines `key: saved -> now` for every key that must not change on resume and did."""
-    changed = changes(saved, now).items()
-    return [f"{k}: {was!r} -> {value!r}" for k, (was, value) in changed if not is_among(k, FREE_ON_RESUME + allowed)]
-
-
-def changes(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """(value in `saved`, value now) of every key that differs, by name.
-
-    A key that `saved` does not have, because it was written before the key existed, stands at its default.
-    """
-    flat_saved, flat_now = _flatten(_completed(saved, RunConfig)), _flatten(now)
-    pairs = {key: (flat_saved.get(key), flat_now.get(key)) for key in sorted(flat_saved.keys() | flat_now.keys())}
-    return {key: (was, value) for key, (was, value) in pairs.items() if was != value}
-
-
-def is_among(key: str, keys: tuple[str, ...]) -> bool:
-    """Whether the key, or a section that it stands in, is one of `keys`."""
-    return any(key == prefix or key.startswith(prefix + ".") for prefix in keys)
-
-
-def _completed(saved: dict[str, Any], schema: type[BaseModel]) -> dict[str, Any]:
-    """`saved` with the schema's default for every key that it lacks."""
-    filled = dict(saved)
-    for name, info in schema.model_fields.items():
-        inner = section_of(info.annotation)
-        if name not in filled and not info.is_required():
-            default = info.get_default(call_default_factory=True)
-            filled[name] = default.model_dump(mode="json") if isinstance(default, BaseModel) else default
-        elif inner is not None and isinstance(filled.get(name), dict):
-            filled[name] = _completed(filled[name], inner)
-    return filled
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat

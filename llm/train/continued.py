@@ -5,7 +5,8 @@ from pathlib import Path
 from llm.checkpoint.reader import Checkpoint, list_steps, newest_valid, resolve
 from llm.errors import UserError
 from llm.tokenizer import Tokenizer
-from llm.train.config import RunConfig, differences
+from llm.train.config import RunConfig
+from llm.train.differences import differences
 
 
 def continued(config: RunConfig, folder: Path) -> Checkpoint | None:

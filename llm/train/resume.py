@@ -7,7 +7,8 @@ from typing import Any
 
 from llm.data.mixture import Mixture
 from llm.data.ranges import Range
-from llm.train.config import OptimConfig, RunConfig, TrainConfig, changes, is_among
+from llm.train.config import OptimConfig, RunConfig, TrainConfig
+from llm.train.differences import changes, is_among
 from llm.train.schedule import learning_rate, rows_of_step
 
 SAID = ("model", "optim", "train", "parallel")

@@ -14,10 +14,10 @@ from llm.train.config import (
     TrainConfig,
     accumulation_steps,
     check_layout,
-    differences,
     load_config,
     validate,
 )
+from llm.train.differences import differences
 from llm.train.explain import keys_of
 from llm.train.flags import OWN_FLAGS, help_text, parse_run_flags
 from llm.train.names import OTHERS_NAMES
