@@ -346,7 +346,7 @@ class RunConfig(Section):
         self._keys_are_known()
         optim, steps = self.optim, self.train.steps
         if steps is not None:  # of train.epochs only the data says how many they are
-            wrong = misfit(optim.schedule, optim.warmup_steps, optim.decay_steps, steps, f"train.steps={steps}")
+            wrong = misfit(optim.warmup_steps, optim.decay_steps, steps, f"train.steps={steps}")
             if wrong:
                 raise ValueError(wrong)
         return self._with_held_out_rows()

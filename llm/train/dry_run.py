@@ -18,7 +18,7 @@ from llm.plans import plan_for
 from llm.pretrained import args_of
 from llm.tokenizer import load_tokenizer
 from llm.train.config import RunConfig
-from llm.train.length import default_warmup
+from llm.train.length import cut_short, default_warmup
 from llm.train.optimizer import parameter_groups
 
 REPLICA: tuple[Dimension, ...] = ("tensor", "context", "data", "pipeline")
@@ -89,6 +89,8 @@ def _lines(config: RunConfig, layout: Layout) -> Iterator[str]:
     if config.optim.warmup_steps is None and config.train.steps is not None:
         steps = default_warmup(config.train.steps, config.optim.decay_steps)
         yield f"optim.warmup_steps=null is {_count(steps, 'step')} of train.steps={config.train.steps}"
+    if config.train.steps is not None:
+        yield from filter(None, [cut_short(config.optim.schedule, config.optim.warmup_steps, config.train.steps)])
     yield from _memory(work, config.checkpoint.asynchronous)
     yield from _traffic(work)
 

@@ -14,21 +14,29 @@ def default_decay(steps: int, warmup: int) -> int:
     return max(min(steps // 5, steps - warmup), 1)
 
 
-def misfit(schedule: str, warmup: int | None, decay: int | None, steps: int, length: str) -> str | None:
+def misfit(warmup: int | None, decay: int | None, steps: int, length: str) -> str | None:
     """What is wrong with warm-up and decay as they were given (None: left out) in a run of `steps` steps, which came
-    from `length`; None where they fit.
+    from `length`; None where they do not meet.
     """
-    if decay is not None and (warmup or 0) + decay > steps:
-        what = f"optim.decay_steps={decay}"
-        if warmup:
-            what = f"optim.warmup_steps={warmup} and {what} together"
-        fitting = steps - (warmup or 0)
-        remedy = f"use optim.decay_steps={fitting} or less" if fitting > 0 else "give fewer steps of both"
-        return f"{what} are longer than {length}; {remedy}, or more steps"
-    if schedule != "constant" and warmup is not None and warmup >= steps:
-        usual = default_warmup(steps, decay)
-        return (
-            f"optim.warmup_steps={warmup} leaves optim.schedule={schedule} no step to come down in {length}; give "
-            f"optim.warmup_steps={usual} (the default of this length), more steps, or optim.schedule=constant"
-        )
-    return None
+    if decay is None or (warmup or 0) + decay <= steps:
+        return None
+    what = f"optim.decay_steps={decay}"
+    if warmup:
+        what = f"optim.warmup_steps={warmup} and {what} together"
+    fitting = steps - (warmup or 0)
+    remedy = f"use optim.decay_steps={fitting} or less" if fitting > 0 else "give fewer steps of both"
+    return f"{what} are longer than {length}; {remedy}, or more steps"
+
+
+def cut_short(schedule: str, warmup: int | None, steps: int) -> str | None:
+    """What a warm-up as long as the run, or longer, leaves of the schedule; None where there is more. Not refused: who
+    tries a config with a few steps means its first ones.
+    """
+    if warmup is None or warmup < steps or (schedule == "constant" and warmup == steps):
+        return None
+    reached = "reaches its peak in the last step" if warmup == steps else f"gets to {steps} of its {warmup} steps"
+    falls = "" if schedule == "constant" else f", and optim.schedule={schedule} has no step to come down in"
+    return (
+        f"note: the warm-up {reached} (optim.warmup_steps={warmup}, train.steps={steps}){falls}; "
+        f"left out, it is {default_warmup(steps, None)} for this length"
+    )

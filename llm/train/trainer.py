@@ -44,7 +44,7 @@ from llm.train.continued import changes, refuse, refuse_another_run
 from llm.train.curves import CurveSink, TensorBoard, WeightsAndBiases
 from llm.train.guard import Guard, part_passed_over, rows_and_size
 from llm.train.inputs import encode_prompts, open_sources, settle_precision, settle_warmup, with_vocabulary
-from llm.train.length import default_warmup, misfit
+from llm.train.length import cut_short, default_warmup, misfit
 from llm.train.log import RunLog
 from llm.train.metrics import StepMetrics
 from llm.train.resume import SkippedSteps, change_lines, data_line, data_refused, guard_state
@@ -147,14 +147,14 @@ class Trainer:
         return lines + (self._begin() if checkpoint is None else self._resumed(checkpoint))
 
     def _begin(self) -> list[str]:
-        """Lines about the tokenizer of a new run, and about its weights if they are to come from elsewhere
+        """Lines about the tokenizer and schedule of a new run, and about its weights if they are to come from elsewhere
         (collective). UserError where the schedule has no room in it, which only the data says of `train.epochs`.
         """
         optim, length = self.config.optim, f"train.epochs={self._epochs}, that is {self.steps} steps"
-        wrong = misfit(optim.schedule, optim.warmup_steps, optim.decay_steps, self.steps, length)
+        wrong = misfit(optim.warmup_steps, optim.decay_steps, self.steps, length)
         if wrong and self._epochs is not None:
             raise agreed_error(wrong)
-        notes = notes_of(self.tokenizer)
+        notes = [*notes_of(self.tokenizer), *filter(None, [cut_short(optim.schedule, optim.warmup_steps, self.steps)])]
         if self.config.model.init_from is None:
             return notes
         apply, lines = all_or_none(lambda: read_weights(self.engine, self.config.model), self.world)

@@ -54,9 +54,6 @@ def tiny_config(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
     }
     for name, section in sections.items():
         config[name] = {**config.get(name, {}), **section}
-    steps, optim = config["train"].get("steps"), config["optim"]
-    if "warmup_steps" not in sections.get("optim", {}) and isinstance(steps, int) and steps <= optim["warmup_steps"]:
-        del optim["warmup_steps"]  # the default fits
     return config
 
 

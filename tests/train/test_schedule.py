@@ -9,7 +9,7 @@ import pytest
 from llm.data.loader import in_force
 from llm.errors import UserError
 from llm.train.config import OptimConfig, TrainConfig, validate
-from llm.train.length import default_warmup, misfit
+from llm.train.length import cut_short, default_warmup, misfit
 from llm.train.schedule import epoch_rows, learning_rate, lr_factor, rows_of_step, steps_between
 from tests.distributed.harness import tiny_config
 
@@ -110,16 +110,12 @@ def test_a_decay_that_is_not_given_leaves_the_warm_up_alone() -> None:
         ("wsd", 3, 10, "optim.decay_steps=7 or less"),
         ("wsd", 5, 8, "optim.decay_steps=5 or less"),
         ("wsd", None, 11, "optim.decay_steps=10 or less"),
-        ("wsd", 10, None, "optim.warmup_steps=1 "),
-        ("cosine", 10, None, "optim.warmup_steps=1 "),
-        ("linear", 100, None, "optim.warmup_steps=1 "),
-        ("one_cycle", 10, None, "optim.warmup_steps=1 "),
     ],
 )
 def test_what_cannot_fit_is_refused_with_what_does(
     schedule: str, warmup: int | None, decay: int | None, advice: str
 ) -> None:
-    text = misfit(schedule, warmup, decay, 10, "train.steps=10")
+    text = misfit(warmup, decay, 10, "train.steps=10")
     assert text and advice in text and "train.steps=10" in text
     raw = tiny_config(Path("nowhere"), train={"steps": 10})
     raw["optim"] = {"lr": 1.0, "schedule": schedule, "warmup_steps": warmup, "decay_steps": decay}
@@ -135,7 +131,19 @@ def test_what_cannot_fit_is_refused_with_what_does(
     ],
 )
 def test_what_fits_passes(schedule: str, warmup: int | None, decay: int | None) -> None:
-    assert misfit(schedule, warmup, decay, 10, "train.steps=10") is None
+    assert misfit(warmup, decay, 10, "train.steps=10") is None
+    assert (cut_short(schedule, warmup, 10) is None) == (warmup != 100)
+
+
+@pytest.mark.parametrize("schedule", ["wsd", "cosine", "linear", "one_cycle"])
+def test_a_warm_up_that_ends_with_the_run_is_said_and_may_run(schedule: str) -> None:
+    text = cut_short(schedule, 10, 10)
+    assert text and "optim.warmup_steps=10, train.steps=10" in text and "no step to come down" in text
+    assert "it is 1 for this length" in text
+    assert "gets to 10 of its 100 steps" in str(cut_short(schedule, 100, 10))
+    raw = tiny_config(Path("nowhere"), train={"steps": 10})
+    raw["optim"] = {"lr": 1.0, "schedule": schedule, "warmup_steps": 100}
+    assert validate(raw, "test.yaml").optim.warmup_steps == 100
 
 
 def test_the_rows_of_a_step_are_those_that_the_loader_gives_it() -> None:
