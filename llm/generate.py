@@ -53,7 +53,7 @@ def generate(
     model: LLM | Decoder,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -62,7 +62,8 @@ def generate(
     seed: int = 0,
     n_ids: int | None = None,
 ) -> list[list[int]]:
-    """The new tokens of each prompt, at most max_new_tokens; a stop token ends its row and is kept as the row's last.
+    """The new tokens of each prompt, at most max_new_tokens (of all rows, or of each); a stop token ends its row and is
+    kept as the row's last.
 
     Sampling says what the settings mean; `n_ids` and errors are as of `stream`.
     """

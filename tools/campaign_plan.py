@@ -124,7 +124,7 @@ def parse(words: Sequence[str]) -> tuple[Settings, RunFlags]:
 
 def overrides(settings: Settings, flags: RunFlags) -> dict[str, Any]:
     """What the campaign's runs have other than the config: length and rhythm, and nothing that ends them early, sends
-    curves away or begins elsewhere.
+    curves away, traces or begins elsewhere.
     """
     return flags.overrides | {
         "train.steps": settings.length(),
@@ -132,6 +132,7 @@ def overrides(settings: Settings, flags: RunFlags) -> dict[str, Any]:
         "checkpoint.interval": settings.interval,
         "checkpoint.resume": "auto",
         "eval.patience": None,
+        "log.trace_steps": None,
         "log.wandb": False,
     }
 

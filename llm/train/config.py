@@ -34,7 +34,7 @@ from llm.tokenizer import TokenizerConfig
 from llm.train.data_keys import as_sources, with_option
 from llm.train.deepspeed_options import checked_options
 from llm.train.explain import by_commas, explain, keys_of, prepared
-from llm.train.length import misfit
+from llm.train.length import misfit, untraced
 from llm.train.names import meant
 from llm.train.yaml_file import read_yaml
 
@@ -346,7 +346,9 @@ class RunConfig(Section):
         self._keys_are_known()
         optim, steps = self.optim, self.train.steps
         if steps is not None:  # of train.epochs only the data says how many they are
-            wrong = misfit(optim.warmup_steps, optim.decay_steps, steps, f"train.steps={steps}")
+            length = f"train.steps={steps}"
+            wrong = misfit(optim.warmup_steps, optim.decay_steps, steps, length)
+            wrong = wrong or untraced(self.log.trace_steps, steps, length)
             if wrong:
                 raise ValueError(wrong)
         return self._with_held_out_rows()

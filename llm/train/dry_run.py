@@ -1,6 +1,7 @@
 """What `--dry_run` tells of a run before it begins: the grid of ranks, memory and traffic, from the config alone."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,11 @@ from llm.plans import plan_for
 from llm.pretrained import args_of
 from llm.tokenizer import load_tokenizer
 from llm.train.config import RunConfig
-from llm.train.length import cut_short, default_warmup
+from llm.train.inputs import encode_prompts
+from llm.train.length import default_warmup
+from llm.train.notes import config_notes
 from llm.train.optimizer import parameter_groups
+from llm.train.preflight import ALONE
 
 REPLICA: tuple[Dimension, ...] = ("tensor", "context", "data", "pipeline")
 EXPERTS: tuple[Dimension, ...] = ("expert", "expert_data")
@@ -89,20 +93,21 @@ def _lines(config: RunConfig, layout: Layout) -> Iterator[str]:
     if config.optim.warmup_steps is None and config.train.steps is not None:
         steps = default_warmup(config.train.steps, config.optim.decay_steps)
         yield f"optim.warmup_steps=null is {_count(steps, 'step')} of train.steps={config.train.steps}"
-    if config.train.steps is not None:
-        yield from filter(None, [cut_short(config.optim.schedule, config.optim.warmup_steps, config.train.steps)])
     yield from _memory(work, config.checkpoint.asynchronous)
     yield from _traffic(work)
 
 
 def _notes(config: RunConfig) -> list[str]:
-    """What is to be said about the folder that the weights come from."""
+    """What is to be said about the folder that the weights come from, and of the config itself."""
     source = config.model.init_from
     found: list[str] = []
     if source is not None and Path(source).exists():
         args_of(source, tell=lambda line: found.append(f"note: {line}"))
         found += [f"note: {line}" for line in notes_of(load_tokenizer(config.tokenizer))]
-    return found
+    prompts: list[list[int]] = []
+    with suppress(UserError):  # --dry_run=config has no need of the tokenizer's file
+        prompts = encode_prompts(config, load_tokenizer(config.tokenizer), ALONE)
+    return found + config_notes(config, prompts)
 
 
 def _with_vocabulary(config: RunConfig) -> RunConfig:

@@ -12,6 +12,7 @@ from llm.data.overlap import overlap_notes
 from llm.data.source import TokenSource
 from llm.data.sources import check_data, open_data, prepare_data, sides
 from llm.errors import UserError
+from llm.generation.text import context_length
 from llm.parallel.collectives import agreed_error, all_or_none, main_decides
 from llm.parallel.launch import World
 from llm.tokenizer import Tokenizer
@@ -96,12 +97,22 @@ def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
 
 
 def encode_prompts(config: RunConfig, tokenizer: Tokenizer, world: World) -> list[list[int]]:
-    """`eval.prompts` as token ids, each begun as the tokenizer begins a text."""
+    """`eval.prompts` as token ids, each begun as the tokenizer begins a text. UserError where the tokenizer cannot say
+    one, or where samples are asked for and one leaves no room for a token behind it.
+    """
+    context = context_length(config.model)
 
     def encode() -> list[list[int]]:
         try:
-            return [tokenizer.prompt_ids(text) for text in config.eval.prompts]
+            prompts = [tokenizer.prompt_ids(text) for text in config.eval.prompts]
         except UserError as error:
             raise UserError(f"eval.prompts: {error}") from None
+        for i, ids in enumerate(prompts):
+            if config.eval.sample_interval is not None and len(ids) >= context:
+                raise UserError(
+                    f"eval.prompts.{i} has {len(ids):,} tokens, and the context of {context:,} (model.max_seq_len) no "
+                    f"room for one behind them; give a shorter prompt, or eval.sample_interval=null"
+                )
+        return prompts
 
     return all_or_none(encode, world)

@@ -1,4 +1,4 @@
-"""Whether warm-up and decay fit into a run, and the warm-up of one that names none."""
+"""Whether warm-up, decay and traced steps fit into a run, and the warm-up of one that names none."""
 
 DEFAULT_WARMUP = 100
 """Steps, but at most a tenth of the run."""
@@ -26,6 +26,16 @@ def misfit(warmup: int | None, decay: int | None, steps: int, length: str) -> st
     fitting = steps - (warmup or 0)
     remedy = f"use optim.decay_steps={fitting} or less" if fitting > 0 else "give fewer steps of both"
     return f"{what} are longer than {length}; {remedy}, or more steps"
+
+
+def untraced(trace_steps: tuple[int, int] | None, steps: int, length: str) -> str | None:
+    """What is wrong with `log.trace_steps` in a run of `steps` steps, which came from `length`: steps that it has not
+    would be missed when it is over.
+    """
+    if trace_steps is None or trace_steps[1] <= steps:
+        return None
+    first, last = trace_steps
+    return f"log.trace_steps=[{first}, {last}]: there is no step {last} in {length}"
 
 
 def cut_short(schedule: str, warmup: int | None, steps: int) -> str | None:

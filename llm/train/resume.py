@@ -145,6 +145,13 @@ class SkippedSteps:
             kept = [[number, *rows_ahead(meta, step, number)] for number in steps if number > step]
         self._rows = {number: (first, end) for number, first, end in kept}
 
+    def missed(self, train: TrainConfig, step: int) -> list[str]:
+        """A line where `train` names steps that were done before they were named."""
+        late = [number for number in train.skip_steps if number <= step and number not in self._rows]
+        if not late:
+            return []
+        return [f"note: train.skip_steps={late}: the run is at step {step}, and has trained on the rows of these"]
+
     def forget_data(self) -> None:
         """Begin with other data."""
         self._rows = {}

@@ -31,7 +31,7 @@ from llm.data.mixture import Mixture
 from llm.errors import UserError
 from llm.foreign.tokenizer import notes_of
 from llm.generate import generate
-from llm.generation.text import continuation
+from llm.generation.text import context_length, continuation
 from llm.parallel.collectives import agreed_error, all_or_none, main_decides, sum_over_ranks
 from llm.parallel.grid import make_grid
 from llm.parallel.launch import World
@@ -44,9 +44,10 @@ from llm.train.continued import changes, refuse, refuse_another_run
 from llm.train.curves import CurveSink, TensorBoard, WeightsAndBiases
 from llm.train.guard import Guard, part_passed_over, rows_and_size
 from llm.train.inputs import encode_prompts, open_sources, settle_precision, settle_warmup, with_vocabulary
-from llm.train.length import cut_short, default_warmup, misfit
+from llm.train.length import default_warmup, misfit, untraced
 from llm.train.log import RunLog
 from llm.train.metrics import StepMetrics
+from llm.train.notes import config_notes
 from llm.train.resume import SkippedSteps, change_lines, data_line, data_refused, guard_state
 from llm.train.schedule import epoch_rows, learning_rate, steps_between
 from llm.train.stop import EXIT_STOPPED, Requests
@@ -147,19 +148,19 @@ class Trainer:
         return lines + (self._begin() if checkpoint is None else self._resumed(checkpoint))
 
     def _begin(self) -> list[str]:
-        """Lines about the tokenizer and schedule of a new run, and about its weights if they are to come from elsewhere
+        """Lines about the tokenizer of a new run, and about its weights if they are to come from elsewhere
         (collective). UserError where the schedule has no room in it, which only the data says of `train.epochs`.
         """
         optim, length = self.config.optim, f"train.epochs={self._epochs}, that is {self.steps} steps"
         wrong = misfit(optim.warmup_steps, optim.decay_steps, self.steps, length)
+        wrong = wrong or untraced(self.config.log.trace_steps, self.steps, length)
         if wrong and self._epochs is not None:
             raise agreed_error(wrong)
-        notes = [*notes_of(self.tokenizer), *filter(None, [cut_short(optim.schedule, optim.warmup_steps, self.steps)])]
         if self.config.model.init_from is None:
-            return notes
+            return notes_of(self.tokenizer)
         apply, lines = all_or_none(lambda: read_weights(self.engine, self.config.model), self.world)
         apply()
-        return [*lines, *notes]
+        return [*lines, *notes_of(self.tokenizer)]
 
     def _resumed(self, checkpoint: Checkpoint) -> list[str]:
         rows = self.earlier_rows + self.consumed_rows
@@ -199,6 +200,8 @@ class Trainer:
             self.best, other_rows = self._best_of(meta["best"])
             self.guard.load(guard_state(meta, self.step))
             self.skipped.load(meta, self.step)
+            # a checkpoint from before rows were kept does not tell
+            late = self.skipped.missed(self.config.train, self.step) if "skip_steps" in meta else []
             other_data = data_line(self.mixture, meta["data"])
             if other_data:
                 self.earlier_rows += self.consumed_rows
@@ -207,7 +210,7 @@ class Trainer:
                 self.skipped.forget_data()
             self._settle_steps()
             changed = change_lines(meta, self.config, self.world.size, self.step)
-            self._notes = [*changed, *([other_data] if other_data else []), *other_rows]
+            self._notes = [*changed, *([other_data] if other_data else []), *other_rows, *late]
 
         return apply
 
@@ -271,7 +274,10 @@ class Trainer:
                 raise
 
     def _fit(self) -> None:
-        notes: list[str] | None = [*self._data_notes, *self.resume()]
+        found = [*self._data_notes, *self.resume()]
+        notes: list[str] | None = found + config_notes(
+            self.config, self.prompts, self.step, self.earlier_rows + self.consumed_rows
+        )
         requests = Requests(self.run_dir)
         try:
             while notes is not None:
@@ -468,11 +474,12 @@ class Trainer:
                 log.sample(self.step, prompt, prompt + text)
 
     def _continuations(self) -> list[str]:
+        most, context = self.config.eval.sample_tokens, context_length(self.config.model)
         try:
             continuations = generate(
                 self.engine.decoder(),
                 self.prompts,
-                max_new_tokens=self.config.eval.sample_tokens,
+                max_new_tokens=[min(most, context - len(ids)) for ids in self.prompts],
                 temperature=self.config.eval.temperature,
                 stop_ids=self.tokenizer.end_ids,
                 seed=self.step,

@@ -93,6 +93,7 @@ def test_a_model_file_is_read_from_its_path(tmp_path: Path) -> None:
         ({"guard": {"spike": "explode"}}, "guard.spike='explode'"),
         ({"eval": {"patience": 3}, "data": {"valid": None}}, "eval.patience=3 needs held-out text: set data.valid"),
         ({"log": {"trace_steps": [5, 4]}}, "log.trace_steps=[5, 4]: the first step lies after the last"),
+        ({"log": {"trace_steps": [21, 30]}}, "log.trace_steps=[21, 30]: there is no step 30 in train.steps=20"),
         ({"deepspeed": {"zero_optimization": {"offload_optimizer": {}}}}, "set by parallel.offload_optimizer"),
         ({"train": {"lr": 1}}, "unknown key train.lr; did you mean optim.lr?"),
         ({"optim": {"max_steps": 1}}, "unknown key optim.max_steps; did you mean train.steps?"),

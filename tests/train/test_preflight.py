@@ -60,6 +60,10 @@ CASES: dict[str, tuple[Callable[[Path], dict[str, Any]] | dict[str, Any], str]] 
     "an empty file": (no_text, "has no documents"),
     "another field": (other_field, "no text in field 'text'"),
     "other letters": (few_letters, "eval.prompts: "),
+    "a prompt as long as the context": (
+        {"eval": {"sample_interval": 5, "prompts": ["a", "b" * 63]}},
+        "eval.prompts.1 has 64 tokens, and the context of 64 (model.max_seq_len)",
+    ),
     "other weights": (other_weights, "has shape (64, 32) there, (48, 32) here"),
     "a file for a folder": (file_in_the_way, "data.cache_dir="),
 }
