@@ -1,7 +1,5 @@
 """What this machine cannot do is asked of its device, as a run asks it, and skipped alone and by name."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -16,14 +14,6 @@ def needs(precision: str) -> None:
     """Skip this test where the device lacks the precision."""
     if not has(precision):
         pytest.skip(f"this device has no {precision} arithmetic")
-
-
-@contextmanager
-def part(subtests: pytest.Subtests, **case: Any) -> Iterator[None]:
-    """One case among several of a test, reported by itself; skipped where the device lacks its precision."""
-    with subtests.test(**case):
-        needs(case.get("precision", "fp32"))
-        yield
 
 
 def possible(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -48,7 +48,10 @@ def last_words(fault: str, place: str, launcher: str, folder: Path) -> str:
         words = [sys.executable, *words, "--nproc", str(RANKS)]
     else:
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}", *words]
-    process = subprocess.Popen(words, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    # native code that loses a peer may print bytes that are no text
+    process = subprocess.Popen(
+        words, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
+    )
     try:
         _, stderr = process.communicate(timeout=START_S + PROMISED_S + (PATIENCE_S if fault in SILENT else 0))
     finally:

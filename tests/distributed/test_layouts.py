@@ -17,7 +17,7 @@ from llm.parallel.validate import LAYOUT_RULES, Choice, Needs, problem
 from tests.distributed.engine_job import ROWS, SEQ_LEN
 from tests.distributed.harness import TINY_MODEL
 from tests.distributed.test_zero import check, train
-from tests.machine import part
+from tests.machine import needs
 
 pytestmark = pytest.mark.distributed
 
@@ -205,7 +205,8 @@ def check_all(
     expected: dict[tuple[str, str], list[dict[str, Any]]],
 ) -> None:
     for case, rows in zip(cases, found, strict=True):
-        with part(subtests, **case):
+        with subtests.test(**case):
+            needs(case.get("precision", "fp32"))
             check(case, rows, expected[model_and_optimizer(case)])
 
 
