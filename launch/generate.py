@@ -8,6 +8,12 @@
 tools/convert.py made, or a foreign one (Hugging Face or Meta) as it is.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from llm.cli import run_cli
 from llm.generation.command import continue_prompt
 

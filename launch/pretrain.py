@@ -13,6 +13,11 @@ rebuilds step 120 of a run and lists its documents, the highest loss first.
 """
 
 import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import llm.installed  # noqa: F401  (says in one line what is missing)
 
 import yaml
 

@@ -1,5 +1,6 @@
 """Lattice: large transformer models, trained on any parallel layout with one answer."""
 
+import llm.installed  # noqa: F401  (first: it says in one line which package is missing)
 from llm.args import ModelArgs
 from llm.model import LLM
 

@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import llm.installed  # noqa: F401  (says in one line what is missing)
+
+import numpy as np
 
 from llm.atomic import write_file
 from llm.cli import run_cli

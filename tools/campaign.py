@@ -26,6 +26,7 @@ from typing import Any
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import llm.installed  # noqa: F401  (says in one line what is missing)
 
 import torch
 

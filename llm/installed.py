@@ -1,0 +1,39 @@
+"""Whether this Python is new enough and has the packages that everything here imports; looked at once, before they are.
+
+Kept to what a Python of years ago can read: it is the first file of the project that runs.
+"""
+
+import importlib.util
+import os
+import sys
+
+OLDEST = (3, 11)
+PACKAGES = ("torch", "numpy", "pydantic", "yaml", "tqdm", "safetensors", "sentencepiece", "pyarrow")
+
+
+def problem() -> "str | None":
+    """One line for what is missing and what to do; None where nothing is."""
+    python = f"{sys.executable or 'this'} is Python {sys.version_info[0]}.{sys.version_info[1]}"
+    remedy = "`make setup` makes .venv with all of it: use .venv/bin/python"
+    if sys.version_info[:2] < OLDEST:
+        return f"{python}; Lattice needs {OLDEST[0]}.{OLDEST[1]} or later; {remedy}"
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"{python} without {', '.join(missing)}, which Lattice needs; {remedy}"
+    return None
+
+
+def check() -> None:
+    """ImportError with that line; a command of this project (launch/, tools/) prints it and ends with status 2."""
+    line = problem()
+    if line is None:
+        return
+    script = os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "")
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if os.path.dirname(script) in (os.path.join(root, "launch"), os.path.join(root, "tools")):
+        sys.stderr.write(f"error: {line}\n")
+        sys.exit(2)
+    raise ImportError(line)
+
+
+check()

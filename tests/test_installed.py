@@ -1,0 +1,35 @@
+"""An old Python, or one without the packages, is one line of a command, and an ImportError of the library."""
+
+import subprocess
+import sys
+
+import pytest
+
+from llm import installed
+from tests.shared import ROOT
+
+
+def test_this_python_has_everything() -> None:
+    assert installed.problem() is None
+
+
+def test_what_is_missing_is_named_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installed, "PACKAGES", ("torch", "no_such_package", "nor_this"))
+    with pytest.raises(ImportError, match="without no_such_package, nor_this, which Lattice needs; `make setup` makes"):
+        installed.check()
+    monkeypatch.setattr(installed, "OLDEST", (99, 0))
+    with pytest.raises(ImportError, match=r"is Python 3\.\d+; Lattice needs 99\.0 or later; `make setup`"):
+        installed.check()
+
+
+COMMANDS = ("launch/pretrain.py", "launch/generate.py", "tools/convert.py", "tools/shard.py", "tools/inspect.py")
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_a_command_of_a_python_without_packages_says_one_line(script: str) -> None:
+    # -I -S: neither this environment's packages nor PYTHONPATH
+    words = [sys.executable, "-I", "-S", str(ROOT / script), "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and "without torch, " in line and "use .venv/bin/python" in line
