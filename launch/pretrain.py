@@ -47,9 +47,11 @@ def main() -> None:
         if place.rank == 0:
             from llm.train.dry_run import report  # it imports torch
 
-            if flags.dry_run != "config":
-                preflight(config, flags.folder())
-            print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False) + report(config, layout), end="")
+            run_dir = None if flags.dry_run == "config" else flags.folder()
+            if run_dir is not None:
+                preflight(config, run_dir)
+            text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+            print(text + report(config, layout, run_dir), end="")
         return
     if flags.replay_step is not None:
         check_replay(flags.folder(), flags.replay_step, config.train.steps, layout)

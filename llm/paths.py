@@ -46,6 +46,18 @@ def refuse_unwritable(folder: Path, name: str) -> None:
         raise UserError(f"{there}: Permission denied; {name} is to be written there")
 
 
+def free_space(folder: Path) -> tuple[int, int] | None:
+    """Bytes of a block, and bytes that are free, on the file system where the folder is or is to be; None where it
+    does not say.
+    """
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        found = os.statvfs(place)
+    except OSError:  # writing says better what is wrong
+        return None
+    return (found.f_frsize, found.f_bavail * found.f_frsize) if found.f_blocks else None
+
+
 def refuse_existing(file: str, flag: str, instead: str = "name another file, or remove it") -> None:
     """UserError naming `flag` where a file to be written is there already, or cannot be: asked before the work."""
     if Path(file).is_dir():

@@ -29,6 +29,7 @@ from llm.checkpoint.reader import FORMAT, MANIFEST, Checkpoint, list_steps, seal
 from llm.errors import DamagedFile, UserError
 from llm.parallel.collectives import agreed_error, all_or_none, gather_json, main_decides
 from llm.parallel.launch import World
+from llm.paths import free_space
 
 HIDDEN = ".unfinished-"
 Load = Callable[[Checkpoint], Callable[[], None]]
@@ -171,7 +172,7 @@ class CheckpointStore:
         return self._plan
 
     def _check_space(self, plan: FilePlan, n_rows: int, manifest: dict[str, Any]) -> None:
-        disk = self._disk() if self.world.is_main else None
+        disk = free_space(self.folder) if self.world.is_main else None
         empty = len(seal({**manifest, "files": {}, "fragments": []}))
         told = gather_json([plan.name, plan.record.to_json(), n_rows, empty, disk], self.world)
         *_, empty, disk = told[0]
@@ -185,15 +186,6 @@ class CheckpointStore:
         if needed > free:
             short = f"the checkpoint of step {manifest['step']} needs {needed:,} bytes, {free:,} are free"
             raise agreed_error(f"{self.folder}: {short}", SaveFailed)
-
-    def _disk(self) -> tuple[int, int] | None:
-        """Bytes of a block, and bytes that are free; None where the file system does not say."""
-        place = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
-        try:
-            found = os.statvfs(place)
-        except OSError:  # writing says better what is wrong
-            return None
-        return (found.f_frsize, found.f_bavail * found.f_frsize) if found.f_blocks else None
 
     def flags(self) -> tuple[bool, bool]:
         """Whether this rank is at work on a save, and whether its part has failed: to be added up over ranks."""

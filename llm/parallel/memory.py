@@ -4,6 +4,7 @@ averages, and gradients between micro-batches. Exact, with DeepSpeed's padding.
 Not in it: activations, buffers of collectives, one step's temporary copies, and what lies beside tensors.
 """
 
+import math
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
@@ -42,6 +43,17 @@ def predict(work: Workload) -> list[tuple[Memory, int]]:
     """Memory of each kind of rank, and how many ranks are of that kind."""
     rest = work.layout.world // (work.layout.tensor * work.layout.pipeline)
     return [(_of(work, kind), kind.ranks * rest) for kind in work.kinds]
+
+
+def checkpoint_bytes(work: Workload) -> int:
+    """Bytes of the values in a checkpoint, which all ranks write together: masters, optimizer state and averages, each
+    element once. Headers and the manifest come on top.
+    """
+    numel = {name: math.prod(shape) for name, shape in work.shapes.items()}
+    kinds = {"adamw": 3, "muon": 2, "sgd": 1}
+    return FLOAT32 * sum(
+        (kinds[group.algorithm] + work.ema) * sum(numel[name] for name in group.names) for group in work.groups
+    )
 
 
 def _of(work: Workload, kind: Kind) -> Memory:

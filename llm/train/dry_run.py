@@ -1,4 +1,4 @@
-"""What `--dry_run` tells of a run before it begins: the grid of ranks, memory and traffic, from the config alone."""
+"""What `--dry_run` tells of a run before it begins: the grid of ranks, memory, disk space and traffic."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -19,6 +19,7 @@ from llm.plans import plan_for
 from llm.pretrained import args_of
 from llm.tokenizer import load_tokenizer
 from llm.train.config import RunConfig
+from llm.train.disk import checkpoints_at_once, room
 from llm.train.inputs import encode_prompts
 from llm.train.length import default_warmup
 from llm.train.notes import config_notes
@@ -70,12 +71,12 @@ def _algorithm(group: dict[str, Any], name: str) -> str:
     return "muon" if group["muon"] else "adamw"
 
 
-def report(config: RunConfig, layout: Layout) -> str:
-    """Lines that are comments in YAML."""
-    return "".join(f"# {line}".rstrip() + "\n" for line in _lines(config, layout))
+def report(config: RunConfig, layout: Layout, run_dir: Path | None = None) -> str:
+    """Lines that are comments in YAML; with the run's folder also whether its disk has room for the checkpoints."""
+    return "".join(f"# {line}".rstrip() + "\n" for line in _lines(config, layout, run_dir))
 
 
-def _lines(config: RunConfig, layout: Layout) -> Iterator[str]:
+def _lines(config: RunConfig, layout: Layout, run_dir: Path | None) -> Iterator[str]:
     yield from _notes(config)
     yield from _grid(layout)
     try:
@@ -94,6 +95,7 @@ def _lines(config: RunConfig, layout: Layout) -> Iterator[str]:
         steps = default_warmup(config.train.steps, config.optim.decay_steps)
         yield f"optim.warmup_steps=null is {_count(steps, 'step')} of train.steps={config.train.steps}"
     yield from _memory(work, config.checkpoint.asynchronous)
+    yield from _disk(config, memory.checkpoint_bytes(work), run_dir)
     yield from _traffic(work)
 
 
@@ -167,6 +169,22 @@ def _memory(work: Workload, asynchronous: bool) -> Iterator[str]:
         yield f"and in host memory {_units(max(copies))} at most, for checkpoint.asynchronous, from the first save on"
     if kinds[0].gradients is None:
         yield "  gradients are not counted where the optimizer is offloaded"
+
+
+def _disk(config: RunConfig, one: int, run_dir: Path | None) -> Iterator[str]:
+    most = checkpoints_at_once(config)
+    needed = f"; {most} of them, the most that are there at a time, {_units(most * one)}" if most > 1 else ""
+    yield f"a checkpoint takes {_units(one)} of disk space{needed}"
+    space = None if run_dir is None else room(run_dir)
+    if space is None:
+        return
+    free, there = space
+    if free + there < most * one:
+        beside = f" beside the {_units(there)} of checkpoints that are there" if there else ""
+        yield (
+            f"warning: the file system of {run_dir} has {_units(free)} free{beside}; use another --run_dir, or lower "
+            f"checkpoint.keep={config.checkpoint.keep}"
+        )
 
 
 def _traffic(work: Workload) -> Iterator[str]:
