@@ -277,6 +277,8 @@ def _is_flag(word: str) -> bool:
 
 
 def _type_name(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Union:  # as `| None` of an annotated type reads
+        return " | ".join("None" if inner is types.NoneType else _type_name(inner) for inner in typing.get_args(kind))
     if typing.get_origin(kind) is typing.Literal:
         return " | ".join(typing.get_args(kind))
     return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)

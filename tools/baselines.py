@@ -24,6 +24,7 @@ from llm.atomic import write_file
 from llm.cli import run_cli
 from llm.data.documents import read_documents
 from llm.errors import UserError
+from llm.paths import PathText, refuse_existing
 
 MAX_CONTEXT = 7  # context and byte are packed into one 64-bit number
 
@@ -94,7 +95,11 @@ def report(train: Sequence[bytes], valid: Sequence[bytes], contexts: Sequence[in
 
 
 def baselines(
-    train: str, valid: str, contexts: tuple[int, ...] = (3, 5), text_field: str = "text", output: str | None = None
+    train: PathText,
+    valid: PathText,
+    contexts: tuple[int, ...] = (3, 5),
+    text_field: str = "text",
+    output: PathText | None = None,
 ) -> None:
     """Print the bits per byte that gzip -9, xz -9 and byte n-gram models reach on the valid text.
 
@@ -102,8 +107,10 @@ def baselines(
     valid: text that all are measured on
     contexts: bytes of context of the n-gram models, separated by commas
     text_field: field of JSONL and Parquet rows that holds the text
-    output: a JSON file for the results, when wanted
+    output: a new JSON file for the results, when wanted
     """
+    if output is not None:
+        refuse_existing(output, "--output")
     texts = {
         key: [document.text.encode() for document in read_documents(path, text_field=text_field, key=f"--{key}")]
         for key, path in (("train", train), ("valid", valid))

@@ -11,7 +11,7 @@ import torch
 
 from llm.cli import bind, split
 from llm.errors import UserError
-from llm.paths import refuse_existing
+from llm.paths import PathText, refuse_existing
 from llm.train.config import RunConfig
 from llm.train.flags import RunFlags, parse_run_flags
 from tools.campaign_job import QUARTERS, Kill
@@ -68,8 +68,8 @@ class Settings:
     steps: int | None = None
     restarts: Literal["torchrun", "command", "both"] = "both"
     seed: int = 0
-    out: str | None = None
-    keep_dir: str | None = None
+    out: PathText | None = None
+    keep_dir: PathText | None = None
 
     def check(self) -> None:
         """UserError naming the flag whose value is impossible."""

@@ -39,6 +39,7 @@ from llm.foreign.native import OfCheckpoint, kept_files, write_native
 from llm.foreign.reference import compare_with, open_reference
 from llm.foreign.tokenizer import TOKENIZER_FILES, notes_of
 from llm.malloc import give_back_freed
+from llm.paths import PathText
 from llm.pretrained import tokenizer_of
 from llm.tokenizer import Tokenizer
 
@@ -51,8 +52,8 @@ keep them, 100 MB and more."""
 
 
 def import_(
-    src: str,
-    dst: str,
+    src: PathText,
+    dst: PathText,
     family: str | None = None,
     dtype: str | None = None,
     set: list[str] | None = None,
@@ -155,8 +156,8 @@ def _tokenizer_or_note(path: Path) -> Tokenizer | None:
 
 
 def export(
-    src: str,
-    dst: str,
+    src: PathText,
+    dst: PathText,
     format: str = "hf",
     family: str | None = None,
     dtype: str | None = None,
@@ -230,7 +231,7 @@ def _family(args: ModelArgs, format: str, named: str | None, came_from: str | No
     return choose_family(args, format, named)
 
 
-def inspect(src: str, family: str | None = None) -> None:
+def inspect(src: PathText, family: str | None = None) -> None:
     """Say what a foreign folder is, from its config and the headers of its files.
 
     src: folder with config.json or params.json
@@ -254,9 +255,9 @@ def inspect(src: str, family: str | None = None) -> None:
 
 @torch.no_grad()
 def verify(
-    a: str,
-    b: str | None = None,
-    text: str | None = None,
+    a: PathText,
+    b: PathText | None = None,
+    text: PathText | None = None,
     tokens: int = 512,
     tolerance: float = 1e-5,
     with_: str | None = None,

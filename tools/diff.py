@@ -20,6 +20,7 @@ if not __package__:
 
 from llm.cli import run_cli
 from llm.errors import UserError
+from llm.paths import PathText
 from llm.train.differences import differences
 from llm.train.yaml_file import read_yaml
 
@@ -80,7 +81,7 @@ class Parting:
         return f"  {self.what}: {self.a!r} | {self.b!r}{how}"
 
 
-def diff(run_a: str, run_b: str, rtol: float | None = None, metrics: list[str] | None = None) -> None:
+def diff(run_a: PathText, run_b: PathText, rtol: float | None = None, metrics: list[str] | None = None) -> None:
     """Name the first step where two runs part, and in what.
 
     run_a: a run folder

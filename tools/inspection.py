@@ -26,6 +26,7 @@ from llm.data.source import SHARDS, TokenSource, is_source
 from llm.data.sources import SourceSpec, source_specs
 from llm.errors import UserError
 from llm.parallel.layout import Layout
+from llm.paths import PathText
 from llm.train.config import RunConfig
 from llm.train.explain import section_of
 from llm.train.yaml_file import read_yaml
@@ -39,7 +40,9 @@ LAST_BYTES = 1 << 16  # of metrics.jsonl, more than a row has
 Report = dict[str, Any]
 
 
-def inspect(path: str, verify: bool = False, data: bool = False, tensors: bool = False, json: bool = False) -> None:
+def inspect(
+    path: PathText, verify: bool = False, data: bool = False, tensors: bool = False, json: bool = False
+) -> None:
     """Say what a run folder, its checkpoints or one checkpoint hold, and whether they are whole.
 
     path: a run folder, its `checkpoints` folder, a checkpoint folder, or a checkpoint's manifest.json

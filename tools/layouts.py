@@ -34,7 +34,7 @@ from llm.errors import UserError
 from llm.parallel import local
 from llm.parallel.layout import Layout
 from llm.parallel.validate import divisors
-from llm.paths import refuse_existing
+from llm.paths import PathText, refuse_existing
 from llm.tokenizer import load_tokenizer
 from llm.train.config import RunConfig, check_layout, load_config, validate
 from tools.diff import every_difference
@@ -76,14 +76,14 @@ class Verdict:
 
 
 def layouts(
-    config: str,
+    config: PathText,
     nproc: list[int],
     steps: int = 5,
     shrink: bool = False,
     zero: list[int] | None = None,
     precision: Precision = "fp32",
     seed: int | None = None,
-    json: str | None = None,
+    json: PathText | None = None,
 ) -> None:
     """Compare every layout of a run config with one process.
 

@@ -17,12 +17,13 @@ if not __package__:
 
 from llm.cli import run_cli
 from llm.errors import UserError
+from llm.paths import PathText
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE_TOKENS = 300
 
 
-def prepare(data: str = "runs/data/stdlib", vocab_size: int = 8192) -> None:
+def prepare(data: PathText = "runs/data/stdlib", vocab_size: int = 8192) -> None:
     """Make the corpus, the tokenizer and the shards of the quickstart configs.
 
     data: folder to fill
@@ -57,7 +58,7 @@ def prepare(data: str = "runs/data/stdlib", vocab_size: int = 8192) -> None:
             raise UserError(f"{command[0]} failed; its message is above")
 
 
-def report(run_dir: str, data: str = "runs/data/stdlib", temperature: float = 0.6, seed: int = 1) -> None:
+def report(run_dir: PathText, data: PathText = "runs/data/stdlib", temperature: float = 0.6, seed: int = 1) -> None:
     """Print held-out bits per byte beside the baselines, and a sampled text.
 
     run_dir: run folder of a finished quickstart

@@ -15,10 +15,11 @@ if not __package__:
 from llm.atomic import new_directory
 from llm.cli import run_cli
 from llm.errors import UserError
+from llm.paths import PathText
 from llm.tokenizer import CharacterTokenizer, alphabet
 
 
-def prepare(text: str, output: str = "runs/shakespeare_char") -> None:
+def prepare(text: PathText, output: PathText = "runs/shakespeare_char") -> None:
     """Write train.txt, valid.txt and tokenizer.json into a new folder, whole or not at all.
 
     text: the text file, UTF-8

@@ -16,13 +16,14 @@ from llm.data.found import Tally, found_lines
 from llm.data.listing import list_input
 from llm.data.source import TokenSource
 from llm.errors import UserError
+from llm.paths import PathText, refuse_unwritable
 from llm.tokenizer import TokenizerConfig, TokenizerKind, load_tokenizer
 
 
 def shard(
-    input: list[str],
-    output: str,
-    tokenizer: str | None = None,
+    input: list[PathText],
+    output: PathText,
+    tokenizer: PathText | None = None,
     kind: TokenizerKind = "sentencepiece",
     text_field: str = "text",
     shard_mb: int = 128,
@@ -53,6 +54,7 @@ def shard(
         raise UserError(f"--shard_mb={shard_mb} --threads={threads}: both must be at least 1")
     if Path(output).exists():
         raise UserError(f"--output={output}: exists already; remove it or name another folder")
+    refuse_unwritable(Path(output).absolute().parent, f"--output={output}")
     config = {"kind": kind, "path": tokenizer, "variant": variant, "bos": bos, "eos": eos, "lossy": lossy}
     encoder = load_tokenizer(TokenizerConfig.model_validate(config))
     listings = [list_input(path, "--input") for path in input]
@@ -76,7 +78,7 @@ def shard(
     print(f"{output}: {_summary(source)}; {seconds:.1f} s, {source.n_tokens / seconds / 1e6:.2f} Mtok/s")
 
 
-def check(source: str) -> None:
+def check(source: PathText) -> None:
     """Verify all digests of a folder of shards and every token's range.
 
     source: the folder

@@ -22,6 +22,7 @@ if not __package__:
 from llm.atomic import new_directory
 from llm.cli import run_cli
 from llm.errors import UserError
+from llm.paths import PathText
 
 EXCLUDED_FOLDERS = frozenset({"test", "encodings", "site-packages", "dist-packages", "__pycache__"})
 HELD_OUT_OF = 20
@@ -61,7 +62,7 @@ def is_held_out(name: str) -> bool:
     return hashlib.blake2b(name.encode(), digest_size=1).digest()[0] % HELD_OUT_OF == 0
 
 
-def write_corpus(output: str) -> None:
+def write_corpus(output: PathText) -> None:
     """Write the standard library of this Python as train.jsonl and valid.jsonl into a new folder, whole or not at all.
 
     output: the folder to make; one that holds the same corpus already is left as it is

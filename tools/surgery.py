@@ -27,8 +27,10 @@ from llm.args import MoEArgs
 from llm.checkpoint.pretrained import load_checkpoint
 from llm.cli import HELP, run_cli
 from llm.errors import UserError
+from llm.foreign.export import check_free
 from llm.foreign.files import is_foreign, open_foreign
 from llm.foreign.native import DTYPES, OfCheckpoint
+from llm.paths import PathText
 from llm.pretrained import args_of, tokenizer_of
 from llm.surgery import Rows, State, Where
 from llm.tokenizer import Tokenizer
@@ -38,8 +40,8 @@ PROBE_TOKENS = 64
 
 
 def upcycle(
-    src: str,
-    dst: str,
+    src: PathText,
+    dst: PathText,
     n_experts: int,
     top_k: int = 1,
     hidden: int | None = None,
@@ -81,8 +83,8 @@ def upcycle(
 
 
 def deepen(
-    src: str,
-    dst: str,
+    src: PathText,
+    dst: PathText,
     n_layers: int,
     where: Where = "spread",
     seed: int = 0,
@@ -103,8 +105,8 @@ def deepen(
 
 
 def vocabulary(
-    src: str,
-    dst: str,
+    src: PathText,
+    dst: PathText,
     vocab_size: int,
     rows: Rows = "mean",
     seed: int = 0,
@@ -126,7 +128,7 @@ def vocabulary(
     )
 
 
-def nope(src: str, dst: str, interval: int, dtype: str | None = None, average: bool = False) -> None:
+def nope(src: PathText, dst: PathText, interval: int, dtype: str | None = None, average: bool = False) -> None:
     """Take RoPE, and chunks, from every interval-th layer: NOT the same function; the model must be trained on.
 
     src: run, checkpoint, model folder, or foreign folder
@@ -147,8 +149,7 @@ def _operate(
     """Read, operate, compare, write; all that can be refused is, before any weights are read."""
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype={dtype} is not one of {', '.join(DTYPES)}")
-    if Path(dst).exists():
-        raise UserError(f"{dst}: exists already; give another folder, or remove it")
+    check_free(Path(dst))
     args = args_of(src, tell=None)  # the notes are told below, where it is read
     operation(args, dict(LLM(args, device="meta").named_parameters()))
     chosen = _kept_dtype(src, average) if dtype is None else DTYPES[dtype]

@@ -22,6 +22,7 @@ from llm.foreign.family import Family, export_pieces, families
 from llm.foreign.load import view
 from llm.foreign.pieces import Piece, Shape, foreign_shapes
 from llm.parallel.build import whole_shapes
+from llm.paths import refuse_unwritable
 from llm.safetensors_file import write_tensors
 
 CHUNK_BYTES = 8 << 20
@@ -243,9 +244,10 @@ def new_target(target: Path) -> AbstractContextManager[Path]:
 
 
 def check_free(target: Path) -> None:
-    """UserError when something is in the place of a folder to be made."""
+    """UserError when something is in the place of a folder to be made, or it cannot be made there."""
     if os.path.lexists(target):
         raise UserError(f"{target}: exists already; give another folder, or remove it")
+    refuse_unwritable(target.absolute().parent, str(target))
 
 
 def _by_key(pieces: Any) -> dict[str, list[Piece]]:

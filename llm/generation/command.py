@@ -11,11 +11,12 @@ from llm.generation.device import Dtype, device, dtype_for, set_threads
 from llm.generation.sampling import Sampling
 from llm.generation.terminal import converse, show
 from llm.generation.text import Continuer
+from llm.paths import PathText
 from llm.pretrained import tokenizer_of
 
 
 def continue_prompt(
-    model: str,
+    model: PathText,
     prompt: Verbatim | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
@@ -27,8 +28,8 @@ def continue_prompt(
     *,
     repetition_penalty: float = 1.0,
     num_samples: int = 1,
-    prompts: str | None = None,
-    output: str | None = None,
+    prompts: PathText | None = None,
+    output: PathText | None = None,
     batch_tokens: int = 16384,
     dtype: Dtype = "auto",
     threads: int | None = None,

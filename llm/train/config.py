@@ -31,11 +31,12 @@ from llm.parallel.validate import WHOLE_PARAMETERS_ONLY, Choice, Needs, check
 from llm.paths import PathText
 from llm.plans import Kind
 from llm.tokenizer import TokenizerConfig
-from llm.train.data_keys import as_sources, with_option
+from llm.train.data_keys import as_sources
 from llm.train.deepspeed_options import checked_options
 from llm.train.explain import by_commas, explain, keys_of, prepared
 from llm.train.length import misfit, untraced
 from llm.train.names import meant
+from llm.train.overrides import put
 from llm.train.yaml_file import read_yaml
 
 Count = Annotated[int, Field(ge=1)]
@@ -393,7 +394,7 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Ru
         raw["model"] = read_yaml(Path(model).expanduser())
     for key, value in (overrides or {}).items():
         if key != "model":
-            _set(raw, key, value)
+            put(raw, key, value, RunConfig)
     _complete_from_weights(raw, str(path))
     return validate(raw, str(path))
 
@@ -429,22 +430,6 @@ def validate(raw: dict[str, Any], where: str) -> RunConfig:
         raise UserError(f"{where}: {explain(error, RunConfig)}") from None
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
-
-
-def _set(raw: dict[str, Any], dotted: str, value: Any) -> None:
-    *sections, leaf = dotted.split(".")
-    node = raw
-    for i, section in enumerate(sections):
-        child = node.setdefault(section, {})
-        if child is None:
-            child = node[section] = {}
-        if sections[:i] == ["data"] and section in ("train", "valid"):
-            node[section] = with_option(child, [*sections[i + 1 :], leaf], value, f"data.{section}")
-            return
-        if not isinstance(child, dict):
-            raise UserError(f"--{dotted}: {'.'.join(sections[: i + 1])} is a value, not a section")
-        node = child
-    node[leaf] = value
 
 
 def layout_of(config: RunConfig, world: int) -> Layout:

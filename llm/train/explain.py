@@ -43,6 +43,19 @@ def takes_text(schema: type[BaseModel], key: str) -> bool:
     return field is not None and _is_text(_leaf_types(field.annotation))
 
 
+def takes_list(schema: type[BaseModel], key: str) -> bool:
+    """Whether a value of the dotted `key` is a list."""
+    *path, leaf = key.split(".")
+    field = _section(schema, path).model_fields.get(leaf)
+    return field is not None and not {list, tuple}.isdisjoint(_origins(field.annotation))
+
+
+def default_of(schema: type[BaseModel], key: str) -> Any:
+    """The default of the dotted `key`, which the schema knows."""
+    *path, leaf = key.split(".")
+    return _section(schema, path).model_fields[leaf].get_default(call_default_factory=True)
+
+
 def _is_text(leaf_types: set[Any]) -> bool:
     return str in leaf_types and {int, float, Any}.isdisjoint(leaf_types)
 

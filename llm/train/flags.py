@@ -3,6 +3,7 @@
 Values read as they would in the YAML file, and the schema in llm/train/config.py has the say on names and types.
 """
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -18,6 +19,8 @@ from llm.train.explain import keys_of, section_of, takes_text
 from llm.train.names import meant
 from llm.train.yaml_file import scalar
 
+ITEM = re.compile(r"(\.\d+)+$")
+"""Which item of a list a key means."""
 OWN_FLAGS = {
     "config": "YAML run config (required; a replay takes the run folder's own without it)",
     "run_dir": "folder of the run; default runs/<name of the config>",
@@ -101,8 +104,8 @@ def _path(flag: str, text: str) -> str:
 def _value(key: str, text: str) -> Any:
     """What `--key=text` gives: read as in the YAML file, but where the key takes text that is what was typed, colons,
     hashes and all, unless it is quoted, null, or the list or mapping that the key takes too."""
-    value = scalar(text)
-    if key in OWN_FLAGS or value is None or text[:1] in ("'", '"') or not takes_text(RunConfig, key):
+    value, of = scalar(text), ITEM.sub("", key)
+    if key in OWN_FLAGS or value is None or text[:1] in ("'", '"') or not takes_text(RunConfig, of):
         return value
     return value if isinstance(value, list | dict) and text[0] in "[{" else text
 

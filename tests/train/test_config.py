@@ -365,6 +365,36 @@ def test_a_list_reads_with_and_without_brackets(tmp_path: Path, written: str) ->
     assert config.checkpoint.allow_changes == ("optim.lr", "optim.min_lr") and config.train.skip_steps == (3,)
 
 
+def test_an_item_of_a_list_is_set_alone(tmp_path: Path) -> None:
+    train = {"batch_schedule": [[64, 32], [128, 48]]}
+    path = write_config(tmp_path / "c.yaml", tiny_config(tmp_path, train=train, eval={"prompts": ["a", "b"]}))
+    words = ["--optim.betas.0=0.8", "--train.batch_schedule.1.1=16", "--eval.prompts.1=c: d", "--data.train.0.weight=2"]
+    flags = parse_run_flags(["--config", str(path), *words])
+    config = load_config(flags.config, flags.overrides)
+    assert config.optim.betas == (0.8, 0.95) and config.train.batch_schedule == ((64, 32), (128, 16))
+    assert config.eval.prompts == ("a", "c: d")
+    assert not isinstance(config.data.train, str) and config.data.train[0].weight == 2
+
+
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [
+        ("--train.skip_steps.0=3", "give the whole list, as --train.skip_steps=[3]"),
+        ("--train.batch_schedule.0.1=32", "--train.batch_schedule.0.1: train.batch_schedule is not a list there"),
+        ("--optim.betas.2=0.5", "optim.betas has the items 0 to 1; give the whole list, as --optim.betas=[0.9,0.95,0."),
+        ("--model.layer_pattern.0=attn", "give the whole list, as --model.layer_pattern=['attn']"),
+    ],
+)
+def test_an_item_that_a_list_has_not_is_refused_with_the_flag_for_all(
+    tmp_path: Path, flag: str, expected: str
+) -> None:
+    path = write_config(tmp_path / "c.yaml", tiny_config(tmp_path))
+    flags = parse_run_flags(["--config", str(path), flag])
+    with pytest.raises(UserError) as error:
+        load_config(flags.config, flags.overrides)
+    assert expected in str(error.value)
+
+
 @pytest.mark.parametrize("prompt", ["Hello, world: a #1", "{not yaml", "10", "yes", "'quoted", "a: b", "*x", "- a"])
 def test_a_prompt_on_the_command_line_is_text(tmp_path: Path, prompt: str) -> None:
     path = write_config(tmp_path / "c.yaml", tiny_config(tmp_path))

@@ -39,11 +39,16 @@ def most_at_once(config: RunConfig, best_step: int) -> int:
 
 
 def test_checkpoints_at_once_are_those_of_the_worst_run(tmp_path: Path) -> None:
-    for steps, interval, keep, every, best, checks in product((1, 7, 20), (1, 3, 50), (1, 3), (None, 2), (0, 1), (2, 5)):
-        checkpoint = {"interval": interval, "keep": keep, "keep_best": bool(best)}
+    runs = product((1, 7, 20), (1, 3, 50), (1, 3), (None, 2), (0, 1), (2, 5))
+    for steps, interval, keep, every, best, checks in runs:
+        checkpoint: dict[str, Any] = {"interval": interval, "keep": keep, "keep_best": bool(best)}
         checkpoint |= {"keep_every": None if every is None else every * interval}
         config = config_with(
-            tmp_path, train={"steps": steps}, checkpoint=checkpoint, eval={"interval": checks}, optim={"warmup_steps": 0}
+            tmp_path,
+            train={"steps": steps},
+            checkpoint=checkpoint,
+            eval={"interval": checks},
+            optim={"warmup_steps": 0},
         )
         real = max(most_at_once(config, best_step) for best_step in range(steps + 1))
         # the best, and the one in the making, may be some that stay anyway
