@@ -25,7 +25,7 @@ from llm.data.overlap import placed_documents
 from llm.data.source import MANIFEST, SHARDS, TokenSource, is_source
 from llm.data.split import Split
 from llm.errors import UserError
-from llm.paths import PathText
+from llm.paths import PathText, refuse_unwritable
 from llm.tokenizer import Tokenizer
 
 CACHE_VERSION = 1  # raise it when the same text and tokenizer would give other shards
@@ -133,6 +133,24 @@ def prepare_data(
                 raise source.nothing(side.split) from None
 
 
+def check_text(side: Side, tokenizer: Tokenizer, cache_dir: str | Path) -> None:
+    """UserError naming key and file where a source has no text, or cannot be read up to its first one; nothing is
+    written.
+    """
+    for source in _planned(side, cache_dir):
+        if source.listing is None:
+            source.open(tokenizer, Path(cache_dir), None, verify=False)
+            continue
+        refuse_unwritable(Path(cache_dir), f"data.cache_dir={cache_dir}")
+        reading, count_empty = Reading(source.spec.text_field, source.spec.separator), 0
+        for number, document in enumerate(read_listings([source.listing], reading), 1):
+            if document.text:
+                break
+            count_empty = number
+        else:
+            raise source.empty(count_empty) if count_empty else source.nothing(None)
+
+
 def open_data(
     data: DataSpec | Side,
     tokenizer: Tokenizer,
@@ -232,6 +250,14 @@ class _Planned:
             f"out, or for text files {option(self.key, 'separator')}"
         )
 
+    def empty(self, n_docs: int) -> UserError:
+        """The error where documents have no text: nothing can be learnt from them, and a loss over them is 0."""
+        what = "its only document is empty" if n_docs == 1 else f"all its {n_docs:,} documents are empty"
+        if self.listing is None or not any(file.format.has_rows for file in self.listing.files):
+            return UserError(f"{self.given}: {what}")
+        field = option(self.key, "text_field")
+        return UserError(f"{self.given}: {what}; text was read from {field}={self.spec.text_field}")
+
     def open(self, tokenizer: Tokenizer, cache_dir: Path, split: Split | None, verify: bool) -> TokenSource:
         """The opened source, with its notes."""
         folder = self.folder(tokenizer, cache_dir, split)
@@ -242,6 +268,8 @@ class _Planned:
             )
         source = TokenSource.open(folder or self.spec.path, verify=verify)
         self._check_tokenizer(source, tokenizer)
+        if source.n_bytes == 0 or source.n_tokens <= source.n_docs:
+            raise self.empty(source.n_docs)
         source.given, source.given_as_shards = self.given, self.listing is None
         source.notes = tuple(self._notes(source, split))
         return source

@@ -16,10 +16,7 @@ import torch
 from llm.checkpoint.lock import refuse_if_held
 from llm.checkpoint.store import CheckpointStore
 from llm.compile import check_compiler
-from llm.data.documents import read_documents
-from llm.data.source import is_source
-from llm.data.sources import Side, check_data, open_data, sides, source_specs
-from llm.errors import UserError
+from llm.data.sources import Side, check_data, check_text, sides
 from llm.parallel.launch import World
 from llm.parallel.precision import check_precision
 from llm.paths import refuse_unwritable
@@ -95,19 +92,9 @@ def _weights(plan: Plan) -> None:
 
 
 def _data_is_readable(plan: Plan) -> None:
-    """The first document of every source, and the folder for what is made of them."""
-    cache = plan.config.data.cache_dir
+    """The first text of every source, and the folder for what is made of them."""
     for side in plan.sides:
-        for source in source_specs(side.data):
-            if is_source(Path(source.path)):
-                open_data([source], plan.tokenizer, cache, key=side.key)
-                continue
-            refuse_unwritable(Path(cache), f"data.cache_dir={cache}")
-            documents = read_documents(
-                source.path, text_field=source.text_field, key=side.key, separator=source.separator
-            )
-            if next(documents, None) is None:
-                raise UserError(f"{side.key}={source.path}: has no documents")
+        check_text(side, plan.tokenizer, plan.config.data.cache_dir)
 
 
 def _machine(plan: Plan) -> None:

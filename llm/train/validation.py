@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from llm.data.batch import MicroBatch
 from llm.data.heldout import HeldOut
-from llm.parallel.collectives import sum_over_ranks
+from llm.parallel.collectives import agreed_error, sum_over_ranks
 from llm.parallel.engine import Engine
 from llm.parallel.grid import Grid
 from llm.parallel.launch import World
@@ -150,7 +150,9 @@ def _validate(
     n_bytes_of = tokenizer.token_bytes()
     cut = (config.train.micro_batch_size, engine.grid.data.rank, engine.grid.data.size)
     nll, n_targets, n_bytes = engine.sum_nll(until(held_out.batches(*cut)), n_bytes_of)
-    loss = nll / max(n_targets, 1)
+    if n_targets == 0:  # a mean over nothing would be the best loss of all
+        raise agreed_error(f"data.valid: {held_out.described()} have no token to predict; give more eval.rows")
+    loss = nll / n_targets
     found = {
         "valid_loss": loss,
         "valid_ppl": math.exp(min(loss, 700.0)),
@@ -159,5 +161,5 @@ def _validate(
     if config.optim.ema_decay is not None:
         with engine.averaged_weights():
             nll, _, _ = engine.sum_nll(until(held_out.batches(*cut)), n_bytes_of)
-        found["valid_loss_ema"] = nll / max(n_targets, 1)
+        found["valid_loss_ema"] = nll / n_targets
     return found

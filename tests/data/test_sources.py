@@ -81,3 +81,9 @@ def test_opening_what_was_not_prepared_says_so(text: Path, tmp_path: Path) -> No
 def test_a_weight_that_is_none_is_refused(weight: float) -> None:
     with pytest.raises(ValidationError, match="weight"):
         SourceSpec(path="x", weight=weight)
+
+
+def test_a_folder_of_shards_without_text_is_refused(tmp_path: Path) -> None:
+    make_source(tmp_path / "shards", ["", ""])
+    with pytest.raises(UserError, match=r"^data\.valid=.*shards: all its 2 documents are empty$"):
+        open_data(str(tmp_path / "shards"), BYTES, tmp_path / "cache", key="data.valid")

@@ -28,6 +28,11 @@ def no_text(folder: Path) -> dict[str, Any]:
     return {}
 
 
+def empty_documents(folder: Path) -> dict[str, Any]:
+    (folder / "valid.jsonl").write_text('{"text": ""}\n' * 3)
+    return {"data": {"valid": [str(folder / "valid.jsonl")]}}
+
+
 def other_field(folder: Path) -> dict[str, Any]:
     (folder / "train.jsonl").write_text(json.dumps({"content": "a"}) + "\n")
     return {}
@@ -58,6 +63,10 @@ CASES: dict[str, tuple[Callable[[Path], dict[str, Any]] | dict[str, Any], str]] 
     "no weights": ({"model": {"init_from": "/no/weights"}}, "/no/weights"),
     "no checkpoint": ({"checkpoint": {"resume": "/no/run"}}, "/no/run: no such file or folder"),
     "an empty file": (no_text, "has no documents"),
+    "held-out documents without text": (
+        empty_documents,
+        "valid.jsonl: all its 3 documents are empty; text was read from --data.valid.text_field=text",
+    ),
     "another field": (other_field, "no text in field 'text'"),
     "other letters": (few_letters, "eval.prompts: "),
     "a prompt as long as the context": (
