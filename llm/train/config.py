@@ -108,7 +108,7 @@ class ParallelConfig(Section):
     """Keep the optimizer state and make the update in CPU memory; needs zero_stage 1 or more."""
     sequence_parallel: bool = True
     """Cut activations between tensor-parallel regions along the sequence; no effect at tensor=1."""
-    timeout_s: float = Field(600.0, gt=0)
+    timeout_s: float = Field(600.0, gt=0, le=1e9)
     """Seconds after which a collective that a peer never joined ends the job."""
 
     @model_validator(mode="after")
@@ -192,7 +192,7 @@ class TrainConfig(Section):
     """Steps whose rows are passed over without an update."""
     seed: int = 0
     """Seed of the initial weights and of the order of the data."""
-    threads: int = Field(1, ge=1)
+    threads: int = Field(1, ge=1, le=1024)
     """CPU threads per process; part of what makes a run bitwise repeatable."""
 
     @model_validator(mode="before")
