@@ -169,8 +169,14 @@ def _refuse_other_encodings(line: Sequence[str]) -> None:
         name, equals, value = word.partition("=") if _is_flag(word) else (before if _is_flag(before) else "", "", word)
         lone = next((letter for letter in word if "\udc80" <= letter <= "\udcff"), None)
         if lone is not None and not os.path.lexists(value):
-            shown = word.encode(errors="surrogateescape").decode(errors="backslashreplace")
+            bytes_ = word.encode(errors="surrogateescape")
+            shown = bytes_.decode(errors="backslashreplace")
             of = f"{name}: " if name and not equals else ""
+            with suppress(UnicodeDecodeError):
+                bytes_.decode()
+                raise UserError(
+                    f"{of}{shown}: is UTF-8, but the locale here is not; put PYTHONUTF8=1 before the command"
+                )
             raise UserError(f"{of}{shown}: the byte 0x{ord(lone) - 0xDC00:x} is not UTF-8; give the text in UTF-8")
 
 

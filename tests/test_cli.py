@@ -257,6 +257,13 @@ def test_bytes_that_are_no_utf_8_are_named(job: Job, line: list[str], capsys: py
     assert said(capsys, job, *line) == r"error: --word=caf\xe9: the byte 0xe9 is not UTF-8; give the text in UTF-8"
 
 
+def test_utf_8_under_another_locale_is_said_to_be_just_that(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    word = "caf\u00e9".encode().decode("ascii", errors="surrogateescape")
+    assert said(capsys, job, f"--word={word}") == (
+        "error: --word=caf\u00e9: is UTF-8, but the locale here is not; put PYTHONUTF8=1 before the command"
+    )
+
+
 def test_the_name_of_a_file_may_be_any_bytes(job: Job, tmp_path: Path) -> None:
     file = tmp_path / "caf\udce9"
     file.touch()

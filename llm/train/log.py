@@ -81,7 +81,7 @@ class RunLog:
         if self._bar is not None:
             with suppress(OSError, ValueError):
                 self._bar.update(1)
-                self._bar.set_postfix_str(f"loss {_number(row['loss'], '.4f')}")
+                self._bar.set_postfix_str(f"loss {_number(row, 'loss', '.4f')}")
         if step % self.interval == 0 or step in (self._first_step, self.steps):
             self.say(self._line(row))
         if "valid_loss" in row:
@@ -113,16 +113,18 @@ class RunLog:
         per_step = (time.monotonic() - self._started) / (step - self._first_step + 1)
         left = int(per_step * (self.steps - step))
         return (
-            f"step {step:>6}/{self.steps}  loss {_number(row['loss'], '.4f')}  "
-            f"grad norm {_number(row['grad_norm'], '.3f')}  "
+            f"step {step:>6}/{self.steps}  loss {_number(row, 'loss', '.4f')}  "
+            f"grad norm {_number(row, 'grad_norm', '.3f')}  "
             f"lr {row['lr']:.2e}  "
             f"{row['tokens_per_s']:,.0f} tokens/s  wait {row['data_wait_s'] / row['step_time_s']:.1%}  "
             f"memory {row['memory_gb']:.2f} GB  left {left // 60}:{left % 60:02d}"
         )
 
 
-def _number(value: float | None, form: str) -> str:
-    return "not finite" if value is None else format(value, form)
+def _number(row: dict[str, Any], key: str, form: str) -> str:
+    if row[key] is not None:
+        return format(row[key], form)
+    return "not computed" if row.get("skipped") == "passed over" else "not finite"
 
 
 def _nothing() -> None:

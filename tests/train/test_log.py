@@ -101,3 +101,15 @@ def test_rows_of_repeated_steps_are_replaced_and_a_torn_one_is_dropped(tmp_path:
     write_steps(tmp_path, 4, 6, loss=3.0)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 2.0), (2, 2.0), (3, 2.0), (4, 3.0), (5, 3.0), (6, 3.0)]
+
+
+def test_a_step_that_was_passed_over_is_not_said_to_have_no_finite_loss(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = RunLog(tmp_path, first_step=1, steps=9, interval=1, curves=[])
+    for step, skipped in ((1, "passed over"), (2, "loss")):
+        log.step({**ROW, "step": step, "loss": None, "grad_norm": None, "skipped": skipped})
+    log.close()
+    first, second = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert first.count("not computed") == 2 and "not finite" not in first
+    assert second.count("not finite") == 2
