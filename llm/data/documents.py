@@ -15,10 +15,12 @@ import pyarrow.parquet as pq
 
 from llm.data.formats import DAMAGED, format_of, opened, shown
 from llm.data.found import Tally
-from llm.data.json_rows import is_json_lines, json_file, json_lines
+from llm.data.json_rows import called, is_json_lines, json_file, json_lines
 from llm.data.listing import InputFile, Listing, list_input
 from llm.errors import UserError
 
+POINTER = b"version https://git-lfs.github.com/spec/"
+"""How a file begins that stands for one that Git LFS has not fetched."""
 PART = "::"
 """Between the name of a text file that is cut at document marks and the number of a document in it."""
 
@@ -121,6 +123,7 @@ def _rows(
 ) -> Iterator[tuple[int, str, int]]:
     """(row from 1, or 0 for a whole file; text; bytes of the file read so far)."""
     try:
+        _refuse_pointer(file, where)
         if file.format.kind == "parquet":
             yield from _parquet_rows(file, where, reading.text_field, option)
             return
@@ -140,6 +143,13 @@ def _rows(
         if error.strerror is None and file.format.compression:
             raise UserError(f"{where}: damaged or cut-off {file.format.compression} file ({error})") from None
         raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
+
+
+def _refuse_pointer(file: InputFile, where: str) -> None:
+    """UserError where Git LFS has left a pointer in place of the file."""
+    with file.path.open("rb") as stream:
+        if stream.read(len(POINTER)) == POINTER:
+            raise UserError(f"{where}: is a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`")
 
 
 def _texts(
@@ -189,7 +199,9 @@ def _parquet_rows(file: InputFile, where: str, text_field: str, option: str) -> 
                     row += 1
                     text = value.as_py()
                     if not isinstance(text, str):
-                        raise UserError(f"{where}, row {row}: no text in column {text_field!r}")
+                        raise UserError(
+                            f"{where}, row {row}: its column {text_field!r} is {called(text)}, not a text; see {option}"
+                        )
                     yield row, text, file.status.st_size * row // table.metadata.num_rows
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]

@@ -64,10 +64,20 @@ def _text(record: Any, where: str, text_field: str, option: str) -> str:
         hint = "; an array belongs into a .json file" if isinstance(record, list) else ""
         raise UserError(f"{where}: a {type(record).__name__} where an object with a field {text_field!r} must be{hint}")
     text = record.get(text_field)
+    if text_field in record and not isinstance(text, str):
+        raise UserError(f"{where}: its field {text_field!r} is {called(text)}, not a text (see {option})")
     if not isinstance(text, str):
         names = ", ".join(map(repr, list(record)[:20])) or "no fields"
         raise UserError(f"{where}: no text in field {text_field!r} (see {option}); it has {names}")
     return text
+
+
+def called(value: Any) -> str:
+    """What a value of JSON or Parquet that is no text is called in a message."""
+    names = {bool: "true or false", list: "a list", dict: "an object", bytes: "bytes"}
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return "a number"
+    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
 
 
 class _Values:

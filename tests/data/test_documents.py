@@ -85,7 +85,8 @@ def test_the_text_field_can_be_chosen(tmp_path: Path) -> None:
         (b"{not json}", "not JSON"),
         (b'"text"', "a str where an object"),
         (b'{"story": "x"}', "no text in field 'text'.*'story'"),
-        (b'{"text": 5}', "no text in field 'text'"),
+        (b'{"text": 5}', "its field 'text' is a number, not a text"),
+        (b'{"text": null}', "field 'text' is null, not a text .see --input.text_field"),
         (b'{"text": "caf\xe9"}', "not UTF-8"),
         (b'{"text": "\\ud800"}', "lone surrogate"),
         (b"[" * 100_000, "not JSON"),
@@ -193,3 +194,18 @@ def test_strange_file_names_are_read_and_named(tmp_path: Path) -> None:
     (tmp_path / name).write_text("text")
     (document,) = read_documents(tmp_path)
     assert document.key == "-caf\ufffd\n.txt" and document.called == f"input={tmp_path}/-caf\\udce9\\n.txt"
+
+
+@pytest.mark.parametrize("values", [[1], [["a"]], [b"a"], [{"a": "b"}]])
+def test_a_parquet_column_of_something_else_is_named(values: list, tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", values)
+    kind = {int: "a number", list: "a list", bytes: "bytes", dict: "an object"}[type(values[0])]
+    with pytest.raises(UserError, match=f"row 1: its column 'text' is {kind}, not a text; see --input.text_field"):
+        texts_of(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.parquet", "a.jsonl.gz"])
+def test_a_pointer_of_git_lfs_is_no_text(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n")
+    with pytest.raises(UserError, match=f"{name}: is a pointer of Git LFS"):
+        texts_of(tmp_path / name)

@@ -78,7 +78,7 @@ def test_one_object_is_one_document(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ('[\n{"text": "a"},\n{"text": 5}]', r"line 3 \(record 2\): no text in field 'text' \(see --input.text_field\)"),
+        ('[\n{"text": "a"},\n{"text": 5}]', r"line 3 \(record 2\): its field 'text' is a number, not a text"),
         ('[\n{"text": "a"}\n{"text": "b"}]', "line 3: not JSON .*comma"),
         ('[\n{"text": "a"},', "line 2: not JSON"),
         ('[{"text": "a"}', "does not end"),
