@@ -170,6 +170,8 @@ def _texts(
             tally.look(text)
         yield 0, text, size
         return
+    if tally is not None and text:
+        tally.cut_at(separator, text.count(separator))
     at, number = 0, 0
     while at < len(text):
         number += 1

@@ -56,6 +56,8 @@ class Found(BaseModel):
     marks: tuple[FoundMark, ...] = ()
     json_as_text: tuple[str, ...] = ()
     """Text files that look like JSON Lines, a few of them."""
+    separator_in_none: str | None = None
+    """The separator, where no text file has it."""
     repeated: tuple[tuple[str, int], ...] = ()
     """A file that is read several times through links, and how many times more; a few of them."""
     left_out: tuple[tuple[str, str], ...] = ()
@@ -73,6 +75,8 @@ class Tally:
     _json: list[str] = field(default_factory=list)
     _empty_files: list[str] = field(default_factory=list)
     _empty: int = 0
+    _separator: str | None = None
+    _cut: bool = False
     _file: InputFile | None = None
     _of_file: int = 0
 
@@ -109,6 +113,10 @@ class Tally:
         if _looks_like_json_lines(text):
             self._json.append(name)
 
+    def cut_at(self, separator: str, times: int) -> None:
+        """A text file that has the separator so many times."""
+        self._separator, self._cut = separator, self._cut or times > 0
+
     @property
     def documents(self) -> int:
         """How many have been read."""
@@ -130,6 +138,7 @@ class Tally:
                     for mark, (times, files, first) in self._marks.items()
                 ),
                 "json_as_text": tuple(self._json[:EXAMPLES]),
+                "separator_in_none": None if self._cut else self._separator,
             }
         )
 
@@ -186,6 +195,11 @@ def found_lines(given: str, found: Found, documents: int | None, separator_optio
         yield (
             f"{given}: warning: {mark.file} has {mark.mark} {_times(mark)}, but a text file is one document; "
             f"if the mark ends documents, give {separator_option}={shlex.quote(mark.mark)}"
+        )
+    if found.separator_in_none is not None:
+        yield (
+            f"{given}: warning: {separator_option}={shlex.quote(shown(found.separator_in_none))} is in no text file, "
+            f"so each file is one document"
         )
     for name in found.json_as_text:
         yield f"{given}: warning: {name} looks like JSON Lines but is read as one text; name it .jsonl"

@@ -119,3 +119,11 @@ def test_a_mixture_names_the_place_of_its_source(tmp_path: Path) -> None:
         prepare_data(specs, BYTES, tmp_path / "cache")
     with pytest.raises(UserError, match=r"data\.valid\.1\.path=.*nowhere: no such file"):
         check_data([specs[0], SourceSpec(path=str(tmp_path / "nowhere"))], key="data.valid")
+
+
+def test_a_separator_that_no_text_has_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    (warning,) = (line for line in lines_of(tmp_path, separator="\\n") if "warning" in line)  # a backslash and an n
+    assert "--data.train.separator='\\n' is in no text file, so each file is one document" in warning
+    (tmp_path / "b.txt").write_text("three\\nfour")
+    assert not [line for line in lines_of(tmp_path, separator="\\n") if "warning" in line]
