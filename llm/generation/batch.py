@@ -190,6 +190,8 @@ def _own_file(output: Path, made_of: dict[str, str]) -> Iterator[IO[bytes]]:
     beside = output.with_name(output.name + ".run.json")
     if output.is_dir():
         raise UserError(f"--output={output}: is a folder; give a file to write")
+    if str(output) == "-" or (output.exists() and not output.is_file()):  # nothing that a later run could go on with
+        raise UserError(f"--output={output}: is no regular file (a device, pipe or stdout); give a file to write")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         file = open(output, "a+b")  # noqa: SIM115 (closed below)

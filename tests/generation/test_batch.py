@@ -1,6 +1,7 @@
 """Files of completions: as each prompt alone, in order, and the same bytes however often the run was killed."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,12 @@ def test_one_bit_of_one_weight_changes_the_digest():
     bits[17] ^= 1
     bits[[17, 18]] = bits[[18, 17]]
     assert weights_digest(model) != before
+
+
+@pytest.mark.parametrize("name", ["/dev/null", "-", "pipe"])
+def test_an_output_that_no_later_run_could_go_on_with_is_refused(prompts, tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    with pytest.raises(UserError, match=f"--output={name}: is no regular file"):
+        complete_file(continuer(), prompts, Path(name), settings())
+    assert sorted(os.listdir()) == ["in.jsonl", "pipe"] and not Path(f"{name}.run.json").exists()
