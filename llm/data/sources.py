@@ -23,7 +23,7 @@ from llm.data.found import Tally, count, found_lines, listed
 from llm.data.listing import Identity, Listing, list_input
 from llm.data.overlap import placed_documents
 from llm.data.source import MANIFEST, SHARDS, TokenSource, is_source
-from llm.data.split import Split
+from llm.data.split import Split, text_digest
 from llm.errors import UserError
 from llm.paths import PathText, refuse_unwritable
 from llm.tokenizer import Tokenizer
@@ -142,13 +142,15 @@ def check_text(side: Side, tokenizer: Tokenizer, cache_dir: str | Path) -> None:
             source.open(tokenizer, Path(cache_dir), None, verify=False)
             continue
         refuse_unwritable(Path(cache_dir), f"data.cache_dir={cache_dir}")
-        reading, count_empty = Reading(source.spec.text_field, source.spec.separator), 0
-        for number, document in enumerate(read_listings([source.listing], reading), 1):
+        reading, split, empty = Reading(source.spec.text_field, source.spec.separator), side.split, 0
+        for document in read_listings([source.listing], reading):
+            if split is not None and not split.keeps(text_digest(document.text.encode())):
+                continue
             if document.text:
                 break
-            count_empty = number
+            empty += 1
         else:
-            raise source.empty(count_empty) if count_empty else source.nothing(None)
+            raise source.empty(empty) if empty else source.nothing(split)
 
 
 def open_data(

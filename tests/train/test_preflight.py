@@ -33,6 +33,11 @@ def empty_documents(folder: Path) -> dict[str, Any]:
     return {"data": {"valid": [str(folder / "valid.jsonl")]}}
 
 
+def one_document_of_which_half_is_held_out(folder: Path) -> dict[str, Any]:
+    (folder / "one.txt").write_text("words " * 500)
+    return {"data": {"train": str(folder / "one.txt"), "valid": 0.5}}
+
+
 def other_field(folder: Path) -> dict[str, Any]:
     (folder / "train.jsonl").write_text(json.dumps({"content": "a"}) + "\n")
     return {}
@@ -66,6 +71,10 @@ CASES: dict[str, tuple[Callable[[Path], dict[str, Any]] | dict[str, Any], str]] 
     "held-out documents without text": (
         empty_documents,
         "valid.jsonl: all its 3 documents are empty; text was read from --data.valid.text_field=text",
+    ),
+    "a share of one document": (
+        one_document_of_which_half_is_held_out,
+        "data.valid=0.5: of the documents of data.train=",
     ),
     "another field": (other_field, "no text in field 'text'"),
     "other letters": (few_letters, "eval.prompts: "),
