@@ -4,6 +4,7 @@ Nothing is skipped without a word: what is neither read nor left out for a known
 """
 
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,8 @@ from typing import NamedTuple
 from llm.data.formats import POSSIBLE, Format, format_of, is_card, shown, why_left_out
 from llm.errors import UserError
 
+HELD_OUT = re.compile(r"(valid|validation|val|dev|test|eval)([-_.].*)?")
+"""Names of files and folders (lower case) that data sets give to what is not trained on."""
 Identity = tuple[int, int]
 """Device and inode: the same for every path to a file."""
 
@@ -64,6 +67,12 @@ class Listing:
         files = tuple(file for file in self.files if file.identity not in elsewhere)
         out = [LeftOut(file.name, elsewhere[file.identity]) for file in self.files if file.identity in elsewhere]
         return Listing(self.path, self.key, files, (*self.left_out, *out))
+
+    def named_held_out(self) -> list[str]:
+        """Names of files of rows that are called a test or validation split, where other files are not."""
+        files = [file for file in self.files if file.format.has_rows]
+        found = [file.name for file in files if any(map(HELD_OUT.fullmatch, Path(file.name.lower()).parts))]
+        return found if len(found) < len(self.files) else []
 
     def same_files(self) -> list[tuple[str, int]]:
         """(name of the first, how many more) of files that are read several times, through links."""

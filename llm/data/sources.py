@@ -307,6 +307,13 @@ class _Planned:
             if split is not None and all(entry.documents is not None for entry in found.endings):
                 documents = sum(entry.documents or 0 for entry in found.endings)
             yield from found_lines(given, found, documents, option(self.key, "separator"))
+        held_out = self.listing.named_held_out() if self.listing and self.key.startswith("data.train") else []
+        if held_out:
+            others = f" and {count(len(held_out) - 1, 'more file')}" if len(held_out) > 1 else ""
+            yield (
+                f"{self.given}: warning: {shown(held_out[0])}{others}, by the name not for training, is trained on; "
+                f"give the training files alone, or these to data.valid"
+            )
         if split is not None:
             yield f"{self.given}: {count(source.n_docs, 'document')} to train on, the others held out"
 

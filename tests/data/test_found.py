@@ -127,3 +127,20 @@ def test_a_separator_that_no_text_has_is_said(tmp_path: Path) -> None:
     assert "--data.train.separator='\\n' is in no text file, so each file is one document" in warning
     (tmp_path / "b.txt").write_text("three\\nfour")
     assert not [line for line in lines_of(tmp_path, separator="\\n") if "warning" in line]
+
+
+def test_splits_that_are_not_for_training_are_said_where_they_are_trained_on(tmp_path: Path) -> None:
+    names = ("train-00000-of-00001.jsonl", "validation-00000-of-00001.jsonl", "test/a.jsonl", "testimony.jsonl")
+    for name in names:
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text('{"text": "one"}\n')
+
+    def warnings(path: Path, key: str = "data.train") -> list[str]:
+        prepare_data(str(path), BYTES, tmp_path / "cache", key=key)
+        ((_, source, _),) = open_data(str(path), BYTES, tmp_path / "cache", key=key)
+        return [note for note in source.notes if "not for training" in note]
+
+    (warning,) = warnings(tmp_path / "in")
+    assert "warning: test/a.jsonl and 1 more file, by the name not for training, is trained on" in warning
+    assert not warnings(tmp_path / "in", key="data.valid")
+    assert not warnings(tmp_path / "in" / "test") and not warnings(tmp_path / "in" / "train-00000-of-00001.jsonl")
