@@ -170,7 +170,7 @@ class TrainConfig(Section):
     """Optimizer steps of the whole run; 1000 when train.epochs is not given either."""
     epochs: float | None = Field(None, gt=0)
     """Length of the run in passes over the training rows, instead of train.steps; the last step is a whole one."""
-    global_batch_size: int = Field(64, ge=1)
+    global_batch_size: int = Field(64, ge=1, le=1 << 31)
     """Sequences per optimizer step, over all ranks; does not depend on the layout."""
     batch_schedule: tuple[tuple[Count, Count], ...] = ()
     """[rows, global_batch_size], ...: from that many rows seen on, the batch has that size."""

@@ -68,6 +68,7 @@ def test_a_model_file_is_read_from_its_path(tmp_path: Path) -> None:
         ({"train": {"steps": 0}}, "train.steps=0"),
         # more than a machine starts ends the process and others beside it; more than a clock counts is a traceback
         ({"train": {"threads": 100_000}}, "train.threads=100000: input should be less than or equal to 1024"),
+        ({"train": {"global_batch_size": 10**20}}, "train.global_batch_size=100000000000000000000: input should be"),
         ({"parallel": {"timeout_s": 1e30}}, "parallel.timeout_s=1e+30: input should be less than or equal to"),
         ({"model": {"moe": {"n_experts": 4, "topk": 2}}}, "unknown key model.moe.topk; did you mean model.moe.top_k?"),
         ({"train": {"seq_len": 65}}, "train.seq_len=65 is above model.max_seq_len=64"),
