@@ -21,6 +21,9 @@ from llm.errors import UserError
 
 POINTER = b"version https://git-lfs.github.com/spec/"
 """How a file begins that stands for one that Git LFS has not fetched."""
+PACKED = {b"\x1f\x8b": "gz", b"BZh91AY&SY": "bz2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zst"}
+"""How packed files begin, as no text does."""
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 PART = "::"
 """Between the name of a text file that is cut at document marks and the number of a document in it."""
 
@@ -123,7 +126,7 @@ def _rows(
 ) -> Iterator[tuple[int, str, int]]:
     """(row from 1, or 0 for a whole file; text; bytes of the file read so far)."""
     try:
-        _refuse_pointer(file, where)
+        _refuse_other_content(file, where)
         if file.format.kind == "parquet":
             yield from _parquet_rows(file, where, reading.text_field, option)
             return
@@ -145,11 +148,17 @@ def _rows(
         raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
 
 
-def _refuse_pointer(file: InputFile, where: str) -> None:
-    """UserError where Git LFS has left a pointer in place of the file."""
+def _refuse_other_content(file: InputFile, where: str) -> None:
+    """UserError where the first bytes are of something else than the file's name says."""
     with file.path.open("rb") as stream:
-        if stream.read(len(POINTER)) == POINTER:
-            raise UserError(f"{where}: is a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`")
+        begin = stream.read(len(POINTER))
+    if begin == POINTER:
+        raise UserError(f"{where}: is a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`")
+    for magic, ending in PACKED.items():
+        if begin.startswith(magic) and not file.format.compression:
+            raise UserError(f"{where}: is packed; give its name the ending .{ending}, by which it is unpacked")
+    if begin.startswith(UTF_16):
+        raise UserError(f"{where}: is text in UTF-16; convert it, for example with `iconv -f utf-16 -t utf-8`")
 
 
 def _texts(

@@ -209,3 +209,14 @@ def test_a_pointer_of_git_lfs_is_no_text(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n")
     with pytest.raises(UserError, match=f"{name}: is a pointer of Git LFS"):
         texts_of(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
+def test_packed_files_and_utf_16_are_told_by_their_first_bytes(name: str, tmp_path: Path) -> None:
+    content = jsonl(["one", "two"])
+    (tmp_path / name).write_bytes(gzip.compress(content))
+    with pytest.raises(UserError, match=f"{name}: is packed; give its name the ending .gz"):
+        texts_of(tmp_path / name)
+    (tmp_path / name).write_bytes(content.decode().encode("utf-16"))
+    with pytest.raises(UserError, match=f"{name}: is text in UTF-16; convert it, .*iconv -f utf-16"):
+        texts_of(tmp_path / name)
