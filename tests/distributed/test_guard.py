@@ -15,7 +15,7 @@ STEPS = 13
 GO_ON = [name for name in CASES if name not in ("skipped", "loss-raise")]
 
 
-IN_FULL = (1, 3, DUALPIPEV)
+IN_FULL = (1, 3, PIPELINE, DUALPIPEV)
 
 
 @pytest.fixture(scope="module", params=[pytest.param(s, marks=[pytest.mark.full] * (s in IN_FULL)) for s in STAGES])

@@ -212,7 +212,7 @@ def check_all(
 
 @pytest.fixture(scope="module")
 def few_steps(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    return references(tmp_path_factory.mktemp("one"), sum(BY_RANKS.values(), []), CI_STEPS)
+    return references(tmp_path_factory.mktemp("one"), ON_TWO_RANKS + ON_FOUR_RANKS + ON_EIGHT_RANKS, CI_STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +223,7 @@ def many_steps(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str]
     return references(tmp_path_factory.mktemp("one"), cases, STEPS)
 
 
-@pytest.mark.parametrize("ranks", BY_RANKS)
+@pytest.mark.parametrize("ranks", [2, 4, pytest.param(8, marks=pytest.mark.full)])
 def test_one_layout_of_each_kind_equals_one_process(
     tmp_path: Path, ranks: int, few_steps: Any, subtests: pytest.Subtests
 ) -> None:

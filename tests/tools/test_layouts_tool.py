@@ -202,6 +202,7 @@ def test_missing_files_are_named_before_any_work(tmp_path: Path) -> None:
         layouts(str(write_config(tmp_path / "config.yaml", raw)), [2])
 
 
+@pytest.mark.full
 @pytest.mark.distributed
 def test_sound_layouts_are_equal_and_planted_faults_are_found(tmp_path: Path) -> None:
     write_text(tmp_path, documents=60)
