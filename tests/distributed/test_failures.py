@@ -33,9 +33,6 @@ CAMPAIGN = [(fault, place, launcher) for fault in FAULTS for place in PLACES for
 FEW = [
     ("kill", "collective", "own"),
     ("raise", "subgroup", "torchrun"),
-    ("_exit", "barrier", "own"),
-    ("stop", "collective", "torchrun"),
-    ("stop", "decision", "own"),
     ("stop", "pipeline", "own"),
 ]
 

@@ -47,7 +47,7 @@ def why_not() -> str | None:
     return f"no network namespaces here: {made.stderr.strip()}" if made.returncode else None
 
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.full]  # most of it is waiting for time-outs
 
 
 @pytest.fixture
