@@ -1,4 +1,4 @@
-"""A job of this machine alone: what torchrun is told, and who is asked to stop."""
+"""A job of this machine alone: what torchrun is given, and who is asked to stop."""
 
 import signal
 import subprocess

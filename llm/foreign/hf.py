@@ -79,7 +79,7 @@ def required(config: Config, key: str) -> Any:
 
 
 def with_defaults(config: Config, defaults: Config, warn: Warn) -> dict[str, Any]:
-    """A config with the keys that it leaves out as transformers has them for its family. Sizes among them are told: no
+    """A config with the keys that it leaves out as transformers has them for its family. Sizes among them are noted: no
     known writer leaves them out."""
     for key in (key for key in SIZES if key in defaults and key not in config):
         warn(f"config.json: {key} is missing, taken as {defaults[key]}, the default of transformers")
@@ -108,7 +108,7 @@ def common_args(
 
     theta: base of RoPE where the config has none. rope_names: how its base and the rotated part of a head are called
     beside rope_parameters. partial: that part where the config has none, of a family that can rotate less than all;
-    UserError where another is told to. by_layer: whether the family reads layer_types.
+    UserError where another is asked to. by_layer: whether the family reads layer_types.
     """
     if not by_layer and len(set(config.get("layer_types") or ())) > 1:
         warn("config.json: layer_types is nothing that this family reads, in transformers either")

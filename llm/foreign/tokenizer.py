@@ -72,7 +72,7 @@ def foreign_tokenizer(path: Path) -> tuple[Tokenizer, TokenizerConfig]:
 
 
 def folder_tokenizer(path: Path, config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer of a folder as it is told by its files. `config.bos`, `config.eos`: names of other marks around
+    """The tokenizer of a folder as its files describe it. `config.bos`, `config.eos`: names of other marks around
     documents, the first then begins prompts too. UserError when there is none that can be used, or only one that
     changes text without `config.lossy`.
     """

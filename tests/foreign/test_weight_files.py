@@ -35,7 +35,7 @@ def folder(llama: Path, tmp_path: Path) -> Path:
 
 
 def put(path: Path, tensors: dict[str, Tensor], first: float | None = None) -> None:
-    """Write tensors; with `first` as the first value of the table, by which one set is told from another."""
+    """Write tensors; with `first` as the first value of the table, by which sets differ."""
     held = dict(tensors)
     if first is not None:
         held[FIRST] = held[FIRST].clone()
