@@ -167,7 +167,7 @@ def plant_in_training(killer: Killer) -> None:
     from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
     from llm import atomic
-    from llm.checkpoint import filling
+    from llm.checkpoint import assemble
     from llm.model import LLM
     from llm.parallel.engine import Engine
     from llm.train.trainer import Trainer
@@ -219,7 +219,7 @@ def plant_in_training(killer: Killer) -> None:
 
     wrap(atomic, "sync", sync)
     wrap(Trainer, "__init__", build)
-    wrap(filling, "_do", read)
+    wrap(assemble, "_do", read)
     wrap(Trainer, "resume", resume)
     wrap(Trainer, "take_step", take_step)
     wrap(LLM, "forward", forward)
@@ -262,20 +262,20 @@ def plant_in_saving(killer: Killer) -> None:
 
     stage: list[int] = []  # step of the save whose files `advance` is about to find written
 
-    def write_planned(original: Callable[..., Any], path: Path, plan: Any, *args: Any) -> Any:
+    def write_values(original: Callable[..., Any], path: Path, outline: Any, *args: Any) -> Any:
         step = int(path.parent.name.removeprefix(f"{HIDDEN}step_"))
         if killer.waits_at("file", step):
-            at = plan.bytes * killer.quarters() // QUARTERS
+            at = outline.bytes * killer.quarters() // QUARTERS
 
             def cut(*words: Any, **kwargs: Any) -> CutFile:
                 return CutFile(open(*words, **kwargs), at, lambda: killer.strike(step))
 
             fragments.open = cut  # type: ignore[attr-defined]
-        return original(path, plan, *args)
+        return original(path, outline, *args)
 
     def advance(original: Callable[..., Any], saving: CheckpointStore) -> Any:
-        flight = saving._flight
-        stage[:] = [] if flight is None or flight.committing else [flight.step]
+        save = saving._save
+        stage[:] = [] if save is None or save.committing else [save.step]
         try:
             return original(saving)
         finally:
@@ -302,7 +302,7 @@ def plant_in_saving(killer: Killer) -> None:
         shutil.rmtree(path, **kwargs)
 
     shutil = store.shutil
-    wrap(store, "write_planned", write_planned)
+    wrap(store, "write_values", write_values)
     wrap(CheckpointStore, "advance", advance)
     wrap(store, "gather_json", gather_json)
     wrap(store, "write_file", write_file)

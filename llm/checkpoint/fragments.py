@@ -1,4 +1,4 @@
-"""One rank's file of a checkpoint: flat pieces of parameters and optimizer states, each with digests of its blocks.
+"""One rank's file of a checkpoint: flat ranges of parameters and optimizer states, each with digests of its blocks.
 
 A fragment is a flat range of a box of one tensor (the float32 master of a parameter, or one optimizer state of it),
 exactly as tensor and expert parallelism and ZeRO left it on the rank that owns it: nothing is gathered to write it.
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from llm.boxes import Box, box_shape
-from llm.checkpoint.overlap import Part, rectangles, view
+from llm.checkpoint.intersect import Part, rectangles, view
 from llm.errors import DamagedFile
 from llm.plans import cut_dimension
 from llm.safetensors_file import header_bytes
@@ -45,7 +45,7 @@ BLANK = "0" * 32
 """A digest that is not known yet."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What a run saves is float32; weights that came from elsewhere may stay what they were."""
-Piece = tuple[str, str, Box, int, Tensor]
+OwnedValues = tuple[str, str, Box, int, Tensor]
 """(name, kind, box, start, values): flat values of the elements [start, start + len(values)) of the flattened box."""
 
 
@@ -149,7 +149,7 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
-class FilePlan:
+class FileOutline:
     """What a rank's file will be, known before a byte of it is written."""
 
     name: str
@@ -168,33 +168,33 @@ class FilePlan:
         return FileRecord(self.bytes, len(self.header), digest(self.header))
 
 
-def plan_file(
+def outline_file(
     name: str,
-    pieces: Iterable[Piece],
+    owned: Iterable[OwnedValues],
     dtype: str = "float32",
     shapes: Mapping[str, tuple[int, ...]] | None = None,
-) -> FilePlan:
-    """The safetensors file `name` with these pieces in `dtype`, in their order.
+) -> FileOutline:
+    """The safetensors file `name` with these values in `dtype`, in their order.
 
-    shapes: of whole parameters; with them pieces are written in stripes where that lets ranks read less.
+    shapes: of whole parameters; with them values are written in stripes where that lets ranks read less.
     """
     entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     rows: list[Fragment] = []
     width, at = DTYPES[dtype].itemsize, 0
-    for parameter, kind, box, start, values in pieces:
+    for parameter, kind, box, start, values in owned:
         n, stripe, block_bytes = values.numel(), None, BLOCK_BYTES
         if shapes is not None and parameter in shapes:
             stripe = _stripe(parameter, shapes[parameter])
             block_bytes = _block_bytes(shapes[parameter], width, stripe)
         key = f"{parameter}|{kind}|{','.join(f'{a}:{b}' for a, b in box)}|{start}"  # nothing reads it
-        if key in entries:  # pieces without values share their place with others
+        if key in entries:  # what has no elements shares its place with others
             key = f"{key}|{len(rows)}"
         entries[key] = DTYPES[dtype], (n,)
         blank = (BLANK,) * -(-n * width // block_bytes)
         rows.append(Fragment(parameter, kind, box, start, n, dtype, name, at, block_bytes, stripe, blank))
         at += n * width
     header = header_bytes(entries)
-    return FilePlan(name, header, tuple(replace(row, offset=len(header) + row.offset) for row in rows))
+    return FileOutline(name, header, tuple(replace(row, offset=len(header) + row.offset) for row in rows))
 
 
 def _stripe(name: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
@@ -251,8 +251,8 @@ class GivenUp(Exception):
     """Writing was stopped from outside."""
 
 
-def write_planned(
-    path: Path, plan: FilePlan, values: Iterable[Tensor], to_stop: Callable[[], bool] = lambda: False
+def write_values(
+    path: Path, outline: FileOutline, values: Iterable[Tensor], to_stop: Callable[[], bool] = lambda: False
 ) -> list[Fragment]:
     """Write the planned file and flush it to the disk; the fragments with their digests.
 
@@ -261,9 +261,9 @@ def write_planned(
     """
     written = []
     try:
-        with open(path, "wb", buffering=BLOCK_BYTES) as file:  # small pieces go to the disk together
-            file.write(plan.header)
-            for fragment, tensor in zip(plan.fragments, values, strict=True):
+        with open(path, "wb", buffering=BLOCK_BYTES) as file:  # small fragments go to the disk together
+            file.write(outline.header)
+            for fragment, tensor in zip(outline.fragments, values, strict=True):
                 held = tensor.detach().to("cpu", DTYPES[fragment.dtype]).contiguous()
                 flat = held.as_strided((held.numel(),), (1,))  # one element may have any stride, which `view` minds
                 blocks = []

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from llm.boxes import Box, box_shape, whole
-from llm.checkpoint.filling import Wanted, fill
+from llm.checkpoint.assemble import Wanted, fill
 from llm.checkpoint.fragments import DTYPES, VERSION, FileRecord, Fragment, digest
-from llm.checkpoint.overlap import Part
+from llm.checkpoint.intersect import Part
 from llm.errors import DamagedFile, UserError
 
 FORMAT = "lattice-checkpoint"

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from llm.atomic import sync, write_file
 from llm.boxes import Box, box_shape
-from llm.checkpoint.flight import HostCopy, start_work
-from llm.checkpoint.fragments import VERSION, FilePlan, Fragment, GivenUp, Piece, plan_file, write_planned
+from llm.checkpoint.host_copy import HostCopy, start_work
+from llm.checkpoint.fragments import VERSION, FileOutline, Fragment, GivenUp, OwnedValues, outline_file, write_values
 from llm.checkpoint.reader import FORMAT, MANIFEST, Checkpoint, list_steps, seal
 from llm.errors import DamagedFile, UserError
 from llm.parallel.collectives import agreed_error, all_or_none, gather_json, main_decides
@@ -40,7 +40,7 @@ class SaveFailed(UserError):
 
 
 @dataclass
-class _Flight:
+class _Save:
     """A save on its way: this rank's part of its present stage."""
 
     manifest: dict[str, Any]
@@ -73,9 +73,9 @@ class CheckpointStore:
         self.keep_best = keep_best
         self.keep_every = keep_every
         self._copy = HostCopy()
-        self._flight: _Flight | None = None
+        self._save: _Save | None = None
         self._cut: list[tuple[str, str, Box, int, int]] | None = None
-        self._plan: tuple[FilePlan, int] | None = None
+        self._outline: tuple[FileOutline, int] | None = None
 
     def clean(self) -> None:
         """Remove what a killed save left behind (collective)."""
@@ -90,12 +90,12 @@ class CheckpointStore:
         self,
         step: int,
         shapes: dict[str, tuple[int, ...]],
-        pieces: Iterable[Piece],
+        owned: Iterable[OwnedValues],
         meta: dict[str, Any],
         best_step: int | None = None,
     ) -> Path:
         """Write the checkpoint of `step` and commit it, while the caller waits (collective); see `begin`."""
-        self.begin(step, shapes, pieces, meta, best_step, in_background=False)
+        self.begin(step, shapes, owned, meta, best_step, in_background=False)
         self.finish()
         return self.path(step)
 
@@ -103,30 +103,30 @@ class CheckpointStore:
         """Where the checkpoint of `step` is, once it is committed."""
         return self.folder / f"step_{step:08d}"
 
-    def prepare(self, pieces: Iterable[Piece]) -> None:
-        """Get the host memory that `begin` will need for such pieces, behind the training."""
-        self._copy.prepare(list(pieces))
+    def prepare(self, owned: Iterable[OwnedValues]) -> None:
+        """Get the host memory that `begin` will need for such values, behind the training."""
+        self._copy.prepare(list(owned))
 
     def begin(
         self,
         step: int,
         shapes: dict[str, tuple[int, ...]],
-        pieces: Iterable[Piece],
+        owned: Iterable[OwnedValues],
         meta: dict[str, Any],
         best_step: int | None = None,
         in_background: bool = True,
     ) -> None:
         """Begin the checkpoint of `step`, after finishing the one before it (collective).
 
-        `shapes` are those of whole parameters. Over all ranks the pieces hold every element of each (name, kind) once.
+        `shapes` are those of whole parameters. Over all ranks the owned values are every element of each (name, kind) once.
         In_background copies the values into as much host memory and writes them from there: they must not change
         before `wait_for_copy` has returned. Without it they are written from where they are. best_step: that of the
         best checkpoint so far, for retention.
         SaveFailed on every rank where the file system has not the space that all files need together.
         """
         self.finish()
-        pieces = list(pieces)
-        plan, n_rows = self._planned(pieces, shapes)
+        owned = list(owned)
+        outline, n_rows = self._outlined(owned, shapes)
         manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -134,9 +134,9 @@ class CheckpointStore:
             "parameters": {name: list(shape) for name, shape in shapes.items()},
             "meta": meta,
         }
-        self._check_space(plan, n_rows, manifest)
+        self._check_space(outline, n_rows, manifest)
         values: Iterable[Tensor]
-        values, copy = self._copy.take(pieces) if in_background else ((values for *_, values in pieces), _nothing)
+        values, copy = self._copy.take(owned) if in_background else ((values for *_, values in owned), _nothing)
         work, give_up, copied = self._work(step), threading.Event(), threading.Event()
 
         def write() -> dict[str, Any]:
@@ -145,42 +145,42 @@ class CheckpointStore:
             finally:
                 copied.set()
             work.mkdir(parents=True, exist_ok=True)
-            fragments = write_planned(work / plan.name, plan, values, give_up.is_set)
-            return {"file": plan.name, "is": plan.record.to_json(), "fragments": [f.to_json() for f in fragments]}
+            fragments = write_values(work / outline.name, outline, values, give_up.is_set)
+            return {"file": outline.name, "is": outline.record.to_json(), "fragments": [f.to_json() for f in fragments]}
 
         task = start_work(write, in_background)
-        self._flight = _Flight(manifest, best_step, in_background, give_up, task, copied)
+        self._save = _Save(manifest, best_step, in_background, give_up, task, copied)
 
     def wait_for_copy(self) -> None:
         """Return once the values of the save that has been begun may change. What failed meanwhile is told by
         `advance`."""
-        if self._flight is not None:
-            self._flight.copied.wait()
+        if self._save is not None:
+            self._save.copied.wait()
 
     def _work(self, step: int) -> Path:
         return self.folder / f"{HIDDEN}step_{step:08d}"
 
-    def _planned(self, pieces: list[Piece], shapes: dict[str, tuple[int, ...]]) -> tuple[FilePlan, int]:
-        """The plan of this rank's file, and about how long its rows in the manifest are: those of the last save where
-        the pieces are cut as then, as the training waits for this."""
-        cut = [(name, kind, box, start, values.numel()) for name, kind, box, start, values in pieces]
+    def _outlined(self, owned: list[OwnedValues], shapes: dict[str, tuple[int, ...]]) -> tuple[FileOutline, int]:
+        """The outline of this rank's file, and about how long its rows in the manifest are: those of the last save where
+        values are cut as then, as the training waits for this."""
+        cut = [(name, kind, box, start, values.numel()) for name, kind, box, start, values in owned]
         if cut != self._cut:
-            plan = plan_file(f"rank_{self.world.rank:05d}.safetensors", pieces, shapes=shapes)
-            rows = json.dumps([fragment.to_json() for fragment in plan.fragments])  # digests are as long while blank
-            self._cut, self._plan = cut, (plan, len(rows))
-        assert self._plan is not None
-        return self._plan
+            outline = outline_file(f"rank_{self.world.rank:05d}.safetensors", owned, shapes=shapes)
+            rows = json.dumps([fragment.to_json() for fragment in outline.fragments])  # digests are as long while blank
+            self._cut, self._outline = cut, (outline, len(rows))
+        assert self._outline is not None
+        return self._outline
 
-    def _check_space(self, plan: FilePlan, n_rows: int, manifest: dict[str, Any]) -> None:
+    def _check_space(self, outline: FileOutline, n_rows: int, manifest: dict[str, Any]) -> None:
         disk = free_space(self.folder) if self.world.is_main else None
         empty = len(seal({**manifest, "files": {}, "fragments": []}))
-        told = gather_json([plan.name, plan.record.to_json(), n_rows, empty, disk], self.world)
-        *_, empty, disk = told[0]
+        files_of_ranks = gather_json([outline.name, outline.record.to_json(), n_rows, empty, disk], self.world)
+        *_, empty, disk = files_of_ranks[0]
         if disk is None:
             return
         block, free = disk
-        files = {name: record for name, record, *_ in told}
-        of_manifest = empty - len("{}") + len(json.dumps(files)) + sum(n for _, _, n, *_ in told)
+        files = {name: record for name, record, *_ in files_of_ranks}
+        of_manifest = empty - len("{}") + len(json.dumps(files)) + sum(n for _, _, n, *_ in files_of_ranks)
         sizes = [of_manifest, *(record["bytes"] for record in files.values())]
         needed = sum(-(-size // block) * block for size in sizes)
         if needed > free:
@@ -189,65 +189,65 @@ class CheckpointStore:
 
     def flags(self) -> tuple[bool, bool]:
         """Whether this rank is at work on a save, and whether its part has failed: to be added up over ranks."""
-        if self._flight is None:
+        if self._save is None:
             return False, False
-        done = self._flight.task.done()
-        return not done, done and self._flight.task.exception() is not None
+        done = self._save.task.done()
+        return not done, done and self._save.task.exception() is not None
 
     def due(self, at_work: float, failed: float) -> bool:
         """Whether it is time for `advance`, from the sums of all ranks' flags: the same answer on every rank.
 
         Where another rank has failed, this one stops writing.
         """
-        if self._flight is None:
+        if self._save is None:
             return False
         if failed:
-            self._flight.give_up.set()
+            self._save.give_up.set()
         return at_work == 0 or failed > 0
 
     def advance(self) -> int | None:
         """Take the save a stage further, after waiting for every rank's part of this one (collective).
 
         Returns its step once it is committed. SaveFailed on every rank when one could not write; UserError when the
-        pieces do not hold every element once.
+        ranks do not own every element once.
         """
-        flight = self._flight
-        assert flight is not None
-        outcomes = gather_json(_outcome(flight.task), self.world)
+        save = self._save
+        assert save is not None
+        outcomes = gather_json(_outcome(save.task), self.world)
         failures = [(not why, rank, why, of_disk) for rank, (_, why, of_disk) in enumerate(outcomes) if why is not None]
         if failures:
-            self._flight = None
-            main_decides(lambda: shutil.rmtree(self._work(flight.step), ignore_errors=True), self.world)
+            self._save = None
+            main_decides(lambda: shutil.rmtree(self._work(save.step), ignore_errors=True), self.world)
             _, rank, why, of_disk = min(failures)  # of those that gave up for another one only where nobody says more
             where = f" (rank {rank})" if self.world.size > 1 else ""
             raise agreed_error(f"{why}{where}", SaveFailed if of_disk else UserError)
-        if flight.committing:
-            self._flight = None
-            return flight.step
+        if save.committing:
+            self._save = None
+            return save.step
         records = [record for record, *_ in outcomes]
         if self.world.is_main:
-            flight.task = start_work(lambda: self._commit(flight, records), flight.in_background)
+            save.task = start_work(lambda: self._commit(save, records), save.in_background)
         else:
-            flight.task = start_work(_nothing, in_background=False)
-        flight.committing = True
+            save.task = start_work(_nothing, in_background=False)
+        save.committing = True
         return None
 
     def finish(self) -> int | None:
         """Bring the save that is on its way to its end, if there is one (collective); its step. Raises as `advance`."""
         step = None
-        while self._flight is not None:
+        while self._save is not None:
             step = self.advance()
         return step
 
-    def _commit(self, flight: _Flight, records: list[dict[str, Any]]) -> None:
-        step = flight.step
+    def _commit(self, save: _Save, records: list[dict[str, Any]]) -> None:
+        step = save.step
         work, final = self._work(step), self.path(step)
         rows = [row for record in records for row in record["fragments"]]
-        shapes = {name: tuple(shape) for name, shape in flight.manifest["parameters"].items()}
+        shapes = {name: tuple(shape) for name, shape in save.manifest["parameters"].items()}
         for fault in coverage_faults(shapes, map(Fragment.from_json, rows)):
             raise UserError(f"refusing to commit a checkpoint: {fault}")
         files = {record["file"]: record["is"] for record in records}
-        write_file(work / MANIFEST, seal({**flight.manifest, "files": files, "fragments": rows}))
+        write_file(work / MANIFEST, seal({**save.manifest, "files": files, "fragments": rows}))
         replaced = self.folder / f"{HIDDEN}replaced-{step:08d}"
         if final.exists():
             os.replace(final, replaced)
@@ -255,7 +255,7 @@ class CheckpointStore:
         sync(self.folder)
         shutil.rmtree(replaced, ignore_errors=True)
         try:
-            self._prune(flight.best_step)
+            self._prune(save.best_step)
         except OSError as error:
             raise OSError(f"{final} is saved, but an older one cannot be removed: {error}") from None
 
@@ -371,7 +371,7 @@ def _fault(shape: tuple[int, ...], boxes: dict[Box, list[tuple[int, int]]]) -> s
 
 
 def _not_tiled(ranges: list[tuple[int, int]], total: int) -> str | None:
-    """What is missing or surplus in ranges that should be 0 to `total` in pieces."""
+    """What is missing or surplus in ranges that should be 0 to `total`, one after the other."""
     at = 0
     for start, stop in sorted(ranges):
         if start != at:

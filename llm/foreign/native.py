@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llm.args import ModelArgs
 from llm.boxes import Box, runs, whole
-from llm.checkpoint.fragments import BLOCK_BYTES, DTYPES, VERSION, plan_file, write_planned
+from llm.checkpoint.fragments import BLOCK_BYTES, DTYPES, VERSION, outline_file, write_values
 from llm.checkpoint.pretrained import save_tokenizer
 from llm.checkpoint.reader import FORMAT, MANIFEST, Checkpoint, seal
 from llm.errors import UserError
@@ -119,10 +119,10 @@ def write_native(
         files: dict[str, Any] = {}
         fragments = []
         for i, names in enumerate(_parts(shapes, dtype.itemsize)):
-            pieces = [(n, "master", whole(shapes[n]), 0, torch.empty(shapes[n], device="meta")) for n in names]
-            plan = plan_file(f"weights_{i:05d}.safetensors", pieces, name)
-            fragments += write_planned(folder / plan.name, plan, _values(names, shapes, weights, dtype, tell))
-            files[plan.name] = plan.record.to_json()
+            owned = [(n, "master", whole(shapes[n]), 0, torch.empty(shapes[n], device="meta")) for n in names]
+            outline = outline_file(f"weights_{i:05d}.safetensors", owned, name)
+            fragments += write_values(folder / outline.name, outline, _values(names, shapes, weights, dtype, tell))
+            files[outline.name] = outline.record.to_json()
         manifest = {
             "format": FORMAT,
             "version": VERSION,

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from llm.boxes import Box, box_shape, share_of, whole
-from llm.checkpoint import filling, fragments
-from llm.checkpoint.fragments import Fragment, Piece, digest
+from llm.checkpoint import assemble, fragments
+from llm.checkpoint.fragments import Fragment, OwnedValues, digest
 from llm.checkpoint.inspect import damaged_blocks, survey
-from llm.checkpoint.overlap import Part, rectangles, view
+from llm.checkpoint.intersect import Part, rectangles, view
 from llm.checkpoint.reader import Checkpoint, seal
 from llm.checkpoint.store import CheckpointStore
 from llm.errors import DamagedFile, UserError
@@ -37,7 +37,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Checkpoint]:
     """Saves what each of several ranks holds, a file each; the ranks are threads."""
 
-    def save_as_ranks(shapes: dict[str, tuple[int, ...]], ranks: list[list[Piece]]) -> Checkpoint:
+    def save_as_ranks(shapes: dict[str, tuple[int, ...]], ranks: list[list[OwnedValues]]) -> Checkpoint:
         def save_as(world: World) -> Path:
             return CheckpointStore(tmp_path, world, keep=1, keep_best=False).save(1, shapes, ranks[world.rank], {})
 
@@ -80,7 +80,7 @@ def random_tensors(rng: random.Random) -> dict[str, Tensor]:
 def test_any_layout_reads_what_any_other_wrote(save: Callable[..., Checkpoint], seed: int) -> None:
     rng = random.Random(seed)
     tensors = random_tensors(rng)
-    ranks: list[list[Piece]] = [[] for _ in range(5)]
+    ranks: list[list[OwnedValues]] = [[] for _ in range(5)]
     for (name, tensor), kind in product(tensors.items(), ("master", "exp_avg")):
         for part in random_parts(rng, tuple(tensor.shape)):
             values = elements(tensor, part) * (1 if kind == "master" else -1)
@@ -118,13 +118,13 @@ def test_only_blocks_that_hold_what_is_asked_for_are_read_and_each_once(
     parts = list(random_parts(rng, (12, 17)))
     checkpoint = save({"w": (12, 17)}, [[("w", "master", p.box, p.start, elements(places, p)) for p in parts]])
     seen: list[tuple[Part, int]] = []
-    original = filling.read_block
+    original = assemble.read_block
 
     def watch(path: Path, descriptor: int, fragment: Fragment, i: int, *rest: Any) -> None:
         seen.append((fragment.part, i))
         original(path, descriptor, fragment, i, *rest)
 
-    monkeypatch.setattr(filling, "read_block", watch)
+    monkeypatch.setattr(assemble, "read_block", watch)
     for asked in random_parts(rng, (12, 17)):
         seen.clear()
         checkpoint.read("w", "master", *asked)
@@ -138,8 +138,8 @@ def test_only_blocks_that_hold_what_is_asked_for_are_read_and_each_once(
         assert sorted(seen) == sorted(expected)
 
 
-def columns(tensor: Tensor, ranks: int) -> list[list[Piece]]:
-    """The pieces of a matrix cut by columns over ranks, in the order of elements as they lie in each box."""
+def columns(tensor: Tensor, ranks: int) -> list[list[OwnedValues]]:
+    """What is owned of a matrix cut by columns over ranks, in the order of elements as they lie in each box."""
     boxes = [((0, tensor.shape[0]), share_of(tensor.shape[1], rank, ranks)) for rank in range(ranks)]
     return [[("w", "master", box, 0, elements(tensor, Part(box, 0, math.prod(box_shape(box)))))] for box in boxes]
 
@@ -163,34 +163,34 @@ def test_a_damaged_block_stops_those_who_use_it_and_nobody_else(save: Callable[.
 LEFT, RIGHT = ((0, 4), (0, 3)), ((0, 4), (3, 5))
 
 
-def piece(box: Box, start: int, n: int, kind: str = "master", name: str = "w") -> Piece:
+def values(box: Box, start: int, n: int, kind: str = "master", name: str = "w") -> OwnedValues:
     return name, kind, box, start, torch.zeros(n)
 
 
-GOOD = [piece(LEFT, 0, 7), piece(LEFT, 7, 5), piece(RIGHT, 0, 8), piece(whole((3,)), 0, 3, name="b")]
+GOOD = [values(LEFT, 0, 7), values(LEFT, 7, 5), values(RIGHT, 0, 8), values(whole((3,)), 0, 3, name="b")]
 FAULTS = {
     "a range is missing at the end": ([GOOD[0], *GOOD[2:]], "up to 7 of 12"),
     "a range is missing at the start": ([GOOD[1], *GOOD[2:]], "misses 0 to 7"),
     "a range comes twice": ([*GOOD, GOOD[1]], "holds 7 to 12 twice"),
     "the whole of a box comes twice": ([*GOOD, GOOD[2]], "holds 0 to 8 twice"),
-    "two ranges overlap": ([piece(LEFT, 0, 8), *GOOD[1:]], "holds 7 to 8 twice"),
-    "a range goes beyond its box": ([GOOD[0], piece(LEFT, 7, 6), *GOOD[2:]], "up to 13 of 12"),
+    "two ranges overlap": ([values(LEFT, 0, 8), *GOOD[1:]], "holds 7 to 8 twice"),
+    "a range goes beyond its box": ([GOOD[0], values(LEFT, 7, 6), *GOOD[2:]], "up to 13 of 12"),
     "a box is missing": ([GOOD[2], GOOD[3]], "misses 0 to 3 of dimension 1"),
     "a cell of the grid is missing": (
-        [piece(((0, 2), (0, 3)), 0, 6), piece(((2, 4), (0, 3)), 0, 6), piece(((0, 2), (3, 5)), 0, 4), GOOD[3]],
+        [values(((0, 2), (0, 3)), 0, 6), values(((2, 4), (0, 3)), 0, 6), values(((0, 2), (3, 5)), 0, 4), GOOD[3]],
         "has 3 of 4 boxes",
     ),
-    "two boxes overlap": ([*GOOD[:2], piece(((0, 4), (2, 5)), 0, 12), GOOD[3]], "holds 2 to 3 twice of dimension 1"),
-    "a box lies on the whole": ([*GOOD, piece(whole((4, 5)), 0, 20)], "twice of dimension 1"),
+    "two boxes overlap": ([*GOOD[:2], values(((0, 4), (2, 5)), 0, 12), GOOD[3]], "holds 2 to 3 twice of dimension 1"),
+    "a box lies on the whole": ([*GOOD, values(whole((4, 5)), 0, 20)], "twice of dimension 1"),
     "two boxes overlap and as much is missing": (
-        [piece(LEFT, 0, 12), piece(((0, 2), (1, 5)), 0, 8), GOOD[3]],
+        [values(LEFT, 0, 12), values(((0, 2), (1, 5)), 0, 8), GOOD[3]],
         "w .master.",
     ),
-    "a box goes beyond the parameter": ([*GOOD[:2], piece(((0, 4), (3, 6)), 0, 12), GOOD[3]], "up to 6 of 5"),
-    "a box has another number of dimensions": ([piece(((0, 20),), 0, 20), GOOD[3]], "of a shape"),
+    "a box goes beyond the parameter": ([*GOOD[:2], values(((0, 4), (3, 6)), 0, 12), GOOD[3]], "up to 6 of 5"),
+    "a box has another number of dimensions": ([values(((0, 20),), 0, 20), GOOD[3]], "of a shape"),
     "a parameter is missing": (GOOD[:3], r"b \(master\)"),
-    "a state is not whole": ([*GOOD, piece(LEFT, 0, 12, "exp_avg")], r"w \(exp_avg\) is covered up to 3 of 5"),
-    "a piece is of no parameter": ([*GOOD, piece(RIGHT, 0, 8, name="v")], "v .master. belongs to no parameter"),
+    "a state is not whole": ([*GOOD, values(LEFT, 0, 12, "exp_avg")], r"w \(exp_avg\) is covered up to 3 of 5"),
+    "values are of no parameter": ([*GOOD, values(RIGHT, 0, 8, name="v")], "v .master. belongs to no parameter"),
 }
 
 
@@ -198,14 +198,14 @@ FAULTS = {
 def test_what_is_not_every_element_once_is_not_committed(
     save: Callable[..., Checkpoint], tmp_path: Path, case: str
 ) -> None:
-    pieces, message = FAULTS[case]
+    owned, message = FAULTS[case]
     with pytest.raises(UserError, match=message):
-        save({"w": (4, 5), "b": (3,)}, [[p] for p in pieces])
+        save({"w": (4, 5), "b": (3,)}, [[p] for p in owned])
     assert not list(tmp_path.glob("step_*"))
 
 
-def test_pieces_without_values_and_empty_boxes_do_no_harm(save: Callable[..., Checkpoint]) -> None:
-    nothing = [piece(LEFT, 7, 0), piece(((0, 4), (5, 5)), 0, 0), piece(LEFT, 0, 0, "exp_avg")]
+def test_ranges_without_elements_and_empty_boxes_do_no_harm(save: Callable[..., Checkpoint]) -> None:
+    nothing = [values(LEFT, 7, 0), values(((0, 4), (5, 5)), 0, 0), values(LEFT, 0, 0, "exp_avg")]
     checkpoint = save({"w": (4, 5), "b": (3,), "none": (0, 4)}, [GOOD, nothing])
     assert torch.equal(checkpoint.read("w"), torch.zeros(20))
     assert checkpoint.read("none").numel() == checkpoint.read("w", "master", ((2, 2), (0, 5))).numel() == 0

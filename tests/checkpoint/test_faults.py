@@ -20,7 +20,7 @@ import yaml
 from llm import LLM, ModelArgs
 from llm.boxes import Box, box_shape, share_of, whole
 from llm.checkpoint import fragments
-from llm.checkpoint.fragments import Piece
+from llm.checkpoint.fragments import OwnedValues
 from llm.checkpoint.inspect import damaged_blocks, survey
 from llm.checkpoint.pretrained import load_run_tokenizer, model_args, save_tokenizer
 from llm.checkpoint.reader import MANIFEST, Checkpoint, list_steps, newest_valid, resolve
@@ -47,11 +47,11 @@ TOKENIZER = CharacterTokenizer("abcdefghij")
 
 
 def save_as_ranks(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, step: int, ranks: list[list[Piece]], meta: dict[str, Any]
+    monkeypatch: pytest.MonkeyPatch, folder: Path, step: int, ranks: list[list[OwnedValues]], meta: dict[str, Any]
 ) -> Path:
     """A checkpoint with a file for each rank; a parameter's whole shape is the largest corner of its boxes."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, _, box, *_ in (piece for pieces in ranks for piece in pieces):
+    for name, _, box, *_ in (values for owned in ranks for values in owned):
         corner = tuple(stop for _, stop in box)
         shapes[name] = tuple(map(max, corner, shapes.get(name, corner)))
 
@@ -69,7 +69,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     meta = {"config": {"model": ARGS.model_dump(mode="json")}, "tokenizer": TOKENIZER.fingerprint}
     with pytest.MonkeyPatch.context() as monkeypatch:
         for step in STEPS:
-            ranks: list[list[Piece]] = [[], []]
+            ranks: list[list[OwnedValues]] = [[], []]
             draw = torch.Generator().manual_seed(step)
             for (name, parameter), kind in product(LLM(ARGS).named_parameters(), ("master", "exp_avg")):
                 flat, cut = torch.randn(parameter.numel(), generator=draw), parameter.numel() // 3
@@ -148,7 +148,7 @@ def test_every_bit_of_the_first_bytes_is_noticed_before_values_are_used(copied: 
         path.write_bytes(content)
 
 
-def moments_of_zero(rank: int) -> list[Piece]:
+def moments_of_zero(rank: int) -> list[OwnedValues]:
     box = ((4 * rank, 4 * rank + 4), (0, 5))
     return [("w", "master", box, 0, torch.full((20,), float(rank))), ("w", "exp_avg", box, 0, torch.zeros(20))]
 
@@ -295,7 +295,7 @@ PICKLING = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpi
 
 
 def unpickling(node: ast.AST, foreign: bool) -> bool:
-    """Whether this piece of a program may execute what it reads. Checkpoints of other projects may be pickles, whose
+    """Whether this part of a program may execute what it reads. Checkpoints of other projects may be pickles, whose
     tensors torch reads without executing anything; so much may llm/foreign do.
     """
     if isinstance(node, ast.Import | ast.ImportFrom):
@@ -346,7 +346,7 @@ def columns_of(rank: int, ranks: int) -> Box:
     return ((0, MATRIX[0]), share_of(MATRIX[1], rank, ranks))
 
 
-def written(box: Box, start: int, stop: int, name: str) -> list[Piece]:
+def written(box: Box, start: int, stop: int, name: str) -> list[OwnedValues]:
     values = torch.arange(math.prod(MATRIX), dtype=torch.float32).view(MATRIX)
     held = values[tuple(slice(*ends) for ends in box)].reshape(-1)[start:stop]
     kinds = ("master", "exp_avg", "exp_avg_sq")

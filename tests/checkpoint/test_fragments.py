@@ -30,17 +30,17 @@ def values() -> dict[str, torch.Tensor]:
 
 
 def save(folder: Path, step: int, **changes: int) -> Path:
-    """A checkpoint as two ranks would have cut it: each parameter in two pieces, at an odd place."""
+    """A checkpoint as two ranks would have cut it: each parameter in two ranges, at an odd place."""
     store = CheckpointStore(
         folder, WORLD, keep=changes.get("keep", 9), keep_best=True, keep_every=changes.get("keep_every")
     )
-    pieces = []
+    owned = []
     for name, tensor in values().items():
         flat = tensor.flatten() + step
         box = whole(SHAPES[name])
-        pieces += [(name, "master", box, 0, flat[:3]), (name, "master", box, 3, flat[3:])]
-        pieces += [(name, "exp_avg", box, 0, flat[:9] * 2), (name, "exp_avg", box, 9, flat[9:] * 2)]
-    return store.save(step, SHAPES, pieces, {"note": step}, changes.get("best"))
+        owned += [(name, "master", box, 0, flat[:3]), (name, "master", box, 3, flat[3:])]
+        owned += [(name, "exp_avg", box, 0, flat[:9] * 2), (name, "exp_avg", box, 9, flat[9:] * 2)]
+    return store.save(step, SHAPES, owned, {"note": step}, changes.get("best"))
 
 
 def test_any_range_reads_back_bit_for_bit(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ import torch
 
 from llm.boxes import whole
 from llm.checkpoint import store as store_module
-from llm.checkpoint.flight import HostCopy
-from llm.checkpoint.fragments import Piece, plan_file
+from llm.checkpoint.host_copy import HostCopy
+from llm.checkpoint.fragments import OwnedValues, outline_file
 from llm.checkpoint.reader import Checkpoint, list_steps, newest_valid
 from llm.checkpoint.store import CheckpointStore, SaveFailed
 from llm.errors import UserError
@@ -30,7 +30,7 @@ RANKS = 3
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
-def pieces_of(world: World, values: torch.Tensor) -> list[Piece]:
+def owned_by(world: World, values: torch.Tensor) -> list[OwnedValues]:
     """This rank's third of a vector of N values."""
     start, stop = N * world.rank // RANKS, N * (world.rank + 1) // RANKS
     return [("w", "master", whole((N,)), start, values[start:stop])]
@@ -47,17 +47,17 @@ class Disk:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, failing: tuple[int, ...] = ()) -> None:
         self.go = threading.Event()
-        write = store_module.write_planned
+        write = store_module.write_values
 
-        def slow_write(path: Path, plan: Any, values: Any, to_stop: Callable[[], bool]) -> Any:
+        def slow_write(path: Path, outline: Any, values: Any, to_stop: Callable[[], bool]) -> Any:
             if any(f"rank_{rank:05d}" in path.name for rank in failing):
                 raise OSError(28, "No space left on device", str(path))
             while not self.go.wait(0.001):
                 if to_stop():
                     break
-            return write(path, plan, values, to_stop)
+            return write(path, outline, values, to_stop)
 
-        monkeypatch.setattr(store_module, "write_planned", slow_write)
+        monkeypatch.setattr(store_module, "write_values", slow_write)
 
 
 def names(folder: Path) -> list[str]:
@@ -72,7 +72,7 @@ def test_training_goes_on_and_changes_nothing_of_what_is_being_saved(
     def rank(world: World) -> list[int | None]:
         store = CheckpointStore(tmp_path, world, keep=5, keep_best=False)
         values = torch.arange(N, dtype=torch.float32)
-        store.begin(1, SHAPES, pieces_of(world, values), {})
+        store.begin(1, SHAPES, owned_by(world, values), {})
         store.wait_for_copy()
         values += 1  # the training
         seen = [at_a_boundary(store, world) for _ in range(3)]
@@ -96,8 +96,8 @@ def test_a_copy_that_takes_its_time_is_waited_for_before_values_change(
     copying, go = threading.Event(), threading.Event()
     take = HostCopy.take
 
-    def slow_take(host: HostCopy, pieces: list[Piece]) -> tuple[list[torch.Tensor], Callable[[], None]]:
-        copies, copy = take(host, pieces)
+    def slow_take(host: HostCopy, owned: list[OwnedValues]) -> tuple[list[torch.Tensor], Callable[[], None]]:
+        copies, copy = take(host, owned)
 
         def slow_copy() -> None:
             copying.set()
@@ -130,10 +130,10 @@ def test_a_second_save_waits_for_the_first_and_the_memory_is_used_again(
 ) -> None:
     def rank(world: World) -> int:
         store = CheckpointStore(tmp_path, world, keep=5, keep_best=False)
-        store.prepare(pieces_of(world, torch.ones(N)))
+        store.prepare(owned_by(world, torch.ones(N)))
         places = {store._copy._flat.result().data_ptr()}
         for step in (1, 2, 3):
-            store.begin(step, SHAPES, pieces_of(world, torch.full((N,), float(step))), {})
+            store.begin(step, SHAPES, owned_by(world, torch.full((N,), float(step))), {})
             places.add(store._copy._flat.result().data_ptr())
         store.finish()
         return len(places)
@@ -185,7 +185,7 @@ def test_a_rank_that_cannot_write_is_told_by_all_and_the_last_checkpoint_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waiting: bool
 ) -> None:
     def first(world: World) -> None:
-        CheckpointStore(tmp_path, world, keep=1, keep_best=False).save(1, SHAPES, pieces_of(world, torch.ones(N)), {})
+        CheckpointStore(tmp_path, world, keep=1, keep_best=False).save(1, SHAPES, owned_by(world, torch.ones(N)), {})
 
     as_ranks(monkeypatch, RANKS, first)
     disk = Disk(monkeypatch, failing=(1,))
@@ -194,10 +194,10 @@ def test_a_rank_that_cannot_write_is_told_by_all_and_the_last_checkpoint_stays(
 
     def rank(world: World) -> str:
         store = CheckpointStore(tmp_path, world, keep=1, keep_best=False)
-        store.begin(2, SHAPES, pieces_of(world, torch.zeros(N)), {})
+        store.begin(2, SHAPES, owned_by(world, torch.zeros(N)), {})
         with pytest.raises(SaveFailed) as raised:
             if waiting:
-                store.begin(3, SHAPES, pieces_of(world, torch.zeros(N)), {})
+                store.begin(3, SHAPES, owned_by(world, torch.zeros(N)), {})
             while True:  # the others stop writing for it: the disk never lets them go
                 at_a_boundary(store, world)
         assert raised.value.agreed and store.finish() is None
@@ -217,7 +217,7 @@ def test_a_commit_that_fails_is_told_by_all(tmp_path: Path, monkeypatch: pytest.
 
     def rank(world: World) -> None:
         store = CheckpointStore(tmp_path, world, keep=1, keep_best=False)
-        store.begin(2, SHAPES, pieces_of(world, torch.zeros(N)), {})
+        store.begin(2, SHAPES, owned_by(world, torch.zeros(N)), {})
         with pytest.raises(SaveFailed, match=r"No space left on device.*manifest.json"):
             while True:
                 at_a_boundary(store, world)
@@ -231,7 +231,7 @@ def test_what_does_not_hold_every_element_is_no_matter_of_the_disk(
 ) -> None:
     def rank(world: World) -> None:
         store = CheckpointStore(tmp_path, world, keep=1, keep_best=False)
-        store.begin(2, SHAPES, pieces_of(world, torch.zeros(N)) if world.rank else [], {})
+        store.begin(2, SHAPES, owned_by(world, torch.zeros(N)) if world.rank else [], {})
         with pytest.raises(UserError, match="misses 0 to 333") as raised:
             store.finish()
         assert not isinstance(raised.value, SaveFailed)
@@ -246,7 +246,7 @@ def needed_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     """What the three ranks' checkpoint takes, in whole blocks of a file system."""
 
     def rank(world: World) -> None:
-        CheckpointStore(tmp_path, world, keep=1, keep_best=False).save(1, SHAPES, pieces_of(world, torch.ones(N)), {})
+        CheckpointStore(tmp_path, world, keep=1, keep_best=False).save(1, SHAPES, owned_by(world, torch.ones(N)), {})
 
     as_ranks(monkeypatch, RANKS, rank)
     files = list((tmp_path / "step_00000001").iterdir())
@@ -264,7 +264,7 @@ def test_what_is_free_is_compared_with_what_all_ranks_need(
 
     def rank(world: World) -> None:
         store = CheckpointStore(tmp_path, world, keep=1, keep_best=False)
-        store.save(2, SHAPES, pieces_of(world, torch.zeros(N)), {})
+        store.save(2, SHAPES, owned_by(world, torch.zeros(N)), {})
 
     if missing:
         with pytest.raises(SaveFailed, match=rf"checkpoint of step 2 needs {needed:,} bytes, {needed - BLOCK:,} are"):
@@ -277,9 +277,9 @@ def test_what_is_free_is_compared_with_what_all_ranks_need(
 def test_a_file_holds_little_beside_the_values() -> None:
     """At most 2 % more, of which the header is all."""
     values = torch.zeros(1 << 16)
-    pieces = [(f"layers.{i}.attention.wq.weight", "exp_avg", ((0, 1 << 16),), 0, values) for i in range(9)]
-    plan = plan_file("rank_00000.safetensors", pieces)
-    assert plan.bytes <= 1.02 * 9 * 4 * values.numel()
+    owned = [(f"layers.{i}.attention.wq.weight", "exp_avg", ((0, 1 << 16),), 0, values) for i in range(9)]
+    outline = outline_file("rank_00000.safetensors", owned)
+    assert outline.bytes <= 1.02 * 9 * 4 * values.numel()
 
 
 def test_a_want_of_memory_names_the_key_that_does_without(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from llm.boxes import whole
 from llm.checkpoint import fragments
-from llm.checkpoint.fragments import Piece
+from llm.checkpoint.fragments import OwnedValues
 from llm.checkpoint.inspect import damaged_blocks, survey
 from llm.checkpoint.reader import Checkpoint, newest_valid, seal
 from llm.checkpoint.store import HIDDEN, CheckpointStore
@@ -49,7 +49,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Saves a checkpoint of two ranks into the run folder `run`, a file each."""
 
-    def pieces_of(rank: int) -> list[Piece]:
+    def owned_by(rank: int) -> list[OwnedValues]:
         draw = torch.Generator().manual_seed(rank)
         box = (LEFT, RIGHT)[rank]
         found = [("layers.2.wq.weight", kind, box, 0, torch.randn(40, generator=draw)) for kind in KINDS]
@@ -59,7 +59,7 @@ def save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]
     def save_as_two_ranks(step: int, **meta: Any) -> Path:
         def save_one(world: World) -> Path:
             folder = CheckpointStore(tmp_path / "run" / "checkpoints", world, keep=9, keep_best=True)
-            return folder.save(step, SHAPES, pieces_of(world.rank), meta)
+            return folder.save(step, SHAPES, owned_by(world.rank), meta)
 
         path = as_ranks(monkeypatch, 2, save_one)[0]
         return path

@@ -2,7 +2,7 @@
 
 A flat range of a row-major box is at most 2 N - 1 rectangles (boxes again) in N dimensions: part of a first row, whole
 rows, part of a last one, and so on inside those two rows. What two ranges share is then a few rectangles too, and one
-strided copy each, however short the pieces of a row are that the two boxes have in common.
+strided copy each, however short the parts of a row are that the two boxes have in common.
 """
 
 import math

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llm.boxes import box_shape
 from llm.checkpoint.fragments import DTYPES, FileRecord, Fragment, bytes_of, check_header, opened, read_block
-from llm.checkpoint.overlap import Part, common, rectangles, view
+from llm.checkpoint.intersect import Part, common, rectangles, view
 from llm.environment import ranks_here
 
 MOST_THREADS = 8

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm.checkpoint.fragments import Piece
+from llm.checkpoint.fragments import OwnedValues
 from llm.errors import UserError
 
 
@@ -26,14 +26,14 @@ class HostCopy:
         self._flat: Future[Tensor] = Future()
         self._flat.set_result(torch.empty(0))
 
-    def prepare(self, pieces: Sequence[Piece], in_background: bool = True) -> None:
-        """Get the memory that these pieces need, unless it is there; the first save then need not wait for it.
+    def prepare(self, owned: Sequence[OwnedValues], in_background: bool = True) -> None:
+        """Get the memory that these values need, unless it is there; the first save then need not wait for it.
 
         New memory costs more time than the copy into it: the system clears each page when it is first touched. Where
         there is not enough, `take` raises the UserError.
         """
-        size = sum(values.numel() for *_, values in pieces)
-        device = next((values.device for *_, values in pieces if values.is_cuda), None)
+        size = sum(values.numel() for *_, values in owned)
+        device = next((values.device for *_, values in owned if values.is_cuda), None)
 
         def allocate() -> Tensor:
             if device is not None:
@@ -49,28 +49,28 @@ class HostCopy:
         if self._flat.result().numel() < size:
             self._flat = start_work(allocate, in_background)
 
-    def take(self, pieces: Sequence[Piece]) -> tuple[list[Tensor], Callable[[], None]]:
-        """Where the copies of the pieces' values will be, and a function that copies them there, on any thread; they
+    def take(self, owned: Sequence[OwnedValues]) -> tuple[list[Tensor], Callable[[], None]]:
+        """Where the copies of the values will be, and a function that copies them there, on any thread; they
         stand until the next call.
 
         What this thread has asked a GPU for until now comes before the copy, and what it asks for later beside it.
         """
-        self.prepare(pieces, in_background=False)
-        sizes = [values.numel() for *_, values in pieces]
+        self.prepare(owned, in_background=False)
+        sizes = [values.numel() for *_, values in owned]
         copies = list(self._flat.result()[: sum(sizes)].split(sizes))
-        device = next((values.device for *_, values in pieces if values.is_cuda), None)
+        device = next((values.device for *_, values in owned if values.is_cuda), None)
         ready = None if device is None else torch.cuda.current_stream(device).record_event()
 
         def copy() -> None:
             if device is None:
-                for place, (*_, values) in zip(copies, pieces, strict=True):
+                for place, (*_, values) in zip(copies, owned, strict=True):
                     place.copy_(values.detach())
                 return
             assert ready is not None
             stream = torch.cuda.Stream(device)  # of its own: not behind the kernels of the forward
             with torch.cuda.device(device), torch.cuda.stream(stream):
                 stream.wait_event(ready)
-                for place, (*_, values) in zip(copies, pieces, strict=True):
+                for place, (*_, values) in zip(copies, owned, strict=True):
                     place.copy_(values.detach(), non_blocking=True)
                 stream.synchronize()
 
