@@ -20,7 +20,7 @@ from llm.args import ModelArgs
 from llm.checkpoint.inspect import Damage, Survey, damaged_blocks, survey
 from llm.checkpoint.reader import MANIFEST, list_steps
 from llm.checkpoint.store import HIDDEN
-from llm.data.seen import Seen, rows_asked
+from llm.data.coverage import Coverage, rows_asked
 from llm.data.source import MANIFEST as SOURCE_MANIFEST
 from llm.data.source import SHARDS, TokenSource, is_source
 from llm.data.sources import SourceSpec, source_specs
@@ -294,7 +294,7 @@ def data_report(state: dict[str, Any], config: dict[str, Any], files: bool) -> R
             source = find_source(spec, state["data"]["sources"][name]["fingerprint"], config["data"].get("cache_dir"))
             entry |= {"folder": str(source.path), "of": source.n_rows(report["seq_len"])}
             if files:
-                entry |= _seen(Seen(name, source, report["seq_len"], report["seed"], rows))
+                entry |= _coverage(Coverage(name, source, report["seq_len"], report["seed"], rows))
         except UserError as error:
             entry["problem"] = str(error)
     if all(entry["of"] for entry in report["sources"]):
@@ -325,9 +325,9 @@ def find_source(spec: SourceSpec, fingerprint: str, cache_dir: str | None) -> To
     raise UserError(f"{where}, and {cache or 'no cache'} has no shards of it (relative paths start at {Path.cwd()})")
 
 
-def _seen(seen: Seen) -> Report:
-    with progress(seen.source.n_docs, f"documents of {seen.source.path.name}", "doc") as done:
-        return {"times": seen.times(), "stretches": [asdict(stretch) for stretch in seen.stretches(done)]}
+def _coverage(coverage: Coverage) -> Report:
+    with progress(coverage.source.n_docs, f"documents of {coverage.source.path.name}", "doc") as done:
+        return {"times": coverage.times(), "stretches": [asdict(stretch) for stretch in coverage.stretches(done)]}
 
 
 def _last_row(file: Path) -> Report | None:

@@ -12,7 +12,7 @@ if not __package__:
 from llm.cli import run_cli
 from llm.data.build import build_source
 from llm.data.documents import Reading, read_listings
-from llm.data.found import Tally, found_lines
+from llm.data.found import Inventory, found_lines
 from llm.data.listing import list_input
 from llm.data.source import TokenSource
 from llm.errors import UserError
@@ -60,18 +60,18 @@ def shard(
     listings = [list_input(path, "--input") for path in input]
     if separator == "":
         raise UserError("--separator: is empty")
-    if separator is not None and all(file.format.has_rows for listing in listings for file in listing.files):
+    if separator is not None and all(file.type.has_rows for listing in listings for file in listing.files):
         raise UserError(f"--separator={separator}: is for text files, and --input has none")
-    began, tally, name = time.perf_counter(), Tally(), f"--input={','.join(input)}"
+    began, inventory, name = time.perf_counter(), Inventory(), f"--input={','.join(input)}"
     source = build_source(
-        read_listings(listings, Reading(text_field, separator), tally),
+        read_listings(listings, Reading(text_field, separator), inventory),
         encoder,
         output,
         total_bytes=sum(listing.bytes for listing in listings),
         shard_bytes=shard_mb << 20,
         threads=threads,
         name=name,
-        found=lambda: tally.found(listings),
+        found=lambda: inventory.found(listings),
     )
     seconds = time.perf_counter() - began
     _print_found(name, source)

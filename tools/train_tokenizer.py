@@ -13,7 +13,7 @@ if not __package__:
 from llm.atomic import write_file
 from llm.cli import run_cli
 from llm.data.documents import Reading, read_listings
-from llm.data.found import Tally, found_lines
+from llm.data.found import Inventory, found_lines
 from llm.data.listing import Listing, list_input
 from llm.errors import UserError
 from llm.paths import PathText, refuse_existing
@@ -67,11 +67,11 @@ def train(
     inputs = [file.path for listing in listings for file in listing.files]
     if Path(output).exists() and any(os.path.samefile(file, output) for file in inputs):
         raise UserError(f"--output={output}: is a file of --input; name another")
-    tally = Tally()
-    texts = (document.text for document in read_listings(listings, Reading(text_field, separator), tally))
+    inventory = Inventory()
+    texts = (document.text for document in read_listings(listings, Reading(text_field, separator), inventory))
     if kind == "characters":
         tokenizer = CharacterTokenizer(alphabet(texts))
-        _print_found(input, listings, tally)
+        _print_found(input, listings, inventory)
         write_file(Path(output), tokenizer.serialized())
         print(f"{output}: {len(tokenizer.characters)} characters")
         return
@@ -84,13 +84,13 @@ def train(
         max_bytes=max_bytes,
         threads=threads,
     )
-    _print_found(input, listings, tally)
+    _print_found(input, listings, inventory)
     write_file(Path(output), model)
     print(f"{output}: {vocab_size} pieces")
 
 
-def _print_found(input: list[str], listings: list[Listing], tally: Tally) -> None:
-    for line in found_lines(f"--input={','.join(input)}", tally.found(listings), tally.documents, "--separator"):
+def _print_found(input: list[str], listings: list[Listing], inventory: Inventory) -> None:
+    for line in found_lines(f"--input={','.join(input)}", inventory.found(listings), inventory.documents, "--separator"):
         print(line)
 
 

@@ -20,7 +20,7 @@ class MicroBatch:
     """tokens_BT, labels_BT: int64 on CPU; labels_BT[b, t] follows tokens_BT[b, t], or is negative where that is no
     target.
 
-    cu_seqlens: int32 on CPU, (pieces + 1,): where each piece of a document begins in the flattened tokens, row starts
+    cu_seqlens: int32 on CPU, (segments + 1,): where each segment of a document begins in the flattened tokens, row starts
         included, then B * T.
     """
 
@@ -55,15 +55,15 @@ class StepBatch:
 
 
 def collate(
-    rows: Sequence[tuple[TokenSource, int] | None], seq_len: int, fill: int = 0, piece_len: int | None = None
+    rows: Sequence[tuple[TokenSource, int] | None], seq_len: int, fill: int = 0, sequence_len: int | None = None
 ) -> MicroBatch:
     """Read rows (source, row number) into a micro-batch.
 
-    `piece_len`, a divisor of seq_len, cuts each row into sequences of that many tokens, in order: the tensors are then
-    (rows x seq_len / piece_len, piece_len). Labels stay: the last token of a piece still predicts the next one's first.
+    `sequence_len`, a divisor of seq_len, cuts each row into sequences of that many tokens, in order: the tensors are then
+    (rows x seq_len / sequence_len, sequence_len). Labels stay: the last token of a sequence still predicts the next one's first.
 
     A document's last token gets no label, because what follows it is another document. A row past the end of its
-    source, or None, is filled up with tokens `fill` without labels, in a piece of their own.
+    source, or None, is filled up with tokens `fill` without labels, in a segment of their own.
     """
     stream = np.full((len(rows), seq_len + 1), fill, dtype=np.int64)
     n_filled = np.zeros(len(rows), dtype=np.int64)
@@ -81,9 +81,9 @@ def collate(
     for b in np.flatnonzero(n_filled <= seq_len).tolist():
         labels_BT[b, max(0, n_filled[b] - 1) :] = IGNORE
         filler_starts.append(b * seq_len + n_filled[b : b + 1])
-    width = piece_len or seq_len
+    width = sequence_len or seq_len
     if seq_len % width:
-        raise ValueError(f"pieces of {width} tokens do not fill a row of {seq_len}")
+        raise ValueError(f"sequences of {width} tokens do not fill a row of {seq_len}")
     starts = np.arange(0, row_starts[-1] + 1, width)
     return MicroBatch(
         tokens_BT=torch.from_numpy(stream[:, :-1].copy()).view(-1, width),

@@ -1,37 +1,15 @@
-"""Documents known by the digests of their texts, which every shard keeps: a side of a split, and what two sources have
-in common.
-"""
+"""Held-out documents that are trained on too, found by the digests of their texts, which every shard keeps."""
 
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from llm.data.build import Placed
-from llm.data.shards import EncodedDocument, Shard, text_digests, text_sizes
+from llm.data.shards import text_digests
 from llm.data.source import TokenSource
-from llm.data.split import Split
 from llm.errors import UserError
 
 
-def placed_documents(source: TokenSource, split: Split) -> Iterator[Placed]:
-    """The documents of a source that are on one side of a split, as they are written to another one."""
-    folders = iter([(entry.path, entry.documents) for entry in source.manifest.folders])
-    folder, left = "", 0
-    for entry in source.manifest.shards:
-        path = source.shard_path(entry)
-        shard, digests, sizes = Shard(path, entry), text_digests(path, entry), text_sizes(path, entry)
-        for i in range(entry.documents):
-            if source.manifest.folders:
-                while left == 0:
-                    folder, left = next(folders)
-                left -= 1
-            digest = digests[i].tobytes()
-            if split.keeps(digest):
-                tokens = np.array(shard.tokens[shard.starts[i] : shard.starts[i + 1]])
-                yield Placed(EncodedDocument(tokens, shard.name(i), digest, int(sizes[i])), folder)
-
-
-def overlap_notes(train: Sequence[TokenSource], valid: Sequence[TokenSource]) -> list[str]:
+def contamination_notes(train: Sequence[TokenSource], valid: Sequence[TokenSource]) -> list[str]:
     """Lines about held-out documents that are trained on too, by the digests of their texts.
 
     UserError when the held-out documents are all that is trained on, or when all of them are in shards to train on,

@@ -59,7 +59,7 @@ def rows_asked(state: dict[str, Any], names: Sequence[str]) -> dict[str, int]:
     return {name: cycle * n + more for name, n, more in zip(names, slots, begun, strict=True)}
 
 
-class Seen:
+class Coverage:
     """How often each row of the source `name` has been read, after it gave `asked` rows: all of them `passes` times,
     and those where `again` is true once more.
     """
@@ -89,8 +89,8 @@ class Seen:
         """
         for (shard, file), found in groupby(self._documents(), key=lambda place: (place.shard, place.origin.file)):
             places = list(found)
-            begin, end, row = places[0].begin, places[-1].end, places[0].origin.row
-            first, last = begin // self.seq_len, min((end - 1) // self.seq_len, self.n_rows - 1)
+            start, stop, row = places[0].start, places[-1].stop, places[0].origin.row
+            first, last = start // self.seq_len, min((stop - 1) // self.seq_len, self.n_rows - 1)
             yield Stretch(
                 shard=shard,
                 file=file,
@@ -106,15 +106,15 @@ class Seen:
         position = 0
         for entry in self.source.manifest.shards:
             for number in islice(numbers, entry.documents):
-                end = position + self.source.document_length(number)
-                yield _Place(entry.name, self.source.origin(number), position, end)
-                position = end
+                stop = position + self.source.document_length(number)
+                yield _Place(entry.name, self.source.origin(number), position, stop)
+                position = stop
 
 
 class _Place(NamedTuple):
-    """Where a document lies: tokens [begin, end) of the source."""
+    """Where a document lies: tokens [start, stop) of the source."""
 
     shard: str
     origin: Origin
-    begin: int
-    end: int
+    start: int
+    stop: int

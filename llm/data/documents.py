@@ -13,8 +13,8 @@ from typing import IO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llm.data.formats import DAMAGED, format_of, opened, shown
-from llm.data.found import Tally
+from llm.data.formats import DAMAGED, file_type, opened, shown
+from llm.data.found import Inventory
 from llm.data.json_rows import called, is_json_lines, json_file, json_lines
 from llm.data.listing import InputFile, Listing, list_input
 from llm.errors import UserError
@@ -65,8 +65,8 @@ def split_key(key: str) -> tuple[str, int | None]:
     if mark and row.isdecimal() and row.isascii():
         if file.endswith(":"):
             return file[:-1], int(row)
-        format = format_of(file)
-        if format is not None and format.has_rows:
+        type_of_file = file_type(file)
+        if type_of_file is not None and type_of_file.has_rows:
             return file, int(row)
     return key, None
 
@@ -88,25 +88,25 @@ def read_documents(
     return read_listings(listings, Reading(text_field, separator))
 
 
-def read_listings(listings: Iterable[Listing], reading: Reading, tally: Tally | None = None) -> Iterator[Document]:
-    """All documents of the files that were listed; `tally` counts them."""
+def read_listings(listings: Iterable[Listing], reading: Reading, inventory: Inventory | None = None) -> Iterator[Document]:
+    """All documents of the files that were listed; `inventory` counts them."""
     before = 0
     for listing in listings:
         for file in listing.files:
             folder = os.fsencode(file.folder.absolute()).decode(errors="replace")
             name = os.fsencode(file.name).decode(errors="replace")
             where = f"{listing.key}={shown(file.path)}"
-            if tally is not None:
-                tally.begin(file)
+            if inventory is not None:
+                inventory.begin_file(file)
             last = 0
-            for row, text, consumed in _rows(file, where, reading, option(listing.key, "text_field"), tally):
+            for row, text, consumed in _rows(file, where, reading, option(listing.key, "text_field"), inventory):
                 document = Document(
-                    key=f"{name}{PART if file.format.kind == 'text' else ':'}{row}" if row else name,
+                    key=f"{name}{PART if file.type.format == 'text' else ':'}{row}" if row else name,
                     text=text,
                     consumed=before + consumed,
                     folder=folder,
                     bytes=consumed - last,
-                    where=f"{where}, {'document' if file.format.kind == 'text' else 'row'} {row}" if row else where,
+                    where=f"{where}, {'document' if file.type.format == 'text' else 'row'} {row}" if row else where,
                 )
                 try:
                     text.encode()
@@ -115,54 +115,54 @@ def read_listings(listings: Iterable[Listing], reading: Reading, tally: Tally | 
                         f"{document.called}: the text has a lone surrogate, which is no character"
                     ) from None
                 last = consumed
-                if tally is not None:
-                    tally.add(document.text)
+                if inventory is not None:
+                    inventory.add(document.text)
                 yield document
             before += file.status.st_size
 
 
 def _rows(
-    file: InputFile, where: str, reading: Reading, option: str, tally: Tally | None
+    file: InputFile, where: str, reading: Reading, option: str, inventory: Inventory | None
 ) -> Iterator[tuple[int, str, int]]:
     """(row from 1, or 0 for a whole file; text; bytes of the file read so far)."""
     try:
         _refuse_other_content(file, where)
-        if file.format.kind == "parquet":
+        if file.type.format == "parquet":
             yield from _parquet_rows(file, where, reading.text_field, option)
             return
-        as_lines = file.format.kind == "lines"
-        if file.format.kind == "json":
-            with opened(file.path, file.format.compression) as (stream, _):
+        as_lines = file.type.format == "lines"
+        if file.type.format == "json":
+            with opened(file.path, file.type.compression) as (stream, _):
                 as_lines = is_json_lines(stream)
-        with opened(file.path, file.format.compression) as (stream, raw):
-            if file.format.kind == "text":
-                yield from _texts(file, stream, where, reading.separator, tally)
+        with opened(file.path, file.type.compression) as (stream, raw):
+            if file.type.format == "text":
+                yield from _texts(file, stream, where, reading.separator, inventory)
             else:
                 for row, text in (json_lines if as_lines else json_file)(stream, where, reading.text_field, option):
                     yield row, text, raw.tell()
     except DAMAGED as error:
-        raise UserError(f"{where}: damaged or cut-off {file.format.compression} file ({error})") from None
+        raise UserError(f"{where}: damaged or cut-off {file.type.compression} file ({error})") from None
     except OSError as error:
-        if error.strerror is None and file.format.compression:
-            raise UserError(f"{where}: damaged or cut-off {file.format.compression} file ({error})") from None
+        if error.strerror is None and file.type.compression:
+            raise UserError(f"{where}: damaged or cut-off {file.type.compression} file ({error})") from None
         raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
 
 
 def _refuse_other_content(file: InputFile, where: str) -> None:
     """UserError where the first bytes are of something else than the file's name says."""
     with file.path.open("rb") as stream:
-        begin = stream.read(len(POINTER))
-    if begin == POINTER:
+        head = stream.read(len(POINTER))
+    if head == POINTER:
         raise UserError(f"{where}: is a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`")
     for magic, ending in PACKED.items():
-        if begin.startswith(magic) and not file.format.compression:
+        if head.startswith(magic) and not file.type.compression:
             raise UserError(f"{where}: is packed; give its name the ending .{ending}, by which it is unpacked")
-    if begin.startswith(UTF_16):
+    if head.startswith(UTF_16):
         raise UserError(f"{where}: is text in UTF-16; convert it, for example with `iconv -f utf-16 -t utf-8`")
 
 
 def _texts(
-    file: InputFile, stream: IO[bytes], where: str, separator: str | None, tally: Tally | None
+    file: InputFile, stream: IO[bytes], where: str, separator: str | None, inventory: Inventory | None
 ) -> Iterator[tuple[int, str, int]]:
     content = stream.read()
     zero = content.find(b"\0")
@@ -175,12 +175,12 @@ def _texts(
     del content
     size = file.status.st_size
     if separator is None:
-        if tally is not None:
-            tally.look(text)
+        if inventory is not None:
+            inventory.look(text)
         yield 0, text, size
         return
-    if tally is not None and text:
-        tally.cut_at(separator, text.count(separator))
+    if inventory is not None and text:
+        inventory.cut_at(separator, text.count(separator))
     at, number = 0, 0
     while at < len(text):
         number += 1
@@ -188,10 +188,10 @@ def _texts(
         if end < 0:
             yield number, text[at:], size
             return
-        begin, at = at, end + len(separator)
+        start, at = at, end + len(separator)
         if not separator[-1].isspace():  # the line end behind a mark is the mark's, not the next text's
             at += 2 if text.startswith("\r\n", at) else text.startswith("\n", at)
-        yield number, text[begin:end], size * at // len(text)
+        yield number, text[start:end], size * at // len(text)
     if not text:
         yield 1, text, size
 

@@ -19,10 +19,10 @@ from typing import IO, Literal
 
 import pyarrow as pa
 
-Kind = Literal["text", "lines", "json", "parquet"]
+Format = Literal["text", "lines", "json", "parquet"]
 
 COMPRESSIONS = ("gz", "bz2", "xz", "zst")
-KIND_OF: dict[str, Kind] = {
+FORMAT_OF: dict[str, Format] = {
     **dict.fromkeys(("jsonl", "ndjson", "jsonlines", "ldjson", "jl"), "lines"),
     "json": "json",
     **dict.fromkeys(("parquet", "parq", "pq"), "parquet"),
@@ -60,29 +60,29 @@ CARDS = re.compile(r"(readme|licen[cs]e|copying|notice|citation|changelog|author
 
 
 @dataclass(frozen=True)
-class Format:
+class FileType:
     """How a file is read. compression: one of COMPRESSIONS, or empty; ending: what it is called, as `.jsonl.gz`."""
 
-    kind: Kind
+    format: Format
     compression: str
     ending: str
 
     @property
     def has_rows(self) -> bool:
         """Whether a document is a row of the file."""
-        return self.kind != "text"
+        return self.format != "text"
 
 
-def format_of(name: str) -> Format | None:
+def file_type(name: str) -> FileType | None:
     """How a file of that name is read; None where it is not."""
     parts = Path(name).name.lower().split(".")[1:]
     compression = parts.pop() if parts and parts[-1] in COMPRESSIONS else ""
     last = parts[-1] if parts else ""
-    kind = KIND_OF.get(last, "text")
-    if last in REFUSED or last in NO_TEXT or (compression and kind == "parquet"):
+    format = FORMAT_OF.get(last, "text")
+    if last in REFUSED or last in NO_TEXT or (compression and format == "parquet"):
         return None
     ending = "".join(f".{part}" for part in (last, compression) if part)
-    return Format(kind, compression, ending if len(ending) <= 20 and ending.isprintable() else ".(other)")
+    return FileType(format, compression, ending if len(ending) <= 20 and ending.isprintable() else ".(other)")
 
 
 def why_left_out(name: str) -> str | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from llm.data.formats import KIND_OF, shown
+from llm.data.formats import FORMAT_OF, shown
 from llm.data.listing import InputFile, LeftOut, Listing, summary
 
 MARKS = (
@@ -67,7 +67,7 @@ class Found(BaseModel):
 
 
 @dataclass
-class Tally:
+class Inventory:
     """Counts what is read, file by file."""
 
     _endings: dict[str, list[int]] = field(default_factory=dict)
@@ -80,15 +80,15 @@ class Tally:
     _file: InputFile | None = None
     _of_file: int = 0
 
-    def begin(self, file: InputFile) -> None:
+    def begin_file(self, file: InputFile) -> None:
         """The documents that follow are of this file."""
-        self.end()
+        self.end_file()
         self._file, self._of_file = file, 0
-        counts = self._endings.setdefault(file.format.ending, [0, 0, 0])
+        counts = self._endings.setdefault(file.type.ending, [0, 0, 0])
         counts[0] += 1
         counts[2] += file.status.st_size
 
-    def end(self) -> None:
+    def end_file(self) -> None:
         """The last file has been read."""
         if self._file is not None and self._of_file == 0:
             self._empty_files.append(shown(self._file.name))
@@ -98,7 +98,7 @@ class Tally:
         """A document of the current file."""
         assert self._file is not None
         self._of_file += 1
-        self._endings[self._file.format.ending][1] += 1
+        self._endings[self._file.type.ending][1] += 1
         self._empty += not text
 
     def look(self, text: str) -> None:
@@ -124,7 +124,7 @@ class Tally:
 
     def found(self, listings: Sequence[Listing]) -> Found:
         """All that was counted, and what the listings left out."""
-        self.end()
+        self.end_file()
         return listed(listings).model_copy(
             update={
                 "endings": tuple(
@@ -151,7 +151,7 @@ def listed(listings: Sequence[Listing]) -> Found:
     more = 0
     for listing in listings:
         for file in listing.files:
-            counts = endings.setdefault(file.format.ending, [0, 0])
+            counts = endings.setdefault(file.type.ending, [0, 0])
             counts[0] += 1
             counts[1] += file.status.st_size
         of_reason: dict[str, int] = {}
@@ -182,7 +182,7 @@ def found_lines(given: str, found: Found, documents: int | None, separator_optio
         more = f", and {found.left_out_more:,} more" if found.left_out_more else ""
         line += f"; left out: {summary([LeftOut(*entry) for entry in found.left_out])}{more}"
     yield line
-    kinds = {KIND_OF.get(entry.ending.lstrip(".").partition(".")[0], "text") for entry in endings}
+    kinds = {FORMAT_OF.get(entry.ending.lstrip(".").partition(".")[0], "text") for entry in endings}
     if "text" in kinds and len(kinds) > 1:
         yield f"{given}: warning: text files lie beside files of rows, and both are read; move away what is not meant"
     if found.empty:

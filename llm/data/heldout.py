@@ -44,8 +44,8 @@ class HeldOut:
 
     def batches(self, micro_batch_size: int, dp_rank: int, dp_size: int) -> Iterator[MicroBatch]:
         """The micro-batches of one of `dp_size` data-parallel ranks; as many on each of them."""
-        for begin in range(0, self.n_rows, micro_batch_size * dp_size):
-            first = begin + dp_rank * micro_batch_size
+        for start in range(0, self.n_rows, micro_batch_size * dp_size):
+            first = start + dp_rank * micro_batch_size
             places = [self._place(i) for i in range(first, first + micro_batch_size)]
             yield collate(places, self.seq_len, fill=self.sources[0].eos_id)
 

@@ -1,5 +1,5 @@
 """JSON records with a text: JSON Lines, and what else lies under .json: an array of objects, or objects one after the
-other over several lines. Read in pieces, so a file may be larger than memory.
+other over several lines. Read in chunks, so a file may be larger than memory.
 """
 
 import codecs
@@ -10,7 +10,7 @@ from typing import IO, Any
 from llm.errors import UserError
 
 MAX_RECORD_BYTES = 1 << 28  # one record; also what a packed file can reach in memory
-PIECE_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 20
 BLANKS = " \t\r\n"
 DECODER = json.JSONDecoder()
 
@@ -81,7 +81,7 @@ def called(value: Any) -> str:
 
 
 class _Values:
-    """The records of a JSON text that is read in pieces."""
+    """The records of a JSON text that is read in chunks."""
 
     def __init__(self, stream: IO[bytes], where: str) -> None:
         self._stream, self._where = stream, where
@@ -149,14 +149,14 @@ class _Values:
             raise self._error(f"a record longer than {MAX_RECORD_BYTES} bytes")
         if self._ended:
             return False
-        piece = self._stream.read(max(PIECE_BYTES, held))
-        self._ended = not piece
+        chunk = self._stream.read(max(CHUNK_BYTES, held))
+        self._ended = not chunk
         try:
-            text = self._decoder.decode(piece, final=self._ended)
+            text = self._decoder.decode(chunk, final=self._ended)
         except UnicodeDecodeError as error:
-            pending = len(error.object) - len(piece)
+            pending = len(error.object) - len(chunk)
             raise UserError(f"{self._where}: not UTF-8 at byte {self._bytes - pending + error.start}") from None
-        self._bytes += len(piece)
+        self._bytes += len(chunk)
         self._count_lines()
         self._text = self._text[self._at :] + text
         self._at = self._counted = 0

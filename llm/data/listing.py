@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from llm.data.formats import POSSIBLE, Format, format_of, is_card, shown, why_left_out
+from llm.data.formats import POSSIBLE, FileType, file_type, is_card, shown, why_left_out
 from llm.errors import UserError
 
 HELD_OUT = re.compile(r"(valid|validation|val|dev|test|eval)([-_.].*)?")
@@ -27,7 +27,7 @@ class InputFile(NamedTuple):
     path: Path
     name: str
     folder: Path
-    format: Format
+    type: FileType
     status: os.stat_result
 
     @property
@@ -70,7 +70,7 @@ class Listing:
 
     def named_held_out(self) -> list[str]:
         """Names of files of rows that are called a test or validation split, where other files are not."""
-        files = [file for file in self.files if file.format.has_rows]
+        files = [file for file in self.files if file.type.has_rows]
         found = [file.name for file in files if any(map(HELD_OUT.fullmatch, Path(file.name.lower()).parts))]
         return found if len(found) < len(self.files) else []
 
@@ -125,20 +125,20 @@ def _checked(path: Path, name: str, folder: Path, status: os.stat_result, key: s
     where = f"{key}={shown(path)}"
     if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{where}: is no regular file (a pipe, socket or device); write its content to a file first")
-    format = format_of(name)
-    if format is None:
+    type_of_file = file_type(name)
+    if type_of_file is None:
         raise UserError(f"{where}: cannot be read as text; possible are {POSSIBLE}")
     if not os.access(path, os.R_OK):
         raise UserError(f"{where}: cannot be read (Permission denied)")
-    return InputFile(path, name, folder, format, status)
+    return InputFile(path, name, folder, type_of_file, status)
 
 
 def _without_cards(walk: "_Walk") -> list[InputFile]:
     """The files in reading order, without those that describe data that lies beside them."""
     files = sorted(walk.files, key=lambda file: file.name)
-    if not any(file.format.has_rows for file in files):
+    if not any(file.type.has_rows for file in files):
         return files
-    cards = [file for file in files if is_card(file.path.name) and not file.format.has_rows]
+    cards = [file for file in files if is_card(file.path.name) and not file.type.has_rows]
     walk.left_out += [LeftOut(card.name, "a card beside data") for card in cards]
     return [file for file in files if file not in cards]
 

@@ -34,8 +34,8 @@ Schedule = Sequence[tuple[int, int]]
 def in_force(first: int, schedule: Schedule, rows: int) -> int:
     """The schedule's value when `rows` rows have been seen; `first` before its first entry."""
     value = first
-    for begin, later in schedule:
-        if begin > rows:
+    for start, later in schedule:
+        if start > rows:
             break
         value = later
     return value
@@ -131,7 +131,7 @@ class TrainLoader:
     def _read_step(self, first_row: int) -> StepBatch:
         seen = self._earlier_rows + first_row
         n_rows = in_force(self._global_batch_size, self._batch_schedule, seen)
-        piece_len = in_force(self.mixture.seq_len, self._seq_len_schedule, seen)
+        sequence_len = in_force(self.mixture.seq_len, self._seq_len_schedule, seen)
         passed_over = within(self._passed_over, first_row, first_row + n_rows)
         b, rank, ranks = self._part
         mine = np.arange(first_row, first_row + n_rows).reshape(-1, ranks, b)[:, rank].reshape(-1)
@@ -145,7 +145,7 @@ class TrainLoader:
                     places[i] = None
         fill = self.mixture.sources[0].eos_id
         micro_batches = [
-            collate(places[m : m + b], self.mixture.seq_len, fill, piece_len) for m in range(0, len(places), b)
+            collate(places[m : m + b], self.mixture.seq_len, fill, sequence_len) for m in range(0, len(places), b)
         ]
         return StepBatch(
             passed_over=tuple(passed_over),

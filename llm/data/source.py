@@ -171,12 +171,12 @@ class TokenSource:
         number = bisect_right(self._first_token, first) - 1
         while done < len(out):
             shard = self._shard(number)
-            begin = first + done - self._first_token[number]
-            end = min(begin + len(out) - done, len(shard.tokens))
-            out[done : done + end - begin] = shard.tokens[begin:end]
-            low, high = shard.starts[:-1].searchsorted((begin, end))
-            starts.append(shard.starts[low:high] + (done - begin))
-            done += end - begin
+            start = first + done - self._first_token[number]
+            stop = min(start + len(out) - done, len(shard.tokens))
+            out[done : done + stop - start] = shard.tokens[start:stop]
+            low, high = shard.starts[:-1].searchsorted((start, stop))
+            starts.append(shard.starts[low:high] + (done - start))
+            done += stop - start
             number += 1
         return starts[0] if len(starts) == 1 else np.concatenate(starts)
 

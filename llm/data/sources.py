@@ -18,10 +18,10 @@ from pydantic_core import PydanticCustomError
 
 from llm.data.build import NoDocuments, build_source, write_source
 from llm.data.documents import Reading, option, read_listings
-from llm.data.formats import Format, shown
-from llm.data.found import Tally, count, found_lines, listed
+from llm.data.formats import FileType, shown
+from llm.data.found import Inventory, count, found_lines, listed
 from llm.data.listing import Identity, Listing, list_input
-from llm.data.overlap import placed_documents
+from llm.data.reshard import placed_documents
 from llm.data.source import MANIFEST, SHARDS, TokenSource, is_source
 from llm.data.split import Split, text_digest
 from llm.errors import UserError
@@ -111,7 +111,7 @@ def source_specs(data: DataSpec) -> list[SourceSpec]:
 
 def check_data(data: DataSpec | Side, *, key: str = "data.train", cache_dir: str | Path | None = None) -> None:
     """UserError naming `key` and the path where there is nothing to read; looks at names only."""
-    for _ in _planned(_side(data, key), cache_dir):
+    for _ in _sources(_side(data, key), cache_dir):
         pass
 
 
@@ -122,7 +122,7 @@ def prepare_data(
     `key` and the file.
     """
     side = _side(data, key)
-    for source in _planned(side, cache_dir):
+    for source in _sources(side, cache_dir):
         target = source.folder(tokenizer, Path(cache_dir), side.split)
         if target is None or is_source(target):
             continue
@@ -137,7 +137,7 @@ def check_text(side: Side, tokenizer: Tokenizer, cache_dir: str | Path) -> None:
     """UserError naming key and file where a source has no text, or cannot be read up to its first one; nothing is
     written.
     """
-    for source in _planned(side, cache_dir):
+    for source in _sources(side, cache_dir):
         if source.listing is None:
             source.open(tokenizer, Path(cache_dir), None, verify=False)
             continue
@@ -169,12 +169,12 @@ def open_data(
     side = _side(data, key)
     return [
         (source.spec.resolved_name(), source.open(tokenizer, Path(cache_dir), side.split, verify), source.spec.weight)
-        for source in _planned(side, cache_dir)
+        for source in _sources(side, cache_dir)
     ]
 
 
 @dataclass(frozen=True)
-class _Planned:
+class _SourceFiles:
     """A source and what it is read from: the listed files, or a folder of shards where `listing` is None."""
 
     spec: SourceSpec
@@ -201,9 +201,9 @@ class _Planned:
         places = [(root / file.name if self.listing.path.is_dir() else root, file) for file in self.listing.files]
         files = [(str(place), file.status.st_size, file.status.st_mtime_ns) for place, file in places]
         readings = {
-            str(place): [file.format.kind, file.format.compression]
+            str(place): [file.type.format, file.type.compression]
             for place, file in places
-            if not _read_as_ever(place.name, file.format)
+            if not _read_as_ever(place.name, file.type)
         }
         if readings:
             more["readings"] = readings
@@ -229,17 +229,17 @@ class _Planned:
         if self.listing.bytes >= LONG_WORK_BYTES:
             for line in self._lines_before():
                 print(line, file=sys.stderr, flush=True)
-        tally = Tally()
+        inventory = Inventory()
         reading = Reading(self.spec.text_field, self.spec.separator)
         build_source(
-            read_listings([self.listing], reading, tally),
+            read_listings([self.listing], reading, inventory),
             tokenizer,
             target,
             total_bytes=self.listing.bytes,
             threads=threads,
             name=self.given,
             split=split,
-            found=lambda: tally.found([self.listing] if self.listing else []),
+            found=lambda: inventory.found([self.listing] if self.listing else []),
         )
 
     def nothing(self, split: Split | None) -> UserError:
@@ -255,7 +255,7 @@ class _Planned:
     def empty(self, n_docs: int) -> UserError:
         """The error where documents have no text: nothing can be learnt from them, and a loss over them is 0."""
         what = "its only document is empty" if n_docs == 1 else f"all its {n_docs:,} documents are empty"
-        if self.listing is None or not any(file.format.has_rows for file in self.listing.files):
+        if self.listing is None or not any(file.type.has_rows for file in self.listing.files):
             return UserError(f"{self.given}: {what}")
         field = option(self.key, "text_field")
         return UserError(f"{self.given}: {what}; text was read from {field}={self.spec.text_field}")
@@ -322,7 +322,7 @@ def _side(data: DataSpec | Side, key: str) -> Side:
     return data if isinstance(data, Side) else Side(key, data)
 
 
-def _planned(side: Side, cache_dir: str | Path | None) -> list[_Planned]:
+def _sources(side: Side, cache_dir: str | Path | None) -> list[_SourceFiles]:
     sources = _listed(side.key, side.data, cache_dir)
     if side.elsewhere is None:
         return sources
@@ -346,23 +346,23 @@ def _planned(side: Side, cache_dir: str | Path | None) -> list[_Planned]:
                 f"{source.given}: all its files are in data.valid too, so nothing is left to train on; hold out other "
                 f"files, or a share of the documents: --data.valid=0.05"
             )
-        kept.append(_Planned(source.spec, source.key, listing))
+        kept.append(_SourceFiles(source.spec, source.key, listing))
     return kept
 
 
-def _listed(key: str, data: DataSpec, cache_dir: str | Path | None) -> list[_Planned]:
+def _listed(key: str, data: DataSpec, cache_dir: str | Path | None) -> list[_SourceFiles]:
     specs = source_specs(data)
-    planned = []
+    sources = []
     for number, spec in enumerate(specs):
         own = key if len(specs) == 1 or key.startswith("--") else f"{key}.{number}.path"
         path = Path(spec.path)
         listing = None if _is_native(path, own) else list_input(path, own, cache_dir)
-        if listing is not None and spec.separator is not None and all(file.format.has_rows for file in listing.files):
+        if listing is not None and spec.separator is not None and all(file.type.has_rows for file in listing.files):
             raise UserError(
                 f"{option(own, 'separator')[2:]}={spec.separator!r}: is for text files, and {listing.given} has none"
             )
-        planned.append(_Planned(spec, own, listing))
-    return planned
+        sources.append(_SourceFiles(spec, own, listing))
+    return sources
 
 
 def _is_native(path: Path, key: str) -> bool:
@@ -376,8 +376,8 @@ def _is_native(path: Path, key: str) -> bool:
     return False
 
 
-def _read_as_ever(name: str, format: Format) -> bool:
+def _read_as_ever(name: str, type: FileType) -> bool:
     """Whether version 1 of the cache, which knew few endings, read a file of that name in the same way."""
     if name.endswith((".jsonl", ".jsonl.gz")):
-        return format.kind == "lines" and format.compression == ("gz" if name.endswith(".gz") else "")
-    return format.kind == ("parquet" if name.endswith(".parquet") else "text") and not format.compression
+        return type.format == "lines" and type.compression == ("gz" if name.endswith(".gz") else "")
+    return type.format == ("parquet" if name.endswith(".parquet") else "text") and not type.compression

@@ -8,7 +8,7 @@ from typing import Any
 
 from llm.checkpoint.reader import newest_valid, resolve
 from llm.checkpoint.store import CheckpointStore
-from llm.data.overlap import overlap_notes
+from llm.data.contamination import contamination_notes
 from llm.data.source import TokenSource
 from llm.data.sources import check_data, open_data, prepare_data, sides
 from llm.errors import UserError
@@ -41,8 +41,8 @@ def open_sources(
             if source.n_tokens <= VERIFY_TOKENS:
                 main_decides(partial(_verify, source), world)
     train, valid = ([source for _, source, _ in opened[role]] for role in ("data.train", "data.valid"))
-    overlap = main_decides(partial(overlap_notes, train, valid), world)
-    return opened["data.train"], valid, [note for source in train + valid for note in source.notes] + overlap
+    contamination = main_decides(partial(contamination_notes, train, valid), world)
+    return opened["data.train"], valid, [note for source in train + valid for note in source.notes] + contamination
 
 
 def _verify(source: TokenSource) -> None:

@@ -9,7 +9,7 @@ import pytest
 from llm.data.build import build_source
 from llm.data.documents import read_documents
 from llm.data.mixture import CYCLE, Mixture
-from llm.data.seen import Seen, Stretch, rows_asked
+from llm.data.coverage import Coverage, Stretch, rows_asked
 from llm.data.source import TokenSource
 from llm.errors import UserError
 from llm.tokenizer import ByteTokenizer
@@ -51,17 +51,17 @@ def test_rows_are_counted_as_the_mixture_deals_them(mixture: Mixture, consumed: 
     asked = rows_asked(state_at(mixture, consumed), NAMES)
     assert list(asked.values()) == [int((source == number).sum()) for number in range(3)]
     for number, name in enumerate(NAMES):
-        seen = Seen(name, mixture.sources[number], T, SEED, asked[name])
+        coverage = Coverage(name, mixture.sources[number], T, SEED, asked[name])
         times = np.bincount(row[source == number], minlength=mixture.rows_of[number])
-        assert np.array_equal(seen.passes + seen.again, times)
-        assert seen.times() == Counter(times.tolist())
+        assert np.array_equal(coverage.passes + coverage.again, times)
+        assert coverage.times() == Counter(times.tolist())
 
 
 @pytest.mark.parametrize("number", range(3))
 def test_every_document_lies_in_one_stretch_with_the_rows_that_hold_its_tokens(mixture: Mixture, number: int) -> None:
     source = mixture.sources[number]
-    seen = Seen(NAMES[number], source, T, SEED, asked=source.n_rows(T) + 7)
-    found = list(seen.stretches())
+    coverage = Coverage(NAMES[number], source, T, SEED, asked=source.n_rows(T) + 7)
+    found = list(coverage.stretches())
     held: dict[tuple[str, str], set[int]] = {}
     documents: dict[tuple[str, str], set[int]] = {}
     bounds = np.cumsum([entry.documents for entry in source.manifest.shards])
@@ -78,7 +78,7 @@ def test_every_document_lies_in_one_stretch_with_the_rows_that_hold_its_tokens(m
         rows = sorted(held.get((stretch.shard, stretch.file), ()))
         assert stretch.documents == len(documents[stretch.shard, stretch.file])
         assert stretch.rows == ((rows[0], rows[-1]) if rows else None)
-        assert stretch.times == Counter(int(1 + seen.again[row]) for row in rows)
+        assert stretch.times == Counter(int(1 + coverage.again[row]) for row in rows)
         assert stretch.lines == lines_of(source, documents[stretch.shard, stretch.file])
 
 
@@ -92,7 +92,7 @@ def test_what_lies_behind_the_last_whole_row_is_in_no_row(tmp_path: Path) -> Non
         (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / "in" / f"{name}.txt").write_text("x" * (length - 2))  # and its two marks
     source = build_source(read_documents(tmp_path / "in"), ByteTokenizer(), tmp_path / "out", total_bytes=0)
-    first, last = Seen("a", source, T, SEED, asked=4).stretches()
+    first, last = Coverage("a", source, T, SEED, asked=4).stretches()
     assert first.rows == (0, 3) and first.times == {1: 4}
     assert isinstance(last, Stretch) and last.rows is None and last.times == {}
 
@@ -111,4 +111,4 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     shard = tmp_path / "out" / "shards" / "00000.arrow"
     flip_byte(shard, shard.read_bytes().index(b"\x78\x00\x78\x00") + 8)
     with pytest.raises(UserError, match="00000.arrow"):
-        list(Seen("a", TokenSource.open(tmp_path / "out"), T, SEED, 1).stretches())
+        list(Coverage("a", TokenSource.open(tmp_path / "out"), T, SEED, 1).stretches())

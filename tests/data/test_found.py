@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llm.data.documents import Reading, read_listings
-from llm.data.found import Tally, found_lines
+from llm.data.found import Inventory, found_lines
 from llm.data.listing import list_input
 from llm.data.source import TokenSource
 from llm.data.sources import SourceSpec, check_data, open_data, prepare_data
@@ -24,9 +24,9 @@ def write(folder: Path, **content: str) -> Path:
 
 
 def lines_of(*paths: Path, separator: str | None = None) -> list[str]:
-    tally, listings = Tally(), [list_input(path) for path in paths]
-    documents = list(read_listings(listings, Reading(separator=separator), tally))
-    return list(found_lines("data.train=x", tally.found(listings), len(documents), "--data.train.separator"))
+    inventory, listings = Inventory(), [list_input(path) for path in paths]
+    documents = list(read_listings(listings, Reading(separator=separator), inventory))
+    return list(found_lines("data.train=x", inventory.found(listings), len(documents), "--data.train.separator"))
 
 
 def test_files_documents_and_bytes_are_said_by_ending(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_all_rows_have_every_token_as_a_target_once(source: TokenSource, ranks: 
     assert np.array_equal(labels[labels >= 0], stream[stream != ByteTokenizer.bos_id])
 
 
-def test_what_fills_the_last_row_is_a_piece_of_its_own(source: TokenSource) -> None:
+def test_what_fills_the_last_row_is_a_segment_of_its_own(source: TokenSource) -> None:
     (batches,) = all_ranks(HeldOut([source], T, None), ranks=1, micro=4)
     last = batches[-1]
     n_real = source.n_tokens - (len(batches) - 1) * 4 * T

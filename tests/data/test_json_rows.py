@@ -1,4 +1,4 @@
-"""Whatever stands under .json is read as the records it holds, in pieces, or refused by line."""
+"""Whatever stands under .json is read as the records it holds, in chunks, or refused by line."""
 
 import bz2
 import gzip
@@ -38,11 +38,11 @@ def texts_of(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("piece_bytes", [1, 7, 1 << 20])
+@pytest.mark.parametrize("chunk_bytes", [1, 7, 1 << 20])
 def test_records_come_out_as_they_went_in(
-    form: str, piece_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    form: str, chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(json_rows, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(json_rows, "CHUNK_BYTES", chunk_bytes)
     (tmp_path / "a.json").write_text(FORMS[form], newline="")
     assert texts_of(tmp_path / "a.json") == TEXTS
 
@@ -105,7 +105,7 @@ def test_an_array_in_json_lines_is_refused_with_the_way_out(tmp_path: Path) -> N
 
 
 def test_bytes_that_are_no_utf8_are_named_by_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_rows, "PIECE_BYTES", 5)
+    monkeypatch.setattr(json_rows, "CHUNK_BYTES", 5)
     (tmp_path / "a.json").write_bytes(b'[{"text": "caf\xe9"}]')
     with pytest.raises(UserError, match=r"a\.json: not UTF-8 at byte 14"):
         texts_of(tmp_path / "a.json")
@@ -113,7 +113,7 @@ def test_bytes_that_are_no_utf8_are_named_by_their_place(tmp_path: Path, monkeyp
 
 def test_an_endless_record_is_refused_before_it_fills_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_rows, "MAX_RECORD_BYTES", 1000)
-    monkeypatch.setattr(json_rows, "PIECE_BYTES", 100)
+    monkeypatch.setattr(json_rows, "CHUNK_BYTES", 100)
     stream = io.BytesIO(b'[{"text": "' + b"x" * 1_000_000)
     with pytest.raises(UserError, match="a record longer than 1000 bytes"):
         list(json_rows.json_file(stream, "a", "text", "--text_field"))

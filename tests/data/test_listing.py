@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llm.data.formats import format_of, shown
+from llm.data.formats import file_type, shown
 from llm.data.listing import LeftOut, list_input, summary
 from llm.errors import UserError
 from tests.data.helpers import make_source
@@ -37,8 +37,8 @@ def left_out(folder: Path) -> dict[str, str]:
     ],
 )  # fmt: skip
 def test_an_ending_decides_what_a_file_is_in_any_case(name: str, expected: tuple[str, str] | None) -> None:
-    format = format_of(name)
-    assert (format and (format.kind, format.compression)) == expected
+    found = file_type(name)
+    assert (found and (found.format, found.compression)) == expected
 
 
 def test_what_holds_no_text_is_left_out_of_a_folder_by_name(tmp_path: Path) -> None:

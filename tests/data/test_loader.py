@@ -208,7 +208,7 @@ def test_ranks_share_planned_steps_as_they_share_others(mixture: Mixture) -> Non
                 assert torch.equal(micro_batch.tokens_BT, halves[m % 2].micro_batches[m // 2].tokens_BT)
 
 
-def test_a_shorter_sequence_is_a_piece_of_its_own_with_the_labels_of_its_row(mixture: Mixture) -> None:
+def test_a_shorter_sequence_is_a_segment_of_its_own_with_the_labels_of_its_row(mixture: Mixture) -> None:
     with planned(mixture) as loader:
         steps = [loader.next() for _ in range(4)]
     for step, width in zip(steps, (8, 8, 16, 32), strict=True):
@@ -221,7 +221,7 @@ def test_a_shorter_sequence_is_a_piece_of_its_own_with_the_labels_of_its_row(mix
             places = [(mixture.sources[j], k) for j, k in zip(sources.tolist(), rows.tolist(), strict=True)]
             whole = collate(places, T)
             assert starts == set(whole.cu_seqlens.tolist()) | set(range(0, 6 * T, width))
-            # the last token of a piece still predicts the first of the next
+            # the last token of a sequence still predicts the first of the next
             assert torch.equal(batch.labels_BT.reshape(-1), whole.labels_BT.reshape(-1))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llm.data.overlap import overlap_notes
+from llm.data.contamination import contamination_notes
 from llm.data.source import TokenSource
 from llm.data.sources import SourceSpec, check_data, open_data, prepare_data, sides
 from llm.data.split import Split, text_digest
@@ -131,7 +131,7 @@ def test_copies_are_found_by_their_documents(tmp_path: Path) -> None:
 
     def notes(train: str, valid: str) -> list[str]:
         data = opened(tmp_path / "cache", train, valid)
-        return overlap_notes(*([source for _, source, _ in data[role]] for role in ("data.train", "data.valid")))
+        return contamination_notes(*([source for _, source, _ in data[role]] for role in ("data.train", "data.valid")))
 
     with pytest.raises(UserError, match=r"data\.valid=.*copy\.jsonl: all its documents are trained on too"):
         notes(train, copy)
