@@ -24,7 +24,7 @@ import yaml
 from llm import environment
 from llm.errors import UserError
 from llm.malloc import keep_freed
-from llm.parallel import launch, local
+from llm.parallel.launch import local, process
 from llm.train.config import RunConfig, check_layout, load_config
 from llm.train.flags import RunFlags, help_text, parse_run_flags
 from llm.train.preflight import preflight
@@ -63,11 +63,11 @@ def main() -> None:
 
 
 def train(config: RunConfig, flags: RunFlags) -> None:
-    launch.quiet_libraries()
+    process.quiet_libraries()
     leave_before_first_step()
-    if launch.read_world().device.type == "cpu":
+    if process.read_world().device.type == "cpu":
         keep_freed()
-    world = launch.start(config.parallel.timeout_s, config.train.threads)
+    world = process.start(config.parallel.timeout_s, config.train.threads)
     from llm.train.trainer import Trainer  # its imports take seconds, so a wrong config is told first
 
     trainer = Trainer(config, flags.folder(), world)
@@ -78,4 +78,4 @@ def train(config: RunConfig, flags: RunFlags) -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    process.run(main)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from launch import pretrain
-from llm.parallel import launch
+from llm.parallel.launch import process
+from llm.parallel.launch.world import World
 from llm.train.config import ParallelConfig, RunConfig, TrainConfig
 from tests.shared import ROOT
 
@@ -58,8 +59,8 @@ def test_a_run_on_a_cpu_keeps_its_memory(device: str, kept: list[bool], monkeypa
     asked: list[bool] = []
     monkeypatch.setattr(pretrain, "keep_freed", lambda: asked.append(True))
     monkeypatch.setattr(pretrain, "leave_before_first_step", lambda: None)
-    monkeypatch.setattr(launch, "read_world", lambda: launch.World(0, 1, 0, torch.device(device)))
-    monkeypatch.setattr(launch, "start", start)
+    monkeypatch.setattr(process, "read_world", lambda: World(0, 1, 0, torch.device(device)))
+    monkeypatch.setattr(process, "start", start)
     config = RunConfig.model_construct(parallel=ParallelConfig(), train=TrainConfig.model_construct(threads=1))
     with pytest.raises(Started):
         pretrain.train(config, flags=None)  # type: ignore[arg-type]

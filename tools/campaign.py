@@ -36,7 +36,7 @@ from llm.checkpoint.reader import list_steps
 from llm.cli import HELP, describe, run_or_stop
 from llm.data.sources import check_data
 from llm.errors import UserError
-from llm.parallel import local
+from llm.parallel.launch import local
 from llm.tokenizer import load_tokenizer
 from llm.train.config import check_layout, load_config
 from llm.train.yaml_file import read_yaml

@@ -312,7 +312,7 @@ def plant_in_saving(killer: Killer) -> None:
 
 def main() -> None:
     """Run launch/pretrain.py with the kill of this attempt planted."""
-    from llm.parallel import launch
+    from llm.parallel.launch import process
 
     folder = Path(sys.argv.pop(1))
     sys.argv[0] = str(PRETRAIN)
@@ -325,7 +325,7 @@ def main() -> None:
         plant(killer)
         return world
 
-    wrap(launch, "start", start)
+    wrap(process, "start", start)
     runpy.run_path(str(PRETRAIN), run_name="__main__")
 
 

@@ -31,7 +31,7 @@ from llm.atomic import write_file
 from llm.cli import run_cli
 from llm.data.sources import check_data
 from llm.errors import UserError
-from llm.parallel import local
+from llm.parallel.launch import local
 from llm.parallel.layout import Layout
 from llm.parallel.validate import divisors
 from llm.paths import PathText, refuse_existing

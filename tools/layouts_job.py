@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from llm.data.loader import TrainLoader
 from llm.data.mixture import Mixture
 from llm.model import LLM
-from llm.parallel import launch
+from llm.parallel.launch import process
 from llm.parallel.collectives import all_or_none, sum_over_ranks
 from llm.parallel.grid import Grid, make_grid
 from llm.tokenizer import load_tokenizer
@@ -78,7 +78,7 @@ def train(config: RunConfig, mixture: Mixture, grid: Grid, steps: int) -> list[d
     with loader:
         for _ in range(steps):
             batch = all_or_none(loader.next, grid.world)
-            mine = [batch.n_targets, batch.n_tokens] if grid.speaks else [0, 0]
+            mine = [batch.n_targets, batch.n_tokens] if grid.reports_loss else [0, 0]
             n_targets, n_tokens = (int(n) for n in sum_over_ranks(mine, grid.world))
             result = engine.train_step(batch, n_targets, n_tokens, config.optim.lr)
             rows.append(
@@ -98,8 +98,8 @@ def main() -> None:
     configs = [validate(raw, sys.argv[1]) for raw in json.loads(Path(sys.argv[1]).read_text())]
     steps, out = int(sys.argv[2]), Path(sys.argv[3])
     first = configs[0]
-    launch.quiet_libraries()
-    world = launch.start(first.parallel.timeout_s, first.train.threads)
+    process.quiet_libraries()
+    world = process.start(first.parallel.timeout_s, first.train.threads)
     tokenizer = all_or_none(lambda: load_tokenizer(first.tokenizer), world)
     sources, _, _ = open_sources(first, tokenizer, world)
     mixture = all_or_none(lambda: Mixture(sources, first.train.seq_len, first.train.seed), world)
@@ -119,4 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    process.run(main)

@@ -28,7 +28,7 @@ from llm.checkpoint.fragments import VERSION, FileOutline, Fragment, GivenUp, Ow
 from llm.checkpoint.reader import FORMAT, MANIFEST, Checkpoint, list_steps, seal
 from llm.errors import DamagedFile, UserError
 from llm.parallel.collectives import agreed_error, all_or_none, gather_json, main_decides
-from llm.parallel.launch import World
+from llm.parallel.launch.world import World
 from llm.paths import free_space
 
 HIDDEN = ".unfinished-"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llm.model import LLM
 from llm.parallel.deepspeed_private import _import_deepspeed
 from llm.parallel.grid import DeepSpeedGroups, Grid
-from llm.parallel.launch import stdout_to_nowhere
+from llm.parallel.launch.process import stdout_to_nowhere
 
 Forward = Callable[[Tensor, int], Tensor]
 """Of the tensor that came from the stage before (in the first stage: token ids) to the one for the stage after (in the

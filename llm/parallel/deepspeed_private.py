@@ -2,7 +2,7 @@
 
 Written against DeepSpeed 0.19.8; tests/distributed/test_deepspeed_private.py fails by name when one of them moves.
 
-The optimizer steps on flat float32 partitions, and `pieces` says what lies where in them. Stages 1 and 2 flatten each
+The optimizer steps on flat float32 partitions, and `owned_ranges` says what lies where in them. Stages 1 and 2 flatten each
 parameter group and cut it into one contiguous partition per data-parallel rank (class BF16_Optimizer for stage 1 in
 bf16, else DeepSpeedZeroOptimizer); stage 3 cuts every parameter over the ranks and flattens this rank's shares; stage 0
 has no partitions, the parameters themselves are the masters.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llm.parallel.grid import DeepSpeedGroups, Grid
-from llm.parallel.launch import quiet_libraries, stdout_to_nowhere
+from llm.parallel.launch.process import quiet_libraries, stdout_to_nowhere
 
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -149,7 +149,7 @@ def share(parameter: Tensor) -> tuple[int, Tensor]:
 
 
 @dataclass(frozen=True)
-class Piece:
+class OwnedRange:
     """Elements [start, start + length) of a rank's flattened box of a parameter: they lie in `flat`, this rank's
     partition number `partition`, from `offset` on.
     """
@@ -162,11 +162,11 @@ class Piece:
     offset: int
 
     def of(self, flat: Tensor) -> Tensor:
-        """This piece of a tensor laid out like `flat`, such as an optimizer state; a view."""
+        """This range of a tensor laid out like `flat`, such as an optimizer state; a view."""
         return flat.view(-1).narrow(0, self.offset, self.length)
 
 
-def pieces(engine: Any, model: nn.Module) -> list[Piece]:
+def owned_ranges(engine: Any, model: nn.Module) -> list[OwnedRange]:
     """What this rank's optimizer steps on, in the order of the model's parameters; over all data-parallel ranks each
     element once, but at stage 0, where every rank has them all.
     """
@@ -187,7 +187,7 @@ def pieces(engine: Any, model: nn.Module) -> list[Piece]:
         else:
             place = (0, parameter.numel(), number_of[id(parameter)], parameter, 0)
         if place[1]:
-            found.append(Piece(name, *place))
+            found.append(OwnedRange(name, *place))
     return found
 
 

@@ -102,7 +102,7 @@ class Engine:
             private.skip_reduction(self._deepspeed)
         self.shapes = whole_shapes(model.args)
         self.boxes = {name: grid.box(model.args, name, shape) for name, shape in self.shapes.items()}
-        self._pieces = private.pieces(self._deepspeed, model)
+        self._owned = private.owned_ranges(self._deepspeed, model)
         self._partitions = private.partitions(self._deepspeed)
         if zero_stage == 3 and len(set(gather_json(len(self._partitions), world))) > 1:  # it would wait for ever
             raise agreed_error(
@@ -112,7 +112,7 @@ class Engine:
         if isinstance(optimizer, Muon):
             names = private.names_by_partition(self._deepspeed, model)
             cut = grid if zero_stage else None
-            optimizer.describe(self._partitions, names, self.shapes, self.boxes, self._pieces, cut)
+            optimizer.describe(self._partitions, names, self.shapes, self.boxes, self._owned, cut)
         if precision != "fp32":
             self._draw_masters(seed)
         self._overflows = Overflows()
@@ -139,9 +139,9 @@ class Engine:
 
     @torch.no_grad()
     def _draw_masters(self, seed: int) -> None:
-        for piece in self._pieces:
-            place = (self.shapes[piece.name], self.boxes[piece.name], piece.start, piece.start + piece.length)
-            piece.of(piece.flat).copy_(init.initial_values_in_box(self.model.args, piece.name, seed, *place))
+        for owned in self._owned:
+            place = (self.shapes[owned.name], self.boxes[owned.name], owned.start, owned.start + owned.length)
+            owned.of(owned.flat).copy_(init.initial_values_in_box(self.model.args, owned.name, seed, *place))
         self._publish()
 
     def _publish(self) -> None:
@@ -199,7 +199,7 @@ class Engine:
             engine.set_gradient_accumulation_boundary(m == last)
             output = engine(self._inputs(micro_batch), labels=micro_batch.labels_BT.to(self.world.device))
             loss = output.loss_sum * (ranks / max(tally.n_targets, 1))
-            if self.grid.speaks:  # its tensor-parallel peers have the same loss, but other tokens' routing
+            if self.grid.reports_loss:  # its tensor-parallel peers have the same loss, but other tokens' routing
                 tally.add_loss(output.loss_sum)
             if output.expert_counts is not None:
                 loss = loss + (output.balance_sum + output.z_sum) * (ranks / tally.n_tokens)
@@ -311,7 +311,7 @@ class Engine:
             targets = batch.labels_BT[batch.labels_BT >= 0].numpy()
             n_targets += targets.size
             n_bytes += int(token_bytes[targets].sum())
-        mine = [float(total), n_targets, n_bytes] if self.grid.speaks else [0.0, 0, 0]
+        mine = [float(total), n_targets, n_bytes] if self.grid.reports_loss else [0.0, 0, 0]
         nll, *counts = sum_over_ranks(mine, self.world)
         return nll, int(counts[0]), int(counts[1])
 
@@ -348,13 +348,13 @@ class Engine:
 
     def fragments(self) -> Iterator[OwnedFragment]:
         """What a checkpoint must fill on this rank."""
-        for piece in self._pieces:
-            place = (self.boxes[piece.name], piece.start)
-            yield OwnedFragment(piece.name, "master", *place, piece.of(piece.flat.data))
-            for key, values in private.states(self._deepspeed, piece.flat):
-                yield OwnedFragment(piece.name, key, *place, piece.of(values))
+        for owned in self._owned:
+            place = (self.boxes[owned.name], owned.start)
+            yield OwnedFragment(owned.name, "master", *place, owned.of(owned.flat.data))
+            for key, values in private.states(self._deepspeed, owned.flat):
+                yield OwnedFragment(owned.name, key, *place, owned.of(values))
             if self._ema:
-                yield OwnedFragment(piece.name, "ema", *place, piece.of(self._ema_of[id(piece.flat)]))
+                yield OwnedFragment(owned.name, "ema", *place, owned.of(self._ema_of[id(owned.flat)]))
 
     def optimizer_scalars(self) -> dict[str, float]:
         """State that is one number: AdamW's step count, fp16's loss scaler."""
@@ -375,8 +375,8 @@ class Engine:
             kinds = {name: {"master"} for name in kinds}  # of another optimizer
         state_of = base.state
         for number, flat in enumerate(self._partitions):
-            # a partition without pieces is padding, and keeps step with the others
-            names = [piece.name for piece in self._pieces if piece.partition == number] or list(kinds)
+            # a partition of nothing is padding, and keeps step with the others
+            names = [owned.name for owned in self._owned if owned.partition == number] or list(kinds)
             keys = set().union(*(kinds[name] for name in names if name not in self._frozen)) - {"master", "ema"}
             if not keys and "step" in scalars and not anew and not self._frozen.issuperset(names):  # frozen until now
                 keys = {"momentum_buffer"} if self._of_muon.issuperset(names) else {"exp_avg", "exp_avg_sq"}

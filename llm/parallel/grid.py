@@ -7,7 +7,8 @@ import torch.distributed as dist
 
 from llm.args import ModelArgs
 from llm.boxes import Box, parameter_box
-from llm.parallel.launch import World, name_roles
+from llm.parallel.launch.process import name_roles
+from llm.parallel.launch.world import World
 from llm.parallel.layout import Dimension, Layout, Place
 
 
@@ -48,7 +49,7 @@ class Grid:
         return self.layout.place(self.world.rank)
 
     @property
-    def speaks(self) -> bool:
+    def reports_loss(self) -> bool:
         """Whether this rank counts for what all ranks of its replica have alike or only the last stage has, such as the
         loss of a batch."""
         return self.leads and self.pipeline.rank == self.layout.holder(self.layout.stages - 1)

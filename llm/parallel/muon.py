@@ -1,8 +1,8 @@
 """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for matrices, AdamW for everything else, on any layout.
 
 Muon replaces a matrix's momentum by the nearest matrix with orthonormal rows or columns, so it needs whole matrices,
-while ZeRO hands the optimizer flat pieces of this rank's box of them. Here a few matrices at a time are put together:
-the pieces of a box over the data-parallel ranks, then the boxes of the tensor-parallel ranks. Each rank orthogonalises
+while ZeRO hands the optimizer flat ranges of this rank's box of them. Here a few matrices at a time are put together:
+those of a box over the data-parallel ranks, then the boxes of the tensor-parallel ranks. Each rank orthogonalises
 its share of the matrices, and the results go back the same way. All of it is copies and exact sums of one value and
 zeros, so the update of a matrix does not depend on how it was cut. An expert is a matrix of its own, and goes to no
 rank that has other experts.
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llm.boxes import Box, box_shape
-from llm.parallel.deepspeed_private import Piece
+from llm.parallel.deepspeed_private import OwnedRange
 from llm.parallel.grid import Grid, Group
 from llm.plans import plan_for
 
@@ -44,7 +44,7 @@ class Matrices:
     """Dimension of `shape` along which the tensor-parallel ranks' boxes make whole matrices; None = each is whole."""
     offset: int
     """Where they begin in the bucket."""
-    pieces: list[Piece]
+    ranges: list[OwnedRange]
     """What this rank has of them, counted from the first element of the first box."""
 
     @property
@@ -70,11 +70,11 @@ class Matrices:
 
 @dataclass
 class Bucket:
-    """Matrices that are put together at a time, and who has pieces of them."""
+    """Matrices that are put together at a time, and who has parts of them."""
 
     tensor: Group | None
     data: Group | None
-    """Ranks that have pieces of the same boxes. Both are None where every rank has everything."""
+    """Ranks that have parts of the same boxes. Both are None where every rank has everything."""
     matrices: list[Matrices]
     numel: int = 0
     """Elements of the boxes on one rank."""
@@ -90,8 +90,8 @@ class Bucket:
         return self.data.rank * self.tensor.size + self.tensor.rank if self.tensor and self.data else 0
 
     def gather(self, own_n: Tensor) -> Tensor:
-        """(t, n): the boxes of all tensor-parallel ranks, given this rank's pieces and zeros elsewhere (collective)."""
-        self._add_pieces(own_n)
+        """(t, n): the boxes of all tensor-parallel ranks, given what this rank has and zeros elsewhere (collective)."""
+        self._add_up(own_n)
         if self.tensor is None or self.tensor.size == 1:
             return own_n.unsqueeze(0)
         bucket = own_n.new_empty(self.tensor.size * len(own_n))
@@ -104,10 +104,10 @@ class Bucket:
         if self.tensor is not None and self.tensor.size > 1:
             own_n = torch.empty_like(own_n)
             dist.reduce_scatter_tensor(own_n, bucket_tn.flatten(), group=self.tensor.handle)
-        self._add_pieces(own_n)
+        self._add_up(own_n)
         return own_n
 
-    def _add_pieces(self, own_n: Tensor) -> None:
+    def _add_up(self, own_n: Tensor) -> None:
         if self.data is not None and self.data.size > 1:
             dist.all_reduce(own_n, group=self.data.handle)
 
@@ -129,18 +129,18 @@ class Muon(torch.optim.AdamW):
         names: list[list[str]],
         shapes: dict[str, tuple[int, ...]],
         boxes: dict[str, Box],
-        pieces: list[Piece],
+        ranges: list[OwnedRange],
         grid: Grid | None,
     ) -> None:
         """Tell what the flat tensors that `step` will see hold: `names` of the parameters that each is cut from, their
-        whole `shapes` and this rank's `boxes`, and its `pieces` of these. grid: None where every rank has everything.
+        whole `shapes` and this rank's `boxes`, and the `ranges` that it has of these. grid: None where every rank has everything.
 
-        Names come in the same order on all ranks that have pieces of the same matrices; so do the collectives then.
+        Names come in the same order on all ranks that have parts of the same matrices; so do the collectives then.
         """
         for flat, members in zip(flats, names, strict=True):
             buckets = self._buckets[id(flat)] = []
             for name in members:
-                mine = [piece for piece in pieces if piece.name == name and piece.flat is flat]
+                mine = [owned for owned in ranges if owned.name == name and owned.flat is flat]
                 tensor = data = None
                 if grid is not None:
                     tensor, data = grid.tensor, grid.data if plan_for(name).ep_dim is None else grid.expert_data
@@ -187,9 +187,9 @@ class Muon(torch.optim.AdamW):
             turn = (turn - matrices.shape[0]) % bucket.ranks
         own_n = bucket.spread(bucket_tn)
         for matrices in bucket.matrices:
-            for piece in matrices.pieces:
-                part = own_n.narrow(0, matrices.offset + piece.start, piece.length)
-                piece.of(flat).add_(part.to(flat.device), alpha=-lr)
+            for owned in matrices.ranges:
+                part = own_n.narrow(0, matrices.offset + owned.start, owned.length)
+                owned.of(flat).add_(part.to(flat.device), alpha=-lr)
 
 
 def _fill(
@@ -198,7 +198,7 @@ def _fill(
     data: Group | None,
     shape: tuple[int, ...],
     box: tuple[int, ...],
-    pieces: list[Piece],
+    ranges: list[OwnedRange],
 ) -> None:
     """Put the matrices of a parameter of whole `shape` into the last bucket while they fit, then into new ones."""
     whole, (count, rows, columns) = (1, 1, *shape)[-3:], (1, 1, *box)[-3:]
@@ -210,28 +210,28 @@ def _fill(
             buckets.append(Bucket(tensor, data, []))
         bucket = buckets[-1]
         taken = min(count - first, max(1, (capacity - bucket.numel) // numel))
-        inside = _pieces_within(pieces, first * numel, (first + taken) * numel)
+        inside = _within(ranges, first * numel, (first + taken) * numel)
         bucket.matrices.append(Matrices((taken, rows, columns), joined, bucket.numel, inside))
         bucket.numel += taken * numel
         first += taken
 
 
-def _pieces_within(pieces: list[Piece], start: int, stop: int) -> list[Piece]:
-    """The parts of the pieces in [start, stop), counted from `start`."""
+def _within(ranges: list[OwnedRange], start: int, stop: int) -> list[OwnedRange]:
+    """The ranges within [start, stop), counted from `start`."""
     found = []
-    for piece in pieces:
-        low, high = max(start, piece.start), min(stop, piece.start + piece.length)
+    for owned in ranges:
+        low, high = max(start, owned.start), min(stop, owned.start + owned.length)
         if low < high:
-            found.append(replace(piece, start=low - start, length=high - low, offset=piece.offset + low - piece.start))
+            found.append(replace(owned, start=low - start, length=high - low, offset=owned.offset + low - owned.start))
     return found
 
 
 def _collect(bucket: Bucket, update: Tensor) -> Tensor:
-    """(n,) float32: this rank's pieces of `update`, and zeros elsewhere."""
+    """(n,) float32: what this rank has of `update`, and zeros elsewhere."""
     own_n = torch.zeros(bucket.numel, dtype=torch.float32, device=_collective_device(update))
     for matrices in bucket.matrices:
-        for piece in matrices.pieces:
-            own_n.narrow(0, matrices.offset + piece.start, piece.length).copy_(piece.of(update))
+        for owned in matrices.ranges:
+            own_n.narrow(0, matrices.offset + owned.start, owned.length).copy_(owned.of(update))
     return own_n
 
 

@@ -177,7 +177,7 @@ class PipelineEngine(Engine):
         loss_sum = model.loss_sum(model.finish(x, inputs), batch.labels_BT.to(self.world.device))
         if not training:
             return loss_sum
-        if self.grid.speaks:
+        if self.grid.reports_loss:
             self._tally.add_loss(loss_sum)
         loss = loss_sum * (ranks / max(self._tally.n_targets, 1)) + auxiliary
         self._losses.append(loss.detach())

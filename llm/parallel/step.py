@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llm.args import ModelArgs
-from llm.parallel.launch import World
+from llm.parallel.launch.world import World
 
 Skipped = Literal["loss", "gradient", "limit", "overflow", "passed over"]
 

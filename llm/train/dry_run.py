@@ -9,12 +9,12 @@ from typing import Any
 from llm.errors import UserError
 from llm.foreign.tokenizer import notes_of
 from llm.model import LLM
-from llm.parallel import memory, traffic_plan
+from llm.plan import memory, traffic
 from llm.parallel.deepspeed_private import mark
 from llm.parallel.grid import stage_name
 from llm.parallel.layout import Dimension, Layout
 from llm.parallel.stages import bubble
-from llm.parallel.workload import ZERO3_DEFAULTS, OptimizerGroup, Workload
+from llm.plan.workload import ZERO3_DEFAULTS, OptimizerGroup, Workload
 from llm.plans import plan_for
 from llm.pretrained import args_of
 from llm.tokenizer import load_tokenizer
@@ -188,7 +188,7 @@ def _disk(config: RunConfig, one: int, run_dir: Path | None) -> Iterator[str]:
 
 
 def _traffic(work: Workload) -> Iterator[str]:
-    sent = traffic_plan.predict(work)
+    sent = traffic.predict(work)
     yield ""
     if not sent:
         yield "bytes sent in a step: none"

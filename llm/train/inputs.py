@@ -14,7 +14,7 @@ from llm.data.sources import check_data, open_data, prepare_data, sides
 from llm.errors import UserError
 from llm.generation.text import context_length
 from llm.parallel.collectives import agreed_error, all_or_none, main_decides
-from llm.parallel.launch import World
+from llm.parallel.launch.world import World
 from llm.tokenizer import Tokenizer
 from llm.train.config import RunConfig
 from llm.train.precision import faster_precision

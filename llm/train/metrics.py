@@ -26,7 +26,7 @@ import torch
 
 from llm.args import ModelArgs
 from llm.data.batch import StepBatch
-from llm.parallel.launch import World
+from llm.parallel.launch.world import World
 from llm.parallel.step import StepResult
 from llm.train.flops import FlopCount, peak_flops
 

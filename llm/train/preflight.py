@@ -17,7 +17,7 @@ from llm.checkpoint.lock import refuse_if_held
 from llm.checkpoint.store import CheckpointStore
 from llm.compile import check_compiler
 from llm.data.sources import Side, check_data, check_text, sides
-from llm.parallel.launch import World
+from llm.parallel.launch.world import World
 from llm.parallel.precision import check_precision
 from llm.paths import refuse_unwritable
 from llm.tokenizer import Tokenizer, load_tokenizer

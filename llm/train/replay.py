@@ -219,7 +219,7 @@ def _load_before(trainer: "Trainer", step: int, first_recorded: int) -> tuple[st
 def _next_batch(trainer: "Trainer", loader: TrainLoader) -> tuple[StepBatch, int, int]:
     """This rank's batch and the global numbers of its targets and tokens (collective)."""
     batch = all_or_none(loader.next, trainer.world)
-    counts = [batch.n_targets, batch.n_tokens] if trainer.grid.speaks else [0, 0]
+    counts = [batch.n_targets, batch.n_tokens] if trainer.grid.reports_loss else [0, 0]
     n_targets, n_tokens = sum_over_ranks(counts, trainer.world)
     return batch, int(n_targets), int(n_tokens)
 
@@ -265,7 +265,7 @@ def _pieces(trainer: "Trainer", batch: StepBatch, n_targets: int) -> list[Piece]
         for found in part
         if not any(first <= found[2].row < end for first, end in left_out)  # there the batch has padding
     ]
-    gathered = gather_json([asdict(piece) for *_, piece in mine] if trainer.grid.speaks else [], world)
+    gathered = gather_json([asdict(piece) for *_, piece in mine] if trainer.grid.reports_loss else [], world)
     everything = [(rank, i, Piece(**fields)) for rank, part in enumerate(gathered) for i, fields in enumerate(part)]
     everything.sort(key=lambda item: _order(item[2]))
     if _no_gradients(trainer) is None:

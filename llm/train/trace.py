@@ -33,7 +33,7 @@ from llm.init import uniform
 from llm.layers.moe import Experts
 from llm.model import LLM, Block
 from llm.parallel.collectives import gather_json
-from llm.parallel.launch import World
+from llm.parallel.launch.world import World
 from llm.train.log import cut_from
 from llm.train.reporting import Channel, LineFile
 

@@ -34,7 +34,7 @@ from llm.generate import generate
 from llm.generation.text import context_length, continuation
 from llm.parallel.collectives import agreed_error, all_or_none, main_decides, sum_over_ranks
 from llm.parallel.grid import make_grid
-from llm.parallel.launch import World
+from llm.parallel.launch.world import World
 from llm.parallel.step import StepResult
 from llm.tokenizer import Tokenizer, load_tokenizer
 from llm.train.begin import read_weights
@@ -408,7 +408,7 @@ class Trainer:
             failure = error
         flags = [batch is None, requests.stop is not None, self.world.is_main and requests.save_wanted()]
         flags += self.store.flags()
-        counts = [0, 0] if batch is None or not self.grid.speaks else [batch.n_targets, batch.n_tokens]
+        counts = [0, 0] if batch is None or not self.grid.reports_loss else [batch.n_targets, batch.n_tokens]
         sums = [int(n) for n in sum_over_ranks([*counts, *flags], self.world)]
         n_targets, n_tokens, failed, stop, save, *saving = sums
         if failed:

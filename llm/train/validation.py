@@ -15,7 +15,7 @@ from llm.data.heldout import HeldOut
 from llm.parallel.collectives import agreed_error, sum_over_ranks
 from llm.parallel.engine import Engine
 from llm.parallel.grid import Grid
-from llm.parallel.launch import World
+from llm.parallel.launch.world import World
 from llm.tokenizer import Tokenizer
 from llm.train.config import RunConfig
 

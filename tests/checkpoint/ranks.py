@@ -10,7 +10,7 @@ import torch
 from llm.checkpoint import store
 from llm.errors import UserError
 from llm.parallel.collectives import agreed_error
-from llm.parallel.launch import World
+from llm.parallel.launch.world import World
 
 T = TypeVar("T")
 PATIENCE_S = 60.0

@@ -20,7 +20,7 @@ from llm.checkpoint.intersect import Part, rectangles, view
 from llm.checkpoint.reader import Checkpoint, seal
 from llm.checkpoint.store import CheckpointStore
 from llm.errors import DamagedFile, UserError
-from llm.parallel.launch import World
+from llm.parallel.launch.world import World
 from tests.checkpoint.ranks import as_ranks
 
 BLOCK = 8  # values; so that small parameters already span several blocks

@@ -26,7 +26,7 @@ from llm.checkpoint.pretrained import load_run_tokenizer, model_args, save_token
 from llm.checkpoint.reader import MANIFEST, Checkpoint, list_steps, newest_valid, resolve
 from llm.checkpoint.store import CheckpointStore
 from llm.errors import DamagedFile, UserError
-from llm.parallel.launch import World
+from llm.parallel.launch.world import World
 from llm.tokenizer import CharacterTokenizer
 from tests.checkpoint.faults import (
     FILES,

@@ -13,7 +13,7 @@ from llm.checkpoint import fragments
 from llm.checkpoint.reader import Checkpoint, newest_valid, resolve
 from llm.checkpoint.store import CheckpointStore
 from llm.errors import DamagedFile, UserError
-from llm.parallel.launch import World
+from llm.parallel.launch.world import World
 
 WORLD = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 SHAPES = {"a.weight": (5, 7), "b.weight": (11,)}

@@ -17,7 +17,7 @@ import torch
 from llm.checkpoint import lock
 from llm.checkpoint.lock import LOCK_FILE, refuse_if_held, run_lock
 from llm.errors import UserError
-from llm.parallel.launch import World
+from llm.parallel.launch.world import World
 from tests.distributed.harness import environment
 
 WORLD = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -26,7 +26,7 @@ import errno, fcntl, sys
 from pathlib import Path
 import torch
 from llm.checkpoint.lock import run_lock
-from llm.parallel.launch import World
+from llm.parallel.launch.world import World
 if sys.argv[2] == "without flock":
     def flock(descriptor, mode):
         raise OSError(errno.ENOLCK, "No locks available")

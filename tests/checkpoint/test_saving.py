@@ -21,7 +21,7 @@ from llm.checkpoint.fragments import OwnedValues, outline_file
 from llm.checkpoint.reader import Checkpoint, list_steps, newest_valid
 from llm.checkpoint.store import CheckpointStore, SaveFailed
 from llm.errors import UserError
-from llm.parallel.launch import World
+from llm.parallel.launch.world import World
 from tests.checkpoint.ranks import as_ranks
 
 N = 1000

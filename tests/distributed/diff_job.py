@@ -9,7 +9,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from llm.parallel import launch
+from llm.parallel.launch import process
 from llm.train.config import validate
 
 STEPS = 4
@@ -70,8 +70,8 @@ CASES: dict[str, tuple[Callable[[nn.Module], None], dict[str, Any]]] = {
 def main() -> None:
     config_path, out, *names = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]
     base = yaml.safe_load(config_path.read_text())
-    launch.quiet_libraries()
-    world = launch.start(60, 1)
+    process.quiet_libraries()
+    world = process.start(60, 1)
     from llm.train.trainer import Trainer
 
     base["train"]["micro_batch_size"] = base["train"]["global_batch_size"] // (world.size * MICRO_BATCHES)
@@ -84,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    process.run(main)

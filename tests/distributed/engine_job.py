@@ -13,11 +13,11 @@ import torch
 from llm.args import ModelArgs
 from llm.compile import compile_blocks
 from llm.data.batch import IGNORE, MicroBatch, StepBatch
-from llm.parallel import launch
+from llm.parallel.launch import process
 from llm.parallel.build import build_model
 from llm.parallel.engine import Engine
 from llm.parallel.grid import Grid, make_grid
-from llm.parallel.launch import World
+from llm.parallel.launch.world import World
 from llm.parallel.layout import Layout
 from llm.parallel.pipeline import engine_class
 from llm.train.config import OptimConfig
@@ -97,8 +97,8 @@ def train(engine: Engine, case: dict[str, Any], steps: range) -> list[dict[str, 
 
 def main() -> None:
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    launch.quiet_libraries()
-    world = launch.start(60, 1)
+    process.quiet_libraries()
+    world = process.start(60, 1)
     results = []
     for case in cases:
         first = case.get("first", 0)
@@ -108,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    process.run(main)

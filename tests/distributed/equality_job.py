@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from llm.parallel import launch
+from llm.parallel.launch import process
 from llm.train.config import validate
 
 CASES = (("adamw", 1), ("adamw", 2), ("adamw", 4), ("sgd", 1))
@@ -16,8 +16,8 @@ CASES = (("adamw", 1), ("adamw", 2), ("adamw", 4), ("sgd", 1))
 def main() -> None:
     config_path, out = Path(sys.argv[1]), Path(sys.argv[2])
     raw = yaml.safe_load(config_path.read_text())
-    launch.quiet_libraries()
-    world = launch.start(60, 1)
+    process.quiet_libraries()
+    world = process.start(60, 1)
     from llm.train.trainer import Trainer
 
     for optimizer, accumulation in CASES:
@@ -28,4 +28,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    process.run(main)

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import nn
 
 from llm.errors import UserError
-from llm.parallel import launch, local
+from llm.parallel.launch import local, process
 from llm.parallel.collectives import main_decides
 from llm.parallel.grid import make_grid
-from llm.parallel.launch import World
+from llm.parallel.launch.world import World
 
 ENTER_S = 1.0
 """What the others need to be waiting at the place of the fault."""
@@ -129,7 +129,7 @@ def main() -> None:
         sys.exit(local.torchrun(__file__, words[:at], int(words[at + 1]), 1))
     _, place, rank, timeout_s = arguments()
     here("before_start")
-    world = launch.start(timeout_s, 1)
+    world = process.start(timeout_s, 1)
     here("before_collective")
     dist.all_reduce(torch.ones(1))
     here("collective")
@@ -146,4 +146,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     here("import")
-    launch.run(main)
+    process.run(main)

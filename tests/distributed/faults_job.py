@@ -15,9 +15,9 @@ import yaml
 
 from llm.checkpoint.store import CheckpointStore
 from llm.errors import UserError
-from llm.parallel import launch
+from llm.parallel.launch import process
 from llm.parallel.collectives import gather_json, main_decides
-from llm.parallel.launch import World
+from llm.parallel.launch.world import World
 from llm.tokenizer import CharacterTokenizer
 from llm.train import trainer as trainer_module
 from llm.train.config import validate
@@ -120,8 +120,8 @@ def differences(config_path: Path, whole: Path, folder: Path, world: World) -> l
 
 def main() -> None:
     config_path, folder, wanted = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
-    launch.quiet_libraries()
-    world = launch.start(60, 1)
+    process.quiet_libraries()
+    world = process.start(60, 1)
     config = validate(yaml.safe_load(config_path.read_text()), str(config_path))
     whole = folder / "whole"
     trainer = Trainer(config, whole, world)
@@ -141,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    process.run(main)

@@ -12,7 +12,7 @@ import yaml
 
 from llm.errors import UserError
 from llm.model import LLM
-from llm.parallel import launch
+from llm.parallel.launch import process
 from llm.parallel.engine import Engine
 from llm.train.config import validate
 from llm.train.trainer import Trainer
@@ -76,8 +76,8 @@ def spoil(engine: Engine, kind: str | None, rank: int) -> None:
 
 def main() -> None:
     config_path, out, stage = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    launch.quiet_libraries()
-    world = launch.start(60, 1)
+    process.quiet_libraries()
+    world = process.start(60, 1)
     plain = LLM.context, LLM.loss_sum, LLM.through_layers
     for name, case in CASES.items():
         raw = yaml.safe_load(config_path.read_text())
@@ -97,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    process.run(main)

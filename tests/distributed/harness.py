@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from llm.environment import alone
-from llm.parallel import local
+from llm.parallel.launch import local
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMING_FIELDS = ("tokens_per_s", "tokens_per_s_per_device", "step_time_s", "data_wait_s", "memory_gb", "mfu")

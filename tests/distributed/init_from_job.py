@@ -7,18 +7,18 @@ import json
 import sys
 from pathlib import Path
 
-from llm.parallel import launch
+from llm.parallel.launch import process
 from llm.train.config import validate
 from llm.train.trainer import Trainer
 
 
 def main() -> None:
     runs, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    launch.quiet_libraries()
-    world = launch.start(60, 1)
+    process.quiet_libraries()
+    world = process.start(60, 1)
     for name, raw in runs:
         Trainer(validate(raw, name), out / name, world).fit()
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    process.run(main)

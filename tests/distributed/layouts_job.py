@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from llm.parallel import launch
+from llm.parallel.launch import process
 from llm.train.config import validate
 
 CUT = {"tensor": 2, "expert": 2}
@@ -25,8 +25,8 @@ RUNS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     raw, out, saved = yaml.safe_load(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), Path(sys.argv[3])
-    launch.quiet_libraries()
-    world = launch.start(60, 1)
+    process.quiet_libraries()
+    world = process.start(60, 1)
     from llm.train.trainer import Trainer
 
     for name, layout in RUNS.items():
@@ -41,4 +41,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    process.run(main)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from llm.parallel import deepspeed_private as private
-from llm.parallel import launch
+from llm.parallel.launch import process
 from llm.train.config import validate
 from llm.train.trainer import Trainer
 from tools.layouts_job import RouterMargins
@@ -23,8 +23,8 @@ SCALER = {"cur_scale": 2.0**10, "scale_window": 4}
 
 def main() -> None:
     plan, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    launch.quiet_libraries()
-    world = launch.start(120, 1)
+    process.quiet_libraries()
+    world = process.start(120, 1)
     for item in plan:
         trainer = Trainer(validate(item["config"], item["name"]), out / item["name"], world)
         if item["config"]["train"]["precision"] == "fp16":
@@ -42,4 +42,4 @@ def make_overflow(trainer: Trainer) -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    process.run(main)

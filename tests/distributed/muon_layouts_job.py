@@ -8,7 +8,8 @@ import torch
 
 from llm import init
 from llm.args import ModelArgs
-from llm.parallel import launch, muon
+from llm.parallel import muon
+from llm.parallel.launch import process
 from tests.distributed import engine_job
 
 initial_values = init.initial_values
@@ -33,4 +34,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    process.run(main)

@@ -19,6 +19,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from tests.distributed.harness import ROOT, environment
 
 POOLS: dict[int, "Pool"] = {}
@@ -111,11 +113,11 @@ def serve(*outputs: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
     for stream, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    from llm.parallel import launch
+    from llm.parallel.launch import process
 
-    launch.quiet_libraries()
-    world = launch.start(120, 1)
-    launch.start = lambda timeout_s, threads: dataclasses.replace(world, timeout_s=timeout_s)
+    process.quiet_libraries()
+    world = process.start(120, 1)
+    process.start = lambda timeout_s, threads: dataclasses.replace(world, timeout_s=timeout_s)
     counted = 0.0
     for line in sys.stdin:
         module, *arguments = json.loads(line)
@@ -124,7 +126,7 @@ def serve(*outputs: str) -> None:
         sys.argv = [module, *arguments]
         try:
             importlib.import_module(module).main()
-            launch.dist.barrier()
+            dist.barrier()
             status = 0
         except BaseException:
             traceback.print_exc()

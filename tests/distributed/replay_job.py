@@ -5,7 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from llm.parallel import launch
+from llm.parallel.launch import process
 from llm.parallel.collectives import main_decides
 from llm.train.config import load_config
 from llm.train.replay import replay
@@ -13,8 +13,8 @@ from llm.train.replay import replay
 
 def main() -> None:
     config_path, run_dir, steps = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
-    launch.quiet_libraries()
-    world = launch.start(60, 1)
+    process.quiet_libraries()
+    world = process.start(60, 1)
     from llm.train.trainer import Trainer
 
     config = load_config(config_path)
@@ -38,4 +38,4 @@ def cut_off(run_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    process.run(main)

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from llm.parallel import launch
+from llm.parallel.launch import process
 from llm.train.config import validate
 from llm.train.trainer import Trainer
 
@@ -40,8 +40,8 @@ def fill_disk(trainer: Trainer, rank: int) -> None:
 
 def main() -> None:
     config_path, out = Path(sys.argv[1]), Path(sys.argv[2])
-    launch.quiet_libraries()
-    world = launch.start(60, 1)
+    process.quiet_libraries()
+    world = process.start(60, 1)
     for name, checkpoint in CASES.items():
         raw = yaml.safe_load(config_path.read_text())
         raw["checkpoint"] = {"interval": INTERVAL, "keep": 20, "keep_best": False, **checkpoint}
@@ -52,4 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    process.run(main)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import yaml
 
-from llm.parallel import launch
+from llm.parallel.launch import process
 from llm.parallel.collectives import gather_json
 from llm.parallel.engine import Engine
-from llm.parallel.launch import World
+from llm.parallel.launch.world import World
 from llm.parallel.precision import has_arithmetic
 from llm.train.config import validate
 from llm.train.trainer import Trainer
@@ -68,8 +68,8 @@ def change_what_may_be_changed(raw: dict[str, Any], config_path: Path, run_dir: 
 def main() -> None:
     config_path, out = Path(sys.argv[1]), Path(sys.argv[2])
     raw: dict[str, Any] = yaml.safe_load(config_path.read_text())
-    launch.quiet_libraries()
-    world = launch.start(60, 1)
+    process.quiet_libraries()
+    world = process.start(60, 1)
     for optimizer, journey in JOURNEYS.items():
         raw["optim"]["name"] = optimizer
         for name, legs in (("whole", [(1, 16)]), ("moved", journey)):
@@ -83,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    process.run(main)

@@ -193,7 +193,7 @@ def test_ranks_die_with_their_torchrun(tmp_path: Path) -> None:
 
 def test_a_rank_whose_torchrun_died_before_ends_by_itself(tmp_path: Path) -> None:
     """No signal comes for a death in the past."""
-    rank = "import os, time\nfrom llm.parallel.launch import end_with_torchrun\n"
+    rank = "import os, time\nfrom llm.parallel.launch.process import end_with_torchrun\n"
     rank += "while os.getppid() == PARENT: time.sleep(0.01)\n"
     rank += f"end_with_torchrun()\nopen({str(tmp_path / 'alive')!r}, 'w')"
     launcher = (

@@ -28,7 +28,7 @@ def main(out: Path) -> None:
     from llm.data.batch import MicroBatch, StepBatch
     from llm.init import initial_values
     from llm.parallel import deepspeed_private as private
-    from llm.parallel import launch
+    from llm.parallel.launch import process
     from llm.parallel.build import build_model
     from llm.parallel.collectives import gather_json
     from llm.parallel.engine import Engine
@@ -37,8 +37,8 @@ def main(out: Path) -> None:
     from llm.train.config import OptimConfig
     from llm.train.optimizer import make_optimizer
 
-    launch.quiet_libraries()
-    world = launch.start(60, 1)
+    process.quiet_libraries()
+    world = process.start(60, 1)
     grid = make_grid(world)
     args = ModelArgs.model_validate({**TINY_MODEL, "vocab_size": 64})
     report: dict[str, Any] = {}
@@ -112,7 +112,7 @@ def test_each_rank_knows_its_masters_and_states(report: dict[str, Any], case: st
     needs(case.split()[1])
     found = report[case]
     assert sorted(found) == sorted(REPORT_KEYS)
-    assert found["covered"], "the pieces no longer cover every parameter once"
+    assert found["covered"], "the owned ranges no longer cover every parameter once"
     assert found["state_covered"], "the base optimizer's state no longer lines up with the partitions"
     assert found["kinds"] == ["exp_avg", "exp_avg_sq", "master"]
     assert found["scalars"] == {"step": 1.0}
@@ -136,6 +136,6 @@ def test_the_classes_are_the_known_ones_and_nothing_is_compiled(report: dict[str
 
 
 if __name__ == "__main__":
-    from llm.parallel.launch import run as run_process
+    from llm.parallel.launch.process import run as run_process
 
     run_process(lambda: main(Path(sys.argv[1])))

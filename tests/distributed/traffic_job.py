@@ -11,13 +11,14 @@ import torch
 
 from llm.boxes import box_shape
 from llm.parallel import deepspeed_private as private
-from llm.parallel import launch, memory, traffic_plan
+from llm.parallel.launch import process
+from llm.plan import memory, traffic
 from llm.parallel.collectives import gather_json
 from llm.parallel.engine import Engine
 from llm.parallel.grid import make_grid
-from llm.parallel.launch import World
+from llm.parallel.launch.world import World
 from llm.parallel.pipeline import PipelineEngine
-from llm.parallel.traffic import TrafficCounter
+from llm.parallel.traffic_counter import TrafficCounter
 from llm.train.build import build_engine
 from llm.train.config import check_layout, validate
 from llm.train.dry_run import workload
@@ -31,8 +32,8 @@ SETTLING_STEPS = 2  # in which ZeRO-3 records the order of modules, and decides 
 
 def main() -> None:
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    launch.quiet_libraries()
-    world = launch.start(60, 1)
+    process.quiet_libraries()
+    world = process.start(60, 1)
     results = [compare(case, world) for case in cases]
     if world.is_main:
         out.write_text(json.dumps(results))
@@ -59,7 +60,7 @@ def compare(case: dict[str, Any], world: World) -> dict[str, Any]:
     with counter:
         take_step(engine, SETTLING_STEPS, work.accumulation)
     counted = counter.total(world)
-    predicted = {along: sum(purposes.values()) for along, purposes in traffic_plan.predict(work).items()}
+    predicted = {along: sum(purposes.values()) for along, purposes in traffic.predict(work).items()}
     sizes = {along: [predicted.get(along, 0), counted.get(along, 0)] for along in predicted | counted}
     mine: dict[str, int | None] = {**kept[-1]}
     # before its last forward a stage may not have had a backward yet
@@ -115,4 +116,4 @@ def _bytes(tensors: list[torch.Tensor]) -> int:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    process.run(main)

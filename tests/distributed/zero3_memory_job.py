@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llm.args import ModelArgs
 from llm.parallel import deepspeed_private as private
-from llm.parallel import launch
+from llm.parallel.launch import process
 from llm.parallel.build import build_model
 from llm.parallel.collectives import gather_json
 from llm.parallel.engine import Engine
@@ -27,8 +27,8 @@ def memory(field: str) -> int:
 
 
 def main() -> None:
-    launch.quiet_libraries()
-    world = launch.start(60, 1)
+    process.quiet_libraries()
+    world = process.start(60, 1)
     grid = make_grid(world)
 
     def build(shape: dict[str, int]) -> Engine:
@@ -51,11 +51,11 @@ def main() -> None:
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     engine = build(MODEL)
     grown = memory("VmHWM") - before
-    owned = sum(piece.length for piece in private.pieces(engine._deepspeed, engine.model))
+    owned = sum(held.length for held in private.owned_ranges(engine._deepspeed, engine.model))
     rows = gather_json([grown, owned, engine.n_parameters], world)
     if world.is_main:
         Path(sys.argv[1]).write_text(json.dumps(rows))
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    process.run(main)

@@ -14,7 +14,7 @@ import torch
 
 from llm import LLM
 from llm.generate import generate
-from llm.parallel import launch
+from llm.parallel.launch import process
 from llm.parallel.precision import has_arithmetic
 from llm.tokenizer import load_tokenizer
 from llm.train.config import RunConfig, validate
@@ -46,8 +46,8 @@ def main() -> None:
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     configs = {name: validate(raw, name) for name, raw in cases.items()}
     (threads,) = {config.train.threads for config in configs.values()}
-    launch.quiet_libraries()
-    world = launch.start(300, threads)
+    process.quiet_libraries()
+    world = process.start(300, threads)
     if world.is_main:
         (out / "machine.json").write_text(json.dumps(machine()))
     for name, config in configs.items():
@@ -68,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    process.run(main)

@@ -24,11 +24,11 @@ def main(out: Path) -> None:
     from llm.args import ModelArgs
     from llm.model import LLM
     from llm.parallel import deepspeed_private as private
-    from llm.parallel import launch
+    from llm.parallel.launch import process
     from llm.parallel.grid import make_grid
 
-    launch.quiet_libraries()
-    world = launch.start(60, 1)
+    process.quiet_libraries()
+    world = process.start(60, 1)
     grid = make_grid(world)
 
     def steps(stage: int, mode: str, tied: bool) -> dict[str, Any]:
@@ -90,6 +90,6 @@ def test_partitioned_weights_give_the_same_steps(report: dict[str, Any], tied: b
 
 
 if __name__ == "__main__":
-    from llm.parallel.launch import run as run_process
+    from llm.parallel.launch.process import run as run_process
 
     run_process(lambda: main(Path(sys.argv[1])))

@@ -4,7 +4,8 @@ the gradient where tensor parallelism should sum it, and expert parallelism fail
 
 from typing import Any
 
-from llm.parallel import build, launch
+from llm.parallel import build
+from llm.parallel.launch import process
 from tools import layouts_job
 
 
@@ -19,4 +20,4 @@ def fail(*_: Any) -> None:
 if __name__ == "__main__":
     build.sum_gradients = forget
     build.ExpertExchange = fail  # type: ignore[assignment, misc]
-    launch.run(layouts_job.main)
+    process.run(layouts_job.main)

@@ -24,7 +24,7 @@ from llm.cli import run_cli
 from llm.data.mixture import Mixture
 from llm.data.sources import SourceSpec, open_data, prepare_data
 from llm.errors import DamagedFile, UserError
-from llm.parallel.launch import World
+from llm.parallel.launch.world import World
 from llm.parallel.layout import Layout
 from llm.tokenizer import ByteTokenizer
 from llm.train.config import validate

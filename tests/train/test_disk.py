@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from llm.parallel.layout import Layout
-from llm.parallel.memory import checkpoint_bytes
+from llm.plan.memory import checkpoint_bytes
 from llm.train import dry_run
 from llm.train.config import RunConfig, validate
 from llm.train.disk import checkpoints_at_once, room

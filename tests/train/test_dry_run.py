@@ -17,12 +17,12 @@ import yaml
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from launch import pretrain
-from llm.parallel import memory, traffic_plan
-from llm.parallel.launch import World
+from llm.plan import memory, traffic
+from llm.parallel.launch.world import World
 from llm.parallel.layout import Layout
-from llm.parallel.traffic import TrafficCounter, dimension_names
-from llm.parallel.workload import Workload
-from llm.parallel.zero3_gathers import events, gathers
+from llm.parallel.traffic_counter import TrafficCounter, dimension_names
+from llm.plan.workload import Workload
+from llm.plan.zero3_gathers import events, gathers
 from llm.tokenizer import load_tokenizer
 from llm.train.config import check_layout, validate
 from llm.train.dry_run import report, workload
@@ -43,20 +43,20 @@ def plan(world: int, model: dict[str, Any] | None = None, **sections: Any) -> Wo
 
 
 def total(work: Workload) -> dict[str, int]:
-    return {along: sum(purposes.values()) for along, purposes in traffic_plan.predict(work).items()}
+    return {along: sum(purposes.values()) for along, purposes in traffic.predict(work).items()}
 
 
 def test_one_process_sends_nothing_and_keeps_weights_gradients_and_two_moments() -> None:
     work = plan(1)
     (kept, ranks), n = memory.predict(work)[0], work.n_parameters
-    assert traffic_plan.predict(work) == {} and ranks == 1
+    assert traffic.predict(work) == {} and ranks == 1
     assert (kept.parameters, kept.masters, kept.gradients) == (4 * n, 0, 4 * n)
     assert kept.optimizer == 8 * n + 4 * len(work.shapes)  # a step count beside each parameter's moments
 
 
 def test_plain_data_parallel_sends_each_gradient_around_the_ring_twice() -> None:
     work = plan(4, parallel={"zero_stage": 0})
-    sent = traffic_plan.predict(work)
+    sent = traffic.predict(work)
     assert sent["data"]["gradients"] == 2 * 3 * 4 * work.n_parameters
     losses = 3 + 2 * 4  # three sums, and counts of two layers with four experts, in float64
     assert sent["data"]["loss"] == 2 * 3 * 8 * losses
@@ -73,15 +73,15 @@ def test_sequence_parallelism_sends_as_many_bytes_of_activations() -> None:
     sent = {}
     for sequence_parallel in (True, False):
         work = plan(2, parallel={"tensor": 2, "sequence_parallel": sequence_parallel})
-        sent[sequence_parallel] = traffic_plan.predict(work)["tensor"]
+        sent[sequence_parallel] = traffic.predict(work)["tensor"]
     assert sent[True]["activations"] == sent[False]["activations"]
     assert sent[True]["gradients"] > sent[False]["gradients"]  # of the norms, which see only a part of the tokens
 
 
 def test_accumulation_repeats_what_is_per_micro_batch_and_nothing_else() -> None:
     layout = {"tensor": 2, "expert": 2}
-    one = traffic_plan.predict(plan(4, parallel=layout, train={"micro_batch_size": 8}))
-    two = traffic_plan.predict(plan(4, parallel=layout, train={"micro_batch_size": 4}))
+    one = traffic.predict(plan(4, parallel=layout, train={"micro_batch_size": 8}))
+    two = traffic.predict(plan(4, parallel=layout, train={"micro_batch_size": 4}))
     sizes_first = 2 * 2 * 4 * 8  # groups x layers x experts x bytes: who sends how much is told once a micro-batch
     assert two["expert"]["tokens"] == one["expert"]["tokens"] + sizes_first
     assert two["tensor"]["activations"] == one["tensor"]["activations"]

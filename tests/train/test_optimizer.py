@@ -37,12 +37,12 @@ def trained(**optim: object) -> tuple[LLM, torch.optim.Optimizer]:
 def muon_describe(optimizer: torch.optim.Optimizer, flats: list[torch.Tensor], names: list[str]) -> None:
     """Tell Muon that each flat tensor is one whole parameter."""
     from llm.boxes import whole
-    from llm.parallel.deepspeed_private import Piece
+    from llm.parallel.deepspeed_private import OwnedRange
 
     shapes = {name: tuple(flat.shape) for name, flat in zip(names, flats, strict=True)}
     boxes = {name: whole(shape) for name, shape in shapes.items()}
-    pieces = [Piece(name, 0, flat.numel(), i, flat, 0) for i, (name, flat) in enumerate(zip(names, flats, strict=True))]
-    optimizer.describe(flats, [[name] for name in names], shapes, boxes, pieces, None)  # type: ignore[attr-defined]
+    owned = [OwnedRange(name, 0, flat.numel(), i, flat, 0) for i, (name, flat) in enumerate(zip(names, flats, strict=True))]
+    optimizer.describe(flats, [[name] for name in names], shapes, boxes, owned, None)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "muon"])

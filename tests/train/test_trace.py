@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llm.args import ModelArgs
 from llm.model import LLM
-from llm.parallel.launch import World
+from llm.parallel.launch.world import World
 from llm.train.trace import PROBES, Recorder, Trace, fixed_weights, merge
 from tests.distributed.harness import TINY_MODEL
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from llm.parallel import launch
+from llm.parallel.launch import process
 from llm.train.config import validate
 from tests.train.plans import CUTS, EPOCHS, PATIENCE, PLANNED
 
@@ -16,8 +16,8 @@ from tests.train.plans import CUTS, EPOCHS, PATIENCE, PLANNED
 def main() -> None:
     config_path, out = Path(sys.argv[1]), Path(sys.argv[2])
     base = yaml.safe_load(config_path.read_text())
-    launch.quiet_libraries()
-    world = launch.start(60, 1)
+    process.quiet_libraries()
+    world = process.start(60, 1)
     from llm.train.trainer import Trainer
 
     def fit(name: str, **sections: dict[str, Any]) -> None:
@@ -37,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    process.run(main)

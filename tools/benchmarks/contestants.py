@@ -20,7 +20,7 @@ from llm.data.batch import IGNORE, MicroBatch, StepBatch
 from llm.parallel.build import build_model
 from llm.parallel.engine import Engine
 from llm.parallel.grid import make_grid
-from llm.parallel.launch import World
+from llm.parallel.launch.world import World
 from llm.recompute import Recompute
 from llm.train.config import OptimConfig
 from llm.train.optimizer import make_optimizer, parameter_groups

@@ -26,8 +26,8 @@ import torch
 
 from llm.cli import run_cli
 from llm.errors import UserError
-from llm.parallel import launch
-from llm.parallel.launch import World
+from llm.parallel.launch import process
+from llm.parallel.launch.world import World
 from llm.train.flops import FlopCount, peak_flops
 from tools.benchmarks.contestants import Runner, Shape, our_engine, runners
 from tools.benchmarks.harness import RESULTS, Spread, check_same_work, in_fresh_process, table, write_result
@@ -144,8 +144,8 @@ def measure(contestant: str, seq_len: int = 2048, steps: int = 20) -> None:
     steps: as above
     """
     _check_name(contestant)
-    launch.quiet_libraries()
-    world = launch.start(timeout_s=600.0, threads=8)
+    process.quiet_libraries()
+    world = process.start(timeout_s=600.0, threads=8)
     try:
         found: dict[str, Any] | None = _timed(contestants()[contestant](shape_1b3(seq_len), world), steps)
     except torch.cuda.OutOfMemoryError:

@@ -23,7 +23,7 @@ if not __package__:
 
 from llm.cli import run_cli
 from llm.errors import UserError
-from llm.parallel import local
+from llm.parallel.launch import local
 from tools.benchmarks.harness import RESULTS, Spread, check_same_work, table, write_result
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from llm.args import ModelArgs
 from llm.data.batch import MicroBatch, StepBatch
-from llm.parallel import launch
+from llm.parallel.launch import process
 from llm.parallel.build import build_model
 from llm.parallel.collectives import gather_json
 from llm.parallel.grid import Grid, make_grid
@@ -66,8 +66,8 @@ def batch_of(grid: Grid, vocab: int, rows: int, seq_len: int, micro_batches: int
 
 def main() -> None:
     task = json.loads(Path(sys.argv[1]).read_text())
-    launch.quiet_libraries()
-    world = launch.start(600, 1)
+    process.quiet_libraries()
+    world = process.start(600, 1)
     args, layout = ModelArgs.model_validate(task["model"]), Layout(world.size, **task["layout"])
     grid = make_grid(world, layout)
     model = build_model(args, 0, grid, zero_stage=layout.zero_stage, precision=task["precision"])
@@ -101,4 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    process.run(main)

@@ -26,7 +26,7 @@ if not __package__:
 
 from llm.cli import run_cli
 from llm.errors import UserError
-from llm.parallel import local
+from llm.parallel.launch import local
 from tools.benchmarks.harness import MIN_ROUNDS, RESULTS, Bar, Spread, table, write_result
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -26,11 +26,11 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from llm.checkpoint.reader import Checkpoint
 from llm.checkpoint.store import CheckpointStore
 from llm.errors import UserError
-from llm.parallel import launch
+from llm.parallel.launch import process
 from llm.parallel.collectives import gather_json, sum_over_ranks
 from llm.parallel.engine import Engine
 from llm.parallel.grid import make_grid
-from llm.parallel.launch import World
+from llm.parallel.launch.world import World
 from llm.train.build import build_engine
 from llm.train.config import RunConfig, check_layout
 from tools.benchmarks.parallel_job import batch_of
@@ -288,7 +288,7 @@ class Bench:
         return {"stall": stall, "flushed": stall + flush, "bytes": float(written)}
 
     def _save_by_deepspeed(self) -> None:
-        with launch.stdout_to_nowhere():
+        with process.stdout_to_nowhere():
             self.engine._deepspeed.save_checkpoint(str(self.folder / "deepspeed"), tag="step")
 
     # ---- loading
@@ -344,7 +344,7 @@ class Bench:
         self.engine.finish_load()
 
     def _load_by_deepspeed(self) -> None:
-        with launch.stdout_to_nowhere():
+        with process.stdout_to_nowhere():
             self.engine._deepspeed.load_checkpoint(str(self.folder / "deepspeed"), tag="step")
 
     def count_read(self, path: Path) -> list[Metrics]:
@@ -383,8 +383,8 @@ def move(source: Path, target: Path, world: World) -> None:
 
 def main() -> None:
     what, task, out = sys.argv[1], json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3])
-    launch.quiet_libraries()
-    world = launch.start(600, 1)
+    process.quiet_libraries()
+    world = process.start(600, 1)
     bench = Bench(task, world)
     found: Any
     if what == "compare":
@@ -397,4 +397,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    process.run(main)

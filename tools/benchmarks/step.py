@@ -25,8 +25,8 @@ from llm.cli import run_cli
 from llm.environment import alone
 from llm.errors import UserError
 from llm.malloc import keep_freed
-from llm.parallel import launch
-from llm.parallel.launch import World
+from llm.parallel.launch import process
+from llm.parallel.launch.world import World
 from tools.benchmarks.contestants import Runner, Shape, runners
 from tools.benchmarks.data_wait import data_wait_section
 from tools.benchmarks.harness import (
@@ -126,8 +126,8 @@ def build(contestant: str, case: str, precision: Precision) -> Runner:
 
 def start() -> World:
     """A world of this one process, on one thread."""
-    launch.quiet_libraries()
-    return launch.start(timeout_s=600.0, threads=1)
+    process.quiet_libraries()
+    return process.start(timeout_s=600.0, threads=1)
 
 
 def compare(case: str, precision: Precision, rounds: int, compiled: bool, keep_memory: Keepers) -> str:

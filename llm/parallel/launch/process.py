@@ -21,7 +21,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -31,7 +31,8 @@ import torch.distributed as dist
 
 from llm import environment
 from llm.errors import UserError
-from llm.parallel.peers import GRACE_S, PeerError, Roll, is_peers_fault
+from llm.parallel.launch.liveness import GRACE_S, PeerError, Roll, is_peers_fault
+from llm.parallel.launch.world import World
 from llm.screen import protect
 from llm.signals import EXIT_STOPPED
 
@@ -42,22 +43,6 @@ PR_SET_PDEATHSIG = 1
 _roll: Roll | None = None  # of this process's job, from `start` on, for the end of `run`
 
 
-@dataclass(frozen=True)
-class World:
-    """This process among all processes of the job."""
-
-    rank: int
-    size: int
-    local_rank: int
-    device: torch.device
-    store: dist.Store | None = None
-    """Key-value store shared by all ranks; None before the process group exists."""
-    timeout_s: float = 600.0
-    """Seconds after which a rank gives up waiting for another."""
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
 
 def name_roles(roles: dict[int, str]) -> None:

@@ -9,7 +9,7 @@ from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
 
-from llm.parallel.workload import BYTES, Kind, OptimizerGroup, Workload
+from llm.plan.workload import BYTES, RankKind, OptimizerGroup, Workload
 
 FLOAT32 = 4
 STEP_COUNT = 4
@@ -50,13 +50,13 @@ def checkpoint_bytes(work: Workload) -> int:
     element once. Headers and the manifest come on top.
     """
     numel = {name: math.prod(shape) for name, shape in work.shapes.items()}
-    kinds = {"adamw": 3, "muon": 2, "sgd": 1}
+    tensors = {"adamw": 3, "muon": 2, "sgd": 1}
     return FLOAT32 * sum(
-        (kinds[group.algorithm] + work.ema) * sum(numel[name] for name in group.names) for group in work.groups
+        (tensors[group.algorithm] + work.ema) * sum(numel[name] for name in group.names) for group in work.groups
     )
 
 
-def _of(work: Workload, kind: Kind) -> Memory:
+def _of(work: Workload, kind: RankKind) -> Memory:
     flats = {group: _flat_tensors(work, group, kind) for group in work.groups}
     own = sum(sum(sizes) for sizes in flats.values())
     whole = sum(work.flat_numel(group, kind) for group in work.groups)
@@ -75,7 +75,7 @@ def _of(work: Workload, kind: Kind) -> Memory:
     )
 
 
-def _flat_tensors(work: Workload, group: OptimizerGroup, kind: Kind) -> list[int]:
+def _flat_tensors(work: Workload, group: OptimizerGroup, kind: RankKind) -> list[int]:
     """Elements of the tensors that the optimizer steps on."""
     if work.stage == 0:
         return [kind.sizes[name] for name in group.names]
@@ -90,7 +90,7 @@ def _state(group: OptimizerGroup, sizes: list[int]) -> int:
     return FLOAT32 * sum(sizes) if group.algorithm == "muon" else 0
 
 
-def _gradients(work: Workload, kind: Kind, own: int, whole: int) -> int | None:
+def _gradients(work: Workload, kind: RankKind, own: int, whole: int) -> int | None:
     if work.offload_optimizer:
         return None
     if work.keeps_float32_gradients:
@@ -102,7 +102,7 @@ def _gradients(work: Workload, kind: Kind, own: int, whole: int) -> int | None:
     return FLOAT32 * own
 
 
-def _touched(work: Workload, group: OptimizerGroup, kind: Kind) -> list[int]:
+def _touched(work: Workload, group: OptimizerGroup, kind: RankKind) -> list[int]:
     """For each data-parallel rank the elements of the parameters that its share of a flat group touches."""
     ranks = work.cut_over(group)
     share = work.flat_numel(group, kind) // ranks

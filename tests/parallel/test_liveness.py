@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from llm.parallel import peers
-from llm.parallel.peers import PeerError, Roll, heard, wait_for
+from llm.parallel.launch import liveness
+from llm.parallel.launch.liveness import PeerError, Roll, heard, wait_for
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_a_restarted_job_reads_nothing_of_its_predecessor(client: Callable[[], d
 def test_the_rank_that_failed_first_is_the_reason(
     client: Callable[[], dist.TCPStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peers, "GRACE_S", 0.3)
+    monkeypatch.setattr(liveness, "GRACE_S", 0.3)
     rolls, _ = meet(client)
     found = together(rolls[0].why_alone, after(0.1, lambda: rolls[2].failed("ValueError: boom")))
     assert found[0] == ("rank 2 failed: ValueError: boom", True)
@@ -89,7 +89,7 @@ def test_the_rank_that_failed_first_is_the_reason(
 def test_ranks_that_do_not_wait_are_named_where_no_reason_is_known(
     client: Callable[[], dist.TCPStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peers, "GRACE_S", 0.3)
+    monkeypatch.setattr(liveness, "GRACE_S", 0.3)
     rolls, _ = meet(client)
     for reason in together(rolls[0].why_alone, rolls[1].why_alone):
         assert reason == ("rank 2 did not meet this failure", False)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from llm.parallel import local
+from llm.parallel.launch import local
 from llm.signals import STOP_SIGNALS
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from llm.args import LayerSpec, ModelArgs
-from llm.parallel.workload import Workload
+from llm.plan.workload import Workload
 
 QKV = ("wq", "wk", "wv")
 ROUTED = ("router", "experts")

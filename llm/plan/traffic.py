@@ -1,6 +1,6 @@
 """Bytes that the ranks of a run will send each other in a step, predicted from its numbers alone.
 
-The unit is defined in llm/parallel/traffic.py, whose instrument counts the same bytes in a running job. Predicted is a
+The unit is defined in llm/parallel/traffic_counter.py, whose instrument counts the same bytes in a running job. Predicted is a
 step in the middle of a run: without validation, sample or checkpoint, and not dropped. Compiled blocks choose for
 themselves what they recompute: for those the numbers hold without activation checkpointing.
 
@@ -13,9 +13,9 @@ from itertools import chain, pairwise
 from typing import NamedTuple
 
 from llm.boxes import tensor_dim
-from llm.parallel.traffic import Along, dimension_names
-from llm.parallel.workload import BYTES, Kind, OptimizerGroup, Workload
-from llm.parallel.zero3_gathers import auxiliary_losses, gathers, norms_around
+from llm.parallel.traffic_counter import Along, dimension_names
+from llm.plan.workload import BYTES, RankKind, OptimizerGroup, Workload
+from llm.plan.zero3_gathers import auxiliary_losses, gathers, norms_around
 from llm.plans import plan_for
 
 FLOAT32, FLOAT64, INT64 = 4, 8, 8
@@ -136,12 +136,12 @@ def _zero(work: Workload) -> Iterator[Sent]:
     yield from _norms(work)
 
 
-def _groups(work: Workload, group: OptimizerGroup, kind: Kind) -> int:
+def _groups(work: Workload, group: OptimizerGroup, kind: RankKind) -> int:
     """Over how many groups of ranks of this kind the optimizer's group is cut, each by itself."""
     return kind.ranks * (work.layout.expert if group.on_expert_ranks else 1)
 
 
-def _zero3(work: Workload, kind: Kind) -> Iterator[Sent]:
+def _zero3(work: Workload, kind: RankKind) -> Iterator[Sent]:
     n, width = work.layout.data, BYTES[work.precision]
     padded = {name: n * work.share_numel(numel) for name, numel in kind.sizes.items()}
     reduced = work.accumulation * sum(padded.values())

@@ -1,6 +1,6 @@
 """What a run asks of its ranks, as plain numbers: how much of each parameter a rank holds, and how ZeRO flattens it.
 
-Predictions of bytes and memory (llm/parallel/traffic_plan.py, memory.py) read this. No process group, no weights: a
+Predictions of bytes and memory (llm/plan/traffic.py, memory.py) read this. No process group, no weights: a
 model of any size on any number of ranks takes a moment.
 """
 
@@ -44,7 +44,7 @@ class OptimizerGroup(NamedTuple):
     """Whether they are experts that lie on several ranks."""
 
 
-class Kind(NamedTuple):
+class RankKind(NamedTuple):
     """Tensor-parallel ranks of a place of the pipeline that hold parts of the same sizes; others differ where a
     vocabulary is cut unevenly.
     """
@@ -113,13 +113,13 @@ class Workload:
         return split(self.args, self.layout.stages, self.seq_len)
 
     @cached_property
-    def kinds(self) -> tuple[Kind, ...]:
+    def kinds(self) -> tuple[RankKind, ...]:
         """The kinds of ranks of a replica: of each place of the pipeline one, or two where the vocabulary does not
         divide evenly.
         """
         return tuple(kind for place in range(self.layout.pipeline) for kind in self._kinds(place))
 
-    def _kinds(self, place: int) -> Iterator[Kind]:
+    def _kinds(self, place: int) -> Iterator[RankKind]:
         layout, args = self.layout, self.args
         stages = [self.stages[number] for number in layout.stages_of(place)]
         names = [name for name in self.shapes if any(stage.owns(name) for stage in stages)]
@@ -132,9 +132,9 @@ class Workload:
             )
             found[tuple(math.prod(box_shape(box)) for box in boxes)] += 1
         for sizes, ranks in found.items():
-            yield Kind(dict(zip(names, sizes, strict=False)), ranks, sum(sizes[len(names) :]))
+            yield RankKind(dict(zip(names, sizes, strict=False)), ranks, sum(sizes[len(names) :]))
 
-    def members(self, group: OptimizerGroup, kind: Kind) -> list[int]:
+    def members(self, group: OptimizerGroup, kind: RankKind) -> list[int]:
         """Elements of each parameter of the group on such a rank; a group without any has a filler of one element."""
         return [kind.sizes[name] for name in group.names if name in kind.sizes] or [FILLER]
 
@@ -142,7 +142,7 @@ class Workload:
         """Ranks over which ZeRO cuts the group, and over which its gradients are summed."""
         return self.layout.size("expert_data" if group.on_expert_ranks else "data")
 
-    def flat_numel(self, group: OptimizerGroup, kind: Kind) -> int:
+    def flat_numel(self, group: OptimizerGroup, kind: RankKind) -> int:
         """Elements of the flat group of ZeRO 1 and 2, with padding."""
         return _padded(sum(self.members(group, kind)), ALIGNMENT * self.cut_over(group))
 
@@ -150,7 +150,7 @@ class Workload:
         """Elements of a rank's share under ZeRO-3, with padding."""
         return -(-numel // self.layout.data)
 
-    def sub_groups(self, group: OptimizerGroup, kind: Kind) -> list[int]:
+    def sub_groups(self, group: OptimizerGroup, kind: RankKind) -> list[int]:
         """Elements of a rank's flat tensors under ZeRO-3, which steps some parameters at a time."""
         limit, shares = self.zero3("sub_group_size"), [self.share_numel(kind.sizes[name]) for name in group.names]
         if limit >= sum(shares):

@@ -9,7 +9,7 @@ all-reduce algorithms for clusters of workstations"), S being the bytes of its w
 What one rank sends to another, from stage to stage of a pipeline, is the bytes of its buffer.
 
 So groups of one rank send nothing. Libraries may choose other algorithms, and the rows that an expert-parallel rank
-keeps for itself depend on the routing; this number depends on neither. llm/parallel/traffic_plan.py predicts it.
+keeps for itself depend on the routing; this number depends on neither. llm/plan/traffic.py predicts it.
 """
 
 from collections import Counter
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llm.parallel.collectives import sum_over_ranks
-from llm.parallel.launch import World
+from llm.parallel.launch.world import World
 from llm.parallel.layout import Dimension, Layout
 
 Along = Dimension | Literal["world"]

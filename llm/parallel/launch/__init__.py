@@ -1,0 +1,1 @@
+"""How the processes of a job begin, end, and know of each other."""
