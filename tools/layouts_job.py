@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from llm.data.loader import TrainLoader
 from llm.data.mixture import Mixture
 from llm.model import LLM
-from llm.parallel.launch import process
 from llm.parallel.collectives import all_or_none, sum_over_ranks
 from llm.parallel.grid import Grid, make_grid
+from llm.parallel.launch import process
 from llm.tokenizer import load_tokenizer
 from llm.train.build import build_engine
 from llm.train.config import RunConfig, check_layout, validate

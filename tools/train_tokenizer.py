@@ -90,7 +90,8 @@ def train(
 
 
 def _print_found(input: list[str], listings: list[Listing], inventory: Inventory) -> None:
-    for line in found_lines(f"--input={','.join(input)}", inventory.found(listings), inventory.documents, "--separator"):
+    found = inventory.found(listings)
+    for line in found_lines(f"--input={','.join(input)}", found, inventory.documents, "--separator"):
         print(line)
 
 

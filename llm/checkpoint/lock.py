@@ -21,8 +21,8 @@ from typing import Any
 
 from llm.errors import UserError
 from llm.parallel.collectives import main_decides
-from llm.parallel.launch.world import World
 from llm.parallel.launch.liveness import own_place, state_of
+from llm.parallel.launch.world import World
 
 LOCK_FILE = "lock"
 SAME_JOB_S = 35.0

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from llm.atomic import sync, write_file
 from llm.boxes import Box, box_shape
-from llm.checkpoint.host_copy import HostCopy, start_work
 from llm.checkpoint.fragments import VERSION, FileOutline, Fragment, GivenUp, OwnedValues, outline_file, write_values
+from llm.checkpoint.host_copy import HostCopy, start_work
 from llm.checkpoint.reader import FORMAT, MANIFEST, Checkpoint, list_steps, seal
 from llm.errors import DamagedFile, UserError
 from llm.parallel.collectives import agreed_error, all_or_none, gather_json, main_decides
@@ -118,7 +118,7 @@ class CheckpointStore:
     ) -> None:
         """Begin the checkpoint of `step`, after finishing the one before it (collective).
 
-        `shapes` are those of whole parameters. Over all ranks the owned values are every element of each (name, kind) once.
+        `shapes` are those of whole parameters. Over all ranks each element of a (name, kind) is owned once.
         In_background copies the values into as much host memory and writes them from there: they must not change
         before `wait_for_copy` has returned. Without it they are written from where they are. best_step: that of the
         best checkpoint so far, for retention.
@@ -161,8 +161,8 @@ class CheckpointStore:
         return self.folder / f"{HIDDEN}step_{step:08d}"
 
     def _outlined(self, owned: list[OwnedValues], shapes: dict[str, tuple[int, ...]]) -> tuple[FileOutline, int]:
-        """The outline of this rank's file, and about how long its rows in the manifest are: those of the last save where
-        values are cut as then, as the training waits for this."""
+        """The outline of this rank's file, and about how long its rows in the manifest are: those of the last save
+        where values are cut as then, as the training waits for this."""
         cut = [(name, kind, box, start, values.numel()) for name, kind, box, start, values in owned]
         if cut != self._cut:
             outline = outline_file(f"rank_{self.world.rank:05d}.safetensors", owned, shapes=shapes)

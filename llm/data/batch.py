@@ -20,8 +20,8 @@ class MicroBatch:
     """tokens_BT, labels_BT: int64 on CPU; labels_BT[b, t] follows tokens_BT[b, t], or is negative where that is no
     target.
 
-    cu_seqlens: int32 on CPU, (segments + 1,): where each segment of a document begins in the flattened tokens, row starts
-        included, then B * T.
+    cu_seqlens: int32 on CPU, (segments + 1,): where each segment (a document, or a row's part of one) begins in the
+        flattened tokens, then B * T.
     """
 
     tokens_BT: Tensor
@@ -59,8 +59,9 @@ def collate(
 ) -> MicroBatch:
     """Read rows (source, row number) into a micro-batch.
 
-    `sequence_len`, a divisor of seq_len, cuts each row into sequences of that many tokens, in order: the tensors are then
-    (rows x seq_len / sequence_len, sequence_len). Labels stay: the last token of a sequence still predicts the next one's first.
+    `sequence_len`, a divisor of seq_len, cuts each row into sequences of that many tokens, in order: the tensors are
+    then (rows x seq_len / sequence_len, sequence_len). Labels stay: the last token of a sequence still predicts the
+    next one's first.
 
     A document's last token gets no label, because what follows it is another document. A row past the end of its
     source, or None, is filled up with tokens `fill` without labels, in a segment of their own.

@@ -88,7 +88,9 @@ def read_documents(
     return read_listings(listings, Reading(text_field, separator))
 
 
-def read_listings(listings: Iterable[Listing], reading: Reading, inventory: Inventory | None = None) -> Iterator[Document]:
+def read_listings(
+    listings: Iterable[Listing], reading: Reading, inventory: Inventory | None = None
+) -> Iterator[Document]:
     """All documents of the files that were listed; `inventory` counts them."""
     before = 0
     for listing in listings:

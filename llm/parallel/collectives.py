@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from llm.errors import DamagedFile, UserError
-from llm.parallel.launch.world import World
 from llm.parallel.launch.liveness import heard, wait_for
+from llm.parallel.launch.world import World
 
 T = TypeVar("T")
 _decisions = itertools.count()  # every rank asks the same questions in the same order

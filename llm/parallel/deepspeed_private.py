@@ -2,9 +2,9 @@
 
 Written against DeepSpeed 0.19.8; tests/distributed/test_deepspeed_private.py fails by name when one of them moves.
 
-The optimizer steps on flat float32 partitions, and `owned_ranges` says what lies where in them. Stages 1 and 2 flatten each
-parameter group and cut it into one contiguous partition per data-parallel rank (class BF16_Optimizer for stage 1 in
-bf16, else DeepSpeedZeroOptimizer); stage 3 cuts every parameter over the ranks and flattens this rank's shares; stage 0
+The optimizer steps on flat float32 partitions, and `owned_ranges` says what lies where in them. Stages 1 and 2 flatten
+each parameter group and cut it into one contiguous partition per data-parallel rank (class BF16_Optimizer for stage 1
+in bf16, else DeepSpeedZeroOptimizer); stage 3 cuts every parameter over the ranks and flattens this rank's shares; stage 0
 has no partitions, the parameters themselves are the masters.
 """
 

@@ -133,7 +133,8 @@ class Muon(torch.optim.AdamW):
         grid: Grid | None,
     ) -> None:
         """Tell what the flat tensors that `step` will see hold: `names` of the parameters that each is cut from, their
-        whole `shapes` and this rank's `boxes`, and the `ranges` that it has of these. grid: None where every rank has everything.
+        whole `shapes` and this rank's `boxes`, and the `ranges` that it has of these. grid: None where every rank has
+        everything.
 
         Names come in the same order on all ranks that have parts of the same matrices; so do the collectives then.
         """

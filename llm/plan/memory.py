@@ -9,7 +9,7 @@ from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
 
-from llm.plan.workload import BYTES, RankKind, OptimizerGroup, Workload
+from llm.plan.workload import BYTES, OptimizerGroup, RankKind, Workload
 
 FLOAT32 = 4
 STEP_COUNT = 4

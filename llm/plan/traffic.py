@@ -1,7 +1,7 @@
 """Bytes that the ranks of a run will send each other in a step, predicted from its numbers alone.
 
-The unit is defined in llm/parallel/traffic_counter.py, whose instrument counts the same bytes in a running job. Predicted is a
-step in the middle of a run: without validation, sample or checkpoint, and not dropped. Compiled blocks choose for
+The unit is defined in llm/parallel/traffic_counter.py, whose instrument counts the same bytes in a running job.
+Predicted is a step in the middle of a run: without validation, sample or checkpoint, and not dropped. Compiled blocks choose for
 themselves what they recompute: for those the numbers hold without activation checkpointing.
 
 Letters: t tensor-parallel, n data-parallel, e expert-parallel ranks.
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from llm.boxes import tensor_dim
 from llm.parallel.traffic_counter import Along, dimension_names
-from llm.plan.workload import BYTES, RankKind, OptimizerGroup, Workload
+from llm.plan.workload import BYTES, OptimizerGroup, RankKind, Workload
 from llm.plan.zero3_gathers import auxiliary_losses, gathers, norms_around
 from llm.plans import plan_for
 

@@ -9,11 +9,11 @@ from typing import Any
 from llm.errors import UserError
 from llm.foreign.tokenizer import notes_of
 from llm.model import LLM
-from llm.plan import memory, traffic
 from llm.parallel.deepspeed_private import mark
 from llm.parallel.grid import stage_name
 from llm.parallel.layout import Dimension, Layout
 from llm.parallel.stages import bubble
+from llm.plan import memory, traffic
 from llm.plan.workload import ZERO3_DEFAULTS, OptimizerGroup, Workload
 from llm.plans import plan_for
 from llm.pretrained import args_of

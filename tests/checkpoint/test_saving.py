@@ -16,8 +16,8 @@ import torch
 
 from llm.boxes import whole
 from llm.checkpoint import store as store_module
-from llm.checkpoint.host_copy import HostCopy
 from llm.checkpoint.fragments import OwnedValues, outline_file
+from llm.checkpoint.host_copy import HostCopy
 from llm.checkpoint.reader import Checkpoint, list_steps, newest_valid
 from llm.checkpoint.store import CheckpointStore, SaveFailed
 from llm.errors import UserError

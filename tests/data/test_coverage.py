@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from llm.data.build import build_source
+from llm.data.coverage import Coverage, Stretch, rows_asked
 from llm.data.documents import read_documents
 from llm.data.mixture import CYCLE, Mixture
-from llm.data.coverage import Coverage, Stretch, rows_asked
 from llm.data.source import TokenSource
 from llm.errors import UserError
 from llm.tokenizer import ByteTokenizer

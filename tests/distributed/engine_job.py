@@ -13,10 +13,10 @@ import torch
 from llm.args import ModelArgs
 from llm.compile import compile_blocks
 from llm.data.batch import IGNORE, MicroBatch, StepBatch
-from llm.parallel.launch import process
 from llm.parallel.build import build_model
 from llm.parallel.engine import Engine
 from llm.parallel.grid import Grid, make_grid
+from llm.parallel.launch import process
 from llm.parallel.launch.world import World
 from llm.parallel.layout import Layout
 from llm.parallel.pipeline import engine_class

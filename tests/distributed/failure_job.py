@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import nn
 
 from llm.errors import UserError
-from llm.parallel.launch import local, process
 from llm.parallel.collectives import main_decides
 from llm.parallel.grid import make_grid
+from llm.parallel.launch import local, process
 from llm.parallel.launch.world import World
 
 ENTER_S = 1.0

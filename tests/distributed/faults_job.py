@@ -15,8 +15,8 @@ import yaml
 
 from llm.checkpoint.store import CheckpointStore
 from llm.errors import UserError
-from llm.parallel.launch import process
 from llm.parallel.collectives import gather_json, main_decides
+from llm.parallel.launch import process
 from llm.parallel.launch.world import World
 from llm.tokenizer import CharacterTokenizer
 from llm.train import trainer as trainer_module

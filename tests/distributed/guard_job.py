@@ -12,8 +12,8 @@ import yaml
 
 from llm.errors import UserError
 from llm.model import LLM
-from llm.parallel.launch import process
 from llm.parallel.engine import Engine
+from llm.parallel.launch import process
 from llm.train.config import validate
 from llm.train.trainer import Trainer
 

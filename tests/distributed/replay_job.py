@@ -5,8 +5,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from llm.parallel.launch import process
 from llm.parallel.collectives import main_decides
+from llm.parallel.launch import process
 from llm.train.config import load_config
 from llm.train.replay import replay
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import yaml
 
-from llm.parallel.launch import process
 from llm.parallel.collectives import gather_json
 from llm.parallel.engine import Engine
+from llm.parallel.launch import process
 from llm.parallel.launch.world import World
 from llm.parallel.precision import has_arithmetic
 from llm.train.config import validate

@@ -28,11 +28,11 @@ def main(out: Path) -> None:
     from llm.data.batch import MicroBatch, StepBatch
     from llm.init import initial_values
     from llm.parallel import deepspeed_private as private
-    from llm.parallel.launch import process
     from llm.parallel.build import build_model
     from llm.parallel.collectives import gather_json
     from llm.parallel.engine import Engine
     from llm.parallel.grid import make_grid
+    from llm.parallel.launch import process
     from llm.parallel.precision import has_arithmetic
     from llm.train.config import OptimConfig
     from llm.train.optimizer import make_optimizer

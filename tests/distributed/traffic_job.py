@@ -11,14 +11,14 @@ import torch
 
 from llm.boxes import box_shape
 from llm.parallel import deepspeed_private as private
-from llm.parallel.launch import process
-from llm.plan import memory, traffic
 from llm.parallel.collectives import gather_json
 from llm.parallel.engine import Engine
 from llm.parallel.grid import make_grid
+from llm.parallel.launch import process
 from llm.parallel.launch.world import World
 from llm.parallel.pipeline import PipelineEngine
 from llm.parallel.traffic_counter import TrafficCounter
+from llm.plan import memory, traffic
 from llm.train.build import build_engine
 from llm.train.config import check_layout, validate
 from llm.train.dry_run import workload

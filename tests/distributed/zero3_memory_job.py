@@ -6,11 +6,11 @@ from pathlib import Path
 
 from llm.args import ModelArgs
 from llm.parallel import deepspeed_private as private
-from llm.parallel.launch import process
 from llm.parallel.build import build_model
 from llm.parallel.collectives import gather_json
 from llm.parallel.engine import Engine
 from llm.parallel.grid import make_grid
+from llm.parallel.launch import process
 from llm.train.config import OptimConfig
 from llm.train.optimizer import make_optimizer
 

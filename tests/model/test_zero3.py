@@ -24,8 +24,8 @@ def main(out: Path) -> None:
     from llm.args import ModelArgs
     from llm.model import LLM
     from llm.parallel import deepspeed_private as private
-    from llm.parallel.launch import process
     from llm.parallel.grid import make_grid
+    from llm.parallel.launch import process
 
     process.quiet_libraries()
     world = process.start(60, 1)

@@ -17,10 +17,10 @@ import yaml
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from launch import pretrain
-from llm.plan import memory, traffic
 from llm.parallel.launch.world import World
 from llm.parallel.layout import Layout
 from llm.parallel.traffic_counter import TrafficCounter, dimension_names
+from llm.plan import memory, traffic
 from llm.plan.workload import Workload
 from llm.plan.zero3_gathers import events, gathers
 from llm.tokenizer import load_tokenizer

@@ -41,7 +41,8 @@ def muon_describe(optimizer: torch.optim.Optimizer, flats: list[torch.Tensor], n
 
     shapes = {name: tuple(flat.shape) for name, flat in zip(names, flats, strict=True)}
     boxes = {name: whole(shape) for name, shape in shapes.items()}
-    owned = [OwnedRange(name, 0, flat.numel(), i, flat, 0) for i, (name, flat) in enumerate(zip(names, flats, strict=True))]
+    named = enumerate(zip(names, flats, strict=True))
+    owned = [OwnedRange(name, 0, flat.numel(), i, flat, 0) for i, (name, flat) in named]
     optimizer.describe(flats, [[name] for name in names], shapes, boxes, owned, None)  # type: ignore[attr-defined]
 
 

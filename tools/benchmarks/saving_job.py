@@ -26,10 +26,10 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from llm.checkpoint.reader import Checkpoint
 from llm.checkpoint.store import CheckpointStore
 from llm.errors import UserError
-from llm.parallel.launch import process
 from llm.parallel.collectives import gather_json, sum_over_ranks
 from llm.parallel.engine import Engine
 from llm.parallel.grid import make_grid
+from llm.parallel.launch import process
 from llm.parallel.launch.world import World
 from llm.train.build import build_engine
 from llm.train.config import RunConfig, check_layout
