@@ -4,8 +4,8 @@ Written against DeepSpeed 0.19.8; tests/distributed/test_deepspeed_private.py fa
 
 The optimizer steps on flat float32 partitions, and `owned_ranges` says what lies where in them. Stages 1 and 2 flatten
 each parameter group and cut it into one contiguous partition per data-parallel rank (class BF16_Optimizer for stage 1
-in bf16, else DeepSpeedZeroOptimizer); stage 3 cuts every parameter over the ranks and flattens this rank's shares; stage 0
-has no partitions, the parameters themselves are the masters.
+in bf16, else DeepSpeedZeroOptimizer); stage 3 cuts every parameter over the ranks and flattens this rank's shares;
+stage 0 has no partitions, the parameters themselves are the masters.
 """
 
 import importlib

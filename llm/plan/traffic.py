@@ -1,8 +1,8 @@
 """Bytes that the ranks of a run will send each other in a step, predicted from its numbers alone.
 
 The unit is defined in llm/parallel/traffic_counter.py, whose instrument counts the same bytes in a running job.
-Predicted is a step in the middle of a run: without validation, sample or checkpoint, and not dropped. Compiled blocks choose for
-themselves what they recompute: for those the numbers hold without activation checkpointing.
+Predicted is a step in the middle of a run: without validation, sample or checkpoint, and not dropped. Compiled blocks
+choose for themselves what they recompute: for those the numbers hold without activation checkpointing.
 
 Letters: t tensor-parallel, n data-parallel, e expert-parallel ranks.
 """
