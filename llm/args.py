@@ -1,7 +1,7 @@
 """What a model is: `ModelArgs`, and the layer-pattern grammar that resolves it to one frozen `LayerSpec` a layer.
 
 Everything that differs between layers (mask, RoPE or not, QK norm, temperature, dense or MoE) is decided here, once;
-building, attention plans and caches read the specs and never the args. Names and rules follow Llama 4 (Meta's
+building, attention masks and caches read the specs and never the args. Names and rules follow Llama 4 (Meta's
 params.json); what other families need beside them is off by default.
 """
 

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from llm.args import LayerSpec, Mask, ModelArgs
-from llm.layers.plan import AttentionPlan
+from llm.kernels.attention import masked_attention
+from llm.layers.masks import AttentionMasks, scores_of
 
 Ints = NDArray[np.int64]
 MaskKind = tuple[Mask, int | None]  # of a LayerSpec: mask and span
@@ -31,7 +31,7 @@ class Cache:
         """longest: tokens that a row will have in the end, padding included, where known: memory still grows as it is
         needed, but is never taken for more."""
         self._specs = args.layer_specs()
-        self._kinds = {(spec.mask, spec.span): _Kind(spec.mask, spec.span, longest) for spec in self._specs}
+        self._memories = {(spec.mask, spec.span): _Memory(spec.mask, spec.span, longest) for spec in self._specs}
         self.length = 0
         """Tokens seen in each row, padding included."""
         self.next_position: Ints | None = None
@@ -40,7 +40,7 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """Bytes held by keys and values."""
-        return sum(kind.nbytes for kind in self._kinds.values())
+        return sum(memory.nbytes for memory in self._memories.values())
 
     def reorder(self, rows: Tensor | Sequence[int]) -> None:
         """Keep row rows[i] as row i; rows may repeat (beam search) or be left out."""
@@ -48,8 +48,8 @@ class Cache:
         if self.next_position is None:
             raise ValueError("the cache is empty: there are no rows to reorder")
         self.next_position = self.next_position[index.numpy()]
-        for kind in self._kinds.values():
-            kind.reorder(index)
+        for memory in self._memories.values():
+            memory.reorder(index)
 
     def first_positions(self, n_rows: int) -> Ints:
         """(B,) where rows continue. Raises ValueError if the cache holds another number of rows."""
@@ -59,7 +59,7 @@ class Cache:
             raise ValueError(f"the cache holds {len(self.next_position)} rows, the input has {n_rows}")
         return self.next_position
 
-    def extend(self, positions_BT: Ints, document_starts: Ints, device: torch.device) -> "CachedPlan":
+    def extend(self, positions_BT: Ints, document_starts: Ints, device: torch.device) -> "CachedAttention":
         """Make room for new tokens at these positions (negative = padding), which must continue the rows."""
         n_rows, row_length = positions_BT.shape
         if len(document_starts) != n_rows:
@@ -71,39 +71,40 @@ class Cache:
                 raise ValueError(
                     f"row {row} continues at {lowest_B[row]}, but the cache goes on at {self.next_position[row]}"
                 )
-        prefill = AttentionPlan(self._specs, positions_BT, document_starts, device) if self.length == 0 else None
+        prefill = AttentionMasks(self._specs, positions_BT, document_starts, device) if self.length == 0 else None
         self.next_position = np.maximum(self.first_positions(n_rows), positions_BT.max(axis=1) + 1)
         self.length += row_length
-        for kind in self._kinds.values():
-            kind.extend(positions_BT)
-        return CachedPlan(self._kinds, positions_BT, prefill)
+        for memory in self._memories.values():
+            memory.extend(positions_BT)
+        return CachedAttention(self._memories, positions_BT, prefill)
 
     def forget(self) -> None:
         """Drop what no later token can see. Called after each forward."""
         assert self.next_position is not None
-        for kind in self._kinds.values():
-            kind.forget(self.next_position)
+        for memory in self._memories.values():
+            memory.forget(self.next_position)
 
 
-class CachedPlan:
+class CachedAttention:
     """Attention of new tokens to themselves and to what the cache remembers."""
 
-    def __init__(self, kinds: dict[MaskKind, "_Kind"], positions_BT: Ints, prefill: AttentionPlan | None) -> None:
-        self._kinds = kinds
+    def __init__(self, memories: dict[MaskKind, "_Memory"], positions_BT: Ints, prefill: AttentionMasks | None) -> None:
+        self._memories = memories
         self._positions_BT = positions_BT
         self._prefill = prefill
         self._single_masks: dict[MaskKind, Tensor | None] = {}
 
-    def attend(self, spec: LayerSpec, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
-        keys, values = self._kinds[spec.mask, spec.span].append(spec.index, k_BTKd, v_BTKd)
+    def __call__(self, spec: LayerSpec, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
+        keys, values = self._memories[spec.mask, spec.span].append(spec.index, k_BTKd, v_BTKd)
         if self._prefill is not None:
-            return self._prefill.attend(spec, q_BTHd, k_BTKd, v_BTKd)
+            return self._prefill(spec, q_BTHd, k_BTKd, v_BTKd)
         k, v = keys.transpose(1, 2), values.transpose(1, 2)
-        pieces = [
-            _attend(q.transpose(1, 2), k, v, mask, spec).transpose(1, 2)
+        scores = scores_of(spec)
+        parts = [
+            masked_attention(q.transpose(1, 2), k, v, mask, scores).transpose(1, 2)
             for q, mask in zip(q_BTHd.split(QUERY_BLOCK, dim=1), self._masks(spec, q_BTHd.device), strict=True)
         ]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _masks(self, spec: LayerSpec, device: torch.device) -> Iterator[Tensor | None]:
         """One (B, 1, t, S) bool mask for each block of queries, None where everything is seen."""
@@ -117,21 +118,8 @@ class CachedPlan:
             yield self._mask(key, self._positions_BT[:, low : low + QUERY_BLOCK], device)
 
     def _mask(self, key: MaskKind, query_BT: Ints, device: torch.device) -> Tensor | None:
-        seen = visible(query_BT, self._kinds[key].positions_BS, *key)
+        seen = visible(query_BT, self._memories[key].positions_BS, *key)
         return None if seen.all() else torch.from_numpy(seen[:, None]).to(device)
-
-
-def _attend(q_BHTd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, seen_B1TS: Tensor | None, spec: LayerSpec) -> Tensor:
-    if spec.softcap is None:
-        return F.scaled_dot_product_attention(
-            q_BHTd, k_BKSd, v_BKSd, attn_mask=seen_B1TS, scale=spec.scale, enable_gqa=True
-        )
-    q, k, v = (x.float().unflatten(1, (k_BKSd.shape[1], -1)) for x in (q_BHTd, k_BKSd, v_BKSd))
-    scale = q.shape[-1] ** -0.5 if spec.scale is None else spec.scale
-    scores = torch.tanh(q @ k.transpose(-1, -2) * (scale / spec.softcap)) * spec.softcap
-    if seen_B1TS is not None:
-        scores = scores.masked_fill(~seen_B1TS[:, :, None], -torch.inf)
-    return (scores.softmax(-1) @ v).flatten(1, 2).to(q_BHTd.dtype)
 
 
 def visible(query_BT: Ints, key_BS: Ints, mask: Mask, span: int | None) -> NDArray[np.bool_]:
@@ -143,7 +131,7 @@ def visible(query_BT: Ints, key_BS: Ints, mask: Mask, span: int | None) -> NDArr
     return np.where(query < 0, key < 0, seen)
 
 
-class _Kind:
+class _Memory:
     """What the layers of one kind of mask remember: all their buffers hold the slots that self.positions_BS lists."""
 
     def __init__(self, mask: Mask, span: int | None, longest: int | None) -> None:

@@ -1,9 +1,9 @@
 """The blocks of a model through torch.compile, for training.
 
 A block becomes a few graphs with attention and the experts' work between them, uncompiled: those follow the documents
-of a batch and the choices of its tokens (llm/layers/opaque.py). So how documents are packed compiles nothing anew; a
-new shape does so twice at most for each kind of layer, as the second one is compiled for all sizes (and sizes of 1 once
-more).
+of a batch and the choices of its tokens (llm/kernels/graph_breaks.py). So how documents are packed compiles nothing
+anew; a new shape does so twice at most for each kind of layer, as the second one is compiled for all sizes (and sizes
+of 1 once more).
 """
 
 import os
@@ -11,7 +11,7 @@ import shutil
 import sys
 
 from llm.errors import UserError
-from llm.layers.opaque import keep_opaque
+from llm.kernels.graph_breaks import keep_graph_breaks
 from llm.model import LLM
 
 
@@ -23,7 +23,7 @@ def compile_blocks(model: LLM, backend: str = "inductor") -> None:
     """
     if backend == "inductor":
         check_compiler(next(model.parameters()).device.type)
-    keep_opaque()
+    keep_graph_breaks()
     model.compiled = True
     for block in model.layers.children():
         block.compile(backend=backend)

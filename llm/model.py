@@ -19,12 +19,14 @@ from llm.datatypes import RouterStats, TransformerInput, TransformerOutput
 from llm.errors import NoTokenizer
 from llm.foreign.load import register_hook
 from llm.init import initialise
-from llm.layers.attention import Attention, Context
+from llm.layers.attention import Attention
+from llm.layers.context import Context
+from llm.layers.embedding import Embedding, TiedEmbedding
 from llm.layers.ffn import build_feed_forward
-from llm.layers.linear import Embedding, Output, TiedEmbedding
+from llm.layers.masks import AttentionMasks, document_lengths
 from llm.layers.moe import MoE, build_moe
 from llm.layers.norm import make_norm
-from llm.layers.plan import AttentionPlan, document_lengths
+from llm.layers.output import Output
 from llm.layers.region import WHOLE, Region
 from llm.recompute import Recompute, recomputed
 
@@ -276,8 +278,8 @@ class LLM(nn.Module):
         positions_BT, document_starts = inputs.resolve(
             None if cache is None else cache.first_positions(len(inputs.tokens))
         )
-        plan = (
-            AttentionPlan(self.specs, positions_BT, document_starts, device)
+        attend = (
+            AttentionMasks(self.specs, positions_BT, document_starts, device)
             if cache is None
             else cache.extend(positions_BT, document_starts, device)
         )
@@ -288,11 +290,11 @@ class LLM(nn.Module):
         if self.args.rope_scaling is not None and self.args.rope_scaling.kind == "dynamic":
             lengths_BT = document_lengths(positions_BT, document_starts)
             positions, lengths = (torch.tensor(x, device=device) for x in (positions_BT, lengths_BT))
-            return Context.build(self.args, self.specs, positions, plan, shape, lengths, valid_BT)
+            return Context.build(self.args, self.specs, positions, attend, shape, lengths, valid_BT)
         # a graph is compiled for one row of positions or for one a row, so compiled blocks always get the latter
         agree = not self.compiled and (positions_BT == positions_BT[:1]).all()
         shared_BT = torch.tensor(positions_BT[:1] if agree else positions_BT, device=device)
-        return Context.build(self.args, self.specs, shared_BT, plan, shape, valid_BT=valid_BT)
+        return Context.build(self.args, self.specs, shared_BT, attend, shape, valid_BT=valid_BT)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Float32 logits (B, T, V) of final hidden states."""

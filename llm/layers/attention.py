@@ -8,66 +8,17 @@ at position p are multiplied by 1 + attn_scale ln(1 + floor((p + 1) / floor_scal
 Shapes: B batch, T tokens, D model width, H query heads, K kv heads, d head width.
 """
 
-from dataclasses import dataclass
-
-import torch
 from torch import Tensor, nn
 
 from llm.args import LayerSpec, ModelArgs
+from llm.kernels.graph_breaks import graph_break
+from llm.kernels.norms import rms_normalise
+from llm.kernels.rotate import rotate
+from llm.layers.context import Context
 from llm.layers.linear import Linear
-from llm.layers.norm import HeadsNorm, make_norm, rms_normalise
-from llm.layers.opaque import opaque
-from llm.layers.plan import Attend
+from llm.layers.masks import Attend
+from llm.layers.norm import HeadsNorm, make_norm
 from llm.layers.region import WHOLE, Region
-from llm.layers.rope import amplitude, dynamic_frequencies, inverse_frequencies, rotate, rotation
-
-
-@dataclass(frozen=True)
-class Context:
-    """What all layers of one forward share; made once from the positions."""
-
-    rotation_BT1m: Tensor | None
-    """complex64, for RoPE layers."""
-    temperature_BT11: Tensor | None
-    """float32, for layers with temperature tuning."""
-    plan: Attend
-    """Attention over the batch itself, or over a cache."""
-    shape: tuple[int, int]
-    """Rows B and tokens T of the batch."""
-    valid_BT: Tensor | None = None
-    """bool: false for padding; None where there is none."""
-
-    @classmethod
-    def build(
-        cls,
-        args: ModelArgs,
-        specs: tuple[LayerSpec, ...],
-        positions_BT: Tensor,
-        plan: Attend,
-        shape: tuple[int, int],
-        lengths_BT: Tensor | None = None,
-        valid_BT: Tensor | None = None,
-    ) -> "Context":
-        """positions_BT: int64, (1, T) where all rows agree, on the device of the layers. lengths_BT: positions of each
-        token's document, for frequencies that depend on them."""
-        width, theta, scaling = args.rotated_width, args.rope_theta, args.rope_scaling
-        frequency = inverse_frequencies(width, theta, scaling)
-        if scaling is not None and lengths_BT is not None:
-            frequency = dynamic_frequencies(lengths_BT, width, theta, scaling)
-        rope = any(spec.rope for spec in specs)
-        return cls(
-            rotation_BT1m=rotation(positions_BT, frequency, amplitude(scaling)) if rope else None,
-            temperature_BT11=temperature(args, positions_BT) if any(spec.temperature for spec in specs) else None,
-            plan=plan,
-            shape=shape,
-            valid_BT=valid_BT,
-        )
-
-
-def temperature(args: ModelArgs, positions_BT: Tensor) -> Tensor:
-    """Factor on the queries of each position, float32 (B, T, 1, 1); 1 below floor_scale - 1."""
-    steps_BT = (positions_BT.clamp(min=0) + 1) // args.floor_scale
-    return (1 + args.attn_scale * torch.log1p(steps_BT.float()))[..., None, None]
 
 
 class Attention(nn.Module):
@@ -101,7 +52,7 @@ class Attention(nn.Module):
             q, k = (rms_normalise(y, self.norm_eps) for y in (q, k))
         if self.spec.temperature:
             q = (q * ctx.temperature_BT11).to(q.dtype)
-        return self.region.leave(self.wo(attend(ctx.plan, self.spec, q, k, v).flatten(-2)))
+        return self.region.leave(self.wo(attended(ctx.attend, self.spec, q, k, v).flatten(-2)))
 
 
 def head_norm(args: ModelArgs, spec: LayerSpec, n_heads: int) -> nn.Module | None:
@@ -113,7 +64,7 @@ def head_norm(args: ModelArgs, spec: LayerSpec, n_heads: int) -> nn.Module | Non
     return None
 
 
-@opaque
-def attend(plan: Attend, spec: LayerSpec, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
-    """plan.attend, whose operations follow the documents of a batch."""
-    return plan.attend(spec, q_BTHd, k_BTKd, v_BTKd)
+@graph_break
+def attended(attend: Attend, spec: LayerSpec, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
+    """attend(...), whose operations follow the documents of a batch."""
+    return attend(spec, q_BTHd, k_BTKd, v_BTKd)

@@ -11,6 +11,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from llm.kernels.cross_entropy import Share
+
 
 class Region:
     """Weights are whole: nothing to do at the edges."""
@@ -37,18 +39,8 @@ class Region:
         return x
 
 
-class VocabularyShare(Protocol):
+class VocabularyShare(Share, Protocol):
     """This rank's rows of a token table or output matrix that is cut over ranks."""
-
-    first: int
-    """Token id of its first row."""
-    largest: int
-    """Most rows that any rank has."""
-    total: int
-    """Rows of the whole."""
-
-    def gather(self, x: Tensor) -> Tensor:
-        """x of every rank, (ranks, ...); no gradient."""
 
     def join(self, logits: Tensor) -> Tensor:
         """Whole logits (..., V) of every rank's part."""

@@ -9,11 +9,9 @@ Shapes: B batch, T tokens, H heads, d head width, m rotated pairs.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from llm.args import RopeScaling
 
@@ -83,42 +81,3 @@ def rotation(positions_BT: Tensor, frequency: Tensor, amplitude: float = 1.0) ->
     """
     angle_BT1m = positions_BT[..., None, None].float() * frequency.to(positions_BT.device)
     return torch.polar(torch.full_like(angle_BT1m, amplitude), angle_BT1m)
-
-
-def rotate(x_BTHd: Tensor, rotation_BT1m: Tensor, interleaved: bool) -> Tensor:
-    """Turn every pair of x by its angle, in float32; the result has x's dtype. Elements from 2m on stay as they are."""
-    return _Rotate.apply(x_BTHd, rotation_BT1m, interleaved)
-
-
-class _Rotate(torch.autograd.Function):
-    """The gradient of a rotation is the rotation back; of a multiplication with c, that with the conjugate of c."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, turn: Tensor, interleaved: bool) -> Tensor:
-        ctx.save_for_backward(turn)
-        ctx.interleaved = interleaved
-        return _turn(x, turn, interleaved)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (turn,) = ctx.saved_tensors
-        return _turn(grad, turn.conj().resolve_conj(), ctx.interleaved), None, None
-
-
-def _turn(x: Tensor, turn: Tensor, interleaved: bool) -> Tensor:
-    width = 2 * turn.shape[-1]
-    if width < x.shape[-1]:
-        return torch.cat([_turn(x[..., :width], turn, interleaved), x[..., width:]], dim=-1)
-    real_dtype = torch.promote_types(x.dtype, torch.float32)
-    wide = x.to(real_dtype)
-    if torch.compiler.is_compiling():  # complex numbers are not fused with what is around them
-        a, b = wide.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else wide.chunk(2, dim=-1)
-        pair = a * turn.real - b * turn.imag, a * turn.imag + b * turn.real
-        turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
-        return turned.to(x.dtype)
-    if interleaved:
-        pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous()) * turn
-        return torch.view_as_real(pairs).flatten(-2).to(x.dtype)
-    pairs = torch.complex(*wide.chunk(2, dim=-1)) * turn
-    return torch.cat([pairs.real, pairs.imag], dim=-1).to(x.dtype)

@@ -10,10 +10,11 @@ from llm import init
 from llm.args import ModelArgs
 from llm.boxes import box_shape, tensor_dim
 from llm.layers.attention import Attention
+from llm.layers.embedding import Embedding
 from llm.layers.ffn import FeedForward
-from llm.layers.linear import Embedding, Output
 from llm.layers.moe import MoE
 from llm.layers.norm import HeadsNorm
+from llm.layers.output import Output
 from llm.model import LLM
 from llm.parallel import deepspeed_private as private
 from llm.parallel.expert import ExpertExchange

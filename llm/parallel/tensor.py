@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llm.boxes import share_of
-from llm.layers.opaque import opaque
+from llm.kernels.graph_breaks import graph_break
 from llm.layers.region import Region
 from llm.parallel.grid import Group
 
@@ -59,14 +59,14 @@ class TensorRegion(Region):
         return x[start:stop]
 
 
-@opaque
+@graph_break
 def _copy(x: Tensor) -> Tensor:
     from fairscale.nn.model_parallel.mappings import copy_to_model_parallel_region
 
     return copy_to_model_parallel_region(x)
 
 
-@opaque
+@graph_break
 def _reduce(y: Tensor) -> Tensor:
     from fairscale.nn.model_parallel.mappings import reduce_from_model_parallel_region
 
@@ -74,13 +74,13 @@ def _reduce(y: Tensor) -> Tensor:
     return reduce_from_model_parallel_region(y.clone())
 
 
-@opaque
+@graph_break
 def _gather_tokens(x_nD: Tensor, group: Group) -> Tensor:
     out: Tensor = _GatherTokens.apply(x_nD, group)
     return out
 
 
-@opaque
+@graph_break
 def _scatter_tokens(y_ND: Tensor, group: Group) -> Tensor:
     out: Tensor = _ScatterTokens.apply(y_ND, group)
     return out

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from llm import LLM, ModelArgs
 from llm.compile import compile_blocks
 from llm.datatypes import TransformerInput
-from llm.layers.moe import grouped_matmul
-from llm.layers.plan import AttentionPlan, has_varlen_kernel
+from llm.kernels.attention import has_varlen_kernel
+from llm.kernels.grouped import grouped_matmul
+from llm.layers.masks import AttentionMasks
 from tests.distributed.harness import (
     ROOT,
     TINY_MODEL,
@@ -25,8 +26,8 @@ from tests.distributed.harness import (
     write_config,
     write_text,
 )
-from tests.model.oracle import dense_attention
-from tests.model.test_attention_plan import BATCHES, LAYERS, LENGTH, OTHERS, ROWS, SIZES, resolved
+from tests.layers.oracle import dense_attention
+from tests.layers.test_masks import BATCHES, LAYERS, LENGTH, OTHERS, ROWS, SIZES, resolved
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -55,8 +56,8 @@ def test_attention_equals_the_dense_mask(name: str, batch: str, dtype: torch.dty
     wide = [torch.randn(ROWS, LENGTH, heads, 8).to(dtype).float().requires_grad_() for heads in (4, 2, 2)]
     ours = [x.detach().cuda().to(dtype).requires_grad_() for x in wide]
     assert has_varlen_kernel(ours[0]) == (dtype != torch.float32)
-    plan = AttentionPlan([spec], positions, starts, torch.device("cuda"))
-    out = plan.attend(spec, *ours)
+    attend = AttentionMasks([spec], positions, starts, torch.device("cuda"))
+    out = attend(spec, *ours)
     oracle = dense_attention(*wide, positions, starts, spec).transpose(0, 1).view(wide[0].shape).float()
     upstream = torch.randn(out.shape).to(dtype)
     grads = torch.autograd.grad(out, ours, upstream.cuda())
@@ -200,7 +201,7 @@ def test_a_checkpoint_of_a_gpu_generates(folder: Path) -> None:
 
 
 def test_the_loss_is_that_of_whole_logits() -> None:
-    from llm.losses import lm_loss_sum
+    from llm.kernels.cross_entropy import lm_loss_sum
 
     torch.manual_seed(0)
     hidden = torch.randn(2, 700, 32, device="cuda").bfloat16().requires_grad_()

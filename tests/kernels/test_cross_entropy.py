@@ -9,21 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llm import losses
-from llm.losses import lm_loss_sum, token_nll
+from llm.kernels import cross_entropy
+from llm.kernels.cross_entropy import lm_loss_sum, token_nll
 from tests.model.models import VOCAB, llama4, tokens
 
 
 @pytest.fixture(autouse=True, params=["tiles", "chunks"])
 def small_chunks(request, monkeypatch):
     """Chunks of 7 tokens of the 40, tiles of 5 rows of the 31 of the vocabulary; chunks are what a GPU takes."""
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", {"cpu": 7 * 31})
-    monkeypatch.setattr(losses, "MIN_CHUNK_TOKENS", 1)
-    monkeypatch.setattr(losses, "BLOCK_ELEMENTS", 2 * 31)
-    monkeypatch.setattr(losses, "TILED_TOKENS", (1, 7))
-    monkeypatch.setattr(losses, "TILE_ELEMENTS", 7 * 5)
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", {"cpu": 7 * 31})
+    monkeypatch.setattr(cross_entropy, "MIN_CHUNK_TOKENS", 1)
+    monkeypatch.setattr(cross_entropy, "BLOCK_ELEMENTS", 2 * 31)
+    monkeypatch.setattr(cross_entropy, "TILED_TOKENS", (1, 7))
+    monkeypatch.setattr(cross_entropy, "TILE_ELEMENTS", 7 * 5)
     if request.param == "chunks":
-        monkeypatch.setattr(losses, "_tiles_suit", lambda hidden: False)
+        monkeypatch.setattr(cross_entropy, "_tiles_suit", lambda hidden: False)
 
 
 def problem(dtype=torch.float32):
@@ -96,7 +96,7 @@ def test_without_targets_the_loss_is_zero_and_tied_to_the_graph():
 
 def test_no_gradient_is_computed_under_no_grad(monkeypatch):
     hidden, weight, labels = problem()
-    monkeypatch.setattr(losses, "_accumulate", lambda *_, **__: pytest.fail("gradients under no_grad"))
+    monkeypatch.setattr(cross_entropy, "_accumulate", lambda *_, **__: pytest.fail("gradients under no_grad"))
     with torch.no_grad():
         torch.testing.assert_close(lm_loss_sum(hidden, weight, labels), reference(hidden, weight, labels).detach())
 
@@ -187,7 +187,7 @@ def test_extreme_logits_of_a_tile_neither_overflow_nor_vanish(softcap):
 
 
 def capped_reference(hidden, weight, labels, softcap):
-    logits = losses.capped(F.linear(hidden, weight), softcap)
+    logits = cross_entropy.capped(F.linear(hidden, weight), softcap)
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten().clamp(min=-1), ignore_index=-1, reduction="sum")
 
 

@@ -17,14 +17,14 @@ the vocabulary in a block, b blocks.
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llm.layers.region import VocabularyShare
+from llm.kernels.dtypes import wide_dtype
 
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "accelerator": 1 << 25}
 """Logits that exist at a time, in elements: few on a CPU, where a chunk that stays in cache is faster (measured)."""
@@ -44,6 +44,20 @@ TINY = 1e-30
 """Probabilities above have all the bits of float32 (the smallest normal number is 1.2e-38)."""
 
 
+class Share(Protocol):
+    """This rank's rows of an output matrix that is cut over ranks."""
+
+    first: int
+    """Token id of its first row."""
+    largest: int
+    """Most rows that any rank has."""
+    total: int
+    """Rows of the whole."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """x of every rank, (ranks, ...); no gradient."""
+
+
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
     """softcap * tanh(logits / softcap) (Gemma Team 2024, arXiv:2408.00118); without a cap the logits themselves."""
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
@@ -53,7 +67,7 @@ def lm_loss_sum(
     hidden_BTD: Tensor,
     weight_VD: Tensor,
     labels_BT: Tensor,
-    vocabulary: VocabularyShare | None = None,
+    vocabulary: Share | None = None,
     softcap: float | None = None,
 ) -> Tensor:
     """Sum of the negative log-likelihood of labels >= 0, in nats: float32 scalar, differentiable in hidden and weight.
@@ -74,7 +88,7 @@ def token_nll(
     hidden_BTD: Tensor,
     weight_VD: Tensor,
     labels_BT: Tensor,
-    vocabulary: VocabularyShare | None = None,
+    vocabulary: Share | None = None,
     softcap: float | None = None,
 ) -> Tensor:
     """Negative log-likelihood of each label in nats, (B, T) float32, 0 where the label is negative. No gradient."""
@@ -85,14 +99,14 @@ def token_nll(
     return torch.cat(nll).float().view(labels_BT.shape)
 
 
-def _check_labels(labels_BT: Tensor, weight_VD: Tensor, vocabulary: VocabularyShare | None) -> None:
+def _check_labels(labels_BT: Tensor, weight_VD: Tensor, vocabulary: Share | None) -> None:
     """Where labels are looked for in parts of the vocabulary, none would miss one that lies in no part."""
     total = len(weight_VD) if vocabulary is None else vocabulary.total
     torch._assert_async((labels_BT < total).all(), f"a label is not below {total}")
 
 
 def _chunks(
-    hidden_ND: Tensor, labels_N: Tensor, weight_VD: Tensor, vocabulary: VocabularyShare | None
+    hidden_ND: Tensor, labels_N: Tensor, weight_VD: Tensor, vocabulary: Share | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Logits (n, V), hidden states (n, D) and labels (n,) of one chunk after the other; all logits lie in the same
     memory, whose pages the system has to clear but once.
@@ -118,7 +132,7 @@ def _blocks(logits_nV: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _chunk_nll(
-    logits_nV: Tensor, labels_n: Tensor, vocabulary: VocabularyShare | None, softcap: float | None, grad: bool
+    logits_nV: Tensor, labels_n: Tensor, vocabulary: Share | None, softcap: float | None, grad: bool
 ) -> Tensor:
     """Negative log-likelihoods (n,), 0 where the label is ignored; with `grad` the logits become their gradients,
     softmax - one_hot(label), in place.
@@ -134,7 +148,7 @@ def _chunk_nll(
 
 def _whole_nll(logits_nV: Tensor, labels_n: Tensor, softcap: float | None, grad: bool) -> Tensor:
     """`_chunk_nll` of the whole vocabulary, but for ignored rows."""
-    wide = _wide(logits_nV)
+    wide = wide_dtype(logits_nV)
     label_n1 = labels_n.clamp(min=0).unsqueeze(-1)
     minus_one_n1 = torch.full_like(label_n1, -1, dtype=wide)
     log_likelihoods = []
@@ -149,7 +163,7 @@ def _whole_nll(logits_nV: Tensor, labels_n: Tensor, softcap: float | None, grad:
     return -torch.cat(log_likelihoods).squeeze(-1)
 
 
-def _of_share(logits_nV: Tensor, labels_n: Tensor, vocabulary: VocabularyShare) -> tuple[Tensor, Tensor]:
+def _of_share(logits_nV: Tensor, labels_n: Tensor, vocabulary: Share) -> tuple[Tensor, Tensor]:
     """logsumexp (n,) over this rank's share, and the label's logit (n,), 0 where the label lies elsewhere."""
     row_n, mine_n = _in_share(labels_n, vocabulary.first, logits_nV.shape[1])
     target_n = logits_nV.gather(-1, row_n.unsqueeze(-1)).squeeze(-1)
@@ -163,17 +177,17 @@ def _in_share(labels_n: Tensor, first: int, n_rows: int) -> tuple[Tensor, Tensor
     return row_n.masked_fill(~mine_n, 0), mine_n
 
 
-def _across_shares(log_z_n: Tensor, target_n: Tensor, vocabulary: VocabularyShare) -> tuple[Tensor, Tensor]:
+def _across_shares(log_z_n: Tensor, target_n: Tensor, vocabulary: Share) -> tuple[Tensor, Tensor]:
     """The same two over the whole vocabulary: equal bits on every rank."""
     both_r2n = vocabulary.gather(torch.stack([log_z_n, target_n]))
     return both_r2n[:, 0].logsumexp(0), both_r2n[:, 1].sum(0)
 
 
 def _share_nll(
-    vocabulary: VocabularyShare, logits_nV: Tensor, labels_n: Tensor, softcap: float | None, grad: bool
+    vocabulary: Share, logits_nV: Tensor, labels_n: Tensor, softcap: float | None, grad: bool
 ) -> Tensor:
     """`_chunk_nll` of this rank's share, but for ignored rows; the nll is that of the whole vocabulary."""
-    wide = _wide(logits_nV)
+    wide = wide_dtype(logits_nV)
     own = [
         _of_share(capped(logits.to(wide), softcap), labels, vocabulary)
         for logits, labels in _blocks(logits_nV, labels_n)
@@ -192,21 +206,21 @@ def _share_nll(
 
 def _tiles_suit(hidden_ND: Tensor) -> bool:
     """Half precision would round each tile's products and a GPU would start more kernels: they take chunks."""
-    return hidden_ND.device.type == "cpu" and hidden_ND.dtype == _wide(hidden_ND)
+    return hidden_ND.device.type == "cpu" and hidden_ND.dtype == wide_dtype(hidden_ND)
 
 
 def _take_chunks(
     hidden_ND: Tensor,
     weight_VD: Tensor,
     labels_N: Tensor,
-    vocabulary: VocabularyShare | None,
+    vocabulary: Share | None,
     softcap: float | None,
     grad_hidden_ND: Tensor | None,
     grad_weight_VD: Tensor | None,
 ) -> Tensor:
     """Sum of the negative log-likelihoods; gradients are written where there is a place for them."""
     with_grad = grad_hidden_ND is not None or grad_weight_VD is not None
-    total = hidden_ND.new_zeros((), dtype=_wide(hidden_ND))
+    total = hidden_ND.new_zeros((), dtype=wide_dtype(hidden_ND))
     done = 0
     for logits, hidden, labels in _chunks(hidden_ND, labels_N, weight_VD, vocabulary):
         total += _chunk_nll(logits, labels, vocabulary, softcap, with_grad).sum()
@@ -222,7 +236,7 @@ def _take_tiles(
     hidden_ND: Tensor,
     weight_VD: Tensor,
     labels_N: Tensor,
-    vocabulary: VocabularyShare | None,
+    vocabulary: Share | None,
     softcap: float | None,
     grad_hidden_ND: Tensor | None,
     grad_weight_VD: Tensor | None,
@@ -301,13 +315,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden_ND: Tensor,
         weight_VD: Tensor,
         labels_N: Tensor,
-        vocabulary: VocabularyShare | None,
+        vocabulary: Share | None,
         softcap: float | None,
         with_grad: bool,
     ) -> Tensor:
         with_hidden, with_weight = (with_grad and need for need in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden_ND) if with_hidden else None
-        grad_weight = torch.empty_like(weight_VD, dtype=_wide(hidden_ND)) if with_weight else None
+        grad_weight = torch.empty_like(weight_VD, dtype=wide_dtype(hidden_ND)) if with_weight else None
         gradients = grad_hidden, grad_weight
         take = _take_tiles if (with_hidden or with_weight) and _tiles_suit(hidden_ND) else _take_chunks
         total = take(hidden_ND, weight_VD, labels_N, vocabulary, softcap, *gradients)
@@ -324,11 +338,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return grad_hidden, grad_weight, None, None, None, None
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    """The dtype of sums: float32 at least."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _through_cap(grad: Tensor, scores: Tensor, softcap: float | None) -> Tensor:

@@ -7,9 +7,11 @@ import torch.nn.functional as F
 
 from llm.args import ModelArgs
 from llm.datatypes import TransformerInput
-from llm.layers import plan as plan_module
-from llm.layers.plan import AttentionPlan, Segments, attend
-from tests.model.oracle import dense_attention
+from llm.kernels import attention, capped_attention
+from llm.kernels.scores import PLAIN
+from llm.kernels.segments import Segments
+from llm.layers.masks import AttentionMasks
+from tests.layers.oracle import dense_attention
 
 ROWS, LENGTH, SPAN = 3, 40, 8
 SIZES = dict(dim=32, n_heads=4, n_kv_heads=2, vocab_size=9)
@@ -50,7 +52,7 @@ def resolved(batch):
 def test_attention_equals_the_dense_mask_in_values_and_gradients(batch, spec):
     positions, starts = resolved(batch)
     q, k, v = qkv()
-    ours = AttentionPlan(LAYERS, positions, starts, torch.device("cpu")).attend(spec, q, k, v)
+    ours = AttentionMasks(LAYERS, positions, starts, torch.device("cpu"))(spec, q, k, v)
     oracle = dense_attention(q, k, v, positions, starts, spec).transpose(0, 1).view_as(q).float()
     upstream = torch.randn_like(ours)
     # float32 sums of at most 40 terms of size 1
@@ -62,15 +64,15 @@ def test_attention_equals_the_dense_mask_in_values_and_gradients(batch, spec):
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("other", OTHERS)
 def test_windows_caps_and_scales_equal_the_dense_mask(monkeypatch, batch, other):
-    monkeypatch.setattr(plan_module, "CAPPED_QUERIES", 16)
+    monkeypatch.setattr(capped_attention, "CAPPED_QUERIES", 16)
     (spec,) = layers = ModelArgs(n_layers=1, **OTHERS[other], **SIZES).layer_specs()
     positions, starts = resolved(batch)
     q, k, v = qkv()
     if spec.mask == "window" and batch == "positions with gaps":
         with pytest.raises(ValueError, match="consecutive positions inside a document; row 0 has 0 then 3 at token 1"):
-            AttentionPlan(layers, positions, starts, torch.device("cpu"))
+            AttentionMasks(layers, positions, starts, torch.device("cpu"))
         return
-    ours = AttentionPlan(layers, positions, starts, torch.device("cpu")).attend(spec, q, k, v)
+    ours = AttentionMasks(layers, positions, starts, torch.device("cpu"))(spec, q, k, v)
     oracle = dense_attention(q, k, v, positions, starts, spec).transpose(0, 1).view_as(q).float()
     upstream = torch.randn_like(ours)
     torch.testing.assert_close(ours, oracle, rtol=1e-5, atol=1e-5)
@@ -83,10 +85,10 @@ def test_a_window_does_not_see_what_lies_before_it(softcap):
     (spec,) = layers = ModelArgs(n_layers=1, sliding_window=7, attn_softcap=softcap, **SIZES).layer_specs()
     positions, starts = resolved("one document a row")
     q, k, v = (x.detach() for x in qkv())
-    plan = AttentionPlan(layers, positions, starts, torch.device("cpu"))
-    before = plan.attend(spec, q, k, v)
+    attend = AttentionMasks(layers, positions, starts, torch.device("cpu"))
+    before = attend(spec, q, k, v)
     k[:, :5], v[:, :5] = 9.0, 9.0
-    after = plan.attend(spec, q, k, v)
+    after = attend(spec, q, k, v)
     assert torch.equal(before[:, 11:], after[:, 11:])  # token 11 sees 5 to 11
     assert not torch.equal(before[:, 10], after[:, 10])
 
@@ -95,30 +97,30 @@ def test_a_window_does_not_see_what_lies_before_it(softcap):
 @pytest.mark.parametrize("spec", LAYERS[:2], ids=["full", "chunk"])
 def test_the_gpu_branch_gives_its_kernel_the_same_segments(monkeypatch, batch, spec):
     def reference_kernel(q, k, v, cu_seqlens, max_length, scores):
-        assert scores == plan_module.PLAIN
+        assert scores == PLAIN
         assert cu_seqlens.dtype == torch.int32 and max_length == int(cu_seqlens.diff().max())
-        pieces = [x.split(cu_seqlens.diff().tolist()) for x in (q, k, v)]
+        parts = [x.split(cu_seqlens.diff().tolist()) for x in (q, k, v)]
         outs = [
-            F.scaled_dot_product_attention(*(p.transpose(0, 1) for p in piece), is_causal=True, enable_gqa=True)
-            for piece in zip(*pieces, strict=True)
+            F.scaled_dot_product_attention(*(p.transpose(0, 1) for p in part), is_causal=True, enable_gqa=True)
+            for part in zip(*parts, strict=True)
         ]
         return torch.cat([out.transpose(0, 1) for out in outs])
 
-    monkeypatch.setattr(plan_module, "has_varlen_kernel", lambda q: True)
-    monkeypatch.setattr(plan_module, "varlen_causal", reference_kernel)
+    monkeypatch.setattr(attention, "has_varlen_kernel", lambda q: True)
+    monkeypatch.setattr(attention, "varlen_causal", reference_kernel)
     positions, starts = resolved(batch)
     q, k, v = qkv()
-    ours = AttentionPlan(LAYERS, positions, starts, torch.device("cpu")).attend(spec, q, k, v)
+    ours = AttentionMasks(LAYERS, positions, starts, torch.device("cpu"))(spec, q, k, v)
     oracle = dense_attention(q, k, v, positions, starts, spec).transpose(0, 1).view_as(q).float()
     torch.testing.assert_close(ours, oracle, rtol=1e-5, atol=1e-5)
 
 
 def test_the_result_of_a_segment_does_not_depend_on_the_lengths_of_others():
     q, k, v = qkv()
-    last = [
-        attend(q, k, v, Segments(np.array([0, *cuts, 107, 120]), torch.device("cpu"))).flatten(0, 1)[107:]
-        for cuts in ([], [50], [3, 9, 20, 94])
+    cut = [
+        Segments(np.array([0, *cuts, 107, 120]), torch.device("cpu")) for cuts in ([], [50], [3, 9, 20, 94])
     ]
+    last = [attention.causal_attention(q, k, v, segments).flatten(0, 1)[107:] for segments in cut]
     assert torch.equal(last[0], last[1]) and torch.equal(last[0], last[2])
 
 
@@ -132,7 +134,7 @@ def test_many_segments_need_few_calls():
 def test_half_precision_attention_is_close_to_the_oracle():
     positions, starts = resolved("packed")
     q, k, v = qkv(torch.bfloat16)
-    ours = AttentionPlan(LAYERS, positions, starts, torch.device("cpu")).attend(LAYERS[0], q, k, v)
+    ours = AttentionMasks(LAYERS, positions, starts, torch.device("cpu"))(LAYERS[0], q, k, v)
     oracle = dense_attention(q, k, v, positions, starts, LAYERS[0]).transpose(0, 1).view_as(q)
     assert ours.dtype == torch.bfloat16
     torch.testing.assert_close(ours.double(), oracle, rtol=2**-7, atol=2**-7)  # bf16 has 8 bits

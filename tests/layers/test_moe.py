@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from llm.args import MoEArgs
 from llm.cache import Cache
 from llm.datatypes import TransformerInput
-from llm.layers.moe import Dispatch, MoE, Padding, grouped_matmul
+from llm.kernels.grouped import Padding, grouped_matmul
+from llm.layers.dispatch import Dispatch
+from llm.layers.moe import MoE
 from llm.parallel.step import highest_share
 from tests.model.models import MOE, llama4, tokens
 
@@ -132,7 +134,7 @@ def test_experts_in_one_product_are_experts_one_by_one(dtype, apply, monkeypatch
         return (y, *torch.autograd.grad((y.float().flatten(0, 1) * upstream).sum(), (x, *moe.parameters())))
 
     together, in_one = run(), len(products)
-    monkeypatch.setattr("llm.layers.moe.in_one_product", lambda *_: False)
+    monkeypatch.setattr("llm.kernels.grouped.in_one_product", lambda *_: False)
     alone = run()
     assert (in_one, len(products)) == (3 + 6, 0)  # forward and backward; then none
     for a, b in zip(together, alone, strict=True):  # 2**-8 is a rounding of bfloat16; each goes through a few

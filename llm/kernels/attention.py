@@ -1,0 +1,182 @@
+"""Causal attention within the segments of a batch, without a (B, T, T) mask.
+
+On a GPU the segments go to the variable-length kernel; elsewhere equal segments are folded into the batch, and unequal
+ones are grouped by padded length. Windows are folded once more: each stretch of a window's length sees itself and the
+one before it.
+
+Shapes: B batch, T tokens, N = B*T, H query heads, K kv heads, d head width, L segment length, S remembered keys.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from llm.kernels.capped_attention import capped_attention
+from llm.kernels.scores import PLAIN, Scores
+from llm.kernels.segments import Segments, Slots
+
+# torch's bf16 attention on a CPU: the forward is up to three times faster than in float32, but the backward pays for
+# each small product and is up to five times slower (measured). So short segments are attended in float32, middling ones
+# go forward in bf16 and backward in float32, long ones are bf16 both ways.
+SHORT = 64  # segment length below which all is float32
+WIDE_BACKWARD = 16384  # segment length x head width up to which the backward is float32
+
+
+def causal_attention(
+    q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, segments: Segments, scores: Scores = PLAIN
+) -> Tensor:
+    """Causal attention within each segment; (B, T, H, d)."""
+    if has_varlen_kernel(q_BTHd) and scores.softcap is None:
+        q, k, v = (x.flatten(0, 1) for x in (q_BTHd, k_BTKd, v_BTKd))
+        return varlen_causal(q, k, v, segments.cu_seqlens, segments.max_length, scores).view_as(q_BTHd)
+    if segments.common_length is not None:
+        q, k, v = (x.reshape(-1, segments.common_length, *x.shape[2:]) for x in (q_BTHd, k_BTKd, v_BTKd))
+        return _causal(q, k, v, scores).reshape(q_BTHd.shape)
+    slots = segments.slots
+    q_slots, k_slots, v_slots = (
+        _ToSlots.apply(x.flatten(0, 1), slots).split(slots.sizes) for x in (q_BTHd, k_BTKd, v_BTKd)
+    )
+    outs = []
+    for length, *bucket in zip(slots.lengths, q_slots, k_slots, v_slots, strict=True):
+        q, k, v = (x.unflatten(0, (-1, length)) for x in bucket)
+        outs.append(_causal(q, k, v, scores).flatten(0, 1))
+    return _FromSlots.apply(torch.cat(outs), slots).view_as(q_BTHd)
+
+
+def masked_attention(
+    q_BHTd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, seen_B1TS: Tensor | None, scores: Scores
+) -> Tensor:
+    """Attention to the keys that `seen` says, all of them where it is None; (B, H, T, d). Windows are the mask's."""
+    if scores.softcap is None:
+        return F.scaled_dot_product_attention(
+            q_BHTd, k_BKSd, v_BKSd, attn_mask=seen_B1TS, scale=scores.scale, enable_gqa=True
+        )
+    q, k, v = (x.float().unflatten(1, (k_BKSd.shape[1], -1)) for x in (q_BHTd, k_BKSd, v_BKSd))
+    scale = q.shape[-1] ** -0.5 if scores.scale is None else scores.scale
+    capped = torch.tanh(q @ k.transpose(-1, -2) * (scale / scores.softcap)) * scores.softcap
+    if seen_B1TS is not None:
+        capped = capped.masked_fill(~seen_B1TS[:, :, None], -torch.inf)
+    return (capped.softmax(-1) @ v).flatten(1, 2).to(q_BHTd.dtype)
+
+
+class _ToSlots(torch.autograd.Function):
+    """x[token_of_slot]. Nothing reads padding, so its gradient is exactly 0, and going back is a plain selection, not a
+    scattered sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slots: Slots) -> Tensor:
+        ctx.slots = slots
+        return x.index_select(0, slots.token_of_slot)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.index_select(0, ctx.slots.slot_of_token), None
+
+
+class _FromSlots(torch.autograd.Function):
+    """x[slot_of_token]; the gradient of padding is 0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slots: Slots) -> Tensor:
+        ctx.slots = slots
+        return x.index_select(0, slots.slot_of_token)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        padded = grad.new_zeros(len(ctx.slots.token_of_slot), *grad.shape[1:])
+        return padded.index_copy_(0, ctx.slots.slot_of_token, grad), None
+
+
+def _causal(q_BLHd: Tensor, k_BLKd: Tensor, v_BLKd: Tensor, scores: Scores) -> Tensor:
+    length, width = q_BLHd.shape[1], q_BLHd.shape[-1]
+    if scores.softcap is not None:
+        return capped_attention(q_BLHd, k_BLKd, v_BLKd, scores)
+    if scores.window is not None and length > scores.window:
+        return _windowed(q_BLHd, k_BLKd, v_BLKd, scores)
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHd, k_BLKd, v_BLKd))
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and length * width <= WIDE_BACKWARD:
+        if length < SHORT:
+            return _sdpa(q.float(), k.float(), v.float(), scores.scale).to(q.dtype).transpose(1, 2)
+        out: Tensor = _WideBackward.apply(q, k, v, scores.scale)
+        return out.transpose(1, 2)
+    return _sdpa(q, k, v, scores.scale).transpose(1, 2)
+
+
+def _sdpa(
+    q_BHLd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, scale: float | None, mask_LS: Tensor | None = None
+) -> Tensor:
+    return F.scaled_dot_product_attention(
+        q_BHLd, k_BKSd, v_BKSd, attn_mask=mask_LS, is_causal=mask_LS is None, scale=scale, enable_gqa=True
+    )
+
+
+def _windowed(q_BLHd: Tensor, k_BLKd: Tensor, v_BLKd: Tensor, scores: Scores) -> Tensor:
+    """Stretches of w tokens, folded into the batch: the first is causal, each other one sees 2 w keys, through a mask
+    that is the same for all."""
+    assert scores.window is not None
+    length, w, dtype = q_BLHd.shape[1], scores.window, q_BLHd.dtype
+    wide = dtype == torch.bfloat16 and q_BLHd.device.type == "cpu"
+    stretches = []
+    for x in (q_BLHd, k_BLKd, v_BLKd):
+        padded = F.pad(x.float() if wide else x, (0, 0, 0, 0, 0, -length % w))
+        stretches.append(padded.unflatten(1, (-1, w)).transpose(2, 3))  # (B, n, heads, w, d)
+    q, k, v = stretches
+    first = _sdpa(q[:, 0], k[:, 0], v[:, 0], scores.scale)
+    row, key = torch.arange(w, device=q.device)[:, None], torch.arange(2 * w, device=q.device)
+    seen = (key > row) & (key <= row + w)
+    k2, v2 = (torch.cat([x[:, :-1], x[:, 1:]], dim=3).flatten(0, 1) for x in (k, v))
+    rest = _sdpa(q[:, 1:].flatten(0, 1), k2, v2, scores.scale, seen).unflatten(0, (len(q), -1))
+    joined = torch.cat([first[:, None], rest], dim=1).transpose(2, 3).flatten(1, 2)
+    return joined[:, :length].to(dtype)
+
+
+class _WideBackward(torch.autograd.Function):
+    """Causal attention on a CPU, forward in bf16 and backward in float32, each by torch's own kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, q_BHLd: Tensor, k_BKLd: Tensor, v_BKLd: Tensor, scale: float | None) -> Tensor:
+        out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q_BHLd, k_BKLd, v_BKLd, 0.0, True, scale=scale
+        )
+        ctx.save_for_backward(q_BHLd, k_BKLd, v_BKLd, out, logsumexp)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        *saved, logsumexp = ctx.saved_tensors
+        q, k, v, out, wide_grad = (x.float() for x in (*saved, grad))
+        grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            wide_grad, q, k, v, out, logsumexp, 0.0, True, scale=ctx.scale
+        )
+        return grad_q.to(grad.dtype), grad_k.to(grad.dtype), grad_v.to(grad.dtype), None
+
+
+def has_varlen_kernel(q: Tensor) -> bool:
+    """Whether the variable-length kernel takes this tensor: half precision and a head width that it knows, on a CUDA
+    device from Ampere on.
+    """
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] % 8 or q.shape[-1] > 256:
+        return False
+    return torch.cuda.get_device_capability(q.device)[0] >= 8
+
+
+def varlen_causal(
+    q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, cu_seqlens: Tensor, max_length: int, scores: Scores = PLAIN
+) -> Tensor:
+    """Causal attention within the segments [cu_seqlens[i], cu_seqlens[i+1]) on a CUDA device; (N, H, d)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    groups = q_NHd.shape[1] // k_NKd.shape[1]
+    k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k_NKd, v_NKd))
+    back = -1 if scores.window is None else scores.window - 1
+    given: dict[str, Any] = {} if scores.scale is None else {"scale": scores.scale}
+    out = varlen_attn(q_NHd, k, v, cu_seqlens, cu_seqlens, max_length, max_length, window_size=(back, 0), **given)
+    assert isinstance(out, Tensor)  # a pair only when auxiliary outputs are asked for
+    return out

@@ -1,0 +1,17 @@
+"""How attention scores become weights: what the layers ask of every attention kernel."""
+
+from typing import NamedTuple
+
+
+class Scores(NamedTuple):
+    """How scores become weights."""
+
+    scale: float | None = None
+    """Factor on them; None = d^-1/2."""
+    softcap: float | None = None
+    """c: scores s become c tanh(s / c)."""
+    window: int | None = None
+    """How many tokens a query sees at most, its own included; None = all before it."""
+
+
+PLAIN = Scores()

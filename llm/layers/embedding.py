@@ -1,0 +1,39 @@
+"""The token table, which may be the output matrix too."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llm.layers.output import predict
+from llm.layers.region import VocabularyShare
+
+
+class Embedding(nn.Module):
+    """Rows of a (vocab_size, dim) table; with a share of it, zeros for the tokens of other ranks."""
+
+    vocabulary: VocabularyShare | None = None
+
+    def __init__(self, vocab_size: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.vocabulary is None:
+            return F.embedding(tokens, self.weight)
+        row = tokens - self.vocabulary.first
+        elsewhere = (row < 0) | (row >= len(self.weight))
+        return F.embedding(row.masked_fill(elsewhere, 0), self.weight).masked_fill(elsewhere.unsqueeze(-1), 0)
+
+
+class TiedEmbedding(Embedding):
+    """A token table that is the output matrix too: given token ids it returns rows, given hidden states what Output
+    returns."""
+
+    def __init__(self, vocab_size: int, dim: int, softcap: float | None = None) -> None:
+        super().__init__(vocab_size, dim)
+        self.softcap = softcap
+
+    def forward(self, x: Tensor, labels_BT: Tensor | None = None, per_token: bool = False) -> Tensor:
+        if x.is_floating_point():
+            return predict(x, self.weight, labels_BT, per_token, self.vocabulary, self.softcap)
+        return super().forward(x)

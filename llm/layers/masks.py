@@ -1,0 +1,91 @@
+"""Which tokens attend to which: causal segments, cut once per batch for each kind of mask among the layers.
+
+Every mask of the model is "causal within a segment": documents for global layers, documents cut at in-document
+multiples of the chunk length for chunked layers; and in documents, a window may look back only so far. So no (B, T, T)
+mask is ever built.
+
+Shapes: B batch, T tokens, N = B*T, H query heads, K kv heads, d head width, S segments.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm.args import LayerSpec
+from llm.kernels.attention import causal_attention
+from llm.kernels.scores import Scores
+from llm.kernels.segments import Ints, Segments
+
+
+class Attend(Protocol):
+    """What an attention layer is given: attention of its queries to everything that they may see."""
+
+    def __call__(self, spec: LayerSpec, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor: ...
+
+
+class AttentionMasks:
+    """The segments of one batch, for every kind of mask among the layers."""
+
+    def __init__(
+        self, specs: Sequence[LayerSpec], positions_BT: Ints, document_starts: Ints, device: torch.device
+    ) -> None:
+        """positions_BT: position of each token, negative for padding; document_starts: rising flat indices, from 0."""
+        self._segments: dict[int | None, Segments] = {}
+        for spec in specs:
+            chunk = _chunk(spec)
+            if chunk not in self._segments:
+                bounds = segment_bounds(positions_BT, document_starts, chunk)
+                self._segments[chunk] = Segments(bounds, device)
+        if any(spec.mask == "window" for spec in specs):
+            _check_consecutive(positions_BT, document_starts)
+
+    def __call__(self, spec: LayerSpec, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
+        return causal_attention(q_BTHd, k_BTKd, v_BTKd, self._segments[_chunk(spec)], scores_of(spec))
+
+
+def scores_of(spec: LayerSpec) -> Scores:
+    """How a layer's scores become weights."""
+    return Scores(spec.scale, spec.softcap, spec.span if spec.mask == "window" else None)
+
+
+def _chunk(spec: LayerSpec) -> int | None:
+    return spec.span if spec.mask == "chunk" else None
+
+
+def _check_consecutive(positions_BT: Ints, document_starts: Ints) -> None:
+    """Windows are counted in tokens, so positions must be."""
+    positions = positions_BT.reshape(-1)
+    inside = np.ones(positions.size, dtype=bool)
+    inside[document_starts] = False
+    gaps = inside[1:] & (positions[:-1] >= 0) & (positions[1:] >= 0) & (positions[1:] != positions[:-1] + 1)
+    if gaps.any():
+        row, column = divmod(int(np.flatnonzero(gaps)[0]) + 1, positions_BT.shape[1])
+        raise ValueError(
+            f"sliding windows need consecutive positions inside a document; row {row} has "
+            f"{positions_BT[row, column - 1]} then {positions_BT[row, column]} at token {column}"
+        )
+
+
+def document_lengths(positions_BT: Ints, document_starts: Ints) -> Ints:
+    """For each token one more than the largest position of its document, (B, T)."""
+    flat = positions_BT.reshape(-1)
+    longest = np.maximum.reduceat(flat, document_starts) + 1
+    return np.repeat(longest, np.diff(np.append(document_starts, flat.size))).reshape(positions_BT.shape)
+
+
+def segment_bounds(positions_BT: Ints, document_starts: Ints, span: int | None) -> Ints:
+    """Flat indices where segments begin, and B*T at the end.
+
+    A segment begins with a document, between padding and tokens, and, given a span, where the position passes a
+    multiple of it.
+    """
+    positions = positions_BT.reshape(-1)
+    begins = np.zeros(positions.size, dtype=bool)
+    begins[document_starts] = True
+    begins[1:] |= (positions[1:] < 0) != (positions[:-1] < 0)
+    if span is not None:
+        begins[1:] |= positions[1:] // span != positions[:-1] // span
+    return np.append(np.flatnonzero(begins), positions.size)
