@@ -26,7 +26,7 @@ from llm.errors import UserError
 from llm.malloc import keep_freed
 from llm.parallel.launch import local, process
 from llm.train.config import RunConfig, check_layout, load_config
-from llm.train.flags import RunFlags, help_text, parse_run_flags
+from llm.train.config.flags import RunFlags, help_text, parse_run_flags
 from llm.train.preflight import preflight
 from llm.train.replay import check_replay, replay
 from llm.train.stop import leave_before_first_step

@@ -39,7 +39,7 @@ from llm.errors import UserError
 from llm.parallel.launch import local
 from llm.tokenizer import load_tokenizer
 from llm.train.config import check_layout, load_config
-from llm.train.yaml_file import read_yaml
+from llm.train.config.yaml_file import read_yaml
 from tools.campaign_job import (
     FIRST,
     MARK,

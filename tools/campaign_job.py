@@ -187,7 +187,7 @@ def plant_in_training(killer: Killer) -> None:
 
     def resume(original: Callable[..., list[str]], trainer: Trainer) -> list[str]:
         lines = original(trainer)
-        killer.tell("resumed", step=trainer.step)
+        killer.tell("resumed", step=trainer.progress.step)
         killer.here("resumed")
         return lines
 
@@ -195,12 +195,12 @@ def plant_in_training(killer: Killer) -> None:
         nonlocal trained
         if not trained:
             killer.here("first step")
-        killer.step = trainer.step + 1
+        killer.step = trainer.progress.step + 1
         result = original(trainer, *args)
         killer.step = 0
         if not trained:
             trained = True
-            killer.tell("trained", step=trainer.step)
+            killer.tell("trained", step=trainer.progress.step)
         return result
 
     def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ from llm.cli import bind, split
 from llm.errors import UserError
 from llm.paths import PathText, refuse_existing
 from llm.train.config import RunConfig
-from llm.train.flags import RunFlags, parse_run_flags
+from llm.train.config.flags import RunFlags, parse_run_flags
 from tools.campaign_job import QUARTERS, Kill
 
 

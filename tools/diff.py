@@ -21,8 +21,8 @@ if not __package__:
 from llm.cli import run_cli
 from llm.errors import UserError
 from llm.paths import PathText
-from llm.train.differences import differences
-from llm.train.yaml_file import read_yaml
+from llm.train.config.yaml_file import read_yaml
+from llm.train.resume.differences import refused_changes
 
 TIMING = frozenset(
     ("tokens_per_s", "tokens_per_s_per_device", "step_time_s", "data_wait_s", "memory_gb", "mfu", "step")
@@ -117,7 +117,7 @@ def diff(run_a: PathText, run_b: PathText, rtol: float | None = None, metrics: l
 
 def say_differences(a: Run, b: Run, common: list[int]) -> list[str]:
     """Print how the configs, layouts and steps differ; return the reasons why sums are taken in another order."""
-    mathematical = differences(a.config, b.config)
+    mathematical = refused_changes(a.config, b.config)
     rest = [line for line in every_difference(a.config, b.config) if line not in mathematical]
     cut = [line for line in rest if line.startswith(HOW_IT_IS_CUT) and not line.startswith("parallel.timeout_s")]
     pairs = {(a.ranks(step), b.ranks(step)) for step in common}

@@ -28,8 +28,8 @@ from llm.errors import UserError
 from llm.parallel.layout import Layout
 from llm.paths import PathText
 from llm.train.config import RunConfig
-from llm.train.explain import section_of
-from llm.train.yaml_file import read_yaml
+from llm.train.config.explain import section_of
+from llm.train.config.yaml_file import read_yaml
 from tools.inspection_text import SHOWN, checkpoint_lines, run_lines
 
 CHECKPOINTS = "checkpoints"

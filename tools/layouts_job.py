@@ -27,9 +27,9 @@ from llm.parallel.collectives import all_or_none, sum_over_ranks
 from llm.parallel.grid import Grid, make_grid
 from llm.parallel.launch import process
 from llm.tokenizer import load_tokenizer
-from llm.train.build import build_engine
 from llm.train.config import RunConfig, check_layout, validate
-from llm.train.inputs import open_sources, with_vocabulary
+from llm.train.run import build_engine, open_sources
+from llm.train.settle import with_vocabulary
 
 
 class RouterMargins:

@@ -19,12 +19,12 @@ from llm.plans import plan_for
 from llm.pretrained import args_of
 from llm.tokenizer import load_tokenizer
 from llm.train.config import RunConfig
+from llm.train.config.length import default_warmup
 from llm.train.disk import checkpoints_at_once, room
-from llm.train.inputs import encode_prompts
-from llm.train.length import default_warmup
 from llm.train.notes import config_notes
 from llm.train.optimizer import parameter_groups
 from llm.train.preflight import ALONE
+from llm.train.settle import encode_prompts
 
 REPLICA: tuple[Dimension, ...] = ("tensor", "context", "data", "pipeline")
 EXPERTS: tuple[Dimension, ...] = ("expert", "expert_data")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from llm.generation.text import context_length
 from llm.train.config import RunConfig, Section
-from llm.train.length import cut_short
+from llm.train.config.length import cut_short
 from llm.train.schedule import steps_between
 
 

@@ -22,14 +22,14 @@ from llm.parallel.precision import check_precision
 from llm.paths import refuse_unwritable
 from llm.tokenizer import Tokenizer, load_tokenizer
 from llm.train.config import RunConfig
-from llm.train.continued import continued, refuse_another_run
-from llm.train.inputs import encode_prompts, settle_precision, settle_warmup, with_vocabulary
+from llm.train.resume.choose import checkpoint_to_continue, refuse_another_run
+from llm.train.settle import encode_prompts, settle_precision, settle_warmup, with_vocabulary
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
 @dataclass(frozen=True)
-class Plan:
+class UnstartedRun:
     """A run that has not begun."""
 
     config: RunConfig
@@ -44,7 +44,7 @@ class Plan:
     def settled(self) -> RunConfig:
         """The config with the tokenizer's vocabulary, and what the checkpoint that it continues has settled."""
         config = with_vocabulary(self.config, self.tokenizer)
-        if continued(config, self.checkpoints) is None:
+        if checkpoint_to_continue(config, self.checkpoints) is None:
             return config
         store = CheckpointStore(self.checkpoints, ALONE, keep=1, keep_best=False)
         config, _ = settle_precision(config, store, ALONE)
@@ -61,55 +61,55 @@ class Plan:
         return sides(self.config.data.train, self.config.data.valid).values()
 
 
-def _run_folder(plan: Plan) -> None:
-    refuse_if_held(plan.run_dir)
-    refuse_unwritable(plan.run_dir, "the run folder")
+def _run_folder(run: UnstartedRun) -> None:
+    refuse_if_held(run.run_dir)
+    refuse_unwritable(run.run_dir, "the run folder")
 
 
-def _data_is_there(plan: Plan) -> None:
-    for side in plan.sides:
-        check_data(side, cache_dir=plan.config.data.cache_dir)
+def _data_is_there(run: UnstartedRun) -> None:
+    for side in run.sides:
+        check_data(side, cache_dir=run.config.data.cache_dir)
 
 
-def _tokenizer(plan: Plan) -> None:
-    encode_prompts(plan.config, plan.tokenizer, ALONE)
-    with_vocabulary(plan.config, plan.tokenizer)
+def _tokenizer(run: UnstartedRun) -> None:
+    encode_prompts(run.config, run.tokenizer, ALONE)
+    with_vocabulary(run.config, run.tokenizer)
 
 
-def _checkpoint(plan: Plan) -> None:
-    refuse_another_run(plan.settled, plan.checkpoints, plan.tokenizer)
+def _checkpoint(run: UnstartedRun) -> None:
+    refuse_another_run(run.settled, run.checkpoints, run.tokenizer)
 
 
-def _weights(plan: Plan) -> None:
+def _weights(run: UnstartedRun) -> None:
     """Of a run that begins with others' weights."""
-    source = plan.config.model.init_from
-    if source is not None and continued(plan.settled, plan.checkpoints) is None:
+    source = run.config.model.init_from
+    if source is not None and checkpoint_to_continue(run.settled, run.checkpoints) is None:
         from llm.parallel.build import whole_shapes  # these take long to import
         from llm.pretrained import args_of
-        from llm.train.begin import refuse_other_shapes
+        from llm.train.init_from import refuse_other_shapes
 
-        refuse_other_shapes(Path(source), whole_shapes(args_of(source)), whole_shapes(plan.settled.model))
+        refuse_other_shapes(Path(source), whole_shapes(args_of(source)), whole_shapes(run.settled.model))
 
 
-def _data_is_readable(plan: Plan) -> None:
+def _data_is_readable(run: UnstartedRun) -> None:
     """The first text of every source, and the folder for what is made of them."""
-    for side in plan.sides:
-        check_text(side, plan.tokenizer, plan.config.data.cache_dir)
+    for side in run.sides:
+        check_text(side, run.tokenizer, run.config.data.cache_dir)
 
 
-def _machine(plan: Plan) -> None:
+def _machine(run: UnstartedRun) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if plan.config.train.compile:
+    if run.config.train.compile:
         check_compiler(device)
-    if plan.config.train.precision in ("bf16", "fp16"):
+    if run.config.train.precision in ("bf16", "fp16"):
         logging.disable(logging.WARNING)  # DeepSpeed announces the accelerator that it found
         try:
-            check_precision(plan.config.train.precision)
+            check_precision(run.config.train.precision)
         finally:
             logging.disable(logging.NOTSET)
 
 
-CHECKS: tuple[Callable[[Plan], None], ...] = (
+CHECKS: tuple[Callable[[UnstartedRun], None], ...] = (
     _run_folder,
     _data_is_there,
     _tokenizer,
@@ -123,6 +123,6 @@ CHECKS: tuple[Callable[[Plan], None], ...] = (
 
 def preflight(config: RunConfig, run_dir: Path) -> None:
     """UserError with the line of the first check that fails. `config` must have passed check_layout."""
-    plan = Plan(config, run_dir)
+    run = UnstartedRun(config, run_dir)
     for check in CHECKS:
-        check(plan)
+        check(run)

@@ -132,34 +132,34 @@ def replay(trainer: "Trainer", step: int) -> dict[str, Any]:
     Returns the content of that file, the same on every rank; in the file, numbers that are not finite are null.
     UserError on every rank when the step cannot be rebuilt.
     """
-    world, config = trainer.world, trainer.config
-    main_decides(lambda: check_replay(trainer.run_dir, step, trainer.steps), world)
-    recorded = main_decides(lambda: _recorded_to(trainer.run_dir, step), world)
-    trainer.guard = _lenient(trainer.guard)
+    world, config = trainer.run.world, trainer.run.config
+    main_decides(lambda: check_replay(trainer.run.folder, step, trainer.run.steps), world)
+    recorded = main_decides(lambda: _recorded_to(trainer.run.folder, step), world)
+    trainer.progress.guard = _lenient(trainer.progress.guard)
     started_from, skipped = _load_before(trainer, step, first_recorded=recorded[0]["step"])
-    trainer.guard.passed_over += _passed_over(recorded, trainer.step, trainer.consumed_rows)
-    start = trainer.step
+    trainer.progress.guard.passed_over += _passed_over(recorded, trainer.progress.step, trainer.progress.consumed_rows)
+    start = trainer.progress.step
     by_step = {row["step"]: row for row in recorded}
-    _say(trainer, f"replay of step {step} of {trainer.run_dir}, from {started_from or 'the initial weights'}")
+    _say(trainer, f"replay of step {step} of {trainer.run.folder}, from {started_from or 'the initial weights'}")
     for line in skipped:
         _say(trainer, f"passed over a damaged checkpoint: {line}")
     first_difference: int | None = None
     with trainer.loader() as loader:
         while True:
             batch, n_targets, n_tokens = _next_batch(trainer, loader)
-            last = trainer.step == step - 1
+            last = trainer.progress.step == step - 1
             pieces = _pieces(trainer, batch, n_targets) if last else []
             row = _advance(trainer, batch, n_targets, n_tokens, last=last)
-            known = by_step.get(trainer.step)
+            known = by_step.get(trainer.progress.step)
             if first_difference is None and known is not None and not all(_compare(row, known)["equal"].values()):
-                first_difference = trainer.step
+                first_difference = trainer.progress.step
             if last:
                 break
-            if trainer.step % config.log.interval == 0:
-                _say(trainer, f"step {trainer.step} computed again, loss {row['loss']:.4f}")
+            if trainer.progress.step % config.log.interval == 0:
+                _say(trainer, f"step {trainer.progress.step} computed again, loss {row['loss']:.4f}")
     report = {
         "step": step,
-        "run_dir": str(trainer.run_dir),
+        "run_dir": str(trainer.run.folder),
         "started_from": started_from,
         "skipped_checkpoints": skipped,
         "first_step": start + 1,
@@ -175,7 +175,7 @@ def replay(trainer: "Trainer", step: int) -> dict[str, Any]:
         "gradient_note": _no_gradients(trainer),
         "rows": _rows(pieces),
     }
-    file = trainer.run_dir / "replay" / f"step_{step:08d}.json"
+    file = trainer.run.folder / "replay" / f"step_{step:08d}.json"
     main_decides(lambda: write_file(file, (json.dumps(_strict(report), indent=1) + "\n").encode()), world)
     if world.is_main:
         print("\n".join([*_lines(report, pieces), f"written to {file}"]), flush=True)
@@ -191,44 +191,44 @@ def _load_before(trainer: "Trainer", step: int, first_recorded: int) -> tuple[st
 
     None: the initial weights, which the trainer begins with.
     """
-    store, resume = trainer.store, trainer.config.checkpoint.resume
+    store, resume = trainer.run.store, trainer.run.config.checkpoint.resume
     started_from: str | None = None
     skipped: list[str] = []
-    paths = main_decides(lambda: [str(path) for at, path in list_steps(store.folder) if at < step], trainer.world)
+    paths = main_decides(lambda: [str(path) for at, path in list_steps(store.folder) if at < step], trainer.run.world)
     if first_recorded > 1 and resume not in ("auto", "never"):  # where the run began
-        paths.append(main_decides(lambda: str(resolve(resume).path.resolve()), trainer.world))
-    untouched = trainer.engine.optimizer_scalars()
+        paths.append(main_decides(lambda: str(resolve(resume).path.resolve()), trainer.run.world))
+    untouched = trainer.run.engine.optimizer_scalars()
     for path in paths:
         try:
-            store.load_exactly(Path(path), trainer.read_checkpoint)
+            store.load_exactly(Path(path), trainer.restorer.read)
         except DamagedFile as error:
             skipped.append(str(error))
             continue
         started_from = path
         break
     if skipped and started_from is None:  # a damaged checkpoint's reading has begun with the optimizer
-        trainer.engine.prepare_load({name: {"master"} for name in trainer.engine.shapes}, untouched)
-    if not first_recorded - 1 <= trainer.step < step:
+        trainer.run.engine.prepare_load({name: {"master"} for name in trainer.run.engine.shapes}, untouched)
+    if not first_recorded - 1 <= trainer.progress.step < step:
         raise agreed_error(
             f"--replay_step={step}: the run begins with step {first_recorded}, but the state to start from is that of "
-            f"step {trainer.step}; name the checkpoint that it began from by --checkpoint.resume=PATH"
+            f"step {trainer.progress.step}; name the checkpoint that it began from by --checkpoint.resume=PATH"
         )
     return started_from, skipped
 
 
 def _next_batch(trainer: "Trainer", loader: TrainLoader) -> tuple[StepBatch, int, int]:
     """This rank's batch and the global numbers of its targets and tokens (collective)."""
-    batch = all_or_none(loader.next, trainer.world)
-    counts = [batch.n_targets, batch.n_tokens] if trainer.grid.reports_loss else [0, 0]
-    n_targets, n_tokens = sum_over_ranks(counts, trainer.world)
+    batch = all_or_none(loader.next, trainer.run.world)
+    counts = [batch.n_targets, batch.n_tokens] if trainer.run.grid.reports_loss else [0, 0]
+    n_targets, n_tokens = sum_over_ranks(counts, trainer.run.world)
     return batch, int(n_targets), int(n_tokens)
 
 
 def _advance(trainer: "Trainer", batch: StepBatch, n_targets: int, n_tokens: int, *, last: bool) -> dict[str, Any]:
     """One step as the run made it, the last one in any case; what the run would record of it."""
     result, lr = trainer.take_step(batch, n_targets, n_tokens, always=last)
-    trainer.guard.judge(trainer.step, result, *rows_and_size(batch))
-    return {**asdict(result), "targets": result.n_targets, "lr": lr, "tokens": trainer.tokens}
+    trainer.progress.guard.judge(trainer.progress.step, result, *rows_and_size(batch))
+    return {**asdict(result), "targets": result.n_targets, "lr": lr, "tokens": trainer.progress.tokens}
 
 
 def _lenient(guard: Guard) -> Guard:
@@ -252,10 +252,10 @@ def _passed_over(recorded: Sequence[dict[str, Any]], step: int, first_row: int) 
 
 def _pieces(trainer: "Trainer", batch: StepBatch, n_targets: int) -> list[Piece]:
     """All pieces of the step on every rank, the highest mean loss first, with the gradients of the worst."""
-    world = trainer.world
+    world = trainer.run.world
     # all forwards first: they may need the other ranks, and what a rank cannot read must not keep it out of one
-    nll = [token_losses(trainer.engine.model, micro_batch, world.device) for micro_batch in batch.micro_batches]
-    score = partial(score_pieces, trainer.mixture, trainer.tokenizer)
+    nll = [token_losses(trainer.run.engine.model, micro_batch, world.device) for micro_batch in batch.micro_batches]
+    score = partial(score_pieces, trainer.run.mixture, trainer.run.tokenizer)
     micro_batches = list(zip(nll, batch.micro_batches, _global_rows(trainer, batch), strict=True))
     scored = all_or_none(lambda: [score(*micro_batch) for micro_batch in micro_batches], world)
     left_out = () if batch.is_passed_over else batch.passed_over
@@ -265,13 +265,13 @@ def _pieces(trainer: "Trainer", batch: StepBatch, n_targets: int) -> list[Piece]
         for found in part
         if not any(first <= found[2].row < end for first, end in left_out)  # there the batch has padding
     ]
-    gathered = gather_json([asdict(piece) for *_, piece in mine] if trainer.grid.reports_loss else [], world)
+    gathered = gather_json([asdict(piece) for *_, piece in mine] if trainer.run.grid.reports_loss else [], world)
     everything = [(rank, i, Piece(**fields)) for rank, part in enumerate(gathered) for i, fields in enumerate(part)]
     everything.sort(key=lambda item: _order(item[2]))
     if _no_gradients(trainer) is None:
         worst = [(rank, i) for rank, i, piece in everything[:WORST] if piece.n_targets]
         norms = {
-            i: piece_gradient_norm(trainer.engine.model, *mine[i][:3], n_targets, world.device)
+            i: piece_gradient_norm(trainer.run.engine.model, *mine[i][:3], n_targets, world.device)
             for rank, i in worst
             if rank == world.rank
         }
@@ -294,7 +294,7 @@ def _rank(loss: float | None) -> float:
 
 def _no_gradients(trainer: "Trainer") -> str | None:
     """Why the documents' own gradients are left out; None when they are computed."""
-    parallel = trainer.config.parallel
+    parallel = trainer.run.config.parallel
     split = [name for name in ("tensor", "pipeline", "expert", "context") if getattr(parallel, name) > 1]
     if parallel.zero_stage == 3:
         return "no gradients of single documents: parallel.zero_stage=3 has no rank that holds all parameters"
@@ -306,7 +306,7 @@ def _no_gradients(trainer: "Trainer") -> str | None:
 def _global_rows(trainer: "Trainer", batch: StepBatch) -> np.ndarray:
     """(micro-batches, rows of one) global row numbers of this rank, by the loader's rule."""
     rows = np.arange(batch.first_row, batch.first_row + batch.n_rows)
-    return rows.reshape(len(batch.micro_batches), trainer.grid.data.size, -1)[:, trainer.grid.data.rank]
+    return rows.reshape(len(batch.micro_batches), trainer.run.grid.data.size, -1)[:, trainer.run.grid.data.rank]
 
 
 def score_pieces(
@@ -476,5 +476,5 @@ def _loss_columns(piece: Piece) -> str:
 
 
 def _say(trainer: "Trainer", line: str) -> None:
-    if trainer.world.is_main:
+    if trainer.run.world.is_main:
         print(line, flush=True)

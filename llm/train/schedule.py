@@ -8,7 +8,7 @@ import math
 
 from llm.data.loader import in_force
 from llm.train.config import OptimConfig, TrainConfig
-from llm.train.length import default_decay, default_warmup
+from llm.train.config.length import default_decay, default_warmup
 
 ONE_CYCLE_DIV = 25.0
 """one_cycle begins at the peak divided by this (the default of fastai's and PyTorch's OneCycleLR)."""

@@ -79,7 +79,7 @@ def main() -> None:
         plant, sections = CASES[name]
         raw = {**base, **{key: {**base.get(key, {}), **section} for key, section in sections.items()}}
         trainer = Trainer(validate(raw, str(config_path)), out / f"{name}-{world.size}", world)
-        plant(trainer.engine.model)
+        plant(trainer.run.engine.model)
         trainer.fit()
 
 

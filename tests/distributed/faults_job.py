@@ -19,7 +19,7 @@ from llm.parallel.collectives import gather_json, main_decides
 from llm.parallel.launch import process
 from llm.parallel.launch.world import World
 from llm.tokenizer import CharacterTokenizer
-from llm.train import trainer as trainer_module
+from llm.train import run as run_module
 from llm.train.config import validate
 from llm.train.trainer import Trainer
 from tests.checkpoint.faults import STEPS, Fault, all_faults, canary_of, checkpoint
@@ -31,11 +31,12 @@ TRAINED_ON = "a bit of the header, rank_00001.safetensors of step 6"
 def state(trainer: Trainer) -> str:
     """Digest of all that the next steps depend on, of all ranks."""
     mine = hashlib.blake2b()
-    for name, kind, *_, values in trainer.engine.fragments():
+    for name, kind, *_, values in trainer.run.engine.fragments():
         mine.update(f"{name} {kind}".encode() + values.detach().numpy().tobytes())
-    position = [trainer.step, trainer.consumed_rows, trainer.tokens, trainer.engine.optimizer_scalars()]
-    position.append(trainer.engine.model.expert_counts().tolist())
-    whole = gather_json([mine.hexdigest(), position], trainer.world)
+    progress, engine = trainer.progress, trainer.run.engine
+    position = [progress.step, progress.consumed_rows, progress.tokens, engine.optimizer_scalars()]
+    position.append(engine.model.expert_counts().tolist())
+    whole = gather_json([mine.hexdigest(), position], trainer.run.world)
     return hashlib.blake2b(json.dumps(whole).encode()).hexdigest()
 
 
@@ -60,21 +61,21 @@ def damage(fault: Fault, run_dir: Path, world: World) -> None:
 
 def resumed(trainer: Trainer, run_dir: Path, resume: str = "auto") -> dict[str, Any]:
     """What the trainer makes of another run folder: its step and state with the lines said, or the error."""
-    trainer.run_dir, trainer.step = run_dir, 0
-    trainer.store = store_of(run_dir, trainer.world)
-    chosen = trainer.config.checkpoint.model_copy(update={"resume": resume})
-    trainer.config = trainer.config.model_copy(update={"checkpoint": chosen})
+    trainer.run.folder, trainer.progress.step = run_dir, 0
+    trainer.run.store = store_of(run_dir, trainer.run.world)
+    chosen = trainer.run.config.checkpoint.model_copy(update={"resume": resume})
+    trainer.run.config = trainer.run.config.model_copy(update={"checkpoint": chosen})
     try:
         lines = trainer.resume()
     except UserError as error:
         assert error.agreed
-        return {"error": str(error), "step": trainer.step}
-    return {"lines": lines, "step": trainer.step, "state": state(trainer)}
+        return {"error": str(error), "step": trainer.progress.step}
+    return {"lines": lines, "step": trainer.progress.step, "state": state(trainer)}
 
 
 def meet(fault: Fault, trainer: Trainer, whole: Path, folder: Path) -> dict[str, Any]:
     """What becomes of the fault."""
-    world = trainer.world
+    world = trainer.run.world
     run_dir = copy(whole, folder / "faulty", world)
     damage(fault, run_dir, world)
     named = checkpoint(run_dir, max(fault.damaged))
@@ -85,10 +86,10 @@ def meet(fault: Fault, trainer: Trainer, whole: Path, folder: Path) -> dict[str,
         "executed": main_decides(lambda: canary_of(run_dir).exists(), world),
     }
     if fault.name == TRAINED_ON:
-        trainer.run_dir = copy(whole, folder / "continued", world)
-        trainer.store = store_of(trainer.run_dir, world)
-        damage(fault, trainer.run_dir, world)
-        main_decides(lambda: (trainer.run_dir / "tokenizer" / "config.json").unlink(), world)  # which a run mends
+        trainer.run.folder = copy(whole, folder / "continued", world)
+        trainer.run.store = store_of(trainer.run.folder, world)
+        damage(fault, trainer.run.folder, world)
+        main_decides(lambda: (trainer.run.folder / "tokenizer" / "config.json").unlink(), world)  # which a run mends
         trainer.fit()
     main_decides(lambda: shutil.rmtree(run_dir), world)
     return found
@@ -108,8 +109,8 @@ def differences(config_path: Path, whole: Path, folder: Path, world: World) -> l
     for run_dir, resume in ((whole, "auto"), (folder / "fresh", str(checkpoint(whole, STEPS[-1])))):
         config = validate(raw | {"checkpoint": {"resume": resume}}, "changed")
         with (
-            patch.object(trainer_module, "open_sources", side_effect=AssertionError("too late")),
-            patch.object(trainer_module, "build_engine", side_effect=AssertionError("too late")),
+            patch.object(run_module, "open_sources", side_effect=AssertionError("too late")),
+            patch.object(run_module, "build_engine", side_effect=AssertionError("too late")),
         ):
             try:
                 Trainer(config, run_dir, world)

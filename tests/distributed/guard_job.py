@@ -87,11 +87,11 @@ def main() -> None:
         raw["parallel"]["pipeline"] = 2 if stage in (PIPELINE, DUALPIPEV) else 1
         raw["parallel"]["pipeline_schedule"] = "dualpipev" if stage == DUALPIPEV else "1f1b"
         trainer = Trainer(validate(raw, str(config_path)), out / f"{stage}-{name}", world)
-        spoil(trainer.engine, case.get("spoil"), rank=SPOILED.get(stage, 1))
+        spoil(trainer.run.engine, case.get("spoil"), rank=SPOILED.get(stage, 1))
         try:
             trainer.fit()
         except UserError as error:
-            finite = all(bool(f.values.isfinite().all()) for f in trainer.engine.owned_fragments())
+            finite = all(bool(f.values.isfinite().all()) for f in trainer.run.engine.owned_fragments())
             (out / f"{stage}-{name}" / f"error{world.rank}.txt").write_text(f"{finite} {error}")
         LLM.context, LLM.loss_sum, LLM.through_layers = plain  # type: ignore[method-assign]
 

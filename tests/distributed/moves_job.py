@@ -29,7 +29,7 @@ def main() -> None:
         trainer = Trainer(validate(item["config"], item["name"]), out / item["name"], world)
         if item["config"]["train"]["precision"] == "fp16":
             make_overflow(trainer)
-        margins = RouterMargins(trainer.engine.model) if world.size == 1 else None
+        margins = RouterMargins(trainer.run.engine.model) if world.size == 1 else None
         trainer.fit()
         if margins:
             (out / item["name"] / "margin.json").write_text(json.dumps(margins.take()))
@@ -37,8 +37,8 @@ def main() -> None:
 
 def make_overflow(trainer: Trainer) -> None:
     """Let the loss scale move: by growth, and at OVERFLOWS, where a loss above its limit gives NaN gradients."""
-    private.set_loss_scaler_state(trainer.engine._deepspeed, SCALER)
-    trainer.guard.loss_limit = lambda: 0.0 if trainer.step + 1 in OVERFLOWS else None  # type: ignore[method-assign]
+    private.set_loss_scaler_state(trainer.run.engine._deepspeed, SCALER)
+    trainer.progress.guard.loss_limit = lambda: 0.0 if trainer.progress.step + 1 in OVERFLOWS else None  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -31,8 +31,9 @@ def fill_disk(trainer: Trainer, rank: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limited(*args: Any) -> Any:
-        if trainer.world.rank == rank and trainer.step + 1 in FULL:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT_BYTES if trainer.step + 1 == FULL[0] else soft, hard))
+        if trainer.run.world.rank == rank and trainer.progress.step + 1 in FULL:
+            limit = LIMIT_BYTES if trainer.progress.step + 1 == FULL[0] else soft
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         return take_step(*args)
 
     trainer.take_step = limited  # type: ignore[method-assign]

@@ -15,8 +15,8 @@ from llm.checkpoint.reader import resolve
 from llm.foreign.export import choose_family, export_hf
 from llm.foreign.native import OfModule
 from llm.parallel.build import whole_shapes
-from llm.train.begin import read_range
 from llm.train.config import load_config
+from llm.train.init_from import read_range
 from tests.distributed.harness import TINY_MODEL, metrics, run, tiny_config, write_config, write_text
 from tests.distributed.pool import run_job
 

@@ -19,9 +19,9 @@ from llm.parallel.launch.world import World
 from llm.parallel.pipeline import PipelineEngine
 from llm.parallel.traffic_counter import TrafficCounter
 from llm.plan import memory, traffic
-from llm.train.build import build_engine
 from llm.train.config import check_layout, validate
 from llm.train.dry_run import workload
+from llm.train.run import build_engine
 from tests.distributed.engine_job import ROWS, SEQ_LEN, cut_batch
 from tests.distributed.harness import TINY_MODEL, tiny_config
 

@@ -64,6 +64,6 @@ def test_a_run_that_begins_with_a_folder_says_its_notes_in_its_lines_and_the_dry
     config = load_config(tmp_path / "c.yaml")
     assert report(config, Layout(world=1)).count(f"# note: {folder}: {SAID}") == 1
     told: list[str] = []
-    weights_of(folder, told.append)  # which llm/train/begin.py makes lines of the run's log
+    weights_of(folder, told.append)  # which llm/train/init_from.py makes lines of the run's log
     assert len(told) == 1 and SAID in told[0]
     assert not caplog.records

@@ -56,8 +56,8 @@ def main() -> None:
             trainer = Trainer(config, out / name, world)
             margins = None
             if world.size == 1:
-                found["initial_weights"] = digest_of(trainer.engine.model.named_parameters())
-                margins = RouterMargins(trainer.engine.model)
+                found["initial_weights"] = digest_of(trainer.run.engine.model.named_parameters())
+                margins = RouterMargins(trainer.run.engine.model)
             trainer.fit()
             if margins is not None:
                 found["router_margin"] = margins.take()

@@ -11,8 +11,8 @@ import pytest
 
 from llm.errors import UserError
 from llm.train.config import RunConfig, check_layout, load_config
-from llm.train.explain import keys_of
-from llm.train.flags import OWN_FLAGS, parse_run_flags
+from llm.train.config.explain import keys_of
+from llm.train.config.flags import OWN_FLAGS, parse_run_flags
 from tests.distributed.harness import ROOT, TINY_MODEL, tiny_config, write_config
 
 LAUNCHERS = {"nproc_per_node", "nnodes", "rdzv_endpoint", "rdzv_backend", "rdzv_id", "max_restarts", "standalone"}

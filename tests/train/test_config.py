@@ -17,11 +17,11 @@ from llm.train.config import (
     load_config,
     validate,
 )
-from llm.train.differences import differences
-from llm.train.explain import keys_of
-from llm.train.flags import OWN_FLAGS, help_text, parse_run_flags
-from llm.train.names import OTHERS_NAMES
-from llm.train.yaml_file import scalar
+from llm.train.config.explain import keys_of
+from llm.train.config.flags import OWN_FLAGS, help_text, parse_run_flags
+from llm.train.config.synonyms import OTHERS_NAMES
+from llm.train.config.yaml_file import scalar
+from llm.train.resume.differences import refused_changes
 from tests.distributed.harness import tiny_config, write_config
 
 
@@ -163,10 +163,10 @@ def test_wandb_without_its_package_names_the_extra(tmp_path: Path, monkeypatch: 
 def test_only_what_changes_the_mathematics_counts_as_a_difference(tmp_path: Path) -> None:
     saved = config_with(tmp_path).model_dump(mode="json")
     same = config_with(tmp_path, train={"steps": 500, "micro_batch_size": 2}, log={"interval": 1}, eval={"interval": 7})
-    assert differences(saved, same.model_dump(mode="json")) == []
+    assert refused_changes(saved, same.model_dump(mode="json")) == []
     other = config_with(tmp_path, train={"seed": 3}, optim={"lr": 0.5}).model_dump(mode="json")
-    assert differences(saved, other) == ["optim.lr: 0.001 -> 0.5", "train.seed: 0 -> 3"]
-    assert differences(saved, other, allowed=("optim",)) == ["train.seed: 0 -> 3"]
+    assert refused_changes(saved, other) == ["optim.lr: 0.001 -> 0.5", "train.seed: 0 -> 3"]
+    assert refused_changes(saved, other, allowed=("optim",)) == ["train.seed: 0 -> 3"]
 
 
 @pytest.mark.parametrize(
@@ -185,14 +185,14 @@ def test_only_what_changes_the_mathematics_counts_as_a_difference(tmp_path: Path
 def test_which_keys_may_change_on_resume(tmp_path: Path, sections: dict[str, Any], changed: list[str]) -> None:
     saved = config_with(tmp_path).model_dump(mode="json")
     now = config_with(tmp_path, **sections).model_dump(mode="json")
-    assert [line.split(":")[0] for line in differences(saved, now)] == changed
+    assert [line.split(":")[0] for line in refused_changes(saved, now)] == changed
 
 
 def test_a_checkpoint_written_before_a_key_existed_stands_at_its_default(tmp_path: Path) -> None:
     now = config_with(tmp_path).model_dump(mode="json")
     saved = config_with(tmp_path).model_dump(mode="json")
     del saved["optim"]["muon_momentum"], saved["model"]["qk_norm"], saved["train"]["seq_len_schedule"], saved["guard"]
-    assert differences(saved, now) == ["model.qk_norm: None -> 'l2'"]
+    assert refused_changes(saved, now) == ["model.qk_norm: None -> 'l2'"]
 
 
 @pytest.mark.parametrize(

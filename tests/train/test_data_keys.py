@@ -9,7 +9,7 @@ import yaml
 from llm.data.sources import SourceSpec
 from llm.errors import UserError
 from llm.train.config import RunConfig, load_config
-from llm.train.flags import help_text
+from llm.train.config.flags import help_text
 
 
 def loaded(tmp_path: Path, data: dict[str, Any], **overrides: Any) -> RunConfig:

@@ -8,7 +8,7 @@ import pytest
 
 from llm.errors import UserError
 from llm.train.config import validate
-from llm.train.deepspeed_options import DECIDED, GROUPS, NOT_USED, PLAIN_GROUPS, PLAIN_OPTIONS, REMOVED, model_of
+from llm.train.config.deepspeed_options import DECIDED, GROUPS, NOT_USED, PLAIN_GROUPS, PLAIN_OPTIONS, REMOVED, model_of
 from tests.distributed.harness import tiny_config
 
 

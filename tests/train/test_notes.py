@@ -9,7 +9,7 @@ from llm.parallel.layout import Layout
 from llm.train.config import validate
 from llm.train.dry_run import report
 from llm.train.notes import config_notes
-from llm.train.resume import SkippedSteps
+from llm.train.resume.skipped_steps import SkippedSteps
 from tests.distributed.harness import tiny_config
 
 

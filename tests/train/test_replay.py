@@ -17,7 +17,7 @@ from llm.datatypes import TransformerInput
 from llm.errors import UserError
 from llm.model import LLM
 from llm.tokenizer import ByteTokenizer
-from llm.train.flags import parse_run_flags
+from llm.train.config.flags import parse_run_flags
 from llm.train.replay import (
     COMPARED,
     Piece,

@@ -10,7 +10,8 @@ from llm.data.mixture import Mixture
 from llm.data.source import TokenSource
 from llm.parallel.layout import Layout
 from llm.train.config import RunConfig, TrainConfig, validate
-from llm.train.resume import SkippedSteps, change_lines, data_line, data_refused, guard_state
+from llm.train.resume.changes import change_notes, data_note, refused_data_changes
+from llm.train.resume.skipped_steps import SkippedSteps, guard_state
 from tests.data.helpers import make_source, random_texts
 from tests.distributed.harness import tiny_config
 
@@ -28,7 +29,7 @@ def meta_of(config: RunConfig, world: int = 1, consumed: int = 0, **more: Any) -
 
 
 def test_an_unchanged_run_goes_on_without_a_word() -> None:
-    assert change_lines(meta_of(config_with()), config_with(), 1, 5) == []
+    assert change_notes(meta_of(config_with()), config_with(), 1, 5) == []
 
 
 def test_each_change_is_one_line_from_old_to_new() -> None:
@@ -37,7 +38,7 @@ def test_each_change_is_one_line_from_old_to_new() -> None:
         parallel={"zero_stage": 2, "timeout_s": 5},
         log={"interval": 1},
     )
-    assert change_lines(meta_of(config_with()), now, 2, 5) == [
+    assert change_notes(meta_of(config_with()), now, 2, 5) == [
         "changed: ranks 1 -> 2",
         "changed: parallel.zero_stage 1 -> 2",
         "changed: train.batch_schedule [] -> [[64, 16]]",
@@ -48,17 +49,17 @@ def test_each_change_is_one_line_from_old_to_new() -> None:
 
 def test_a_finished_run_with_more_steps_says_from_which_to_which_learning_rate() -> None:
     now = config_with(train={"steps": 40})
-    assert change_lines(meta_of(config_with()), now, 1, 20) == [
+    assert change_notes(meta_of(config_with()), now, 1, 20) == [
         "changed: train.steps 20 -> 40: learning rate 1.00e-04 at step 20, 6.10e-04 at step 21"
     ]
-    (line,) = change_lines(meta_of(config_with()), now, 1, 10)
+    (line,) = change_notes(meta_of(config_with()), now, 1, 10)
     assert line.endswith("learning rate 7.75e-04 at step 10, 9.36e-04 at step 11; it would have been 6.89e-04")
 
 
 def test_a_schedule_that_does_not_see_the_length_says_only_that_it_stays() -> None:
     optim = {"schedule": "constant"}
     before, now = config_with(optim=optim), config_with(optim=optim, train={"steps": 40})
-    (line,) = change_lines(meta_of(before), now, 1, 20)
+    (line,) = change_notes(meta_of(before), now, 1, 20)
     assert line.endswith("learning rate 1.00e-03 at step 20, 1.00e-03 at step 21")
 
 
@@ -77,12 +78,12 @@ def test_rows_of_another_order_are_counted_from_0_where_that_was_allowed(
 ) -> None:
     state = Mixture([("text", sources[0], 1.0)], T, seed=0).state(77)
     now = Mixture([("text", sources[number], 1.0)], seq_len, seed)
-    (refused,) = data_refused(now, state, ())
+    (refused,) = refused_data_changes(now, state, ())
     assert "--checkpoint.allow_changes=[data]" in refused and "model.init_from" in refused
-    assert data_refused(now, state, (allowed,)) == data_refused(now, state, ("data",)) == []
-    line = data_line(now, state)
+    assert refused_data_changes(now, state, (allowed,)) == refused_data_changes(now, state, ("data",)) == []
+    line = data_note(now, state)
     assert line and "counted from 0, after 77 rows of the data before" in line
-    assert data_refused(now, now.state(5), ()) == [] and data_line(now, now.state(5)) is None
+    assert refused_data_changes(now, now.state(5), ()) == [] and data_note(now, now.state(5)) is None
 
 
 def test_steps_to_skip_keep_the_rows_that_they_had_when_they_were_named() -> None:

@@ -9,7 +9,7 @@ import pytest
 from llm.data.loader import in_force
 from llm.errors import UserError
 from llm.train.config import OptimConfig, TrainConfig, validate
-from llm.train.length import cut_short, default_warmup, misfit
+from llm.train.config.length import cut_short, default_warmup, misfit
 from llm.train.schedule import epoch_rows, learning_rate, lr_factor, rows_of_step, steps_between
 from tests.distributed.harness import tiny_config
 

@@ -8,8 +8,9 @@ import pytest
 
 from llm.data.heldout import HeldOut
 from llm.errors import UserError
+from llm.train.best import Best
 from llm.train.config import RunConfig, validate
-from llm.train.validation import Best, settle_rows
+from llm.train.settle import settle_rows
 from tests.distributed.harness import tiny_config
 
 

@@ -31,8 +31,8 @@ from llm.parallel.engine import Engine
 from llm.parallel.grid import make_grid
 from llm.parallel.launch import process
 from llm.parallel.launch.world import World
-from llm.train.build import build_engine
 from llm.train.config import RunConfig, check_layout
+from llm.train.run import build_engine
 from tools.benchmarks.parallel_job import batch_of
 
 Metrics = dict[str, float]

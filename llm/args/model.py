@@ -1,123 +1,21 @@
-"""What a model is: `ModelArgs`, and the layer-pattern grammar that resolves it to one frozen `LayerSpec` a layer.
+"""`ModelArgs`: the keys of one model, and the rules that resolve them to layers and widths.
 
-Everything that differs between layers (mask, RoPE or not, QK norm, temperature, dense or MoE) is decided here, once;
-building, attention masks and caches read the specs and never the args. Names and rules follow Llama 4 (Meta's
-params.json); what other families need beside them is off by default.
+Names and rules follow Llama 4 (Meta's params.json); what other families need beside them is off by default.
 """
 
-from dataclasses import dataclass
-from typing import Literal, NoReturn
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Mask = Literal["full", "chunk", "window"]
-Ffn = Literal["dense", "moe", "none"]
-QKNorm = Literal["l2", "head", "full"]
+from llm.args.group import Group
+from llm.args.layers import PATTERN_ALIASES, LayerSpec, Mask, QKNorm, either, parse_item, refuse
+from llm.args.moe import MoEArgs
+from llm.args.rope import RopeScaling
+
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
-PATTERN_ALIASES = {"alternating": ["ssm", "attn"]}
-MIXERS = ("attn", "ssm", "routed", "none")
-FLAGS = {"full": "mask", "chunk": "mask", "window": "mask", "rope": "rope", "nope": "rope"}
-FFNS: tuple[Ffn, ...] = ("dense", "moe", "none")
 
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """One layer, fully resolved."""
-
-    index: int
-    mixer: str
-    stride: int
-    mask: Mask
-    span: int | None  # length of a chunk or window
-    scale: float | None  # factor on attention scores; None = 1 / sqrt(width of a head)
-    softcap: float | None  # of attention scores
-    rope: bool
-    qk_norm: QKNorm | None
-    temperature: bool
-    ffn: Ffn
-
-
-class _Group(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class RopeScaling(_Group):
-    """Stretching of RoPE to contexts longer than those of the pretraining."""
-
-    kind: Literal["llama3", "linear", "dynamic", "yarn"] = "llama3"
-    """linear divides all frequencies, llama3 and yarn the slow ones; dynamic raises the base with a text's length."""
-    factor: float = Field(8.0, gt=0)
-    """How many times longer the context became."""
-    low_freq_factor: float = Field(1.0, gt=0)
-    """llama3: wavelengths above original_max_position / this are stretched in full."""
-    high_freq_factor: float = Field(4.0, gt=0)
-    """llama3: wavelengths below original_max_position / this are left alone."""
-    original_max_position: int = Field(8192, gt=0)
-    """Context length before the stretching."""
-    beta_fast: float = Field(32.0, gt=0)
-    """yarn: frequencies that turn at least so often within the original context are left alone."""
-    beta_slow: float = Field(1.0, gt=0)
-    """yarn: those that turn at most so often are stretched in full."""
-    truncate: bool = True
-    """yarn: begin and end the ramp between the two at whole dimensions."""
-    attention_factor: float | None = Field(None, gt=0)
-    """yarn: factor on rotated queries and keys; unset = 0.1 ln(factor) + 1."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "RopeScaling":
-        if self.high_freq_factor < self.low_freq_factor:
-            raise ValueError(
-                f"model.rope_scaling.high_freq_factor={self.high_freq_factor} is below "
-                f"low_freq_factor={self.low_freq_factor}; it must be at least as large"
-            )
-        if self.beta_fast < self.beta_slow:
-            raise ValueError(
-                f"model.rope_scaling.beta_fast={self.beta_fast} is below beta_slow={self.beta_slow}; "
-                f"it must be at least as large"
-            )
-        return self
-
-
-class MoEArgs(_Group):
-    """Mixture-of-experts layers."""
-
-    n_experts: int = Field(gt=0, le=1 << 16)
-    """Experts in each MoE layer."""
-    top_k: int = Field(1, gt=0)
-    """Experts each token visits."""
-    hidden: int | None = Field(None, gt=0)
-    """Width of an expert and of the shared expert; unset = the rule from ffn_exp."""
-    interleave: int = Field(1, gt=0)
-    """Layer i is MoE when (i + 1) is a multiple of this."""
-    score: Literal["sigmoid", "softmax"] = "sigmoid"
-    """How router logits become weights."""
-    renorm: bool = False
-    """Divide the chosen weights by their sum. With top_k=1 they become 1: then only auxiliary losses train the router.
-    """
-    apply: Literal["input", "output"] = "input"
-    """Where an expert's weight multiplies: its input (Llama 4) or its output (Mixtral, Qwen)."""
-    shared: bool = True
-    """Add one expert that every token visits, unweighted."""
-    balance: Literal["lag", "none"] = "lag"
-    """Balance loss: against the expert counts of the whole previous step, or none."""
-    aux_alpha: float = Field(0.0, ge=0)
-    """Weight of the balance loss."""
-    z_alpha: float = Field(0.0, ge=0)
-    """Weight of the router z-loss, the mean of logsumexp squared."""
-    dense_layers: tuple[int, ...] = ()
-    """Layers that stay dense whatever interleave says (0-based)."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "MoEArgs":
-        if self.top_k > self.n_experts:
-            raise ValueError(f"model.moe.top_k={self.top_k} exceeds model.moe.n_experts={self.n_experts}")
-        if self.balance == "none" and self.aux_alpha:
-            raise ValueError(f"model.moe.aux_alpha={self.aux_alpha} needs model.moe.balance=lag; or set aux_alpha to 0")
-        return self
-
-
-class ModelArgs(_Group):
+class ModelArgs(Group):
     """The architecture of one model. Checked at construction; a ValueError names the key and what is possible."""
 
     dim: int = Field(gt=0, le=1 << 20)
@@ -212,12 +110,12 @@ class ModelArgs(_Group):
         if self.n_heads % self.kv_heads:
             raise ValueError(
                 f"model.n_kv_heads={self.kv_heads} does not divide model.n_heads={self.n_heads}; "
-                f"use {_either(_divisors(self.n_heads))}"
+                f"use {either(_divisors(self.n_heads))}"
             )
         if self.head_dim is None and self.dim % self.n_heads:
             raise ValueError(
                 f"model.n_heads={self.n_heads} does not divide model.dim={self.dim}; "
-                f"use {_either(_divisors(self.dim))}, or give model.head_dim"
+                f"use {either(_divisors(self.dim))}, or give model.head_dim"
             )
         if self.rotated_width % 2 or self.rotated_width == 0:
             part = "" if self.rope_pct == 1 else f" and model.rope_pct={self.rope_pct} rotate {self.rotated_width}"
@@ -279,11 +177,11 @@ class ModelArgs(_Group):
         return tuple(self._resolve(index, pattern[index % len(pattern)]) for index in range(self.n_layers))
 
     def _resolve(self, index: int, item: str) -> LayerSpec:
-        mixer, stride, flags, ffn = _parse_item(item)
+        mixer, stride, flags, ffn = parse_item(item)
         if mixer != "attn":
-            _refuse(item, f"mixer {mixer} is not built yet; use attn")
+            refuse(item, f"mixer {mixer} is not built yet; use attn")
         if stride != 1:
-            _refuse(item, f"stride @{stride} is not built yet; leave it out")
+            refuse(item, f"stride @{stride} is not built yet; leave it out")
         interval = self.nope_layer_interval
         rope = flags["rope"] == "rope" if "rope" in flags else not (interval and (index + 1) % interval == 0)
         spans: dict[Mask, int | None] = {
@@ -291,12 +189,12 @@ class ModelArgs(_Group):
         }  # fmt: skip
         mask = self._mask(rope) if "mask" not in flags else next(known for known in spans if known == flags["mask"])
         if mask != "full" and spans[mask] is None:
-            _refuse(item, f"{mask} needs model.{'attention_chunk_size' if mask == 'chunk' else 'sliding_window'}")
+            refuse(item, f"{mask} needs model.{'attention_chunk_size' if mask == 'chunk' else 'sliding_window'}")
         if ffn is None:
             on = self.moe is not None and (index + 1) % self.moe.interleave == 0 and index not in self.moe.dense_layers
             ffn = "moe" if on else "dense"
         elif ffn == "moe" and self.moe is None:
-            _refuse(item, "+moe needs the group model.moe (at least n_experts)")
+            refuse(item, "+moe needs the group model.moe (at least n_experts)")
         return LayerSpec(
             index=index,
             mixer=mixer,
@@ -318,38 +216,5 @@ class ModelArgs(_Group):
         return "window" if self.sliding_window else "full"
 
 
-def _parse_item(item: str) -> tuple[str, int, dict[str, str], Ffn | None]:
-    """Split `mixer[@stride][:flag...][+ffn]`; flags come back as {"mask": ..., "rope": ...}, as far as written."""
-    head, plus, ffn_text = item.partition("+")
-    ffn = next((known for known in FFNS if known == ffn_text), None)
-    if plus and ffn is None:
-        _refuse(item, f"unknown feed-forward +{ffn_text}; use {_either(FFNS)}")
-    mixer_text, *flag_texts = head.split(":")
-    mixer, at, stride_text = mixer_text.partition("@")
-    if mixer not in MIXERS:
-        _refuse(
-            item, f"unknown mixer {mixer!r}; the grammar is mixer[@stride][:flag...][+ffn], mixers {_either(MIXERS)}"
-        )
-    if at and not (stride_text.isdecimal() and int(stride_text) > 0):
-        _refuse(item, f"stride @{stride_text} must be a positive whole number")
-    flags: dict[str, str] = {}
-    for flag in flag_texts:
-        if flag not in FLAGS:
-            _refuse(item, f"unknown flag :{flag}; use {_either(FLAGS)}")
-        if FLAGS[flag] in flags:
-            _refuse(item, f"flags :{flags[FLAGS[flag]]} and :{flag} exclude each other")
-        flags[FLAGS[flag]] = flag
-    return mixer, int(stride_text) if at else 1, flags, ffn
-
-
-def _refuse(item: str, reason: str) -> NoReturn:
-    raise ValueError(f"model.layer_pattern item {item!r}: {reason}")
-
-
 def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
-
-
-def _either(options: object) -> str:
-    *most, last = [str(option) for option in options]  # type: ignore[attr-defined]
-    return f"{', '.join(most)} or {last}" if most else last

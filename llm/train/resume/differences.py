@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from llm.train.config import RunConfig
-from llm.train.explain import section_of
+from llm.train.config.explain import section_of
 
 # Keys whose change on resume keeps the mathematics of the run: how it is cut, how long it is, what is watched.
 FREE_ON_RESUME = (
@@ -15,7 +15,7 @@ FREE_ON_RESUME = (
 )  # fmt: skip
 
 
-def differences(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[str, ...] = ()) -> list[str]:
+def refused_changes(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[str, ...] = ()) -> list[str]:
     """Lines `key: saved -> now` for every key that must not change on resume and did."""
     changed = changes(saved, now).items()
     return [f"{k}: {was!r} -> {value!r}" for k, (was, value) in changed if not is_among(k, FREE_ON_RESUME + allowed)]

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from llm.train.yaml_file import plain, typed
+from llm.train.config.yaml_file import plain, typed
 
 PLAIN_OPTIONS: dict[str, str] = {
     "communication_data_type": "fp16 | bf16 | fp32",

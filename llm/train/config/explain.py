@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from llm.train.names import meant
-from llm.train.yaml_file import TypedFloat, TypedInt, typed
+from llm.train.config.synonyms import meant
+from llm.train.config.yaml_file import TypedFloat, TypedInt, typed
 
 
 def prepared(value: Any, annotation: Any, key: str = "") -> Any:

@@ -5,9 +5,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from llm.errors import UserError
-from llm.train.data_keys import with_option
-from llm.train.explain import default_of, takes_list
-from llm.train.yaml_file import typed
+from llm.train.config.data_keys import with_option
+from llm.train.config.explain import default_of, takes_list
+from llm.train.config.yaml_file import typed
 
 
 def put(raw: dict[str, Any], dotted: str, value: Any, schema: type[BaseModel]) -> None:

@@ -1,6 +1,6 @@
 """The command line of a run: `--config FILE` and `--section.key=value` overrides, checked before any work.
 
-Values read as they would in the YAML file, and the schema in llm/train/config.py has the say on names and types.
+Values read as they would in the YAML file, and the schema in llm/train/config/schema.py has the say on names and types.
 """
 
 import re
@@ -14,10 +14,10 @@ from pydantic import BaseModel
 from llm.cli import split
 from llm.errors import UserError
 from llm.paths import expanded
-from llm.train.config import RunConfig
-from llm.train.explain import keys_of, section_of, takes_text
-from llm.train.names import meant
-from llm.train.yaml_file import scalar
+from llm.train.config.explain import keys_of, section_of, takes_text
+from llm.train.config.schema import RunConfig
+from llm.train.config.synonyms import meant
+from llm.train.config.yaml_file import scalar
 
 ITEM = re.compile(r"(\.\d+)+$")
 """Which item of a list a key means."""

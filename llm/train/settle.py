@@ -1,52 +1,21 @@
-"""What a run needs before its model is built: opened data, the vocabulary's size, the arithmetic, prompts in tokens.
+"""What of a config is known only from the tokenizer, the run folder, this machine or where the run stands.
 
-Every function is called by all ranks together, and what one of them meets, all raise.
+The functions that take a `world` are called by all ranks together, and what one of them meets, all raise.
 """
 
-from functools import partial
 from typing import Any
 
 from llm.checkpoint.reader import newest_valid, resolve
 from llm.checkpoint.store import CheckpointStore
-from llm.data.contamination import contamination_notes
-from llm.data.source import TokenSource
-from llm.data.sources import check_data, open_data, prepare_data, sides
 from llm.errors import UserError
 from llm.generation.text import context_length
 from llm.parallel.collectives import agreed_error, all_or_none, main_decides
 from llm.parallel.launch.world import World
 from llm.tokenizer import Tokenizer
 from llm.train.config import RunConfig
+from llm.train.config.length import default_warmup
 from llm.train.precision import faster_precision
-
-VERIFY_TOKENS = 1 << 28
-"""A source up to this size is verified whole before the run begins (under a second); a larger one shard by shard as
-it is first read.
-"""
-
-
-def open_sources(
-    config: RunConfig, tokenizer: Tokenizer, world: World
-) -> tuple[list[tuple[str, TokenSource, float]], list[TokenSource], list[str]]:
-    """The training sources with their names and weights, the held-out sources, and lines that say what they are made
-    of; raw text is sharded by rank 0."""
-    cache, of_role = config.data.cache_dir, sides(config.data.train, config.data.valid)
-    for side in of_role.values():  # both before the first is sharded, which may take long
-        main_decides(partial(check_data, side, cache_dir=cache), world)
-    opened: dict[str, list[tuple[str, TokenSource, float]]] = {"data.train": [], "data.valid": []}
-    for role, side in of_role.items():
-        main_decides(partial(prepare_data, side, tokenizer, cache), world)
-        opened[role] = all_or_none(partial(open_data, side, tokenizer, cache), world)
-        for _, source, _ in opened[role]:
-            if source.n_tokens <= VERIFY_TOKENS:
-                main_decides(partial(_verify, source), world)
-    train, valid = ([source for _, source, _ in opened[role]] for role in ("data.train", "data.valid"))
-    contamination = main_decides(partial(contamination_notes, train, valid), world)
-    return opened["data.train"], valid, [note for source in train + valid for note in source.notes] + contamination
-
-
-def _verify(source: TokenSource) -> None:
-    TokenSource.open(source.path, verify=True)
+from llm.train.schedule import epoch_rows, steps_between
 
 
 def settle_precision(config: RunConfig, store: CheckpointStore, world: World) -> tuple[RunConfig, str]:
@@ -94,6 +63,36 @@ def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
             f"model.vocab_size={args.vocab_size} is below the tokenizer's {tokenizer.vocab_size} tokens; use -1"
         )
     return config
+
+
+def settle_rows(config: RunConfig) -> tuple[RunConfig, str]:
+    """The config without the older `eval.batches`, which has set eval.rows; and what decides the rows, in words."""
+    rows, batches = config.eval.rows, config.eval.batches
+    if batches is None:
+        return config, f"eval.rows={'null' if rows is None else rows}"
+    size = config.train.global_batch_size
+    told = f"eval.batches={batches} is {batches} x train.global_batch_size={size} rows on any layout: eval.rows={rows}"
+    return config.model_copy(update={"eval": config.eval.model_copy(update={"batches": None})}), told
+
+
+def settle_length(
+    config: RunConfig, epochs: float | None, n_rows: int, step: int, consumed: int, earlier: int
+) -> RunConfig:
+    """The config with a number of steps, and the warm-up that fits them, where it names none itself.
+
+    epochs: `train.epochs` as it was given, passes over `n_rows` rows. How many steps they are depends on where the run
+    stands, as the batch size may have been another one before: after `step`, `consumed` rows of the present data and
+    `earlier` ones of other data.
+    """
+    train, optim = config.train, config.optim
+    if epochs is not None:
+        end = epoch_rows(epochs, n_rows)
+        steps = step + steps_between(train, earlier + consumed, earlier + end)
+        train = train.model_copy(update={"steps": steps, "epochs": None})
+    if optim.warmup_steps is None:
+        assert train.steps is not None
+        optim = optim.model_copy(update={"warmup_steps": default_warmup(train.steps, optim.decay_steps)})
+    return config.model_copy(update={"train": train, "optim": optim})
 
 
 def encode_prompts(config: RunConfig, tokenizer: Tokenizer, world: World) -> list[list[int]]:

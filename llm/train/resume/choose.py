@@ -6,10 +6,10 @@ from llm.checkpoint.reader import Checkpoint, list_steps, newest_valid, resolve
 from llm.errors import UserError
 from llm.tokenizer import Tokenizer
 from llm.train.config import RunConfig
-from llm.train.differences import differences
+from llm.train.resume.differences import refused_changes
 
 
-def continued(config: RunConfig, folder: Path) -> Checkpoint | None:
+def checkpoint_to_continue(config: RunConfig, folder: Path) -> Checkpoint | None:
     """The checkpoint that a run with its checkpoints in `folder` goes on from; None where it begins anew."""
     mode = config.checkpoint.resume
     checkpoint, _ = newest_valid(folder)
@@ -22,15 +22,15 @@ def refuse_another_run(config: RunConfig, folder: Path, tokenizer: Tokenizer) ->
     """UserError where the checkpoint to continue is of another config: before text is sharded and a model is built,
     which may take hours and more memory than there is. The config's vocabulary and precision must be settled.
     """
-    checkpoint = continued(config, folder)
+    checkpoint = checkpoint_to_continue(config, folder)
     if checkpoint is not None:
-        refuse(checkpoint, changes(checkpoint, config, tokenizer))
+        refuse(checkpoint, refused_by(checkpoint, config, tokenizer))
 
 
-def changes(checkpoint: Checkpoint, config: RunConfig, tokenizer: Tokenizer) -> list[str]:
+def refused_by(checkpoint: Checkpoint, config: RunConfig, tokenizer: Tokenizer) -> list[str]:
     """Lines for all that must not differ from the checkpoint's config and tokenizer, and does."""
     meta = checkpoint.meta_with("config", "tokenizer")
-    changed = differences(meta["config"], config.model_dump(mode="json"), config.checkpoint.allow_changes)
+    changed = refused_changes(meta["config"], config.model_dump(mode="json"), config.checkpoint.allow_changes)
     if meta["tokenizer"] != tokenizer.fingerprint and "tokenizer" not in config.checkpoint.allow_changes:
         changed.append("tokenizer: its content differs")
     return changed

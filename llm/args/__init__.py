@@ -1,0 +1,12 @@
+"""What a model is: `ModelArgs`, and the layer-pattern grammar that resolves it to one frozen `LayerSpec` a layer.
+
+Everything that differs between layers (mask, RoPE or not, QK norm, temperature, dense or MoE) is decided here, once;
+building, attention masks and caches read the specs and never the args.
+"""
+
+from llm.args.layers import Ffn, LayerSpec, Mask, QKNorm
+from llm.args.model import Activation, ModelArgs
+from llm.args.moe import MoEArgs
+from llm.args.rope import RopeScaling
+
+__all__ = ["Activation", "Ffn", "LayerSpec", "Mask", "ModelArgs", "MoEArgs", "QKNorm", "RopeScaling"]

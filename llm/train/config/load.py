@@ -1,0 +1,64 @@
+"""A run config from its YAML file and the overrides of the command line."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from llm.errors import UserError
+from llm.train.config.explain import explain, prepared
+from llm.train.config.overrides import put
+from llm.train.config.schema import RunConfig
+from llm.train.config.yaml_file import read_yaml
+
+
+def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> RunConfig:
+    """Read a YAML run config, apply `{"train.steps": 200}`-like overrides, validate.
+
+    Raises UserError naming the file or the key; nothing else is touched.
+    """
+    raw = read_yaml(Path(path))
+    model = raw.get("model")
+    for key, value in (overrides or {}).items():
+        if key == "model":
+            model = raw["model"] = value
+    if isinstance(model, str):
+        raw["model"] = read_yaml(Path(model).expanduser())
+    for key, value in (overrides or {}).items():
+        if key != "model":
+            put(raw, key, value, RunConfig)
+    _complete_from_weights(raw, str(path))
+    return validate(raw, str(path))
+
+
+def _complete_from_weights(raw: dict[str, Any], where: str) -> None:
+    """Fill in what `model.init_from` knows: the model, and its tokenizer if the config names none. A model that is
+    written out needs the folder no more, as when a run is continued."""
+    model = raw.get("model")
+    source = model.get("init_from") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not isinstance(source, str) or ("dim" in model and not Path(source).exists()):
+        return
+    from llm.pretrained import args_of, tokenizer_config_of  # they import torch
+
+    try:
+        own = args_of(source, tell=None).model_dump(mode="json")  # the run says them when it begins
+        groups = {key: own[key] | value for key, value in model.items() if _is_group(value) and _is_group(own.get(key))}
+        raw["model"] = own | model | groups
+        if "tokenizer" not in raw:
+            raw["tokenizer"] = tokenizer_config_of(source, tell=None).model_dump(mode="json")
+    except UserError as error:
+        raise UserError(f"{where}: model.init_from: {error}") from None
+
+
+def _is_group(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def validate(raw: dict[str, Any], where: str) -> RunConfig:
+    """RunConfig of a nested dict; UserError with one line that names the first wrong key."""
+    try:
+        return RunConfig.model_validate(prepared(raw, RunConfig))
+    except ValidationError as error:
+        raise UserError(f"{where}: {explain(error, RunConfig)}") from None
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None

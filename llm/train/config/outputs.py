@@ -1,0 +1,82 @@
+"""The sections `checkpoint`, `eval` and `log`: what a run saves, measures and reports, and when."""
+
+import importlib.util
+import sys
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from llm.paths import PathText
+from llm.train.config.section import BY_COMMAS, ONE_TEXT, Count, Section
+
+
+class CheckpointConfig(Section):
+    interval: int = Field(100, ge=1)
+    """Steps between checkpoints; the last step always gets one."""
+    keep: int = Field(3, ge=1)
+    """Newest checkpoints that stay."""
+    keep_best: bool = True
+    """Also keep the checkpoint with the lowest validation loss (saved when it is reached)."""
+    keep_every: int | None = Field(None, ge=1)
+    """Checkpoints of every so many steps stay for good; a multiple of checkpoint.interval; null = none."""
+    asynchronous: bool = True
+    """Copy the state to host memory, which must have room for it, and write it while training goes on."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be written (full disk): stop, or say so and train on; the last step's must be written.
+    """
+    resume: PathText = "auto"
+    """auto = newest valid checkpoint of the run folder; never = refuse a used folder; or the path of a checkpoint."""
+    allow_changes: Annotated[tuple[str, ...], BY_COMMAS] = ()
+    """Config keys, separated by commas, that may differ from the checkpoint's although they change the results."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "CheckpointConfig":
+        if self.keep_every is not None and self.keep_every % self.interval:
+            raise ValueError(
+                f"checkpoint.keep_every={self.keep_every} is no multiple of checkpoint.interval={self.interval}"
+            )
+        return self
+
+
+class EvalConfig(Section):
+    interval: int = Field(100, ge=1)
+    """Steps between validations; the last step always gets one."""
+    rows: int | None = Field(512, ge=1)
+    """Rows (of train.seq_len tokens) of the held-out text that a validation reads, a fixed choice over all of it, the
+    same on every layout; null = all."""
+    batches: int | None = Field(None, ge=1)
+    """Older name for rows: so many times train.global_batch_size rows; null without eval.rows = all."""
+    patience: int | None = Field(None, ge=1)
+    """End the run after this many validations without a new best; null = never."""
+    sample_interval: int | None = Field(None, ge=1)
+    """Steps between text samples; null = none."""
+    sample_tokens: int = Field(128, ge=1)
+    """Tokens per sample."""
+    temperature: float = Field(0.8, ge=0)
+    """Temperature of the samples; 0 = greedy."""
+    prompts: Annotated[tuple[str, ...], ONE_TEXT, Field(min_length=1)] = ("",)
+    """Prompts of the samples, a list or one text; an empty one starts a document."""
+
+
+class LogConfig(Section):
+    interval: int = Field(10, ge=1)
+    """Steps between lines on the screen; metrics.jsonl gets every step."""
+    tensorboard: bool = True
+    """Write curves to tb/ in the run folder."""
+    wandb: bool = False
+    """Send curves to Weights & Biases, online or offline as its own environment variables say."""
+    peak_flops: float | None = Field(None, gt=0)
+    """Arithmetic peak of one device (FLOP/s), for mfu; null = known for common GPUs, mfu stays null elsewhere."""
+    trace_steps: Annotated[tuple[Count, Count] | None, BY_COMMAS] = None
+    """[first, last]: write statistics of every module's output and every gradient of these steps to trace.jsonl."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "LogConfig":
+        if self.wandb and "wandb" not in sys.modules and importlib.util.find_spec("wandb") is None:
+            raise ValueError(
+                'log.wandb=true: the package wandb is not installed; pip install "lattice-llm[wandb]", '
+                "or log.wandb=false"
+            )
+        if self.trace_steps is not None and self.trace_steps[0] > self.trace_steps[1]:
+            raise ValueError(f"log.trace_steps={list(self.trace_steps)}: the first step lies after the last")
+        return self

@@ -1,0 +1,128 @@
+"""The whole run config, and what its sections must have in common."""
+
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from llm.args import ModelArgs
+from llm.parallel.layout import PipelineSchedule
+from llm.paths import PathText
+from llm.tokenizer import TokenizerConfig
+from llm.train.config.data import DataConfig
+from llm.train.config.deepspeed_options import checked_options
+from llm.train.config.explain import keys_of
+from llm.train.config.length import misfit, untraced
+from llm.train.config.optim import OptimConfig
+from llm.train.config.outputs import CheckpointConfig, EvalConfig, LogConfig
+from llm.train.config.section import Section
+from llm.train.config.synonyms import meant
+from llm.train.config.train import GuardConfig, TrainConfig
+
+
+class ModelSection(ModelArgs):
+    init_from: PathText | None = None
+    """Begin with the weights of this run, checkpoint, model folder or foreign folder; keys left out here are its own.
+    """
+
+
+class ParallelConfig(Section):
+    tensor: int = Field(1, ge=1)
+    """Ranks that share every matrix; must divide model.n_heads and the feed-forward widths."""
+    pipeline: int = Field(1, ge=1)
+    """Ranks that hold the layers one after the other; needs zero_stage=1 and works best with many more micro-batches
+    than ranks."""
+    pipeline_schedule: PipelineSchedule = "1f1b"
+    """1f1b: a stage a rank, one forward and one backward in turn. dualpipev: two stages a rank, half as large, the
+    layers going from the first rank to the last and back: ranks wait less, keep more activations, send twice as much.
+    """
+    expert: int = Field(1, ge=1)
+    """Data-parallel ranks that share the experts of a layer; must divide model.moe.n_experts."""
+    context: int = Field(1, ge=1)
+    """Context-parallel ranks."""
+    zero_stage: int = Field(1, ge=0, le=3)
+    """DeepSpeed ZeRO stage over the data-parallel ranks; 0 (nothing sharded) for plain data parallel in fp32 only."""
+    offload_optimizer: bool = False
+    """Keep the optimizer state and make the update in CPU memory; needs zero_stage 1 or more."""
+    sequence_parallel: bool = True
+    """Cut activations between tensor-parallel regions along the sequence; no effect at tensor=1."""
+    timeout_s: float = Field(600.0, gt=0, le=1e9)
+    """Seconds after which a collective that a peer never joined ends the job."""
+
+    @model_validator(mode="after")
+    def _only_what_runs(self) -> "ParallelConfig":
+        if self.context != 1:
+            raise ValueError(f"parallel.context={self.context} is not available yet; use parallel.context=1")
+        return self
+
+
+class RunConfig(Section):
+    """Everything that a run is made of."""
+
+    model: ModelSection
+    """ModelArgs, or the path of a YAML file with them."""
+    tokenizer: TokenizerConfig
+    """kind: sentencepiece | bytes | characters, and the path of its file."""
+    data: DataConfig
+    """Training and held-out text."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the ranks share the work."""
+    optim: OptimConfig = OptimConfig()
+    """Optimizer and learning-rate schedule."""
+    train: TrainConfig = TrainConfig()
+    """Steps, batch, precision."""
+    guard: GuardConfig = GuardConfig()
+    """What happens when the loss is not finite or jumps."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saving and resuming."""
+    eval: EvalConfig = EvalConfig()
+    """Validation and samples during training."""
+    log: LogConfig = LogConfig()
+    """What is written where."""
+    deepspeed: dict[str, Any] = {}
+    """Expert options passed through to DeepSpeed's JSON, but for those that the other sections decide."""
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _known_to_deepspeed(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return checked_options(options) if options else {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        if self.train.seq_len > self.model.max_seq_len:
+            raise ValueError(f"train.seq_len={self.train.seq_len} is above model.max_seq_len={self.model.max_seq_len}")
+        if self.eval.patience is not None and self.data.valid is None:
+            raise ValueError(f"eval.patience={self.eval.patience} needs held-out text: set data.valid")
+        self._keys_are_known()
+        optim, steps = self.optim, self.train.steps
+        if steps is not None:  # of train.epochs only the data says how many they are
+            length = f"train.steps={steps}"
+            wrong = misfit(optim.warmup_steps, optim.decay_steps, steps, length)
+            wrong = wrong or untraced(self.log.trace_steps, steps, length)
+            if wrong:
+                raise ValueError(wrong)
+        return self._with_held_out_rows()
+
+    def _with_held_out_rows(self) -> "RunConfig":
+        """The config with `eval.rows` where the older `eval.batches` says how many."""
+        given, batches = self.eval.model_fields_set, self.eval.batches
+        if "batches" not in given:
+            return self
+        rows = None if batches is None else batches * self.train.global_batch_size
+        if "rows" not in given:
+            object.__setattr__(self, "eval", self.eval.model_copy(update={"rows": rows}))  # frozen for all others
+        elif batches is not None and self.eval.rows != rows:
+            held_out = "null" if self.eval.rows is None else self.eval.rows
+            raise ValueError(
+                f"eval.rows={held_out} and eval.batches={batches} (x train.global_batch_size="
+                f"{self.train.global_batch_size} = {rows} rows) both say how much is read; set eval.batches to null"
+            )
+        return self
+
+    def _keys_are_known(self) -> None:
+        known = keys_of(RunConfig)
+        sections = {key[:i] for key in known for i, letter in enumerate(key) if letter == "."}
+        for key in self.checkpoint.allow_changes:
+            if key not in known and key not in sections and not key.startswith("deepspeed."):
+                near = meant(key, known)
+                hint = f"did you mean {' or '.join(near)}?" if near else "see --help for all keys"
+                raise ValueError(f"checkpoint.allow_changes={key}: no such key; {hint}")
