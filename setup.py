@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 RUNTIME = [
     "torch>=2.11",
-    "deepspeed==0.19.8",  # llm/parallel/deepspeed_private.py reads private attributes of exactly this version
+    "deepspeed==0.19.8",  # llm/parallel/engine/deepspeed_private.py reads private attributes of exactly this version
     "fairscale==0.4.13",
     "fire>=0.7",
     "numpy>=2.0",

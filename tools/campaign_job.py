@@ -169,7 +169,7 @@ def plant_in_training(killer: Killer) -> None:
     from llm import atomic
     from llm.checkpoint import assemble
     from llm.model import LLM
-    from llm.parallel.engine import Engine
+    from llm.parallel.engine.culprits import GradientProbes
     from llm.train.trainer import Trainer
 
     trained = False
@@ -223,7 +223,7 @@ def plant_in_training(killer: Killer) -> None:
     wrap(Trainer, "resume", resume)
     wrap(Trainer, "take_step", take_step)
     wrap(LLM, "forward", forward)
-    wrap(Engine, "_probe_gradient", gradient)
+    wrap(GradientProbes, "_add", gradient)
     for register in (register_optimizer_step_pre_hook, register_optimizer_step_post_hook):
         register(lambda *_: killer.here("optimizer", killer.step))
 

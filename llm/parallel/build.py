@@ -16,7 +16,7 @@ from llm.layers.moe import MoE
 from llm.layers.norm import HeadsNorm
 from llm.layers.output import Output
 from llm.model import LLM
-from llm.parallel import deepspeed_private as private
+from llm.parallel.engine import deepspeed_private as private
 from llm.parallel.expert import ExpertExchange
 from llm.parallel.grid import Grid
 from llm.parallel.stages import Stage, split

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llm.boxes import Box, box_shape
-from llm.parallel.deepspeed_private import OwnedRange
+from llm.parallel.engine.deepspeed_private import OwnedRange
 from llm.parallel.grid import Grid, Group
 from llm.plans import plan_for
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from llm.args import ModelArgs
 from llm.boxes import box_shape, parameter_box
-from llm.parallel.engine import ZERO3_SUB_GROUP
+from llm.parallel.engine.options import ZERO3_SUB_GROUP
 from llm.parallel.layout import Layout
 from llm.parallel.stages import Stage, split
 from llm.recompute import Recompute

@@ -9,7 +9,7 @@ from typing import Any
 from llm.errors import UserError
 from llm.foreign.tokenizer import notes_of
 from llm.model import LLM
-from llm.parallel.deepspeed_private import mark
+from llm.parallel.engine.deepspeed_private import mark
 from llm.parallel.grid import stage_name
 from llm.parallel.layout import Dimension, Layout
 from llm.parallel.stages import bubble

@@ -30,7 +30,7 @@ def open_log(run: Run, step: int, notes: Sequence[str]) -> RunLog:
     for line in filter(None, lines):
         log.say(line)
     log.say(
-        f"{run.engine.n_parameters:,} parameters, {run.world.size} process(es) on {run.world.device.type}: "
+        f"{run.engine.state.n_parameters:,} parameters, {run.world.size} process(es) on {run.world.device.type}: "
         f"{run.grid.layout}, {config.train.precision} ({run.precision_reason}); one epoch is "
         f"{run.mixture.n_rows:,} rows of {config.train.seq_len} tokens; run folder {folder}"
     )

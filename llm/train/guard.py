@@ -1,6 +1,6 @@
 """What happens when a step goes wrong: a loss or gradient that is no finite number, or a loss far above the last ones.
 
-The engine has already left weights and optimizer state as they were (llm/parallel/engine.py); here it is decided
+The engine has already left weights and optimizer state as they were (llm/parallel/engine/engine.py); here it is decided
 whether the run stops, goes on behind that step, or goes back to its last checkpoint and then passes over its rows.
 
 Rows, not steps: the batch may have another size when they come round again. And a loss is compared with those of steps
@@ -14,7 +14,7 @@ from typing import Any, Literal
 from llm.data.batch import StepBatch
 from llm.data.ranges import Range, described, merged
 from llm.parallel.collectives import agreed_error
-from llm.parallel.step import StepResult
+from llm.parallel.engine.step import StepResult
 from llm.train.config import GuardConfig
 
 Action = Literal["go on", "rewind"]

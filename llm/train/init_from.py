@@ -10,7 +10,7 @@ from llm.boxes import Box, box_shape
 from llm.errors import UserError
 from llm.foreign.export import Weights, meaning
 from llm.parallel.build import whole_shapes
-from llm.parallel.engine import Engine
+from llm.parallel.engine.engine import Engine
 from llm.pretrained import weights_of
 from llm.train.config import ModelSection
 
@@ -22,14 +22,14 @@ def read_weights(engine: Engine, model: ModelSection) -> tuple[Callable[[], None
     path = Path(str(model.init_from))
     notes: list[str] = []
     args, weights = weights_of(path, notes.append)
-    refuse_other_shapes(path, whole_shapes(args), engine.shapes)
+    refuse_other_shapes(path, whole_shapes(args), engine.state.shapes)
     before, now = meaning(args), meaning(model)
     lines = [f"began with the weights of {path}", *(f"note: {line}" for line in notes)]
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     lines += [f"note: {key} was {before.get(key)} there and is {now.get(key)} here" for key in changed]
     loaded = [
         (fragment.values, read_range(weights, fragment.name, fragment.box, fragment.start, fragment.values.numel()))
-        for fragment in engine.fragments()
+        for fragment in engine.state.fragments()
         if fragment.kind in ("master", "ema")  # an average begins with the weights
     ]
 

@@ -26,8 +26,8 @@ import torch
 
 from llm.args import ModelArgs
 from llm.data.batch import StepBatch
+from llm.parallel.engine.step import StepResult
 from llm.parallel.launch.world import World
-from llm.parallel.step import StepResult
 from llm.train.flops import FlopCount, peak_flops
 
 

@@ -6,7 +6,7 @@ import torch
 
 from llm.model import LLM
 from llm.parallel.build import whole_shapes
-from llm.parallel.deepspeed_private import absent_expert_group, expert_group, filler, is_copy
+from llm.parallel.engine.deepspeed_private import absent_expert_group, expert_group, filler, is_copy
 from llm.parallel.muon import Muon
 from llm.plans import plan_for
 from llm.train.config import OptimConfig

@@ -197,7 +197,7 @@ def _load_before(trainer: "Trainer", step: int, first_recorded: int) -> tuple[st
     paths = main_decides(lambda: [str(path) for at, path in list_steps(store.folder) if at < step], trainer.run.world)
     if first_recorded > 1 and resume not in ("auto", "never"):  # where the run began
         paths.append(main_decides(lambda: str(resolve(resume).path.resolve()), trainer.run.world))
-    untouched = trainer.run.engine.optimizer_scalars()
+    untouched = trainer.run.engine.state.scalars()
     for path in paths:
         try:
             store.load_exactly(Path(path), trainer.restorer.read)
@@ -207,7 +207,7 @@ def _load_before(trainer: "Trainer", step: int, first_recorded: int) -> tuple[st
         started_from = path
         break
     if skipped and started_from is None:  # a damaged checkpoint's reading has begun with the optimizer
-        trainer.run.engine.prepare_load({name: {"master"} for name in trainer.run.engine.shapes}, untouched)
+        trainer.run.engine.prepare_load({name: {"master"} for name in trainer.run.engine.state.shapes}, untouched)
     if not first_recorded - 1 <= trainer.progress.step < step:
         raise agreed_error(
             f"--replay_step={step}: the run begins with step {first_recorded}, but the state to start from is that of "

@@ -17,10 +17,10 @@ from llm.data.source import TokenSource
 from llm.data.sources import check_data, open_data, prepare_data, sides
 from llm.parallel.build import build_model
 from llm.parallel.collectives import all_or_none, main_decides
-from llm.parallel.engine import Engine
+from llm.parallel.engine.engine import Engine
+from llm.parallel.engine.pipeline import engine_class
 from llm.parallel.grid import Grid, make_grid
 from llm.parallel.launch.world import World
-from llm.parallel.pipeline import engine_class
 from llm.tokenizer import Tokenizer, load_tokenizer
 from llm.train.config import RunConfig, accumulation_steps, check_layout
 from llm.train.optimizer import make_optimizer

@@ -33,8 +33,8 @@ class Saver:
         meta, asynchronous = self._meta(), run.config.checkpoint.asynchronous
 
         def begin() -> int | None:
-            owned = run.engine.owned_fragments()
-            run.store.begin(step, run.engine.shapes, owned, meta, self.progress.best.step, asynchronous)
+            owned = run.engine.state.owned_fragments()
+            run.store.begin(step, run.engine.state.shapes, owned, meta, self.progress.best.step, asynchronous)
             return None if asynchronous else run.store.finish()
 
         self._attempt(begin, log, last)
@@ -63,7 +63,7 @@ class Saver:
             "tokenizer": run.tokenizer.fingerprint,
             "data": run.mixture.state(progress.consumed_rows, progress.earlier_rows),
             "expert_counts": run.engine.expert_counts().tolist(),
-            "optimizer_scalars": run.engine.optimizer_scalars(),
+            "optimizer_scalars": run.engine.state.scalars(),
             **progress.state(),
             "layout": dataclasses.asdict(run.grid.layout),
             "versions": {"torch": torch.__version__, "python": platform.python_version()},

@@ -14,8 +14,8 @@ from llm.data.loader import TrainLoader
 from llm.errors import UserError
 from llm.foreign.tokenizer import notes_of
 from llm.parallel.collectives import agreed_error, all_or_none, main_decides, sum_over_ranks
+from llm.parallel.engine.step import StepResult
 from llm.parallel.launch.world import World
-from llm.parallel.step import StepResult
 from llm.train.config import RunConfig
 from llm.train.config.length import misfit, untraced
 from llm.train.folder import open_log
@@ -134,7 +134,7 @@ class Trainer:
                 with trace.step(progress.step + 1, run.engine.gradient_scale):
                     result, lr = self.take_step(work.batch, work.n_targets, work.n_tokens)
                 if config.checkpoint.asynchronous and progress.step == first:  # the optimizer has its state now
-                    run.store.prepare(run.engine.owned_fragments())
+                    run.store.prepare(run.engine.state.owned_fragments())
                 action, lines = progress.guard.judge(progress.step, result, *rows_and_size(work.batch))
                 lines = [*trace.notes(), *part_passed_over(progress.step, work.batch), *lines]
                 if action == "rewind":

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from llm.data.batch import MicroBatch
 from llm.data.heldout import HeldOut
 from llm.parallel.collectives import agreed_error, sum_over_ranks
-from llm.parallel.engine import Engine
+from llm.parallel.engine.engine import Engine
 from llm.parallel.grid import Grid
 from llm.parallel.launch.world import World
 from llm.tokenizer import Tokenizer

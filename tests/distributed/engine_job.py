@@ -14,12 +14,12 @@ from llm.args import ModelArgs
 from llm.compile import compile_blocks
 from llm.data.batch import IGNORE, MicroBatch, StepBatch
 from llm.parallel.build import build_model
-from llm.parallel.engine import Engine
+from llm.parallel.engine.engine import Engine
+from llm.parallel.engine.pipeline import engine_class
 from llm.parallel.grid import Grid, make_grid
 from llm.parallel.launch import process
 from llm.parallel.launch.world import World
 from llm.parallel.layout import Layout
-from llm.parallel.pipeline import engine_class
 from llm.train.config import OptimConfig
 from llm.train.optimizer import make_optimizer
 from tests.distributed.harness import TINY_MODEL

@@ -89,7 +89,7 @@ class _FaultInBackward(torch.autograd.Function):
 
 def train_by_deepspeed(world: World) -> None:
     """One step under ZeRO-1; DeepSpeed sends rank 0's weights to all while it initialises."""
-    from llm.parallel import deepspeed_private as private
+    from llm.parallel.engine import deepspeed_private as private
 
     broadcast = dist.broadcast
 

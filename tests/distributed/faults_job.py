@@ -31,10 +31,10 @@ TRAINED_ON = "a bit of the header, rank_00001.safetensors of step 6"
 def state(trainer: Trainer) -> str:
     """Digest of all that the next steps depend on, of all ranks."""
     mine = hashlib.blake2b()
-    for name, kind, *_, values in trainer.run.engine.fragments():
+    for name, kind, *_, values in trainer.run.engine.state.fragments():
         mine.update(f"{name} {kind}".encode() + values.detach().numpy().tobytes())
     progress, engine = trainer.progress, trainer.run.engine
-    position = [progress.step, progress.consumed_rows, progress.tokens, engine.optimizer_scalars()]
+    position = [progress.step, progress.consumed_rows, progress.tokens, engine.state.scalars()]
     position.append(engine.model.expert_counts().tolist())
     whole = gather_json([mine.hexdigest(), position], trainer.run.world)
     return hashlib.blake2b(json.dumps(whole).encode()).hexdigest()

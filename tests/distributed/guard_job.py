@@ -12,7 +12,7 @@ import yaml
 
 from llm.errors import UserError
 from llm.model import LLM
-from llm.parallel.engine import Engine
+from llm.parallel.engine.engine import Engine
 from llm.parallel.launch import process
 from llm.train.config import validate
 from llm.train.trainer import Trainer
@@ -91,7 +91,7 @@ def main() -> None:
         try:
             trainer.fit()
         except UserError as error:
-            finite = all(bool(f.values.isfinite().all()) for f in trainer.run.engine.owned_fragments())
+            finite = all(bool(f.values.isfinite().all()) for f in trainer.run.engine.state.owned_fragments())
             (out / f"{stage}-{name}" / f"error{world.rank}.txt").write_text(f"{finite} {error}")
         LLM.context, LLM.loss_sum, LLM.through_layers = plain  # type: ignore[method-assign]
 

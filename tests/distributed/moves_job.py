@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from llm.parallel import deepspeed_private as private
+from llm.parallel.engine import deepspeed_private as private
 from llm.parallel.launch import process
 from llm.train.config import validate
 from llm.train.trainer import Trainer

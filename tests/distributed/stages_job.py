@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from llm.parallel.collectives import gather_json
-from llm.parallel.engine import Engine
+from llm.parallel.engine.engine import Engine
 from llm.parallel.launch import process
 from llm.parallel.launch.world import World
 from llm.parallel.precision import has_arithmetic
@@ -25,7 +25,7 @@ DECAY = 0.75
 
 
 def values(engine: Engine, kind: str) -> dict[tuple[str, int], torch.Tensor]:
-    return {(f.name, f.start): f.values.clone() for f in engine.owned_fragments() if f.kind == kind}
+    return {(f.name, f.start): f.values.clone() for f in engine.state.owned_fragments() if f.kind == kind}
 
 
 def average_is_right(world: World) -> dict[str, bool]:

@@ -1,4 +1,5 @@
-"""What llm/parallel/deepspeed_pipeline.py relies on in DeepSpeed's pipeline: this fails by name when one of it moves.
+"""What llm/parallel/engine/deepspeed_pipeline.py relies on in DeepSpeed's pipeline: this fails by name when one of it
+moves.
 That the whole works is the matter of test_layouts.py.
 """
 

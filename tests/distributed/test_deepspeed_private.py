@@ -1,4 +1,4 @@
-"""The private attributes of DeepSpeed that llm/parallel/deepspeed_private.py reads: this fails by name when one
+"""The private attributes of DeepSpeed that llm/parallel/engine/deepspeed_private.py reads: this fails by name when one
 moves.
 """
 
@@ -27,10 +27,10 @@ def main(out: Path) -> None:
     from llm.args import ModelArgs
     from llm.data.batch import MicroBatch, StepBatch
     from llm.init import initial_values
-    from llm.parallel import deepspeed_private as private
     from llm.parallel.build import build_model
     from llm.parallel.collectives import gather_json
-    from llm.parallel.engine import Engine
+    from llm.parallel.engine import deepspeed_private as private
+    from llm.parallel.engine.engine import Engine
     from llm.parallel.grid import make_grid
     from llm.parallel.launch import process
     from llm.parallel.precision import has_arithmetic
@@ -59,7 +59,7 @@ def main(out: Path) -> None:
         )
         exact = all(
             torch.equal(f.values, initial_values(args, f.name, 3, f.start, f.start + f.values.numel()))
-            for f in engine.owned_fragments()
+            for f in engine.state.owned_fragments()
         )
         before = None
         if precision == "fp16":
@@ -74,9 +74,9 @@ def main(out: Path) -> None:
             grown = engine._deepspeed.optimizer.loss_scaler.cur_scale / before
             report[f"{stage} {precision}"] = {"grown": grown, "norm": result.grad_norm}
             continue
-        mine = [[f.name, f.kind, f.start, f.values.numel()] for f in engine.owned_fragments()]
+        mine = [[f.name, f.kind, f.start, f.values.numel()] for f in engine.state.owned_fragments()]
         everything = [row for rows in gather_json(mine, world) for row in rows]
-        numel = {name: math.prod(shape) for name, shape in engine.shapes.items()}
+        numel = {name: math.prod(shape) for name, shape in engine.state.shapes.items()}
 
         def covers(kind: str, everything: list[Any] = everything, numel: dict[str, int] = numel) -> bool:
             return all(

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from llm.boxes import box_shape
-from llm.parallel import deepspeed_private as private
 from llm.parallel.collectives import gather_json
-from llm.parallel.engine import Engine
+from llm.parallel.engine import deepspeed_private as private
+from llm.parallel.engine.engine import Engine
+from llm.parallel.engine.pipeline import PipelineEngine
 from llm.parallel.grid import make_grid
 from llm.parallel.launch import process
 from llm.parallel.launch.world import World
-from llm.parallel.pipeline import PipelineEngine
 from llm.parallel.traffic_counter import TrafficCounter
 from llm.plan import memory, traffic
 from llm.train.config import check_layout, validate
@@ -68,7 +68,7 @@ def compare(case: dict[str, Any], world: World) -> dict[str, Any]:
         mine["gradients"] = None
     kinds = [asdict(kind) for kind, _ in memory.predict(work)]
     owned = [name for name, parameter in engine.model.named_parameters() if not private.is_copy(parameter)]
-    held = {name: math.prod(box_shape(engine.boxes[name])) for name in owned}
+    held = {name: math.prod(box_shape(engine.state.boxes[name])) for name in owned}
     copied = sum(p.numel() for p in engine.model.parameters() if private.is_copy(p))
     mine_is = next(i for i, kind in enumerate(work.kinds) if (kind.sizes, kind.copied) == (held, copied))
     return {
@@ -106,7 +106,7 @@ def measure(engine: Engine) -> dict[str, int]:
         "parameters": weights,
         "masters": _bytes([*parameters, *flats]) - weights,
         "optimizer": _bytes(state),
-        "ema": _bytes(engine._ema),
+        "ema": _bytes(engine.state.averages.flats),
         "gradients": _bytes(gradients),
     }
 

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 from llm.args import ModelArgs
-from llm.parallel import deepspeed_private as private
 from llm.parallel.build import build_model
 from llm.parallel.collectives import gather_json
-from llm.parallel.engine import Engine
+from llm.parallel.engine import deepspeed_private as private
+from llm.parallel.engine.engine import Engine
 from llm.parallel.grid import make_grid
 from llm.parallel.launch import process
 from llm.train.config import OptimConfig
@@ -52,7 +52,7 @@ def main() -> None:
     engine = build(MODEL)
     grown = memory("VmHWM") - before
     owned = sum(held.length for held in private.owned_ranges(engine._deepspeed, engine.model))
-    rows = gather_json([grown, owned, engine.n_parameters], world)
+    rows = gather_json([grown, owned, engine.state.n_parameters], world)
     if world.is_main:
         Path(sys.argv[1]).write_text(json.dumps(rows))
 

@@ -10,7 +10,7 @@ from llm.datatypes import TransformerInput
 from llm.kernels.grouped import Padding, grouped_matmul
 from llm.layers.dispatch import Dispatch
 from llm.layers.moe import MoE
-from llm.parallel.step import highest_share
+from llm.parallel.engine.step import highest_share
 from tests.model.models import MOE, llama4, tokens
 
 VARIANTS = {

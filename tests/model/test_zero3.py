@@ -23,7 +23,7 @@ def main(out: Path) -> None:
 
     from llm.args import ModelArgs
     from llm.model import LLM
-    from llm.parallel import deepspeed_private as private
+    from llm.parallel.engine import deepspeed_private as private
     from llm.parallel.grid import make_grid
     from llm.parallel.launch import process
 

@@ -5,8 +5,8 @@ import torch
 
 from llm.args import ModelArgs, MoEArgs
 from llm.data.batch import MicroBatch, StepBatch
+from llm.parallel.engine.step import StepResult
 from llm.parallel.launch.world import World
-from llm.parallel.step import StepResult
 from llm.train.flops import FlopCount, peak_by_name, peak_flops
 from llm.train.metrics import StepMetrics, peak_memory_gb
 

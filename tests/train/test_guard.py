@@ -7,8 +7,8 @@ import pytest
 
 from llm.data.batch import StepBatch
 from llm.errors import UserError
-from llm.parallel import deepspeed_private as private
-from llm.parallel.step import Overflows, Skipped, StepResult
+from llm.parallel.engine import deepspeed_private as private
+from llm.parallel.engine.step import Overflows, Skipped, StepResult
 from llm.train.config import GuardConfig
 from llm.train.guard import Guard, part_passed_over
 

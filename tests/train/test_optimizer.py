@@ -37,7 +37,7 @@ def trained(**optim: object) -> tuple[LLM, torch.optim.Optimizer]:
 def muon_describe(optimizer: torch.optim.Optimizer, flats: list[torch.Tensor], names: list[str]) -> None:
     """Tell Muon that each flat tensor is one whole parameter."""
     from llm.boxes import whole
-    from llm.parallel.deepspeed_private import OwnedRange
+    from llm.parallel.engine.deepspeed_private import OwnedRange
 
     shapes = {name: tuple(flat.shape) for name, flat in zip(names, flats, strict=True)}
     boxes = {name: whole(shape) for name, shape in shapes.items()}

@@ -18,7 +18,7 @@ from llm import LLM, ModelArgs
 from llm.compile import compile_blocks
 from llm.data.batch import IGNORE, MicroBatch, StepBatch
 from llm.parallel.build import build_model
-from llm.parallel.engine import Engine
+from llm.parallel.engine.engine import Engine
 from llm.parallel.grid import make_grid
 from llm.parallel.launch.world import World
 from llm.recompute import Recompute
@@ -113,7 +113,7 @@ def our_engine(
         return engine.train_step(batch, shape.n_targets, shape.n_tokens, OPTIM.lr).lm_loss
 
     def states() -> list[Tensor]:
-        return [*model.parameters(), *(fragment.values for fragment in engine.owned_fragments())]
+        return [*model.parameters(), *(fragment.values for fragment in engine.state.owned_fragments())]
 
     return Runner(step, states)
 

@@ -21,10 +21,10 @@ from llm.args import ModelArgs
 from llm.data.batch import MicroBatch, StepBatch
 from llm.parallel.build import build_model
 from llm.parallel.collectives import gather_json
+from llm.parallel.engine.pipeline import engine_class
 from llm.parallel.grid import Grid, make_grid
 from llm.parallel.launch import process
 from llm.parallel.layout import Layout
-from llm.parallel.pipeline import engine_class
 from llm.train.config import OptimConfig
 from llm.train.optimizer import make_optimizer
 

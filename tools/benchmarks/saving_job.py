@@ -27,7 +27,7 @@ from llm.checkpoint.reader import Checkpoint
 from llm.checkpoint.store import CheckpointStore
 from llm.errors import UserError
 from llm.parallel.collectives import gather_json, sum_over_ranks
-from llm.parallel.engine import Engine
+from llm.parallel.engine.engine import Engine
 from llm.parallel.grid import make_grid
 from llm.parallel.launch import process
 from llm.parallel.launch.world import World
@@ -91,14 +91,14 @@ class Bench:
         Whole storages, because torch copies a view of part of one before it writes it.
         """
         flats: dict[int, Tensor] = {}
-        for fragment in self.engine.owned_fragments():
+        for fragment in self.engine.state.owned_fragments():
             storage = fragment.values.untyped_storage()
             flats.setdefault(storage.data_ptr(), fragment.values.new_empty(0).detach().set_(storage))
         return {f"rank{self.world.rank}.{i}": flat for i, flat in enumerate(flats.values())}
 
     def owned_bytes(self) -> int:
         """Of this rank's part of the state."""
-        return sum(4 * fragment.values.numel() for fragment in self.engine.owned_fragments())
+        return sum(4 * fragment.values.numel() for fragment in self.engine.state.owned_fragments())
 
     def meet(self) -> None:
         """All ranks, with nothing left for the disk to write."""
@@ -138,7 +138,7 @@ class Bench:
         """Every way of saving."""
         self._copy = torch.empty(self._n_elements(), pin_memory=torch.cuda.is_available()).zero_()
         self._store = self._new_store()
-        self._store.prepare(self.engine.owned_fragments())
+        self._store.prepare(self.engine.state.owned_fragments())
         self._stager = DefaultStager(StagingOptions(False, False, False, False))
         self._group = dist.new_group(backend="gloo")  # its thread's collectives must not meet those of the training
         contestants: dict[str, Callable[[], Metrics]] = {
@@ -191,8 +191,8 @@ class Bench:
     def _begin(self, store: CheckpointStore, in_background: bool) -> None:
         self._saves += 1
         engine = self.engine
-        meta = {"optimizer_scalars": engine.optimizer_scalars()}
-        store.begin(self._saves, engine.shapes, engine.owned_fragments(), meta, None, in_background)
+        meta = {"optimizer_scalars": engine.state.scalars()}
+        store.begin(self._saves, engine.state.shapes, engine.state.owned_fragments(), meta, None, in_background)
 
     def _ours_blocking(self) -> Metrics:
         store = self._new_store()
@@ -209,7 +209,7 @@ class Bench:
     def _ours_behind_first(self) -> Metrics:
         """The first save of a run, which has got its memory behind the training."""
         store = self._new_store()
-        preparing = seconds(lambda: store.prepare(self.engine.owned_fragments()))
+        preparing = seconds(lambda: store.prepare(self.engine.state.owned_fragments()))
         for _ in range(BEFORE_SAVE):
             self.train()
         self.meet()
@@ -302,7 +302,7 @@ class Bench:
         self.remove("ours")
         dcp.save(self.state(), checkpoint_id=self.folder / "dcp")
         self._save_by_deepspeed()
-        self._expected = [fragment.values.clone() for fragment in self.engine.fragments()]
+        self._expected = [fragment.values.clone() for fragment in self.engine.state.fragments()]
         found = self.in_turn(
             {
                 "ours": lambda: self._loaded("ours", lambda: self._load_ours(store, kept)),
@@ -316,12 +316,12 @@ class Bench:
 
     def _loaded(self, name: str, load: Callable[[], None]) -> Metrics:
         """Time a load into a state that was cleared. UserError where the state is not what was saved."""
-        for fragment in self.engine.fragments():
+        for fragment in self.engine.state.fragments():
             fragment.values.zero_()
         self.engine.finish_load()
         dist.barrier()
         taken = seconds(load)
-        for fragment, expected in zip(self.engine.fragments(), self._expected, strict=True):
+        for fragment, expected in zip(self.engine.state.fragments(), self._expected, strict=True):
             if not torch.equal(fragment.values, expected):
                 raise UserError(f"{name} does not load what was saved: {fragment.name} ({fragment.kind}) differs")
         return {"stall": taken}
@@ -333,7 +333,7 @@ class Bench:
             engine.prepare_load(checkpoint.kinds(), checkpoint.meta["optimizer_scalars"])
             checkpoint.fill(
                 (name, kind, box, start, start + values.numel(), values)
-                for name, kind, box, start, values in engine.fragments()
+                for name, kind, box, start, values in engine.state.fragments()
             )
             return engine.finish_load
 
@@ -354,7 +354,7 @@ class Bench:
         checkpoint = Checkpoint.open(path)
         share = total = most = 0
         counting = -io_bytes("rchar") + io_bytes("rchar")  # what asking for the number reads
-        for name, kind, box, start, values in self.engine.fragments():
+        for name, kind, box, start, values in self.engine.state.fragments():
             before = io_bytes("rchar")
             checkpoint.read(name, kind, box=box, start=start, stop=start + values.numel())
             read = io_bytes("rchar") - before - counting

@@ -74,7 +74,7 @@ class Restorer:
         kinds = checkpoint.kinds()
         run.engine.prepare_load(kinds, meta["optimizer_scalars"])
         places = []
-        for name, kind, box, start, values in run.engine.fragments():
+        for name, kind, box, start, values in run.engine.state.fragments():
             if kind == "ema" and kind not in kinds[name]:
                 kind = "master"  # an average that begins now begins with the weights
             elif kind != "master" and kind not in kinds[name]:

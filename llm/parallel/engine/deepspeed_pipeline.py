@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llm.model import LLM
-from llm.parallel.deepspeed_private import _import_deepspeed
+from llm.parallel.engine.deepspeed_private import _import_deepspeed
 from llm.parallel.grid import DeepSpeedGroups, Grid
 from llm.parallel.launch.process import stdout_to_nowhere
 

@@ -32,11 +32,11 @@ from llm.cache import Cache
 from llm.data.batch import MicroBatch, StepBatch
 from llm.datatypes import TransformerInput
 from llm.generate import Decoder
-from llm.parallel import deepspeed_pipeline as pipe
-from llm.parallel import deepspeed_private as private
-from llm.parallel.engine import Engine
+from llm.parallel.engine import deepspeed_pipeline as pipe
+from llm.parallel.engine import deepspeed_private as private
+from llm.parallel.engine.engine import Engine
+from llm.parallel.engine.step import Tally
 from llm.parallel.grid import Grid
-from llm.parallel.step import Tally
 
 EVALUATED_AT_ONCE = 4
 """Micro-batches of a validation that go through the pipeline together, for each rank of it."""

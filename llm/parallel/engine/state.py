@@ -1,0 +1,125 @@
+"""What an engine keeps from step to step on a rank: masters, optimizer state and averages, as fragments of a
+checkpoint.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llm import init
+from llm.args import ModelArgs
+from llm.boxes import Box, whole
+from llm.model import LLM
+from llm.parallel.build import whole_shapes
+from llm.parallel.engine import deepspeed_private as private
+from llm.parallel.engine.averages import Averages
+from llm.parallel.grid import Grid
+from llm.parallel.muon import Muon
+
+
+class OwnedFragment(NamedTuple):
+    """Elements [start, start + len(values)) of a flattened box of a parameter, and where they live on this rank."""
+
+    name: str
+    kind: str
+    box: Box
+    start: int
+    values: Tensor
+
+
+class TrainState:
+    """The state of one rank: the flat partitions that its optimizer steps on, and what lies where in them."""
+
+    def __init__(
+        self,
+        deepspeed: Any,
+        model: LLM,
+        grid: Grid,
+        *,
+        zero_stage: int,
+        seed: int | None,
+        ema_decay: float | None,
+        frozen: set[str],
+        of_muon: set[str],
+    ) -> None:
+        """seed: where masters are to be drawn anew from it, in float32; DeepSpeed starts from rounded parameters.
+        frozen, of_muon: names of the parameters without an update, and of those that Muon steps on.
+        """
+        self._deepspeed, self._grid, self._zero_stage = deepspeed, grid, zero_stage
+        self._frozen, self._of_muon = frozen, of_muon
+        self.shapes = whole_shapes(model.args)
+        """Of every parameter of the whole model."""
+        self.boxes = {name: grid.box(model.args, name, shape) for name, shape in self.shapes.items()}
+        """What this rank has of each before ZeRO cuts it."""
+        self.owned_ranges = private.owned_ranges(deepspeed, model)
+        self.partitions = private.partitions(deepspeed)
+        if seed is not None:
+            self._draw_masters(model.args, seed)
+        self.averages = Averages(self.partitions, ema_decay)
+
+    @property
+    def n_parameters(self) -> int:
+        """Elements of all parameters of the whole model."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @torch.no_grad()
+    def _draw_masters(self, args: ModelArgs, seed: int) -> None:
+        for owned in self.owned_ranges:
+            place = (self.shapes[owned.name], self.boxes[owned.name], owned.start, owned.start + owned.length)
+            owned.of(owned.flat).copy_(init.initial_values_in_box(args, owned.name, seed, *place))
+
+    def fragments(self) -> Iterator[OwnedFragment]:
+        """What a checkpoint must fill on this rank."""
+        for owned in self.owned_ranges:
+            place = (self.boxes[owned.name], owned.start)
+            yield OwnedFragment(owned.name, "master", *place, owned.of(owned.flat.data))
+            for key, values in private.states(self._deepspeed, owned.flat):
+                yield OwnedFragment(owned.name, key, *place, owned.of(values))
+            average = self.averages.of(owned.flat)
+            if average is not None:
+                yield OwnedFragment(owned.name, "ema", *place, owned.of(average))
+
+    def owned_fragments(self) -> Iterator[OwnedFragment]:
+        """Masters, optimizer states and averages for a checkpoint; over all ranks each element exactly once."""
+        for fragment in self.fragments():
+            cut = fragment.box != whole(self.shapes[fragment.name])
+            # at stage 0 every rank has it all; what is not cut, every tensor-parallel rank
+            if self._grid.world.is_main or (self._zero_stage and (cut or self._grid.leads)):
+                yield fragment
+
+    def scalars(self) -> dict[str, float]:
+        """State that is one number: AdamW's step count, fp16's loss scaler."""
+        scaler = private.loss_scaler_state(self._deepspeed)
+        return private.optimizer_scalars(self._deepspeed) | {f"loss_scaler.{k}": v for k, v in scaler.items()}
+
+    def prepare_load(self, kinds: dict[str, set[str]], scalars: dict[str, float]) -> None:
+        """Create optimizer state, so that `fragments` lists everything that a checkpoint must fill.
+
+        kinds: for each parameter the kinds of fragments that the checkpoint has. On a new optimizer state all are zero;
+        so is what the checkpoint lacks because it was frozen then. What is frozen now has none.
+        """
+        base = private.base_optimizer(self._deepspeed)
+        foreign = "exp_avg" if isinstance(base, Muon) else "momentum_buffer"
+        anew = any(foreign in kept and (name in self._of_muon or not self._of_muon) for name, kept in kinds.items())
+        if anew:
+            kinds = {name: {"master"} for name in kinds}  # of another optimizer
+        state_of = base.state
+        for number, flat in enumerate(self.partitions):
+            # a partition of padding alone keeps step with the others
+            names = [owned.name for owned in self.owned_ranges if owned.partition == number] or list(kinds)
+            keys = set().union(*(kinds[name] for name in names if name not in self._frozen)) - {"master", "ema"}
+            if not keys and "step" in scalars and not anew and not self._frozen.issuperset(names):  # frozen until now
+                keys = {"momentum_buffer"} if self._of_muon.issuperset(names) else {"exp_avg", "exp_avg_sq"}
+            held = state_of.get(flat, {})  # new memory would be there twice, and costs more than what is read into it
+            state: dict[str, Tensor] = {
+                key: held[key].zero_() if key in held else torch.zeros_like(flat, requires_grad=False)
+                for key in sorted(keys)
+            }
+            if "exp_avg" in keys:
+                state["step"] = torch.tensor(scalars["step"], device=flat.device)
+            state_of[flat] = state
+        scaler = {k.removeprefix("loss_scaler."): v for k, v in scalars.items() if k.startswith("loss_scaler.")}
+        private.set_loss_scaler_state(self._deepspeed, scaler)
