@@ -37,7 +37,7 @@ from llm.parallel.launch.world import World
 from llm.train.log import cut_from
 from llm.train.reporting import Channel, LineFile
 
-PIECE = 1 << 20
+CHUNK = 1 << 20
 """Elements that are widened to float64 at a time."""
 PROBES = 4
 """Inner products of a tensor."""
@@ -217,8 +217,8 @@ class Recorder:
         """Inner products over the last dimension; float64 (rows, PROBES), flat over the other dimensions."""
         width = tensor.shape[-1]
         weights_DP = self._weights_of(name, tensor.ndim - 1, width, tensor.device)
-        pieces = tensor.reshape(-1, width).split(max(PIECE // width, 1))
-        return torch.cat([piece.double() @ weights_DP for piece in pieces])
+        chunks = tensor.reshape(-1, width).split(max(CHUNK // width, 1))
+        return torch.cat([chunk.double() @ weights_DP for chunk in chunks])
 
     def _weights_of(self, name: str, axis: int, length: int, device: torch.device) -> Tensor:
         key = (name, axis, length)

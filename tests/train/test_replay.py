@@ -18,18 +18,9 @@ from llm.errors import UserError
 from llm.model import LLM
 from llm.tokenizer import ByteTokenizer
 from llm.train.config.flags import parse_run_flags
-from llm.train.replay import (
-    COMPARED,
-    Piece,
-    _compare,
-    _order,
-    _strict,
-    check_replay,
-    piece_gradient_norm,
-    read_metrics,
-    score_pieces,
-    token_losses,
-)
+from llm.train.replay import check_replay
+from llm.train.replay.records import COMPARED, compare, read_metrics, strict
+from llm.train.replay.spans import Span, by_loss, score_spans, span_gradient_norm, token_losses
 
 SEQ_LEN = 40
 CPU = torch.device("cpu")
@@ -77,15 +68,15 @@ def model(mixture: Mixture) -> LLM:
     return model
 
 
-def batch_of(mixture: Mixture, rows: np.ndarray, piece_len: int | None = None) -> MicroBatch:
+def batch_of(mixture: Mixture, rows: np.ndarray, sequence_len: int | None = None) -> MicroBatch:
     sources, numbers = mixture.locate(rows)
     batch = collate([(mixture.sources[j], int(k)) for j, k in zip(sources, numbers, strict=True)], SEQ_LEN)
-    if piece_len is None:
+    if sequence_len is None:
         return batch
-    cuts = torch.arange(0, batch.tokens_BT.numel() + 1, piece_len, dtype=torch.int32)
+    cuts = torch.arange(0, batch.tokens_BT.numel() + 1, sequence_len, dtype=torch.int32)
     return MicroBatch(
-        batch.tokens_BT.view(-1, piece_len),
-        batch.labels_BT.view(-1, piece_len),
+        batch.tokens_BT.view(-1, sequence_len),
+        batch.labels_BT.view(-1, sequence_len),
         torch.unique(torch.cat([batch.cu_seqlens, cuts])),
     )
 
@@ -94,8 +85,8 @@ def inputs(batch: MicroBatch) -> TransformerInput:
     return TransformerInput(tokens=batch.tokens_BT, cu_seqlens=batch.cu_seqlens)
 
 
-def scored(model: LLM, mixture: Mixture, rows: np.ndarray, batch: MicroBatch) -> list[tuple[int, int, Piece]]:
-    return score_pieces(mixture, ByteTokenizer(), token_losses(model, batch, CPU), batch, rows)
+def scored(model: LLM, mixture: Mixture, rows: np.ndarray, batch: MicroBatch) -> list[tuple[int, int, Span]]:
+    return score_spans(mixture, ByteTokenizer(), token_losses(model, batch, CPU), batch, rows)
 
 
 def origins(mixture: Mixture, row: int) -> set[tuple[str, int | None]]:
@@ -114,49 +105,49 @@ def test_the_poisoned_document_is_named_first_with_its_file_and_line(
     assert poisoned
     for row in poisoned:
         rows = np.arange(row - row % 8, row - row % 8 + 8)
-        ordered = sorted((piece for *_, piece in scored(model, mixture, rows, batch_of(mixture, rows))), key=_order)
+        ordered = sorted((span for *_, span in scored(model, mixture, rows, batch_of(mixture, rows))), key=by_loss)
         assert (ordered[0].file, ordered[0].file_row) == (str(texts / POISONED[0]), POISONED[1])
-        innocent = next(piece for piece in ordered if piece.document != ordered[0].document)
+        innocent = next(span for span in ordered if span.document != ordered[0].document)
         assert ordered[0].loss is not None and innocent.loss is not None and ordered[0].loss > 1.5 * innocent.loss
 
 
-@pytest.mark.parametrize("piece_len", [None, 10])
-def test_every_piece_is_the_text_at_its_file_line_and_place(
-    model: LLM, mixture: Mixture, piece_len: int | None
+@pytest.mark.parametrize("sequence_len", [None, 10])
+def test_every_span_is_the_text_at_its_file_line_and_place(
+    model: LLM, mixture: Mixture, sequence_len: int | None
 ) -> None:
     rows = np.arange(16, 48)
-    batch = batch_of(mixture, rows, piece_len)
+    batch = batch_of(mixture, rows, sequence_len)
     tokens_N = batch.tokens_BT.reshape(-1)
     tokenizer = ByteTokenizer()
     found = scored(model, mixture, rows, batch)
-    assert {piece.source for *_, piece in found} == {mixture.names[0], "again"}
-    for start, stop, piece in found:
-        assert piece.file_row is not None
-        text = json.loads(Path(piece.file).read_text().splitlines()[piece.file_row - 1])["text"]
+    assert {span.source for *_, span in found} == {mixture.names[0], "again"}
+    for start, stop, span in found:
+        assert span.file_row is not None
+        text = json.loads(Path(span.file).read_text().splitlines()[span.file_row - 1])["text"]
         document = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
-        assert len(document) == piece.document_tokens and stop - start == piece.n_tokens
-        assert tokens_N[start:stop].tolist() == document[piece.first_token : piece.first_token + piece.n_tokens]
-        assert piece.row == rows[start // SEQ_LEN]
-    assert sum(piece.n_tokens for *_, piece in found) == len(rows) * SEQ_LEN
+        assert len(document) == span.document_tokens and stop - start == span.n_tokens
+        assert tokens_N[start:stop].tolist() == document[span.first_token : span.first_token + span.n_tokens]
+        assert span.row == rows[start // SEQ_LEN]
+    assert sum(span.n_tokens for *_, span in found) == len(rows) * SEQ_LEN
 
 
-def test_a_piece_is_scored_as_if_it_stood_alone_and_all_add_up_to_the_batch(model: LLM, mixture: Mixture) -> None:
+def test_a_span_is_scored_as_if_it_stood_alone_and_all_add_up_to_the_batch(model: LLM, mixture: Mixture) -> None:
     rows = np.arange(8)
     batch = batch_of(mixture, rows)
     found = scored(model, mixture, rows, batch)
     with torch.no_grad():
         together = float(model(inputs(batch), labels=batch.labels_BT).loss_sum)
-        for start, stop, piece in found:
+        for start, stop, span in found:
             tokens, labels = (part.reshape(1, -1)[:, start:stop] for part in (batch.tokens_BT, batch.labels_BT))
             alone = model(TransformerInput(tokens), labels=labels)
             # float32 sums of other lengths
-            assert piece.loss_sum == pytest.approx(float(alone.loss_sum), rel=1e-5, abs=1e-6)
-            assert piece.n_targets == int(alone.n_targets)
-    assert math.fsum(piece.loss_sum for *_, piece in found) == pytest.approx(together, rel=1e-6)
+            assert span.loss_sum == pytest.approx(float(alone.loss_sum), rel=1e-5, abs=1e-6)
+            assert span.n_targets == int(alone.n_targets)
+    assert math.fsum(span.loss_sum for *_, span in found) == pytest.approx(together, rel=1e-6)
 
 
-def test_the_gradient_of_a_piece_is_its_part_of_the_batchs_and_leaves_no_trace(model: LLM, mixture: Mixture) -> None:
-    """Its part is what the batch's loss gives when no other piece has targets."""
+def test_the_gradient_of_a_span_is_its_part_of_the_batchs_and_leaves_no_trace(model: LLM, mixture: Mixture) -> None:
+    """Its part is what the batch's loss gives when no other span has targets."""
     batch = batch_of(mixture, np.arange(8))
     bounds = batch.cu_seqlens.tolist()
     for start, stop in list(zip(bounds, bounds[1:], strict=False))[:6]:
@@ -165,26 +156,26 @@ def test_the_gradient_of_a_piece_is_its_part_of_the_batchs_and_leaves_no_trace(m
         loss = model(inputs(batch), labels=only.view_as(batch.labels_BT)).loss_sum / 100
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         expected = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
-        found = piece_gradient_norm(model, batch, start, stop, n_targets=100, device=CPU)
+        found = span_gradient_norm(model, batch, start, stop, n_targets=100, device=CPU)
         assert found == pytest.approx(expected, rel=1e-5)  # float32 sums of other lengths
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def piece(loss_sum: float, n_targets: int) -> Piece:
-    return Piece(0, "s", 0, 0, "f", None, 0, n_targets, n_targets, n_targets, loss_sum, "")
+def span(loss_sum: float, n_targets: int) -> Span:
+    return Span(0, "s", 0, 0, "f", None, 0, n_targets, n_targets, n_targets, loss_sum, "")
 
 
 def test_what_is_not_a_number_comes_first_and_what_has_no_targets_last() -> None:
-    pieces = [piece(0.0, 0), piece(2.0, 4), piece(9.0, 3), piece(math.nan, 2), piece(1.0, 1)]
-    ordered = sorted(pieces, key=_order)
+    spans = [span(0.0, 0), span(2.0, 4), span(9.0, 3), span(math.nan, 2), span(1.0, 1)]
+    ordered = sorted(spans, key=by_loss)
     assert [p.n_targets for p in ordered] == [2, 3, 1, 4, 0]
 
 
 def test_a_step_that_was_not_applied_compares_with_its_record_of_nulls() -> None:
     row = dict.fromkeys(COMPARED, 1.0) | {"loss": math.nan, "grad_norm": math.inf}
-    recorded = json.loads(json.dumps(_strict(row), allow_nan=False))
-    assert all(_compare(row, recorded)["equal"].values())
-    found = _compare(row | {"lm_loss": 1.5, "loss": 2.0}, recorded)
+    recorded = json.loads(json.dumps(strict(row), allow_nan=False))
+    assert all(compare(row, recorded)["equal"].values())
+    found = compare(row | {"lm_loss": 1.5, "loss": 2.0}, recorded)
     assert [key for key, equal in found["equal"].items() if not equal] == ["loss", "lm_loss"]
     assert found["relative_difference"] == {"lm_loss": pytest.approx(1 / 3)}
 

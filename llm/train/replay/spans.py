@@ -1,0 +1,136 @@
+"""What a step holds of each document, its loss, and its share of the step's gradient.
+
+Shapes: B rows, T tokens of a row, N = B T.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm.data.batch import MicroBatch
+from llm.data.mixture import Mixture
+from llm.datatypes import TransformerInput
+from llm.model import LLM
+from llm.tokenizer import Tokenizer
+
+EXCERPT_CHARACTERS = 100
+EXCERPT_TOKENS = 200
+
+
+@dataclass(frozen=True)
+class Span:
+    """What one row of the step holds of one document. Losses in nats, with the weights before the step's update."""
+
+    row: int
+    """Global row."""
+    source: str
+    source_row: int
+    document: int
+    """Number of the document in its source."""
+    file: str
+    file_row: int | None
+    """Line (JSONL) or row (Parquet) from 1; None: the file is the document."""
+    first_token: int
+    """Where the span begins in the document, its begin mark being token 0: a row's boundary may cut it."""
+    n_tokens: int
+    document_tokens: int
+    n_targets: int
+    loss_sum: float
+    excerpt: str
+    grad_norm: float | None = None
+    """Norm of the gradient of loss_sum / (targets of the step), which is what the span adds to the step's gradient."""
+
+    @property
+    def loss(self) -> float | None:
+        """Mean over the span's targets; None without targets."""
+        return self.loss_sum / self.n_targets if self.n_targets else None
+
+    def where(self) -> str:
+        """File and line, and which of its tokens where it is cut."""
+        place = self.file if self.file_row is None else f"{self.file}:{self.file_row}"
+        last = self.first_token + self.n_tokens
+        cut = f", tokens {self.first_token}-{last - 1} of {self.document_tokens}"
+        return f"{place} (document {self.document}{cut if self.n_tokens < self.document_tokens else ''})"
+
+
+def by_loss(span: Span) -> tuple[float, int, int]:
+    """Highest mean loss first, what is not a number before all, spans without targets last."""
+    return -loss_order(span.loss), span.row, span.document
+
+
+def loss_order(loss: float | None) -> float:
+    """What a mean loss is sorted by."""
+    return -math.inf if loss is None else math.inf if math.isnan(loss) else loss
+
+
+def score_spans(
+    mixture: Mixture, tokenizer: Tokenizer, nll_BT: Tensor, batch: MicroBatch, rows_B: np.ndarray
+) -> list[tuple[int, int, Span]]:
+    """(begin, end, span) of every span of a document in a micro-batch; begin and end count its flattened tokens.
+
+    rows_B: the global rows that the micro-batch holds. A row is `train.seq_len` tokens of its source, however the batch
+    cuts it.
+    """
+    seq_len = mixture.seq_len
+    tokens_N, labels_N = batch.tokens_BT.reshape(-1), batch.labels_BT.reshape(-1)
+    nll_N = nll_BT.reshape(-1).double().cpu()
+    source_of_row, source_rows = mixture.locate(rows_B)
+    found = []
+    bounds = batch.cu_seqlens.tolist()
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        b, column = divmod(start, seq_len)
+        number, source_row = int(source_of_row[b]), int(source_rows[b])
+        source = mixture.sources[number]
+        document, offset = source.document_at(source_row * seq_len + column)
+        origin = source.origin(document)
+        span = Span(
+            row=int(rows_B[b]),
+            source=mixture.names[number],
+            source_row=source_row,
+            document=document,
+            file=origin.file,
+            file_row=origin.row,
+            first_token=offset,
+            n_tokens=stop - start,
+            document_tokens=source.document_length(document),
+            n_targets=int((labels_N[start:stop] >= 0).sum()),
+            loss_sum=float(nll_N[start:stop].sum()),
+            excerpt=_excerpt(tokenizer.decode(tokens_N[start : min(stop, start + EXCERPT_TOKENS)].tolist())),
+        )
+        found.append((start, stop, span))
+    return found
+
+
+@torch.no_grad()
+def token_losses(model: LLM, batch: MicroBatch, device: torch.device) -> Tensor:
+    """Negative log-likelihood of each label, (B, T) float32."""
+    model.eval()
+    inputs = TransformerInput(tokens=batch.tokens_BT.to(device), cu_seqlens=batch.cu_seqlens)
+    hidden_BTD = model(inputs, return_hidden=True).hidden
+    return model.token_nll(hidden_BTD, batch.labels_BT.to(device))
+
+
+def span_gradient_norm(
+    model: LLM, batch: MicroBatch, start: int, stop: int, n_targets: int, device: torch.device
+) -> float:
+    """Norm, over all parameters, of the gradient of a span's summed loss / n_targets (divided last: fp16 has few small
+    numbers).
+
+    The span is a row of its own here: in the batch it sees no other document either, and its positions begin with 0.
+    torch.autograd.grad leaves DeepSpeed's gradient buffers and hooks alone.
+    """
+    tokens_1T = batch.tokens_BT.reshape(1, -1)[:, start:stop].to(device)
+    labels_1T = batch.labels_BT.reshape(1, -1)[:, start:stop].to(device)
+    loss = model(TransformerInput(tokens_1T), labels=labels_1T).loss_sum
+    gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    return math.sqrt(sum(float(g.double().square().sum()) for g in gradients if g is not None)) / n_targets
+
+
+def _excerpt(text: str) -> str:
+    """The beginning, on one line, with nothing that a terminal would take for a command."""
+    short = " ".join(text.split())
+    more = "..." if len(short) > EXCERPT_CHARACTERS else ""
+    return "".join(c if c.isprintable() else "\ufffd" for c in short[:EXCERPT_CHARACTERS]) + more
