@@ -7,9 +7,6 @@ ZeRO cuts that flat range further. Initial values, checkpoints and optimizers al
 import math
 from collections.abc import Iterator
 
-from llm.args import ModelArgs
-from llm.plans import plan_for
-
 Box = tuple[tuple[int, int], ...]
 
 
@@ -28,38 +25,6 @@ def share_of(total: int, rank: int, ranks: int) -> tuple[int, int]:
     small, larger = divmod(total, ranks)
     start = rank * small + min(rank, larger)
     return start, start + small + (rank < larger)
-
-
-def parameter_box(
-    args: ModelArgs,
-    name: str,
-    shape: tuple[int, ...],
-    tensor: tuple[int, int] = (0, 1),
-    expert: tuple[int, int] = (0, 1),
-) -> Box:
-    """The box of parameter `name` of whole `shape` on a rank; `tensor` and `expert` are (rank, ranks) in its groups."""
-    plan = plan_for(name)
-    box = list(whole(shape))
-    cut = tensor_dim(args, name, tensor[1])
-    if cut is not None:
-        box[cut] = share_of(shape[cut], *tensor)
-    if plan.ep_dim is not None:
-        box[plan.ep_dim] = share_of(shape[plan.ep_dim], *expert)
-    return tuple(box)
-
-
-def tensor_dim(args: ModelArgs, name: str, ranks: int) -> int | None:
-    """The dimension of parameter `name` that is cut over so many tensor-parallel ranks; None = all have it whole.
-
-    Heads are cut whole. Keys and values stay whole on every rank when their heads are fewer than the ranks, and so does
-    the one weight that normalises every head.
-    """
-    module = name.rpartition(".")[0]
-    of_kv = module.endswith(("attention.wk", "attention.wv", "attention.k_norm"))
-    of_each_head = args.qk_norm == "head" and module.endswith(("attention.q_norm", "attention.k_norm"))
-    if ranks == 1 or of_each_head or (of_kv and args.kv_heads < ranks):
-        return None
-    return plan_for(name).tp_dim
 
 
 def runs(shape: tuple[int, ...], box: Box, start: int, stop: int) -> Iterator[tuple[int, int, int]]:

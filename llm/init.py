@@ -7,22 +7,22 @@ frexp are used: IEEE fixes their results, while exp and log differ between math 
 """
 
 import hashlib
-import math
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from llm.args import ModelArgs
 from llm.boxes import Box, runs
 from llm.environment import ranks_here
-from llm.plans import plan_for
 
 WORDS_PER_BLOCK = 4  # one step of Philox4x64 gives four words
-PIECE = 1 << 18  # elements drawn at a time, so that the float64 temporaries stay in cache
+BLOCK = 1 << 18  # elements drawn at a time, so that the float64 temporaries stay in cache
 SHORT_RUN = 1 << 10  # shorter runs of a box cost less when what lies between them is drawn too
 LN2 = 0.6931471805599453
 ONE_OVER_ROOT2 = 0.7071067811865476
@@ -33,73 +33,85 @@ NEAR_TAIL = ((1.4234372777, 2.7568153900, 1.3067284816, 0.17023821103), (1.0, 0.
 FAR_TAIL = ((6.6579051150, 3.0812263860, 0.42868294337, 0.017337203997), (1.0, 0.24197894225, 0.012258202635))
 
 
-def initialise(model: nn.Module, args: ModelArgs, seed: int) -> None:
+class Draw(Protocol):
+    """How initial values come about."""
+
+    def values(self, seed: int, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flattened (row-major, uncut) parameter `name`, 1-D float32: a function of these
+        four alone, the same bits on every machine."""
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Normal values of mean 0."""
+
+    std: float
+
+    def values(self, seed: int, name: str, start: int, stop: int) -> Tensor:
+        return torch.from_numpy(normal(seed, name, start, stop, self.std))
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same value everywhere: norms begin as the identity, biases at 0."""
+
+    value: float
+
+    def values(self, seed: int, name: str, start: int, stop: int) -> Tensor:
+        return torch.full((stop - start,), self.value)
+
+
+def initialise(model: nn.Module, draws: Mapping[str, Draw], seed: int) -> None:
     """Fill every parameter of `model` in place; parameters on the meta device are left as they are."""
     for name, parameter in model.named_parameters():
         if not parameter.is_meta:
-            values = initial_values(args, name, seed, 0, parameter.numel())
+            values = draws[name].values(seed, name, 0, parameter.numel())
             with torch.no_grad():
                 parameter.copy_(values.view(parameter.shape))
 
 
-def initial_values(args: ModelArgs, name: str, seed: int, start: int, stop: int) -> Tensor:
-    """Elements [start, stop) of the flattened (row-major, unsliced) parameter `name`, 1-D float32: norms begin as the
-    identity, biases at 0, all else is normal."""
-    kind = plan_for(name).kind
-    if kind in ("norm", "bias"):
-        one = kind == "norm" and not (args.norm_offset or name.endswith(".bias"))
-        return torch.full((stop - start,), float(one))
-    return torch.from_numpy(normal(seed, name, start, stop, initial_std(args, name)))
-
-
-def initial_values_in_box(
-    args: ModelArgs, name: str, seed: int, shape: tuple[int, ...], box: Box, start: int, stop: int
+def values_in_box(
+    draw: Draw, name: str, seed: int, shape: tuple[int, ...], box: Box, start: int, stop: int
 ) -> Tensor:
     """Elements [start, stop) of the flattened `box` of parameter `name`, of whole `shape`. 1-D float32.
 
     The parts of a box that are contiguous in the parameter are drawn alone, or where they are short, together with what
-    lies between them, a piece at a time.
+    lies between them, a block at a time.
     """
     values = torch.empty(stop - start)
     pending: list[tuple[int, int, int]] = []
 
-    def draw() -> None:
+    def draw_pending() -> None:
         low, high = pending[0][0], pending[-1][0] + pending[-1][2]
-        drawn = initial_values(args, name, seed, low, high)
+        drawn = draw.values(seed, name, low, high)
         for first, at, length in pending:
             values[at - start : at - start + length] = drawn[first - low : first - low + length]
         pending.clear()
 
     for first, at, length in runs(shape, box, start, stop):
-        if pending and (length >= SHORT_RUN or first + length - pending[0][0] > PIECE):
-            draw()
+        if pending and (length >= SHORT_RUN or first + length - pending[0][0] > BLOCK):
+            draw_pending()
         pending.append((first, at, length))
     if pending:
-        draw()
+        draw_pending()
     return values
-
-
-def initial_std(args: ModelArgs, name: str) -> float:
-    """Standard deviation of the initial values; init_depth_scale lowers it for what writes into the residual."""
-    writes_residual = name.removesuffix(".weight").endswith((".wo", ".w2"))
-    return args.init_std / math.sqrt(2 * args.n_layers) if args.init_depth_scale and writes_residual else args.init_std
 
 
 def normal(seed: int, name: str, start: int, stop: int, std: float = 1.0) -> NDArray[np.float32]:
     """Normal values number start to stop - 1 of the stream (seed, name), float32; by as many threads as this process
-    has cores, since a piece is the same bits whoever draws it."""
+    has cores, since a block is the same bits whoever draws it."""
     out = np.empty(stop - start, dtype=np.float32)
 
     def draw(low: int) -> None:
-        high = min(low + PIECE, stop)
+        high = min(low + BLOCK, stop)
         out[low - start : high - start] = inverse_normal(uniform(seed, name, low, high)) * std
 
-    pieces, threads = range(start, stop, PIECE), _own_cores()
-    if len(pieces) > 1 and threads > 1:
+    blocks, threads = range(start, stop, BLOCK), _own_cores()
+    if len(blocks) > 1 and threads > 1:
         with ThreadPoolExecutor(threads) as pool:  # numpy lets go of the interpreter while it computes
-            list(pool.map(draw, pieces))
+            list(pool.map(draw, blocks))
     else:
-        for low in pieces:
+        for low in blocks:
             draw(low)
     return out
 

@@ -28,6 +28,7 @@ from llm.layers.moe import MoE, build_moe
 from llm.layers.norm import make_norm
 from llm.layers.output import Output
 from llm.layers.region import WHOLE, Region
+from llm.parameters import ParameterTable
 from llm.recompute import Recompute, recomputed
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class LLM(nn.Module):
         self._tokenizer: Tokenizer | None = None
         self.stages: tuple[Stage, ...] = ()
         """What a rank of a pipeline has of the model; empty where it is whole."""
-        initialise(self, args, seed)
+        initialise(self, {name: row.init for name, row in ParameterTable.of(args).items()}, seed)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32, *, average: bool = False) -> "LLM":

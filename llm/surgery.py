@@ -18,8 +18,8 @@ from torch import Tensor
 
 from llm.args import LayerSpec, ModelArgs, MoEArgs
 from llm.errors import UserError
-from llm.init import initial_values
 from llm.model import LLM
+from llm.parameters import ParameterTable
 
 State = Mapping[str, Tensor]
 Where = Literal["spread", "end"]
@@ -196,7 +196,7 @@ def deepen(
     assert all(old_kinds[old] == new_kinds[place] for old, place in new_of_old.items())
 
     made = {name: tensor for name, tensor in state.items() if not name.startswith("layers.")}
-    for name, shape in _shapes(new).items():
+    for name, shape in ParameterTable.of(new).shapes.items():
         if name in made:
             continue
         place = int(name.split(".")[1])
@@ -320,16 +320,12 @@ def _drawn(args: ModelArgs, name: str, shape: tuple[int, ...], seed: int, like: 
     """Initial values of a parameter, of the dtype and device of `like`."""
     if like.is_meta:
         return like.new_empty(shape)
-    return initial_values(args, name, seed, 0, math.prod(shape)).view(shape).to(like)
-
-
-def _shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(p.shape) for name, p in LLM(args, device="meta").named_parameters()}
+    return ParameterTable.of(args)[name].init.values(seed, name, 0, math.prod(shape)).view(shape).to(like)
 
 
 def _check(args: ModelArgs, state: State) -> None:
     """UserError naming the first parameter that is missing, has another shape, or is none of this model."""
-    expected = _shapes(args)
+    expected = ParameterTable.of(args).shapes
     for name in [*expected, *state]:
         shape = tuple(state[name].shape) if name in state else None
         if shape != expected.get(name):

@@ -29,7 +29,6 @@ from torch import Tensor
 from llm.boxes import Box, box_shape
 from llm.checkpoint.intersect import Part, rectangles, view
 from llm.errors import DamagedFile
-from llm.plans import cut_dimension
 from llm.safetensors_file import header_bytes
 
 BLOCK_BYTES = 8 << 20
@@ -173,10 +172,12 @@ def outline_file(
     owned: Iterable[OwnedValues],
     dtype: str = "float32",
     shapes: Mapping[str, tuple[int, ...]] | None = None,
+    cut: Mapping[str, int | None] | None = None,
 ) -> FileOutline:
     """The safetensors file `name` with these values in `dtype`, in their order.
 
-    shapes: of whole parameters; with them values are written in stripes where that lets ranks read less.
+    shapes, cut: of whole parameters, and the dimensions that tensor parallelism would cut; with them values are written
+    in stripes where that lets ranks read less.
     """
     entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     rows: list[Fragment] = []
@@ -184,7 +185,7 @@ def outline_file(
     for parameter, kind, box, start, values in owned:
         n, stripe, block_bytes = values.numel(), None, BLOCK_BYTES
         if shapes is not None and parameter in shapes:
-            stripe = _stripe(parameter, shapes[parameter])
+            stripe = _stripe(shapes[parameter], (cut or {}).get(parameter))
             block_bytes = _block_bytes(shapes[parameter], width, stripe)
         key = f"{parameter}|{kind}|{','.join(f'{a}:{b}' for a, b in box)}|{start}"  # nothing reads it
         if key in entries:  # what has no elements shares its place with others
@@ -197,9 +198,8 @@ def outline_file(
     return FileOutline(name, header, tuple(replace(row, offset=len(header) + row.offset) for row in rows))
 
 
-def _stripe(name: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
+def _stripe(shape: tuple[int, ...], dimension: int | None) -> tuple[int, int] | None:
     """(dimension, width) of the stripes in which a parameter is written."""
-    dimension = cut_dimension(name)
     if not dimension or 4 * math.prod(shape) < LEAST_STRIPED_BYTES:
         return None
     return dimension, shape[dimension] // math.gcd(shape[dimension], MOST_STRIPES)

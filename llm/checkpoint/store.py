@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,9 +65,18 @@ class CheckpointStore:
     """
 
     def __init__(
-        self, folder: Path, world: World, *, keep: int, keep_best: bool, keep_every: int | None = None
+        self,
+        folder: Path,
+        world: World,
+        *,
+        keep: int,
+        keep_best: bool,
+        keep_every: int | None = None,
+        cut: Mapping[str, int | None] | None = None,
     ) -> None:
+        """cut: the dimension of each parameter that tensor parallelism would cut, for stripes (see plan_file)."""
         self.folder = folder
+        self.cut = cut or {}
         self.world = world
         self.keep = keep
         self.keep_best = keep_best
@@ -165,7 +174,7 @@ class CheckpointStore:
         where values are cut as then, as the training waits for this."""
         cut = [(name, kind, box, start, values.numel()) for name, kind, box, start, values in owned]
         if cut != self._cut:
-            outline = outline_file(f"rank_{self.world.rank:05d}.safetensors", owned, shapes=shapes)
+            outline = outline_file(f"rank_{self.world.rank:05d}.safetensors", owned, shapes=shapes, cut=self.cut)
             rows = json.dumps([fragment.to_json() for fragment in outline.fragments])  # digests are as long while blank
             self._cut, self._outline = cut, (outline, len(rows))
         assert self._outline is not None

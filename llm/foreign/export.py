@@ -21,7 +21,7 @@ from llm.errors import UserError
 from llm.foreign.family import Family, export_pieces, families
 from llm.foreign.load import view
 from llm.foreign.pieces import Piece, Shape, foreign_shapes
-from llm.parallel.build import whole_shapes
+from llm.parameters import ParameterTable
 from llm.paths import refuse_unwritable
 from llm.safetensors_file import write_tensors
 
@@ -68,7 +68,7 @@ def written_config(family: Family, args: ModelArgs) -> dict[str, Any]:
     unsaid = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
     if unsaid:
         raise UserError(f"a {family.name} config cannot say {', '.join(f'{key} ({ours.get(key)})' for key in unsaid)}")
-    export_pieces(family, args, whole_shapes(args))
+    export_pieces(family, args, ParameterTable.of(args).shapes)
     return config
 
 
@@ -176,7 +176,7 @@ def export_hf(
         weights = Rotated(weights, args)
         args = args.model_copy(update={"rope_interleaved": interleaved})
     config = written_config(family, args)
-    pieces = _by_key(export_pieces(family, args, whole_shapes(args)))
+    pieces = _by_key(export_pieces(family, args, ParameterTable.of(args).shapes))
     shapes = {key: shape for (_, key), shape in foreign_shapes([p for ps in pieces.values() for p in ps]).items()}
     parts = _parts(shapes, dtype, max_shard_bytes)
     # a new tensor each time would be there beside the last one
@@ -221,7 +221,7 @@ def export_meta(
             raise UserError(f"--shards={shards} does not divide the {name}, {number}")
     if args.kv_heads % shards and shards % args.kv_heads:
         raise UserError(f"--shards={shards} and the {args.kv_heads} key and value heads do not divide each other")
-    pieces = export_pieces(family, args, whole_shapes(args), shards)
+    pieces = export_pieces(family, args, ParameterTable.of(args).shapes, shards)
     shapes = foreign_shapes(pieces)
     with new_target(target) as folder:
         for shard in range(shards):

@@ -16,10 +16,10 @@ from math import prod
 from typing import Any
 
 from llm.args import ModelArgs
-from llm.boxes import box_shape, parameter_box, share_of, whole
+from llm.boxes import box_shape, share_of, whole
 from llm.errors import UserError
 from llm.foreign.pieces import KINDS, Kind, Part, Piece, Shape, foreign_shapes
-from llm.plans import plan_for
+from llm.parameters import ParameterTable
 
 Warn = Callable[[str], None]
 SHOWN = 4
@@ -131,6 +131,7 @@ def match(
 ) -> Match:
     """How foreign tensors, by (shard, key), fill parameters of ours by canonical name."""
     pieces: list[Piece] = []
+    table = ParameterTable.of(args)
     filled: set[str] = set()
     used: set[tuple[int, str]] = set()
     incomplete: dict[str, str] = {}
@@ -147,7 +148,7 @@ def match(
                 absent = next(key for key in keys if key not in present)
                 incomplete.update({name: absent for name in names if name not in incomplete or present})
             continue
-        found = _cut(entry, keys, names, args, ours, theirs, shards, twin)
+        found = _cut(entry, keys, names, args, table, ours, theirs, shards, twin)
         pieces += found
         used |= {(piece.shard, piece.key) for piece in found}
         filled |= set(names)
@@ -170,12 +171,13 @@ def match(
 def export_pieces(family: Family, args: ModelArgs, ours: Mapping[str, Shape], shards: int = 1) -> tuple[Piece, ...]:
     """Pieces by which the family's own first spelling is written. UserError where it has no place for a parameter."""
     pieces: list[Piece] = []
+    table = ParameterTable.of(args)
     filled: set[str] = set()
     for entry, layer in _instances(family, args):
         names = [name.format(i=layer) for name in entry.ours]
         if any(name not in ours for name in names) or filled & set(names):
             continue
-        pieces += _cut(entry, _keys(entry, layer, args), names, args, ours, {}, shards, False)
+        pieces += _cut(entry, _keys(entry, layer, args), names, args, table, ours, {}, shards, False)
         filled |= set(names)
     if left := [name for name in ours if name not in filled]:
         raise UserError(f"a {family.name} checkpoint has no place for {_some(left)}")
@@ -207,6 +209,7 @@ def _cut(
     keys: list[str],
     names: list[str],
     args: ModelArgs,
+    table: ParameterTable,
     ours: Mapping[str, Shape],
     theirs: Mapping[tuple[int, str], Shape],
     shards: int,
@@ -214,14 +217,17 @@ def _cut(
 ) -> list[Piece]:
     found: list[Piece] = []
     for shard in range(shards):
-        parts = [_part(args, name, ours[name], theirs.get((shard, keys[0])), shard, shards) for name in names]
+        their = theirs.get((shard, keys[0]))
+        parts = [_part(args, table, name, ours[name], their, shard, shards) for name in names]
         if twin:
             parts = [Part(part.name, part.box, True) for part in parts]
         found += KINDS[entry.kind](keys, parts, args.head_width, shard)
     return found
 
 
-def _part(args: ModelArgs, name: str, shape: Shape, their: Shape | None, shard: int, shards: int) -> Part:
+def _part(
+    args: ModelArgs, table: ParameterTable, name: str, shape: Shape, their: Shape | None, shard: int, shards: int
+) -> Part:
     """What one of several files of tensor-parallel ranks has of a parameter. Where heads of keys and values are fewer
     than files, neighbouring ones hold the same one."""
     if shards == 1:
@@ -233,7 +239,7 @@ def _part(args: ModelArgs, name: str, shape: Shape, their: Shape | None, shard: 
         return Part(name, (rows, *whole(shape[1:])), twin=shard * args.kv_heads % shards != 0)
     if name == "tok_embeddings.weight" and their is not None and their[0] == shape[0]:  # Llama 1 and 2 cut the width
         return Part(name, (whole(shape)[0], share_of(shape[1], shard, shards)))
-    box = parameter_box(args, name, shape, (shard, shards)) if plan_for(name).tp_dim is not None else whole(shape)
+    box = table[name].box((shard, shards))
     return Part(name, box, twin=box == whole(shape) and shard > 0)
 
 

@@ -21,7 +21,7 @@ from llm.foreign.load import ForeignWeights
 from llm.foreign.pieces import Piece, Shape
 from llm.foreign.stored import Stored
 from llm.foreign.weight_files import WeightFiles, hugging_face_files, meta_files, read_json
-from llm.parallel.build import whole_shapes
+from llm.parameters import ParameterTable
 from llm.safetensors_file import DTYPES
 
 LLAMA4_KEYS = {"moe_args", "use_qk_norm", "nope_layer_interval", "attention_chunk_size", "attn_temperature_tuning"}
@@ -135,7 +135,7 @@ def open_foreign(
     except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
         raise UserError(f"{path}: its config makes no sense to {chosen.name}: {type(error).__name__} {error}") from None
     args = _model_args(path, {**read, **_merged(read, overrides or {})})
-    found = match(chosen, args, whole_shapes(args), shapes, len(shards))
+    found = match(chosen, args, ParameterTable.of(args).shapes, shapes, len(shards))
     used = {(piece.shard, piece.key) for piece in found.pieces}
     own = files.only(used)
     said, nobodys = found_files.spare({key for _, key in used} | set(found.missing), found.unknown)

@@ -24,7 +24,7 @@ from llm.foreign.export import Weights, check_range, new_target
 from llm.foreign.load import view
 from llm.foreign.tokenizer import FolderTokenizer
 from llm.foreign.tokenizer_export import export_tokenizer, exported_as_it_came
-from llm.parallel.build import whole_shapes
+from llm.parameters import ParameterTable
 from llm.tokenizer import Tokenizer
 
 FILE_BYTES = 8 << 30
@@ -113,7 +113,7 @@ def write_native(
     source: where the weights are from, kept in the manifest. keep: files to keep under their names. `tell` is told the
     bytes of each parameter written. UserError when `target` exists or a value is beyond `dtype`.
     """
-    shapes = whole_shapes(args)
+    shapes = ParameterTable.of(args).shapes
     name = str(dtype).removeprefix("torch.")
     with new_target(target) as folder:
         files: dict[str, Any] = {}

@@ -8,6 +8,8 @@ at position p are multiplied by 1 + attn_scale ln(1 + floor((p + 1) / floor_scal
 Shapes: B batch, T tokens, D model width, H query heads, K kv heads, d head width.
 """
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
 from llm.args import LayerSpec, ModelArgs
@@ -17,7 +19,8 @@ from llm.kernels.rotate import rotate
 from llm.layers.context import Context
 from llm.layers.linear import Linear
 from llm.layers.masks import Attend
-from llm.layers.norm import HeadsNorm, make_norm
+from llm.layers.norm import HeadsNorm, make_norm, norm_rows
+from llm.layers.parameter import Rows, under, weights
 from llm.layers.region import WHOLE, Region
 
 
@@ -37,6 +40,20 @@ class Attention(nn.Module):
         self.wv = Linear(args.dim, args.kv_heads * args.head_width, args.qkv_bias)
         self.wo = Linear(args.n_heads * args.head_width, args.dim, args.o_bias)
         self.q_norm, self.k_norm = (head_norm(args, spec, heads) for heads in (args.n_heads, args.kv_heads))
+
+    @staticmethod
+    def declare(args: ModelArgs, spec: LayerSpec) -> Rows:
+        """What the parameters are: see llm/layers/parameter.py. Heads are cut whole."""
+        dim, std = args.dim, weights(args)
+        queries, keys = ((heads, heads * args.head_width) for heads in (args.n_heads, args.kv_heads))
+        rows: Rows = {}
+        for name, (heads, width) in (("wq", queries), ("wk", keys), ("wv", keys)):
+            rows |= under(name, Linear.declare(dim, width, args.qkv_bias, std, tensor_dim=0, grain=heads))
+        residual = weights(args, writes_residual=True)
+        rows |= under("wo", Linear.declare(queries[1], dim, args.o_bias, residual, tensor_dim=1, grain=args.n_heads))
+        for name, heads in (("q_norm", args.n_heads), ("k_norm", args.kv_heads)):
+            rows |= under(name, head_norm_rows(args, spec, heads))
+        return rows
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         x = self.region.enter(x_BTD)
@@ -62,6 +79,16 @@ def head_norm(args: ModelArgs, spec: LayerSpec, n_heads: int) -> nn.Module | Non
     if spec.qk_norm == "full":
         return HeadsNorm(n_heads * args.head_width, args.norm_eps, args.norm_offset)
     return None
+
+
+def head_norm_rows(args: ModelArgs, spec: LayerSpec, n_heads: int) -> Rows:
+    """Of what `head_norm` makes: one weight for every head, or each head's own."""
+    if spec.qk_norm == "head":
+        return norm_rows(args, args.head_width, in_region=True)
+    if spec.qk_norm == "full":
+        weight = norm_rows(args, n_heads * args.head_width, in_region=True)["weight"]
+        return {"weight": replace(weight, tensor_dim=0, grain=n_heads)}
+    return {}
 
 
 @graph_break

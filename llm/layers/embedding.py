@@ -4,7 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llm.init import Draw
 from llm.layers.output import predict
+from llm.layers.parameter import ParamInfo, Rows
 from llm.layers.region import VocabularyShare
 
 
@@ -16,6 +18,11 @@ class Embedding(nn.Module):
     def __init__(self, vocab_size: int, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, dim))
+
+    @staticmethod
+    def declare(vocab_size: int, dim: int, init: Draw, tied: bool = False) -> Rows:
+        """Its rows are cut by tensor parallelism. tied: it is the output matrix too."""
+        return {"weight": ParamInfo((vocab_size, dim), "embedding", init, tensor_dim=0, active=float(tied))}
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.vocabulary is None:

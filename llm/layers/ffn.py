@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from llm.args import Activation, ModelArgs
 from llm.layers.linear import Linear
+from llm.layers.parameter import Rows, under, weights
 from llm.layers.region import WHOLE, Region
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -32,6 +33,14 @@ class FeedForward(nn.Module):
         self.w2 = Linear(hidden, dim, bias)
         self.w3 = Linear(dim, hidden, bias) if gated else None
 
+    @staticmethod
+    def declare(args: ModelArgs, hidden: int, gated: bool = True, bias: bool = False) -> Rows:
+        """What the parameters are: see llm/layers/parameter.py. The hidden width is cut."""
+        first, last = weights(args), weights(args, writes_residual=True)
+        rows = under("w1", Linear.declare(args.dim, hidden, bias, first, tensor_dim=0))
+        rows |= under("w2", Linear.declare(hidden, args.dim, bias, last, tensor_dim=1))
+        return rows | (under("w3", Linear.declare(args.dim, hidden, bias, first, tensor_dim=0)) if gated else {})
+
     def forward(self, x: Tensor) -> Tensor:
         return self.region.leave(self.inside(self.region.enter(x)))
 
@@ -39,6 +48,11 @@ class FeedForward(nn.Module):
         """The work between the edges of the region, for a layer that has entered it."""
         y = self.act(self.w1(x))
         return self.w2(y if self.w3 is None else y * self.w3(x))
+
+
+def feed_forward_rows(args: ModelArgs) -> Rows:
+    """Of what `build_feed_forward` makes."""
+    return FeedForward.declare(args, args.ffn_width(), args.gated, args.ffn_bias)
 
 
 def build_feed_forward(args: ModelArgs) -> FeedForward:

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llm.init import Draw
+from llm.layers.parameter import ZEROS, ParamInfo, Rows
+
 
 class Linear(nn.Module):
     """y = x W^T + b with W (n_out, n_in), b (n_out,) only if asked for. They are left unset; llm/init.py fills them."""
@@ -22,6 +25,18 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
+
+    @staticmethod
+    def declare(
+        n_in: int, n_out: int, bias: bool, init: Draw, tensor_dim: int | None, grain: int | None = None
+    ) -> Rows:
+        """tensor_dim: 0 where tensor parallelism cuts the outputs, 1 where the inputs, None where neither; `grain`
+        parts of it stay whole."""
+        rows = {"weight": ParamInfo((n_out, n_in), "matrix", init, tensor_dim, grain, decay=True)}
+        if bias:
+            cut = (tensor_dim, grain) if tensor_dim == 0 else (None, None)
+            rows["bias"] = ParamInfo((n_out,), "bias", ZEROS, *cut)
+        return rows
 
     def forward(self, x: Tensor) -> Tensor:
         weight: Tensor = self.weight

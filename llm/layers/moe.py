@@ -9,6 +9,8 @@ Shapes: N tokens, D model width, E experts, F expert width, k experts a token, P
 dispatched rows, S rows that arrive at this rank's experts, e experts of a rank, r ranks.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from llm.kernels.grouped import Padding, grouped_swiglu
 from llm.layers.dispatch import Dispatch
 from llm.layers.ffn import FeedForward
 from llm.layers.linear import Linear
+from llm.layers.parameter import ParamInfo, Rows, under, weights
 from llm.layers.region import WHOLE, Exchange, Region
 
 
@@ -153,8 +156,26 @@ class Experts(nn.Module):
         return grouped_swiglu(x_RD, self.w1, self.w2, self.w3, sizes_E)
 
 
+def moe_rows(args: ModelArgs) -> Rows:
+    """Of what `build_moe` makes. Experts are cut over ranks, and their width by tensor parallelism."""
+    moe, hidden = _moe_of(args), args.moe_width()
+    first, last = weights(args), weights(args, writes_residual=True)
+    up = ParamInfo(
+        (moe.n_experts, args.dim, hidden), "expert", first, tensor_dim=2, expert_dim=0, decay=True,
+        active=moe.top_k / moe.n_experts,
+    )  # fmt: skip
+    down = replace(up, shape=(moe.n_experts, hidden, args.dim), init=last, tensor_dim=1)
+    rows = {"router.weight": ParamInfo((moe.n_experts, args.dim), "router", first)}
+    rows |= under("experts", {"w1": up, "w2": down, "w3": up})
+    return rows | (under("shared_expert", FeedForward.declare(args, hidden)) if moe.shared else {})
+
+
 def build_moe(args: ModelArgs) -> MoE:
     """The MoE layer that `args` describes. Raises ValueError without args.moe."""
+    return MoE(args.dim, args.moe_width(), _moe_of(args))
+
+
+def _moe_of(args: ModelArgs) -> MoEArgs:
     if args.moe is None:
         raise ValueError("this layer is MoE but model.moe is not given")
-    return MoE(args.dim, args.moe_width(), args.moe)
+    return args.moe

@@ -4,12 +4,16 @@ arXiv:1607.06450), computed in float32 whatever the input is.
 Shapes: H heads, d head width.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from llm.args import ModelArgs
+from llm.init import Constant
 from llm.kernels.dtypes import wide_dtype
 from llm.kernels.norms import layer_normalise, rms_normalise, rms_normalise_wide
+from llm.layers.parameter import ZEROS, ParamInfo, Rows
 from llm.layers.region import WHOLE, Region
 
 
@@ -60,6 +64,13 @@ def make_norm(args: ModelArgs, dim: int) -> nn.Module:
     if args.norm_offset or args.norm_fp32_weight:
         return WideRMSNorm(dim, args.norm_eps, args.norm_offset)
     return RMSNorm(dim, args.norm_eps)
+
+
+def norm_rows(args: ModelArgs, dim: int, in_region: bool = False) -> Rows:
+    """Of what `make_norm` makes: whole on every tensor-parallel rank."""
+    weight = ParamInfo((dim,), "norm", Constant(0.0 if args.norm_offset else 1.0), in_region=in_region)
+    bias = {"bias": replace(weight, init=ZEROS)} if args.norm == "layer" else {}
+    return {"weight": weight, **bias}
 
 
 class HeadsNorm(WideRMSNorm):

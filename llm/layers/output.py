@@ -6,8 +6,10 @@ Shapes: B batch, T tokens, D model width, V vocabulary.
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm.init import Draw
 from llm.kernels.cross_entropy import capped, lm_loss_sum, token_nll
 from llm.layers.linear import Linear
+from llm.layers.parameter import ParamInfo, Rows
 from llm.layers.region import VocabularyShare
 
 
@@ -19,6 +21,11 @@ class Output(Linear):
     def __init__(self, dim: int, vocab_size: int, softcap: float | None = None) -> None:
         super().__init__(dim, vocab_size)
         self.softcap = softcap
+
+    @staticmethod
+    def declare_head(dim: int, vocab_size: int, init: Draw) -> Rows:
+        """The outputs are cut by tensor parallelism."""
+        return {"weight": ParamInfo((vocab_size, dim), "head", init, tensor_dim=0, decay=True)}
 
     def forward(self, hidden_BTD: Tensor, labels_BT: Tensor | None = None, per_token: bool = False) -> Tensor:
         return predict(hidden_BTD, self.weight, labels_BT, per_token, self.vocabulary, self.softcap)

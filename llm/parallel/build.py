@@ -8,7 +8,7 @@ from torch import nn
 
 from llm import init
 from llm.args import ModelArgs
-from llm.boxes import box_shape, tensor_dim
+from llm.boxes import box_shape
 from llm.layers.attention import Attention
 from llm.layers.embedding import Embedding
 from llm.layers.ffn import FeedForward
@@ -21,14 +21,9 @@ from llm.parallel.expert import ExpertExchange
 from llm.parallel.grid import Grid
 from llm.parallel.stages import Stage, split
 from llm.parallel.tensor import CutVocabulary, TensorRegion, sum_gradients
-from llm.plans import plan_for
+from llm.parameters import ParameterTable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def whole_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter of the whole model."""
-    return {name: tuple(parameter.shape) for name, parameter in LLM(args, device="meta").named_parameters()}
 
 
 def build_model(
@@ -44,7 +39,7 @@ def build_model(
     """
     device = grid.world.device
     model = LLM(args, device="meta")
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    table = ParameterTable.of(args)
     if grid.pipeline.size > 1:
         stages = split(args, grid.layout.stages, seq_len)
         keep_stages(model, [stages[number] for number in grid.layout.stages_of(grid.pipeline.rank)])
@@ -52,17 +47,17 @@ def build_model(
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.zeros_like(buffer, device=device)
-    _cut(model, grid)
+    _cut(model, table, grid)
     if zero_stage == 3:
         private.partition_parameters(model, DTYPES[precision], device, grid.data.handle)
     else:
         _each_parameter(model, lambda _, parameter: torch.empty_like(parameter, device=device))
     for name, parameter in model.named_parameters() if precision == "fp32" else ():
-        box = grid.box(args, name, shapes[name])
         start, values = private.share(parameter) if zero_stage == 3 else (0, parameter.data.view(-1))
         stop = start + values.numel()
-        values.copy_(init.initial_values_in_box(args, name, seed, shapes[name], box, start, stop))
-    _connect(model, grid)
+        row = table[name]
+        values.copy_(init.values_in_box(row.init, name, seed, row.shape, grid.box(row), start, stop))
+    _connect(model, table, grid)
     return model
 
 
@@ -80,12 +75,11 @@ def keep_stages(model: LLM, stages: Sequence[Stage]) -> None:
         private.mark_copy(model.tok_embeddings.weight)
 
 
-def _cut(model: LLM, grid: Grid) -> None:
+def _cut(model: LLM, table: ParameterTable, grid: Grid) -> None:
     """Leave of each parameter (on the meta device) this rank's box."""
 
-    def shape_left(name: str, parameter: torch.Tensor) -> torch.Tensor:
-        box = grid.box(model.args, name, tuple(parameter.shape))
-        return torch.empty(box_shape(box), device="meta")
+    def shape_left(name: str, _: torch.Tensor) -> torch.Tensor:
+        return torch.empty(box_shape(grid.box(table[name])), device="meta")
 
     _each_parameter(model, shape_left)
 
@@ -100,7 +94,7 @@ def _each_parameter(model: LLM, make: Callable[[str, torch.Tensor], torch.Tensor
             setattr(module, name, made)
 
 
-def _connect(model: LLM, grid: Grid) -> None:
+def _connect(model: LLM, table: ParameterTable, grid: Grid) -> None:
     """Let the layers communicate where their weights are cut, and tell DeepSpeed how each parameter is."""
     args, layout = model.args, grid.layout
     if layout.expert > 1:
@@ -127,8 +121,8 @@ def _connect(model: LLM, grid: Grid) -> None:
                 if isinstance(module.k_norm, HeadsNorm):
                     module.k_norm.rows = rows
     for name, parameter in model.named_parameters():
-        plan = plan_for(name)
-        cut = tensor_dim(args, name, layout.tensor) is not None
-        private.mark(parameter, cut, grid.expert.size if plan.ep_dim is not None else 1)
-        if region is not None and not cut and (plan.in_region or layout.sequence_parallel):
+        row = table[name]
+        cut = row.cut(layout.tensor) is not None
+        private.mark(parameter, cut, grid.expert.size if row.expert_dim is not None else 1)
+        if region is not None and not cut and (row.in_region or layout.sequence_parallel):
             sum_gradients(parameter, grid.tensor)

@@ -5,8 +5,8 @@ from functools import cache, cached_property
 
 import torch.distributed as dist
 
-from llm.args import ModelArgs
-from llm.boxes import Box, parameter_box
+from llm.boxes import Box
+from llm.layers.parameter import ParamInfo
 from llm.parallel.launch.process import name_roles
 from llm.parallel.launch.world import World
 from llm.parallel.layout import Dimension, Layout, Place
@@ -59,11 +59,9 @@ class Grid:
         """Whether this rank counts for what all ranks of its tensor group have alike, such as a whole parameter."""
         return self.tensor.rank == 0
 
-    def box(self, args: ModelArgs, name: str, shape: tuple[int, ...]) -> Box:
-        """The box of parameter `name`, of whole `shape`, that this rank holds."""
-        return parameter_box(
-            args, name, shape, (self.tensor.rank, self.tensor.size), (self.expert.rank, self.expert.size)
-        )
+    def box(self, row: ParamInfo) -> Box:
+        """The box of a parameter that this rank holds."""
+        return row.box((self.tensor.rank, self.tensor.size), (self.expert.rank, self.expert.size))
 
 
 def make_grid(world: World, layout: Layout | None = None) -> Grid:

@@ -22,7 +22,7 @@ from torch import Tensor
 from llm.boxes import Box, box_shape
 from llm.parallel.engine.deepspeed_private import OwnedRange
 from llm.parallel.grid import Grid, Group
-from llm.plans import plan_for
+from llm.parameters import ParameterTable
 
 BUCKET_ELEMENTS = 1 << 26
 """Momentum put together at a time, in elements, but at least one matrix: what Muon adds to the peak memory, twice."""
@@ -127,13 +127,13 @@ class Muon(torch.optim.AdamW):
         self,
         flats: list[Tensor],
         names: list[list[str]],
-        shapes: dict[str, tuple[int, ...]],
+        table: ParameterTable,
         boxes: dict[str, Box],
         ranges: list[OwnedRange],
         grid: Grid | None,
     ) -> None:
-        """Tell what the flat tensors that `step` will see hold: `names` of the parameters that each is cut from, their
-        whole `shapes` and this rank's `boxes`, and the `ranges` that it has of these. grid: None where every rank has
+        """Say what the flat tensors that `step` will see hold: `names` of the parameters that each is cut from, the
+        model's `table`, this rank's `boxes`, and the `ranges` that it has of these. grid: None where every rank has
         everything.
 
         Names come in the same order on all ranks that have parts of the same matrices; so do the collectives then.
@@ -144,8 +144,8 @@ class Muon(torch.optim.AdamW):
                 mine = [owned for owned in ranges if owned.name == name and owned.flat is flat]
                 tensor = data = None
                 if grid is not None:
-                    tensor, data = grid.tensor, grid.data if plan_for(name).ep_dim is None else grid.expert_data
-                _fill(buckets, tensor, data, shapes[name], box_shape(boxes[name]), mine)
+                    tensor, data = grid.tensor, grid.data if table[name].expert_dim is None else grid.expert_data
+                _fill(buckets, tensor, data, table[name].shape, box_shape(boxes[name]), mine)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from llm.args import LayerSpec, ModelArgs
-from llm.model import LLM
+from llm.layers.parameter import ParamInfo
 from llm.parallel.layout import PipelineSchedule
-from llm.plans import plan_for
+from llm.parameters import ParameterTable
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,15 @@ class Stage:
         """Whether it predicts."""
         return self.number == self.count - 1
 
-    def owns(self, name: str) -> bool:
-        """Whether the parameter of this name is one of the stage's own: a tied table is the first stage's."""
-        part, _, rest = name.partition(".")
-        if part == "layers":
-            return int(rest.partition(".")[0]) in self.layers
-        return self.first if part == "tok_embeddings" else self.last
+    @property
+    def units(self) -> frozenset[str]:
+        """The units of the model (ParamInfo.unit) that are its own."""
+        layers = [f"layers.{number}" for number in self.layers]
+        return frozenset(["tok_embeddings"] * self.first + layers + ["norm", "output"] * self.last)
+
+    def owns(self, row: ParamInfo) -> bool:
+        """Whether this parameter is one of the stage's own: a tied table is the first stage's."""
+        return row.unit in self.units
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,10 @@ def costs(args: ModelArgs, seq_len: int) -> Costs:
     """Of a model with these args on sequences of `seq_len`."""
     specs = args.layer_specs()
     layers = [_attention(args, spec, seq_len) for spec in specs]
-    for name, parameter in LLM(args, device="meta").named_parameters():
-        if name.startswith("layers."):
-            active = parameter.numel()
-            if plan_for(name).kind == "expert":
-                assert args.moe is not None
-                active = active * args.moe.top_k // args.moe.n_experts
-            layers[int(name.split(".")[1])] += 6 * active
+    for row in ParameterTable.of(args).values():
+        part, _, number = row.unit.partition(".")
+        if part == "layers":
+            layers[int(number)] += 6 * row.active_numel
     return Costs(6 * args.dim, tuple(layers), 6 * args.dim * args.vocab_size)
 
 

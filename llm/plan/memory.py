@@ -4,7 +4,6 @@ averages, and gradients between micro-batches. Exact, with DeepSpeed's padding.
 Not in it: activations, buffers of collectives, one step's temporary copies, and what lies beside tensors.
 """
 
-import math
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
@@ -49,10 +48,9 @@ def checkpoint_bytes(work: Workload) -> int:
     """Bytes of the values in a checkpoint, which all ranks write together: masters, optimizer state and averages, each
     element once. Headers and the manifest come on top.
     """
-    numel = {name: math.prod(shape) for name, shape in work.shapes.items()}
-    tensors = {"adamw": 3, "muon": 2, "sgd": 1}
+    kept, table = {"adamw": 3, "muon": 2, "sgd": 1}, work.table
     return FLOAT32 * sum(
-        (tensors[group.algorithm] + work.ema) * sum(numel[name] for name in group.names) for group in work.groups
+        (kept[group.algorithm] + work.ema) * sum(table[name].numel for name in group.names) for group in work.groups
     )
 
 

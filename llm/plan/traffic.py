@@ -12,11 +12,9 @@ from collections.abc import Iterator
 from itertools import chain, pairwise
 from typing import NamedTuple
 
-from llm.boxes import tensor_dim
 from llm.parallel.traffic_counter import Along, dimension_names
 from llm.plan.workload import BYTES, OptimizerGroup, RankKind, Workload
 from llm.plan.zero3_gathers import auxiliary_losses, gathers, norms_around
-from llm.plans import plan_for
 
 FLOAT32, FLOAT64, INT64 = 4, 8, 8
 
@@ -68,14 +66,14 @@ def _tensor(work: Workload) -> Iterator[Sent]:
     yield Sent("tensor", "activations", times * mean_squares * 2 * (t - 1) * work.tokens * FLOAT32)
     yield Sent("tensor", "loss", times * (t - 1) * t * 2 * work.tokens * FLOAT32)
     sizes = {name: numel for kind in work.kinds for name, numel in kind.sizes.items()}
-    summed = sum(sizes[name] for name in work.shapes if _summed(work, name))
+    summed = sum(sizes[name] for name in work.table if _summed(work, name))
     yield Sent("tensor", "gradients", times * 2 * (t - 1) * FLOAT32 * summed)
 
 
 def _summed(work: Workload, name: str) -> bool:
     """Whether tensor-parallel ranks hold the parameter alike, and each makes a term of its gradient."""
-    cut = tensor_dim(work.args, name, work.layout.tensor) is not None
-    return not cut and (plan_for(name).in_region or work.layout.sequence_parallel)
+    row = work.table[name]
+    return row.cut(work.layout.tensor) is None and (row.in_region or work.layout.sequence_parallel)
 
 
 def _pipeline(work: Workload) -> Iterator[Sent]:

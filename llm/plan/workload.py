@@ -12,10 +12,11 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from llm.args import ModelArgs
-from llm.boxes import box_shape, parameter_box
+from llm.boxes import box_shape
 from llm.parallel.engine.options import ZERO3_SUB_GROUP
 from llm.parallel.layout import Layout
 from llm.parallel.stages import Stage, split
+from llm.parameters import ParameterTable
 from llm.recompute import Recompute
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -62,8 +63,7 @@ class Workload:
     """A run: model, layout, and what of its settings decides bytes and memory."""
 
     args: ModelArgs
-    shapes: Mapping[str, tuple[int, ...]]
-    """Whole shape of every parameter."""
+    table: ParameterTable
     layout: Layout
     precision: str
     groups: tuple[OptimizerGroup, ...]
@@ -96,7 +96,7 @@ class Workload:
     @property
     def n_parameters(self) -> int:
         """Elements of the whole model."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
+        return sum(row.numel for row in self.table.values())
 
     @property
     def held(self) -> list[int]:
@@ -122,14 +122,12 @@ class Workload:
     def _kinds(self, place: int) -> Iterator[RankKind]:
         layout, args = self.layout, self.args
         stages = [self.stages[number] for number in layout.stages_of(place)]
-        names = [name for name in self.shapes if any(stage.owns(name) for stage in stages)]
+        names = [name for name, row in self.table.items() if any(stage.owns(row) for stage in stages)]
         copy = ["tok_embeddings.weight"] if args.tie_embeddings and stages[-1].last and not stages[0].first else []
         found: Counter[tuple[int, ...]] = Counter()
         for rank in range(layout.tensor):
-            boxes = (
-                parameter_box(args, name, self.shapes[name], (rank, layout.tensor), (0, layout.expert))
-                for name in names + copy
-            )
+            place_in = (rank, layout.tensor), (0, layout.expert)
+            boxes = (self.table[name].box(*place_in) for name in names + copy)
             found[tuple(math.prod(box_shape(box)) for box in boxes)] += 1
         for sizes, ranks in found.items():
             yield RankKind(dict(zip(names, sizes, strict=False)), ranks, sum(sizes[len(names) :]))

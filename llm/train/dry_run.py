@@ -13,9 +13,9 @@ from llm.parallel.engine.deepspeed_private import mark
 from llm.parallel.grid import stage_name
 from llm.parallel.layout import Dimension, Layout
 from llm.parallel.stages import bubble
+from llm.parameters import ParameterTable
 from llm.plan import memory, traffic
 from llm.plan.workload import ZERO3_DEFAULTS, OptimizerGroup, Workload
-from llm.plans import plan_for
 from llm.pretrained import args_of
 from llm.tokenizer import load_tokenizer
 from llm.train.config import RunConfig
@@ -35,11 +35,11 @@ SHOWN = 4
 def workload(config: RunConfig, layout: Layout) -> Workload:
     """The config as llm/parallel predicts from it. Precision `auto` counts as bf16; model.vocab_size must be set."""
     args, train = config.model, config.train
-    model = LLM(args, device="meta")
+    model, table = LLM(args, device="meta"), ParameterTable.of(args)
     names = {}
     for name, parameter in model.named_parameters():
         names[id(parameter)] = name
-        mark(parameter, False, layout.expert if plan_for(name).ep_dim is not None else 1)
+        mark(parameter, False, layout.expert if table[name].expert_dim is not None else 1)
     groups = tuple(
         OptimizerGroup(
             names=tuple(names[id(parameter)] for parameter in group["params"]),
@@ -50,7 +50,7 @@ def workload(config: RunConfig, layout: Layout) -> Workload:
     )
     return Workload(
         args=args,
-        shapes={name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
+        table=table,
         layout=layout,
         precision="bf16" if train.precision == "auto" else train.precision,
         groups=groups,

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from llm.args import ModelArgs
-from llm.model import LLM
-from llm.plans import plan_for
+from llm.parameters import ParameterTable
 
 BF16_PEAKS = (
     ("B200", 2250e12),
@@ -41,16 +40,9 @@ class FlopCount:
     @classmethod
     def of(cls, args: ModelArgs) -> "FlopCount":
         """Of a model with these args; they must have a vocabulary."""
-        active = 0.0
-        for name, parameter in LLM(args, device="meta").named_parameters():
-            kind = plan_for(name).kind
-            if kind == "expert":
-                assert args.moe is not None
-                active += parameter.numel() * args.moe.top_k / args.moe.n_experts
-            elif kind != "embedding" or args.tie_embeddings:
-                active += parameter.numel()
+        active = sum(row.active_numel for row in ParameterTable.of(args).values())
         layers = sum(spec.mixer == "attn" for spec in args.layer_specs())
-        return cls(round(active), layers, args.n_heads * args.head_width)
+        return cls(active, layers, args.n_heads * args.head_width)
 
     def per_token(self, seq_len: int) -> int:
         """FLOPs of one token's forward and backward in a sequence of `seq_len`."""

@@ -9,8 +9,8 @@ from torch import Tensor
 from llm.boxes import Box, box_shape
 from llm.errors import UserError
 from llm.foreign.export import Weights, meaning
-from llm.parallel.build import whole_shapes
 from llm.parallel.engine.engine import Engine
+from llm.parameters import ParameterTable
 from llm.pretrained import weights_of
 from llm.train.config import ModelSection
 
@@ -22,7 +22,7 @@ def read_weights(engine: Engine, model: ModelSection) -> tuple[Callable[[], None
     path = Path(str(model.init_from))
     notes: list[str] = []
     args, weights = weights_of(path, notes.append)
-    refuse_other_shapes(path, whole_shapes(args), engine.state.shapes)
+    refuse_other_shapes(path, ParameterTable.of(args).shapes, engine.state.shapes)
     before, now = meaning(args), meaning(model)
     lines = [f"began with the weights of {path}", *(f"note: {line}" for line in notes)]
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))

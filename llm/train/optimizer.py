@@ -1,14 +1,13 @@
-"""The optimizer that a config asks for, over the model's parameters in groups by the table in llm/plans.py."""
+"""The optimizer that a config asks for, over the model's parameters in groups by their rows in llm/parameters.py."""
 
 from typing import Any
 
 import torch
 
 from llm.model import LLM
-from llm.parallel.build import whole_shapes
 from llm.parallel.engine.deepspeed_private import absent_expert_group, expert_group, filler, is_copy
 from llm.parallel.muon import Muon
-from llm.plans import plan_for
+from llm.parameters import ParameterTable
 from llm.train.config import OptimConfig
 
 MUON_KINDS = ("matrix", "expert")
@@ -22,18 +21,17 @@ def parameter_groups(model: LLM, optim: OptimConfig) -> list[dict[str, Any]]:
     """
     groups: dict[tuple[Any, ...], list[torch.nn.Parameter]] = {}
     held = {name: parameter for name, parameter in model.named_parameters() if not is_copy(parameter)}
-    for name in whole_shapes(model.args):  # so that every stage of a pipeline has the same groups
-        plan = plan_for(name)
-        muon = optim.name == "muon" and plan.kind in MUON_KINDS
-        factor = optim.lr_factors.get(plan.kind, 1.0)
+    for name, row in ParameterTable.of(model.args).items():  # so that every stage of a pipeline has the same groups
+        muon = optim.name == "muon" and row.kind in MUON_KINDS
+        factor = optim.lr_factors.get(row.kind, 1.0)
         if muon and optim.muon_lr is not None:
             factor *= optim.muon_lr / optim.lr
-        decay = optim.weight_decay if plan.decay else 0.0
+        decay = optim.weight_decay if row.decay else 0.0
         parameter = held.get(name)
         if parameter is not None:
             experts = expert_group(parameter)
         else:
-            experts = absent_expert_group(model) if plan.ep_dim is not None else {}
+            experts = absent_expert_group(model) if row.expert_dim is not None else {}
         key = (decay, factor, muon, *experts.items())
         members = groups.setdefault(key, [])
         if parameter is not None:
@@ -63,8 +61,9 @@ def freeze(model: LLM, optim: OptimConfig) -> None:
     """Make the gradients of parameters whose kind has the learning-rate factor 0 zero before anything sees them: no
     norm, clipping or check counts them. They are still computed, and their memory stays.
     """
+    table = ParameterTable.of(model.args)
     for name, parameter in model.named_parameters():  # copies of tied weights too
-        if optim.lr_factors.get(plan_for(name).kind, 1.0) == 0:
+        if optim.lr_factors.get(table[name].kind, 1.0) == 0:
             parameter.register_hook(torch.zeros_like)
 
 

@@ -84,11 +84,12 @@ def _weights(run: UnstartedRun) -> None:
     """Of a run that begins with others' weights."""
     source = run.config.model.init_from
     if source is not None and checkpoint_to_continue(run.settled, run.checkpoints) is None:
-        from llm.parallel.build import whole_shapes  # these take long to import
+        from llm.parameters import ParameterTable  # these take long to import
         from llm.pretrained import args_of
         from llm.train.init_from import refuse_other_shapes
 
-        refuse_other_shapes(Path(source), whole_shapes(args_of(source)), whole_shapes(run.settled.model))
+        theirs, ours = (ParameterTable.of(args).shapes for args in (args_of(source), run.settled.model))
+        refuse_other_shapes(Path(source), theirs, ours)
 
 
 def _data_is_readable(run: UnstartedRun) -> None:

@@ -21,6 +21,7 @@ from llm.parallel.engine.engine import Engine
 from llm.parallel.engine.pipeline import engine_class
 from llm.parallel.grid import Grid, make_grid
 from llm.parallel.launch.world import World
+from llm.parameters import ParameterTable
 from llm.tokenizer import Tokenizer, load_tokenizer
 from llm.train.config import RunConfig, accumulation_steps, check_layout
 from llm.train.optimizer import make_optimizer
@@ -89,7 +90,12 @@ def build_run(config: RunConfig, folder: Path, world: World) -> Run:
     kept = config.checkpoint
     checkpoints = folder / "checkpoints"
     store = CheckpointStore(
-        checkpoints, world, keep=kept.keep, keep_best=kept.keep_best, keep_every=kept.keep_every
+        checkpoints,
+        world,
+        keep=kept.keep,
+        keep_best=kept.keep_best,
+        keep_every=kept.keep_every,
+        cut=ParameterTable.of(settled.model).cut,
     )
     settled, precision_reason = settle_precision(settled, store, world)
     settled = settle_warmup(settled, store, world)

@@ -39,7 +39,9 @@ def save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Check
 
     def save_as_ranks(shapes: dict[str, tuple[int, ...]], ranks: list[list[OwnedValues]]) -> Checkpoint:
         def save_as(world: World) -> Path:
-            return CheckpointStore(tmp_path, world, keep=1, keep_best=False).save(1, shapes, ranks[world.rank], {})
+            return CheckpointStore(tmp_path, world, keep=1, keep_best=False, cut=CUT).save(
+                1, shapes, ranks[world.rank], {}
+            )
 
         return Checkpoint.open(as_ranks(monkeypatch, len(ranks), save_as)[0])
 
@@ -64,8 +66,9 @@ def elements(whole_tensor: Tensor, part: Part) -> Tensor:
 
 
 COLUMNS = "layers.0.feed_forward.w2.weight"
+CUT = {COLUMNS: 1, "layers.0.feed_forward.experts.w2": 1, "layers.0.feed_forward.experts.w1": 2}
+"""The dimensions that tensor parallelism cuts: the last, the last but one, the last. They are written in stripes."""
 DIMENSIONS = {"p0": 0, "p1": 1, "p2": 2, "p3": 2, "p4": 3, "p5": 4} | {
-    # tensor parallelism cuts the last dimension, the last but one, the last: they are written in stripes
     COLUMNS: 2, "layers.0.feed_forward.experts.w2": 3, "layers.0.feed_forward.experts.w1": 3
 }  # fmt: skip
 

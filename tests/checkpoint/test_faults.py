@@ -56,7 +56,8 @@ def save_as_ranks(
         shapes[name] = tuple(map(max, corner, shapes.get(name, corner)))
 
     def save(world: World) -> Path:
-        store = CheckpointStore(folder, world, keep=9, keep_best=False)
+        columns = {name: 1 for name in shapes if name.endswith(CUT_BY_COLUMNS)}  # as tensor parallelism cuts them
+        store = CheckpointStore(folder, world, keep=9, keep_best=False, cut=columns)
         return store.save(step, shapes, ranks[world.rank], meta)
 
     return as_ranks(monkeypatch, len(ranks), save)[0]

@@ -7,16 +7,15 @@ import os
 import torch
 
 from llm import init
-from llm.args import ModelArgs
 from llm.parallel import muon
 from llm.parallel.launch import process
 from tests.distributed import engine_job
 
-initial_values = init.initial_values
+constant = init.Constant.values
 
 
-def uneven_norms(args: ModelArgs, name: str, seed: int, start: int, stop: int) -> torch.Tensor:
-    values = initial_values(args, name, seed, start, stop)
+def uneven_norms(draw: init.Constant, seed: int, name: str, start: int, stop: int) -> torch.Tensor:
+    values = constant(draw, seed, name, start, stop)
     if name.endswith(("q_norm.weight", "k_norm.weight")):
         values += 0.5 * torch.from_numpy(init.normal(seed, name, start, stop))
     return values
@@ -24,13 +23,13 @@ def uneven_norms(args: ModelArgs, name: str, seed: int, start: int, stop: int) -
 
 def main() -> None:
     buckets = muon.BUCKET_ELEMENTS
-    init.initial_values = uneven_norms
+    init.Constant.values = uneven_norms  # type: ignore[method-assign]
     if int(os.environ["WORLD_SIZE"]) > 1:
         muon.BUCKET_ELEMENTS = 1500  # an expert's matrix has 768 elements, wq 1024
     try:
         engine_job.main()
     finally:
-        init.initial_values, muon.BUCKET_ELEMENTS = initial_values, buckets
+        init.Constant.values, muon.BUCKET_ELEMENTS = constant, buckets  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

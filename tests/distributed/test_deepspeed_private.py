@@ -26,7 +26,6 @@ def main(out: Path) -> None:
 
     from llm.args import ModelArgs
     from llm.data.batch import MicroBatch, StepBatch
-    from llm.init import initial_values
     from llm.parallel.build import build_model
     from llm.parallel.collectives import gather_json
     from llm.parallel.engine import deepspeed_private as private
@@ -34,6 +33,7 @@ def main(out: Path) -> None:
     from llm.parallel.grid import make_grid
     from llm.parallel.launch import process
     from llm.parallel.precision import has_arithmetic
+    from llm.parameters import ParameterTable
     from llm.train.config import OptimConfig
     from llm.train.optimizer import make_optimizer
 
@@ -41,6 +41,7 @@ def main(out: Path) -> None:
     world = process.start(60, 1)
     grid = make_grid(world)
     args = ModelArgs.model_validate({**TINY_MODEL, "vocab_size": 64})
+    table = ParameterTable.of(args)
     report: dict[str, Any] = {}
     for stage, precision in CASES + GROWING:
         if not has_arithmetic(precision):
@@ -58,7 +59,7 @@ def main(out: Path) -> None:
             zero_stage=stage,
         )
         exact = all(
-            torch.equal(f.values, initial_values(args, f.name, 3, f.start, f.start + f.values.numel()))
+            torch.equal(f.values, table[f.name].init.values(3, f.name, f.start, f.start + f.values.numel()))
             for f in engine.state.owned_fragments()
         )
         before = None

@@ -14,7 +14,7 @@ from llm.boxes import whole
 from llm.checkpoint.reader import resolve
 from llm.foreign.export import choose_family, export_hf
 from llm.foreign.native import OfModule
-from llm.parallel.build import whole_shapes
+from llm.parameters import ParameterTable
 from llm.train.config import load_config
 from llm.train.init_from import read_range
 from tests.distributed.harness import TINY_MODEL, metrics, run, tiny_config, write_config, write_text
@@ -108,7 +108,7 @@ def test_keys_beside_init_from_hold_instead_of_the_models_own(folder: Path, tmp_
 
 @pytest.mark.parametrize("name", ["layers.1.feed_forward.experts.w2", "norm.weight", "layers.0.attention.wo.weight"])
 def test_any_range_of_any_box_is_read(name: str) -> None:
-    weights, shape = OfModule(LLM(ARGS, seed=9)), whole_shapes(ARGS)[name]
+    weights, shape = OfModule(LLM(ARGS, seed=9)), ParameterTable.of(ARGS)[name].shape
     box = tuple((n // 4, n - n // 3) for n in shape)
     tensor = weights.read(name, whole(shape), torch.empty(shape))
     flat = tensor[tuple(slice(a, b) for a, b in box)].flatten()

@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llm import LLM, ModelArgs
-from llm.boxes import box_shape, parameter_box
+from llm.boxes import box_shape
 from llm.errors import UserError
 from llm.layers.attention import Attention
 from llm.layers.ffn import FeedForward
 from llm.layers.moe import MoE
 from llm.model import Block
+from llm.parameters import ParameterTable
 from tests.foreign.models import CONFIGS, reference, tokens
 
 State = dict[str, Tensor]
@@ -312,8 +313,8 @@ def test_a_copy_of_a_model_loads_into_itself(both):
 
 
 def test_a_rank_that_holds_a_part_loads_its_part_by_our_names():
-    args, whole = LLAMA4, LLM(LLAMA4, seed=1).state_dict()
-    shares = {n: box_shape(parameter_box(args, n, tuple(t.shape), (1, 2), (0, 3))) for n, t in whole.items()}
+    args = LLAMA4
+    shares = {n: box_shape(box) for n, box in ParameterTable.of(args).boxes((1, 2), (0, 3)).items()}
     model = LLM(args, device="meta")
     for name, shape in shares.items():
         path, _, last = name.rpartition(".")

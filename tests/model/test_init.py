@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from llm import LLM
-from llm.init import initial_std, initial_values, normal
+from llm.init import Normal, normal
+from llm.parameters import ParameterTable
 from tests.model.models import MOE, llama4
 
 GOLDEN = {
@@ -58,11 +59,13 @@ def test_values_are_standard_normal():
 
 def test_norms_start_at_one_and_depth_scaling_lowers_what_writes_into_the_residual():
     args = llama4(moe=MOE, init_depth_scale=True).args
-    assert (initial_values(args, "layers.0.ffn_norm.weight", 0, 0, 5) == 1).all()
+    table = ParameterTable.of(args)
+    name = "layers.0.ffn_norm.weight"
+    assert (table[name].init.values(0, name, 0, 5) == 1).all()
     lowered = args.init_std / math.sqrt(2 * args.n_layers)
-    for name in ("attention.wo.weight", "feed_forward.w2.weight", "feed_forward.experts.w2"):
-        assert initial_std(args, f"layers.1.{name}") == lowered
-    assert initial_std(args, "layers.1.feed_forward.experts.w1") == args.init_std
+    for name in ("attention.wo.weight", "feed_forward.shared_expert.w2.weight", "feed_forward.experts.w2"):
+        assert table[f"layers.1.{name}"].init == Normal(lowered)
+    assert table["layers.1.feed_forward.experts.w1"].init == Normal(args.init_std)
 
 
 def test_a_meta_model_is_counted_without_values():

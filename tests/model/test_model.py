@@ -1,14 +1,12 @@
 """The whole model: parameters and their table, precision, and inputs that are refused."""
 
 import re
-from typing import get_args
 
 import pytest
 import torch
 
 from llm import LLM, ModelArgs
 from llm.datatypes import TransformerInput
-from llm.plans import Kind, plan_for
 from tests.model.models import MOE, VOCAB, llama4, tokens
 
 
@@ -36,20 +34,6 @@ def test_scout_has_its_published_size():
         attention_chunk_size=8192, moe=dict(n_experts=16, hidden=8192),
     )  # fmt: skip
     assert count(**scout) == 107_769_861_120
-
-
-def test_every_parameter_has_one_row_in_the_table_of_plans():
-    model = llama4(
-        moe=MOE | dict(interleave=2), qkv_bias=True, o_bias=True, ffn_bias=True, norm="layer", norm_place="sandwich"
-    )
-    kinds = {name: plan_for(name) for name, _ in model.named_parameters()}
-    for name, parameter in model.named_parameters():
-        plan = kinds[name]
-        assert plan.decay == (plan.kind in ("matrix", "expert", "head"))
-        assert all(dim is None or dim < parameter.ndim for dim in (plan.tp_dim, plan.ep_dim))
-    assert {plan.kind for plan in kinds.values()} == {*get_args(Kind)}
-    with pytest.raises(KeyError, match="layers.0.attention.wx.weight"):
-        plan_for("layers.0.attention.wx.weight")
 
 
 def test_names_are_canonical():

@@ -51,7 +51,7 @@ def test_one_process_sends_nothing_and_keeps_weights_gradients_and_two_moments()
     (kept, ranks), n = memory.predict(work)[0], work.n_parameters
     assert traffic.predict(work) == {} and ranks == 1
     assert (kept.parameters, kept.masters, kept.gradients) == (4 * n, 0, 4 * n)
-    assert kept.optimizer == 8 * n + 4 * len(work.shapes)  # a step count beside each parameter's moments
+    assert kept.optimizer == 8 * n + 4 * len(work.table)  # a step count beside each parameter's moments
 
 
 def test_plain_data_parallel_sends_each_gradient_around_the_ring_twice() -> None:
@@ -94,7 +94,7 @@ def test_an_uneven_vocabulary_makes_two_kinds_of_ranks() -> None:
     larger, smaller = work.kinds
     assert larger.sizes["output.weight"] - smaller.sizes["output.weight"] == 32  # one row
     assert [ranks for _, ranks in memory.predict(work)] == [1, 1]
-    whole = Counter({name: 0 for name in work.shapes})
+    whole = Counter({name: 0 for name in work.table})
     for kind in work.kinds:
         whole.update(kind.sizes)
     assert whole["output.weight"] == 65 * 32
@@ -124,7 +124,7 @@ def test_zero3_gathers_once_where_all_fits_and_at_each_use_where_nothing_does(re
 def test_a_replay_names_every_module_with_weights() -> None:
     work = plan(2, parallel={"zero_stage": 3})
     modules = {event.module for event in events(work)}
-    for name in work.shapes:
+    for name in work.table:
         assert name.removesuffix(".weight") in modules or name.rpartition(".")[0] in modules
 
 

@@ -5,7 +5,7 @@ import torch
 
 from llm.args import ModelArgs
 from llm.model import LLM
-from llm.plans import plan_for
+from llm.parameters import ParameterTable
 from llm.train.config import OptimConfig
 from llm.train.optimizer import make_optimizer
 
@@ -36,14 +36,13 @@ def trained(**optim: object) -> tuple[LLM, torch.optim.Optimizer]:
 
 def muon_describe(optimizer: torch.optim.Optimizer, flats: list[torch.Tensor], names: list[str]) -> None:
     """Tell Muon that each flat tensor is one whole parameter."""
-    from llm.boxes import whole
     from llm.parallel.engine.deepspeed_private import OwnedRange
 
-    shapes = {name: tuple(flat.shape) for name, flat in zip(names, flats, strict=True)}
-    boxes = {name: whole(shape) for name, shape in shapes.items()}
+    table = ParameterTable.of(ARGS)
+    boxes = table.boxes((0, 1), (0, 1))
     named = enumerate(zip(names, flats, strict=True))
     owned = [OwnedRange(name, 0, flat.numel(), i, flat, 0) for i, (name, flat) in named]
-    optimizer.describe(flats, [[name] for name in names], shapes, boxes, owned, None)  # type: ignore[attr-defined]
+    optimizer.describe(flats, [[name] for name in names], table, boxes, owned, None)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "muon"])
@@ -54,7 +53,7 @@ def test_a_factor_of_0_freezes(name: str, kinds: tuple[str, ...]) -> None:
     frozen = 0
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None
-        if plan_for(key).kind in kinds:
+        if ParameterTable.of(ARGS)[key].kind in kinds:
             frozen += 1
             assert torch.equal(parameter, initial[key]) and not parameter.grad.any(), key
             assert not optimizer.state.get(parameter), "no moments"

@@ -15,7 +15,7 @@ from llm.data.batch import StepBatch
 from llm.model import LLM
 from llm.parallel.collectives import gather_json
 from llm.parallel.grid import Grid, stage_name
-from llm.plans import plan_for
+from llm.parameters import ParameterTable
 
 
 class GradientProbes:
@@ -27,8 +27,9 @@ class GradientProbes:
         """stage_of: which of this rank's stages a parameter belongs to."""
         self.stages = grid.layout.stages_of(grid.pipeline.rank)
         self._sums = torch.zeros(len(self.stages), device=grid.world.device)
+        table = ParameterTable.of(model.args)
         for name, parameter in model.named_parameters():
-            if grid.expert.size == 1 or plan_for(name).ep_dim is None:  # else it is of other ranks' tokens too
+            if grid.expert.size == 1 or table[name].expert_dim is None:  # else it is of other ranks' tokens too
                 parameter.register_hook(partial(self._add, stage_of(name)))
 
     def _add(self, stage: int, grad: Tensor) -> None:

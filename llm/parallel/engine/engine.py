@@ -93,7 +93,7 @@ class Engine:
         )
         if isinstance(optimizer, Muon):
             names = private.names_by_partition(self._deepspeed, model)
-            held = (self.state.shapes, self.state.boxes, self.state.owned_ranges)
+            held = (self.state.table, self.state.boxes, self.state.owned_ranges)
             optimizer.describe(self.state.partitions, names, *held, grid if zero_stage else None)
         if precision != "fp32":
             self._publish()

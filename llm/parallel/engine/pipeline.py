@@ -37,6 +37,7 @@ from llm.parallel.engine import deepspeed_private as private
 from llm.parallel.engine.engine import Engine
 from llm.parallel.engine.step import Tally
 from llm.parallel.grid import Grid
+from llm.parameters import ParameterTable
 
 EVALUATED_AT_ONCE = 4
 """Micro-batches of a validation that go through the pipeline together, for each rank of it."""
@@ -66,7 +67,8 @@ class PipelineEngine(Engine):
         return pipe.initialize(self.model, self._next_forward, self._before_reduction, optimizer, config, self.grid)
 
     def _stage_of(self, name: str) -> int:
-        owns = [stage.owns(name) for stage in self.model.stages]
+        row = ParameterTable.of(self.model.args)[name]
+        owns = [stage.owns(row) for stage in self.model.stages]
         return owns.index(True) if any(owns) else len(owns) - 1  # the last stage's copy of a tied table
 
     def _compute_and_apply(

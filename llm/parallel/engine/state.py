@@ -2,7 +2,6 @@
 checkpoint.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -10,14 +9,13 @@ import torch
 from torch import Tensor
 
 from llm import init
-from llm.args import ModelArgs
 from llm.boxes import Box, whole
 from llm.model import LLM
-from llm.parallel.build import whole_shapes
 from llm.parallel.engine import deepspeed_private as private
 from llm.parallel.engine.averages import Averages
 from llm.parallel.grid import Grid
 from llm.parallel.muon import Muon
+from llm.parameters import ParameterTable
 
 
 class OwnedFragment(NamedTuple):
@@ -50,26 +48,28 @@ class TrainState:
         """
         self._deepspeed, self._grid, self._zero_stage = deepspeed, grid, zero_stage
         self._frozen, self._of_muon = frozen, of_muon
-        self.shapes = whole_shapes(model.args)
-        """Of every parameter of the whole model."""
-        self.boxes = {name: grid.box(model.args, name, shape) for name, shape in self.shapes.items()}
+        self.table = ParameterTable.of(model.args)
+        """Of the whole model."""
+        self.shapes = self.table.shapes
+        self.boxes = {name: grid.box(row) for name, row in self.table.items()}
         """What this rank has of each before ZeRO cuts it."""
         self.owned_ranges = private.owned_ranges(deepspeed, model)
         self.partitions = private.partitions(deepspeed)
         if seed is not None:
-            self._draw_masters(model.args, seed)
+            self._draw_masters(seed)
         self.averages = Averages(self.partitions, ema_decay)
 
     @property
     def n_parameters(self) -> int:
         """Elements of all parameters of the whole model."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
+        return sum(row.numel for row in self.table.values())
 
     @torch.no_grad()
-    def _draw_masters(self, args: ModelArgs, seed: int) -> None:
+    def _draw_masters(self, seed: int) -> None:
         for owned in self.owned_ranges:
-            place = (self.shapes[owned.name], self.boxes[owned.name], owned.start, owned.start + owned.length)
-            owned.of(owned.flat).copy_(init.initial_values_in_box(args, owned.name, seed, *place))
+            row, stop = self.table[owned.name], owned.start + owned.length
+            place = row.shape, self.boxes[owned.name], owned.start, stop
+            owned.of(owned.flat).copy_(init.values_in_box(row.init, owned.name, seed, *place))
 
     def fragments(self) -> Iterator[OwnedFragment]:
         """What a checkpoint must fill on this rank."""

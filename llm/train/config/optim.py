@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from llm.plans import Kind
+from llm.layers.parameter import ParameterKind
 from llm.train.config.section import BY_COMMAS, Section
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -19,7 +19,7 @@ class OptimConfig(Section):
     """Peak learning rate of what Muon updates; it follows the same schedule; null = optim.lr."""
     muon_momentum: float = Field(0.95, ge=0, lt=1)
     """Muon's (Nesterov) momentum."""
-    lr_factors: dict[Kind, Annotated[float, Field(ge=0)]] = {}
+    lr_factors: dict[ParameterKind, Annotated[float, Field(ge=0)]] = {}
     """Factor on the learning rate for kinds of parameters (matrix, expert, norm, router, embedding, head); 0 freezes:
     no update, no moments, no part in the gradient norm."""
     schedule: Literal["cosine", "linear", "wsd", "one_cycle", "constant"] = "cosine"

@@ -1,0 +1,85 @@
+"""Every parameter of a model, each with the row that its module declares: from ModelArgs alone, without a model.
+
+Names, shapes and what is to be done with a parameter (how it is cut, whether it decays, what it begins with, in which
+unit it lies, whether it trains) are read here and nowhere else.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from llm.args import LayerSpec, ModelArgs
+from llm.boxes import Box
+from llm.layers.attention import Attention
+from llm.layers.embedding import Embedding
+from llm.layers.ffn import feed_forward_rows
+from llm.layers.moe import moe_rows
+from llm.layers.norm import norm_rows
+from llm.layers.output import Output
+from llm.layers.parameter import ParamInfo, Rows, in_unit, under, weights
+
+
+class ParameterTable(Mapping[str, ParamInfo]):
+    """Rows by canonical name, in the order of the model's own parameters."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+
+    @classmethod
+    def of(cls, args: ModelArgs) -> "ParameterTable":
+        """The table of a model with these args, which must have a vocabulary."""
+        tied, head = args.tie_embeddings, Output.declare_head(args.dim, args.vocab_size, weights(args))
+        rows = in_unit("tok_embeddings", Embedding.declare(args.vocab_size, args.dim, weights(args), tied))
+        for spec in args.layer_specs():
+            rows |= in_unit(f"layers.{spec.index}", block_rows(args, spec))
+        rows |= in_unit("norm", norm_rows(args, args.dim))
+        return cls(rows if tied else rows | in_unit("output", head))
+
+    def __getitem__(self, name: str) -> ParamInfo:
+        """Raises KeyError naming the parameter where no module declares it."""
+        if name not in self._rows:
+            raise KeyError(f"no module of this model declares a parameter {name!r}")
+        return self._rows[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Whole shape of every parameter."""
+        return {name: row.shape for name, row in self.items()}
+
+    @property
+    def cut(self) -> dict[str, int | None]:
+        """The dimension of every parameter that tensor parallelism cuts, if it is cut."""
+        return {name: row.tensor_dim for name, row in self.items()}
+
+    def boxes(self, tensor: tuple[int, int], expert: tuple[int, int]) -> dict[str, Box]:
+        """The box of every parameter on a rank; `tensor` and `expert` are (rank, ranks) in its groups."""
+        return {name: row.box(tensor, expert) for name, row in self.items()}
+
+    def frozen(self, patterns: Sequence[str]) -> "ParameterTable":
+        """The table with `trainable` off where a name matches one of these globs."""
+        return ParameterTable(
+            {
+                name: replace(row, trainable=row.trainable and not any(fnmatchcase(name, p) for p in patterns))
+                for name, row in self.items()
+            }
+        )
+
+
+def block_rows(args: ModelArgs, spec: LayerSpec) -> Rows:
+    """Of one layer: see Block in llm/model.py."""
+    before, after = args.norm_place != "post", args.norm_place != "pre"
+    norm = norm_rows(args, args.dim)
+    rows = under("attention_norm", norm) if before else {}
+    rows |= under("attention", Attention.declare(args, spec))
+    rows |= under("attention_post_norm", norm) if after else {}
+    if spec.ffn == "none":
+        return rows
+    rows |= under("ffn_norm", norm) if before else {}
+    rows |= under("feed_forward", moe_rows(args) if spec.ffn == "moe" else feed_forward_rows(args))
+    return rows | (under("ffn_post_norm", norm) if after else {})
