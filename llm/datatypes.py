@@ -28,12 +28,18 @@ class TransformerInput:
     """(S + 1,) integers on the CPU: document boundaries in the flattened B*T tokens, from 0 to B*T, every row start
     among them. None = one document a row."""
 
-    def check_tokens(self) -> None:
-        """Raise ValueError unless tokens is a (B, T) int64 tensor with at least one token."""
+    def check_tokens(self, vocab_size: int | None = None) -> None:
+        """Raise ValueError unless tokens is a (B, T) int64 tensor with at least one token, with ids below `vocab_size`:
+        on a CPU, as looking at them would stall a GPU.
+        """
         if self.tokens.ndim != 2 or self.tokens.dtype != torch.int64 or self.tokens.numel() == 0:
             raise ValueError(
                 f"tokens must be non-empty (B, T) int64 (one row is tokens[None]); got {_describe(self.tokens)}"
             )
+        if vocab_size is not None and self.tokens.device.type == "cpu":
+            low, high = (int(bound) for bound in self.tokens.aminmax())
+            if low < 0 or high >= vocab_size:
+                raise ValueError(f"token ids go from {low} to {high}; model.vocab_size={vocab_size} allows 0 and up")
 
     def resolve(self, first_position_B: Ints | None = None) -> tuple[Ints, Ints]:
         """Positions (B, T) and the flat indices where documents start, on the host. Malformed input: ValueError.

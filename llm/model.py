@@ -1,81 +1,43 @@
-"""The model: token table, blocks, norm, output. Each block is told by its LayerSpec what it is.
+"""The model: a list of units. The token table makes vectors of tokens, block after block changes them, a norm and the
+output make predictions of them.
 
 Positions, documents and caches are arguments of a call; the module keeps nothing between calls.
 
 Shapes: B batch, T tokens, D model width, V vocabulary, E experts, M number of MoE layers.
 """
 
-from collections.abc import Sequence
-from contextlib import nullcontext, suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from llm.args import LayerSpec, ModelArgs
+from llm.args import ModelArgs
 from llm.cache import Cache
+from llm.conveniences import Conveniences
 from llm.datatypes import RouterStats, TransformerInput, TransformerOutput
-from llm.errors import NoTokenizer
 from llm.foreign.load import register_hook
 from llm.init import initialise
-from llm.layers.attention import Attention
+from llm.layers.block import Block
 from llm.layers.context import Context
 from llm.layers.embedding import Embedding, TiedEmbedding
-from llm.layers.ffn import build_feed_forward
 from llm.layers.masks import AttentionMasks, document_lengths
-from llm.layers.moe import MoE, build_moe
+from llm.layers.moe import MoE
 from llm.layers.norm import make_norm
 from llm.layers.output import Output
 from llm.layers.region import WHOLE, Region
 from llm.parameters import ParameterTable
 from llm.recompute import Recompute, recomputed
 
-if TYPE_CHECKING:
-    from llm.parallel.stages import Stage
-    from llm.tokenizer import Tokenizer
+EMBEDDING, NORM, OUTPUT = "tok_embeddings", "norm", "output"
 
 
-class Block(nn.Module):
-    """One layer: h = x + attention(norm(x)); y = h + feed_forward(norm(h)), with the norms where args.norm_place says;
-    with parallel_residual y = x + attention(norm(x)) + feed_forward(other_norm(x)).
-    """
-
-    def __init__(self, args: ModelArgs, spec: LayerSpec) -> None:
-        super().__init__()
-        self.spec = spec
-        self.parallel = args.parallel_residual
-        register_hook(self, args, "layers.{i}.")
-        before, after = args.norm_place != "post", args.norm_place != "pre"
-        self.attention_norm = make_norm(args, args.dim) if before else None
-        self.attention = Attention(args, spec)
-        register_hook(self.attention, args, "layers.{i}.attention.")
-        self.attention_post_norm = make_norm(args, args.dim) if after else None
-        if spec.ffn != "none":
-            self.ffn_norm = make_norm(args, args.dim) if before else None
-            self.feed_forward = build_moe(args) if spec.ffn == "moe" else build_feed_forward(args)
-            register_hook(self.feed_forward, args, "layers.{i}.feed_forward.")
-            self.ffn_post_norm = make_norm(args, args.dim) if after else None
-
-    def forward(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, RouterStats | None]:
-        update_BTD = self.attention(_through(self.attention_norm, x_BTD), ctx)
-        h_BTD = x_BTD + _through(self.attention_post_norm, update_BTD)
-        if self.spec.ffn == "none":
-            return h_BTD, None
-        normed_BTD, stats = _through(self.ffn_norm, x_BTD if self.parallel else h_BTD), None
-        if self.spec.ffn == "moe":
-            y_BTD, stats = self.feed_forward(normed_BTD, ctx.valid_BT)
-        else:
-            y_BTD = self.feed_forward(normed_BTD)
-        return h_BTD + _through(self.ffn_post_norm, y_BTD), stats
+def unit_names(args: ModelArgs) -> tuple[str, ...]:
+    """The units of a model, in the order in which vectors pass them: the first parts of the names of parameters."""
+    return (EMBEDDING, *(f"layers.{spec.index}" for spec in args.layer_specs()), NORM, OUTPUT)
 
 
-def _through(norm: nn.Module | None, x: Tensor) -> Tensor:
-    normed: Tensor = x if norm is None else norm(x)
-    return normed
-
-
-class LLM(nn.Module):
+class LLM(Conveniences):
     """A causal language model, initialised from (args, seed) alone; works without process groups.
 
     On device="meta" it has shapes but no values. Raises ValueError while args.vocab_size is unset.
@@ -84,110 +46,40 @@ class LLM(nn.Module):
     region: Region = WHOLE
     """Of embedding and head; cut over ranks by llm/parallel/build.py, as the layers' are."""
 
-    def __init__(self, args: ModelArgs, seed: int = 0, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        args: ModelArgs,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        units: Collection[str] | None = None,
+    ) -> None:
+        """units: those of `unit_names(args)` that this module is to have; by default all. Where output and token table
+        are one, either unit has the table.
+        """
         super().__init__()
         if args.vocab_size < 1:
             raise ValueError("model.vocab_size is not set; give the number of tokens of the tokenizer")
         self.args = args
         self.specs = args.layer_specs()
+        self.units = tuple(name for name in unit_names(args) if units is None or name in units)
         register_hook(self, args, "")
         self.activation_checkpointing: Recompute = "none"
         """What the forwards to come forget and their backwards recompute, to save memory: see llm/recompute.py."""
         self.compiled = False
         """Set by llm/compile.py: blocks are compiled, for forwards with gradients."""
+        self.output: Output | None = None
         with torch.device(device or torch.get_default_device()):
-            if args.tie_embeddings:
+            if args.tie_embeddings and not {EMBEDDING, OUTPUT}.isdisjoint(self.units):
                 self.tok_embeddings: Embedding = TiedEmbedding(args.vocab_size, args.dim, args.logit_softcap)
-            else:
+            elif EMBEDDING in self.units:
                 self.tok_embeddings = Embedding(args.vocab_size, args.dim)
-            self.layers: nn.ModuleList | nn.ModuleDict = nn.ModuleList(Block(args, spec) for spec in self.specs)
-            self.norm = make_norm(args, args.dim)
-            self.output = None if args.tie_embeddings else Output(args.dim, args.vocab_size, args.logit_softcap)
-        self.origin: Path | None = None
-        """What `from_pretrained` read."""
-        self._tokenizer: Tokenizer | None = None
-        self.stages: tuple[Stage, ...] = ()
-        """What a rank of a pipeline has of the model; empty where it is whole."""
+            blocks = (Block(args, spec) if f"layers.{spec.index}" in self.units else None for spec in self.specs)
+            self.layers = nn.ModuleList(blocks)  # type: ignore[arg-type]  # None keeps the others' numbers
+            if NORM in self.units:
+                self.norm = make_norm(args, args.dim)
+            if OUTPUT in self.units and not args.tie_embeddings:
+                self.output = Output(args.dim, args.vocab_size, args.logit_softcap)
         initialise(self, {name: row.init for name, row in ParameterTable.of(args).items()}, seed)
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32, *, average: bool = False) -> "LLM":
-        """The model of a run folder (its newest checkpoint), a `checkpoints` folder, a checkpoint, a model folder, or a
-        foreign folder of a known family (Hugging Face or Meta), in `dtype`.
-
-        average: the moving average of its weights, which a run with optim.ema_decay keeps. One process, no launcher.
-        Raises UserError naming the file when something is missing or damaged.
-        """
-        from llm.pretrained import load_model  # files know models, not the reverse
-
-        model = load_model(path, dtype, average)
-        model.origin = Path(path)
-        return model
-
-    @property
-    def tokenizer(self) -> "Tokenizer | None":
-        """The tokenizer that lies beside what `from_pretrained` read, opened when first asked for; None where there is
-        none. Another can be set. UserError naming the file when it is damaged.
-        """
-        if self._tokenizer is None and self.origin is not None:
-            from llm.pretrained import tokenizer_of
-
-            with suppress(NoTokenizer):
-                self._tokenizer = tokenizer_of(self.origin)
-        return self._tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: "Tokenizer | None") -> None:
-        self._tokenizer = tokenizer
-
-    @overload
-    def generate(self, text: str, **settings: Any) -> str: ...
-
-    @overload
-    def generate(self, text: Sequence[str], **settings: Any) -> list[str]: ...
-
-    def generate(  # type: ignore[misc]  # the overloads say what comes back, not each setting again
-        self,
-        text: str | Sequence[str],
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        repetition_penalty: float = 1.0,
-        seed: int = 0,
-        stop: bool = True,
-    ) -> str | list[str]:
-        """The continuation of a text, or of each of several in one batch: what comes after it, with its first space.
-
-        An empty text begins a document; `stop` ends at an end mark; llm/generation/sampling.py says what the other
-        settings mean. A continuation ends where the context (args.max_seq_len) does. Raises ValueError for a setting
-        out of range, UserError where there is no tokenizer, a text fills the context, or logits are not finite.
-        """
-        from llm.generation.sampling import Sampling
-        from llm.generation.text import Continuer
-
-        name = "this model" if self.origin is None else str(self.origin)
-        sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
-        tokenizer = self.tokenizer
-        if tokenizer is None:
-            raise NoTokenizer(
-                f"{name} has no tokenizer, so text cannot be read or written; set model.tokenizer = "
-                f"llm.tokenizer.load_tokenizer(...), or give token ids to llm.generate.generate"
-            )
-        continuer, texts = Continuer(self, tokenizer, name), [text] if isinstance(text, str) else list(text)
-        prompts = [continuer.prompt(one, f"prompt {i + 1}", str(i)) for i, one in enumerate(texts)]
-        found = [done.text for done in continuer.complete(prompts, sampling, max_new_tokens, stop)] if prompts else []
-        return found[0] if isinstance(text, str) else found
-
-    def save_pretrained(self, path: str | Path, tokenizer: "Tokenizer | None" = None) -> None:
-        """Write a model folder, whole or not at all, that `from_pretrained` and model.init_from read, in the
-        parameters' dtype. Raises UserError when `path` exists.
-        """
-        from llm.foreign.native import OfModule, write_native
-
-        dtype = next(self.parameters()).dtype
-        write_native(Path(path), self.args, OfModule(self), dtype=dtype, tokenizer=tokenizer)
 
     def forward(
         self,
@@ -196,25 +88,34 @@ class LLM(nn.Module):
         labels: Tensor | None = None,
         cache: Cache | None = None,
         return_hidden: bool = False,
+        x: Tensor | None = None,
+        units: Sequence[str] | None = None,
     ) -> TransformerOutput:
         """Logits; or the loss, given labels; or hidden states instead of logits, with return_hidden.
 
         labels: (B, T) int64, labels[b, t] being the token after tokens[b, t]; negative ones are ignored. A cache makes
-        the tokens continue its rows, and turns gradients off. Raises ValueError where inputs, labels or cache do not
-        fit together.
+        the tokens continue its rows, and turns gradients off. units: run these alone, of those that the module has, on
+        the vectors `x` that the unit before them made of the same inputs; their hidden states are vectors for the next.
+        Raises ValueError where inputs, labels or cache do not fit together.
         """
         if isinstance(inputs, Tensor):
             inputs = TransformerInput(inputs)
         with torch.no_grad() if cache is not None else nullcontext():
-            return self._forward(inputs, labels, cache, return_hidden)
+            ctx = self.context(inputs, cache)
+            hidden, stats = self.run(self.units if units is None else units, x, inputs, ctx)
+            if cache is not None:
+                cache.forget()
+            return self._results(hidden, stats, inputs, labels, return_hidden)
 
-    def _forward(
-        self, inputs: TransformerInput, labels: Tensor | None, cache: Cache | None, return_hidden: bool
+    def _results(
+        self,
+        hidden: Tensor,
+        stats: list[RouterStats],
+        inputs: TransformerInput,
+        labels: Tensor | None,
+        return_hidden: bool,
     ) -> TransformerOutput:
-        hidden_BTD, stats = self._trunk(inputs, cache)
-        if cache is not None:
-            cache.forget()
-        out = TransformerOutput(hidden=hidden_BTD if return_hidden else None)
+        out = TransformerOutput(hidden=hidden if return_hidden else None)
         if stats:
             out.balance_sum = torch.stack([layer.balance_sum for layer in stats]).sum()
             out.z_sum = torch.stack([layer.z_sum for layer in stats]).sum()
@@ -224,49 +125,42 @@ class LLM(nn.Module):
                 raise ValueError(
                     f"labels {tuple(labels.shape)} must have the shape of tokens {tuple(inputs.tokens.shape)}"
                 )
-            out.loss_sum = self.loss_sum(hidden_BTD, labels)
+            out.loss_sum = self.loss_sum(hidden, labels)
             out.n_targets = (labels >= 0).sum()
         elif not return_hidden:
-            out.logits = self.logits(hidden_BTD)
+            out.logits = self.logits(hidden)
         return out
 
-    def _trunk(self, inputs: TransformerInput, cache: Cache | None) -> tuple[Tensor, list[RouterStats]]:
-        x_BTD, stats = self.through_layers(self.embed(inputs), self.context(inputs, cache))
-        return self.finish(x_BTD, inputs), stats
-
-    def through_layers(
-        self, x_BTD: Tensor, ctx: Context, numbers: range | None = None
+    def run(
+        self, units: Sequence[str], x: Tensor | None, inputs: TransformerInput, ctx: Context
     ) -> tuple[Tensor, list[RouterStats]]:
-        """What the layers of this module make of token vectors, in `embed`'s form: all, or those of `numbers`."""
+        """What consecutive units make of the vectors that the unit before them left: (B, T, D), or with sequence
+        parallelism this rank's part of them, (n, D); after the norm final hidden states (B, T, D). The output leaves
+        those as they are, for `logits` and the losses. The second result is of the MoE layers passed.
+        """
         stats = []
         eager = self.compiled and not torch.is_grad_enabled()
+        self.region.begin(inputs.tokens.numel())
         with torch.compiler.set_stance("force_eager") if eager else nullcontext():
-            for number, layer in self.layers.named_children():
-                if numbers is not None and int(number) not in numbers:
-                    continue
-                x_BTD, layer_stats = recomputed(self.activation_checkpointing, layer, x_BTD, ctx)
-                if layer_stats is not None:
-                    stats.append(layer_stats)
-        return x_BTD, stats
+            for unit in units:
+                if unit == EMBEDDING:
+                    x = self.embed(inputs)
+                elif unit == NORM:
+                    x = self.finish(x, inputs)  # type: ignore[arg-type]  # a block or the caller made it
+                elif unit != OUTPUT:
+                    x, layer_stats = recomputed(self.activation_checkpointing, self.get_submodule(unit), x, ctx)
+                    if layer_stats is not None:
+                        stats.append(layer_stats)
+        assert x is not None
+        return x, stats
 
-    def finish(self, x_BTD: Tensor, inputs: TransformerInput) -> Tensor:
+    def finish(self, x: Tensor, inputs: TransformerInput) -> Tensor:
         """Final hidden states (B, T, D) of what the last layer made."""
-        hidden = self.region.enter(self.norm(x_BTD))
+        hidden = self.region.enter(self.norm(x))
         return hidden.view(*inputs.tokens.shape, -1)
 
     def embed(self, inputs: TransformerInput) -> Tensor:
-        """Token vectors, (B, T, D), or with sequence parallelism this rank's part of them, (n, D).
-
-        Ids outside the table: ValueError on a CPU; on a GPU looking would stall it.
-        """
-        inputs.check_tokens()
-        self.region.begin(inputs.tokens.numel())
-        if inputs.tokens.device.type == "cpu":
-            low, high = (int(bound) for bound in inputs.tokens.aminmax())
-            if low < 0 or high >= self.args.vocab_size:
-                raise ValueError(
-                    f"token ids go from {low} to {high}; model.vocab_size={self.args.vocab_size} allows 0 and up"
-                )
+        """Token vectors."""
         x_BTD = self.region.leave(self.tok_embeddings(inputs.tokens))
         if self.args.embed_scale is None:
             return x_BTD
@@ -274,7 +168,8 @@ class LLM(nn.Module):
         return x_BTD * torch.tensor(self.args.embed_scale, dtype=x_BTD.dtype, device="cpu").item()
 
     def context(self, inputs: TransformerInput, cache: Cache | None = None) -> Context:
-        """What the layers share in one forward over these inputs; checks their positions and documents."""
+        """What the layers share in one forward over these inputs; checks their tokens, positions and documents."""
+        inputs.check_tokens(self.args.vocab_size)
         device = inputs.tokens.device
         positions_BT, document_starts = inputs.resolve(
             None if cache is None else cache.first_positions(len(inputs.tokens))

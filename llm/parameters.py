@@ -72,7 +72,7 @@ class ParameterTable(Mapping[str, ParamInfo]):
 
 
 def block_rows(args: ModelArgs, spec: LayerSpec) -> Rows:
-    """Of one layer: see Block in llm/model.py."""
+    """Of one layer: see llm/layers/block.py."""
     before, after = args.norm_place != "post", args.norm_place != "pre"
     norm = norm_rows(args, args.dim)
     rows = under("attention_norm", norm) if before else {}

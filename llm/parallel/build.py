@@ -1,7 +1,6 @@
 """A model on its device, as its layout wants it: whole, or from the first moment only this rank's share."""
 
-from collections.abc import Callable, Sequence
-from itertools import chain
+from collections.abc import Callable, Collection
 
 import torch
 from torch import nn
@@ -15,11 +14,10 @@ from llm.layers.ffn import FeedForward
 from llm.layers.moe import MoE
 from llm.layers.norm import HeadsNorm
 from llm.layers.output import Output
-from llm.model import LLM
+from llm.model import EMBEDDING, LLM, OUTPUT
 from llm.parallel.engine import deepspeed_private as private
 from llm.parallel.expert import ExpertExchange
 from llm.parallel.grid import Grid
-from llm.parallel.stages import Stage, split
 from llm.parallel.tensor import CutVocabulary, TensorRegion, sum_gradients
 from llm.parameters import ParameterTable
 
@@ -27,22 +25,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_model(
-    args: ModelArgs, seed: int, grid: Grid, *, zero_stage: int, precision: str, seq_len: int | None = None
+    args: ModelArgs, seed: int, grid: Grid, *, units: Collection[str], zero_stage: int, precision: str
 ) -> LLM:
-    """The model, or this rank's stage of it, cut as `grid` says: in fp32 with its initial values, else with none, as
-    the engine draws its float32 masters and rounds them to parameters.
-
-    seq_len: of training, by which the stages are balanced; by default the longest that the model is for.
+    """These units of the model, cut as `grid` says: in fp32 with their initial values, else with none, as the engine
+    draws its float32 masters and rounds them to parameters.
 
     No rank ever holds more than its share, under ZeRO-3 of the data-parallel ranks too: an initial value is a function
     of its index, so each rank draws its own. Below ZeRO-3 the parameters are float32 until the engine casts them.
     """
     device = grid.world.device
-    model = LLM(args, device="meta")
-    table = ParameterTable.of(args)
-    if grid.pipeline.size > 1:
-        stages = split(args, grid.layout.stages, seq_len)
-        keep_stages(model, [stages[number] for number in grid.layout.stages_of(grid.pipeline.rank)])
+    model, table = LLM(args, device="meta", units=units), ParameterTable.of(args)
+    if args.tie_embeddings and OUTPUT in units and EMBEDDING not in units:
+        private.mark_copy(model.tok_embeddings.weight)
     for module in model.modules():  # buffers are few and whole
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -59,20 +53,6 @@ def build_model(
         values.copy_(init.values_in_box(row.init, name, seed, row.shape, grid.box(row), start, stop))
     _connect(model, table, grid)
     return model
-
-
-def keep_stages(model: LLM, stages: Sequence[Stage]) -> None:
-    """Leave of a model what is in these stages. Names stay; what is gone is None, or not among the layers."""
-    kept = chain.from_iterable(stage.layers for stage in stages)
-    model.layers = nn.ModuleDict({str(i): model.layers[i] for i in kept})  # type: ignore[index]
-    model.stages = tuple(stages)
-    first, last, tied = stages[0].first, stages[-1].last, model.output is None
-    gone = {"tok_embeddings": not (first or (last and tied)), "norm": not last, "output": not last}
-    for name, is_gone in gone.items():
-        if is_gone:
-            setattr(model, name, None)
-    if last and tied and not first:
-        private.mark_copy(model.tok_embeddings.weight)
 
 
 def _cut(model: LLM, table: ParameterTable, grid: Grid) -> None:

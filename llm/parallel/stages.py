@@ -36,10 +36,10 @@ class Stage:
         return self.number == self.count - 1
 
     @property
-    def units(self) -> frozenset[str]:
-        """The units of the model (ParamInfo.unit) that are its own."""
-        layers = [f"layers.{number}" for number in self.layers]
-        return frozenset(["tok_embeddings"] * self.first + layers + ["norm", "output"] * self.last)
+    def units(self) -> tuple[str, ...]:
+        """The units of the model (ParamInfo.unit) that are its own, in their order."""
+        layers = (f"layers.{number}" for number in self.layers)
+        return (*["tok_embeddings"] * self.first, *layers, *["norm", "output"] * self.last)
 
     def owns(self, row: ParamInfo) -> bool:
         """Whether this parameter is one of the stage's own: a tied table is the first stage's."""

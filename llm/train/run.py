@@ -15,12 +15,11 @@ from llm.data.heldout import HeldOut
 from llm.data.mixture import Mixture
 from llm.data.source import TokenSource
 from llm.data.sources import check_data, open_data, prepare_data, sides
-from llm.parallel.build import build_model
 from llm.parallel.collectives import all_or_none, main_decides
 from llm.parallel.engine.engine import Engine
-from llm.parallel.engine.pipeline import engine_class
 from llm.parallel.grid import Grid, make_grid
 from llm.parallel.launch.world import World
+from llm.parallel.replica import Replica
 from llm.parameters import ParameterTable
 from llm.tokenizer import Tokenizer, load_tokenizer
 from llm.train.config import RunConfig, accumulation_steps, check_layout
@@ -155,7 +154,7 @@ def build_engine(config: RunConfig, grid: Grid) -> Engine:
     UserError on all ranks where this machine lacks what the config needs.
     """
     train, parallel = config.train, config.parallel
-    model = build_model(
+    replica = Replica.build(
         config.model,
         train.seed,
         grid,
@@ -163,10 +162,9 @@ def build_engine(config: RunConfig, grid: Grid) -> Engine:
         precision=train.precision,
         seq_len=train.seq_len,
     )
-    engine = engine_class(grid)(
-        model,
-        make_optimizer(model, config.optim),
-        grid=grid,
+    engine = Engine(
+        replica,
+        make_optimizer(replica.model, config.optim),
         precision=train.precision,
         micro_batch_size=train.micro_batch_size,
         max_accumulation=accumulation_steps(config, grid.data.size),
@@ -177,7 +175,7 @@ def build_engine(config: RunConfig, grid: Grid) -> Engine:
         ema_decay=config.optim.ema_decay,
         extra_config=dict(config.deepspeed),
     )
-    model.activation_checkpointing = train.activation_checkpointing
+    replica.model.activation_checkpointing = train.activation_checkpointing
     if train.compile:
-        all_or_none(partial(compile_blocks, model), grid.world)
+        all_or_none(partial(compile_blocks, replica.model), grid.world)
     return engine

@@ -27,7 +27,7 @@ def continuations(run: Run, step: int) -> list[str]:
     settings, context = run.config.eval, context_length(run.config.model)
     try:
         found = generate(
-            run.engine.decoder(),
+            run.engine.replica.decoder(),
             run.prompts,
             max_new_tokens=[min(settings.sample_tokens, context - len(ids)) for ids in run.prompts],
             temperature=settings.temperature,

@@ -62,7 +62,7 @@ class Saver:
             "config": run.config.model_dump(mode="json"),
             "tokenizer": run.tokenizer.fingerprint,
             "data": run.mixture.state(progress.consumed_rows, progress.earlier_rows),
-            "expert_counts": run.engine.expert_counts().tolist(),
+            "expert_counts": run.engine.replica.expert_counts().tolist(),
             "optimizer_scalars": run.engine.state.scalars(),
             **progress.state(),
             "layout": dataclasses.asdict(run.grid.layout),

@@ -95,7 +95,7 @@ def _validate(
 ) -> dict[str, float]:
     n_bytes_of = tokenizer.token_bytes()
     cut = (config.train.micro_batch_size, engine.grid.data.rank, engine.grid.data.size)
-    nll, n_targets, n_bytes = engine.sum_nll(until(held_out.batches(*cut)), n_bytes_of)
+    nll, n_targets, n_bytes = engine.replica.sum_nll(until(held_out.batches(*cut)), n_bytes_of)
     if n_targets == 0:  # a mean over nothing would be the best loss of all
         raise agreed_error(f"data.valid: {held_out.described()} have no token to predict; give more eval.rows")
     loss = nll / n_targets
@@ -106,6 +106,6 @@ def _validate(
     }
     if config.optim.ema_decay is not None:
         with engine.averaged_weights():
-            nll, _, _ = engine.sum_nll(until(held_out.batches(*cut)), n_bytes_of)
+            nll, _, _ = engine.replica.sum_nll(until(held_out.batches(*cut)), n_bytes_of)
         found["valid_loss_ema"] = nll / n_targets
     return found

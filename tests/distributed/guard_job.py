@@ -47,12 +47,12 @@ class _Spoil(torch.autograd.Function):
 
 def spoil(engine: Engine, kind: str | None, rank: int) -> None:
     """Spoil the last micro-batch of BAD_STEP on one rank, whenever its rows come up."""
-    step, context, loss_sum, through_layers = engine.train_step, LLM.context, LLM.loss_sum, LLM.through_layers
+    step, context, loss_sum, embed, run = engine.train_step, LLM.context, LLM.loss_sum, LLM.embed, LLM.run
     state = {"bad": False, "left": 0}
 
     def train_step(batch: Any, *args: Any) -> Any:
         state["bad"] = batch.first_row == (BAD_STEP - 1) * batch.n_rows and engine.world.rank == rank
-        state["left"] = len(batch.micro_batches) * max(len(engine.model.stages), 1)
+        state["left"] = len(batch.micro_batches) * len(engine.replica.stages)
         return step(batch, *args)
 
     def counting_context(self: LLM, *args: Any) -> Any:  # once in every forward, of every stage
@@ -65,20 +65,24 @@ def spoil(engine: Engine, kind: str | None, rank: int) -> None:
             return loss * {"loss": math.nan, "spike": 10.0}.get(kind or "", 1.0)
         return loss
 
-    def spoiled_layers(self: LLM, x: torch.Tensor, *args: Any) -> Any:
+    def spoiled(x: torch.Tensor) -> torch.Tensor:
         bad = state["bad"] and kind == "gradient" and state["left"] == 0
-        return through_layers(self, _Spoil.apply(x) if bad else x, *args)
+        return _Spoil.apply(x) if bad else x  # type: ignore[no-any-return]
+
+    def spoiled_run(self: LLM, units: Any, x: torch.Tensor | None, *args: Any) -> Any:
+        return run(self, units, None if x is None else spoiled(x), *args)
 
     engine.train_step = train_step  # type: ignore[method-assign]
     LLM.context, LLM.loss_sum = counting_context, spoiled_loss  # type: ignore[method-assign]
-    LLM.through_layers = spoiled_layers  # type: ignore[method-assign]
+    LLM.embed = lambda *args: spoiled(embed(*args))  # type: ignore[method-assign]
+    LLM.run = spoiled_run  # type: ignore[method-assign]
 
 
 def main() -> None:
     config_path, out, stage = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     process.quiet_libraries()
     world = process.start(60, 1)
-    plain = LLM.context, LLM.loss_sum, LLM.through_layers
+    plain = LLM.context, LLM.loss_sum, LLM.embed, LLM.run
     for name, case in CASES.items():
         raw = yaml.safe_load(config_path.read_text())
         raw["guard"] = case.get("guard", {})
@@ -93,7 +97,7 @@ def main() -> None:
         except UserError as error:
             finite = all(bool(f.values.isfinite().all()) for f in trainer.run.engine.state.owned_fragments())
             (out / f"{stage}-{name}" / f"error{world.rank}.txt").write_text(f"{finite} {error}")
-        LLM.context, LLM.loss_sum, LLM.through_layers = plain  # type: ignore[method-assign]
+        LLM.context, LLM.loss_sum, LLM.embed, LLM.run = plain  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

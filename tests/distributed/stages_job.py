@@ -40,10 +40,10 @@ def average_is_right(world: World) -> dict[str, bool]:
         expected = {key: average.lerp(now[key], 1 - DECAY) for key, average in expected.items()}
     masters = values(engine, "master")
     batch, _ = cut_batch(9, engine.grid, 1)
-    own = engine.sum_nll(iter(batch.micro_batches), torch.ones(64, dtype=torch.int64).numpy())[0]
+    own = engine.replica.sum_nll(iter(batch.micro_batches), torch.ones(64, dtype=torch.int64).numpy())[0]
     with engine.averaged_weights():
-        averaged = engine.sum_nll(iter(batch.micro_batches), torch.ones(64, dtype=torch.int64).numpy())[0]
-    again = engine.sum_nll(iter(batch.micro_batches), torch.ones(64, dtype=torch.int64).numpy())[0]
+        averaged = engine.replica.sum_nll(iter(batch.micro_batches), torch.ones(64, dtype=torch.int64).numpy())[0]
+    again = engine.replica.sum_nll(iter(batch.micro_batches), torch.ones(64, dtype=torch.int64).numpy())[0]
     equal = [
         all(torch.equal(expected[key], value) for key, value in values(engine, "ema").items()),
         all(torch.equal(masters[key], value) for key, value in values(engine, "master").items()),

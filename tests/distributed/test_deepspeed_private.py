@@ -26,13 +26,13 @@ def main(out: Path) -> None:
 
     from llm.args import ModelArgs
     from llm.data.batch import MicroBatch, StepBatch
-    from llm.parallel.build import build_model
     from llm.parallel.collectives import gather_json
     from llm.parallel.engine import deepspeed_private as private
     from llm.parallel.engine.engine import Engine
     from llm.parallel.grid import make_grid
     from llm.parallel.launch import process
     from llm.parallel.precision import has_arithmetic
+    from llm.parallel.replica import Replica
     from llm.parameters import ParameterTable
     from llm.train.config import OptimConfig
     from llm.train.optimizer import make_optimizer
@@ -46,11 +46,10 @@ def main(out: Path) -> None:
     for stage, precision in CASES + GROWING:
         if not has_arithmetic(precision):
             continue
-        model = build_model(args, 3, grid, zero_stage=stage, precision=precision)
+        replica = Replica.build(args, 3, grid, zero_stage=stage, precision=precision)
         engine = Engine(
-            model,
-            make_optimizer(model, OptimConfig()),
-            grid=grid,
+            replica,
+            make_optimizer(replica.model, OptimConfig()),
             precision=precision,
             micro_batch_size=1,
             max_accumulation=1,

@@ -13,7 +13,7 @@ from llm.boxes import box_shape
 from llm.parallel.collectives import gather_json
 from llm.parallel.engine import deepspeed_private as private
 from llm.parallel.engine.engine import Engine
-from llm.parallel.engine.pipeline import PipelineEngine
+from llm.parallel.engine.pipeline import Pipelined
 from llm.parallel.grid import make_grid
 from llm.parallel.launch import process
 from llm.parallel.launch.world import World
@@ -51,8 +51,8 @@ def compare(case: dict[str, Any], world: World) -> dict[str, Any]:
     grid = make_grid(world, layout)
     engine = build_engine(config, grid)
     kept: list[dict[str, int]] = []
-    inputs = engine._inputs  # called at the beginning of each micro-batch
-    engine._inputs = lambda batch: (kept.append(measure(engine)), inputs(batch))[1]  # type: ignore[method-assign]
+    inputs = engine.replica.inputs  # called at the beginning of each micro-batch
+    engine.replica.inputs = lambda batch: (kept.append(measure(engine)), inputs(batch))[1]  # type: ignore[method-assign]
     for step in range(SETTLING_STEPS):
         take_step(engine, step, work.accumulation)
     counter = TrafficCounter(layout)
@@ -84,7 +84,7 @@ def take_step(engine: Engine, step: int, accumulation: int) -> None:
 
 
 def measure(engine: Engine) -> dict[str, int]:
-    """Bytes of the tensors that this rank keeps, each piece of memory once."""
+    """Bytes of the tensors that this rank keeps, all memory once."""
     zero, model = engine._deepspeed.optimizer, engine._deepspeed.module
     parameters = [getattr(p, "ds_tensor", p) for p in model.parameters()]
     parameters += [p for p in model.parameters() if getattr(p, "ds_persist", False)]
@@ -94,8 +94,9 @@ def measure(engine: Engine) -> dict[str, int]:
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     gradients += [p.grad_accum for p in model.parameters() if getattr(p, "grad_accum", None) is not None]
     gradients += getattr(zero, "fp32_groups_gradients_flat", [])
-    if isinstance(engine, PipelineEngine) and engine._tied and engine._tied._sum is not None:
-        gradients.append(engine._tied._sum)
+    if isinstance(engine.schedule, Pipelined) and engine.schedule.tied:
+        copied = engine.schedule.tied.gradient_sum
+        gradients += [] if copied is None else [copied]
     if hasattr(zero, "grad_partitions_flat_buffer"):
         gradients.append(zero.grad_partitions_flat_buffer)
     elif engine.zero_stage == 2:

@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 
 from llm.args import ModelArgs
-from llm.parallel.build import build_model
 from llm.parallel.collectives import gather_json
 from llm.parallel.engine import deepspeed_private as private
 from llm.parallel.engine.engine import Engine
 from llm.parallel.grid import make_grid
 from llm.parallel.launch import process
+from llm.parallel.replica import Replica
 from llm.train.config import OptimConfig
 from llm.train.optimizer import make_optimizer
 
@@ -33,11 +33,10 @@ def main() -> None:
 
     def build(shape: dict[str, int]) -> Engine:
         args = ModelArgs.model_validate(shape)
-        model = build_model(args, 0, grid, zero_stage=3, precision="bf16")
+        replica = Replica.build(args, 0, grid, zero_stage=3, precision="bf16")
         return Engine(
-            model,
-            make_optimizer(model, OptimConfig()),
-            grid=grid,
+            replica,
+            make_optimizer(replica.model, OptimConfig()),
             precision="bf16",
             micro_batch_size=1,
             max_accumulation=1,

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from llm import LLM, ModelArgs
 from llm.compile import compile_blocks
 from llm.data.batch import IGNORE, MicroBatch, StepBatch
-from llm.parallel.build import build_model
 from llm.parallel.engine.engine import Engine
 from llm.parallel.grid import make_grid
 from llm.parallel.launch.world import World
+from llm.parallel.replica import Replica
 from llm.recompute import Recompute
 from llm.train.config import OptimConfig
 from llm.train.optimizer import make_optimizer, parameter_groups
@@ -90,14 +90,13 @@ def our_engine(
     """This project as a user runs it: the DeepSpeed engine, ZeRO-1, one process; `compiled` as train.compile does,
     `recompute` as train.activation_checkpointing."""
     grid = make_grid(world)
-    model = build_model(shape.args(), SEED, grid, zero_stage=1, precision=precision)
-    model.activation_checkpointing = recompute
+    replica = Replica.build(shape.args(), SEED, grid, zero_stage=1, precision=precision)
+    replica.model.activation_checkpointing = recompute
     if compiled:
-        compile_blocks(model)
+        compile_blocks(replica.model)
     engine = Engine(
-        model,
-        make_optimizer(model, OPTIM),
-        grid=grid,
+        replica,
+        make_optimizer(replica.model, OPTIM),
         precision=precision,
         micro_batch_size=shape.batch,
         max_accumulation=1,
@@ -113,7 +112,7 @@ def our_engine(
         return engine.train_step(batch, shape.n_targets, shape.n_tokens, OPTIM.lr).lm_loss
 
     def states() -> list[Tensor]:
-        return [*model.parameters(), *(fragment.values for fragment in engine.state.owned_fragments())]
+        return [*replica.model.parameters(), *(fragment.values for fragment in engine.state.owned_fragments())]
 
     return Runner(step, states)
 

@@ -5,17 +5,16 @@ data-parallel ranks to all of them. So each rank watches its own gradients, befo
 met one is named.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from llm.data.batch import StepBatch
-from llm.model import LLM
 from llm.parallel.collectives import gather_json
 from llm.parallel.grid import Grid, stage_name
-from llm.parameters import ParameterTable
+from llm.parallel.replica import Replica
 
 
 class GradientProbes:
@@ -23,14 +22,13 @@ class GradientProbes:
     device.
     """
 
-    def __init__(self, model: LLM, grid: Grid, stage_of: Callable[[str], int]) -> None:
-        """stage_of: which of this rank's stages a parameter belongs to."""
-        self.stages = grid.layout.stages_of(grid.pipeline.rank)
-        self._sums = torch.zeros(len(self.stages), device=grid.world.device)
-        table = ParameterTable.of(model.args)
-        for name, parameter in model.named_parameters():
-            if grid.expert.size == 1 or table[name].expert_dim is None:  # else it is of other ranks' tokens too
-                parameter.register_hook(partial(self._add, stage_of(name)))
+    def __init__(self, replica: Replica) -> None:
+        self.stages = [stage.number for stage in replica.stages]
+        self._sums = torch.zeros(len(self.stages), device=replica.world.device)
+        for name, parameter in replica.model.named_parameters():
+            row = replica.table[name]
+            if replica.grid.expert.size == 1 or row.expert_dim is None:  # else it is of other ranks' tokens too
+                parameter.register_hook(partial(self._add, replica.stage_of(name)))
 
     def _add(self, stage: int, grad: Tensor) -> None:
         self._sums[stage].add_(grad.sum(dtype=torch.float32))

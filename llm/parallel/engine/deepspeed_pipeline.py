@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llm.model import LLM
 from llm.parallel.engine.deepspeed_private import _import_deepspeed
 from llm.parallel.grid import DeepSpeedGroups, Grid
 from llm.parallel.launch.process import stdout_to_nowhere
+from llm.parallel.replica import Replica
 
 Forward = Callable[[Tensor, int], Tensor]
 """Of the tensor that came from the stage before (in the first stage: token ids) to the one for the stage after (in the
@@ -73,24 +73,25 @@ class PipelineGroups(DeepSpeedGroups):
 
 
 def initialize(
-    model: LLM,
+    replica: Replica,
     forward: Forward,
     before_reduction: Callable[[], None],
     optimizer: torch.optim.Optimizer,
     config: dict[str, Any],
-    grid: Grid,
 ) -> Any:
     """DeepSpeed's pipeline engine around this rank's stages, without its printing.
 
     before_reduction is called in each step after the last backward, before gradients are summed over data-parallel
-    ranks. Parameters of `optimizer` that `model` does not have become part of the module, so that they get its dtype.
+    ranks. Parameters of `optimizer` that the model does not have become part of the module, so that they get its dtype.
     """
     deepspeed = _import_deepspeed()
     from deepspeed.pipe import PipelineModule
     from deepspeed.runtime.pipe import schedule
     from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 
-    class Stages(DualPipeVModule if len(model.stages) > 1 else PipelineModule):  # type: ignore[misc]
+    model, grid = replica.model, replica.grid
+
+    class Stages(DualPipeVModule if len(replica.stages) > 1 else PipelineModule):  # type: ignore[misc]
         active_phase = 0
 
         def __init__(self) -> None:

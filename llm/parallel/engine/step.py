@@ -5,6 +5,7 @@ Shapes: M number of MoE layers of the whole model, m those of a stage, E experts
 
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llm.args import ModelArgs
+from llm.data.batch import StepBatch
+from llm.datatypes import TransformerOutput
 from llm.parallel.launch.world import World
 
 Skipped = Literal["loss", "gradient", "limit", "overflow", "passed over"]
@@ -138,6 +141,46 @@ class Tally:
             result.expert_load = highest_share(self.counts)
             result.expert_rank_load = highest_share(self.counts.unflatten(1, (expert_ranks, -1)).sum(-1))
         return result
+
+
+@dataclass
+class Step:
+    """A step on its way, as its schedule sees it: what is computed, and what has come of it."""
+
+    batch: StepBatch
+    tally: Tally
+    data_ranks: int
+    reports_loss: bool
+    """Whether this rank's losses count: its tensor-parallel peers have the same ones, but other tokens' routing."""
+    loss_limit: float | None
+    """No update where the loss is above it."""
+    before_change: Callable[[], object]
+    """To be called before masters or optimizer state change."""
+    losses: list[Tensor] = field(default_factory=list)
+    """Of this rank's micro-batches, as they were handed to DeepSpeed; a stage without the output has none."""
+
+    def loss(self, out: TransformerOutput, first_moe_layer: int = 0) -> Tensor | None:
+        """Take a micro-batch's results into the sums; what of the loss depends on them, in this step's own weights, or
+        None where nothing does. `first_moe_layer`: the number of the first MoE layer that it went through.
+
+        DeepSpeed averages gradients over the data-parallel ranks, so every sum is multiplied by their number.
+        """
+        loss: Tensor | None = None
+        if out.loss_sum is not None:
+            if self.reports_loss:
+                self.tally.add_loss(out.loss_sum)
+            loss = out.loss_sum * (self.data_ranks / max(self.tally.n_targets, 1))
+        if out.balance_sum is not None and out.z_sum is not None and out.expert_counts is not None:
+            self.tally.add_routing(out.balance_sum, out.z_sum, out.expert_counts, first_moe_layer)
+            auxiliary = (out.balance_sum + out.z_sum) * (self.data_ranks / self.tally.n_tokens)
+            loss = auxiliary if loss is None else loss + auxiliary
+        if out.loss_sum is not None and loss is not None:
+            self.losses.append(loss.detach())
+        return loss
+
+    def one_or_nan(self) -> Tensor:
+        """1 where the step is to be applied, else NaN, once the sums are those of all ranks."""
+        return self.tally.one_or_nan(self.loss_limit)
 
 
 def highest_share(counts_MX: Tensor) -> float:

@@ -85,7 +85,7 @@ class Restorer:
         def apply() -> None:
             run.engine.finish_load()
             if meta["expert_counts"]:
-                run.engine.set_expert_counts(torch.tensor(meta["expert_counts"], dtype=torch.int64))
+                run.engine.replica.set_expert_counts(torch.tensor(meta["expert_counts"], dtype=torch.int64))
             self._notes = self._take_over(checkpoint, meta)
 
         return apply

@@ -1,0 +1,105 @@
+"""What a notebook wants of a model: read one from a path, continue texts with it, write it to a folder."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, overload
+
+import torch
+from torch import nn
+
+from llm.errors import NoTokenizer
+
+if TYPE_CHECKING:
+    from llm.args import ModelArgs
+    from llm.model import LLM
+    from llm.tokenizer import Tokenizer
+
+
+class Conveniences(nn.Module):
+    """Methods of LLM that reach for files and tokenizers, which know models, not the reverse: so they import late."""
+
+    args: "ModelArgs"
+    origin: Path | None = None
+    """What `from_pretrained` read."""
+    _tokenizer: "Tokenizer | None" = None
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32, *, average: bool = False) -> "LLM":
+        """The model of a run folder (its newest checkpoint), a `checkpoints` folder, a checkpoint, a model folder, or a
+        foreign folder of a known family (Hugging Face or Meta), in `dtype`.
+
+        average: the moving average of its weights, which a run with optim.ema_decay keeps. One process, no launcher.
+        Raises UserError naming the file when something is missing or damaged.
+        """
+        from llm.pretrained import load_model  # files know models, not the reverse
+
+        model = load_model(path, dtype, average)
+        model.origin = Path(path)
+        return model
+
+    @property
+    def tokenizer(self) -> "Tokenizer | None":
+        """The tokenizer that lies beside what `from_pretrained` read, opened when first asked for; None where there is
+        none. Another can be set. UserError naming the file when it is damaged.
+        """
+        if self._tokenizer is None and self.origin is not None:
+            from llm.pretrained import tokenizer_of
+
+            with suppress(NoTokenizer):
+                self._tokenizer = tokenizer_of(self.origin)
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: "Tokenizer | None") -> None:
+        self._tokenizer = tokenizer
+
+    @overload
+    def generate(self, text: str, **settings: Any) -> str: ...
+
+    @overload
+    def generate(self, text: Sequence[str], **settings: Any) -> list[str]: ...
+
+    def generate(  # type: ignore[misc]  # the overloads say what comes back, not each setting again
+        self,
+        text: str | Sequence[str],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: bool = True,
+    ) -> str | list[str]:
+        """The continuation of a text, or of each of several in one batch: what comes after it, with its first space.
+
+        An empty text begins a document; `stop` ends at an end mark; llm/generation/sampling.py says what the other
+        settings mean. A continuation ends where the context (args.max_seq_len) does. Raises ValueError for a setting
+        out of range, UserError where there is no tokenizer, a text fills the context, or logits are not finite.
+        """
+        from llm.generation.sampling import Sampling
+        from llm.generation.text import Continuer
+
+        name = "this model" if self.origin is None else str(self.origin)
+        sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise NoTokenizer(
+                f"{name} has no tokenizer, so text cannot be read or written; set model.tokenizer = "
+                f"llm.tokenizer.load_tokenizer(...), or give token ids to llm.generate.generate"
+            )
+        continuer = Continuer(cast("LLM", self), tokenizer, name)
+        texts = [text] if isinstance(text, str) else list(text)
+        prompts = [continuer.prompt(one, f"prompt {i + 1}", str(i)) for i, one in enumerate(texts)]
+        found = [done.text for done in continuer.complete(prompts, sampling, max_new_tokens, stop)] if prompts else []
+        return found[0] if isinstance(text, str) else found
+
+    def save_pretrained(self, path: str | Path, tokenizer: "Tokenizer | None" = None) -> None:
+        """Write a model folder, whole or not at all, that `from_pretrained` and model.init_from read, in the
+        parameters' dtype. Raises UserError when `path` exists.
+        """
+        from llm.foreign.native import OfModule, write_native
+
+        dtype = next(self.parameters()).dtype
+        write_native(Path(path), self.args, OfModule(self), dtype=dtype, tokenizer=tokenizer)

@@ -1,0 +1,230 @@
+"""A model on the ranks that hold it together: no optimizer, no DeepSpeed. It scores, and continues, on every layout.
+
+Each rank has one run of the model's units, a stage, or with the DualPipeV schedule two: one on the way from the first
+rank to the last, one on the way back. Where nothing cuts the layers there is one stage of all units. One tensor goes
+from stage to stage: the residual stream. Token ids, labels and document boundaries are the same on all stages, because
+each rank reads the same micro-batches.
+
+Without gradients there is no schedule: all micro-batches go through one stage of a rank and then through the other, and
+ranks only wait for what they need.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llm.args import ModelArgs
+from llm.cache import Cache
+from llm.data.batch import MicroBatch
+from llm.datatypes import TransformerInput, TransformerOutput
+from llm.generate import Decoder
+from llm.model import LLM
+from llm.parallel.build import build_model
+from llm.parallel.collectives import sum_over_ranks
+from llm.parallel.grid import Grid
+from llm.parallel.stages import Stage, split
+from llm.parameters import ParameterTable
+
+EVALUATED_AT_ONCE = 4
+"""Micro-batches that go through a pipeline together, for each rank of it."""
+MOST_DIMENSIONS = 3
+"""Of what goes from stage to stage."""
+
+
+class Replica:
+    """This rank's part of a model: the module that has its stages, and their numbers in the whole."""
+
+    def __init__(self, model: LLM, grid: Grid, stages: Sequence[Stage]) -> None:
+        """model: what llm/parallel/build.py made of the units of `stages`."""
+        self.model, self.grid, self.world = model, grid, grid.world
+        self.stages = tuple(stages)
+        self.table = ParameterTable.of(model.args)
+        """Of the whole model."""
+        is_moe = [spec.ffn == "moe" for spec in model.specs]
+        self.moe_layers = [range(sum(is_moe[: s.layers.start]), sum(is_moe[: s.layers.stop])) for s in stages]
+        """Of each stage, its numbers among the MoE layers of the whole model."""
+        experts = model.args.moe.n_experts if model.args.moe is not None and any(is_moe) else 0
+        self._expert_counts = torch.zeros(sum(is_moe), experts, dtype=torch.int64)
+
+    @classmethod
+    def build(
+        cls, args: ModelArgs, seed: int, grid: Grid, *, zero_stage: int, precision: str, seq_len: int | None = None
+    ) -> "Replica":
+        """This rank's part, built: see `build_model`. seq_len: of training, by which the stages are balanced; by
+        default the longest that the model is for.
+        """
+        every = split(args, grid.layout.stages, seq_len)
+        stages = [every[number] for number in grid.layout.stages_of(grid.pipeline.rank)]
+        units = [unit for stage in stages for unit in stage.units]
+        model = build_model(args, seed, grid, units=units, zero_stage=zero_stage, precision=precision)
+        return cls(model, grid, stages)
+
+    def stage_of(self, name: str) -> int:
+        """Which of this rank's stages a parameter belongs to: 0 or 1."""
+        owns = [stage.owns(self.table[name]) for stage in self.stages]
+        return owns.index(True) if any(owns) else len(owns) - 1  # the last stage's copy of a tied table
+
+    def inputs(self, batch: MicroBatch) -> TransformerInput:
+        """What the model reads of a micro-batch, on its device."""
+        return TransformerInput(tokens=batch.tokens_BT.to(self.world.device), cu_seqlens=batch.cu_seqlens)
+
+    def labels(self, batch: MicroBatch, phase: int) -> Tensor | None:
+        """The labels of a micro-batch, on the device, where this stage predicts."""
+        return batch.labels_BT.to(self.world.device) if self.stages[phase].last else None
+
+    def through_stage(
+        self,
+        phase: int,
+        x: Tensor | None,
+        inputs: TransformerInput,
+        labels: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> TransformerOutput:
+        """What stage `phase` of this rank (0 or 1) makes of what the stage before it made: with labels a loss, else
+        hidden states.
+        """
+        units = self.stages[phase].units
+        return self.model(inputs, labels=labels, cache=cache, return_hidden=labels is None, x=x, units=units)
+
+    def expert_counts(self) -> Tensor:
+        """(M, E) int64: assignments of the previous whole step in all layers of the whole model; 0 before the first."""
+        return self._expert_counts
+
+    def set_expert_counts(self, counts: Tensor) -> None:
+        """Set them. Raises ValueError on a wrong shape."""
+        expected = self._expert_counts.shape
+        if counts.shape != expected:
+            raise ValueError(
+                f"expert counts must have shape {tuple(expected)} (MoE layers, experts); got {tuple(counts.shape)}"
+            )
+        self._expert_counts = counts
+        mine = [counts[layers.start : layers.stop] for layers in self.moe_layers]
+        if any(map(len, mine)):
+            self.model.set_expert_counts(torch.cat(mine))
+
+    @torch.no_grad()
+    def sum_nll(self, batches: Iterator[MicroBatch], token_bytes: np.ndarray) -> tuple[float, int, int]:
+        """Sum of negative log-likelihood (nats), number of targets, and bytes of text they stand for, over all ranks
+        (collective).
+
+        `token_bytes` is the UTF-8 length of each token (vocab,), 0 for special tokens.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        n_targets = n_bytes = 0
+        for batch, loss_sum in self._loss_sums(batches):
+            total += loss_sum.double()
+            targets = batch.labels_BT[batch.labels_BT >= 0].numpy()
+            n_targets += targets.size
+            n_bytes += int(token_bytes[targets].sum())
+        mine = [float(total), n_targets, n_bytes] if self.grid.reports_loss else [0.0, 0, 0]
+        nll, *counts = sum_over_ranks(mine, self.world)
+        return nll, int(counts[0]), int(counts[1])
+
+    def _loss_sums(self, batches: Iterator[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor]]:
+        """Each batch and the sum of its loss, where this rank knows it, else 0 (collective)."""
+        ranks = self.grid.pipeline.size
+        none = torch.zeros((), device=self.world.device)
+        while chunk := list(islice(batches, EVALUATED_AT_ONCE * ranks if ranks > 1 else 1)):
+            outputs = self._through_stages([self.inputs(batch) for batch in chunk], chunk)
+            sums = [output.loss_sum for output in outputs] or [none] * len(chunk)
+            yield from zip(chunk, sums, strict=True)
+
+    @torch.no_grad()
+    def token_nll(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Negative log-likelihood in nats of each label of each batch, (B, T) float32, where this rank has the last
+        stage; elsewhere nothing (collective).
+        """
+        hidden = self._through_stages([self.inputs(batch) for batch in batches])
+        labels = (batch.labels_BT.to(self.world.device) for batch in batches)
+        return [self.model.token_nll(_hidden(out), of_batch) for out, of_batch in zip(hidden, labels, strict=False)]
+
+    @torch.no_grad()
+    def logits(self, inputs: TransformerInput, caches: Sequence[Cache]) -> Tensor:
+        """Float32 logits (B, V) of each row's last token, on all ranks of the replica (collective). The tokens continue
+        the rows of the caches, one for each stage of this rank.
+        """
+        found = self._through_stages([inputs], caches=caches)
+        logits_BV = self.model.logits(_hidden(found[0])[:, -1:])[:, 0] if found else None
+        if self.grid.pipeline.size == 1:
+            assert logits_BV is not None
+            return logits_BV
+        if logits_BV is None:
+            shape = len(inputs.tokens), self.model.args.vocab_size
+            logits_BV = torch.empty(shape, device=self.world.device)
+        last = self.grid.layout.holder(self.grid.layout.stages - 1)
+        dist.broadcast(logits_BV, self.grid.pipeline.ranks[last], group=self.grid.pipeline.handle)
+        return logits_BV
+
+    def decoder(self) -> Decoder:
+        """What continues prompts with the present weights; used by all ranks together, where one has not all of them.
+        """
+        return _Rows(self)
+
+    @torch.no_grad()
+    def _through_stages(
+        self,
+        inputs: Sequence[TransformerInput],
+        labelled: Sequence[MicroBatch] | None = None,
+        caches: Sequence[Cache] | None = None,
+    ) -> list[TransformerOutput]:
+        """What the last stage makes of each input, where it is; elsewhere nothing (collective)."""
+        self.model.eval()
+        layout, ranks, here = self.grid.layout, self.grid.pipeline.ranks, self.grid.pipeline.rank
+        results: list[TransformerOutput] = []
+        turning: deque[Tensor] = deque()  # from this rank's one stage to its other
+        for phase, stage in enumerate(self.stages):
+            source, target = (layout.holder(stage.number + step) for step in (-1, 1))
+            for i, taken in enumerate(inputs):
+                x = None
+                if not stage.first:
+                    x = turning.popleft() if source == here else self._receive(ranks[source])
+                labels = None if labelled is None else self.labels(labelled[i], phase)
+                out = self.through_stage(phase, x, taken, labels, None if caches is None else caches[phase])
+                if stage.last:
+                    results.append(out)
+                elif target == here:
+                    turning.append(_hidden(out))
+                else:
+                    self._send(_hidden(out), ranks[target])
+        return results
+
+    def _send(self, x: Tensor, rank: int) -> None:
+        shape = torch.tensor([*x.shape, *[-1] * (MOST_DIMENSIONS - x.dim())], device=x.device)
+        dist.send(shape, rank)
+        dist.send(x.contiguous(), rank)
+
+    def _receive(self, rank: int) -> Tensor:
+        shape = torch.empty(MOST_DIMENSIONS, dtype=torch.int64, device=self.world.device)
+        dist.recv(shape, rank)
+        dtype = next(self.model.parameters()).dtype
+        x = torch.empty([size for size in shape.tolist() if size >= 0], dtype=dtype, device=self.world.device)
+        dist.recv(x, rank)
+        return x
+
+
+def _hidden(out: TransformerOutput) -> Tensor:
+    assert out.hidden is not None
+    return out.hidden
+
+
+class _Rows:
+    """Rows that a replica continues; each rank keeps what its own stages have made of them so far."""
+
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
+        self._caches = [Cache(replica.model.args) for _ in replica.stages]
+
+    def logits(self, tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> Tensor:
+        device = self._replica.world.device
+        inputs = TransformerInput(torch.from_numpy(tokens).to(device), torch.from_numpy(positions))
+        return self._replica.logits(inputs, self._caches)
+
+    def keep(self, rows: list[int]) -> None:
+        for cache in self._caches:
+            cache.reorder(rows)
