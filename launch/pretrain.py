@@ -54,7 +54,7 @@ def main() -> None:
             print(text + report(config, layout, run_dir), end="")
         return
     if flags.replay_step is not None:
-        check_replay(flags.folder(), flags.replay_step, config.train.steps, layout)
+        check_replay(flags.folder(), flags.replay_step, config.train.steps)
     elif place.rank == 0:
         preflight(config, flags.folder())
     if flags.nproc:

@@ -22,6 +22,8 @@ def main() -> None:
     main_decides(lambda: cut_off(run_dir), world)
     for folder, step in [*((run_dir, step) for step in steps), (stopped(run_dir), config.train.steps)]:
         replay(Trainer(load_config(folder / "config.yaml"), folder, world), step)
+    in_stages = load_config(staged(run_dir) / "config.yaml", {"parallel.pipeline": 2})
+    replay(Trainer(in_stages, staged(run_dir), world), steps[0])
 
 
 def stopped(run_dir: Path) -> Path:
@@ -29,7 +31,13 @@ def stopped(run_dir: Path) -> Path:
     return run_dir.with_name("stopped")
 
 
+def staged(run_dir: Path) -> Path:
+    """Where the copy lies that is replayed on a pipeline."""
+    return run_dir.with_name("staged")
+
+
 def cut_off(run_dir: Path) -> None:
+    shutil.copytree(run_dir, staged(run_dir))
     folder = stopped(run_dir)
     shutil.copytree(run_dir, folder)
     rows = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)

@@ -13,7 +13,7 @@ from llm.data.sources import open_data, prepare_data
 from llm.tokenizer import ByteTokenizer
 from tests.distributed.harness import metrics, run, tiny_config, write_config, write_text
 from tests.distributed.pool import run_job
-from tests.distributed.replay_job import stopped
+from tests.distributed.replay_job import staged, stopped
 
 pytestmark = pytest.mark.distributed
 
@@ -130,6 +130,17 @@ def test_the_step_in_which_a_run_stopped_is_rebuilt_without_a_record(poisoned: A
     assert found["comparison"] is None and found["recorded"] is None
     recorded = metrics(run_dir)[-1]
     assert {key: found["replayed"][key] for key in EXACT} == {key: recorded[key] for key in EXACT}
+
+
+def test_the_stages_of_a_pipeline_name_the_document_too(poisoned: Any) -> None:
+    run_dir, (file, line), _, _ = poisoned
+    found = report(staged(run_dir), POISONED_STEP)
+    documents = [document for row in found["rows"] for document in row["documents"]]
+    first = max(documents, key=lambda document: document["loss"] or 0)
+    assert (first["file"], first["file_row"]) == (file, line)
+    # two stages for two data-parallel ranks: the bar between layouts
+    assert all(difference < 1e-5 for difference in found["comparison"]["relative_difference"].values())
+    assert found["gradient_note"].startswith("no gradients of single documents: parallel.pipeline>1")
 
 
 def test_another_layout_passes_over_a_damaged_checkpoint_and_changes_nothing_in_the_folder(poisoned: Any) -> None:

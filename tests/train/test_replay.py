@@ -16,11 +16,15 @@ from llm.data.sources import SourceSpec, open_data, prepare_data
 from llm.datatypes import TransformerInput
 from llm.errors import UserError
 from llm.model import LLM
+from llm.parallel.grid import make_grid
+from llm.parallel.launch.world import World
+from llm.parallel.replica import Replica
+from llm.parallel.stages import split
 from llm.tokenizer import ByteTokenizer
 from llm.train.config.flags import parse_run_flags
 from llm.train.replay import check_replay
 from llm.train.replay.records import COMPARED, compare, read_metrics, strict
-from llm.train.replay.spans import Span, by_loss, score_spans, span_gradient_norm, token_losses
+from llm.train.replay.spans import Span, by_loss, score_spans, span_gradient_norm
 
 SEQ_LEN = 40
 CPU = torch.device("cpu")
@@ -86,7 +90,9 @@ def inputs(batch: MicroBatch) -> TransformerInput:
 
 
 def scored(model: LLM, mixture: Mixture, rows: np.ndarray, batch: MicroBatch) -> list[tuple[int, int, Span]]:
-    return score_spans(mixture, ByteTokenizer(), token_losses(model, batch, CPU), batch, rows)
+    replica = Replica(model, make_grid(World(0, 1, 0, CPU)), split(model.args, 1))
+    (nll_BT,) = replica.token_nll([batch])
+    return score_spans(mixture, ByteTokenizer(), nll_BT, batch, rows)
 
 
 def origins(mixture: Mixture, row: int) -> set[tuple[str, int | None]]:

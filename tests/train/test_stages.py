@@ -14,7 +14,6 @@ from llm.parallel.stages import balanced, bubble, costs, split
 from llm.parallel.validate import Choice, Needs, changes, nearest, problem
 from llm.train.config import check_layout, validate
 from llm.train.dry_run import report
-from llm.train.replay import check_replay
 from tests.distributed.harness import TINY_MODEL, tiny_config
 
 ARGS = ModelArgs.model_validate({**TINY_MODEL, "vocab_size": 64})
@@ -85,14 +84,10 @@ def test_a_refusal_is_one_line_with_the_nearest_layout(
     assert str(error.value).startswith(line) and "\n" not in str(error.value)
 
 
-def test_what_looks_into_the_whole_model_is_refused(tmp_path: Path) -> None:
+def test_a_trace_which_looks_into_the_whole_model_is_refused(tmp_path: Path) -> None:
     config = validate(tiny_config(tmp_path, parallel={"pipeline": 2}, log={"trace_steps": [1, 2]}), "config")
     with pytest.raises(UserError, match="log.trace_steps"):
         check_layout(config, 2)
-    with pytest.raises(UserError, match="parallel.pipeline=2: --replay_step .* --parallel.pipeline=1 with it"):
-        check_replay(tmp_path, 1, None, Layout(2, pipeline=2))
-    with pytest.raises(UserError, match="--parallel.pipeline=1 --parallel.pipeline_schedule=1f1b with it"):
-        check_replay(tmp_path, 1, None, Layout(2, pipeline=2, pipeline_schedule="dualpipev"))
 
 
 @pytest.mark.parametrize("weights", [[1, 1, 1, 1], [5, 1, 1, 1, 9], [1, 2, 3, 4, 5, 6, 7], [9, 1, 1, 1, 1, 1, 1, 1]])

@@ -20,7 +20,7 @@ from llm.parallel.collectives import agreed_error, all_or_none, gather_json, mai
 from llm.train.guard import Guard, rows_and_size
 from llm.train.replay.records import COMPARED, check_replay, compare, recorded_to, strict
 from llm.train.replay.report import WORST, report_lines, rows_of
-from llm.train.replay.spans import Span, by_loss, score_spans, span_gradient_norm, token_losses
+from llm.train.replay.spans import Span, by_loss, score_spans, span_gradient_norm
 
 if TYPE_CHECKING:
     from llm.train.trainer import Trainer
@@ -150,14 +150,14 @@ def _spans(trainer: "Trainer", batch: StepBatch, n_targets: int) -> list[Span]:
     """All spans of the step on every rank, the highest mean loss first, with the gradients of the worst."""
     world = trainer.run.world
     # all forwards first: they may need the other ranks, and what a rank cannot read must not keep it out of one
-    nll = [token_losses(trainer.run.engine.model, micro_batch, world.device) for micro_batch in batch.micro_batches]
+    nll = trainer.run.engine.replica.token_nll(batch.micro_batches)  # of none where the last stage is elsewhere
     score = partial(score_spans, trainer.run.mixture, trainer.run.tokenizer)
-    micro_batches = list(zip(nll, batch.micro_batches, _global_rows(trainer, batch), strict=True))
+    micro_batches = list(zip(nll, batch.micro_batches, _global_rows(trainer, batch), strict=False))
     scored = all_or_none(lambda: [score(*micro_batch) for micro_batch in micro_batches], world)
     left_out = () if batch.is_passed_over else batch.passed_over
     mine = [
         (micro_batch, *found)
-        for micro_batch, part in zip(batch.micro_batches, scored, strict=True)
+        for micro_batch, part in zip(batch.micro_batches, scored, strict=False)
         for found in part
         if not any(first <= found[2].row < end for first, end in left_out)  # there the batch has padding
     ]

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from llm.errors import UserError
-from llm.parallel.layout import Layout
 
 COMPARED = (
     "loss", "lm_loss", "moe_balance_loss", "moe_z_loss", "grad_norm", "routing_checksum", "lr", "tokens", "targets",
@@ -14,18 +13,11 @@ COMPARED = (
 """What a replayed step must have in common with its row of metrics.jsonl; the rest is time and memory."""
 
 
-def check_replay(run_dir: Path, step: int, steps: int | None, layout: Layout | None = None) -> None:
-    """UserError unless `run_dir` recorded the step or stopped in it, and the whole model is on each replica's ranks;
-    `steps` is the length of the run if it is known.
+def check_replay(run_dir: Path, step: int, steps: int | None) -> None:
+    """UserError unless `run_dir` recorded the step or stopped in it; `steps` is the length of the run if it is known.
 
     The step after the last recorded one counts: a step that ends a run by a loss that is not finite is not recorded.
     """
-    if layout is not None and layout.pipeline > 1:
-        schedule = "" if layout.pipeline_schedule == "1f1b" else " --parallel.pipeline_schedule=1f1b"
-        raise UserError(
-            f"parallel.pipeline={layout.pipeline}: --replay_step looks into the whole model; give "
-            f"--parallel.pipeline=1{schedule} with it, as a step is the same on every layout"
-        )
     recorded = read_metrics(run_dir)
     first, last = min(recorded), max(recorded)
     end = last + 1 if steps is None or last < steps else last

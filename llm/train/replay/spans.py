@@ -104,15 +104,6 @@ def score_spans(
     return found
 
 
-@torch.no_grad()
-def token_losses(model: LLM, batch: MicroBatch, device: torch.device) -> Tensor:
-    """Negative log-likelihood of each label, (B, T) float32."""
-    model.eval()
-    inputs = TransformerInput(tokens=batch.tokens_BT.to(device), cu_seqlens=batch.cu_seqlens)
-    hidden_BTD = model(inputs, return_hidden=True).hidden
-    return model.token_nll(hidden_BTD, batch.labels_BT.to(device))
-
-
 def span_gradient_norm(
     model: LLM, batch: MicroBatch, start: int, stop: int, n_targets: int, device: torch.device
 ) -> float:
