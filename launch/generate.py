@@ -15,7 +15,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from llm.cli import run_cli
-from llm.generation.command import continue_prompt
+from llm.jobs.generate import continue_prompt
 
 if __name__ == "__main__":
     run_cli(continue_prompt)

@@ -4,14 +4,14 @@ import os
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from launch import pretrain
+from llm.jobs import runner
 from llm.parallel.launch import process
 from llm.parallel.launch.world import World
-from llm.train.config import ParallelConfig, RunConfig, TrainConfig
 from tests.shared import ROOT
 
 PAGES = 64 << 20 >> 12  # of a tensor of 64 MiB
@@ -57,11 +57,10 @@ def test_a_run_on_a_cpu_keeps_its_memory(device: str, kept: list[bool], monkeypa
         raise Started
 
     asked: list[bool] = []
-    monkeypatch.setattr(pretrain, "keep_freed", lambda: asked.append(True))
-    monkeypatch.setattr(pretrain, "leave_before_first_step", lambda: None)
+    monkeypatch.setattr(runner, "keep_freed", lambda: asked.append(True))
+    monkeypatch.setattr(runner, "leave_before_first_step", lambda: None)
     monkeypatch.setattr(process, "read_world", lambda: World(0, 1, 0, torch.device(device)))
     monkeypatch.setattr(process, "start", start)
-    config = RunConfig.model_construct(parallel=ParallelConfig(), train=TrainConfig.model_construct(threads=1))
     with pytest.raises(Started):
-        pretrain.train(config, flags=None)  # type: ignore[arg-type]
+        runner.work(SimpleNamespace(timeout_s=60.0, threads=1))  # type: ignore[arg-type]
     assert asked == kept

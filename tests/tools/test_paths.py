@@ -9,7 +9,7 @@ import pytest
 
 from llm.cli import bind
 from llm.errors import UserError
-from llm.generation.command import continue_prompt
+from llm.jobs.generate import continue_prompt
 
 FLAGS = {
     "tools.convert.import_": "src dst",
