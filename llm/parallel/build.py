@@ -1,9 +1,10 @@
 """A model on its device, as its layout wants it: whole, or from the first moment only this rank's share."""
 
 from collections.abc import Callable, Collection
+from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llm import init
 from llm.args import ModelArgs
@@ -14,43 +15,54 @@ from llm.layers.ffn import FeedForward
 from llm.layers.moe import MoE
 from llm.layers.norm import HeadsNorm
 from llm.layers.output import Output
-from llm.model import EMBEDDING, LLM, OUTPUT
-from llm.parallel.engine import deepspeed_private as private
+from llm.model import LLM
 from llm.parallel.expert import ExpertExchange
 from llm.parallel.grid import Grid
 from llm.parallel.tensor import CutVocabulary, TensorRegion, sum_gradients
 from llm.parameters import ParameterTable
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+class Storage(Protocol):
+    """Where the values of parameters lie on a rank."""
+
+    def allocate(self, model: LLM, device: torch.device) -> None:
+        """Give each parameter, which is on the meta device, memory; its values are left unset."""
+
+    def share(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
+        """(start, values) of what this rank has of a flattened parameter: a view."""
+
+
+class Whole:
+    """All of each parameter, in float32."""
+
+    def allocate(self, model: LLM, device: torch.device) -> None:
+        _each_parameter(model, lambda _, parameter: torch.empty_like(parameter, device=device))
+
+    def share(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
+        return 0, parameter.data.view(-1)
 
 
 def build_model(
-    args: ModelArgs, seed: int, grid: Grid, *, units: Collection[str], zero_stage: int, precision: str
+    args: ModelArgs, seed: int | None, grid: Grid, *, units: Collection[str], storage: Storage | None = None
 ) -> LLM:
-    """These units of the model, cut as `grid` says: in fp32 with their initial values, else with none, as the engine
-    draws its float32 masters and rounds them to parameters.
+    """These units of the model, cut as `grid` says, with their initial values, or without a seed with none.
 
-    No rank ever holds more than its share, under ZeRO-3 of the data-parallel ranks too: an initial value is a function
-    of its index, so each rank draws its own. Below ZeRO-3 the parameters are float32 until the engine casts them.
+    No rank ever holds more than its share: an initial value is a function of its index, so each rank draws its own.
     """
+    storage = storage or Whole()
     device = grid.world.device
     model, table = LLM(args, device="meta", units=units), ParameterTable.of(args)
-    if args.tie_embeddings and OUTPUT in units and EMBEDDING not in units:
-        private.mark_copy(model.tok_embeddings.weight)
     for module in model.modules():  # buffers are few and whole
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.zeros_like(buffer, device=device)
     _cut(model, table, grid)
-    if zero_stage == 3:
-        private.partition_parameters(model, DTYPES[precision], device, grid.data.handle)
-    else:
-        _each_parameter(model, lambda _, parameter: torch.empty_like(parameter, device=device))
-    for name, parameter in model.named_parameters() if precision == "fp32" else ():
-        start, values = private.share(parameter) if zero_stage == 3 else (0, parameter.data.view(-1))
-        stop = start + values.numel()
-        row = table[name]
-        values.copy_(init.values_in_box(row.init, name, seed, row.shape, grid.box(row), start, stop))
+    storage.allocate(model, device)
+    if seed is not None:
+        for name, parameter in model.named_parameters():
+            (start, values), row = storage.share(parameter), table[name]
+            stop = start + values.numel()
+            values.copy_(init.values_in_box(row.init, name, seed, row.shape, grid.box(row), start, stop))
     _connect(model, table, grid)
     return model
 
@@ -68,17 +80,12 @@ def _each_parameter(model: LLM, make: Callable[[str, torch.Tensor], torch.Tensor
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             canonical = f"{path}.{name}" if path else name
-            made = nn.Parameter(make(canonical, parameter.data))
-            if private.is_copy(parameter):
-                private.mark_copy(made)
-            setattr(module, name, made)
+            setattr(module, name, nn.Parameter(make(canonical, parameter.data)))
 
 
 def _connect(model: LLM, table: ParameterTable, grid: Grid) -> None:
-    """Let the layers communicate where their weights are cut, and tell DeepSpeed how each parameter is."""
+    """Let the layers communicate where their weights are cut."""
     args, layout = model.args, grid.layout
-    if layout.expert > 1:
-        private.register_experts(model, grid)
     for module in model.modules():
         if layout.expert > 1 and isinstance(module, MoE):
             module.exchange = ExpertExchange(grid.expert, module.moe.n_experts)
@@ -102,7 +109,6 @@ def _connect(model: LLM, table: ParameterTable, grid: Grid) -> None:
                     module.k_norm.rows = rows
     for name, parameter in model.named_parameters():
         row = table[name]
-        cut = row.cut(layout.tensor) is not None
-        private.mark(parameter, cut, grid.expert.size if row.expert_dim is not None else 1)
-        if region is not None and not cut and (row.in_region or layout.sequence_parallel):
+        whole = row.cut(layout.tensor) is None
+        if region is not None and whole and (row.in_region or layout.sequence_parallel):
             sum_gradients(parameter, grid.tensor)

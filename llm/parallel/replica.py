@@ -25,7 +25,7 @@ from llm.data.batch import MicroBatch
 from llm.datatypes import TransformerInput, TransformerOutput
 from llm.generate import Decoder
 from llm.model import LLM
-from llm.parallel.build import build_model
+from llm.parallel.build import Storage, build_model
 from llm.parallel.collectives import sum_over_ranks
 from llm.parallel.grid import Grid
 from llm.parallel.stages import Stage, split
@@ -54,15 +54,22 @@ class Replica:
 
     @classmethod
     def build(
-        cls, args: ModelArgs, seed: int, grid: Grid, *, zero_stage: int, precision: str, seq_len: int | None = None
+        cls,
+        args: ModelArgs,
+        seed: int | None,
+        grid: Grid,
+        *,
+        storage: Storage | None = None,
+        seq_len: int | None = None,
     ) -> "Replica":
-        """This rank's part, built: see `build_model`. seq_len: of training, by which the stages are balanced; by
-        default the longest that the model is for.
+        """This rank's part, with its initial values, or without a seed with none. storage: where they lie; by default
+        whole, in float32. seq_len: of training, by which the stages are balanced; by default the longest that the model
+        is for.
         """
         every = split(args, grid.layout.stages, seq_len)
         stages = [every[number] for number in grid.layout.stages_of(grid.pipeline.rank)]
         units = [unit for stage in stages for unit in stage.units]
-        model = build_model(args, seed, grid, units=units, zero_stage=zero_stage, precision=precision)
+        model = build_model(args, seed, grid, units=units, storage=storage)
         return cls(model, grid, stages)
 
     def stage_of(self, name: str) -> int:

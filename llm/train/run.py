@@ -16,10 +16,10 @@ from llm.data.mixture import Mixture
 from llm.data.source import TokenSource
 from llm.data.sources import check_data, open_data, prepare_data, sides
 from llm.parallel.collectives import all_or_none, main_decides
+from llm.parallel.engine.build import build_replica
 from llm.parallel.engine.engine import Engine
 from llm.parallel.grid import Grid, make_grid
 from llm.parallel.launch.world import World
-from llm.parallel.replica import Replica
 from llm.parameters import ParameterTable
 from llm.tokenizer import Tokenizer, load_tokenizer
 from llm.train.config import RunConfig, accumulation_steps, check_layout
@@ -154,7 +154,7 @@ def build_engine(config: RunConfig, grid: Grid) -> Engine:
     UserError on all ranks where this machine lacks what the config needs.
     """
     train, parallel = config.train, config.parallel
-    replica = Replica.build(
+    replica = build_replica(
         config.model,
         train.seed,
         grid,

@@ -13,12 +13,12 @@ import torch
 from llm.args import ModelArgs
 from llm.compile import compile_blocks
 from llm.data.batch import IGNORE, MicroBatch, StepBatch
+from llm.parallel.engine.build import build_replica
 from llm.parallel.engine.engine import Engine
 from llm.parallel.grid import Grid, make_grid
 from llm.parallel.launch import process
 from llm.parallel.launch.world import World
 from llm.parallel.layout import Layout
-from llm.parallel.replica import Replica
 from llm.train.config import OptimConfig
 from llm.train.optimizer import make_optimizer
 from tests.distributed.harness import TINY_MODEL
@@ -54,7 +54,7 @@ def build(case: dict[str, Any], world: World) -> Engine:
     keys = ("tensor", "expert", "pipeline", "pipeline_schedule", "sequence_parallel")
     cut = {key: case[key] for key in keys if key in case}
     grid = make_grid(world, Layout(world.size, zero_stage=stage, **cut))
-    replica = Replica.build(args, SEED, grid, zero_stage=stage, precision=precision, seq_len=SEQ_LEN)
+    replica = build_replica(args, SEED, grid, zero_stage=stage, precision=precision, seq_len=SEQ_LEN)
     replica.model.activation_checkpointing = case.get("recompute", "none")
     optim = OptimConfig.model_validate({"name": case.get("optimizer", "adamw"), "lr": 1e-3, "min_lr": 0.0})
     engine = Engine(

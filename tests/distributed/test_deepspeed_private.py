@@ -28,11 +28,11 @@ def main(out: Path) -> None:
     from llm.data.batch import MicroBatch, StepBatch
     from llm.parallel.collectives import gather_json
     from llm.parallel.engine import deepspeed_private as private
+    from llm.parallel.engine.build import build_replica
     from llm.parallel.engine.engine import Engine
     from llm.parallel.grid import make_grid
     from llm.parallel.launch import process
     from llm.parallel.precision import has_arithmetic
-    from llm.parallel.replica import Replica
     from llm.parameters import ParameterTable
     from llm.train.config import OptimConfig
     from llm.train.optimizer import make_optimizer
@@ -46,7 +46,7 @@ def main(out: Path) -> None:
     for stage, precision in CASES + GROWING:
         if not has_arithmetic(precision):
             continue
-        replica = Replica.build(args, 3, grid, zero_stage=stage, precision=precision)
+        replica = build_replica(args, 3, grid, zero_stage=stage, precision=precision)
         engine = Engine(
             replica,
             make_optimizer(replica.model, OptimConfig()),

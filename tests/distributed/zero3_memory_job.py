@@ -7,10 +7,10 @@ from pathlib import Path
 from llm.args import ModelArgs
 from llm.parallel.collectives import gather_json
 from llm.parallel.engine import deepspeed_private as private
+from llm.parallel.engine.build import build_replica
 from llm.parallel.engine.engine import Engine
 from llm.parallel.grid import make_grid
 from llm.parallel.launch import process
-from llm.parallel.replica import Replica
 from llm.train.config import OptimConfig
 from llm.train.optimizer import make_optimizer
 
@@ -33,7 +33,7 @@ def main() -> None:
 
     def build(shape: dict[str, int]) -> Engine:
         args = ModelArgs.model_validate(shape)
-        replica = Replica.build(args, 0, grid, zero_stage=3, precision="bf16")
+        replica = build_replica(args, 0, grid, zero_stage=3, precision="bf16")
         return Engine(
             replica,
             make_optimizer(replica.model, OptimConfig()),

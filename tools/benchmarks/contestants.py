@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from llm import LLM, ModelArgs
 from llm.compile import compile_blocks
 from llm.data.batch import IGNORE, MicroBatch, StepBatch
+from llm.parallel.engine.build import build_replica
 from llm.parallel.engine.engine import Engine
 from llm.parallel.grid import make_grid
 from llm.parallel.launch.world import World
-from llm.parallel.replica import Replica
 from llm.recompute import Recompute
 from llm.train.config import OptimConfig
 from llm.train.optimizer import make_optimizer, parameter_groups
@@ -90,7 +90,7 @@ def our_engine(
     """This project as a user runs it: the DeepSpeed engine, ZeRO-1, one process; `compiled` as train.compile does,
     `recompute` as train.activation_checkpointing."""
     grid = make_grid(world)
-    replica = Replica.build(shape.args(), SEED, grid, zero_stage=1, precision=precision)
+    replica = build_replica(shape.args(), SEED, grid, zero_stage=1, precision=precision)
     replica.model.activation_checkpointing = recompute
     if compiled:
         compile_blocks(replica.model)

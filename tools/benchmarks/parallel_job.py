@@ -20,11 +20,11 @@ import torch.distributed as dist
 from llm.args import ModelArgs
 from llm.data.batch import MicroBatch, StepBatch
 from llm.parallel.collectives import gather_json
+from llm.parallel.engine.build import build_replica
 from llm.parallel.engine.engine import Engine
 from llm.parallel.grid import Grid, make_grid
 from llm.parallel.launch import process
 from llm.parallel.layout import Layout
-from llm.parallel.replica import Replica
 from llm.train.config import OptimConfig
 from llm.train.optimizer import make_optimizer
 
@@ -70,7 +70,7 @@ def main() -> None:
     world = process.start(600, 1)
     args, layout = ModelArgs.model_validate(task["model"]), Layout(world.size, **task["layout"])
     grid = make_grid(world, layout)
-    replica = Replica.build(args, 0, grid, zero_stage=layout.zero_stage, precision=task["precision"])
+    replica = build_replica(args, 0, grid, zero_stage=layout.zero_stage, precision=task["precision"])
     rows, cuts = task["batch"] // grid.data.size, task["micro_batches"]
     engine = Engine(
         replica,

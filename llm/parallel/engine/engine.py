@@ -83,8 +83,7 @@ class Engine:
         self._refuse_unequal_parts()
         self.state = TrainState(
             self._deepspeed,
-            model,
-            grid,
+            replica,
             zero_stage=zero_stage,
             seed=None if precision == "fp32" else seed,
             ema_decay=ema_decay,

@@ -10,12 +10,10 @@ from torch import Tensor
 
 from llm import init
 from llm.boxes import Box, whole
-from llm.model import LLM
 from llm.parallel.engine import deepspeed_private as private
 from llm.parallel.engine.averages import Averages
-from llm.parallel.grid import Grid
 from llm.parallel.muon import Muon
-from llm.parameters import ParameterTable
+from llm.parallel.replica import Replica
 
 
 class OwnedFragment(NamedTuple):
@@ -34,8 +32,7 @@ class TrainState:
     def __init__(
         self,
         deepspeed: Any,
-        model: LLM,
-        grid: Grid,
+        replica: Replica,
         *,
         zero_stage: int,
         seed: int | None,
@@ -46,14 +43,13 @@ class TrainState:
         """seed: where masters are to be drawn anew from it, in float32; DeepSpeed starts from rounded parameters.
         frozen, of_muon: names of the parameters without an update, and of those that Muon steps on.
         """
-        self._deepspeed, self._grid, self._zero_stage = deepspeed, grid, zero_stage
+        self._deepspeed, self._grid, self._zero_stage = deepspeed, replica.grid, zero_stage
         self._frozen, self._of_muon = frozen, of_muon
-        self.table = ParameterTable.of(model.args)
-        """Of the whole model."""
+        self.table = replica.table
         self.shapes = self.table.shapes
-        self.boxes = {name: grid.box(row) for name, row in self.table.items()}
+        self.boxes = {name: replica.grid.box(row) for name, row in self.table.items()}
         """What this rank has of each before ZeRO cuts it."""
-        self.owned_ranges = private.owned_ranges(deepspeed, model)
+        self.owned_ranges = private.owned_ranges(deepspeed, replica.model)
         self.partitions = private.partitions(deepspeed)
         if seed is not None:
             self._draw_masters(seed)

@@ -1,0 +1,57 @@
+"""A replica as DeepSpeed wants one to train: cut by ZeRO-3 from the first moment, and each parameter described."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from llm.args import ModelArgs
+from llm.model import EMBEDDING, LLM, OUTPUT
+from llm.parallel.engine import deepspeed_private as private
+from llm.parallel.grid import Grid
+from llm.parallel.replica import Replica
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_replica(
+    args: ModelArgs, seed: int, grid: Grid, *, zero_stage: int, precision: str, seq_len: int | None = None
+) -> Replica:
+    """This rank's part of a model that is to be trained (collective). In fp32 it has its initial values, else none, as
+    the engine draws its float32 masters and rounds them to parameters.
+
+    seq_len: of training, by which the stages are balanced; by default the longest that the model is for.
+    """
+    values = seed if precision == "fp32" else None
+    storage = Partitioned(DTYPES[precision], grid.data.handle) if zero_stage == 3 else None
+    replica = Replica.build(args, values, grid, storage=storage, seq_len=seq_len)
+    describe(replica)
+    return replica
+
+
+@dataclass(frozen=True)
+class Partitioned:
+    """ZeRO-3's storage: each rank of `group` has its own share of each parameter, in `dtype`."""
+
+    dtype: torch.dtype
+    group: dist.ProcessGroup | None
+
+    def allocate(self, model: LLM, device: torch.device) -> None:
+        private.partition_parameters(model, self.dtype, device, self.group)
+
+    def share(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
+        return private.share(parameter)
+
+
+def describe(replica: Replica) -> None:
+    """Tell DeepSpeed how each parameter is cut, and which one is a copy that another rank steps on."""
+    model, grid, table = replica.model, replica.grid, replica.table
+    if grid.layout.expert > 1:
+        private.register_experts(model, grid)
+    for name, parameter in model.named_parameters():
+        row = table[name]
+        cut = row.cut(grid.layout.tensor) is not None
+        private.mark(parameter, cut, grid.expert.size if row.expert_dim is not None else 1)
+    if model.args.tie_embeddings and OUTPUT in model.units and EMBEDDING not in model.units:
+        private.mark_copy(model.tok_embeddings.weight)
