@@ -55,6 +55,13 @@ class Attention(nn.Module):
             rows |= under(name, head_norm_rows(args, spec, heads))
         return rows
 
+    @staticmethod
+    def flops(args: ModelArgs, spec: LayerSpec, seq_len: int) -> int:
+        """Of a token beyond those of the parameters: scores and values of all tokens in its span, counted as if none
+        lay ahead of it.
+        """
+        return 12 * args.n_heads * args.head_width * min(seq_len, spec.span or seq_len)
+
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         x = self.region.enter(x_BTD)
         if x.ndim == 2:

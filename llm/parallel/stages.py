@@ -1,18 +1,17 @@
 """Which layers each stage of a pipeline has: consecutive ones, cut so that the slowest stage is as fast as can be.
 
-A stage costs what its arithmetic for a token does, forward and backward: 6 for each weight that the token meets in a
-product and 12 times width and span for attention, as llm/train/flops.py counts, but with the span that a layer really
-has. The embedding is a copy of a row and weighs nearly nothing, the head as much as its matrix.
+A stage costs what its arithmetic for a token does (llm/flops.py). The embedding is a copy of a row and weighs nearly
+nothing: 6 for each of its elements.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from llm.args import LayerSpec, ModelArgs
+from llm.args import ModelArgs
+from llm.flops import unit_flops
 from llm.layers.parameter import ParamInfo
 from llm.parallel.layout import PipelineSchedule
-from llm.parameters import ParameterTable
 
 
 @dataclass(frozen=True)
@@ -46,38 +45,12 @@ class Stage:
         return row.unit in self.units
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Floating-point operations for a token, forward and backward."""
-
-    embedding: int
-    layers: tuple[int, ...]
-    head: int
-
-
-def costs(args: ModelArgs, seq_len: int) -> Costs:
-    """Of a model with these args on sequences of `seq_len`."""
-    specs = args.layer_specs()
-    layers = [_attention(args, spec, seq_len) for spec in specs]
-    for row in ParameterTable.of(args).values():
-        part, _, number = row.unit.partition(".")
-        if part == "layers":
-            layers[int(number)] += 6 * row.active_numel
-    return Costs(6 * args.dim, tuple(layers), 6 * args.dim * args.vocab_size)
-
-
-def _attention(args: ModelArgs, spec: LayerSpec, seq_len: int) -> int:
-    if spec.mixer != "attn":
-        return 0
-    return 12 * args.n_heads * args.head_width * min(seq_len, spec.span or seq_len)
-
-
 def split(args: ModelArgs, stages: int, seq_len: int | None = None) -> list[Stage]:
     """The stages of a model, each with one layer at least. ValueError where it has fewer layers."""
-    cost = costs(args, seq_len or args.max_seq_len)
-    weights = list(cost.layers)
-    weights[0] += cost.embedding
-    weights[-1] += cost.head
+    flops = unit_flops(args, seq_len or args.max_seq_len)
+    weights = [flops[f"layers.{spec.index}"] for spec in args.layer_specs()]
+    weights[0] += 6 * args.dim
+    weights[-1] += flops["output"]
     bounds, total = balanced(weights, stages), sum(weights)
     ends = list(zip(bounds, bounds[1:], strict=False))
     return [Stage(i, stages, range(a, b), sum(weights[a:b]) / total) for i, (a, b) in enumerate(ends)]

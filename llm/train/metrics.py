@@ -12,7 +12,7 @@
 | routing_checksum | of how many tokens each expert got; equal on every layout |
 | expert_load, expert_rank_load | most tokens of an expert, of a rank's experts, over an even share; none are dropped |
 | tokens_per_s, tokens_per_s_per_device | of the whole job, of one of its ranks |
-| mfu | share of the device's peak that the model's own arithmetic took (llm/train/flops.py); null where none is known |
+| mfu | share of the device's peak that the model's own arithmetic took (llm/flops.py); null where none is known |
 | step_time_s, data_wait_s | seconds of the step, and of them waiting for data |
 | rows_passed_over | ranges [first row, end row) of the step that were not trained on; only where there are any |
 | memory_gb | peak of rank 0 since it began, GiB: allocated on its GPU, or of the whole process on a CPU |
@@ -26,9 +26,10 @@ import torch
 
 from llm.args import ModelArgs
 from llm.data.batch import StepBatch
+from llm.flops import token_flops
 from llm.parallel.engine.step import StepResult
 from llm.parallel.launch.world import World
-from llm.train.flops import FlopCount, peak_flops
+from llm.train.peaks import peak_flops
 
 
 class StepMetrics:
@@ -36,8 +37,15 @@ class StepMetrics:
 
     def __init__(self, args: ModelArgs, world: World, configured_peak: float | None) -> None:
         self.world = world
-        self.flops = FlopCount.of(args)
+        self._args = args
+        self._flops: dict[int, int] = {}  # of a token, by the length of its sequence
         self.peak = peak_flops(configured_peak, world.device)
+
+    def flops(self, seq_len: int) -> int:
+        """Of a token in a sequence of `seq_len`, forward and backward."""
+        if seq_len not in self._flops:
+            self._flops[seq_len] = token_flops(self._args, seq_len)
+        return self._flops[seq_len]
 
     def row(
         self, result: StepResult, batch: StepBatch, *, step: int, tokens: int, epoch: float, lr: float, seconds: float
@@ -65,7 +73,7 @@ class StepMetrics:
             "targets": result.n_targets,
             "tokens_per_s": result.n_tokens / seconds,
             "tokens_per_s_per_device": per_device,
-            "mfu": None if self.peak is None else per_device * self.flops.per_token(seq_len) / self.peak,
+            "mfu": None if self.peak is None else per_device * self.flops(seq_len) / self.peak,
             "step_time_s": seconds,
             "data_wait_s": batch.wait_s,
             "memory_gb": peak_memory_gb(self.world.device),

@@ -10,7 +10,7 @@ import pytest
 from llm.args import ModelArgs
 from llm.errors import UserError
 from llm.parallel.layout import Layout, PipelineSchedule
-from llm.parallel.stages import balanced, bubble, costs, split
+from llm.parallel.stages import balanced, bubble, split
 from llm.parallel.validate import Choice, Needs, changes, nearest, problem
 from llm.train.config import check_layout, validate
 from llm.train.dry_run import report
@@ -102,15 +102,11 @@ def test_the_slowest_stage_is_as_fast_as_any_cut_can_make_it(weights: list[int])
         balanced(weights, len(weights) + 1)
 
 
-def test_a_head_and_experts_weigh_what_they_weigh() -> None:
+def test_a_head_weighs_what_it_weighs() -> None:
     wide = ARGS.model_copy(update={"vocab_size": 4096})
-    assert costs(wide, 48).head == 6 * wide.dim * 4096
     stages = split(wide, 2, 48)
     assert stages[0].first and stages[1].last and list(stages[1].layers) == [3], "the head outweighs all other layers"
     assert sum(stage.share for stage in stages) == pytest.approx(1)
-    dense, moe = (costs(ARGS, 48).layers[i] for i in range(2))
-    # top 2 of 4 experts of width 24, a shared one of the same width and a router, against a dense width of 48
-    assert moe - dense == 6 * (3 * 32 * 24 * (2 + 1) + 32 * 4 - 3 * 32 * 48)
 
 
 def test_a_dry_run_names_stages_their_work_and_the_bubble(tmp_path: Path) -> None:

@@ -26,9 +26,10 @@ import torch
 
 from llm.cli import run_cli
 from llm.errors import UserError
+from llm.flops import token_flops
 from llm.parallel.launch import process
 from llm.parallel.launch.world import World
-from llm.train.flops import FlopCount, peak_flops
+from llm.train.peaks import peak_flops
 from tools.benchmarks.contestants import Runner, Shape, our_engine, runners
 from tools.benchmarks.harness import RESULTS, Spread, check_same_work, in_fresh_process, table, write_result
 from tools.benchmarks.memory import storage_bytes
@@ -102,7 +103,7 @@ def benchmark(seq_len: int = 2048, steps: int = 20, only: str = "", output: str 
 
 def report(shape: Shape, found: dict[str, Measured | None], steps: int, peak: float | None) -> str:
     """The section of the result file; None was found of what ran out of memory. peak: FLOP/s of the GPU, if known."""
-    flops = FlopCount.of(shape.args()).per_token(shape.seq_len)
+    flops = token_flops(shape.args(), shape.seq_len)
     ours = [name for name in found if name.startswith("ours") and found[name] is not None]
     best = min(ours, key=lambda name: _median(found[name]), default=None)
     rows = []

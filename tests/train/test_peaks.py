@@ -1,39 +1,17 @@
-"""Utilisation: the arithmetic of known shapes, and the peaks of known devices."""
+"""Utilisation: a share of the peaks of known devices."""
 
 import pytest
 import torch
 
-from llm.args import ModelArgs, MoEArgs
+from llm.args import ModelArgs
 from llm.data.batch import MicroBatch, StepBatch
+from llm.flops import token_flops
 from llm.parallel.engine.step import StepResult
 from llm.parallel.launch.world import World
-from llm.train.flops import FlopCount, peak_by_name, peak_flops
 from llm.train.metrics import StepMetrics, peak_memory_gb
+from llm.train.peaks import peak_by_name, peak_flops
 
-D, V, F = 32, 100, 48
-DENSE = ModelArgs(dim=D, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=V, ffn_hidden=F)
-BLOCK = 2 * D + (D * D + 2 * D * D // 2 + D * D)  # norms; wq, wk and wv at half width, wo
-
-
-def test_a_dense_model_counts_everything_but_its_token_table() -> None:
-    count = FlopCount.of(DENSE)
-    assert count == FlopCount(2 * (BLOCK + 3 * D * F) + D + V * D, attention_layers=2, width=D)
-    assert count.per_token(64) == 6 * count.active_parameters + 12 * 2 * D * 64
-
-
-def test_tied_embeddings_count_once_as_the_output_matrix() -> None:
-    assert FlopCount.of(DENSE.model_copy(update={"tie_embeddings": True})) == FlopCount.of(DENSE)
-
-
-def test_a_token_meets_top_k_experts_the_shared_one_and_the_router() -> None:
-    moe = MoEArgs(n_experts=8, top_k=2, hidden=24, interleave=2, shared=True)
-    dense_layer, moe_layer = BLOCK + 3 * D * F, BLOCK + 3 * D * 24 * (2 + 1) + 8 * D
-    found = FlopCount.of(DENSE.model_copy(update={"moe": moe}))
-    assert found.active_parameters == dense_layer + moe_layer + D + V * D
-
-
-def test_heads_wider_than_the_model_count_with_their_width() -> None:
-    assert FlopCount.of(DENSE.model_copy(update={"head_dim": 16})).width == 64
+DENSE = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=100, ffn_hidden=48)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +42,7 @@ def test_mfu_is_per_device_and_uses_the_steps_own_length(ranks: int) -> None:
     when = {"step": 1, "tokens": 96, "epoch": 0.1, "lr": 0.1, "seconds": 2.0}
     row = StepMetrics(DENSE, world, 1e9).row(result, batch, **when)  # type: ignore[arg-type]
     assert row["tokens_per_s_per_device"] == 48.0 and row["tokens_per_s"] == 48.0 * ranks
-    assert row["mfu"] == pytest.approx(48.0 * FlopCount.of(DENSE).per_token(16) / 1e9)
+    assert row["mfu"] == pytest.approx(48.0 * token_flops(DENSE, 16) / 1e9)
     assert StepMetrics(DENSE, world, None).row(result, batch, **when)["mfu"] is None  # type: ignore[arg-type]
 
 

@@ -1,0 +1,41 @@
+"""The arithmetic of known shapes, unit by unit."""
+
+import pytest
+
+from llm.args import ModelArgs, MoEArgs
+from llm.flops import token_flops, unit_flops
+
+D, V, F, T = 32, 100, 48, 64
+DENSE = ModelArgs(dim=D, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=V, ffn_hidden=F)
+BLOCK = 2 * D + (D * D + 2 * D * D // 2 + D * D)  # norms; wq, wk and wv at half width, wo
+ATTENTION = 12 * D * T
+
+
+def test_a_dense_model_counts_everything_but_its_token_table() -> None:
+    layer = 6 * (BLOCK + 3 * D * F) + ATTENTION
+    assert unit_flops(DENSE, T) == {"layers.0": layer, "layers.1": layer, "norm": 6 * D, "output": 6 * V * D}
+    assert token_flops(DENSE, T) == 2 * layer + 6 * D + 6 * V * D
+
+
+def test_tied_embeddings_count_once_as_the_output_matrix() -> None:
+    assert unit_flops(DENSE.model_copy(update={"tie_embeddings": True}), T) == unit_flops(DENSE, T)
+
+
+def test_a_token_meets_top_k_experts_the_shared_one_and_the_router() -> None:
+    moe = MoEArgs(n_experts=8, top_k=2, hidden=24, interleave=2, shared=True)
+    found = unit_flops(DENSE.model_copy(update={"moe": moe}), T)
+    dense, sparse = (found[f"layers.{i}"] - ATTENTION for i in range(2))
+    assert (dense, sparse) == (6 * (BLOCK + 3 * D * F), 6 * (BLOCK + 3 * D * 24 * (2 + 1) + 8 * D))
+
+
+def test_heads_wider_than_the_model_count_with_their_width() -> None:
+    wide, usual = (unit_flops(DENSE.model_copy(update={"head_dim": n}), T)["layers.0"] for n in (16, 8))
+    assert wide - usual == 6 * 3 * D * D + ATTENTION  # twice as wide: wq, wo, and half as much of wk and wv each
+
+
+@pytest.mark.parametrize("seq_len", [8, 16, 64])
+def test_a_layer_attends_to_no_more_than_its_span(seq_len: int) -> None:
+    local = DENSE.model_copy(update={"attention_chunk_size": 16, "nope_layer_interval": 2})
+    chunked, whole = (unit_flops(local, seq_len)[f"layers.{i}"] for i in range(2))
+    assert [spec.span for spec in local.layer_specs()] == [16, None]
+    assert whole - chunked == 12 * D * (seq_len - min(seq_len, 16))
