@@ -19,10 +19,10 @@ from llm.datatypes import RouterStats, TransformerInput, TransformerOutput
 from llm.foreign.load import register_hook
 from llm.init import initialise
 from llm.layers.block import Block
-from llm.layers.context import Context
+from llm.layers.context import Context, angles, temperature
 from llm.layers.embedding import Embedding, TiedEmbedding
 from llm.layers.masks import AttentionMasks, document_lengths
-from llm.layers.moe import MoE
+from llm.layers.moe import MoE, routing_shape
 from llm.layers.norm import make_norm
 from llm.layers.output import Output
 from llm.layers.region import WHOLE, Region
@@ -90,18 +90,20 @@ class LLM(Conveniences):
         return_hidden: bool = False,
         x: Tensor | None = None,
         units: Sequence[str] | None = None,
+        expert_counts: Tensor | None = None,
     ) -> TransformerOutput:
         """Logits; or the loss, given labels; or hidden states instead of logits, with return_hidden.
 
         labels: (B, T) int64, labels[b, t] being the token after tokens[b, t]; negative ones are ignored. A cache makes
         the tokens continue its rows, and turns gradients off. units: run these alone, of those that the module has, on
         the vectors `x` that the unit before them made of the same inputs; their hidden states are vectors for the next.
-        Raises ValueError where inputs, labels or cache do not fit together.
+        expert_counts: (M, E) int64, how many tokens of the whole previous step each expert got, for the balance loss;
+        all alike where not given. Raises ValueError where inputs, labels, cache or counts do not fit together.
         """
         if isinstance(inputs, Tensor):
             inputs = TransformerInput(inputs)
         with torch.no_grad() if cache is not None else nullcontext():
-            ctx = self.context(inputs, cache)
+            ctx = self.context(inputs, cache, expert_counts)
             hidden, stats = self.run(self.units if units is None else units, x, inputs, ctx)
             if cache is not None:
                 cache.forget()
@@ -140,13 +142,12 @@ class LLM(Conveniences):
         """
         stats = []
         eager = self.compiled and not torch.is_grad_enabled()
-        self.region.begin(inputs.tokens.numel())
         with torch.compiler.set_stance("force_eager") if eager else nullcontext():
             for unit in units:
                 if unit == EMBEDDING:
-                    x = self.embed(inputs)
+                    x = self.embed(inputs, ctx)
                 elif unit == NORM:
-                    x = self.finish(x, inputs)  # type: ignore[arg-type]  # a block or the caller made it
+                    x = self.finish(x, ctx)  # type: ignore[arg-type]  # a block or the caller made it
                 elif unit != OUTPUT:
                     x, layer_stats = recomputed(self.activation_checkpointing, self.get_submodule(unit), x, ctx)
                     if layer_stats is not None:
@@ -154,43 +155,52 @@ class LLM(Conveniences):
         assert x is not None
         return x, stats
 
-    def finish(self, x: Tensor, inputs: TransformerInput) -> Tensor:
+    def finish(self, x: Tensor, ctx: Context) -> Tensor:
         """Final hidden states (B, T, D) of what the last layer made."""
-        hidden = self.region.enter(self.norm(x))
-        return hidden.view(*inputs.tokens.shape, -1)
+        hidden = self.region.enter(self.norm(x), ctx.cut_sequence)
+        return hidden.view(*ctx.shape, -1)
 
-    def embed(self, inputs: TransformerInput) -> Tensor:
+    def embed(self, inputs: TransformerInput, ctx: Context) -> Tensor:
         """Token vectors."""
-        x_BTD = self.region.leave(self.tok_embeddings(inputs.tokens))
+        x_BTD = self.region.leave(self.tok_embeddings(inputs.tokens), ctx.cut_sequence)
         if self.args.embed_scale is None:
             return x_BTD
         # rounded on the host: a number made on a GPU would make the host wait for it
         return x_BTD * torch.tensor(self.args.embed_scale, dtype=x_BTD.dtype, device="cpu").item()
 
-    def context(self, inputs: TransformerInput, cache: Cache | None = None) -> Context:
-        """What the layers share in one forward over these inputs; checks their tokens, positions and documents."""
-        inputs.check_tokens(self.args.vocab_size)
-        device = inputs.tokens.device
+    def context(
+        self, inputs: TransformerInput, cache: Cache | None = None, expert_counts: Tensor | None = None
+    ) -> Context:
+        """What the layers share in one forward over these inputs, which are checked before the cache changes."""
+        args, device = self.args, inputs.tokens.device
+        inputs.check_tokens(args.vocab_size)
+        if expert_counts is not None and expert_counts.shape != routing_shape(args):
+            raise ValueError(
+                f"expert counts must have shape {routing_shape(args)} (MoE layers, experts); "
+                f"got {tuple(expert_counts.shape)}"
+            )
         positions_BT, document_starts = inputs.resolve(
             None if cache is None else cache.first_positions(len(inputs.tokens))
         )
-        attend = (
-            AttentionMasks(self.specs, positions_BT, document_starts, device)
-            if cache is None
-            else cache.extend(positions_BT, document_starts, device)
-        )
-        n_rows, row_length = inputs.tokens.shape
-        shape = n_rows, row_length
-        padded = self.args.moe is not None and (positions_BT < 0).any()
-        valid_BT = torch.from_numpy(positions_BT >= 0).to(device) if padded else None
-        if self.args.rope_scaling is not None and self.args.rope_scaling.kind == "dynamic":
-            lengths_BT = document_lengths(positions_BT, document_starts)
-            positions, lengths = (torch.tensor(x, device=device) for x in (positions_BT, lengths_BT))
-            return Context.build(self.args, self.specs, positions, attend, shape, lengths, valid_BT)
+        lengths: Tensor | None = None
         # a graph is compiled for one row of positions or for one a row, so compiled blocks always get the latter
         agree = not self.compiled and (positions_BT == positions_BT[:1]).all()
-        shared_BT = torch.tensor(positions_BT[:1] if agree else positions_BT, device=device)
-        return Context.build(self.args, self.specs, shared_BT, attend, shape, valid_BT=valid_BT)
+        if args.rope_scaling is not None and args.rope_scaling.kind == "dynamic":
+            lengths, agree = torch.tensor(document_lengths(positions_BT, document_starts), device=device), False
+        positions = torch.tensor(positions_BT[:1] if agree else positions_BT, device=device)
+        padded = args.moe is not None and (positions_BT < 0).any()
+        n_rows, row_length = inputs.tokens.shape
+        return Context(
+            shape=(n_rows, row_length),
+            attend=AttentionMasks(self.specs, positions_BT, document_starts, device)
+            if cache is None
+            else cache.extend(positions_BT, document_starts, device),
+            rotation_BT1m=angles(args, positions, lengths) if any(spec.rope for spec in self.specs) else None,
+            temperature_BT11=temperature(args, positions) if any(spec.temperature for spec in self.specs) else None,
+            valid_BT=torch.from_numpy(positions_BT >= 0).to(device) if padded else None,
+            expert_counts=expert_counts,
+            cut_sequence=self.region.cuts(inputs.tokens.numel()),
+        )
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Float32 logits (B, T, V) of final hidden states."""
@@ -212,19 +222,3 @@ class LLM(Conveniences):
     def moe_layers(self) -> list[MoE]:
         """The MoE feed-forwards, in order."""
         return [module for module in self.modules() if isinstance(module, MoE)]
-
-    def expert_counts(self) -> Tensor:
-        """(M, E) int64: assignments of the previous whole step, for the balance loss; all 0 at first."""
-        counts = [moe.expert_counts for moe in self.moe_layers()]
-        return torch.stack(counts) if counts else torch.zeros(0, 0, dtype=torch.int64)
-
-    def set_expert_counts(self, counts: Tensor) -> None:
-        """Set them, summed over all ranks and micro-batches of the step. Raises ValueError on a wrong shape."""
-        layers = self.moe_layers()
-        expected = self.expert_counts().shape
-        if counts.shape != expected:
-            raise ValueError(
-                f"expert counts must have shape {tuple(expected)} (MoE layers, experts); got {tuple(counts.shape)}"
-            )
-        for moe, row in zip(layers, counts, strict=True):
-            moe.expert_counts.copy_(row)

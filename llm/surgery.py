@@ -32,9 +32,6 @@ def build(args: ModelArgs, state: State) -> LLM:
     with torch.device("meta"):
         model = LLM(args)
     model.load_state_dict(dict(state), assign=True)
-    device = next(iter(state.values())).device
-    for moe in model.moe_layers():
-        moe.expert_counts = torch.zeros_like(moe.expert_counts, device=device)
     return model.eval()
 
 

@@ -63,7 +63,7 @@ class Attention(nn.Module):
         return 12 * args.n_heads * args.head_width * min(seq_len, spec.span or seq_len)
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
-        x = self.region.enter(x_BTD)
+        x = self.region.enter(x_BTD, ctx.cut_sequence)
         if x.ndim == 2:
             x = x.unflatten(0, ctx.shape)
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
@@ -76,7 +76,9 @@ class Attention(nn.Module):
             q, k = (rms_normalise(y, self.norm_eps) for y in (q, k))
         if self.spec.temperature:
             q = (q * ctx.temperature_BT11).to(q.dtype)
-        return self.region.leave(self.wo(attended(ctx.attend, self.spec, q, k, v).flatten(-2)))
+        assert ctx.attend is not None
+        out = self.wo(attended(ctx.attend, self.spec, q, k, v).flatten(-2))
+        return self.region.leave(out, ctx.cut_sequence)
 
 
 def head_norm(args: ModelArgs, spec: LayerSpec, n_heads: int) -> nn.Module | None:

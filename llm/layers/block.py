@@ -32,7 +32,7 @@ class Block(nn.Module):
         self.attention_post_norm = make_norm(args, args.dim) if after else None
         if spec.ffn != "none":
             self.ffn_norm = make_norm(args, args.dim) if before else None
-            self.feed_forward = build_moe(args) if spec.ffn == "moe" else build_feed_forward(args)
+            self.feed_forward = build_moe(args, spec) if spec.ffn == "moe" else build_feed_forward(args)
             register_hook(self.feed_forward, args, "layers.{i}.feed_forward.")
             self.ffn_post_norm = make_norm(args, args.dim) if after else None
 
@@ -43,9 +43,9 @@ class Block(nn.Module):
             return h_BTD, None
         normed_BTD, stats = _through(self.ffn_norm, x_BTD if self.parallel else h_BTD), None
         if self.spec.ffn == "moe":
-            y_BTD, stats = self.feed_forward(normed_BTD, ctx.valid_BT)
+            y_BTD, stats = self.feed_forward(normed_BTD, ctx)
         else:
-            y_BTD = self.feed_forward(normed_BTD)
+            y_BTD = self.feed_forward(normed_BTD, ctx)
         return h_BTD + _through(self.ffn_post_norm, y_BTD), stats
 
 

@@ -1,6 +1,6 @@
-"""What all layers of one forward share.
+"""What all layers of one forward share: everything that differs between two calls of the same model.
 
-Shapes: B batch, T tokens, m rotated pairs.
+Shapes: B batch, T tokens, m rotated pairs, M number of MoE layers, E experts.
 """
 
 from dataclasses import dataclass
@@ -8,51 +8,39 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llm.args import LayerSpec, ModelArgs
+from llm.args import ModelArgs
 from llm.layers.masks import Attend
 from llm.layers.rope import amplitude, dynamic_frequencies, inverse_frequencies, rotation
 
 
 @dataclass(frozen=True)
 class Context:
-    """What all layers of one forward share; made once from the positions."""
+    """What all layers of one forward share; made once from its inputs."""
 
-    rotation_BT1m: Tensor | None
-    """complex64, for RoPE layers."""
-    temperature_BT11: Tensor | None
-    """float32, for layers with temperature tuning."""
-    attend: Attend
-    """Attention over the batch itself, or over a cache."""
     shape: tuple[int, int]
     """Rows B and tokens T of the batch."""
+    attend: Attend | None = None
+    """Attention over the batch itself, or over a cache; None where no layer attends."""
+    rotation_BT1m: Tensor | None = None
+    """complex64, for RoPE layers."""
+    temperature_BT11: Tensor | None = None
+    """float32, for layers with temperature tuning."""
     valid_BT: Tensor | None = None
     """bool: false for padding; None where there is none."""
+    expert_counts: Tensor | None = None
+    """(M, E) int64, for the balance loss: assignments of the whole previous step; None or all 0 = not known yet."""
+    cut_sequence: bool = False
+    """Whether each tensor-parallel rank has the residual stream of its own tokens only."""
 
-    @classmethod
-    def build(
-        cls,
-        args: ModelArgs,
-        specs: tuple[LayerSpec, ...],
-        positions_BT: Tensor,
-        attend: Attend,
-        shape: tuple[int, int],
-        lengths_BT: Tensor | None = None,
-        valid_BT: Tensor | None = None,
-    ) -> "Context":
-        """positions_BT: int64, (1, T) where all rows agree, on the device of the layers. lengths_BT: positions of each
-        token's document, for frequencies that depend on them."""
-        width, theta, scaling = args.rotated_width, args.rope_theta, args.rope_scaling
-        frequency = inverse_frequencies(width, theta, scaling)
-        if scaling is not None and lengths_BT is not None:
-            frequency = dynamic_frequencies(lengths_BT, width, theta, scaling)
-        rope = any(spec.rope for spec in specs)
-        return cls(
-            rotation_BT1m=rotation(positions_BT, frequency, amplitude(scaling)) if rope else None,
-            temperature_BT11=temperature(args, positions_BT) if any(spec.temperature for spec in specs) else None,
-            attend=attend,
-            shape=shape,
-            valid_BT=valid_BT,
-        )
+
+def angles(args: ModelArgs, positions_BT: Tensor, lengths_BT: Tensor | None = None) -> Tensor:
+    """By what heads are rotated at each position, complex64 (B, T, 1, m). lengths_BT: positions of each token's
+    document, for frequencies that depend on them."""
+    width, theta, scaling = args.rotated_width, args.rope_theta, args.rope_scaling
+    frequency = inverse_frequencies(width, theta, scaling)
+    if scaling is not None and lengths_BT is not None:
+        frequency = dynamic_frequencies(lengths_BT, width, theta, scaling)
+    return rotation(positions_BT, frequency, amplitude(scaling))
 
 
 def temperature(args: ModelArgs, positions_BT: Tensor) -> Tensor:

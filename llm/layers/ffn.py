@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm.args import Activation, ModelArgs
+from llm.layers.context import Context
 from llm.layers.linear import Linear
 from llm.layers.parameter import Rows, under, weights
 from llm.layers.region import WHOLE, Region
@@ -41,8 +42,8 @@ class FeedForward(nn.Module):
         rows |= under("w2", Linear.declare(hidden, args.dim, bias, last, tensor_dim=1))
         return rows | (under("w3", Linear.declare(args.dim, hidden, bias, first, tensor_dim=0)) if gated else {})
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.region.leave(self.inside(self.region.enter(x)))
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        return self.region.leave(self.inside(self.region.enter(x, ctx.cut_sequence)), ctx.cut_sequence)
 
     def inside(self, x: Tensor) -> Tensor:
         """The work between the edges of the region, for a layer that has entered it."""

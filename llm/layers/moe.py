@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm.args import ModelArgs, MoEArgs
+from llm.args import LayerSpec, ModelArgs, MoEArgs
 from llm.datatypes import RouterStats
 from llm.kernels.dtypes import wide_dtype
 from llm.kernels.graph_breaks import graph_break
 from llm.kernels.grouped import Padding, grouped_swiglu
+from llm.layers.context import Context
 from llm.layers.dispatch import Dispatch
 from llm.layers.ffn import FeedForward
 from llm.layers.linear import Linear
@@ -30,34 +31,34 @@ from llm.layers.region import WHOLE, Exchange, Region
 class MoE(nn.Module):
     """One MoE feed-forward layer."""
 
-    expert_counts: Tensor
     region: Region = WHOLE
     exchange: Exchange | None = None
     """Set where the experts lie on several ranks."""
 
-    def __init__(self, dim: int, hidden: int, moe: MoEArgs) -> None:
+    def __init__(self, dim: int, hidden: int, moe: MoEArgs, number: int = 0) -> None:
+        """number: which of the model's MoE layers this is."""
         super().__init__()
         self.moe = moe
+        self.number = number
         self.router = Router(dim, moe.n_experts)
         self.experts = Experts(moe.n_experts, dim, hidden)
         self.shared_expert = FeedForward(dim, hidden) if moe.shared else None
-        # assignments of the whole previous step, set by the trainer; all 0 = not known yet
-        self.register_buffer("expert_counts", torch.zeros(moe.n_experts, dtype=torch.int64), persistent=False)
 
-    def forward(self, x_BTD: Tensor, valid_BT: Tensor | None = None) -> tuple[Tensor, RouterStats]:
-        """`valid_BT`: false for padding, which goes to experts as the rest does but counts in no statistic; None where
-        there is none."""
-        x = self.region.enter(x_BTD)
+    def forward(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, RouterStats]:
+        """Padding goes to experts as the rest does but counts in no statistic."""
+        x = self.region.enter(x_BTD, ctx.cut_sequence)
         x_ND = x.flatten(0, -2)
-        valid_N = None if valid_BT is None else valid_BT.flatten()
+        valid_N = None if ctx.valid_BT is None else ctx.valid_BT.flatten()
         logits_NE = self.router(x_ND)
         weight_Nk, expert_Nk = route(logits_NE, self.moe)
         y_ND, counts_E = self.routed(x_ND, weight_Nk, expert_Nk, valid_N)
+        previous_E = self.previous_counts(ctx.expert_counts, counts_E)
         y = y_ND.view_as(x)
         if self.shared_expert is not None:
             y = y + self.shared_expert.inside(x)
         own_valid = None if valid_N is None else self.region.own(valid_N)
-        return self.region.leave(y), self.statistics(self.region.own(logits_NE), counts_E, own_valid)
+        stats = self.statistics(self.region.own(logits_NE), counts_E, previous_E, own_valid)
+        return self.region.leave(y, ctx.cut_sequence), stats
 
     @graph_break
     def routed(
@@ -95,22 +96,28 @@ class MoE(nn.Module):
         y_SD = here.gather(self.experts(here.scatter(arrived_SD), here.sizes))
         return self.exchange.swap(y_SD, receive, send)
 
-    def statistics(self, logits_NE: Tensor, counts: Tensor, valid_N: Tensor | None = None) -> RouterStats:
+    @graph_break  # else each layer would be compiled for its own number
+    def previous_counts(self, counts_ME: Tensor | None, like_E: Tensor) -> Tensor:
+        """Assignments of the whole previous step in this layer, (E,); all 0 where they are not known yet."""
+        return torch.zeros_like(like_E) if counts_ME is None else counts_ME[self.number]
+
+    def statistics(
+        self, logits_NE: Tensor, counts_E: Tensor, previous_E: Tensor, valid_N: Tensor | None = None
+    ) -> RouterStats:
         """The losses' sums and the counts of this call; of valid tokens only.
 
         The balance loss compares each token's softmax with the previous whole step's counts, not with its own batch's:
         so it is linear in tokens, and any cut of a batch over ranks and micro-batches adds up to the same number.
         """
         zero = logits_NE.new_zeros(())
-        balance = self._balance(logits_NE, valid_N) if self.moe.balance == "lag" and self.moe.aux_alpha else zero
+        lag = self.moe.balance == "lag" and self.moe.aux_alpha > 0
+        balance = self._balance(logits_NE, previous_E, valid_N) if lag else zero
         z = self.moe.z_alpha * _of_valid(logits_NE.logsumexp(-1).square(), valid_N).sum() if self.moe.z_alpha else zero
-        return RouterStats(balance, z, counts)
+        return RouterStats(balance, z, counts_E)
 
-    def _balance(self, logits_NE: Tensor, valid_N: Tensor | None) -> Tensor:
-        n_experts, total = self.moe.n_experts, self.expert_counts.sum()
-        share_E = torch.where(total > 0, self.expert_counts.double() / total.clamp(min=1), 1 / n_experts).to(
-            logits_NE.dtype
-        )
+    def _balance(self, logits_NE: Tensor, previous_E: Tensor, valid_N: Tensor | None) -> Tensor:
+        n_experts, total = self.moe.n_experts, previous_E.sum()
+        share_E = torch.where(total > 0, previous_E.double() / total.clamp(min=1), 1 / n_experts).to(logits_NE.dtype)
         return self.moe.aux_alpha * n_experts * (_of_valid(logits_NE.softmax(-1), valid_N).sum(0) @ share_E)
 
 
@@ -170,12 +177,19 @@ def moe_rows(args: ModelArgs) -> Rows:
     return rows | (under("shared_expert", FeedForward.declare(args, hidden)) if moe.shared else {})
 
 
-def build_moe(args: ModelArgs) -> MoE:
+def build_moe(args: ModelArgs, spec: LayerSpec) -> MoE:
     """The MoE layer that `args` describes. Raises ValueError without args.moe."""
-    return MoE(args.dim, args.moe_width(), _moe_of(args))
+    number = sum(before.ffn == "moe" for before in args.layer_specs()[: spec.index])
+    return MoE(args.dim, args.moe_width(), _moe_of(args), number)
 
 
 def _moe_of(args: ModelArgs) -> MoEArgs:
     if args.moe is None:
         raise ValueError("this layer is MoE but model.moe is not given")
     return args.moe
+
+
+def routing_shape(args: ModelArgs) -> tuple[int, int]:
+    """MoE layers of the whole model, and experts of each: (M, E); zeros without any."""
+    layers = sum(spec.ffn == "moe" for spec in args.layer_specs())
+    return layers, args.moe.n_experts if args.moe is not None and layers else 0

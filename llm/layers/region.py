@@ -1,5 +1,6 @@
 """Where layers meet tensor and expert parallelism: what they call at the edges of their work, and what it does when
-nothing is cut, which is nothing. llm/parallel replaces these objects by ones that communicate.
+nothing is cut, which is nothing. llm/parallel replaces these objects by ones that communicate. They hold what never
+changes; how a forward's tokens are cut is in its Context, so that forwards of other lengths may overlap.
 
 A *region* is a stretch of work whose weights are cut over ranks: inside, every rank has all tokens and a part of the
 heads or of the width, and what it makes is one term of a sum over the ranks; so is the gradient of whatever enters.
@@ -17,14 +18,19 @@ from llm.kernels.cross_entropy import Share
 class Region:
     """Weights are whole: nothing to do at the edges."""
 
-    def begin(self, n_tokens: int) -> None:
-        """A forward over so many tokens begins."""
+    def cuts(self, n_tokens: int) -> bool:
+        """Whether, in a forward over so many tokens, each rank has the residual stream of its own tokens only.
 
-    def enter(self, x: Tensor) -> Tensor:
-        """Before the linears that share x. May return the tokens of (B, T, D) as (N, D)."""
+        ValueError where that must be so and cannot.
+        """
+        return False
+
+    def enter(self, x: Tensor, cut: bool) -> Tensor:
+        """Before the linears that share x, of this rank's tokens where they are cut. May return the tokens of (B, T, D)
+        as (N, D)."""
         return x
 
-    def leave(self, y: Tensor) -> Tensor:
+    def leave(self, y: Tensor, cut: bool) -> Tensor:
         """After the last linear: the sum over ranks of what they made, in the form of what was entered."""
         return y
 

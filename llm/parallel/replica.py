@@ -24,6 +24,7 @@ from llm.cache import Cache
 from llm.data.batch import MicroBatch
 from llm.datatypes import TransformerInput, TransformerOutput
 from llm.generate import Decoder
+from llm.layers.moe import routing_shape
 from llm.model import LLM
 from llm.parallel.build import Storage, build_model
 from llm.parallel.collectives import sum_over_ranks
@@ -49,8 +50,7 @@ class Replica:
         is_moe = [spec.ffn == "moe" for spec in model.specs]
         self.moe_layers = [range(sum(is_moe[: s.layers.start]), sum(is_moe[: s.layers.stop])) for s in stages]
         """Of each stage, its numbers among the MoE layers of the whole model."""
-        experts = model.args.moe.n_experts if model.args.moe is not None and any(is_moe) else 0
-        self._expert_counts = torch.zeros(sum(is_moe), experts, dtype=torch.int64)
+        self._expert_counts = torch.zeros(routing_shape(model.args), dtype=torch.int64, device=self.world.device)
 
     @classmethod
     def build(
@@ -97,7 +97,15 @@ class Replica:
         hidden states.
         """
         units = self.stages[phase].units
-        return self.model(inputs, labels=labels, cache=cache, return_hidden=labels is None, x=x, units=units)
+        return self.model(
+            inputs,
+            labels=labels,
+            cache=cache,
+            return_hidden=labels is None,
+            x=x,
+            units=units,
+            expert_counts=self._expert_counts,
+        )
 
     def expert_counts(self) -> Tensor:
         """(M, E) int64: assignments of the previous whole step in all layers of the whole model; 0 before the first."""
@@ -110,10 +118,7 @@ class Replica:
             raise ValueError(
                 f"expert counts must have shape {tuple(expected)} (MoE layers, experts); got {tuple(counts.shape)}"
             )
-        self._expert_counts = counts
-        mine = [counts[layers.start : layers.stop] for layers in self.moe_layers]
-        if any(map(len, mine)):
-            self.model.set_expert_counts(torch.cat(mine))
+        self._expert_counts = counts.to(self.world.device)
 
     @torch.no_grad()
     def sum_nll(self, batches: Iterator[MicroBatch], token_bytes: np.ndarray) -> tuple[float, int, int]:

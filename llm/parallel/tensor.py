@@ -23,33 +23,29 @@ from llm.parallel.grid import Group
 
 
 class TensorRegion(Region):
-    """One object for all regions of a model, whose forwards come one after the other."""
+    """One object for all regions of a model."""
 
     def __init__(self, group: Group, sequence_parallel: bool) -> None:
         self.group = group
         self.sequence_parallel = sequence_parallel
-        self._cut_sequence = False
 
-    def begin(self, n_tokens: int) -> None:
+    def cuts(self, n_tokens: int) -> bool:
         """Tokens that cannot be cut evenly, such as a prompt's, stay whole; a forward with gradients must not have
         such, as the norms' gradients are summed or not for good.
         """
-        self._cut_sequence = self.sequence_parallel and n_tokens % self.group.size == 0
-        if self.sequence_parallel and not self._cut_sequence and torch.is_grad_enabled():
+        evenly = n_tokens % self.group.size == 0
+        if self.sequence_parallel and not evenly and torch.is_grad_enabled():
             raise ValueError(
                 f"{n_tokens} tokens of a micro-batch cannot be cut evenly over {self.group.size} tensor-parallel "
                 f"ranks; change train.micro_batch_size or train.seq_len, or set parallel.sequence_parallel=false"
             )
+        return self.sequence_parallel and evenly
 
-    def enter(self, x: Tensor) -> Tensor:
-        if self._cut_sequence:
-            return _gather_tokens(x, self.group)
-        return _copy(x)
+    def enter(self, x: Tensor, cut: bool) -> Tensor:
+        return _gather_tokens(x, self.group) if cut else _copy(x)
 
-    def leave(self, y: Tensor) -> Tensor:
-        if self._cut_sequence:
-            return _scatter_tokens(y.flatten(0, -2), self.group)
-        return _reduce(y)
+    def leave(self, y: Tensor, cut: bool) -> Tensor:
+        return _scatter_tokens(y.flatten(0, -2), self.group) if cut else _reduce(y)
 
     def mean(self, x: Tensor) -> Tensor:
         return _copy(_reduce(x)) / self.group.size

@@ -35,7 +35,7 @@ def state(trainer: Trainer) -> str:
         mine.update(f"{name} {kind}".encode() + values.detach().numpy().tobytes())
     progress, engine = trainer.progress, trainer.run.engine
     position = [progress.step, progress.consumed_rows, progress.tokens, engine.state.scalars()]
-    position.append(engine.model.expert_counts().tolist())
+    position.append(engine.replica.expert_counts().tolist())
     whole = gather_json([mine.hexdigest(), position], trainer.run.world)
     return hashlib.blake2b(json.dumps(whole).encode()).hexdigest()
 

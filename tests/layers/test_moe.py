@@ -8,6 +8,7 @@ from llm.args import MoEArgs
 from llm.cache import Cache
 from llm.datatypes import TransformerInput
 from llm.kernels.grouped import Padding, grouped_matmul
+from llm.layers.context import Context
 from llm.layers.dispatch import Dispatch
 from llm.layers.moe import MoE
 from llm.parallel.engine.step import highest_share
@@ -31,7 +32,12 @@ def layer(dtype=torch.float32, n_experts=5, **changes) -> MoE:
     return moe.to(dtype)
 
 
-def dense(moe: MoE, x):
+def context(x, valid=None, counts=None) -> Context:
+    """Of a layer alone, given x (B, T, D): counts are its experts' in the previous step."""
+    return Context(x.shape[:2], valid_BT=valid, expert_counts=None if counts is None else counts[None])
+
+
+def dense(moe: MoE, x, previous=None):
     """Every expert on every token, the weights of the unchosen 0; and the losses by their definitions."""
     args, x = moe.moe, x.flatten(0, 1)
     logits = x @ moe.router.weight.t()
@@ -49,8 +55,7 @@ def dense(moe: MoE, x):
     if moe.shared_expert is not None:
         s = moe.shared_expert
         y = y + (F.silu(x @ s.w1.weight.t()) * (x @ s.w3.weight.t())) @ s.w2.weight.t()
-    total = moe.expert_counts.sum()
-    share = moe.expert_counts / total if total else torch.full((args.n_experts,), 1 / args.n_experts)
+    share = torch.full((args.n_experts,), 1 / args.n_experts) if previous is None else previous / previous.sum()
     balance = args.aux_alpha * args.n_experts * (p * share).sum()
     z = args.z_alpha * logits.exp().sum(-1).log().square().sum()
     return y, balance, z, chosen.sum(0)
@@ -60,11 +65,10 @@ def dense(moe: MoE, x):
 @pytest.mark.parametrize("known_counts", [False, True])
 def test_sparse_equals_dense_in_values_and_gradients(variant, known_counts):
     moe = layer(**variant)
-    if known_counts:
-        moe.expert_counts.copy_(torch.tensor([7, 0, 3, 9, 1]))
+    previous = torch.tensor([7, 0, 3, 9, 1]) if known_counts else None
     x = torch.randn(3, 13, 16, requires_grad=True)
-    sparse_y, stats = moe(x)
-    dense_y, balance, z, counts = dense(moe, x)
+    sparse_y, stats = moe(x, context(x, counts=previous))
+    dense_y, balance, z, counts = dense(moe, x, previous)
     # 1e-6 of values of size 1: float32 sums in another order
     close = dict(rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(sparse_y.flatten(0, 1), dense_y, **close)
@@ -98,7 +102,8 @@ def test_the_hand_written_backwards_are_the_derivatives(apply):
 def test_the_router_learns_from_the_task_and_from_both_losses():
     for changes in (dict(), dict(aux_alpha=0.1), dict(z_alpha=0.1)):
         moe = layer(shared=False, **changes)
-        y, stats = moe(torch.randn(1, 6, 16))
+        x = torch.randn(1, 6, 16)
+        y, stats = moe(x, context(x))
         target = y.sum() if not changes else stats.balance_sum + stats.z_sum
         (gradient,) = torch.autograd.grad(target, moe.router.weight)
         assert gradient.abs().max() > 0
@@ -106,7 +111,8 @@ def test_the_router_learns_from_the_task_and_from_both_losses():
 
 def test_an_unvisited_expert_gets_a_gradient_of_zeros():
     moe = layer()
-    moe(torch.randn(1, 1, 16))[0].sum().backward()
+    x = torch.randn(1, 1, 16)
+    moe(x, context(x))[0].sum().backward()
     visited = moe.experts.w1.grad.flatten(1).abs().amax(1) > 0
     assert visited.sum() == 1
 
@@ -117,7 +123,8 @@ def test_an_unvisited_expert_gets_a_gradient_of_zeros():
 def test_a_tokens_bits_do_not_depend_on_what_others_choose(top_k, others, dtype):
     moe = layer(dtype, n_experts=4, top_k=top_k)
     token = torch.randn(1, 1, 16, dtype=dtype)
-    results = [moe(torch.cat([token, torch.randn(1, others, 16, dtype=dtype)], dim=1))[0][:, :1] for _ in range(20)]
+    batches = [torch.cat([token, torch.randn(1, others, 16, dtype=dtype)], dim=1) for _ in range(20)]
+    results = [moe(x, context(x))[0][:, :1] for x in batches]
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -130,7 +137,7 @@ def test_experts_in_one_product_are_experts_one_by_one(dtype, apply, monkeypatch
 
     def run():
         products.clear()
-        y, _ = moe(x)
+        y, _ = moe(x, context(x))
         return (y, *torch.autograd.grad((y.float().flatten(0, 1) * upstream).sum(), (x, *moe.parameters())))
 
     together, in_one = run(), len(products)
@@ -156,7 +163,7 @@ def test_values_and_gradients_are_the_same_bits_every_time():
     moe, x = layer(top_k=3, aux_alpha=0.1), torch.randn(2, 50, 16, requires_grad=True)
 
     def run():
-        y, stats = moe(x)
+        y, stats = moe(x, context(x))
         return (y, *torch.autograd.grad(y.square().sum() + stats.balance_sum, (x, *moe.parameters())))
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
@@ -183,8 +190,8 @@ def test_dispatch_sorts_pairs_by_expert_in_order_of_tokens(padding, sizes):
 
 def test_losses_of_cuts_add_up_to_the_whole():
     model, ids = llama4(moe=MOE | dict(aux_alpha=0.1, z_alpha=0.01)), tokens(4, 16)
-    model.set_expert_counts(torch.randint(1, 50, (4, 4)))
-    whole, parts = model(ids), [model(part) for part in ids.split(1)]
+    previous = torch.randint(1, 50, (4, 4))
+    whole, *parts = (model(part, expert_counts=previous) for part in (ids, *ids.split(1)))
     for name in ("balance_sum", "z_sum", "expert_counts"):
         total = sum(getattr(part, name) for part in parts)
         torch.testing.assert_close(getattr(whole, name), total, rtol=1e-5, atol=0)
@@ -196,16 +203,16 @@ def test_a_balanced_router_costs_alpha_per_token_and_layer():
     torch.testing.assert_close(model(ids).balance_sum, torch.tensor(0.1 * 16 * 4))
 
 
-def test_expert_counts_are_state_that_the_forward_leaves_alone():
-    model = llama4(moe=MOE | dict(interleave=2))
+def test_each_layer_reads_its_own_row_of_the_previous_steps_counts():
+    model = llama4(moe=MOE | dict(interleave=2, aux_alpha=0.1))
+    assert [layer.number for layer in model.moe_layers()] == [0, 1]
     counts = torch.arange(8).view(2, 4)
-    model.set_expert_counts(counts)
-    out = model(tokens(2, 8))
-    assert torch.equal(model.expert_counts(), counts)
+    out, other = model(tokens(2, 8), expert_counts=counts), model(tokens(2, 8), expert_counts=counts.flip(0))
     assert out.expert_counts.sum(1).tolist() == [16, 16]
-    assert not any("expert_counts" in name for name in model.state_dict())
+    assert out.balance_sum != other.balance_sum
+    assert not list(model.buffers())
     with pytest.raises(ValueError, match=r"must have shape \(2, 4\)"):
-        model.set_expert_counts(counts[:1])
+        model(tokens(2, 8), expert_counts=counts[:1])
 
 
 def test_expert_load_is_the_highest_share_of_any_layer_over_an_even_one():
@@ -218,9 +225,11 @@ def test_expert_load_is_the_highest_share_of_any_layer_over_an_even_one():
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_padding_counts_in_no_statistic_of_a_layer(variant):
     moe, x = layer(**(variant | dict(aux_alpha=0.3, z_alpha=0.2))), torch.randn(3, 7, 16)
-    moe.expert_counts.copy_(torch.tensor([7, 0, 3, 9, 1]))
+    previous = torch.tensor([7, 0, 3, 9, 1])
     valid = torch.rand(3, 7) > 0.4
-    (_, padded), (_, alone) = moe(x, valid), moe(x[valid].unsqueeze(0))
+    unpadded = x[valid].unsqueeze(0)
+    _, padded = moe(x, context(x, valid, previous))
+    _, alone = moe(unpadded, context(unpadded, counts=previous))
     assert torch.equal(padded.expert_counts, alone.expert_counts)
     ours, theirs = (
         (stats.balance_sum, stats.z_sum, *torch.autograd.grad(stats.balance_sum + stats.z_sum, moe.router.weight))
@@ -233,7 +242,7 @@ def test_padding_counts_in_no_statistic_of_a_layer(variant):
 @pytest.mark.parametrize("cached", [False, True])
 def test_router_losses_and_counts_of_padded_rows_are_those_of_the_rows_alone(side, cached):
     model, ids, lengths = llama4(moe=MOE | dict(top_k=2, aux_alpha=0.1, z_alpha=0.01)), tokens(3, 24), [5, 24, 1]
-    model.set_expert_counts(torch.randint(1, 50, (4, 4)))
+    previous = torch.randint(1, 50, (4, 4))
     width = 26
     batch, positions = torch.zeros(3, width, dtype=torch.int64), torch.full((3, width), -1)
     for row, n in enumerate(lengths):
@@ -243,8 +252,11 @@ def test_router_losses_and_counts_of_padded_rows_are_those_of_the_rows_alone(sid
         TransformerInput(batch, tokens_position=positions),
         cache=Cache(model.args) if cached else None,
         return_hidden=True,
+        expert_counts=previous,
     )
-    parts = [model(ids[row : row + 1, :n], return_hidden=True) for row, n in enumerate(lengths)]
+    parts = [
+        model(ids[row : row + 1, :n], return_hidden=True, expert_counts=previous) for row, n in enumerate(lengths)
+    ]
     assert torch.equal(whole.expert_counts, sum(part.expert_counts for part in parts))
     assert whole.expert_counts.sum() == sum(lengths) * 2 * 4  # two experts a token in each of four layers
     for name in ("balance_sum", "z_sum"):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llm.args import MoEArgs
+from llm.layers.context import Context
 from llm.layers.moe import MoE
 from tools.benchmarks.contestants import DTYPES, SEED
 
@@ -132,7 +133,8 @@ def our_layer(shape: LayerShape, weights: dict[str, Tensor]) -> Layer:
     """This project's layer as a model calls it: with its losses' sums and counts."""
     layer = MoE(shape.dim, shape.hidden, shape.moe).to(weights["router.weight"].dtype)
     layer.load_state_dict(weights)
-    return Layer(lambda x: layer(x)[0], dict(layer.named_parameters()), lambda gradients: gradients)
+    ctx = Context((1, shape.n_tokens))
+    return Layer(lambda x: layer(x, ctx)[0], dict(layer.named_parameters()), lambda gradients: gradients)
 
 
 def llama4_layer(shape: LayerShape, weights: dict[str, Tensor]) -> Layer:

@@ -48,7 +48,8 @@ class Plain:
         last = len(step.batch.micro_batches) - 1
         for m, micro_batch in enumerate(step.batch.micro_batches):
             engine.set_gradient_accumulation_boundary(m == last)
-            loss = step.loss(engine(replica.inputs(micro_batch), labels=replica.labels(micro_batch, 0)))
+            inputs, labels = replica.inputs(micro_batch), replica.labels(micro_batch, 0)
+            loss = step.loss(engine(inputs, labels=labels, expert_counts=replica.expert_counts()))
             assert loss is not None
             if m == last:
                 step.tally.sum_over_ranks()

@@ -16,6 +16,7 @@ from torch import Tensor
 from llm.args import ModelArgs
 from llm.data.batch import StepBatch
 from llm.datatypes import TransformerOutput
+from llm.layers.moe import routing_shape
 from llm.parallel.launch.world import World
 
 Skipped = Literal["loss", "gradient", "limit", "overflow", "passed over"]
@@ -91,10 +92,8 @@ class Tally:
         """n_targets, n_tokens: of all ranks."""
         self.n_targets, self.n_tokens = n_targets, n_tokens
         self._world = world
-        layers = sum(spec.ffn == "moe" for spec in args.layer_specs())
-        experts = args.moe.n_experts if args.moe is not None and layers else 0
-        self._shape = layers, experts
-        self._sums = torch.zeros(3 + layers * experts, dtype=torch.float64, device=world.device)
+        self._shape = routing_shape(args)
+        self._sums = torch.zeros(3 + math.prod(self._shape), dtype=torch.float64, device=world.device)
         self._counts = self._sums[3:].view(self._shape)
         self.counts: Tensor | None = None
         """(M, E) int64 on the host, of all ranks; after `result`."""
