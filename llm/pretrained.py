@@ -21,9 +21,9 @@ from llm.errors import UserError
 from llm.foreign.export import Weights
 from llm.foreign.files import ForeignModel, is_foreign, open_foreign
 from llm.foreign.native import OfCheckpoint
-from llm.foreign.tokenizer import foreign_tokenizer
 from llm.model import LLM
 from llm.tokenizer import Tokenizer, TokenizerConfig
+from llm.tokenizers.folder import foreign_tokenizer
 
 Tell = Callable[[str], object]
 LOG = logging.getLogger(__name__)

@@ -37,11 +37,11 @@ from llm.foreign.files import is_foreign, open_foreign
 from llm.foreign.finite import FiniteWeights
 from llm.foreign.native import OfCheckpoint, kept_files, write_native
 from llm.foreign.reference import compare_with, open_reference
-from llm.foreign.tokenizer import TOKENIZER_FILES, notes_of
 from llm.malloc import give_back_freed
 from llm.paths import PathText
 from llm.pretrained import tokenizer_of
 from llm.tokenizer import Tokenizer
+from llm.tokenizers.folder import TOKENIZER_FILES, notes_of
 
 DEFAULT_SHARD_GB = 5.0
 SHOWN = 4

@@ -20,7 +20,7 @@ from llm.data.source import MANIFEST, SHARDS, FolderEntry, Manifest, TokenizerEn
 from llm.data.split import Split, text_digest
 from llm.errors import UserError
 from llm.tokenizer import Tokenizer
-from llm.tokenizer_parts import MOST_AT_ONCE
+from llm.tokenizers.parts import MOST_AT_ONCE
 
 BLOCK_CHARACTERS = 1 << 22  # text handed to the tokenizer at once: enough to share out among threads, little memory
 SHARD_BYTES = 128 << 20

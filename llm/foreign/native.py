@@ -22,10 +22,10 @@ from llm.checkpoint.reader import FORMAT, MANIFEST, Checkpoint, seal
 from llm.errors import UserError
 from llm.foreign.export import Weights, check_range, new_target
 from llm.foreign.load import view
-from llm.foreign.tokenizer import FolderTokenizer
-from llm.foreign.tokenizer_export import export_tokenizer, exported_as_it_came
 from llm.parameters import ParameterTable
 from llm.tokenizer import Tokenizer
+from llm.tokenizers.export import export_tokenizer, exported_as_it_came
+from llm.tokenizers.folder import FolderTokenizer
 
 FILE_BYTES = 8 << 30
 """About how large a file of weights becomes."""

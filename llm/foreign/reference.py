@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from llm.errors import UserError
-from llm.foreign.tokenizer_check import check_texts, compare
 from llm.generate import generate
 from llm.model import LLM
 from llm.tokenizer import Tokenizer
+from llm.tokenizers.check import check_texts, compare
 
 TEXTS = 1000
 ROW = 256

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from llm.errors import UserError
-from llm.foreign.tokenizer import notes_of
 from llm.model import LLM
 from llm.parallel.engine.deepspeed_private import mark
 from llm.parallel.grid import stage_name
@@ -18,6 +17,7 @@ from llm.plan import memory, traffic
 from llm.plan.workload import ZERO3_DEFAULTS, OptimizerGroup, Workload
 from llm.pretrained import args_of
 from llm.tokenizer import load_tokenizer
+from llm.tokenizers.folder import notes_of
 from llm.train.config import RunConfig
 from llm.train.config.length import default_warmup
 from llm.train.disk import checkpoints_at_once, room

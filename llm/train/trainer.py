@@ -12,10 +12,10 @@ from llm.checkpoint.lock import run_lock
 from llm.data.batch import StepBatch
 from llm.data.loader import TrainLoader
 from llm.errors import UserError
-from llm.foreign.tokenizer import notes_of
 from llm.parallel.collectives import agreed_error, all_or_none, main_decides, sum_over_ranks
 from llm.parallel.engine.step import StepResult
 from llm.parallel.launch.world import World
+from llm.tokenizers.folder import notes_of
 from llm.train.config import RunConfig
 from llm.train.config.length import misfit, untraced
 from llm.train.folder import open_log

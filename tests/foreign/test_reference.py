@@ -14,7 +14,7 @@ from llm import LLM, ModelArgs
 from llm.tokenizer import ByteTokenizer
 from tests.foreign.folders import LLAMA, refused, save, tensors_of
 from tests.foreign.models import CONFIGS, TABLE, reference
-from tests.foreign.test_tokenizer_export import KINDS
+from tests.tokenizers.test_export import KINDS
 from tools import convert
 
 save_file = pytest.importorskip("safetensors.torch").save_file

@@ -17,7 +17,7 @@ from llm.generation.text import Continuer, TextStream, context_length, continuat
 from llm.tokenizer import ByteTokenizer, CharacterTokenizer, SentencePieceTokenizer, Tokenizer
 from tests.generation.models import CONTEXT, folder, shared_model, with_tokenizer
 from tests.model.models import llama4
-from tests.tokenizer_helpers import CODE, made_hf, opened
+from tests.tokenizers.helpers import CODE, made_hf, opened
 
 TEXT = "Once upon a time \u00e9\u00e8 there was \U0001f600\u4e9c a cat.\nIt sat. "
 

@@ -9,13 +9,22 @@ from typing import Any
 import tokenizers
 
 from llm.errors import UserError
-from llm.foreign.tokenizer import FolderTokenizer
-from llm.foreign.tokenizer_check import check_texts
-from llm.sentencepiece_model import read_sentencepiece
-from llm.tokenizer import ByteTokenizer, CharacterTokenizer, SentencePieceTokenizer, Tokenizer
-from llm.tokenizer_hf import HFTokenizer
-from llm.tokenizer_json import Part, added, bytes_document, characters_document, sentencepiece_document, template
-from llm.tokenizer_tiktoken import TiktokenTokenizer
+from llm.tokenizers.base import Tokenizer
+from llm.tokenizers.check import check_texts
+from llm.tokenizers.folder import FolderTokenizer
+from llm.tokenizers.huggingface import HFTokenizer
+from llm.tokenizers.sentencepiece import SentencePieceTokenizer
+from llm.tokenizers.sentencepiece_model import read_sentencepiece
+from llm.tokenizers.simple import ByteTokenizer, CharacterTokenizer
+from llm.tokenizers.tiktoken import TiktokenTokenizer
+from llm.tokenizers.tokenizer_json import (
+    Component,
+    added,
+    bytes_document,
+    characters_document,
+    sentencepiece_document,
+    template,
+)
 
 TRIED = 300
 """Texts on which the written tokenizer is compared with ours before anybody reads it."""
@@ -65,7 +74,7 @@ def export_tokenizer(tokenizer: Tokenizer) -> TokenizerExport:
     return TokenizerExport(files, config, notes + _differences(tokenizer, document, splits))
 
 
-def _document(tokenizer: Tokenizer) -> tuple[Part, bool]:
+def _document(tokenizer: Tokenizer) -> tuple[Component, bool]:
     """The tokenizer.json, but for the begin mark, and whether a prompt that spells special tokens is text: it is where
     they are only the marks around documents."""
     if isinstance(tokenizer, FolderTokenizer):
@@ -93,12 +102,12 @@ def _document(tokenizer: Tokenizer) -> tuple[Part, bool]:
     return document, True
 
 
-def _with_special(document: Part, marks: tuple[str, ...]) -> Part:
+def _with_special(document: Component, marks: tuple[str, ...]) -> Component:
     listed = [{**token, "special": token["special"] or token["content"] in marks} for token in document["added_tokens"]]
     return {**document, "added_tokens": listed, "truncation": None, "padding": None}
 
 
-def _differences(tokenizer: Tokenizer, document: Part, splits: bool) -> list[str]:
+def _differences(tokenizer: Tokenizer, document: Component, splits: bool) -> list[str]:
     """A note where the library makes other ids of some text by the document."""
     library = tokenizers.Tokenizer.from_str(json.dumps(document))
     library.encode_special_tokens = splits

@@ -19,16 +19,12 @@ import numpy as np
 import tokenizers
 
 from llm.errors import NoTokenizer, UserError
-from llm.foreign.auto_tokenizer import CLASSES, TAKEN_AS_THEY_STAND, Settled, class_name, read_json, settle
-from llm.tokenizer import (
-    SentencePieceTokenizer,
-    TableTokenizer,
-    Tokenizer,
-    TokenizerConfig,
-    load_tokenizer,
-)
-from llm.tokenizer_hf import BOS_NAMES, EOS_NAMES, SERVES_AS_BOTH, HFTokenizer, is_byte_level
-from llm.tokenizer_json import added, adds_prefix, template
+from llm.tokenizers.auto import CLASSES, TAKEN_AS_THEY_STAND, Settled, class_name, read_json, settle
+from llm.tokenizers.base import TableTokenizer, Tokenizer, TokenizerConfig
+from llm.tokenizers.files import open_file
+from llm.tokenizers.huggingface import BOS_NAMES, EOS_NAMES, SERVES_AS_BOTH, HFTokenizer, is_byte_level
+from llm.tokenizers.sentencepiece import SentencePieceTokenizer
+from llm.tokenizers.tokenizer_json import added, adds_prefix, template
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -182,9 +178,9 @@ class FolderTokenizer(TableTokenizer):
     def encode(self, text: str) -> list[int]:
         if not self._in_text and not self._unprefixed:
             return self._inner.encode(text)
-        return self._pieces(text, self._in_text)
+        return self._ids_finding(text, self._in_text)
 
-    def _pieces(self, text: str, tokens: Mapping[str, int]) -> list[int]:
+    def _ids_finding(self, text: str, tokens: Mapping[str, int]) -> list[int]:
         """Ids of a text in which `tokens` are found."""
         ids: list[int] = []
         for i, part in enumerate(_splitter(tokens).split(text) if tokens else [text]):
@@ -206,7 +202,7 @@ class FolderTokenizer(TableTokenizer):
         if self._settled is None and self.kind == "tiktoken" and self._marks[0] is None:
             return self._inner.prompt_ids(text)
         if self._settled is None:
-            return [*self.begin_ids, *self._pieces(text, {**self._in_text, **self._special})] or [self.bos_id]
+            return [*self.begin_ids, *self._ids_finding(text, {**self._in_text, **self._special})] or [self.bos_id]
         text.encode()
         if self._marks[0] is not None:
             return [*self.begin_ids, *self._library_ids(text, around=False)]
@@ -316,7 +312,7 @@ def _documents(
                 for one in plain:
                     if lossy and one.kind == "tiktoken":
                         continue
-                    found = load_tokenizer(one.model_copy(update={"lossy": lossy}), base=path)
+                    found = open_file(one.model_copy(update={"lossy": lossy}), base=path)
                     assert isinstance(found, TableTokenizer)
                     yield found
         except UserError as error:
@@ -369,7 +365,7 @@ def _holds_ranks(file: Path) -> bool:
 
 def _disagree(path: Path, settled: Settled) -> bool:
     """Whether tokenizer.model gives a piece another id than tokenizer.json, which transformers reads."""
-    from llm.sentencepiece_model import NORMAL, read_sentencepiece
+    from llm.tokenizers.sentencepiece_model import NORMAL, read_sentencepiece
 
     try:
         pieces = read_sentencepiece((path / "tokenizer.model").read_bytes()).pieces

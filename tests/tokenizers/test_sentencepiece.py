@@ -19,7 +19,7 @@ from llm.tokenizer import (
     train_sentencepiece,
 )
 from tests.shared import SHARED, needs_shared
-from tests.tokenizer_helpers import CODE, NASTY, random_texts
+from tests.tokenizers.helpers import CODE, NASTY, random_texts
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from llm.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
-from llm.tokenizer_hf import HFTokenizer
+from llm.tokenizers.huggingface import HFTokenizer
 from tests.shared import SHARED
 
 FILES = SHARED / "data/tokenizers"

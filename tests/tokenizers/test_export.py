@@ -11,14 +11,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import transformers
 
 from llm import LLM, ModelArgs
-from llm.foreign.tokenizer import foreign_tokenizer
-from llm.foreign.tokenizer_check import check_texts, compare
 from llm.pretrained import tokenizer_of
 from llm.tokenizer import ByteTokenizer, CharacterTokenizer, SentencePieceTokenizer, Tokenizer, train_sentencepiece
-from llm.tokenizer_tiktoken import TiktokenTokenizer
-from tests.foreign.test_auto_tokenizer import FAST, LLAMA, NAMES, QWEN, changed, decoder_entries, write
+from llm.tokenizers.check import check_texts, compare
+from llm.tokenizers.folder import foreign_tokenizer
+from llm.tokenizers.tiktoken import TiktokenTokenizer
 from tests.shared import needs_shared
-from tests.tokenizer_helpers import CODE, RANKS, from_shared, made_hf, opened, sentencepiece_model
+from tests.tokenizers.helpers import CODE, RANKS, from_shared, made_hf, opened, sentencepiece_model
+from tests.tokenizers.test_folder import FAST, LLAMA, NAMES, QWEN, changed, decoder_entries, write
 from tools import convert
 
 TEXTS = list(check_texts(1000, ("<|endoftext|>", "<|eot_id|>", "<|im_end|>", "<s>")))
@@ -105,7 +105,7 @@ def test_real_ranks_become_a_tokenizer_json(name: str, tmp_path: Path) -> None:
 def test_the_files_of_an_imported_folder_come_back_unless_transformers_would_read_them_otherwise(
     tmp_path: Path,
 ) -> None:
-    from llm.foreign.tokenizer_export import exported_as_it_came
+    from llm.tokenizers.export import exported_as_it_came
 
     tokenizer = folder_tokenizer(tmp_path, "qwen")
     files = {"tokenizer.json": b"", "tokenizer_config.json": b""}

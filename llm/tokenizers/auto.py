@@ -20,9 +20,9 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from llm.errors import UserError
-from llm.sentencepiece_model import CONTROL, UNIGRAM, USER_DEFINED, SentencePieceModel, read_sentencepiece
-from llm.tokenizer import META_SPACE
-from llm.tokenizer_json import Part, added, document_of, merges_of, ranks_document, template
+from llm.tokenizers.base import META_SPACE
+from llm.tokenizers.sentencepiece_model import CONTROL, UNIGRAM, USER_DEFINED, SentencePieceModel, read_sentencepiece
+from llm.tokenizers.tokenizer_json import Component, added, document_of, merges_of, ranks_document, template
 
 Settings = Mapping[str, Any]
 
@@ -139,7 +139,7 @@ class Settled:
     becomes other ids than by the folder's own tokenizer.json; also True where there is none.
     """
 
-    document: Part
+    document: Component
     marks: dict[str, str]
     changed: bool
     splits_special: bool = False
@@ -219,7 +219,7 @@ def _from_json(file: Path, settings: Settings, known: TokenizerClass | None, pat
     return Settled(found.document, found.marks, changed, found.splits_special)
 
 
-def _meaning(parts: Part) -> Part:
+def _meaning(parts: Component) -> Component:
     """What decides the ids, without keys whose absence means their default."""
     model = parts["model"]
     defaults = {"unk_token": None, "byte_fallback": False, "ignore_merges": False, "fuse_unk": False, "dropout": None}
@@ -233,7 +233,7 @@ def _meaning(parts: Part) -> Part:
     return {"options": options, "affixes": affixes, "normalizer": parts.get("normalizer"), "pre_tokenizer": pre}
 
 
-def _by_id(added: Iterable[Part]) -> dict[int, Part]:
+def _by_id(added: Iterable[Component]) -> dict[int, Component]:
     return {int(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in added}
 
 
@@ -261,7 +261,7 @@ def _from_model(file: Path, settings: Settings, known: TokenizerClass | None, pa
     return _finish(document, merged, known, path)
 
 
-def _backend_of_sentencepiece(proto: SentencePieceModel, settings: Settings) -> Part:
+def _backend_of_sentencepiece(proto: SentencePieceModel, settings: Settings) -> Component:
     """Without a class of its own a SentencePiece model is read without its space before the text."""
     if proto.model_type == UNIGRAM:
         scores = [(text, score) for text, score, _ in proto.pieces]
@@ -309,14 +309,18 @@ def _from_vocab(path: Path, settings: Settings, known: TokenizerClass) -> Settle
     return _finish(_around(known, settings, vocab, merges), settings, known, path)
 
 
-def _around(known: TokenizerClass, settings: Settings, vocab: Part, merges: Any) -> Part:
+def _around(known: TokenizerClass, settings: Settings, vocab: Component, merges: Any) -> Component:
     document = document_of(known.build(settings))
     document["model"] |= {"vocab": vocab, "merges": merges}
     return document
 
 
 def _finish(
-    document: Part, settings: Settings, known: TokenizerClass | None, path: Path, from_file: Iterable[Part] = ()
+    document: Component,
+    settings: Settings,
+    known: TokenizerClass | None,
+    path: Path,
+    from_file: Iterable[Component] = (),
 ) -> Settled:
     """Add the tokens that the folder's other files name, and what the post-processor puts around a text."""
     settings, listed = _with_legacy_files({**settings}, path, from_file)
@@ -357,10 +361,12 @@ def _finish(
     return Settled(document, resolved, True, bool(settings.get("split_special_tokens", False)))
 
 
-def _with_legacy_files(settings: Part, path: Path, from_file: Iterable[Part]) -> tuple[Part, dict[int, Part]]:
+def _with_legacy_files(
+    settings: Component, path: Path, from_file: Iterable[Component]
+) -> tuple[Component, dict[int, Component]]:
     """The settings, and the added tokens by id: those of tokenizer_config.json, else of the files that older versions
     wrote."""
-    listed: dict[int, Part] = {}
+    listed: dict[int, Component] = {}
     if "added_tokens_decoder" in settings:
         for number, token in (settings["added_tokens_decoder"] or {}).items():
             listed[int(number)] = _as_added(token)
@@ -377,7 +383,7 @@ def _with_legacy_files(settings: Part, path: Path, from_file: Iterable[Part]) ->
     return settings, listed
 
 
-def _with_added(document: Part, adding: Iterable[Part]) -> list[Part]:
+def _with_added(document: Component, adding: Iterable[Component]) -> list[Component]:
     """The document's added tokens and more, with the ids that the tokenizers library gives them."""
     vocab = document["model"]["vocab"]
     id_of = vocab if isinstance(vocab, dict) else {entry[0]: number for number, entry in enumerate(vocab)}
@@ -390,7 +396,7 @@ def _with_added(document: Part, adding: Iterable[Part]) -> list[Part]:
     return sorted(found.values(), key=lambda token: int(token["id"]))
 
 
-def _template(document: Part, settings: Settings, named: Settings) -> Part | None:
+def _template(document: Component, settings: Settings, named: Settings) -> Component | None:
     """The post-processor that puts the begin and end marks where the settings say so."""
     ids = {token["content"]: token["id"] for token in document["added_tokens"]}
     before: list[str] = []
@@ -402,7 +408,7 @@ def _template(document: Part, settings: Settings, named: Settings) -> Part | Non
     return template(before, after, {name: ids[name] for name in (*before, *after)})
 
 
-def _as_added(token: Any) -> Part:
+def _as_added(token: Any) -> Component:
     """A token as the configs write it, a name or a mapping, as an entry of added_tokens."""
     if not isinstance(token, dict):
         return added(str(token))
@@ -427,7 +433,7 @@ def _tiktoken_ranks(content: bytes) -> dict[bytes, int] | None:
     return found or None
 
 
-def read_json(file: Path, strict: bool = False) -> Part:
+def read_json(file: Path, strict: bool = False) -> Component:
     """The object in a JSON file; {} where there is none. UserError when it is damaged, or missing if `strict`."""
     try:
         found = json.loads(file.read_bytes())

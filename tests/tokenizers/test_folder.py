@@ -14,12 +14,12 @@ import transformers
 
 from llm.data.source import TokenSource
 from llm.errors import UserError
-from llm.foreign.tokenizer import FolderTokenizer, foreign_tokenizer, notes_of
-from llm.foreign.tokenizer_check import EDGES, check_texts, compare
 from llm.pretrained import tokenizer_of
 from llm.tokenizer import TokenizerConfig, load_tokenizer
+from llm.tokenizers.check import EDGES, check_texts, compare
+from llm.tokenizers.folder import FolderTokenizer, foreign_tokenizer, notes_of
 from tests.shared import needs_shared
-from tests.tokenizer_helpers import CODE, FILES, made_hf, sentencepiece_model
+from tests.tokenizers.helpers import CODE, FILES, made_hf, sentencepiece_model
 from tools.shard import shard
 
 NAMES = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -218,8 +218,8 @@ def test_a_tokenizer_json_wins_over_a_tokenizer_model_that_disagrees(tmp_path: P
 
 
 def made_llama_json(model: bytes) -> dict[str, Any]:
-    from llm.sentencepiece_model import read_sentencepiece
-    from llm.tokenizer_json import document_of, merges_of
+    from llm.tokenizers.sentencepiece_model import read_sentencepiece
+    from llm.tokenizers.tokenizer_json import document_of, merges_of
 
     vocab = {text: number for number, (text, _, _) in enumerate(read_sentencepiece(model).pieces)}
     library = Library.from_str(json.dumps(made_hf(())))

@@ -23,8 +23,9 @@ from typing import Any
 import tokenizers
 
 from llm.errors import UserError
-from llm.tokenizer import LOSSLESS_PROBE, META_SPACE, TableTokenizer, TokenizerConfig
-from llm.tokenizer_parts import PART_CHARACTERS, SafeAt, between_words, cut
+from llm.tokenizers.base import LOSSLESS_PROBE, META_SPACE, TableTokenizer, TokenizerConfig
+from llm.tokenizers.parts import PART_CHARACTERS, SafeAt, between_words, cut
+from llm.tokenizers.tokenizer_json import Component
 
 # GPT-2 writes each byte as one visible character: those that are visible in Latin-1 as themselves, the others as the
 # characters from U+0100 on.
@@ -38,24 +39,22 @@ BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "<\uff5cbeg
 EOS_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>", "<\uff5cend\u2581of\u2581sentence\uff5c>")
 SERVES_AS_BOTH = "<|endoftext|>"  # GPT-2 and its descendants put it between documents
 
-Part = dict[str, Any]
 
-
-def _keeps_all(part: Part) -> str:
+def _keeps_all(part: Component) -> str:
     return ""
 
 
-def _must_not_remove(part: Part) -> str:
+def _must_not_remove(part: Component) -> str:
     return "drops what it splits at" if part.get("behavior") == "Removed" else ""
 
 
-def _must_not_add_a_space(part: Part) -> str:
+def _must_not_add_a_space(part: Component) -> str:
     return "puts a space before the text (add_prefix_space)" if part.get("add_prefix_space", True) else ""
 
 
 # The parts of a chain that can be lossless, each with what makes it lose text ("" when nothing does).
-NORMALIZERS: dict[str, Callable[[Part], str]] = {"ByteLevel": _keeps_all}
-PRE_TOKENIZERS: dict[str, Callable[[Part], str]] = {
+NORMALIZERS: dict[str, Callable[[Component], str]] = {"ByteLevel": _keeps_all}
+PRE_TOKENIZERS: dict[str, Callable[[Component], str]] = {
     "ByteLevel": _must_not_add_a_space,
     "Split": _must_not_remove,
     "Punctuation": _must_not_remove,
@@ -126,9 +125,7 @@ class HFTokenizer(TableTokenizer):
         pre_tokenizer = self._tokenizer.pre_tokenizer
         if self.lossy or not local or spaced or document.get("normalizer") or pre_tokenizer is None:
             return None
-        return between_words(
-            lambda text, i: any(begin == i for _, (begin, _) in pre_tokenizer.pre_tokenize_str(text))
-        )
+        return between_words(lambda text, i: any(begin == i for _, (begin, _) in pre_tokenizer.pre_tokenize_str(text)))
 
     def _ids(self, text: str, around: bool) -> list[int]:
         try:
@@ -212,7 +209,7 @@ def _losses(document: dict[str, Any]) -> Iterator[str]:
             yield f"its added token {token['content']!r} has the id of other bytes too"
 
 
-def _parts(part: Part | None, key: str) -> Iterator[Part]:
+def _parts(part: Component | None, key: str) -> Iterator[Component]:
     """A normalizer or pre-tokenizer as a flat list of its parts."""
     if part and part.get("type") == "Sequence":
         for inner in part.get(key, []):
@@ -263,7 +260,7 @@ def _open(document: dict[str, Any], marks: tuple[str, str], name: str) -> tokeni
     return tokenizer
 
 
-def _id_bytes(tokenizer: tokenizers.Tokenizer, document: Part, name: str) -> tuple[list[bytes], set[int]]:
+def _id_bytes(tokenizer: tokenizers.Tokenizer, document: Component, name: str) -> tuple[list[bytes], set[int]]:
     """UTF-8 bytes of each id, none for special tokens and for ids that nothing has; and the ids whose first space is no
     part of a text that they begin."""
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
@@ -279,7 +276,7 @@ def _id_bytes(tokenizer: tokenizers.Tokenizer, document: Part, name: str) -> tup
     return bytes_of_id, opens
 
 
-def is_byte_level(document: Part) -> bool:
+def is_byte_level(document: Component) -> bool:
     """Whether its pieces are bytes, written as GPT-2 does."""
     chain = [document.get("decoder"), document.get("pre_tokenizer"), document.get("normalizer")]
     return any('"ByteLevel"' in json.dumps(part) for part in chain)
@@ -291,7 +288,7 @@ def _bytes_of_characters(piece: str) -> bytes:
     return bytes(BYTE_OF_CHARACTER[character] for character in piece) if known else piece.encode()
 
 
-def _bytes_of_piece(document: Part, piece: str) -> bytes:
+def _bytes_of_piece(document: Component, piece: str) -> bytes:
     """Of a vocabulary of characters, in the ways of SentencePiece and WordPiece."""
     model = document["model"]
     if model.get("byte_fallback") and BYTE_PIECE.fullmatch(piece):
@@ -304,7 +301,7 @@ def _bytes_of_piece(document: Part, piece: str) -> bytes:
     return piece.replace(META_SPACE, " ").encode()
 
 
-def _strips_a_space(document: Part) -> bool:
+def _strips_a_space(document: Component) -> bool:
     """Whether its decoder takes a space from the beginning of a text."""
     parts = list(_parts(document.get("decoder"), "decoders"))
     strips = any(part.get("type") == "Strip" and part.get("start", 0) for part in parts)

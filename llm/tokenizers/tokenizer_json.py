@@ -12,17 +12,18 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from llm.errors import UserError
-from llm.sentencepiece_model import BPE, BYTE, NORMAL, UNIGRAM, USER_DEFINED, SentencePieceModel
-from llm.tokenizer import META_SPACE
+from llm.tokenizers.base import META_SPACE
+from llm.tokenizers.sentencepiece_model import BPE, BYTE, NORMAL, UNIGRAM, USER_DEFINED, SentencePieceModel
 
-Part = dict[str, Any]
+Component = dict[str, Any]
+"""A part of a tokenizer.json (its normalizer, its model, ...), or all of it."""
 PREFIXED = rf"\A(?=[^{META_SPACE}])"
 """Where a space is put: before a text, but none before U+2581, which is no piece."""
 BEYOND_TEXT = -1e6
 """Score of pieces that no text may become: below that of every other way to write it."""
 
 
-def sentencepiece_document(model: SentencePieceModel) -> Part:
+def sentencepiece_document(model: SentencePieceModel) -> Component:
     """The tokenizer.json of a SentencePiece model. UserError for kinds of models that the format does not have."""
     if model.model_type == BPE:
         vocab = {_spelled(text, kind): number for number, (text, _, kind) in enumerate(model.pieces)}
@@ -78,7 +79,7 @@ def _characters_alone(model: SentencePieceModel) -> set[str]:
     return found
 
 
-def bytes_document() -> Part:
+def bytes_document() -> Component:
     """The tokenizer.json of UTF-8 bytes as ids 0..255."""
     shell = tokenizers.Tokenizer(models.BPE())
     shell.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -88,7 +89,7 @@ def bytes_document() -> Part:
     return document
 
 
-def characters_document(characters: str) -> Part:
+def characters_document(characters: str) -> Component:
     """The tokenizer.json of an alphabet; the library, too, refuses a character outside it."""
     shell = tokenizers.Tokenizer(models.WordLevel({character: i for i, character in enumerate(characters)}, "<unk>"))
     shell.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
@@ -96,7 +97,7 @@ def characters_document(characters: str) -> Part:
     return document_of(shell)
 
 
-def ranks_document(ranks: Mapping[bytes, int], pattern: str, special: Iterable[str]) -> Part:
+def ranks_document(ranks: Mapping[bytes, int], pattern: str, special: Iterable[str]) -> Component:
     """The tokenizer.json of tiktoken ranks: the same ids as tiktoken's for words that are no rank themselves too."""
     shell = tokenizers.Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(pattern), behavior="isolated", invert=False)
@@ -124,12 +125,12 @@ def ranks_document(ranks: Mapping[bytes, int], pattern: str, special: Iterable[s
     return document
 
 
-def template(before: list[str], after: list[str], ids: Mapping[str, int]) -> Part | None:
+def template(before: list[str], after: list[str], ids: Mapping[str, int]) -> Component | None:
     """A post-processor that puts the tokens `before` and `after` around every text; None where there are none."""
     if not before and not after:
         return None
 
-    def sequence(letter: str, kind: int) -> list[Part]:
+    def sequence(letter: str, kind: int) -> list[Component]:
         special = [[{"SpecialToken": {"id": name, "type_id": kind}} for name in names] for names in (before, after)]
         return [*special[0], {"Sequence": {"id": letter, "type_id": kind}}, *special[1]]
 
@@ -141,7 +142,7 @@ def template(before: list[str], after: list[str], ids: Mapping[str, int]) -> Par
     }
 
 
-def adds_prefix(document: Part) -> bool:
+def adds_prefix(document: Component) -> bool:
     """Whether a space is put before a text that has none."""
     found = json.dumps([document.get("normalizer"), document.get("pre_tokenizer")], ensure_ascii=False)
     if json.dumps(PREFIXED, ensure_ascii=False) in found:
@@ -160,15 +161,15 @@ def merges_of(vocab: Mapping[str, int]) -> list[list[str]]:
     return [[left, right] for _, _, _, _, left, right in sorted(found)]
 
 
-def added(content: str, special: bool = True, normalized: bool = False) -> Part:
+def added(content: str, special: bool = True, normalized: bool = False) -> Component:
     """An entry of added_tokens without its id."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": normalized, "special": special}
     return {"content": content, **flags}
 
 
-def document_of(tokenizer: tokenizers.Tokenizer) -> Part:
+def document_of(tokenizer: tokenizers.Tokenizer) -> Component:
     """The content of a tokenizer's file."""
-    found: Part = json.loads(tokenizer.to_str())
+    found: Component = json.loads(tokenizer.to_str())
     return found
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm.errors import UserError
-from llm.tokenizer import Tokenizer
+from llm.tokenizers.base import Tokenizer
 
 EDGES = (
     "", " ", "  ", "\n", "\t", "\r\n", " a", "a ", "  a  b  ", "\na\n", "a\n\n\n b", "\ta\t", "Once upon a time",

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import tiktoken
 
 from llm.errors import UserError
-from llm.tokenizer import TableTokenizer, TokenizerConfig
+from llm.tokenizers.base import TableTokenizer, TokenizerConfig
 
 VariantName = Literal["llama3", "llama4"]
 
@@ -155,7 +155,7 @@ class TiktokenTokenizer(TableTokenizer):
 
     def encode(self, text: str) -> list[int]:
         text.encode()  # tiktoken would replace lone surrogates without a word
-        return [number for piece in pieces(text) for number in self._encoding.encode_ordinary(piece)]
+        return [number for part in encodable(text) for number in self._encoding.encode_ordinary(part)]
 
     def parts(self, text: str) -> list[str]:
         return [text[i : i + MAX_CHARACTERS] for i in range(0, len(text), MAX_CHARACTERS)] or [text]
@@ -172,7 +172,7 @@ class TiktokenTokenizer(TableTokenizer):
 
     def document(self) -> dict[str, Any]:
         """The content of a tokenizer.json with the same ids, but for runs of more than MAX_RUN characters."""
-        from llm.tokenizer_json import ranks_document
+        from llm.tokenizers.tokenizer_json import ranks_document
 
         ranks = {token: rank for rank, token in enumerate(self._bytes_of_id) if token}
         return ranks_document(ranks, VARIANTS[self.variant].pattern, self.special_tokens)
@@ -182,9 +182,9 @@ class TiktokenTokenizer(TableTokenizer):
         return TokenizerConfig(kind="tiktoken", path="tokenizer.model", variant=self.variant)
 
 
-def pieces(text: str) -> Iterator[str]:
+def encodable(text: str) -> Iterator[str]:
     """The text cut where Llama's tokenizers cut it: every MAX_CHARACTERS, and in these parts after every MAX_RUN
-    characters of a run of blanks or of other characters. Nearly every text is one piece.
+    characters of a run of blanks or of other characters. Nearly every text is one part.
     """
     for start in range(0, len(text), MAX_CHARACTERS):
         part = text[start : start + MAX_CHARACTERS]

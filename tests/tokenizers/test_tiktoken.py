@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import tiktoken
 
-from llm import tokenizer_tiktoken
 from llm.errors import UserError
 from llm.tokenizer import TokenizerConfig, load_tokenizer
-from llm.tokenizer_tiktoken import VARIANTS, TiktokenTokenizer, pieces
+from llm.tokenizers import tiktoken as tiktoken_files
+from llm.tokenizers.tiktoken import VARIANTS, TiktokenTokenizer, encodable
 from tests.shared import SHARED, needs_shared
-from tests.tokenizer_helpers import BYTES, CODE, FILES, PATTERNS, RANKS, TEXTS, from_shared, rank_file
+from tests.tokenizers.helpers import BYTES, CODE, FILES, PATTERNS, RANKS, TEXTS, from_shared, rank_file
 
 
 @pytest.fixture(scope="module", params=["llama3", "llama4"])
@@ -107,15 +107,15 @@ def test_llama_4s_special_tokens_have_their_ids() -> None:
 
 @pytest.mark.parametrize(("size", "run"), [(400_000, 25_000), (20, 3), (7, 1)])
 def test_long_texts_are_cut_where_llama_cuts_them(monkeypatch: pytest.MonkeyPatch, size: int, run: int) -> None:
-    monkeypatch.setattr(tokenizer_tiktoken, "MAX_CHARACTERS", size)
-    monkeypatch.setattr(tokenizer_tiktoken, "MAX_RUN", run)
-    pattern = tokenizer_tiktoken.LONG_RUN.pattern.replace("25001", str(run + 1))
-    monkeypatch.setattr(tokenizer_tiktoken, "LONG_RUN", re.compile(pattern))
+    monkeypatch.setattr(tiktoken_files, "MAX_CHARACTERS", size)
+    monkeypatch.setattr(tiktoken_files, "MAX_RUN", run)
+    pattern = tiktoken_files.LONG_RUN.pattern.replace("25001", str(run + 1))
+    monkeypatch.setattr(tiktoken_files, "LONG_RUN", re.compile(pattern))
     draw = random.Random(0)
     for _ in range(200 if size < 100 else 2):
         parts = [draw.choice(" \t\x1c\x85\u200bab\u00e9") * draw.choice([1, 2, size // 3]) for _ in range(12)]
         text = "".join(parts)
-        assert list(pieces(text)) == slowly_cut(text, size, run)
+        assert list(encodable(text)) == slowly_cut(text, size, run)
 
 
 def slowly_cut(text: str, size: int, run: int) -> list[str]:
@@ -134,9 +134,9 @@ def slowly_cut(text: str, size: int, run: int) -> list[str]:
 
 
 def test_nearly_every_text_is_one_piece() -> None:
-    assert list(pieces("")) == []
+    assert list(encodable("")) == []
     for text in [*CODE, "x" * 25_000 + " " * 25_000, "word " * 80_000]:
-        assert list(pieces(text)) == [text]
+        assert list(encodable(text)) == [text]
 
 
 def test_the_variant_changes_the_fingerprint() -> None:

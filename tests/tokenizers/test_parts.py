@@ -19,10 +19,10 @@ from llm.tokenizer import (
     load_tokenizer,
     train_sentencepiece,
 )
-from llm.tokenizer_parts import PART_CHARACTERS, anywhere, cut
-from llm.tokenizer_tiktoken import MAX_CHARACTERS, TiktokenTokenizer
+from llm.tokenizers.parts import PART_CHARACTERS, anywhere, cut
+from llm.tokenizers.tiktoken import MAX_CHARACTERS, TiktokenTokenizer
 from tests.shared import SHARED
-from tests.tokenizer_helpers import CODE, NASTY, RANKS, from_shared, made_hf, opened, random_texts
+from tests.tokenizers.helpers import CODE, NASTY, RANKS, from_shared, made_hf, opened, random_texts
 
 KINDS = ["bpe", "bpe over spaces", "llama2", "hf", "gpt2"]
 

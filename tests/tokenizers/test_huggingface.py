@@ -12,7 +12,7 @@ import tokenizers
 from llm.errors import UserError
 from llm.tokenizer import TokenizerConfig, load_tokenizer
 from tests.shared import needs_shared
-from tests.tokenizer_helpers import CODE, FILES, NASTY, PATTERNS, TEXTS, from_shared, made_hf, opened
+from tests.tokenizers.helpers import CODE, FILES, NASTY, PATTERNS, TEXTS, from_shared, made_hf, opened
 
 
 @needs_shared

@@ -14,9 +14,9 @@ import pytest
 from llm.data.source import TokenSource
 from llm.errors import UserError
 from llm.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
-from llm.tokenizer_hf import HFTokenizer
-from llm.tokenizer_tiktoken import TiktokenTokenizer
-from tests.tokenizer_helpers import CODE, RANKS, TEXTS, from_shared, made_hf, opened, random_texts
+from llm.tokenizers.huggingface import HFTokenizer
+from llm.tokenizers.tiktoken import TiktokenTokenizer
+from tests.tokenizers.helpers import CODE, RANKS, TEXTS, from_shared, made_hf, opened, random_texts
 from tools.shard import shard
 
 
