@@ -7,19 +7,22 @@ below the current chunk, and those with a window what has left it.
 Shapes: B batch, T new tokens, S remembered slots, H query heads, K kv heads, d head width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llm.args import LayerSpec, Mask, ModelArgs
+from llm.args import AttentionSpec, Mask, ModelArgs
+from llm.args.layers import attention_specs
 from llm.kernels.attention import masked_attention
+from llm.layers.context import LayerState, State
 from llm.layers.masks import AttentionMasks, scores_of
 
 Ints = NDArray[np.int64]
-MaskKind = tuple[Mask, int | None]  # of a LayerSpec: mask and span
+MaskKind = tuple[Mask, int | None]  # of an AttentionSpec: mask and span
 QUERY_BLOCK = 256  # queries masked at a time, so that no (T, S) mask of a long continuation exists
 SPARE_SLOTS = 64
 
@@ -30,8 +33,9 @@ class Cache:
     def __init__(self, args: ModelArgs, longest: int | None = None) -> None:
         """longest: tokens that a row will have in the end, padding included, where known: memory still grows as it is
         needed, but is never taken for more."""
-        self._specs = args.layer_specs()
+        self._specs = attention_specs(args.layer_specs())
         self._memories = {(spec.mask, spec.span): _Memory(spec.mask, spec.span, longest) for spec in self._specs}
+        self._states: dict[int, LayerState] = {}
         self.length = 0
         """Tokens seen in each row, padding included."""
         self.next_position: Ints | None = None
@@ -39,8 +43,18 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by keys and values."""
-        return sum(memory.nbytes for memory in self._memories.values())
+        """Bytes held by keys, values and states."""
+        return sum(memory.nbytes for memory in self._held)
+
+    @property
+    def _held(self) -> list[LayerState]:
+        return [*self._memories.values(), *self._states.values()]
+
+    def state(self, layer: int, make: Callable[[], State]) -> State:
+        """What a layer with a state remembers (llm/layers/context.py), made when first asked for."""
+        if layer not in self._states:
+            self._states[layer] = make()
+        return cast(State, self._states[layer])
 
     def reorder(self, rows: Tensor | Sequence[int]) -> None:
         """Keep row rows[i] as row i; rows may repeat (beam search) or be left out."""
@@ -48,7 +62,7 @@ class Cache:
         if self.next_position is None:
             raise ValueError("the cache is empty: there are no rows to reorder")
         self.next_position = self.next_position[index.numpy()]
-        for memory in self._memories.values():
+        for memory in self._held:
             memory.reorder(index)
 
     def first_positions(self, n_rows: int) -> Ints:
@@ -94,10 +108,12 @@ class CachedAttention:
         self._prefill = prefill
         self._single_masks: dict[MaskKind, Tensor | None] = {}
 
-    def __call__(self, spec: LayerSpec, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
-        keys, values = self._memories[spec.mask, spec.span].append(spec.index, k_BTKd, v_BTKd)
+    def __call__(
+        self, layer: int, spec: AttentionSpec, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor
+    ) -> Tensor:
+        keys, values = self._memories[spec.mask, spec.span].append(layer, k_BTKd, v_BTKd)
         if self._prefill is not None:
-            return self._prefill(spec, q_BTHd, k_BTKd, v_BTKd)
+            return self._prefill(layer, spec, q_BTHd, k_BTKd, v_BTKd)
         k, v = keys.transpose(1, 2), values.transpose(1, 2)
         scores = scores_of(spec)
         parts = [
@@ -106,7 +122,7 @@ class CachedAttention:
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def _masks(self, spec: LayerSpec, device: torch.device) -> Iterator[Tensor | None]:
+    def _masks(self, spec: AttentionSpec, device: torch.device) -> Iterator[Tensor | None]:
         """One (B, 1, t, S) bool mask for each block of queries, None where everything is seen."""
         key = spec.mask, spec.span
         if self._positions_BT.shape[1] <= QUERY_BLOCK:  # then all layers of a kind share one

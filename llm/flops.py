@@ -9,7 +9,7 @@ tokens that it spans: those of the sequence, or of a shorter window or chunk. Wo
 from collections import Counter
 
 from llm.args import ModelArgs
-from llm.layers.attention import Attention
+from llm.layers.mixers import MIXERS
 from llm.parameters import ParameterTable
 
 
@@ -21,8 +21,7 @@ def unit_flops(args: ModelArgs, seq_len: int) -> dict[str, int]:
     for row in ParameterTable.of(args).values():
         found["output" if row.unit == "tok_embeddings" else row.unit] += 6 * row.active_numel
     for spec in args.layer_specs():
-        if spec.mixer == "attn":
-            found[f"layers.{spec.index}"] += Attention.flops(args, spec, seq_len)
+        found[f"layers.{spec.index}"] += MIXERS[spec.mixer.name].flops(args, spec, seq_len)
     return dict(found)
 
 

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from llm.args import ModelArgs
+from llm.args.layers import attention_specs
 from llm.cache import Cache
 from llm.conveniences import Conveniences
 from llm.datatypes import RouterStats, TransformerInput, TransformerOutput
-from llm.foreign.load import register_hook
 from llm.init import initialise
 from llm.layers.block import Block
 from llm.layers.context import Context, angles, temperature
 from llm.layers.embedding import Embedding, TiedEmbedding
+from llm.layers.foreign_names import accept_foreign_names
 from llm.layers.masks import AttentionMasks, document_lengths
 from llm.layers.moe import MoE, routing_shape
 from llm.layers.norm import make_norm
@@ -62,7 +63,7 @@ class LLM(Conveniences):
         self.args = args
         self.specs = args.layer_specs()
         self.units = tuple(name for name in unit_names(args) if units is None or name in units)
-        register_hook(self, args, "")
+        accept_foreign_names(self, args, "")
         self.activation_checkpointing: Recompute = "none"
         """What the forwards to come forget and their backwards recompute, to save memory: see llm/recompute.py."""
         self.compiled = False
@@ -190,13 +191,16 @@ class LLM(Conveniences):
         positions = torch.tensor(positions_BT[:1] if agree else positions_BT, device=device)
         padded = args.moe is not None and (positions_BT < 0).any()
         n_rows, row_length = inputs.tokens.shape
+        attention = attention_specs(self.specs)
         return Context(
             shape=(n_rows, row_length),
-            attend=AttentionMasks(self.specs, positions_BT, document_starts, device)
+            document_starts=document_starts,
+            attend=AttentionMasks(attention, positions_BT, document_starts, device)
             if cache is None
             else cache.extend(positions_BT, document_starts, device),
-            rotation_BT1m=angles(args, positions, lengths) if any(spec.rope for spec in self.specs) else None,
-            temperature_BT11=temperature(args, positions) if any(spec.temperature for spec in self.specs) else None,
+            states=cache,
+            rotation_BT1m=angles(args, positions, lengths) if any(spec.rope for spec in attention) else None,
+            temperature_BT11=temperature(args, positions) if any(spec.temperature for spec in attention) else None,
             valid_BT=torch.from_numpy(positions_BT >= 0).to(device) if padded else None,
             expert_counts=expert_counts,
             cut_sequence=self.region.cuts(inputs.tokens.numel()),

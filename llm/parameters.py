@@ -8,15 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from llm.args import LayerSpec, ModelArgs
+from llm.args import ModelArgs
 from llm.boxes import Box
-from llm.layers.attention import Attention
+from llm.layers.block import Block
 from llm.layers.embedding import Embedding
-from llm.layers.ffn import feed_forward_rows
-from llm.layers.moe import moe_rows
 from llm.layers.norm import norm_rows
 from llm.layers.output import Output
-from llm.layers.parameter import ParamInfo, Rows, in_unit, under, weights
+from llm.layers.parameter import ParamInfo, Rows, in_unit, weights
 
 
 class ParameterTable(Mapping[str, ParamInfo]):
@@ -31,7 +29,7 @@ class ParameterTable(Mapping[str, ParamInfo]):
         tied, head = args.tie_embeddings, Output.declare_head(args.dim, args.vocab_size, weights(args))
         rows = in_unit("tok_embeddings", Embedding.declare(args.vocab_size, args.dim, weights(args), tied))
         for spec in args.layer_specs():
-            rows |= in_unit(f"layers.{spec.index}", block_rows(args, spec))
+            rows |= in_unit(f"layers.{spec.index}", Block.declare(args, spec))
         rows |= in_unit("norm", norm_rows(args, args.dim))
         return cls(rows if tied else rows | in_unit("output", head))
 
@@ -69,17 +67,3 @@ class ParameterTable(Mapping[str, ParamInfo]):
                 for name, row in self.items()
             }
         )
-
-
-def block_rows(args: ModelArgs, spec: LayerSpec) -> Rows:
-    """Of one layer: see llm/layers/block.py."""
-    before, after = args.norm_place != "post", args.norm_place != "pre"
-    norm = norm_rows(args, args.dim)
-    rows = under("attention_norm", norm) if before else {}
-    rows |= under("attention", Attention.declare(args, spec))
-    rows |= under("attention_post_norm", norm) if after else {}
-    if spec.ffn == "none":
-        return rows
-    rows |= under("ffn_norm", norm) if before else {}
-    rows |= under("feed_forward", moe_rows(args) if spec.ffn == "moe" else feed_forward_rows(args))
-    return rows | (under("ffn_post_norm", norm) if after else {})

@@ -10,13 +10,14 @@ Shapes: D model width, H width of a dense feed-forward, F width of an expert, E 
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from llm.args import LayerSpec, ModelArgs, MoEArgs
+from llm.args.layers import attention_specs
 from llm.errors import UserError
 from llm.model import LLM
 from llm.parameters import ParameterTable
@@ -245,7 +246,7 @@ def _twin(place: int, old_of_new: list[int | None], old_kinds: list[LayerSpec], 
 
 def _kinds(args: ModelArgs) -> list[LayerSpec]:
     """The layers without their indices."""
-    return [replace(spec, index=0) for spec in args.layer_specs()]
+    return [spec.kind for spec in args.layer_specs()]
 
 
 def _period(args: ModelArgs, n_layers: int) -> int:
@@ -295,7 +296,7 @@ def to_nope(args: ModelArgs, state: State, interval: int) -> tuple[ModelArgs, di
     UserError where the model has such layers already, or would have none.
     """
     _check(args, state)
-    if any(not spec.rope for spec in args.layer_specs()):
+    if any(not spec.rope for spec in attention_specs(args.layer_specs())):
         raise UserError(
             f"model.nope_layer_interval={args.nope_layer_interval}, layer_pattern={args.layer_pattern}: "
             f"the model has NoPE layers already"

@@ -54,7 +54,7 @@ def shrunk(config: RunConfig, ranks: int) -> RunConfig:
 
 def layers_of_every_kind(args: ModelArgs) -> int:
     """How many of the first layers have every kind that the model has."""
-    kinds = [(s.mixer, s.stride, s.mask, s.rope, s.qk_norm, s.temperature, s.ffn) for s in args.layer_specs()]
+    kinds = [spec.kind for spec in args.layer_specs()]
     return max(kinds.index(kind) for kind in set(kinds)) + 1
 
 

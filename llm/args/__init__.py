@@ -4,9 +4,9 @@ Everything that differs between layers (mask, RoPE or not, QK norm, temperature,
 building, attention masks and caches read the specs and never the args.
 """
 
-from llm.args.layers import Ffn, LayerSpec, Mask, QKNorm
+from llm.args.layers import AttentionSpec, Ffn, LayerSpec, Mask, QKNorm
 from llm.args.model import Activation, ModelArgs
 from llm.args.moe import MoEArgs
 from llm.args.rope import RopeScaling
 
-__all__ = ["Activation", "Ffn", "LayerSpec", "Mask", "ModelArgs", "MoEArgs", "QKNorm", "RopeScaling"]
+__all__ = ["Activation", "AttentionSpec", "Ffn", "LayerSpec", "Mask", "ModelArgs", "MoEArgs", "QKNorm", "RopeScaling"]

@@ -1,29 +1,55 @@
 """One layer of a model, resolved, and the pattern grammar that says how layers differ.
 
     mixer[@stride][:flag...][+ffn]        attn:chunk:nope+moe
+
+What mixes tokens and what follows it are named by tables: MIXERS, FFNS. The modules of llm/layers fill them, and
+extensions add to them (docs/extend/).
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal, NoReturn
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
+
+from llm.args.registry import Registry
+
+if TYPE_CHECKING:
+    from llm.args.model import ModelArgs
 
 Mask = Literal["full", "chunk", "window"]
 Ffn = Literal["dense", "moe", "none"]
 QKNorm = Literal["l2", "head", "full"]
 
 PATTERN_ALIASES = {"alternating": ["ssm", "attn"]}
-MIXERS = ("attn", "ssm", "routed", "none")
+PLANNED = ("ssm", "routed", "none")
+"""Mixers that the grammar knows and nothing implements."""
 FLAGS = {"full": "mask", "chunk": "mask", "window": "mask", "rope": "rope", "nope": "rope"}
 FFNS: tuple[Ffn, ...] = ("dense", "moe", "none")
 
 
 @dataclass(frozen=True)
-class LayerSpec:
-    """One layer, fully resolved."""
+class LayerItem:
+    """An item of the pattern as written, and which layer it is about."""
 
+    text: str
     index: int
     mixer: str
     stride: int
+    flags: tuple[str, ...]
+    ffn: Ffn | None
+
+
+@dataclass(frozen=True)
+class MixerSpec:
+    """What a layer mixes its tokens with; a kind of mixer adds fields of its own."""
+
+    name: str
+    """In MIXERS."""
+
+
+@dataclass(frozen=True)
+class AttentionSpec(MixerSpec):
+    """Self-attention."""
+
     mask: Mask
     span: int | None  # length of a chunk or window
     scale: float | None  # factor on attention scores; None = 1 / sqrt(width of a head)
@@ -31,31 +57,110 @@ class LayerSpec:
     rope: bool
     qk_norm: QKNorm | None
     temperature: bool
+
+
+@dataclass(frozen=True)
+class NormsSpec:
+    """Where a layer has norms, around the mixer and around the feed-forward alike."""
+
+    before: bool
+    after: bool
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One layer, fully resolved."""
+
+    index: int
+    mixer: MixerSpec
     ffn: Ffn
+    norms: NormsSpec
+    parallel: bool
+    """Mixer and feed-forward read the same x."""
+
+    @property
+    def attention(self) -> AttentionSpec | None:
+        """Of a layer whose mixer is attention."""
+        return self.mixer if isinstance(self.mixer, AttentionSpec) else None
+
+    @property
+    def kind(self) -> "LayerSpec":
+        """The same for all layers that differ in nothing but their place."""
+        return replace(self, index=0)
 
 
-def parse_item(item: str) -> tuple[str, int, dict[str, str], Ffn | None]:
-    """Split `mixer[@stride][:flag...][+ffn]`; flags come back as {"mask": ..., "rope": ...}, as far as written."""
-    head, plus, ffn_text = item.partition("+")
+def attention_specs(specs: Iterable[LayerSpec]) -> list[AttentionSpec]:
+    """Of those layers that have attention."""
+    return [spec.attention for spec in specs if spec.attention is not None]
+
+
+class MixerType(Protocol):
+    """What a table of mixers holds: the module's class. llm/layers/mixers.py says what it must do."""
+
+    def resolve(self, args: "ModelArgs", item: LayerItem) -> MixerSpec:
+        """What an item of the pattern means. Raises ValueError through `refuse`."""
+
+
+MIXERS: Registry[Any] = Registry("mixer")
+
+
+def parse_item(text: str, index: int) -> LayerItem:
+    """Split an item of the pattern; flags are the mixer's to read."""
+    head, plus, ffn_text = text.partition("+")
     ffn = next((known for known in FFNS if known == ffn_text), None)
     if plus and ffn is None:
-        refuse(item, f"unknown feed-forward +{ffn_text}; use {either(FFNS)}")
-    mixer_text, *flag_texts = head.split(":")
+        refuse(text, f"unknown feed-forward +{ffn_text}; use {either(FFNS)}")
+    mixer_text, *flags = head.split(":")
     mixer, at, stride_text = mixer_text.partition("@")
-    if mixer not in MIXERS:
+    if mixer not in MIXERS and mixer not in PLANNED:
+        known = list(dict.fromkeys([*MIXERS, *PLANNED]))
         refuse(
-            item, f"unknown mixer {mixer!r}; the grammar is mixer[@stride][:flag...][+ffn], mixers {either(MIXERS)}"
+            text, f"unknown mixer {mixer!r}; the grammar is mixer[@stride][:flag...][+ffn], mixers {either(known)}"
         )
     if at and not (stride_text.isdecimal() and int(stride_text) > 0):
-        refuse(item, f"stride @{stride_text} must be a positive whole number")
+        refuse(text, f"stride @{stride_text} must be a positive whole number")
+    if mixer not in MIXERS:
+        refuse(text, f"mixer {mixer} is not built yet; use {either(MIXERS)}")
+    stride = int(stride_text) if at else 1
+    if stride != 1:
+        refuse(text, f"stride @{stride} is not built yet; leave it out")
+    return LayerItem(text, index, mixer, stride, tuple(flags), ffn)
+
+
+def resolve_attention(args: "ModelArgs", item: LayerItem) -> AttentionSpec:
+    """An attention layer: its flags, and where they say nothing the rules of Llama 4."""
     flags: dict[str, str] = {}
-    for flag in flag_texts:
+    for flag in item.flags:
         if flag not in FLAGS:
-            refuse(item, f"unknown flag :{flag}; use {either(FLAGS)}")
+            refuse(item.text, f"unknown flag :{flag}; use {either(FLAGS)}")
         if FLAGS[flag] in flags:
-            refuse(item, f"flags :{flags[FLAGS[flag]]} and :{flag} exclude each other")
+            refuse(item.text, f"flags :{flags[FLAGS[flag]]} and :{flag} exclude each other")
         flags[FLAGS[flag]] = flag
-    return mixer, int(stride_text) if at else 1, flags, ffn
+    interval = args.nope_layer_interval
+    rope = flags["rope"] == "rope" if "rope" in flags else not (interval and (item.index + 1) % interval == 0)
+    spans: dict[Mask, int | None] = {
+        "full": None, "chunk": args.attention_chunk_size, "window": args.sliding_window
+    }  # fmt: skip
+    mask = _mask_by_rule(args, rope) if "mask" not in flags else next(m for m in spans if m == flags["mask"])
+    if mask != "full" and spans[mask] is None:
+        refuse(item.text, f"{mask} needs model.{'attention_chunk_size' if mask == 'chunk' else 'sliding_window'}")
+    return AttentionSpec(
+        name=item.mixer,
+        mask=mask,
+        span=spans[mask],
+        scale=args.score_scale,
+        softcap=args.attn_softcap,
+        rope=rope,
+        qk_norm=args.qk_norm if rope or args.qk_norm != "l2" else None,
+        temperature=args.attn_temperature_tuning and not rope,
+    )
+
+
+def _mask_by_rule(args: "ModelArgs", rope: bool) -> Mask:
+    """Of a layer whose pattern does not say."""
+    if args.attention_chunk_size:
+        return "chunk" if rope else "full"
+    return "window" if args.sliding_window else "full"
 
 
 def refuse(item: str, reason: str) -> NoReturn:

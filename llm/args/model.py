@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from llm.args.group import Group
-from llm.args.layers import PATTERN_ALIASES, LayerSpec, Mask, QKNorm, either, parse_item, refuse
+from llm.args.layers import MIXERS, PATTERN_ALIASES, LayerSpec, NormsSpec, QKNorm, either, parse_item, refuse
 from llm.args.moe import MoEArgs
 from llm.args.rope import RopeScaling
 
@@ -176,44 +176,21 @@ class ModelArgs(Group):
             raise ValueError("model.layer_pattern is empty; leave it out, or give items like attn:chunk+moe")
         return tuple(self._resolve(index, pattern[index % len(pattern)]) for index in range(self.n_layers))
 
-    def _resolve(self, index: int, item: str) -> LayerSpec:
-        mixer, stride, flags, ffn = parse_item(item)
-        if mixer != "attn":
-            refuse(item, f"mixer {mixer} is not built yet; use attn")
-        if stride != 1:
-            refuse(item, f"stride @{stride} is not built yet; leave it out")
-        interval = self.nope_layer_interval
-        rope = flags["rope"] == "rope" if "rope" in flags else not (interval and (index + 1) % interval == 0)
-        spans: dict[Mask, int | None] = {
-            "full": None, "chunk": self.attention_chunk_size, "window": self.sliding_window
-        }  # fmt: skip
-        mask = self._mask(rope) if "mask" not in flags else next(known for known in spans if known == flags["mask"])
-        if mask != "full" and spans[mask] is None:
-            refuse(item, f"{mask} needs model.{'attention_chunk_size' if mask == 'chunk' else 'sliding_window'}")
+    def _resolve(self, index: int, text: str) -> LayerSpec:
+        item = parse_item(text, index)
+        ffn = item.ffn
         if ffn is None:
             on = self.moe is not None and (index + 1) % self.moe.interleave == 0 and index not in self.moe.dense_layers
             ffn = "moe" if on else "dense"
         elif ffn == "moe" and self.moe is None:
-            refuse(item, "+moe needs the group model.moe (at least n_experts)")
+            refuse(text, "+moe needs the group model.moe (at least n_experts)")
         return LayerSpec(
             index=index,
-            mixer=mixer,
-            stride=stride,
-            mask=mask,
-            span=spans[mask],
-            scale=self.score_scale,
-            softcap=self.attn_softcap,
-            rope=rope,
-            qk_norm=self.qk_norm if rope or self.qk_norm != "l2" else None,
-            temperature=self.attn_temperature_tuning and not rope,
+            mixer=MIXERS[item.mixer].resolve(self, item),
             ffn=ffn,
+            norms=NormsSpec(before=self.norm_place != "post", after=self.norm_place != "pre"),
+            parallel=self.parallel_residual,
         )
-
-    def _mask(self, rope: bool) -> Mask:
-        """Of a layer whose pattern does not say."""
-        if self.attention_chunk_size:
-            return "chunk" if rope else "full"
-        return "window" if self.sliding_window else "full"
 
 
 def _divisors(number: int) -> list[int]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llm.args import ModelArgs
+from llm.args.layers import attention_specs
 from llm.atomic import new_directory
 from llm.boxes import Box, box_shape
 from llm.errors import UserError
@@ -92,10 +93,12 @@ def meaning(args: ModelArgs, settled_by_weights: bool = False) -> dict[str, Any]
     scale = args.head_width**-0.5 if args.score_scale is None else args.score_scale
     found["score_scale"] = round(scale, 8)
     for i, spec in enumerate(specs):
-        found[f"layer {i}"] = dataclasses.replace(spec, scale=None, temperature=False)
-    if any(spec.temperature for spec in specs):
-        found["temperature"] = [spec.temperature for spec in specs], args.floor_scale, args.attn_scale
-    if any(spec.rope for spec in specs):
+        same = spec.attention and dataclasses.replace(spec.attention, scale=None, temperature=False)
+        found[f"layer {i}"] = dataclasses.replace(spec, mixer=same or spec.mixer)
+    attention = attention_specs(specs)
+    if any(spec.temperature for spec in attention):
+        found["temperature"] = [spec.temperature for spec in attention], args.floor_scale, args.attn_scale
+    if any(spec.rope for spec in attention):
         found |= {"rope_theta": args.rope_theta, "rope_scaling": _scaling(args), "rope_pct": args.rope_pct}
     if any(spec.ffn == "dense" for spec in specs):
         found |= {key: getattr(args, key) for key in ("act", "gated", "ffn_bias")} | {"ffn_hidden": args.ffn_width()}
@@ -142,8 +145,8 @@ class Rotated:
         norms = ("attention.q_norm", "attention.k_norm")
         if not module.endswith(("attention.wq", "attention.wk", *norms)):
             return False
-        layer = self.args.layer_specs()[int(name.split(".")[1])]
-        return layer.rope
+        attention = self.args.layer_specs()[int(name.split(".")[1])].attention
+        return attention is not None and attention.rope
 
     def _order(self) -> Tensor:
         """Which row of a head becomes which."""

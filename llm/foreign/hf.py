@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llm.args import Activation, LayerSpec, ModelArgs, RopeScaling
+from llm.args.layers import attention_specs
 from llm.errors import UserError
 from llm.foreign.family import Row, Warn, row
 
@@ -322,10 +323,10 @@ def _written(scaling: RopeScaling) -> dict[str, Any]:
 def layer_types(specs: Sequence[LayerSpec]) -> list[str]:
     """What transformers calls the masks of the layers."""
     names = {"full": "full_attention", "window": "sliding_attention", "chunk": "chunked_attention"}
-    return [names[spec.mask] for spec in specs]
+    return [names[spec.mask] for spec in attention_specs(specs)]
 
 
 def all_windowed(args: ModelArgs) -> int | None:
     """The window of all layers, for families that know no other; None without one."""
-    masks = {spec.mask for spec in args.layer_specs()}
+    masks = {spec.mask for spec in attention_specs(args.layer_specs())}
     return args.sliding_window if masks == {"window"} else None

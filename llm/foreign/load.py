@@ -5,7 +5,7 @@ so that `load_state_dict` takes foreign names as well as ours.
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import prod
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from llm.boxes import Box, box_shape, whole
 from llm.errors import UserError
 from llm.foreign.family import Family, Match, Row, best_match, families, match, own_names
 from llm.foreign.pieces import Piece, Shape
+from llm.layers.foreign_names import translate_with
 
 TWIN_ELEMENTS = 2 << 20
 """Elements of a tensor that is held twice that are compared at a time."""
@@ -165,16 +166,4 @@ def _of(family: Family, place: str) -> Family | None:
     return replace(family, rows=rows)
 
 
-def register_hook(module: nn.Module, args: ModelArgs, place: str) -> None:
-    """Let `module.load_state_dict` take foreign names, and refuse a foreign state dict that does not fit, strict or
-    not. One in our names loads as ever."""
-
-    def hook(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        translated = translate(module, args, place, own)
-        if translated is not None:
-            for key in own:
-                del state[prefix + key]
-            state.update({prefix + key: value for key, value in translated.items()})
-
-    module.register_load_state_dict_pre_hook(hook)
+translate_with(translate)

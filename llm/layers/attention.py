@@ -12,7 +12,8 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from llm.args import LayerSpec, ModelArgs
+from llm.args import AttentionSpec, LayerSpec, ModelArgs
+from llm.args.layers import resolve_attention
 from llm.kernels.graph_breaks import graph_break
 from llm.kernels.norms import rms_normalise
 from llm.kernels.rotate import rotate
@@ -25,13 +26,14 @@ from llm.layers.region import WHOLE, Region
 
 
 class Attention(nn.Module):
-    """Self-attention of one layer, told by its LayerSpec what to do."""
+    """Self-attention of one layer, as its AttentionSpec says."""
 
     region: Region = WHOLE
+    resolve = staticmethod(resolve_attention)
 
     def __init__(self, args: ModelArgs, spec: LayerSpec) -> None:
         super().__init__()
-        self.spec = spec
+        self.layer, self.spec = spec.index, attention_spec(spec)
         self.head_dim = args.head_width
         self.norm_eps = args.norm_eps
         self.interleaved = args.rope_interleaved
@@ -39,7 +41,7 @@ class Attention(nn.Module):
         self.wk = Linear(args.dim, args.kv_heads * args.head_width, args.qkv_bias)
         self.wv = Linear(args.dim, args.kv_heads * args.head_width, args.qkv_bias)
         self.wo = Linear(args.n_heads * args.head_width, args.dim, args.o_bias)
-        self.q_norm, self.k_norm = (head_norm(args, spec, heads) for heads in (args.n_heads, args.kv_heads))
+        self.q_norm, self.k_norm = (head_norm(args, self.spec, heads) for heads in (args.n_heads, args.kv_heads))
 
     @staticmethod
     def declare(args: ModelArgs, spec: LayerSpec) -> Rows:
@@ -52,7 +54,7 @@ class Attention(nn.Module):
         residual = weights(args, writes_residual=True)
         rows |= under("wo", Linear.declare(queries[1], dim, args.o_bias, residual, tensor_dim=1, grain=args.n_heads))
         for name, heads in (("q_norm", args.n_heads), ("k_norm", args.kv_heads)):
-            rows |= under(name, head_norm_rows(args, spec, heads))
+            rows |= under(name, head_norm_rows(args, attention_spec(spec), heads))
         return rows
 
     @staticmethod
@@ -60,7 +62,7 @@ class Attention(nn.Module):
         """Of a token beyond those of the parameters: scores and values of all tokens in its span, counted as if none
         lay ahead of it.
         """
-        return 12 * args.n_heads * args.head_width * min(seq_len, spec.span or seq_len)
+        return 12 * args.n_heads * args.head_width * min(seq_len, attention_spec(spec).span or seq_len)
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         x = self.region.enter(x_BTD, ctx.cut_sequence)
@@ -77,11 +79,11 @@ class Attention(nn.Module):
         if self.spec.temperature:
             q = (q * ctx.temperature_BT11).to(q.dtype)
         assert ctx.attend is not None
-        out = self.wo(attended(ctx.attend, self.spec, q, k, v).flatten(-2))
+        out = self.wo(attended(ctx.attend, self.layer, self.spec, q, k, v).flatten(-2))
         return self.region.leave(out, ctx.cut_sequence)
 
 
-def head_norm(args: ModelArgs, spec: LayerSpec, n_heads: int) -> nn.Module | None:
+def head_norm(args: ModelArgs, spec: AttentionSpec, n_heads: int) -> nn.Module | None:
     """The norm with weights of so many heads (..., H, d), where the layer has one."""
     if spec.qk_norm == "head":
         return make_norm(args, args.head_width)
@@ -90,7 +92,7 @@ def head_norm(args: ModelArgs, spec: LayerSpec, n_heads: int) -> nn.Module | Non
     return None
 
 
-def head_norm_rows(args: ModelArgs, spec: LayerSpec, n_heads: int) -> Rows:
+def head_norm_rows(args: ModelArgs, spec: AttentionSpec, n_heads: int) -> Rows:
     """Of what `head_norm` makes: one weight for every head, or each head's own."""
     if spec.qk_norm == "head":
         return norm_rows(args, args.head_width, in_region=True)
@@ -101,6 +103,15 @@ def head_norm_rows(args: ModelArgs, spec: LayerSpec, n_heads: int) -> Rows:
 
 
 @graph_break
-def attended(attend: Attend, spec: LayerSpec, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
+def attended(
+    attend: Attend, layer: int, spec: AttentionSpec, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor
+) -> Tensor:
     """attend(...), whose operations follow the documents of a batch."""
-    return attend(spec, q_BTHd, k_BTKd, v_BTKd)
+    return attend(layer, spec, q_BTHd, k_BTKd, v_BTKd)
+
+
+def attention_spec(spec: LayerSpec) -> AttentionSpec:
+    """Of a layer that has attention; ValueError for another."""
+    if spec.attention is None:
+        raise ValueError(f"layer {spec.index} mixes its tokens by {spec.mixer.name}, not by attention")
+    return spec.attention

@@ -7,41 +7,53 @@ from torch import Tensor, nn
 
 from llm.args import LayerSpec, ModelArgs
 from llm.datatypes import RouterStats
-from llm.foreign.load import register_hook
-from llm.layers.attention import Attention
 from llm.layers.context import Context
-from llm.layers.ffn import build_feed_forward
-from llm.layers.moe import build_moe
-from llm.layers.norm import make_norm
+from llm.layers.feed_forwards import FEED_FORWARDS
+from llm.layers.foreign_names import accept_foreign_names
+from llm.layers.mixers import MIXERS
+from llm.layers.norm import make_norm, norm_rows
+from llm.layers.parameter import Rows, under
 
 
 class Block(nn.Module):
-    """One layer: h = x + attention(norm(x)); y = h + feed_forward(norm(h)), with the norms where args.norm_place says;
-    with parallel_residual y = x + attention(norm(x)) + feed_forward(other_norm(x)).
+    """One layer: h = x + mixer(norm(x)); y = h + feed_forward(norm(h)), with the norms where the spec says; in parallel
+    y = x + mixer(norm(x)) + feed_forward(other_norm(x)). The mixer is called `attention`, whatever it is.
     """
 
     def __init__(self, args: ModelArgs, spec: LayerSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.parallel = args.parallel_residual
-        register_hook(self, args, "layers.{i}.")
-        before, after = args.norm_place != "post", args.norm_place != "pre"
+        accept_foreign_names(self, args, "layers.{i}.")
+        before, after = spec.norms.before, spec.norms.after
         self.attention_norm = make_norm(args, args.dim) if before else None
-        self.attention = Attention(args, spec)
-        register_hook(self.attention, args, "layers.{i}.attention.")
+        self.attention = MIXERS[spec.mixer.name](args, spec)
+        accept_foreign_names(self.attention, args, "layers.{i}.attention.")
         self.attention_post_norm = make_norm(args, args.dim) if after else None
         if spec.ffn != "none":
             self.ffn_norm = make_norm(args, args.dim) if before else None
-            self.feed_forward = build_moe(args, spec) if spec.ffn == "moe" else build_feed_forward(args)
-            register_hook(self.feed_forward, args, "layers.{i}.feed_forward.")
+            self.feed_forward = FEED_FORWARDS[spec.ffn].build(args, spec)
+            accept_foreign_names(self.feed_forward, args, "layers.{i}.feed_forward.")
             self.ffn_post_norm = make_norm(args, args.dim) if after else None
+
+    @staticmethod
+    def declare(args: ModelArgs, spec: LayerSpec) -> Rows:
+        """What the parameters are: see llm/layers/parameter.py."""
+        norm, mixer, feed_forward = norm_rows(args, args.dim), MIXERS[spec.mixer.name], FEED_FORWARDS[spec.ffn]
+        rows = under("attention_norm", norm) if spec.norms.before else {}
+        rows |= under("attention", mixer.declare(args, spec))
+        rows |= under("attention_post_norm", norm) if spec.norms.after else {}
+        if spec.ffn == "none":
+            return rows
+        rows |= under("ffn_norm", norm) if spec.norms.before else {}
+        rows |= under("feed_forward", feed_forward.declare(args))
+        return rows | (under("ffn_post_norm", norm) if spec.norms.after else {})
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, RouterStats | None]:
         update_BTD = self.attention(_through(self.attention_norm, x_BTD), ctx)
         h_BTD = x_BTD + _through(self.attention_post_norm, update_BTD)
         if self.spec.ffn == "none":
             return h_BTD, None
-        normed_BTD, stats = _through(self.ffn_norm, x_BTD if self.parallel else h_BTD), None
+        normed_BTD, stats = _through(self.ffn_norm, x_BTD if self.spec.parallel else h_BTD), None
         if self.spec.ffn == "moe":
             y_BTD, stats = self.feed_forward(normed_BTD, ctx)
         else:

@@ -3,14 +3,38 @@
 Shapes: B batch, T tokens, m rotated pairs, M number of MoE layers, E experts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from llm.args import ModelArgs
+from llm.kernels.segments import Ints
 from llm.layers.masks import Attend
 from llm.layers.rope import amplitude, dynamic_frequencies, inverse_frequencies, rotation
+
+
+class LayerState(Protocol):
+    """What one layer remembers of the rows of a batch, beside keys and values."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds."""
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keep row rows[i] (int64, on the CPU) as row i."""
+
+
+State = TypeVar("State", bound=LayerState)
+
+
+class States(Protocol):
+    """The states of all layers that have one."""
+
+    def state(self, layer: int, make: Callable[[], State]) -> State:
+        """That of a layer, made when first asked for; the layer changes it in place."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +43,12 @@ class Context:
 
     shape: tuple[int, int]
     """Rows B and tokens T of the batch."""
+    document_starts: Ints | None = None
+    """Rising flat indices, on the host, where documents begin, every row's first token among them; None = at rows."""
     attend: Attend | None = None
     """Attention over the batch itself, or over a cache; None where no layer attends."""
+    states: "States | None" = None
+    """What mixers with a state remember of earlier tokens of the rows; None without a cache."""
     rotation_BT1m: Tensor | None = None
     """complex64, for RoPE layers."""
     temperature_BT11: Tensor | None = None

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm.args import LayerSpec
+from llm.args import AttentionSpec
 from llm.kernels.attention import causal_attention
 from llm.kernels.scores import Scores
 from llm.kernels.segments import Ints, Segments
@@ -23,14 +23,17 @@ from llm.kernels.segments import Ints, Segments
 class Attend(Protocol):
     """What an attention layer is given: attention of its queries to everything that they may see."""
 
-    def __call__(self, spec: LayerSpec, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor: ...
+    def __call__(
+        self, layer: int, spec: AttentionSpec, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor
+    ) -> Tensor:
+        """layer: its number, by which keys and values are remembered."""
 
 
 class AttentionMasks:
     """The segments of one batch, for every kind of mask among the layers."""
 
     def __init__(
-        self, specs: Sequence[LayerSpec], positions_BT: Ints, document_starts: Ints, device: torch.device
+        self, specs: Sequence[AttentionSpec], positions_BT: Ints, document_starts: Ints, device: torch.device
     ) -> None:
         """positions_BT: position of each token, negative for padding; document_starts: rising flat indices, from 0."""
         self._segments: dict[int | None, Segments] = {}
@@ -42,16 +45,18 @@ class AttentionMasks:
         if any(spec.mask == "window" for spec in specs):
             _check_consecutive(positions_BT, document_starts)
 
-    def __call__(self, spec: LayerSpec, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
+    def __call__(
+        self, layer: int, spec: AttentionSpec, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor
+    ) -> Tensor:
         return causal_attention(q_BTHd, k_BTKd, v_BTKd, self._segments[_chunk(spec)], scores_of(spec))
 
 
-def scores_of(spec: LayerSpec) -> Scores:
+def scores_of(spec: AttentionSpec) -> Scores:
     """How a layer's scores become weights."""
     return Scores(spec.scale, spec.softcap, spec.span if spec.mask == "window" else None)
 
 
-def _chunk(spec: LayerSpec) -> int | None:
+def _chunk(spec: AttentionSpec) -> int | None:
     return spec.span if spec.mask == "chunk" else None
 
 

@@ -51,7 +51,7 @@ def _tensor(work: Workload) -> Iterator[Sent]:
     edges = mean_squares = 0
     for spec in args.layer_specs():
         regions = 1 if spec.ffn == "none" else 2
-        means = 2 if spec.qk_norm == "full" else 0
+        means = 2 if spec.attention is not None and spec.attention.qk_norm == "full" else 0
         edges += 4 * regions
         mean_squares += 2 * means
         if work.recompute != "none":

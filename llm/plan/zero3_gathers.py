@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from llm.args import LayerSpec, ModelArgs
+from llm.layers.mixers import MIXERS
 from llm.plan.workload import Workload
 
 QKV = ("wq", "wk", "wv")
@@ -78,9 +79,12 @@ def _linears(prefix: str, names: tuple[str, ...]) -> Iterator[Event]:
         yield from _call(f"{prefix}.{name}")
 
 
-def attention_modules(spec: LayerSpec) -> tuple[str, ...]:
-    """The modules with weights inside an attention, in the order of their calls."""
-    norms = ("q_norm", "k_norm") if spec.qk_norm in ("head", "full") else ()
+def attention_modules(args: ModelArgs, spec: LayerSpec) -> tuple[str, ...]:
+    """The modules with weights inside a mixer, in the order of their calls."""
+    if spec.attention is None:  # in the order of their declaration, which is the best guess
+        rows = MIXERS[spec.mixer.name].declare(args, spec)
+        return tuple(dict.fromkeys(name.rpartition(".")[0] for name in rows))
+    norms = ("q_norm", "k_norm") if spec.attention.qk_norm in ("head", "full") else ()
     return (*QKV, *norms, "wo")
 
 
@@ -115,7 +119,7 @@ def _forward(args: ModelArgs, spec: LayerSpec) -> Iterator[Event]:
             yield from _call(f"{block}.{short}_post_norm")
 
     def parts() -> Iterator[Event]:
-        yield from part("attention", "attention", attention_modules(spec))
+        yield from part("attention", "attention", attention_modules(args, spec))
         if spec.ffn != "none":
             yield from part("ffn", "feed_forward", feed_forward_modules(args, spec))
 
@@ -150,7 +154,7 @@ def _backward(args: ModelArgs, spec: LayerSpec, recompute: bool) -> Iterator[Eve
         yield from repeat
         yield Event(f"{block}.attention_post_norm", "release")
     yield Event(attention, "fetch")
-    for name in reversed(attention_modules(spec)):
+    for name in reversed(attention_modules(args, spec)):
         yield Event(f"{attention}.{name}", "fetch")
         yield from repeat
         yield Event(f"{attention}.{name}", "release")

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm import LLM, ModelArgs
-from llm.args import LayerSpec
+from llm.args import AttentionSpec
+from llm.args.layers import attention_specs
 from llm.layers.rope import inverse_frequencies, rotation
 from tests.foreign.models import CONFIGS, reference, tokens
 
@@ -69,7 +70,7 @@ def test_gradients_in_float64_equal_those_of_a_plain_reference(converted):
 
 def vanishes(args: ModelArgs, name: str) -> bool:
     """Whether the gradient is 0 but for rounding: without RoPE a bias of all keys adds the same to all scores."""
-    return name.endswith("attention.wk.bias") and not args.layer_specs()[int(name.split(".")[1])].rope
+    return name.endswith("attention.wk.bias") and not attention_specs(args.layer_specs())[int(name.split(".")[1])].rope
 
 
 def largest(x: Tensor) -> float:
@@ -82,7 +83,7 @@ def plain_hidden(args: ModelArgs, weights: Weights, ids: Tensor) -> Tensor:
     for spec in args.layer_specs():
         prefix = f"layers.{spec.index}."
         w = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-        x = x + attention(args, spec, w, rms(x, args.norm_eps) * w["attention_norm.weight"])
+        x = x + attention(args, spec.attention, w, rms(x, args.norm_eps) * w["attention_norm.weight"])
         y = rms(x, args.norm_eps) * w["ffn_norm.weight"]
         x = x + (experts(args, w, y) if spec.ffn == "moe" else swiglu(y, *dense(w, "feed_forward")))
     return rms(x, args.norm_eps) * weights["norm.weight"]
@@ -113,7 +114,7 @@ def experts(args: ModelArgs, w: Weights, x: Tensor) -> Tensor:
     return y
 
 
-def attention(args: ModelArgs, spec: LayerSpec, w: Weights, x: Tensor) -> Tensor:
+def attention(args: ModelArgs, spec: AttentionSpec, w: Weights, x: Tensor) -> Tensor:
     n_tokens, width = x.shape[1], args.head_width
     position = torch.arange(n_tokens)
     q, k, v = (linear(w, f"attention.{name}", x).unflatten(-1, (-1, width)) for name in ("wq", "wk", "wv"))

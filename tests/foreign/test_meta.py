@@ -173,7 +173,7 @@ def test_dense_llama4_under_common_names_is_told_by_its_params(tmp_path):
     params = {key: value for key, value in PARAMS4.items() if key != "moe_args"}
     folder = write(tmp_path / "m", params, cut_after_hooks(weights, 1))
     assert_holds(folder, weights)
-    assert [spec.rope for spec in open_foreign(folder).args.layer_specs()] == [True, True, True, False]
+    assert [spec.attention.rope for spec in open_foreign(folder).args.layer_specs()] == [True, True, True, False]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from llm import LLM, ModelArgs
+from llm.args.layers import attention_specs
 from llm.compile import compile_blocks
 from llm.datatypes import TransformerInput
 from llm.kernels.attention import has_varlen_kernel
@@ -36,7 +37,10 @@ BF16 = 2e-2
 """Relative error of a result in the 2-norm: inputs are rounded to 8 bits, as are weights before the last product."""
 SPECS = {
     **dict(zip(("full", "chunk", "nope"), LAYERS, strict=True)),
-    **{name: ModelArgs(n_layers=1, **SIZES, **knobs).layer_specs()[0] for name, knobs in OTHERS.items()},
+    **{
+        name: attention_specs(ModelArgs(n_layers=1, **SIZES, **knobs).layer_specs())[0]
+        for name, knobs in OTHERS.items()
+    },
 }
 
 
@@ -57,7 +61,7 @@ def test_attention_equals_the_dense_mask(name: str, batch: str, dtype: torch.dty
     ours = [x.detach().cuda().to(dtype).requires_grad_() for x in wide]
     assert has_varlen_kernel(ours[0]) == (dtype != torch.float32)
     attend = AttentionMasks([spec], positions, starts, torch.device("cuda"))
-    out = attend(spec, *ours)
+    out = attend(0, spec, *ours)
     oracle = dense_attention(*wide, positions, starts, spec).transpose(0, 1).view(wide[0].shape).float()
     upstream = torch.randn(out.shape).to(dtype)
     grads = torch.autograd.grad(out, ours, upstream.cuda())

@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm.args import LayerSpec
+from llm.args import AttentionSpec
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, positions, document_starts, spec: LayerSpec) -> Tensor:
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, positions, document_starts, spec: AttentionSpec) -> Tensor:
     """Attention over the flattened batch with a whole (N, N) mask, float64; q (B, T, H, d), k and v (B, T, K, d)."""
     positions = np.asarray(positions).reshape(-1)
     document = np.searchsorted(np.asarray(document_starts), np.arange(positions.size), side="right")

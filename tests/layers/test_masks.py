@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from llm.args import ModelArgs
+from llm.args.layers import attention_specs
 from llm.datatypes import TransformerInput
 from llm.kernels import attention, capped_attention
 from llm.kernels.scores import PLAIN
@@ -15,9 +16,11 @@ from tests.layers.oracle import dense_attention
 
 ROWS, LENGTH, SPAN = 3, 40, 8
 SIZES = dict(dim=32, n_heads=4, n_kv_heads=2, vocab_size=9)
-LAYERS = ModelArgs(
-    n_layers=3, attention_chunk_size=SPAN, layer_pattern=["attn:full", "attn:chunk", "attn:nope"], **SIZES
-).layer_specs()
+LAYERS = attention_specs(
+    ModelArgs(
+        n_layers=3, attention_chunk_size=SPAN, layer_pattern=["attn:full", "attn:chunk", "attn:nope"], **SIZES
+    ).layer_specs()
+)
 OTHERS = {  # one layer each
     "window": dict(sliding_window=7),
     "window of one": dict(sliding_window=1),
@@ -52,7 +55,7 @@ def resolved(batch):
 def test_attention_equals_the_dense_mask_in_values_and_gradients(batch, spec):
     positions, starts = resolved(batch)
     q, k, v = qkv()
-    ours = AttentionMasks(LAYERS, positions, starts, torch.device("cpu"))(spec, q, k, v)
+    ours = AttentionMasks(LAYERS, positions, starts, torch.device("cpu"))(0, spec, q, k, v)
     oracle = dense_attention(q, k, v, positions, starts, spec).transpose(0, 1).view_as(q).float()
     upstream = torch.randn_like(ours)
     # float32 sums of at most 40 terms of size 1
@@ -65,14 +68,14 @@ def test_attention_equals_the_dense_mask_in_values_and_gradients(batch, spec):
 @pytest.mark.parametrize("other", OTHERS)
 def test_windows_caps_and_scales_equal_the_dense_mask(monkeypatch, batch, other):
     monkeypatch.setattr(capped_attention, "CAPPED_QUERIES", 16)
-    (spec,) = layers = ModelArgs(n_layers=1, **OTHERS[other], **SIZES).layer_specs()
+    (spec,) = layers = attention_specs(ModelArgs(n_layers=1, **OTHERS[other], **SIZES).layer_specs())
     positions, starts = resolved(batch)
     q, k, v = qkv()
     if spec.mask == "window" and batch == "positions with gaps":
         with pytest.raises(ValueError, match="consecutive positions inside a document; row 0 has 0 then 3 at token 1"):
             AttentionMasks(layers, positions, starts, torch.device("cpu"))
         return
-    ours = AttentionMasks(layers, positions, starts, torch.device("cpu"))(spec, q, k, v)
+    ours = AttentionMasks(layers, positions, starts, torch.device("cpu"))(0, spec, q, k, v)
     oracle = dense_attention(q, k, v, positions, starts, spec).transpose(0, 1).view_as(q).float()
     upstream = torch.randn_like(ours)
     torch.testing.assert_close(ours, oracle, rtol=1e-5, atol=1e-5)
@@ -82,13 +85,14 @@ def test_windows_caps_and_scales_equal_the_dense_mask(monkeypatch, batch, other)
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_a_window_does_not_see_what_lies_before_it(softcap):
-    (spec,) = layers = ModelArgs(n_layers=1, sliding_window=7, attn_softcap=softcap, **SIZES).layer_specs()
+    args = ModelArgs(n_layers=1, sliding_window=7, attn_softcap=softcap, **SIZES)
+    (spec,) = layers = attention_specs(args.layer_specs())
     positions, starts = resolved("one document a row")
     q, k, v = (x.detach() for x in qkv())
     attend = AttentionMasks(layers, positions, starts, torch.device("cpu"))
-    before = attend(spec, q, k, v)
+    before = attend(0, spec, q, k, v)
     k[:, :5], v[:, :5] = 9.0, 9.0
-    after = attend(spec, q, k, v)
+    after = attend(0, spec, q, k, v)
     assert torch.equal(before[:, 11:], after[:, 11:])  # token 11 sees 5 to 11
     assert not torch.equal(before[:, 10], after[:, 10])
 
@@ -110,7 +114,7 @@ def test_the_gpu_branch_gives_its_kernel_the_same_segments(monkeypatch, batch, s
     monkeypatch.setattr(attention, "varlen_causal", reference_kernel)
     positions, starts = resolved(batch)
     q, k, v = qkv()
-    ours = AttentionMasks(LAYERS, positions, starts, torch.device("cpu"))(spec, q, k, v)
+    ours = AttentionMasks(LAYERS, positions, starts, torch.device("cpu"))(0, spec, q, k, v)
     oracle = dense_attention(q, k, v, positions, starts, spec).transpose(0, 1).view_as(q).float()
     torch.testing.assert_close(ours, oracle, rtol=1e-5, atol=1e-5)
 
@@ -134,7 +138,7 @@ def test_many_segments_need_few_calls():
 def test_half_precision_attention_is_close_to_the_oracle():
     positions, starts = resolved("packed")
     q, k, v = qkv(torch.bfloat16)
-    ours = AttentionMasks(LAYERS, positions, starts, torch.device("cpu"))(LAYERS[0], q, k, v)
+    ours = AttentionMasks(LAYERS, positions, starts, torch.device("cpu"))(0, LAYERS[0], q, k, v)
     oracle = dense_attention(q, k, v, positions, starts, LAYERS[0]).transpose(0, 1).view_as(q)
     assert ours.dtype == torch.bfloat16
     torch.testing.assert_close(ours.double(), oracle, rtol=2**-7, atol=2**-7)  # bf16 has 8 bits

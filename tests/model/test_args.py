@@ -3,6 +3,7 @@
 import pytest
 
 from llm import LLM, ModelArgs
+from llm.args.layers import attention_specs
 
 BASE = dict(dim=64, n_layers=4, n_heads=8, vocab_size=32)
 
@@ -12,9 +13,10 @@ def specs(**changes):
 
 
 def test_without_a_pattern_every_layer_is_global_rope_and_dense():
-    assert {(s.mask, s.span, s.rope, s.qk_norm, s.temperature, s.ffn) for s in specs()} == {
-        ("full", None, True, None, False, "dense")
+    assert {(a.mask, a.span, a.rope, a.qk_norm, a.temperature) for a in attention_specs(specs())} == {
+        ("full", None, True, None, False)
     }
+    assert {s.ffn for s in specs()} == {"dense"}
 
 
 def test_llama4_rules_give_every_fourth_layer_no_rope_and_global_attention():
@@ -22,11 +24,12 @@ def test_llama4_rules_give_every_fourth_layer_no_rope_and_global_attention():
         n_layers=8, nope_layer_interval=4, attention_chunk_size=16, qk_norm="l2", attn_temperature_tuning=True,
         moe={"n_experts": 4, "interleave": 2},
     )  # fmt: skip
-    assert [s.rope for s in resolved] == [True, True, True, False] * 2
-    assert [s.span for s in resolved] == [16, 16, 16, None] * 2
-    assert [s.qk_norm for s in resolved] == ["l2" if s.rope else None for s in resolved]
-    assert {s.qk_norm for s in specs(nope_layer_interval=4, qk_norm="head")} == {"head"}
-    assert [s.temperature for s in resolved] == [not s.rope for s in resolved]
+    attention = attention_specs(resolved)
+    assert [s.rope for s in attention] == [True, True, True, False] * 2
+    assert [s.span for s in attention] == [16, 16, 16, None] * 2
+    assert [s.qk_norm for s in attention] == ["l2" if s.rope else None for s in attention]
+    assert {s.qk_norm for s in attention_specs(specs(nope_layer_interval=4, qk_norm="head"))} == {"head"}
+    assert [s.temperature for s in attention] == [not s.rope for s in attention]
     assert [s.ffn for s in resolved] == ["dense", "moe"] * 4
 
 
@@ -41,7 +44,8 @@ def test_the_rules_equal_their_written_pattern():
 
 def test_a_pattern_is_tiled_and_its_flags_win_over_the_rules():
     resolved = specs(layer_pattern=["attn:nope:full+none", "attn:rope"], nope_layer_interval=2, attention_chunk_size=4)
-    assert [(s.rope, s.mask, s.ffn) for s in resolved] == [(False, "full", "none"), (True, "chunk", "dense")] * 2
+    assert [(s.rope, s.mask) for s in attention_specs(resolved)] == [(False, "full"), (True, "chunk")] * 2
+    assert [s.ffn for s in resolved] == ["none", "dense"] * 2
 
 
 def test_dense_layers_stay_dense():

@@ -210,7 +210,7 @@ def test_layers_of_llama_4_keep_their_kinds():
     after = build(args, state)
     assert torch.equal(logits(before), logits(after))
     assert [spec.ffn for spec in after.specs] == ["dense", "moe"] * 4 + ["dense", "dense"] + ["dense", "moe"] * 3
-    assert [spec.rope for spec in after.specs] == [True, True, True, False] * 4
+    assert [spec.attention.rope for spec in after.specs] == [True, True, True, False] * 4
     assert args.moe is not None and args.moe.dense_layers == (9,)
 
 
@@ -274,7 +274,7 @@ def test_a_vocabulary_only_grows():
 def test_nope_layers_change_the_function_and_can_be_trained():
     before = llama4(nope_layer_interval=None)
     after = build(*to_nope(before.args, before.state_dict(), 2))
-    assert [(s.rope, s.mask) for s in after.specs] == [(True, "chunk"), (False, "full")] * 2
+    assert [(s.attention.rope, s.attention.mask) for s in after.specs] == [(True, "chunk"), (False, "full")] * 2
     expected, found = logits(before), logits(after)
     assert (found - expected).abs().max() > 1e-2 * expected.abs().max()
     assert_learns(after, [name for name, _ in after.named_parameters()])

@@ -64,7 +64,7 @@ def test_flags_of_a_mixture_arrive(source, tmp_path):
 
 def test_nope_says_that_it_is_another_function(source, tmp_path, capsys):
     before, after, model = operate(source, tmp_path / "new", "nope", "--interval=4")
-    assert [spec.rope for spec in model.specs] == [True, True, True, False]
+    assert [spec.attention.rope for spec in model.specs] == [True, True, True, False]
     assert (after - before).abs().max() > 1e-2 * before.abs().max()
     assert "not function-preserving" in capsys.readouterr().out
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from llm.args import ModelArgs
+from llm.args.layers import attention_specs
 from llm.errors import UserError
 from llm.foreign import hf
 from llm.foreign.family import Family, Row, Warn, row
@@ -104,7 +105,7 @@ def write_config(args: ModelArgs) -> dict[str, Any]:
         "attention_bias": args.qkv_bias,
         "intermediate_size_mlp": args.ffn_width(),
         "use_qk_norm": args.qk_norm == "l2",
-        "no_rope_layers": [int(spec.rope) for spec in specs],
+        "no_rope_layers": [int(spec.rope) for spec in attention_specs(specs)],
         "no_rope_layer_interval": args.nope_layer_interval or 0,
         "attention_chunk_size": args.attention_chunk_size or args.max_seq_len,  # transformers must have one
         "layer_types": hf.layer_types(specs),

@@ -3,6 +3,7 @@
 from typing import Any
 
 from llm.args import ModelArgs
+from llm.args.layers import attention_specs
 from llm.foreign import hf
 from llm.foreign.families.llama import BLOCK, CONTAINERS, ROWS
 from llm.foreign.family import Family, Warn
@@ -60,7 +61,7 @@ def read_qwen3_moe(config: hf.Config, warn: Warn) -> dict[str, Any]:
 
 def write_windows(args: ModelArgs) -> dict[str, Any]:
     specs = args.layer_specs()
-    windowed = [spec.mask == "window" for spec in specs]
+    windowed = [spec.mask == "window" for spec in attention_specs(specs)]
     first = windowed.index(True) if any(windowed) else args.n_layers
     return {
         "use_sliding_window": any(windowed),

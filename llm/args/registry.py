@@ -1,0 +1,32 @@
+"""Tables of what a config names: kinds of layers, which the layers' modules fill, and extensions add to."""
+
+from collections.abc import Iterator, Mapping
+from typing import Generic, TypeVar
+
+Entry = TypeVar("Entry")
+
+
+class Registry(Mapping[str, Entry], Generic[Entry]):
+    """Entries by name, in the order of registration."""
+
+    def __init__(self, what: str) -> None:
+        """what: one entry, for messages."""
+        self.what = what
+        self._entries: dict[str, Entry] = {}
+
+    def register(self, name: str, entry: Entry) -> None:
+        """Add an entry. Raises ValueError where the name is taken by another, or is no word."""
+        if not name.isidentifier():
+            raise ValueError(f"{self.what} {name!r}: a name is made of letters, digits and _")
+        if name in self._entries and self._entries[name] is not entry:
+            raise ValueError(f"{self.what} {name!r} exists already; give it another name")
+        self._entries[name] = entry
+
+    def __getitem__(self, name: str) -> Entry:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)

@@ -1,0 +1,51 @@
+"""The kinds of mixer that a layer can have, by their names in the layer pattern; what a new one must do."""
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from llm.args import LayerSpec, ModelArgs
+from llm.args.layers import MIXERS, LayerItem, MixerSpec
+from llm.layers.attention import Attention
+from llm.layers.context import Context
+from llm.layers.parameter import Rows
+from llm.layers.region import Region
+
+
+class Mixer(Protocol):
+    """A class of modules that mix the tokens of a layer: what the table of mixers holds.
+
+    The class is asked what a layer is, from ModelArgs alone; the module then does it, on one device or on a part of the
+    heads or channels of each rank.
+    """
+
+    region: Region
+    """Where a forward enters and leaves what tensor parallelism cuts; set on the module, WHOLE by default."""
+
+    @staticmethod
+    def resolve(args: ModelArgs, item: LayerItem) -> MixerSpec:
+        """What an item of the layer pattern means: its flags are the mixer's. ValueError by llm.args.layers.refuse."""
+
+    @staticmethod
+    def declare(args: ModelArgs, spec: LayerSpec) -> Rows:
+        """What the parameters are, in the order of the module's own; the whole of llm/layers/parameter.py."""
+
+    @staticmethod
+    def flops(args: ModelArgs, spec: LayerSpec, seq_len: int) -> int:
+        """Floating-point operations of a token of a sequence, forward and backward, beside 6 for each weight."""
+
+    def __init__(self, args: ModelArgs, spec: LayerSpec) -> None: ...
+
+    def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        """What is added to the residual stream. Begins with region.enter and ends with region.leave."""
+
+
+def register(name: str, mixer: type[nn.Module]) -> None:
+    """Let layer patterns name a mixer. Raises ValueError where the name is taken, TypeError where a part is missing."""
+    missing = [part for part in ("resolve", "declare", "flops", "region") if not hasattr(mixer, part)]
+    if missing:
+        raise TypeError(f"mixer {name!r}: {mixer.__name__} has no {', '.join(missing)}; see llm.layers.mixers.Mixer")
+    MIXERS.register(name, mixer)
+
+
+register("attn", Attention)
