@@ -22,11 +22,11 @@ from llm.layers.block import Block
 from llm.layers.context import Context, angles, temperature
 from llm.layers.embedding import Embedding, TiedEmbedding
 from llm.layers.foreign_names import accept_foreign_names
-from llm.layers.masks import AttentionMasks, document_lengths
+from llm.layers.masks import AttentionMasks, document_lengths, starts
 from llm.layers.moe import MoE, routing_shape
 from llm.layers.norm import make_norm
 from llm.layers.output import Output
-from llm.layers.region import WHOLE, Region
+from llm.layers.region import InRegion
 from llm.parameters import ParameterTable
 from llm.recompute import Recompute, recomputed
 
@@ -38,14 +38,12 @@ def unit_names(args: ModelArgs) -> tuple[str, ...]:
     return (EMBEDDING, *(f"layers.{spec.index}" for spec in args.layer_specs()), NORM, OUTPUT)
 
 
-class LLM(Conveniences):
+class LLM(Conveniences, InRegion):
     """A causal language model, initialised from (args, seed) alone; works without process groups.
 
-    On device="meta" it has shapes but no values. Raises ValueError while args.vocab_size is unset.
+    On device="meta" it has shapes but no values. Raises ValueError while args.vocab_size is unset. Embedding and head
+    are its own region.
     """
-
-    region: Region = WHOLE
-    """Of embedding and head; cut over ranks by llm/parallel/build.py, as the layers' are."""
 
     def __init__(
         self,
@@ -189,12 +187,13 @@ class LLM(Conveniences):
         if args.rope_scaling is not None and args.rope_scaling.kind == "dynamic":
             lengths, agree = torch.tensor(document_lengths(positions_BT, document_starts), device=device), False
         positions = torch.tensor(positions_BT[:1] if agree else positions_BT, device=device)
-        padded = args.moe is not None and (positions_BT < 0).any()
-        n_rows, row_length = inputs.tokens.shape
         attention = attention_specs(self.specs)
+        stateful = len(attention) < len(self.specs)
+        padded = (args.moe is not None or stateful) and (positions_BT < 0).any()
+        n_rows, row_length = inputs.tokens.shape
         return Context(
             shape=(n_rows, row_length),
-            document_starts=document_starts,
+            starts_BT=torch.from_numpy(starts(positions_BT, document_starts)).to(device) if stateful else None,
             attend=AttentionMasks(attention, positions_BT, document_starts, device)
             if cache is None
             else cache.extend(positions_BT, document_starts, device),

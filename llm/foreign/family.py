@@ -1,9 +1,10 @@
 """A family of foreign models as a table: which of its tensors hold which of our parameters, and how its config says
 what ModelArgs say.
 
-Adding a family is adding one file to llm/foreign/families. In a table `{i}` stands for a layer and `{e}` for an expert;
-rows whose parameters a model does not have do not count for it, and of several rows for the same parameter the first
-one holds whose tensors are there. What a family must do beside that is done by the knobs of ModelArgs.
+Adding a family is adding one file to llm/foreign/families, or calling `register` from an extension. In a table `{i}`
+stands for a layer and `{e}` for an expert; rows whose parameters a model does not have do not count for it, and of
+several rows for the same parameter the first one holds whose tensors are there. What a family must do beside that is
+done by the knobs of ModelArgs.
 """
 
 import importlib
@@ -243,9 +244,24 @@ def _part(
     return Part(name, box, twin=box == whole(shape) and shard > 0)
 
 
-@cache
+_registered: dict[str, Family] = {}
+
+
+def register(family: Family) -> None:
+    """Make a family of one's own known: to import and export, and to `load_state_dict`. ValueError where its name is
+    taken."""
+    if families().get(family.name, family) is not family:
+        raise ValueError(f"family {family.name!r} exists already; give it another name")
+    _registered[family.name] = family
+
+
 def families() -> dict[str, Family]:
     """All families, by name."""
+    return {**_families_of_the_package(), **_registered}
+
+
+@cache
+def _families_of_the_package() -> dict[str, Family]:
     from llm.foreign import families as package
 
     modules = (importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__))

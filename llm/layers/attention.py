@@ -22,13 +22,12 @@ from llm.layers.linear import Linear
 from llm.layers.masks import Attend
 from llm.layers.norm import HeadsNorm, make_norm, norm_rows
 from llm.layers.parameter import Rows, under, weights
-from llm.layers.region import WHOLE, Region
+from llm.layers.region import InRegion
 
 
-class Attention(nn.Module):
+class Attention(nn.Module, InRegion):
     """Self-attention of one layer, as its AttentionSpec says."""
 
-    region: Region = WHOLE
     resolve = staticmethod(resolve_attention)
 
     def __init__(self, args: ModelArgs, spec: LayerSpec) -> None:
@@ -41,6 +40,7 @@ class Attention(nn.Module):
         self.wk = Linear(args.dim, args.kv_heads * args.head_width, args.qkv_bias)
         self.wv = Linear(args.dim, args.kv_heads * args.head_width, args.qkv_bias)
         self.wo = Linear(args.n_heads * args.head_width, args.dim, args.o_bias)
+        self.kv_heads = args.kv_heads
         self.q_norm, self.k_norm = (head_norm(args, self.spec, heads) for heads in (args.n_heads, args.kv_heads))
 
     @staticmethod
@@ -63,6 +63,14 @@ class Attention(nn.Module):
         lay ahead of it.
         """
         return 12 * args.n_heads * args.head_width * min(seq_len, attention_spec(spec).span or seq_len)
+
+    def take_share(self, rank: int, ranks: int) -> None:
+        self.wo.adds_bias = rank == 0
+        if self.kv_heads < ranks:  # all ranks have the weights of keys and values, and compute one head's
+            head = rank * self.kv_heads // ranks
+            self.wk.rows = self.wv.rows = slice(head * self.head_dim, (head + 1) * self.head_dim)
+            if isinstance(self.k_norm, HeadsNorm):
+                self.k_norm.rows = self.wk.rows
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         x = self.region.enter(x_BTD, ctx.cut_sequence)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from llm.args import ModelArgs
-from llm.kernels.segments import Ints
 from llm.layers.masks import Attend
 from llm.layers.rope import amplitude, dynamic_frequencies, inverse_frequencies, rotation
 
@@ -43,8 +42,9 @@ class Context:
 
     shape: tuple[int, int]
     """Rows B and tokens T of the batch."""
-    document_starts: Ints | None = None
-    """Rising flat indices, on the host, where documents begin, every row's first token among them; None = at rows."""
+    starts_BT: Tensor | None = None
+    """bool: true for the first token of a document or of padding, a row's first among them; only for mixers with a
+    state. With `states` each row is one document, and its tokens go on from there."""
     attend: Attend | None = None
     """Attention over the batch itself, or over a cache; None where no layer attends."""
     states: "States | None" = None

@@ -10,7 +10,7 @@ from llm.args import Activation, ModelArgs
 from llm.layers.context import Context
 from llm.layers.linear import Linear
 from llm.layers.parameter import Rows, under, weights
-from llm.layers.region import WHOLE, Region
+from llm.layers.region import InRegion
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -20,10 +20,8 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
-class FeedForward(nn.Module):
+class FeedForward(nn.Module, InRegion):
     """Dense feed-forward of width `hidden`."""
-
-    region: Region = WHOLE
 
     def __init__(
         self, dim: int, hidden: int, act: Activation = "silu", gated: bool = True, bias: bool = False
@@ -44,6 +42,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         return self.region.leave(self.inside(self.region.enter(x, ctx.cut_sequence)), ctx.cut_sequence)
+
+    def take_share(self, rank: int, ranks: int) -> None:
+        self.w2.adds_bias = rank == 0
 
     def inside(self, x: Tensor) -> Tensor:
         """The work between the edges of the region, for a layer that has entered it."""

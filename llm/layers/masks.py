@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llm.args import AttentionSpec
@@ -79,6 +80,13 @@ def document_lengths(positions_BT: Ints, document_starts: Ints) -> Ints:
     flat = positions_BT.reshape(-1)
     longest = np.maximum.reduceat(flat, document_starts) + 1
     return np.repeat(longest, np.diff(np.append(document_starts, flat.size))).reshape(positions_BT.shape)
+
+
+def starts(positions_BT: Ints, document_starts: Ints) -> NDArray[np.bool_]:
+    """Whether each token is the first of a document or of padding, (B, T)."""
+    found = np.zeros(positions_BT.size, dtype=bool)
+    found[segment_bounds(positions_BT, document_starts, None)[:-1]] = True
+    return found.reshape(positions_BT.shape)
 
 
 def segment_bounds(positions_BT: Ints, document_starts: Ints, span: int | None) -> Ints:

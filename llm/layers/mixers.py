@@ -9,18 +9,14 @@ from llm.args.layers import MIXERS, LayerItem, MixerSpec
 from llm.layers.attention import Attention
 from llm.layers.context import Context
 from llm.layers.parameter import Rows
-from llm.layers.region import Region
 
 
 class Mixer(Protocol):
     """A class of modules that mix the tokens of a layer: what the table of mixers holds.
 
     The class is asked what a layer is, from ModelArgs alone; the module then does it, on one device or on a part of the
-    heads or channels of each rank.
+    heads or channels of each rank. It derives from nn.Module and from llm.layers.region.InRegion.
     """
-
-    region: Region
-    """Where a forward enters and leaves what tensor parallelism cuts; set on the module, WHOLE by default."""
 
     @staticmethod
     def resolve(args: ModelArgs, item: LayerItem) -> MixerSpec:
@@ -37,12 +33,15 @@ class Mixer(Protocol):
     def __init__(self, args: ModelArgs, spec: LayerSpec) -> None: ...
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
-        """What is added to the residual stream. Begins with region.enter and ends with region.leave."""
+        """What is added to the residual stream: begins with region.enter(x, ctx.cut_sequence), whose result may be
+        (B * T, D), and ends with region.leave(y, ctx.cut_sequence). A mixer that remembers earlier tokens keeps that in
+        ctx.states, which is None unless rows are being continued.
+        """
 
 
 def register(name: str, mixer: type[nn.Module]) -> None:
     """Let layer patterns name a mixer. Raises ValueError where the name is taken, TypeError where a part is missing."""
-    missing = [part for part in ("resolve", "declare", "flops", "region") if not hasattr(mixer, part)]
+    missing = [part for part in ("resolve", "declare", "flops", "take_share") if not hasattr(mixer, part)]
     if missing:
         raise TypeError(f"mixer {name!r}: {mixer.__name__} has no {', '.join(missing)}; see llm.layers.mixers.Mixer")
     MIXERS.register(name, mixer)

@@ -25,13 +25,12 @@ from llm.layers.dispatch import Dispatch
 from llm.layers.ffn import FeedForward
 from llm.layers.linear import Linear
 from llm.layers.parameter import ParamInfo, Rows, under, weights
-from llm.layers.region import WHOLE, Exchange, Region
+from llm.layers.region import Exchange, InRegion
 
 
-class MoE(nn.Module):
+class MoE(nn.Module, InRegion):
     """One MoE feed-forward layer."""
 
-    region: Region = WHOLE
     exchange: Exchange | None = None
     """Set where the experts lie on several ranks."""
 

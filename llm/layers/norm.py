@@ -14,7 +14,7 @@ from llm.init import Constant
 from llm.kernels.dtypes import wide_dtype
 from llm.kernels.norms import layer_normalise, rms_normalise, rms_normalise_wide
 from llm.layers.parameter import ZEROS, ParamInfo, Rows
-from llm.layers.region import WHOLE, Region
+from llm.layers.region import InRegion
 
 
 class RMSNorm(nn.Module):
@@ -73,7 +73,7 @@ def norm_rows(args: ModelArgs, dim: int, in_region: bool = False) -> Rows:
     return {"weight": weight, **bias}
 
 
-class HeadsNorm(WideRMSNorm):
+class HeadsNorm(WideRMSNorm, InRegion):
     """RMS norm over all heads (..., H, d) of a token as one, with a weight of width H d (OLMo et al. 2024,
     arXiv:2501.00656).
 
@@ -81,7 +81,6 @@ class HeadsNorm(WideRMSNorm):
     ranks: each has as many heads, and a head that several have counts as often as any other.
     """
 
-    region: Region = WHOLE
     rows: slice | None = None
     """This rank's part of the weight, where it holds the whole weight all the same."""
 

@@ -37,8 +37,6 @@ class ParamInfo:
     gradient."""
     decay: bool = False
     """Whether weight decay applies."""
-    keep_fp32: bool = False
-    """Whether it stays float32 in a model of half precision."""
     active: float = 1.0
     """Share of it that a token meets in a product or norm: of experts, those that it visits; of a table, nothing."""
     unit: str = ""

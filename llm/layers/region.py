@@ -65,3 +65,13 @@ class Exchange(Protocol):
 
 
 WHOLE = Region()
+
+
+class InRegion:
+    """A module that works inside a region; where weights are cut, llm/parallel sets `region` and calls `take_share`."""
+
+    region: Region = WHOLE
+
+    def take_share(self, rank: int, ranks: int) -> None:
+        """Its weights are the boxes of tensor-parallel rank `rank` of `ranks`, as its rows declare them: adapt what is
+        not a matter of shapes, such as who adds a bias that all ranks have. Called once."""

@@ -9,12 +9,10 @@ from torch import Tensor, nn
 from llm import init
 from llm.args import ModelArgs
 from llm.boxes import box_shape
-from llm.layers.attention import Attention
 from llm.layers.embedding import Embedding
-from llm.layers.ffn import FeedForward
 from llm.layers.moe import MoE
-from llm.layers.norm import HeadsNorm
 from llm.layers.output import Output
+from llm.layers.region import InRegion
 from llm.model import LLM
 from llm.parallel.expert import ExpertExchange
 from llm.parallel.grid import Grid
@@ -93,20 +91,11 @@ def _connect(model: LLM, table: ParameterTable, grid: Grid) -> None:
     if region is not None:
         vocabulary = CutVocabulary(grid.tensor, args.vocab_size)
         for module in model.modules():
-            if isinstance(module, LLM | Attention | FeedForward | HeadsNorm | MoE):
+            if isinstance(module, InRegion):
                 module.region = region
+                module.take_share(grid.tensor.rank, layout.tensor)
             if isinstance(module, Embedding | Output):
                 module.vocabulary = vocabulary
-            if isinstance(module, Attention):
-                module.wo.adds_bias = grid.tensor.rank == 0
-            if isinstance(module, FeedForward):
-                module.w2.adds_bias = grid.tensor.rank == 0
-            if isinstance(module, Attention) and args.kv_heads < layout.tensor:
-                head = grid.tensor.rank * args.kv_heads // layout.tensor
-                rows = slice(head * args.head_width, (head + 1) * args.head_width)
-                module.wk.rows = module.wv.rows = rows
-                if isinstance(module.k_norm, HeadsNorm):
-                    module.k_norm.rows = rows
     for name, parameter in model.named_parameters():
         row = table[name]
         whole = row.cut(layout.tensor) is None
