@@ -45,7 +45,7 @@ def main() -> None:
     world = process.start(60, 1)
     args = ModelArgs.model_validate({**TINY_MODEL, "vocab_size": VOCAB})
     grid = make_grid(world, Layout(world.size, tensor=2))
-    model = Replica.build(args, SEED, grid, zero_stage=1, precision="fp32").model
+    model = Replica.build(args, SEED, grid).model
     model.activation_checkpointing = "full"
     alone = [gradients(model, [loss_of(model, length)]) for length in LENGTHS]
     losses = [loss_of(model, length) for length in LENGTHS]
