@@ -169,7 +169,7 @@ def plant_in_training(killer: Killer) -> None:
     from llm import atomic
     from llm.checkpoint import assemble
     from llm.model import LLM
-    from llm.parallel.engine.culprits import GradientProbes
+    from llm.parallel.replica import Replica
     from llm.train.trainer import Trainer
 
     trained = False
@@ -208,9 +208,10 @@ def plant_in_training(killer: Killer) -> None:
             killer.here("forward", killer.step)
         return original(*args, **kwargs)
 
-    def gradient(original: Callable[..., None], *args: Any) -> None:
-        killer.here("backward", killer.step)
-        original(*args)
+    def replica(original: Callable[..., None], made: Replica, *args: Any) -> None:
+        original(made, *args)
+        for parameter in made.model.parameters():
+            parameter.register_hook(lambda _: killer.here("backward", killer.step))
 
     def sync(original: Callable[..., None], path: Path) -> None:
         original(path)
@@ -223,7 +224,7 @@ def plant_in_training(killer: Killer) -> None:
     wrap(Trainer, "resume", resume)
     wrap(Trainer, "take_step", take_step)
     wrap(LLM, "forward", forward)
-    wrap(GradientProbes, "_add", gradient)
+    wrap(Replica, "__init__", replica)
     for register in (register_optimizer_step_pre_hook, register_optimizer_step_post_hook):
         register(lambda *_: killer.here("optimizer", killer.step))
 

@@ -48,32 +48,35 @@ class _Spoil(torch.autograd.Function):
 def spoil(engine: Engine, kind: str | None, rank: int) -> None:
     """Spoil the last micro-batch of BAD_STEP on one rank, whenever its rows come up."""
     step, context, loss_sum, embed, run = engine.train_step, LLM.context, LLM.loss_sum, LLM.embed, LLM.run
-    state = {"bad": False, "left": 0}
+    tokens: list[torch.Tensor] = []  # of the micro-batch, while its step is made
+    bad = False  # whether it is the one whose forward is being made
 
     def train_step(batch: Any, *args: Any) -> Any:
-        state["bad"] = batch.first_row == (BAD_STEP - 1) * batch.n_rows and engine.world.rank == rank
-        state["left"] = len(batch.micro_batches) * len(engine.replica.stages)
-        return step(batch, *args)
+        if batch.first_row == (BAD_STEP - 1) * batch.n_rows and engine.world.rank == rank:
+            tokens.append(batch.micro_batches[-1].tokens_BT)
+        result = step(batch, *args)
+        tokens.clear()
+        return result
 
-    def counting_context(self: LLM, *args: Any) -> Any:  # once in every forward, of every stage
-        state["left"] -= 1
-        return context(self, *args)
+    def watching_context(self: LLM, inputs: Any, *args: Any) -> Any:  # once in every forward, of every stage
+        nonlocal bad
+        bad = bool(tokens) and torch.equal(inputs.tokens, tokens[0])
+        return context(self, inputs, *args)
 
     def spoiled_loss(self: LLM, *args: Any) -> torch.Tensor:
         loss = loss_sum(self, *args)
-        if state["bad"] and self.training and state["left"] == 0:
+        if bad:
             return loss * {"loss": math.nan, "spike": 10.0}.get(kind or "", 1.0)
         return loss
 
     def spoiled(x: torch.Tensor) -> torch.Tensor:
-        bad = state["bad"] and kind == "gradient" and state["left"] == 0
-        return _Spoil.apply(x) if bad else x  # type: ignore[no-any-return]
+        return _Spoil.apply(x) if bad and kind == "gradient" else x  # type: ignore[no-any-return]
 
     def spoiled_run(self: LLM, units: Any, x: torch.Tensor | None, *args: Any) -> Any:
         return run(self, units, None if x is None else spoiled(x), *args)
 
     engine.train_step = train_step  # type: ignore[method-assign]
-    LLM.context, LLM.loss_sum = counting_context, spoiled_loss  # type: ignore[method-assign]
+    LLM.context, LLM.loss_sum = watching_context, spoiled_loss  # type: ignore[method-assign]
     LLM.embed = lambda *args: spoiled(embed(*args))  # type: ignore[method-assign]
     LLM.run = spoiled_run  # type: ignore[method-assign]
 

@@ -1,57 +1,78 @@
 """Who made a step not finite: the ranks and rows of a bad loss or gradient, in words.
 
-A bad gradient spreads: the backward brings it from the stage where it arose to every stage before, and the sum over
-data-parallel ranks to all of them. So each rank watches its own gradients, before any sum, and the last stage that
+The losses of a step are known. Its gradients are not any more: they are summed over ranks as they come. So a step with
+a bad gradient is computed once more, with a hook on each parameter that looks at this rank's own gradients before any
+sum. A bad gradient spreads: the backward brings it to every stage before the one where it arose. So the last stage that
 met one is named.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from llm.data.batch import StepBatch
 from llm.parallel.collectives import gather_json
-from llm.parallel.grid import Grid, stage_name
+from llm.parallel.engine.step import Step
+from llm.parallel.grid import stage_name
 from llm.parallel.replica import Replica
 
 
 class GradientProbes:
-    """Watches, in each of this rank's stages, whether any gradient of a step is not finite, without waiting for the
-    device.
-    """
+    """Watches whether any gradient of a parameter is not finite, in each of this rank's stages."""
 
     def __init__(self, replica: Replica) -> None:
-        self.stages = [stage.number for stage in replica.stages]
-        self._sums = torch.zeros(len(self.stages), device=replica.world.device)
+        self._stages = [stage.number for stage in replica.stages]
+        self._sums = torch.zeros(len(self._stages), device=replica.world.device)
+        self._hooks: list[RemovableHandle] = []
         for name, parameter in replica.model.named_parameters():
             row = replica.table[name]
             if replica.grid.expert.size == 1 or row.expert_dim is None:  # else it is of other ranks' tokens too
-                parameter.register_hook(partial(self._add, replica.stage_of(name)))
+                self._hooks.append(parameter.register_hook(partial(self._add, replica.stage_of(name))))
 
     def _add(self, stage: int, grad: Tensor) -> None:
         self._sums[stage].add_(grad.sum(dtype=torch.float32))
 
-    def reset(self) -> None:
-        """A step begins."""
-        self._sums.zero_()
+    def remove(self) -> None:
+        """Watch no longer."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     def broken(self) -> list[int]:
         """Numbers of the stages that had a gradient that is not finite; waits for the device."""
-        return [stage for stage, fine in zip(self.stages, self._sums.isfinite().tolist(), strict=True) if not fine]
+        return [stage for stage, fine in zip(self._stages, self._sums.isfinite().tolist(), strict=True) if not fine]
 
 
-def find_culprits(grid: Grid, probes: GradientProbes, batch: StepBatch, losses: Sequence[Tensor]) -> list[str]:
+@dataclass(kw_only=True)
+class Rehearsal(Step):
+    """A step that is computed to be looked at, and never applied."""
+
+    probes: GradientProbes
+    loss_limit: float | None = field(default=None, init=False)
+
+    def one_or_nan(self) -> Tensor:
+        """Not a number: what it makes of gradients is not to be seen, and keeps them from the weights."""
+        self.probes.remove()
+        return torch.full_like(self.tally.one_or_nan(None), torch.nan)
+
+
+def find_culprits(
+    replica: Replica, batch: StepBatch, losses: Sequence[Tensor], broken: Sequence[int] = ()
+) -> list[str]:
     """One line per rank, or group of tensor-parallel ranks, whose own loss or gradient was not finite; where none was,
     the sum over ranks was not (collective).
 
-    losses: of this rank's micro-batches; an earlier stage of a pipeline has none.
+    losses: of this rank's micro-batches; an earlier stage of a pipeline has none. broken: numbers of this rank's stages
+    that had a gradient that was not finite.
     """
+    grid = replica.grid
     group, data_rank, ranks = grid.tensor.ranks, grid.data.rank, grid.data.size
     who = f"rank {group[0]}" if len(group) == 1 else f"tensor-parallel ranks {', '.join(map(str, group))}"
-    broken = probes.broken()
-    stage = max(broken, default=probes.stages[-1])
+    stage = max(broken, default=replica.stages[-1].number)
     if grid.pipeline.size > 1:
         who = f"{who} ({stage_name(grid.layout, stage)})"
     micro_batches = len(batch.micro_batches)

@@ -20,7 +20,7 @@ import torch
 from llm.data.batch import StepBatch
 from llm.parallel.collectives import agreed_error, gather_json
 from llm.parallel.engine import deepspeed_private as private
-from llm.parallel.engine.culprits import GradientProbes, find_culprits
+from llm.parallel.engine.culprits import GradientProbes, Rehearsal, find_culprits
 from llm.parallel.engine.options import deepspeed_config, with_extra
 from llm.parallel.engine.pipeline import Pipelined
 from llm.parallel.engine.schedule import Plain, Schedule
@@ -99,7 +99,6 @@ class Engine:
         self._overflows = Overflows()
         self.before_change: Callable[[], object] = _nothing
         """Called each time before masters, optimizer state or averages change."""
-        self._probes = GradientProbes(replica)
 
     def _refuse_unequal_parts(self) -> None:
         parts = len(private.partitions(self._deepspeed))
@@ -132,9 +131,8 @@ class Engine:
             group["lr"] = lr * group["lr_factor"]
         tally = Tally(self.model.args, n_targets, n_tokens, self.world)
         step = Step(batch, tally, self.grid.data.size, self.grid.reports_loss, loss_limit, self.before_change)
-        self._probes.reset()
         self.model.train()
-        at_lowest = private.loss_scale_is_lowest(self._deepspeed)
+        scaler, at_lowest = private.loss_scaler_state(self._deepspeed), private.loss_scale_is_lowest(self._deepspeed)
         norm = self.schedule.run(step)
         result = tally.result(norm, self.grid.expert.size)
         result.loss_scale = private.loss_scaler_state(self._deepspeed).get("cur_scale")
@@ -146,8 +144,29 @@ class Engine:
         else:
             result.skipped = self._why_skipped(result.loss, loss_limit, at_lowest)
             if result.skipped in ("loss", "gradient"):
-                result.culprits = find_culprits(self.grid, self._probes, batch, step.losses)
+                broken = self._broken_stages(step, scaler) if result.skipped == "gradient" else []
+                result.culprits = find_culprits(self.replica, batch, step.losses, broken)
         return result
+
+    def _broken_stages(self, step: Step, scaler: dict[str, float]) -> list[int]:
+        """This rank's stages in which a gradient of a step is not finite: it is computed again, with the loss scaler
+        that it had (collective).
+        """
+        kept = private.loss_scaler_state(self._deepspeed)
+        private.set_loss_scaler_state(self._deepspeed, scaler)
+        tally = Tally(self.model.args, step.tally.n_targets, step.tally.n_tokens, self.world)
+        probes = GradientProbes(self.replica)
+        again = Rehearsal(
+            batch=step.batch,
+            tally=tally,
+            data_ranks=step.data_ranks,
+            reports_loss=step.reports_loss,
+            before_change=step.before_change,
+            probes=probes,
+        )
+        self.schedule.rehearse(again)
+        private.set_loss_scaler_state(self._deepspeed, kept)
+        return probes.broken()
 
     def _why_skipped(self, loss: float, loss_limit: float | None, at_lowest: bool) -> Skipped:
         if not math.isfinite(loss):

@@ -54,6 +54,9 @@ class Pipelined:
             private.forget_gradients(self.deepspeed)
         return norm
 
+    def rehearse(self, step: Step) -> None:
+        self.run(step)
+
     def publish(self) -> None:
         if self.tied:
             self.tied.send_weight()

@@ -3,6 +3,7 @@ schedule of a rank that has the whole model.
 """
 
 import math
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,11 @@ class Schedule(Protocol):
     def run(self, step: Step) -> float:
         """Compute the step and apply it: its sums and losses are then those of all micro-batches. The norm of the
         gradients, inf where they were not applied (collective).
+        """
+
+    def rehearse(self, step: Step) -> None:
+        """Compute a step whose `one_or_nan` is NaN, so that nothing is applied; all gradients of its micro-batches have
+        been made when that is asked for (collective).
         """
 
     def publish(self) -> None:
@@ -59,6 +65,11 @@ class Plain:
                 engine.step()  # updates nothing yet: DeepSpeed wants it after each backward
         step.before_change()
         return self._apply_parts() if self._zero_stage else self._apply_whole()
+
+    def rehearse(self, step: Step) -> None:
+        # what one_or_nan spoils is the last micro-batch, so that comes once more
+        micro_batches = [*step.batch.micro_batches, step.batch.micro_batches[-1]]
+        self.run(replace(step, batch=replace(step.batch, micro_batches=micro_batches)))
 
     def publish(self) -> None:
         pass  # nobody else has these weights
