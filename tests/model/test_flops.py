@@ -37,5 +37,5 @@ def test_heads_wider_than_the_model_count_with_their_width() -> None:
 def test_a_layer_attends_to_no_more_than_its_span(seq_len: int) -> None:
     local = DENSE.model_copy(update={"attention_chunk_size": 16, "nope_layer_interval": 2})
     chunked, whole = (unit_flops(local, seq_len)[f"layers.{i}"] for i in range(2))
-    assert [spec.span for spec in local.layer_specs()] == [16, None]
+    assert [spec.mixer.span for spec in local.layer_specs()] == [16, None]
     assert whole - chunked == 12 * D * (seq_len - min(seq_len, 16))
