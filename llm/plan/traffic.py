@@ -55,8 +55,7 @@ def _tensor(work: Workload) -> Iterator[Sent]:
         edges += 4 * regions
         mean_squares += 2 * means
         if work.recompute != "none":
-            # the last leave makes nothing that the backward needs, unless the router's losses follow it
-            last = not norms_around(args)[1] and not (spec.ffn == "moe" and auxiliary_losses(args))
+            last = not norms_around(args)[1]  # then the last leave makes nothing that the backward needs
             enters, leaves = (regions, regions - last) if layout.sequence_parallel else (0, 2 * (regions - last))
             edges += enters + leaves
             mean_squares += means
