@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, D model width, V vocabulary, S documents, E experts, M number of MoE layers.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -119,6 +120,15 @@ def _shortened(values: Ints) -> str:
     return str(values.tolist()) if len(values) <= 8 else f"{values[:4].tolist()} ... {values[-4:].tolist()}"
 
 
+class LossSum(NamedTuple):
+    """The sum of a loss over the targets of a batch."""
+
+    total: Tensor
+    """float32 scalar, differentiable."""
+    per_token: Tensor | None = None
+    """(B, T) float32 without gradient: each target's part, 0 where there is none; None where that is not known."""
+
+
 class RouterStats(NamedTuple):
     """What MoE layers report of their routing: sums over tokens that are no padding, so that the cuts of a batch add
     up to the whole."""
@@ -128,7 +138,13 @@ class RouterStats(NamedTuple):
     z_sum: Tensor
     """float32 scalar: z_alpha * sum over tokens of logsumexp(logits)^2."""
     expert_counts: Tensor
-    """(E,) int64: assignments to each expert."""
+    """(E,) int64: assignments to each expert; of several layers together (M, E)."""
+
+    @classmethod
+    def together(cls, layers: Sequence["RouterStats"]) -> "RouterStats":
+        """Those of several layers."""
+        balance, z, counts = (torch.stack(parts) for parts in zip(*layers, strict=True))
+        return cls(balance.sum(), z.sum(), counts)
 
 
 @dataclass
@@ -140,12 +156,21 @@ class TransformerOutput:
     hidden: Tensor | None = None
     """(B, T, D) final normed hidden states, with return_hidden."""
     loss_sum: Tensor | None = None
-    """float32 scalar: sum of the negative log-likelihood, in nats, over labels >= 0."""
+    """float32 scalar: sum of the negative log-likelihood, in nats, over labels >= 0; or the first of `losses`."""
     n_targets: Tensor | None = None
     """int64 scalar: number of labels >= 0."""
+    losses: Mapping[str, "LossSum"] | None = None
+    """What was made of the hidden states, by name."""
     balance_sum: Tensor | None = None
     """float32 scalar summed over tokens and MoE layers (see RouterStats); divide by the global number of tokens."""
     z_sum: Tensor | None = None
     """float32 scalar, in the same way."""
     expert_counts: Tensor | None = None
     """(M, E) int64: assignments to each expert of each MoE layer in this call."""
+
+    @property
+    def router(self) -> "RouterStats | None":
+        """What the MoE layers reported, all together; None without such layers."""
+        if self.balance_sum is None or self.z_sum is None or self.expert_counts is None:
+            return None
+        return RouterStats(self.balance_sum, self.z_sum, self.expert_counts)

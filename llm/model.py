@@ -6,7 +6,7 @@ Positions, documents and caches are arguments of a call; the module keeps nothin
 Shapes: B batch, T tokens, D model width, V vocabulary, E experts, M number of MoE layers.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -16,7 +16,7 @@ from llm.args import ModelArgs
 from llm.args.layers import attention_specs
 from llm.cache import Cache
 from llm.conveniences import Conveniences
-from llm.datatypes import RouterStats, TransformerInput, TransformerOutput
+from llm.datatypes import LossSum, RouterStats, TransformerInput, TransformerOutput
 from llm.init import initialise
 from llm.layers.block import Block
 from llm.layers.context import Context, angles, temperature
@@ -25,12 +25,14 @@ from llm.layers.foreign_names import accept_foreign_names
 from llm.layers.masks import AttentionMasks, document_lengths, starts
 from llm.layers.moe import MoE, routing_shape
 from llm.layers.norm import make_norm
-from llm.layers.output import Output
+from llm.layers.output import HeadTargets, Output
 from llm.layers.region import InRegion
 from llm.parameters import ParameterTable
 from llm.recompute import Recompute, recomputed
 
 EMBEDDING, NORM, OUTPUT = "tok_embeddings", "norm", "output"
+Losses = Callable[[Tensor], Mapping[str, LossSum]]
+"""Makes losses of final hidden states (B, T, D), by name, the main one first."""
 
 
 def unit_names(args: ModelArgs) -> tuple[str, ...]:
@@ -87,11 +89,13 @@ class LLM(Conveniences, InRegion):
         labels: Tensor | None = None,
         cache: Cache | None = None,
         return_hidden: bool = False,
+        losses: Losses | None = None,
         x: Tensor | None = None,
         units: Sequence[str] | None = None,
         expert_counts: Tensor | None = None,
     ) -> TransformerOutput:
-        """Logits; or the loss, given labels; or hidden states instead of logits, with return_hidden.
+        """Logits; or the loss, given labels; or what `losses` makes of the hidden states (B, T, D); or hidden states
+        instead of logits, with return_hidden.
 
         labels: (B, T) int64, labels[b, t] being the token after tokens[b, t]; negative ones are ignored. A cache makes
         the tokens continue its rows, and turns gradients off. units: run these alone, of those that the module has, on
@@ -106,7 +110,7 @@ class LLM(Conveniences, InRegion):
             hidden, stats = self.run(self.units if units is None else units, x, inputs, ctx)
             if cache is not None:
                 cache.forget()
-            return self._results(hidden, stats, inputs, labels, return_hidden)
+            return self._results(hidden, stats, inputs, labels, return_hidden, losses)
 
     def _results(
         self,
@@ -115,12 +119,11 @@ class LLM(Conveniences, InRegion):
         inputs: TransformerInput,
         labels: Tensor | None,
         return_hidden: bool,
+        losses: Losses | None,
     ) -> TransformerOutput:
         out = TransformerOutput(hidden=hidden if return_hidden else None)
         if stats:
-            out.balance_sum = torch.stack([layer.balance_sum for layer in stats]).sum()
-            out.z_sum = torch.stack([layer.z_sum for layer in stats]).sum()
-            out.expert_counts = torch.stack([layer.expert_counts for layer in stats])
+            out.balance_sum, out.z_sum, out.expert_counts = RouterStats.together(stats)
         if labels is not None:
             if labels.shape != inputs.tokens.shape:
                 raise ValueError(
@@ -128,6 +131,9 @@ class LLM(Conveniences, InRegion):
                 )
             out.loss_sum = self.loss_sum(hidden, labels)
             out.n_targets = (labels >= 0).sum()
+        elif losses is not None:
+            out.losses = losses(hidden)
+            out.loss_sum = next(iter(out.losses.values())).total
         elif not return_hidden:
             out.logits = self.logits(hidden)
         return out
@@ -209,14 +215,30 @@ class LLM(Conveniences, InRegion):
         """Float32 logits (B, T, V) of final hidden states."""
         return self._head(hidden_BTD)
 
-    def loss_sum(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
-        """Sum of the labels' negative log-likelihood in nats given final hidden states, float32 scalar."""
-        return self._head(hidden_BTD, labels_BT)
+    def loss_sum(
+        self,
+        hidden_BTD: Tensor,
+        labels_BT: Tensor,
+        *,
+        factors_BT: Tensor | None = None,
+        nll_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Sum of the labels' negative log-likelihood in nats given final hidden states, float32 scalar.
+
+        factors_BT: float32, of each label's part; unset = 1. nll_BT: float32, is filled with what each label's is.
+        """
+        return self._head(hidden_BTD, HeadTargets(labels_BT, factors_BT, nll_BT))
+
+    def replicated(self, hidden_BTD: Tensor) -> Tensor:
+        """Final hidden states for what every tensor-parallel rank computes alike: their gradient counts once, where
+        that of `loss_sum` and `logits` is a term of a sum over the ranks.
+        """
+        return self.region.once(hidden_BTD)
 
     def token_nll(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
         """Negative log-likelihood in nats of each label given final hidden states, (B, T) float32 without gradient, 0
         where the label is negative."""
-        return self._head(hidden_BTD, labels_BT, per_token=True)
+        return self._head(hidden_BTD, HeadTargets(labels_BT, each=True))
 
     @property
     def _head(self) -> nn.Module:

@@ -26,9 +26,10 @@ from llm.model import LLM
 from llm.parallel.collectives import all_or_none, sum_over_ranks
 from llm.parallel.grid import Grid, make_grid
 from llm.parallel.launch import process
+from llm.tasks import task_named
 from llm.tokenizer import load_tokenizer
 from llm.train.config import RunConfig, check_layout, validate
-from llm.train.run import build_engine, open_sources
+from llm.train.run import build_engine, rows_wanted
 from llm.train.settle import with_vocabulary
 
 
@@ -71,6 +72,7 @@ def train(config: RunConfig, mixture: Mixture, grid: Grid, steps: int) -> list[d
         micro_batch_size=settings.micro_batch_size,
         dp_rank=data.rank,
         dp_size=data.size,
+        count=partial(engine.objectives.count, sources=mixture.names),
         batch_schedule=settings.batch_schedule,
         seq_len_schedule=settings.seq_len_schedule,
     )
@@ -78,15 +80,15 @@ def train(config: RunConfig, mixture: Mixture, grid: Grid, steps: int) -> list[d
     with loader:
         for _ in range(steps):
             batch = all_or_none(loader.next, grid.world)
-            mine = [batch.n_targets, batch.n_tokens] if grid.reports_loss else [0, 0]
-            n_targets, n_tokens = (int(n) for n in sum_over_ranks(mine, grid.world))
-            result = engine.train_step(batch, n_targets, n_tokens, config.optim.lr)
+            mine = [count * grid.reports_loss for count in batch.counts.values()]
+            counts = batch.counts.with_values(sum_over_ranks(mine, grid.world))
+            result = engine.train_step(batch, counts, config.optim.lr)
             rows.append(
                 {
                     "loss": result.loss,
                     "grad_norm": result.grad_norm,
                     "routing_checksum": result.routing_checksum,
-                    "targets": n_targets,
+                    "targets": counts.targets,
                     "margin": margins.take() if margins else None,
                     "skipped": result.skipped,
                 }
@@ -101,8 +103,7 @@ def main() -> None:
     process.quiet_libraries()
     world = process.start(first.parallel.timeout_s, first.train.threads)
     tokenizer = all_or_none(lambda: load_tokenizer(first.tokenizer), world)
-    sources, _, _ = open_sources(first, tokenizer, world)
-    mixture = all_or_none(lambda: Mixture(sources, first.train.seq_len, first.train.seed), world)
+    mixture = task_named(first.task).open_rows(rows_wanted(first), tokenizer, world).train
     grids: dict[tuple[int, ...], Grid] = {}  # groups take time and memory, and the ZeRO stages can share them
     for config in configs:
         layout = check_layout(config, world.size)

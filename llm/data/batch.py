@@ -8,41 +8,21 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from llm.batch import IGNORE, Batch, Counts, Targets
 from llm.data.source import TokenSource
-
-IGNORE = -100  # label of a token that is no target
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """tokens_BT, labels_BT: int64 on CPU; labels_BT[b, t] follows tokens_BT[b, t], or is negative where that is no
-    target.
-
-    cu_seqlens: int32 on CPU, (segments + 1,): where each segment (a document, or a row's part of one) begins in the
-        flattened tokens, then B * T.
-    """
-
-    tokens_BT: Tensor
-    labels_BT: Tensor
-    cu_seqlens: Tensor
-
-    def n_targets(self) -> int:
-        """Number of labels that count."""
-        return int((self.labels_BT >= 0).sum())
+from llm.datatypes import TransformerInput
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One rank's part of a step. n_targets and n_tokens count this rank's labels and tokens; first_row and n_rows are
-    the whole step's global rows; wait_s is how long the trainer waited for it; passed_over are ranges (first, end) of
-    global rows of the whole step that are not to be trained on.
+    """One rank's part of a step. counts are of this rank's micro-batches; first_row and n_rows are the whole step's
+    global rows; wait_s is how long the trainer waited for it; passed_over are ranges (first, end) of global rows of the
+    whole step that are not to be trained on.
     """
 
-    micro_batches: list[MicroBatch]
-    n_targets: int
-    n_tokens: int
+    micro_batches: list[Batch]
+    counts: Counts
     first_row: int
     n_rows: int
     wait_s: float
@@ -56,8 +36,8 @@ class StepBatch:
 
 def collate(
     rows: Sequence[tuple[TokenSource, int] | None], seq_len: int, fill: int = 0, sequence_len: int | None = None
-) -> MicroBatch:
-    """Read rows (source, row number) into a micro-batch.
+) -> Batch:
+    """Read rows (source, row number) into a batch whose targets are the next tokens, called `lm`.
 
     `sequence_len`, a divisor of seq_len, cuts each row into sequences of that many tokens, in order: the tensors are
     then (rows x seq_len / sequence_len, sequence_len). Labels stay: the last token of a sequence still predicts the
@@ -86,10 +66,11 @@ def collate(
     if seq_len % width:
         raise ValueError(f"sequences of {width} tokens do not fill a row of {seq_len}")
     starts = np.arange(0, row_starts[-1] + 1, width)
-    return MicroBatch(
-        tokens_BT=torch.from_numpy(stream[:, :-1].copy()).view(-1, width),
-        labels_BT=torch.from_numpy(labels_BT).view(-1, width),
-        cu_seqlens=torch.from_numpy(
-            np.unique(np.concatenate([starts, *inner_starts, *filler_starts])).astype(np.int32)
-        ),
+    bounds = np.unique(np.concatenate([starts, *inner_starts, *filler_starts])).astype(np.int32)
+    whole = n_filled >= seq_len
+    valid_BT = None if whole.all() else torch.from_numpy(np.arange(seq_len) < n_filled[:, None]).view(-1, width)
+    return Batch(
+        TransformerInput(torch.from_numpy(stream[:, :-1].copy()).view(-1, width), cu_seqlens=torch.from_numpy(bounds)),
+        {"lm": Targets(torch.from_numpy(labels_BT).view(-1, width))},
+        valid_BT,
     )

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from llm.data.batch import MicroBatch, collate
+from llm.batch import Batch
+from llm.data.batch import collate
 from llm.data.order import ORDER_VERSION, permute, round_keys
 from llm.data.source import TokenSource
 
@@ -42,7 +43,7 @@ class HeldOut:
         parts = [ORDER_VERSION, seq_len, self.n_rows, [source.fingerprint for source in self.sources]]
         self.fingerprint = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
-    def batches(self, micro_batch_size: int, dp_rank: int, dp_size: int) -> Iterator[MicroBatch]:
+    def batches(self, micro_batch_size: int, dp_rank: int, dp_size: int) -> Iterator[Batch]:
         """The micro-batches of one of `dp_size` data-parallel ranks; as many on each of them."""
         for start in range(0, self.n_rows, micro_batch_size * dp_size):
             first = start + dp_rank * micro_batch_size

@@ -16,15 +16,15 @@ import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 import numpy as np
 
+from llm.batch import Batch, Counts, Rows
 from llm.data.batch import StepBatch, collate
 from llm.data.mixture import Mixture
 from llm.data.ranges import Range, within
-from llm.data.source import TokenSource
 from llm.errors import UserError
 
 Schedule = Sequence[tuple[int, int]]
@@ -55,6 +55,7 @@ class TrainLoader:
         micro_batch_size: int,
         dp_rank: int,
         dp_size: int,
+        count: Callable[[Sequence[Batch]], Counts],
         start_row: int = 0,
         prefetch: int = 2,
         batch_schedule: Schedule = (),
@@ -62,9 +63,10 @@ class TrainLoader:
         earlier_rows: int = 0,
         passed_over: Sequence[Range] = (),
     ) -> None:
-        """global_batch_size and micro_batch_size count rows; `start_row` is the number of rows consumed so far;
-        `prefetch` steps are read ahead. The schedules change global_batch_size, and the length of the sequences that
-        each row of seq_len tokens is cut into; they count `earlier_rows` too, which were read of other data.
+        """global_batch_size and micro_batch_size count rows; `count` makes StepBatch.counts; `start_row` is the number
+        of rows consumed so far; `prefetch` steps are read ahead. The schedules change global_batch_size, and the length
+        of the sequences that each row of seq_len tokens is cut into; they count `earlier_rows` too, which were read of
+        other data.
         `passed_over`: global rows that are not to be trained on.
 
         UserError when a batch cannot be cut evenly.
@@ -86,6 +88,7 @@ class TrainLoader:
         self._seq_len_schedule = tuple(seq_len_schedule)
         self._earlier_rows = earlier_rows
         self._passed_over = list(passed_over)
+        self._count = count
         self._part = (micro_batch_size, dp_rank, dp_size)
         self._next_row = start_row
         self._ready: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=prefetch)
@@ -136,26 +139,31 @@ class TrainLoader:
         b, rank, ranks = self._part
         mine = np.arange(first_row, first_row + n_rows).reshape(-1, ranks, b)[:, rank].reshape(-1)
         sources, rows = self.mixture.locate(mine)
-        places: list[tuple[TokenSource, int] | None] = [
-            (self.mixture.sources[j], k) for j, k in zip(sources.tolist(), rows.tolist(), strict=True)
-        ]
         if passed_over != [(first_row, first_row + n_rows)]:
             for first, end in passed_over:
-                for i in np.flatnonzero((first <= mine) & (mine < end)).tolist():
-                    places[i] = None
-        fill = self.mixture.sources[0].eos_id
+                for numbers in (sources, rows):
+                    numbers[(first <= mine) & (mine < end)] = -1
         micro_batches = [
-            collate(places[m : m + b], self.mixture.seq_len, fill, sequence_len) for m in range(0, len(places), b)
+            self._read(Rows(*(numbers[m : m + b] for numbers in (sources, rows, mine))), sequence_len)
+            for m in range(0, len(mine), b)
         ]
         return StepBatch(
             passed_over=tuple(passed_over),
             micro_batches=micro_batches,
-            n_targets=sum(micro_batch.n_targets() for micro_batch in micro_batches),
-            n_tokens=sum(micro_batch.tokens_BT.numel() for micro_batch in micro_batches),
+            counts=self._count(micro_batches),
             first_row=first_row,
             n_rows=n_rows,
             wait_s=0.0,
         )
+
+    def _read(self, rows: Rows, sequence_len: int) -> Batch:
+        """The rows, cut into sequences; what is not there is padding without labels."""
+        places = [
+            (self.mixture.sources[source], row) if source >= 0 else None
+            for source, row in zip(rows.source.tolist(), rows.row.tolist(), strict=True)
+        ]
+        batch = collate(places, self.mixture.seq_len, self.mixture.sources[0].eos_id, sequence_len)
+        return dataclasses.replace(batch, rows=rows)
 
     def _drop_one(self) -> None:
         try:

@@ -17,7 +17,7 @@ the vocabulary in a block, b blocks.
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -69,8 +69,14 @@ def lm_loss_sum(
     labels_BT: Tensor,
     vocabulary: Share | None = None,
     softcap: float | None = None,
+    *,
+    factors_BT: Tensor | None = None,
+    nll_BT: Tensor | None = None,
 ) -> Tensor:
     """Sum of the negative log-likelihood of labels >= 0, in nats: float32 scalar, differentiable in hidden and weight.
+
+    factors_BT: float32, what each label's part is multiplied with; unset = 1. nll_BT: float32, is filled with each
+    label's negative log-likelihood before that, 0 where the label is negative.
 
     Softmax and sums are float32, and the weight gradient is accumulated in float32, whatever the dtype of the
     arguments. Without targets the loss is 0 and its gradients are zeros. Any negative label is ignored; one >= V
@@ -78,8 +84,9 @@ def lm_loss_sum(
     """
     hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
     _check_labels(labels_BT, weight_VD, vocabulary)
+    per_token = _PerToken(*(None if x is None else x.view(-1) for x in (factors_BT, nll_BT)))
     return _ChunkedCrossEntropy.apply(
-        hidden_ND, weight_VD, labels_BT.reshape(-1), vocabulary, softcap, torch.is_grad_enabled()
+        hidden_ND, weight_VD, labels_BT.reshape(-1), vocabulary, softcap, torch.is_grad_enabled(), per_token
     )
 
 
@@ -97,6 +104,24 @@ def token_nll(
     chunks = _chunks(hidden_ND, labels_N, weight_VD, vocabulary)
     nll = [_chunk_nll(logits, labels, vocabulary, softcap, grad=False) for logits, _, labels in chunks]
     return torch.cat(nll).float().view(labels_BT.shape)
+
+
+class _PerToken(NamedTuple):
+    """What `lm_loss_sum` is given for each token, (N,)."""
+
+    factors_N: Tensor | None
+    nll_N: Tensor | None
+
+    def factors(self, done: int, n: int) -> Tensor | None:
+        """Of n tokens behind the first `done`."""
+        return None if self.factors_N is None else self.factors_N[done : done + n]
+
+    def weighted(self, nll_n: Tensor, done: int) -> Tensor:
+        """What these tokens add to the sum; notes their likelihood."""
+        if self.nll_N is not None:
+            self.nll_N[done : done + len(nll_n)] = nll_n
+        factors_n = self.factors(done, len(nll_n))
+        return nll_n if factors_n is None else nll_n * factors_n
 
 
 def _check_labels(labels_BT: Tensor, weight_VD: Tensor, vocabulary: Share | None) -> None:
@@ -217,13 +242,17 @@ def _take_chunks(
     softcap: float | None,
     grad_hidden_ND: Tensor | None,
     grad_weight_VD: Tensor | None,
+    per_token: _PerToken,
 ) -> Tensor:
     """Sum of the negative log-likelihoods; gradients are written where there is a place for them."""
     with_grad = grad_hidden_ND is not None or grad_weight_VD is not None
     total = hidden_ND.new_zeros((), dtype=wide_dtype(hidden_ND))
     done = 0
     for logits, hidden, labels in _chunks(hidden_ND, labels_N, weight_VD, vocabulary):
-        total += _chunk_nll(logits, labels, vocabulary, softcap, with_grad).sum()
+        total += per_token.weighted(_chunk_nll(logits, labels, vocabulary, softcap, with_grad), done).sum()
+        factors_n = per_token.factors(done, len(labels))
+        if with_grad and factors_n is not None:
+            logits *= factors_n.unsqueeze(-1)
         if grad_hidden_ND is not None:  # the logits are now their gradients
             torch.mm(logits, weight_VD, out=grad_hidden_ND[done : done + len(labels)])
         if grad_weight_VD is not None:
@@ -240,6 +269,7 @@ def _take_tiles(
     softcap: float | None,
     grad_hidden_ND: Tensor | None,
     grad_weight_VD: Tensor | None,
+    per_token: _PerToken,
 ) -> Tensor:
     """`_take_chunks` through the vocabulary in blocks.
 
@@ -270,11 +300,15 @@ def _take_tiles(
         log_z_n, label_score_n = own_log_z_n, target_n
         if vocabulary is not None:
             log_z_n, label_score_n = _across_shares(own_log_z_n, target_n, vocabulary)
-        total += (log_z_n - label_score_n).masked_fill_(labels < 0, 0).sum()
+        total += per_token.weighted((log_z_n - label_score_n).masked_fill_(labels < 0, 0), done).sum()
 
         factor_bn1 = (log_z_bn - log_z_n).exp_().mul_(labels >= 0).unsqueeze(-1)
         row, mine = _in_share(labels, first, len(weight_VD))
         pull_n1 = _through_cap(-mine.to(hidden.dtype), target_n, softcap).unsqueeze(-1)
+        factors_n = per_token.factors(done, len(labels))
+        if factors_n is not None:
+            factor_bn1 = factor_bn1 * factors_n.unsqueeze(-1)
+            pull_n1 = pull_n1 * factors_n.unsqueeze(-1)
         if grad_hidden_ND is not None:
             grad_hidden = torch.mul(weight_VD[row], pull_n1, out=grad_hidden_ND[done : done + len(labels)])
         for i, (tile, weight, factor_n1) in enumerate(zip(tiles_nv, weights, factor_bn1, strict=True)):
@@ -318,26 +352,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         vocabulary: Share | None,
         softcap: float | None,
         with_grad: bool,
+        per_token: _PerToken,
     ) -> Tensor:
         with_hidden, with_weight = (with_grad and need for need in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden_ND) if with_hidden else None
         grad_weight = torch.empty_like(weight_VD, dtype=wide_dtype(hidden_ND)) if with_weight else None
         gradients = grad_hidden, grad_weight
         take = _take_tiles if (with_hidden or with_weight) and _tiles_suit(hidden_ND) else _take_chunks
-        total = take(hidden_ND, weight_VD, labels_N, vocabulary, softcap, *gradients)
+        total = take(hidden_ND, weight_VD, labels_N, vocabulary, softcap, *gradients, per_token)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden_ND.dtype, weight_VD.dtype
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
         # scaled before rounding: a rounded 1/N would scale the whole gradient, and fp16 cannot hold a sum over tokens
         grad_hidden, grad_weight = (
             None if g is None else (g.to(grad.dtype) * grad).to(dtype)
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _through_cap(grad: Tensor, scores: Tensor, softcap: float | None) -> Tensor:

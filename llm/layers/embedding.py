@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm.init import Draw
-from llm.layers.output import predict
+from llm.layers.output import HeadTargets, predict
 from llm.layers.parameter import ParamInfo, Rows
 from llm.layers.region import VocabularyShare
 
@@ -40,7 +40,7 @@ class TiedEmbedding(Embedding):
         super().__init__(vocab_size, dim)
         self.softcap = softcap
 
-    def forward(self, x: Tensor, labels_BT: Tensor | None = None, per_token: bool = False) -> Tensor:
+    def forward(self, x: Tensor, targets: HeadTargets | None = None) -> Tensor:
         if x.is_floating_point():
-            return predict(x, self.weight, labels_BT, per_token, self.vocabulary, self.softcap)
+            return predict(x, self.weight, targets, self.vocabulary, self.softcap)
         return super().forward(x)

@@ -40,6 +40,10 @@ class Region:
         """
         return x
 
+    def once(self, x: Tensor) -> Tensor:
+        """Inside: x, for what every rank makes of it alike; its gradient becomes one rank's term of the sum."""
+        return x
+
     def own(self, x: Tensor) -> Tensor:
         """Inside: this rank's rows of x (N, ...), so that sums over tokens count each token on one rank."""
         return x

@@ -10,7 +10,7 @@ ranks only wait for what they need.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 import numpy as np
@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llm.args import ModelArgs
+from llm.batch import Batch
 from llm.cache import Cache
-from llm.data.batch import MicroBatch
-from llm.datatypes import TransformerInput, TransformerOutput
+from llm.datatypes import LossSum, TransformerInput, TransformerOutput
 from llm.generate import Decoder
 from llm.layers.moe import routing_shape
-from llm.model import LLM
+from llm.model import LLM, Losses
+from llm.objectives import Objective, Objectives
 from llm.parallel.build import Storage, build_model
 from llm.parallel.collectives import sum_over_ranks
 from llm.parallel.grid import Grid
@@ -77,31 +78,26 @@ class Replica:
         owns = [stage.owns(self.table[name]) for stage in self.stages]
         return owns.index(True) if any(owns) else len(owns) - 1  # the last stage's copy of a tied table
 
-    def inputs(self, batch: MicroBatch) -> TransformerInput:
-        """What the model reads of a micro-batch, on its device."""
-        return TransformerInput(tokens=batch.tokens_BT.to(self.world.device), cu_seqlens=batch.cu_seqlens)
-
-    def labels(self, batch: MicroBatch, phase: int) -> Tensor | None:
-        """The labels of a micro-batch, on the device, where this stage predicts."""
-        return batch.labels_BT.to(self.world.device) if self.stages[phase].last else None
+    def to_device(self, batch: Batch) -> Batch:
+        """The batch on the model's device."""
+        return batch.to(self.world.device)
 
     def through_stage(
         self,
         phase: int,
         x: Tensor | None,
         inputs: TransformerInput,
-        labels: Tensor | None = None,
+        losses: Losses | None = None,
         cache: Cache | None = None,
     ) -> TransformerOutput:
-        """What stage `phase` of this rank (0 or 1) makes of what the stage before it made: with labels a loss, else
-        hidden states.
+        """What stage `phase` of this rank (0 or 1) makes of what the stage before it made: losses, else hidden states.
         """
         units = self.stages[phase].units
         return self.model(
             inputs,
-            labels=labels,
+            losses=losses,
             cache=cache,
-            return_hidden=labels is None,
+            return_hidden=losses is None,
             x=x,
             units=units,
             expert_counts=self._expert_counts,
@@ -121,40 +117,39 @@ class Replica:
         self._expert_counts = counts.to(self.world.device)
 
     @torch.no_grad()
-    def sum_nll(self, batches: Iterator[MicroBatch], token_bytes: np.ndarray) -> tuple[float, int, int]:
-        """Sum of negative log-likelihood (nats), number of targets, and bytes of text they stand for, over all ranks
-        (collective).
-
-        `token_bytes` is the UTF-8 length of each token (vocab,), 0 for special tokens.
-        """
+    def sum_losses(
+        self, objective: Objective, batches: Iterator[Batch], counted: Callable[[Batch], Sequence[int]]
+    ) -> tuple[float, list[int]]:
+        """The sum of an objective, and the sums of what `counted` counts in each batch, over all ranks (collective)."""
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        n_targets = n_bytes = 0
-        for batch, loss_sum in self._loss_sums(batches):
-            total += loss_sum.double()
-            targets = batch.labels_BT[batch.labels_BT >= 0].numpy()
-            n_targets += targets.size
-            n_bytes += int(token_bytes[targets].sum())
-        mine = [float(total), n_targets, n_bytes] if self.grid.reports_loss else [0.0, 0, 0]
-        nll, *counts = sum_over_ranks(mine, self.world)
-        return nll, int(counts[0]), int(counts[1])
-
-    def _loss_sums(self, batches: Iterator[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor]]:
-        """Each batch and the sum of its loss, where this rank knows it, else 0 (collective)."""
-        ranks = self.grid.pipeline.size
-        none = torch.zeros((), device=self.world.device)
-        while chunk := list(islice(batches, EVALUATED_AT_ONCE * ranks if ranks > 1 else 1)):
-            outputs = self._through_stages([self.inputs(batch) for batch in chunk], chunk)
-            sums = [output.loss_sum for output in outputs] or [none] * len(chunk)
-            yield from zip(chunk, sums, strict=True)
+        mine: list[int] = []
+        for batch, loss in self._losses(objective, batches):
+            if loss is not None:
+                total += loss.total.double()
+            numbers = counted(batch)
+            mine = [sum(pair) for pair in zip(mine, numbers, strict=True)] if mine else list(numbers)
+        sums = sum_over_ranks([n * self.grid.reports_loss for n in (float(total), *mine)], self.world)
+        return sums[0], [int(count) for count in sums[1:]]
 
     @torch.no_grad()
-    def token_nll(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Negative log-likelihood in nats of each label of each batch, (B, T) float32, where this rank has the last
-        stage; elsewhere nothing (collective).
+    def token_losses(self, objective: Objective, batches: Sequence[Batch]) -> list[Tensor]:
+        """An objective's part of each token of each batch, (B, T) float32, where this rank has the last stage,
+        elsewhere nothing (collective). The objective must be one of tokens.
         """
-        hidden = self._through_stages([self.inputs(batch) for batch in batches])
-        labels = (batch.labels_BT.to(self.world.device) for batch in batches)
-        return [self.model.token_nll(_hidden(out), of_batch) for out, of_batch in zip(hidden, labels, strict=False)]
+        found = [loss.per_token for _, loss in self._losses(objective, iter(batches)) if loss is not None]
+        return [per_token for per_token in found if per_token is not None]
+
+    def _losses(self, objective: Objective, batches: Iterator[Batch]) -> Iterator[tuple[Batch, LossSum | None]]:
+        """Each batch and its loss, where this rank has the last stage (collective)."""
+        alone = Objectives([objective])
+        ranks = self.grid.pipeline.size
+        while chunk := list(islice(batches, EVALUATED_AT_ONCE * ranks if ranks > 1 else 1)):
+            here = [self.to_device(batch) for batch in chunk]
+            outputs = self._through_stages(
+                [batch.inputs for batch in here], [alone.losses_of(self.model, batch) for batch in here]
+            )
+            found: list[LossSum | None] = [out.losses[objective.name] for out in outputs if out.losses]
+            yield from zip(chunk, found or [None] * len(chunk), strict=True)
 
     @torch.no_grad()
     def logits(self, inputs: TransformerInput, caches: Sequence[Cache]) -> Tensor:
@@ -182,7 +177,7 @@ class Replica:
     def _through_stages(
         self,
         inputs: Sequence[TransformerInput],
-        labelled: Sequence[MicroBatch] | None = None,
+        losses: Sequence[Losses] | None = None,
         caches: Sequence[Cache] | None = None,
     ) -> list[TransformerOutput]:
         """What the last stage makes of each input, where it is; elsewhere nothing (collective)."""
@@ -196,8 +191,8 @@ class Replica:
                 x = None
                 if not stage.first:
                     x = turning.popleft() if source == here else self._receive(ranks[source])
-                labels = None if labelled is None else self.labels(labelled[i], phase)
-                out = self.through_stage(phase, x, taken, labels, None if caches is None else caches[phase])
+                wanted = losses[i] if losses is not None and stage.last else None
+                out = self.through_stage(phase, x, taken, wanted, None if caches is None else caches[phase])
                 if stage.last:
                     results.append(out)
                 elif target == here:

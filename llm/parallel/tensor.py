@@ -50,6 +50,10 @@ class TensorRegion(Region):
     def mean(self, x: Tensor) -> Tensor:
         return _copy(_reduce(x)) / self.group.size
 
+    def once(self, x: Tensor) -> Tensor:
+        part: Tensor = _Once.apply(x, self.group.size)
+        return part
+
     def own(self, x: Tensor) -> Tensor:
         start, stop = share_of(len(x), self.group.rank, self.group.size)
         return x[start:stop]
@@ -106,6 +110,20 @@ class _GatherTokens(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _reduce_scatter(grad, ctx.group), None
+
+
+class _Once(torch.autograd.Function):
+    """x as it is; of its gradient, which all ranks have, each takes an equal part."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: int) -> Tensor:
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad / ctx.ranks, None
 
 
 class _ScatterTokens(torch.autograd.Function):

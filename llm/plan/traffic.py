@@ -112,7 +112,7 @@ def _experts(work: Workload) -> Iterator[Sent]:
 def _sums(work: Workload) -> Iterator[Sent]:
     """The engine's one sum of losses and expert counts."""
     moe, world = work.args.moe, work.layout.world
-    numbers = 3 + (work.moe_layers * moe.n_experts if moe is not None else 0)
+    numbers = work.losses + (work.moe_layers * moe.n_experts if moe is not None else 0)
     yield Sent("world", "loss", 2 * (world - 1) * FLOAT64 * numbers)
 
 

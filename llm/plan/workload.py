@@ -71,6 +71,8 @@ class Workload:
     seq_len: int
     accumulation: int
     """Micro-batches of a step."""
+    losses: int = 3
+    """Sums of a step: of its objectives, and where there are several sources, of each."""
     offload_optimizer: bool = False
     recompute: Recompute = "none"
     ema: bool = False

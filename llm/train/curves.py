@@ -15,9 +15,6 @@ from llm.train.reporting import Opened
 
 CURVES = {
     "loss": "train/loss",
-    "lm_loss": "train/lm_loss",
-    "moe_balance_loss": "train/moe_balance_loss",
-    "moe_z_loss": "train/moe_z_loss",
     "grad_norm": "optim/grad_norm",
     "lr": "optim/lr",
     "batch_size": "optim/batch_size",
@@ -31,9 +28,16 @@ CURVES = {
     "valid_ppl": "val/ppl",
     "valid_bits_per_byte": "val/bits_per_byte",
 }
-"""Fields of a row that are drawn, and under which name."""
+"""Fields of a row that are drawn, and under which name; beside them the losses of objectives and sources."""
 WANDB_ID = "wandb_id"
 """File in the run folder with the identity of the run at Weights & Biases."""
+
+
+def curve_of(field: str) -> str | None:
+    """The name under which a field of a row is drawn; None where it is not."""
+    if field.startswith("loss/") or (field.endswith("_loss") and field not in CURVES):
+        return f"train/{field}"
+    return CURVES.get(field)
 
 
 class CurveSink(Protocol):

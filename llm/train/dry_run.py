@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from llm.data.sources import source_specs
 from llm.errors import UserError
 from llm.model import LLM
 from llm.parallel.engine.deepspeed_private import mark
@@ -24,7 +25,7 @@ from llm.train.disk import checkpoints_at_once, room
 from llm.train.notes import config_notes
 from llm.train.optimizer import parameter_groups
 from llm.train.preflight import ALONE
-from llm.train.settle import encode_prompts
+from llm.train.settle import encode_prompts, objectives_in
 
 REPLICA: tuple[Dimension, ...] = ("tensor", "context", "data", "pipeline")
 EXPERTS: tuple[Dimension, ...] = ("expert", "expert_data")
@@ -34,7 +35,7 @@ SHOWN = 4
 
 def workload(config: RunConfig, layout: Layout) -> Workload:
     """The config as llm/parallel predicts from it. Precision `auto` counts as bf16; model.vocab_size must be set."""
-    args, train = config.model, config.train
+    args, train, sources = config.model, config.train, source_specs(config.data.train)
     model, table = LLM(args, device="meta"), ParameterTable.of(args)
     names = {}
     for name, parameter in model.named_parameters():
@@ -56,6 +57,7 @@ def workload(config: RunConfig, layout: Layout) -> Workload:
         groups=groups,
         micro_batch_size=train.micro_batch_size,
         seq_len=train.seq_len,
+        losses=len(objectives_in(config).weights) + (len(sources) if len(sources) > 1 else 0),
         accumulation=train.global_batch_size // (train.micro_batch_size * layout.data),
         offload_optimizer=config.parallel.offload_optimizer,
         recompute=train.activation_checkpointing,

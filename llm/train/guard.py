@@ -24,7 +24,7 @@ SMALLEST_SIGMA = 0.005  # of the median: losses that hardly vary make no spike o
 
 def rows_and_size(batch: StepBatch) -> tuple[Range, tuple[int, int]]:
     """A step's global rows, and how many they are and of how many tokens a sequence is."""
-    return (batch.first_row, batch.first_row + batch.n_rows), (batch.n_rows, batch.micro_batches[0].tokens_BT.shape[1])
+    return (batch.first_row, batch.first_row + batch.n_rows), (batch.n_rows, batch.micro_batches[0].seq_len)
 
 
 def part_passed_over(step: int, batch: StepBatch) -> list[str]:

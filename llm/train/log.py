@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from llm import screen
-from llm.train.curves import CURVES, CurveSink
+from llm.train.curves import CurveSink, curve_of
 from llm.train.reporting import Channel, LineFile, reason_of
 
 
@@ -76,7 +76,8 @@ class RunLog:
         """
         step = row["step"]
         self._pass_on(self._metrics_channel.send(lambda: self._metrics.write(json.dumps(row))))
-        points = {name: row[key] for key, name in CURVES.items() if row.get(key) is not None}
+        named = {curve_of(key): value for key, value in row.items() if value is not None}
+        points = {name: value for name, value in named.items() if name is not None}
         self._draw(lambda sink: sink.numbers(step, points))
         if self._bar is not None:
             with suppress(OSError, ValueError):

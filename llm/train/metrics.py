@@ -3,7 +3,9 @@
 | field | what |
 |---|---|
 | step, tokens, epoch | steps, tokens and passes over the training rows so far, this step included |
-| loss, lm_loss, moe_balance_loss, moe_z_loss | nats, mean over the global batch; loss is their sum |
+| loss | nats: the sum of the following |
+| lm_loss, moe_balance_loss, moe_z_loss, ... | of each objective: its weight times the mean over the global batch |
+| loss/SOURCE | of each source, where there are several: the first objective's mean over its targets; null without any |
 | grad_norm | global norm before clipping; null, like a loss, where it is no finite number |
 | skipped | why there was no update: loss, gradient, limit (guard.spike), overflow (fp16), passed over; else null |
 | loss_scale | of fp16; else null |
@@ -51,14 +53,13 @@ class StepMetrics:
         self, result: StepResult, batch: StepBatch, *, step: int, tokens: int, epoch: float, lr: float, seconds: float
     ) -> dict[str, Any]:
         """The row of a step; `seconds` is its wall time, data included."""
-        seq_len = batch.micro_batches[0].tokens_BT.shape[1]
-        per_device = result.n_tokens / seconds / self.world.size
+        seq_len = batch.micro_batches[0].seq_len
+        n_tokens = result.counts.tokens
+        per_device = n_tokens / seconds / self.world.size
         return {
             "step": step,
             "loss": _finite(result.loss),
-            "lm_loss": _finite(result.lm_loss),
-            "moe_balance_loss": _finite(result.moe_balance_loss),
-            "moe_z_loss": _finite(result.moe_z_loss),
+            **{key: _finite(value) for key, value in named_losses(result).items()},
             "grad_norm": _finite(result.grad_norm),
             "skipped": result.skipped,
             "loss_scale": result.loss_scale,
@@ -70,15 +71,21 @@ class StepMetrics:
             "epoch": epoch,
             "batch_size": batch.n_rows,
             "seq_len": seq_len,
-            "targets": result.n_targets,
-            "tokens_per_s": result.n_tokens / seconds,
+            "targets": result.counts.targets,
+            "tokens_per_s": n_tokens / seconds,
             "tokens_per_s_per_device": per_device,
             "mfu": None if self.peak is None else per_device * self.flops(seq_len) / self.peak,
             "step_time_s": seconds,
             "data_wait_s": batch.wait_s,
             "memory_gb": peak_memory_gb(self.world.device),
+            **{f"loss/{source}": _finite(value) for source, value in result.source_losses.items()},
             **({"rows_passed_over": [list(rows) for rows in batch.passed_over]} if batch.passed_over else {}),
         }
+
+
+def named_losses(result: StepResult) -> dict[str, float]:
+    """The losses of the objectives, by the names of their fields."""
+    return {f"{name}_loss": loss for name, loss in result.losses.items()}
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -23,7 +23,7 @@ from llm.paths import refuse_unwritable
 from llm.tokenizer import Tokenizer, load_tokenizer
 from llm.train.config import RunConfig
 from llm.train.resume.choose import checkpoint_to_continue, refuse_another_run
-from llm.train.settle import encode_prompts, settle_precision, settle_warmup, with_vocabulary
+from llm.train.settle import encode_prompts, objectives_in, settle_precision, settle_warmup, with_vocabulary
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -71,6 +71,10 @@ def _data_is_there(run: UnstartedRun) -> None:
         check_data(side, cache_dir=run.config.data.cache_dir)
 
 
+def _objectives(run: UnstartedRun) -> None:
+    objectives_in(run.config)
+
+
 def _tokenizer(run: UnstartedRun) -> None:
     encode_prompts(run.config, run.tokenizer, ALONE)
     with_vocabulary(run.config, run.tokenizer)
@@ -111,6 +115,7 @@ def _machine(run: UnstartedRun) -> None:
 
 
 CHECKS: tuple[Callable[[UnstartedRun], None], ...] = (
+    _objectives,
     _run_folder,
     _data_is_there,
     _tokenizer,

@@ -10,17 +10,15 @@ from pathlib import Path
 
 from llm.checkpoint.store import CheckpointStore
 from llm.compile import compile_blocks
-from llm.data.contamination import contamination_notes
 from llm.data.heldout import HeldOut
 from llm.data.mixture import Mixture
-from llm.data.source import TokenSource
-from llm.data.sources import check_data, open_data, prepare_data, sides
 from llm.parallel.collectives import all_or_none, main_decides
 from llm.parallel.engine.build import build_replica
 from llm.parallel.engine.engine import Engine
 from llm.parallel.grid import Grid, make_grid
 from llm.parallel.launch.world import World
 from llm.parameters import ParameterTable
+from llm.tasks import RowsWanted, Task, task_named
 from llm.tokenizer import Tokenizer, load_tokenizer
 from llm.train.config import RunConfig, accumulation_steps, check_layout
 from llm.train.optimizer import make_optimizer
@@ -28,17 +26,13 @@ from llm.train.progress import Progress
 from llm.train.resume.choose import refuse_another_run
 from llm.train.settle import (
     encode_prompts,
+    objectives_in,
     settle_length,
     settle_precision,
     settle_rows,
     settle_warmup,
     with_vocabulary,
 )
-
-VERIFY_TOKENS = 1 << 28
-"""A source up to this size is verified whole before the run begins (under a second); a larger one shard by shard as
-it is first read.
-"""
 
 
 @dataclass
@@ -54,6 +48,7 @@ class Run:
     prompts: list[list[int]]
     """Those of the samples, in tokens."""
     store: CheckpointStore
+    task: Task
     mixture: Mixture
     held_out: HeldOut | None
     engine: Engine
@@ -82,6 +77,7 @@ class Run:
 def build_run(config: RunConfig, folder: Path, world: World) -> Run:
     """The run of a config with its files in `folder` (collective); UserError on all ranks where it cannot be."""
     grid = make_grid(world, check_layout(config, world.size))
+    all_or_none(lambda: objectives_in(config), world)
     tokenizer: Tokenizer = all_or_none(lambda: load_tokenizer(config.tokenizer), world)
     prompts = encode_prompts(config, tokenizer, world)
     settled = with_vocabulary(config, tokenizer)
@@ -99,11 +95,9 @@ def build_run(config: RunConfig, folder: Path, world: World) -> Run:
     settled, precision_reason = settle_precision(settled, store, world)
     settled = settle_warmup(settled, store, world)
     main_decides(lambda: refuse_another_run(settled, store.folder, tokenizer), world)
-    sources, valid, notes = open_sources(settled, tokenizer, world)
-    seq_len = settled.train.seq_len
-    mixture = all_or_none(lambda: Mixture(sources, seq_len, settled.train.seed), world)
     settled, rows_reason = settle_rows(settled)
-    held_out = all_or_none(lambda: HeldOut(valid, seq_len, settled.eval.rows) if valid else None, world)
+    task = task_named(settled.task)
+    rows = task.open_rows(rows_wanted(settled), tokenizer, world)
     engine = build_engine(settled, grid)
     engine.before_change = store.wait_for_copy
     return Run(
@@ -114,38 +108,27 @@ def build_run(config: RunConfig, folder: Path, world: World) -> Run:
         tokenizer=tokenizer,
         prompts=prompts,
         store=store,
-        mixture=mixture,
-        held_out=held_out,
+        task=task,
+        mixture=rows.train,
+        held_out=rows.valid,
         engine=engine,
         epochs=config.train.epochs,
-        notes=notes,
+        notes=rows.notes,
         precision_reason=precision_reason,
         rows_reason=rows_reason,
     )
 
 
-def open_sources(
-    config: RunConfig, tokenizer: Tokenizer, world: World
-) -> tuple[list[tuple[str, TokenSource, float]], list[TokenSource], list[str]]:
-    """The training sources with their names and weights, the held-out sources, and lines that say what they are made
-    of; raw text is sharded by rank 0."""
-    cache, of_role = config.data.cache_dir, sides(config.data.train, config.data.valid)
-    for side in of_role.values():  # both before the first is sharded, which may take long
-        main_decides(partial(check_data, side, cache_dir=cache), world)
-    opened: dict[str, list[tuple[str, TokenSource, float]]] = {"data.train": [], "data.valid": []}
-    for role, side in of_role.items():
-        main_decides(partial(prepare_data, side, tokenizer, cache), world)
-        opened[role] = all_or_none(partial(open_data, side, tokenizer, cache), world)
-        for _, source, _ in opened[role]:
-            if source.n_tokens <= VERIFY_TOKENS:
-                main_decides(partial(_verify, source), world)
-    train, valid = ([source for _, source, _ in opened[role]] for role in ("data.train", "data.valid"))
-    contamination = main_decides(partial(contamination_notes, train, valid), world)
-    return opened["data.train"], valid, [note for source in train + valid for note in source.notes] + contamination
-
-
-def _verify(source: TokenSource) -> None:
-    TokenSource.open(source.path, verify=True)
+def rows_wanted(config: RunConfig) -> RowsWanted:
+    """The rows that a config reads."""
+    return RowsWanted(
+        train=config.data.train,
+        valid=config.data.valid,
+        cache_dir=config.data.cache_dir,
+        seq_len=config.train.seq_len,
+        seed=config.train.seed,
+        held_out_rows=config.eval.rows,
+    )
 
 
 def build_engine(config: RunConfig, grid: Grid) -> Engine:
@@ -165,6 +148,7 @@ def build_engine(config: RunConfig, grid: Grid) -> Engine:
     engine = Engine(
         replica,
         make_optimizer(replica.model, config.optim),
+        objectives=objectives_in(config),
         precision=train.precision,
         micro_batch_size=train.micro_batch_size,
         max_accumulation=accumulation_steps(config, grid.data.size),

@@ -1,7 +1,6 @@
 """Text samples during training: continuations of `eval.prompts`."""
 
-from llm.generate import generate
-from llm.generation.text import context_length, continuation
+from llm.generation.text import context_length
 from llm.parallel.collectives import main_decides
 from llm.train.log import RunLog
 from llm.train.run import Run
@@ -24,17 +23,13 @@ def sample(run: Run, step: int, log: RunLog | None, requests: Requests) -> None:
 
 def continuations(run: Run, step: int) -> list[str]:
     """A text for each prompt; drawn by the step, so that a run made again has the same."""
-    settings, context = run.config.eval, context_length(run.config.model)
-    try:
-        found = generate(
-            run.engine.replica.decoder(),
-            run.prompts,
-            max_new_tokens=[min(settings.sample_tokens, context - len(ids)) for ids in run.prompts],
-            temperature=settings.temperature,
-            stop_ids=run.tokenizer.end_ids,
-            seed=step,
-            n_ids=run.tokenizer.vocab_size,
-        )
-    except FloatingPointError as error:  # on all ranks alike; whether such a run goes on is the guard's to say
-        return [f" ({error})"] * len(run.prompts)
-    return [continuation(run.tokenizer, *row) for row in zip(run.prompts, found, strict=True)]
+    settings = run.config.eval
+    return run.task.sample(
+        run.engine.replica.decoder(),
+        run.tokenizer,
+        run.prompts,
+        most_tokens=settings.sample_tokens,
+        context=context_length(run.config.model),
+        temperature=settings.temperature,
+        seed=step,
+    )

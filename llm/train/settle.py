@@ -1,4 +1,5 @@
-"""What of a config is known only from the tokenizer, the run folder, this machine or where the run stands.
+"""What of a config is known only from the registries, the tokenizer, the run folder, this machine or where the run
+stands.
 
 The functions that take a `world` are called by all ranks together, and what one of them meets, all raise.
 """
@@ -9,13 +10,23 @@ from llm.checkpoint.reader import newest_valid, resolve
 from llm.checkpoint.store import CheckpointStore
 from llm.errors import UserError
 from llm.generation.text import context_length
+from llm.objectives import Objectives, objectives_of
 from llm.parallel.collectives import agreed_error, all_or_none, main_decides
 from llm.parallel.launch.world import World
+from llm.tasks import task_named
 from llm.tokenizer import Tokenizer
 from llm.train.config import RunConfig
 from llm.train.config.length import default_warmup
 from llm.train.precision import faster_precision
 from llm.train.schedule import epoch_rows, steps_between
+
+
+def objectives_in(config: RunConfig) -> Objectives:
+    """What a config trains for. UserError naming the key where its task, an objective or an option is not known."""
+    try:
+        return objectives_of(task_named(config.task).objectives(), config.train.objectives)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def settle_precision(config: RunConfig, store: CheckpointStore, world: World) -> tuple[RunConfig, str]:

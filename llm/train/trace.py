@@ -273,7 +273,9 @@ def _tensors(module: nn.Module, output: Any) -> Iterator[tuple[str, Tensor]]:
     elif isinstance(output, RouterStats):
         yield from output._asdict().items()
     elif isinstance(output, TransformerOutput):
-        yield from ((name, value) for name, value in vars(output).items() if value is not None)
+        yield from ((name, value) for name, value in vars(output).items() if isinstance(value, Tensor))
+        further = list((output.losses or {}).items())[1:]  # the first is loss_sum
+        yield from ((f"{name}_loss_sum", loss.total) for name, loss in further)
     elif isinstance(output, tuple):
         for item in output[:1] if isinstance(module, Block) else output:  # its router's numbers have been recorded
             yield from _tensors(module, item)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llm.batch import Counts
 from llm.checkpoint.lock import run_lock
 from llm.data.batch import StepBatch
 from llm.data.loader import TrainLoader
@@ -40,9 +41,8 @@ class Work(NamedTuple):
 
     batch: StepBatch
     """This rank's rows."""
-    n_targets: int
-    """Of all ranks, as n_tokens."""
-    n_tokens: int
+    counts: Counts
+    """Of all ranks."""
     stop: bool
     """Whether any rank was asked to stop before the step."""
     save: bool
@@ -132,7 +132,7 @@ class Trainer:
                 if work.stop or work.save:
                     self._obey(work.stop, log, requests)
                 with trace.step(progress.step + 1, run.engine.gradient_scale):
-                    result, lr = self.take_step(work.batch, work.n_targets, work.n_tokens)
+                    result, lr = self.take_step(work.batch, work.counts)
                 if config.checkpoint.asynchronous and progress.step == first:  # the optimizer has its state now
                     run.store.prepare(run.engine.state.owned_fragments())
                 action, lines = progress.guard.judge(progress.step, result, *rows_and_size(work.batch))
@@ -158,24 +158,22 @@ class Trainer:
             )
         return None
 
-    def take_step(
-        self, batch: StepBatch, n_targets: int, n_tokens: int, always: bool = False
-    ) -> tuple[StepResult, float]:
+    def take_step(self, batch: StepBatch, counts: Counts, always: bool = False) -> tuple[StepResult, float]:
         """The next optimizer step, on these rows, at the learning rate that is returned too (collective).
 
-        n_targets, n_tokens: of all ranks. A step that is to be passed over is not computed, unless `always`.
+        counts: of all ranks. A step that is to be passed over is not computed, unless `always`.
         """
         run, progress = self.run, self.progress
         step = progress.step + 1
         lr = learning_rate(run.config.optim, run.steps, step)
         if batch.is_passed_over and not always:
-            result = StepResult.passed_over(n_targets, n_tokens)
+            result = StepResult.passed_over(counts)
         else:
             _, size = rows_and_size(batch)
-            result = run.engine.train_step(batch, n_targets, n_tokens, lr, progress.guard.loss_limit(size))
+            result = run.engine.train_step(batch, counts, lr, progress.guard.loss_limit(size))
         progress.step = step
         progress.consumed_rows += batch.n_rows
-        progress.tokens += n_tokens
+        progress.tokens += counts.tokens
         return result, lr
 
     def _rewind(self, log: RunLog | None) -> list[str]:
@@ -213,6 +211,7 @@ class Trainer:
             micro_batch_size=train.micro_batch_size,
             dp_rank=data.rank,
             dp_size=data.size,
+            count=partial(self.run.engine.objectives.count, sources=self.run.mixture.names),
             start_row=progress.consumed_rows,
             batch_schedule=train.batch_schedule,
             seq_len_schedule=train.seq_len_schedule,
@@ -232,13 +231,14 @@ class Trainer:
         except (UserError, OSError) as error:
             failure = error
         flags = [batch is None, requests.stop is not None, world.is_main and requests.save_wanted(), *store.flags()]
-        counts = [0, 0] if batch is None or not self.run.grid.reports_loss else [batch.n_targets, batch.n_tokens]
-        sums = [int(n) for n in sum_over_ranks([*counts, *flags], world)]
-        n_targets, n_tokens, failed, stop, save, *saving = sums
+        none = self.run.engine.objectives.count((), self.run.mixture.names)
+        counts = batch.counts if batch is not None and self.run.grid.reports_loss else none
+        sums = [int(n) for n in sum_over_ranks([*flags, *counts.values()], world)]
+        failed, stop, save, *saving = sums[: len(flags)]
         if failed:
             all_or_none(partial(_raise, failure), world)
         assert batch is not None
-        return Work(batch, n_targets, n_tokens, stop > 0, save > 0, store.due(*saving))
+        return Work(batch, counts.with_values(sums[len(flags) :]), stop > 0, save > 0, store.due(*saving))
 
     def _obey(self, stop: bool, log: RunLog | None, requests: Requests) -> None:
         """Save at this step boundary; then leave with EXIT_STOPPED if that was asked for (collective)."""
@@ -260,7 +260,7 @@ class Trainer:
         run, step, config = self.run, self.progress.step, self.run.config
         new_best = False
         if run.held_out and (step == run.steps or step % config.eval.interval == 0):
-            found = validate(run.engine, run.held_out, run.tokenizer, config, lambda: bool(requests.stop))
+            found = validate(run.engine, run.task, run.held_out, run.tokenizer, config, lambda: bool(requests.stop))
             if found is None:
                 notes = [*notes, f"step {step}: validation given up, as the run is to stop"]
             else:

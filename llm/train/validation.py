@@ -1,6 +1,5 @@
 """Validation on the held-out text."""
 
-import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -9,25 +8,27 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llm.data.batch import MicroBatch
+from llm.batch import Batch
 from llm.data.heldout import HeldOut
 from llm.parallel.collectives import agreed_error, sum_over_ranks
 from llm.parallel.engine.engine import Engine
 from llm.parallel.grid import Grid
 from llm.parallel.launch.world import World
+from llm.tasks import Task
 from llm.tokenizer import Tokenizer
 from llm.train.config import RunConfig
 
 
 def validate(
     engine: Engine,
+    task: Task,
     held_out: HeldOut,
     tokenizer: Tokenizer,
     config: RunConfig,
     to_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """Loss per target (nats), perplexity and bits per byte of the original text over the held-out rows (collective);
-    with optim.ema_decay also the loss of the averaged weights. Equal on every layout.
+    """What the task says of the held-out rows (collective); with optim.ema_decay also the loss of the averaged weights.
+    Equal on every layout.
 
     None when `to_stop` came true on any rank meanwhile: a run that is to stop has seconds for it, and a validation may
     take minutes.
@@ -36,7 +37,7 @@ def validate(
     passes = 1 if config.optim.ema_decay is None else 2
     try:
         with _Bar(passes * held_out.n_rows, engine.grid) as bar:
-            return _validate(engine, held_out, tokenizer, config, lambda batches: bar.over(until(batches)))
+            return _validate(engine, task, held_out, tokenizer, config, lambda batches: bar.over(until(batches)))
     except _GivenUp:
         return None
 
@@ -45,7 +46,7 @@ class _GivenUp(Exception):
     pass
 
 
-def _until_stop(to_stop: Callable[[], bool], world: World, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+def _until_stop(to_stop: Callable[[], bool], world: World, batches: Iterator[Batch]) -> Iterator[Batch]:
     for batch in batches:  # as many on every rank
         if sum_over_ranks([to_stop()], world)[0]:
             raise _GivenUp
@@ -64,12 +65,12 @@ class _Bar:
             with suppress(OSError, ValueError):
                 self._bar = tqdm(total=rows, unit="row", desc="validation", leave=False, dynamic_ncols=True)
 
-    def over(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+    def over(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches; each moves the bar by the rows that all ranks read with it."""
         for batch in batches:
             yield batch
             if self._bar is not None:
-                rows = min(len(batch.tokens_BT) * self._data_ranks, self._bar.total - self._bar.n)
+                rows = min(len(batch.inputs.tokens) * self._data_ranks, self._bar.total - self._bar.n)
                 self._try(partial(self._bar.update, rows))
 
     def _try(self, action: Callable[[], object]) -> None:
@@ -88,24 +89,20 @@ class _Bar:
 
 def _validate(
     engine: Engine,
+    task: Task,
     held_out: HeldOut,
     tokenizer: Tokenizer,
     config: RunConfig,
-    until: Callable[[Iterator[MicroBatch]], Iterator[MicroBatch]],
+    until: Callable[[Iterator[Batch]], Iterator[Batch]],
 ) -> dict[str, float]:
-    n_bytes_of = tokenizer.token_bytes()
+    counter = task.counter(tokenizer)
     cut = (config.train.micro_batch_size, engine.grid.data.rank, engine.grid.data.size)
-    nll, n_targets, n_bytes = engine.replica.sum_nll(until(held_out.batches(*cut)), n_bytes_of)
-    if n_targets == 0:  # a mean over nothing would be the best loss of all
+    loss_sum, counts = engine.replica.sum_losses(engine.objectives.main, until(held_out.batches(*cut)), counter)
+    if not any(counts[:1]):  # a mean over nothing would be the best loss of all
         raise agreed_error(f"data.valid: {held_out.described()} have no token to predict; give more eval.rows")
-    loss = nll / n_targets
-    found = {
-        "valid_loss": loss,
-        "valid_ppl": math.exp(min(loss, 700.0)),
-        "valid_bits_per_byte": nll / (math.log(2) * max(n_bytes, 1)),
-    }
+    found = task.metrics(loss_sum, counts)
     if config.optim.ema_decay is not None:
         with engine.averaged_weights():
-            nll, _, _ = engine.replica.sum_nll(until(held_out.batches(*cut)), n_bytes_of)
-        found["valid_loss_ema"] = nll / n_targets
+            loss_sum, _ = engine.replica.sum_losses(engine.objectives.main, until(held_out.batches(*cut)), counter)
+        found["valid_loss_ema"] = task.metrics(loss_sum, counts)["valid_loss"]
     return found

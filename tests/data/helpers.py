@@ -4,11 +4,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from llm.batch import Batch
 from llm.data.build import build_source
 from llm.data.documents import Document
+from llm.data.loader import TrainLoader
+from llm.data.mixture import Mixture
 from llm.data.source import TokenSource
+from llm.objectives import objectives_of
+from llm.tasks import task_named
 from llm.tokenizer import ByteTokenizer, Tokenizer
+
+LM = objectives_of(task_named("lm").objectives())
+"""What a run trains for that says nothing of it."""
 
 
 def documents_of(texts: Sequence[str]) -> Iterator[Document]:
@@ -39,3 +48,21 @@ def flip_byte(path: Path, position: int) -> None:
     content = bytearray(path.read_bytes())
     content[position] ^= 0x40
     path.write_bytes(content)
+
+
+def labels_of(batch: Batch) -> torch.Tensor:
+    """(B, T), of the next tokens."""
+    return batch.targets["lm"].labels
+
+
+def loader_of(mixture: Mixture, global_batch_size: int, micro_batch_size: int, rank: int, ranks: int) -> TrainLoader:
+    """A loader of rows as long as the mixture's."""
+    return TrainLoader(
+        mixture,
+        seq_len=mixture.seq_len,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        dp_rank=rank,
+        dp_size=ranks,
+        count=LM.count,
+    )

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from llm.data.batch import IGNORE, MicroBatch
+from llm.batch import IGNORE, Batch
 from llm.data.heldout import HeldOut
 from llm.data.source import TokenSource
 from llm.tokenizer import ByteTokenizer
-from tests.data.helpers import make_source, random_texts, stream_of
+from tests.data.helpers import labels_of, make_source, random_texts, stream_of
 
 T = 32
 TEXTS = random_texts(150)
@@ -26,14 +26,14 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> TokenSource:
     return make_source(tmp_path_factory.mktemp("heldout") / "other", random_texts(20, seed=1))
 
 
-def all_ranks(held_out: HeldOut, ranks: int, micro: int) -> list[list[MicroBatch]]:
+def all_ranks(held_out: HeldOut, ranks: int, micro: int) -> list[list[Batch]]:
     return [list(held_out.batches(micro, rank, ranks)) for rank in range(ranks)]
 
 
 def rows_with_labels(held_out: HeldOut, ranks: int, micro: int) -> list[bytes]:
     """Tokens and labels of every row that has a label, in any order, from all ranks."""
     batches = [batch for of_rank in all_ranks(held_out, ranks, micro) for batch in of_rank]
-    rows = torch.cat([torch.cat([batch.tokens_BT, batch.labels_BT], 1) for batch in batches])
+    rows = torch.cat([torch.cat([batch.inputs.tokens, labels_of(batch)], 1) for batch in batches])
     return sorted(row.tobytes() for row in rows[(rows[:, T:] != IGNORE).any(1)].numpy())
 
 
@@ -50,7 +50,7 @@ def test_every_layout_reads_the_same_rows(source: TokenSource, other: TokenSourc
 @pytest.mark.parametrize(("ranks", "micro"), LAYOUTS)
 def test_all_rows_have_every_token_as_a_target_once(source: TokenSource, ranks: int, micro: int) -> None:
     batches = all_ranks(HeldOut([source], T, None), ranks, micro)
-    labels = torch.cat([batch.labels_BT for step in zip(*batches, strict=True) for batch in step]).reshape(-1).numpy()
+    labels = torch.cat([labels_of(batch) for step in zip(*batches, strict=True) for batch in step]).reshape(-1).numpy()
     stream = stream_of(TEXTS)
     assert np.array_equal(labels[labels >= 0], stream[stream != ByteTokenizer.bos_id])
 
@@ -60,9 +60,9 @@ def test_what_fills_the_last_row_is_a_segment_of_its_own(source: TokenSource) ->
     last = batches[-1]
     n_real = source.n_tokens - (len(batches) - 1) * 4 * T
     assert n_real % T > 0 and n_real < 4 * T
-    assert n_real in last.cu_seqlens.tolist()
-    assert (last.labels_BT.reshape(-1)[n_real - 1 :] == IGNORE).all()
-    assert set(range(0, 4 * T + 1, T)) <= set(last.cu_seqlens.tolist())
+    assert n_real in last.inputs.cu_seqlens.tolist()
+    assert (labels_of(last).reshape(-1)[n_real - 1 :] == IGNORE).all()
+    assert set(range(0, 4 * T + 1, T)) <= set(last.inputs.cu_seqlens.tolist())
 
 
 def test_some_rows_are_spread_over_all_sources_and_more_rows_contain_them(

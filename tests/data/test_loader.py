@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from llm.data.batch import IGNORE, StepBatch, collate
+from llm.batch import IGNORE
+from llm.data.batch import StepBatch, collate
 from llm.data.loader import TrainLoader, in_force
 from llm.data.mixture import Mixture
 from llm.data.source import TokenSource
 from llm.errors import UserError
 from llm.tokenizer import ByteTokenizer
-from tests.data.helpers import flip_byte, make_source, random_texts, stream_of
+from tests.data.helpers import LM, flip_byte, labels_of, loader_of, make_source, random_texts, stream_of
 
 T = 32
 G = 24
@@ -42,12 +43,14 @@ def global_steps(mixture: Mixture, dp_size: int, micro: int, n_steps: int, start
             micro_batch_size=micro,
             dp_rank=rank,
             dp_size=dp_size,
+            count=LM.count,
             start_row=start_row,
         ) as loader:
             for s in range(n_steps):
                 batch = loader.next()
                 assert (batch.first_row, batch.n_rows) == (start_row + s * G, G)
-                steps[s].append(torch.stack([torch.cat([m.tokens_BT, m.labels_BT], 1) for m in batch.micro_batches]))
+                both = [torch.cat([m.inputs.tokens, labels_of(m)], 1) for m in batch.micro_batches]
+                steps[s].append(torch.stack(both))
     # (micro-batch m, rank d, row b) is global row m D b + d b + row
     return [torch.stack(ranks, dim=1).reshape(G, 2 * T) for ranks in steps]
 
@@ -72,8 +75,8 @@ def test_resuming_on_other_ranks_goes_on_bit_by_bit(mixture: Mixture) -> None:
 
 def test_one_epoch_reads_every_row_once(source: TokenSource) -> None:
     mixture = Mixture([("a", source, 1.0)], T, seed=0)
-    with TrainLoader(mixture, seq_len=T, global_batch_size=1, micro_batch_size=1, dp_rank=0, dp_size=1) as loader:
-        rows = [loader.next().micro_batches[0].tokens_BT[0].numpy() for _ in range(mixture.n_rows)]
+    with loader_of(mixture, 1, 1, 0, 1) as loader:
+        rows = [loader.next().micro_batches[0].inputs.tokens[0].numpy() for _ in range(mixture.n_rows)]
     expected = [source.row(k, T).tokens[:-1] for k in range(mixture.n_rows)]
     assert sorted(row.tobytes() for row in rows) == sorted(row.tobytes() for row in expected)
 
@@ -82,7 +85,7 @@ def test_labels_are_the_next_tokens_of_the_same_document(source: TokenSource) ->
     batch = collate([(source, k) for k in range(20)], T)
     stream = stream_of(TEXTS)
     for k in range(20):
-        tokens, labels = batch.tokens_BT[k].numpy(), batch.labels_BT[k].numpy()
+        tokens, labels = batch.inputs.tokens[k].numpy(), labels_of(batch)[k].numpy()
         following = stream[k * T + 1 : (k + 1) * T + 1]
         assert np.array_equal(tokens, stream[k * T : (k + 1) * T])
         assert np.array_equal(labels, np.where(tokens == ByteTokenizer.eos_id, IGNORE, following))
@@ -90,25 +93,25 @@ def test_labels_are_the_next_tokens_of_the_same_document(source: TokenSource) ->
 
 def test_boundaries_are_row_starts_and_document_starts(source: TokenSource) -> None:
     batch = collate([(source, k) for k in (5, 0, 9)], T)
-    flat = batch.tokens_BT.reshape(-1).numpy()
+    flat = batch.inputs.tokens.reshape(-1).numpy()
     at = np.arange(len(flat))
     expected = np.flatnonzero((at % T == 0) | (flat == ByteTokenizer.bos_id))
-    assert batch.cu_seqlens.dtype == torch.int32
-    assert batch.cu_seqlens.tolist() == [*expected, 3 * T]
+    assert batch.inputs.cu_seqlens.dtype == torch.int32
+    assert batch.inputs.cu_seqlens.tolist() == [*expected, 3 * T]
 
 
 def test_a_steps_counts_are_those_of_its_labels(mixture: Mixture) -> None:
-    with TrainLoader(mixture, seq_len=T, global_batch_size=G, micro_batch_size=2, dp_rank=1, dp_size=3) as loader:
+    with loader_of(mixture, G, 2, 1, 3) as loader:
         step = loader.next()
-    labels = torch.cat([micro_batch.labels_BT for micro_batch in step.micro_batches])
-    assert step.n_targets == int((labels != IGNORE).sum())
-    assert step.n_tokens == labels.numel() > step.n_targets
+    labels = torch.cat([labels_of(micro_batch) for micro_batch in step.micro_batches])
+    assert step.counts.targets == int((labels != IGNORE).sum())
+    assert step.counts.tokens == labels.numel() > step.counts.targets
     assert labels.shape == (G // 3, T)
 
 
 def test_a_batch_that_cannot_be_cut_names_the_ranks_that_can(mixture: Mixture) -> None:
     with pytest.raises(UserError, match=r"train\.global_batch_size=24 .*cut for 1, 2, 3, 4, 6, 12 ranks"):
-        TrainLoader(mixture, seq_len=T, global_batch_size=G, micro_batch_size=2, dp_rank=0, dp_size=5)
+        loader_of(mixture, G, 2, 0, 5)
 
 
 def loader_threads() -> int:
@@ -116,7 +119,7 @@ def loader_threads() -> int:
 
 
 def test_closing_ends_the_thread_and_may_be_repeated(mixture: Mixture) -> None:
-    loader = TrainLoader(mixture, seq_len=T, global_batch_size=G, micro_batch_size=G, dp_rank=0, dp_size=1)
+    loader = loader_of(mixture, G, G, 0, 1)
     loader.next()
     loader.close()
     loader.close()
@@ -130,7 +133,7 @@ def test_an_error_in_the_thread_reaches_the_trainer_with_the_shards_name(tmp_pat
     path = source.shard_path(source.manifest.shards[0])
     flip_byte(path, path.read_bytes().index(stream_of(TEXTS)[100:130].astype(np.uint16).tobytes()))
     mixture = Mixture([("a", TokenSource.open(source.path), 1.0)], T, seed=0)
-    loader = TrainLoader(mixture, seq_len=T, global_batch_size=G, micro_batch_size=G, dp_rank=0, dp_size=1)
+    loader = loader_of(mixture, G, G, 0, 1)
     with pytest.raises(UserError, match=r"00000\.arrow"):
         loader.next()
     assert loader_threads() == 0
@@ -139,7 +142,8 @@ def test_an_error_in_the_thread_reaches_the_trainer_with_the_shards_name(tmp_pat
 def test_steps_follow_one_another_however_far_is_read_ahead(mixture: Mixture) -> None:
     for prefetch in (1, 5):
         with TrainLoader(
-            mixture, seq_len=T, global_batch_size=G, micro_batch_size=G, dp_rank=0, dp_size=1, prefetch=prefetch
+            mixture, seq_len=T, global_batch_size=G, micro_batch_size=G, dp_rank=0, dp_size=1, count=LM.count,
+            prefetch=prefetch,
         ) as loader:
             assert [loader.next().first_row for _ in range(4)] == [0, G, 2 * G, 3 * G]
 
@@ -157,6 +161,7 @@ def planned(mixture: Mixture, start_row: int = 0, dp_rank: int = 0, dp_size: int
         micro_batch_size=micro,
         dp_rank=dp_rank,
         dp_size=dp_size,
+            count=LM.count,
         start_row=start_row,
         batch_schedule=BATCHES,
         seq_len_schedule=LENGTHS,
@@ -164,7 +169,7 @@ def planned(mixture: Mixture, start_row: int = 0, dp_rank: int = 0, dp_size: int
 
 
 def tensors_of(batch: StepBatch) -> list[list[torch.Tensor]]:
-    return [[m.tokens_BT, m.labels_BT, m.cu_seqlens] for m in batch.micro_batches]
+    return [[m.inputs.tokens, labels_of(m), m.inputs.cu_seqlens] for m in batch.micro_batches]
 
 
 def test_a_value_is_in_force_from_its_row_on() -> None:
@@ -178,12 +183,12 @@ def test_across_changes_every_row_comes_once_and_in_order(mixture: Mixture) -> N
     assert [(step.first_row, step.n_rows) for step in steps] == [
         (0, 24), (24, 24), (48, 12), (60, 48), (108, 6), (114, 6), (120, 6),
     ]  # fmt: skip
-    tokens = torch.cat([m.tokens_BT.reshape(-1, T) for step in steps for m in step.micro_batches])
-    labels = torch.cat([m.labels_BT.reshape(-1, T) for step in steps for m in step.micro_batches])
+    tokens = torch.cat([m.inputs.tokens.reshape(-1, T) for step in steps for m in step.micro_batches])
+    labels = torch.cat([labels_of(m).reshape(-1, T) for step in steps for m in step.micro_batches])
     sources, rows = mixture.locate(np.arange(126))
     for i, (j, k) in enumerate(zip(sources.tolist(), rows.tolist(), strict=True)):
         expected = collate([(mixture.sources[j], k)], T)
-        assert torch.equal(tokens[i], expected.tokens_BT[0]) and torch.equal(labels[i], expected.labels_BT[0])
+        assert torch.equal(tokens[i], expected.inputs.tokens[0]) and torch.equal(labels[i], labels_of(expected)[0])
 
 
 def test_resuming_at_every_step_boundary_goes_on_as_uninterrupted(mixture: Mixture) -> None:
@@ -202,27 +207,27 @@ def test_ranks_share_planned_steps_as_they_share_others(mixture: Mixture) -> Non
     with planned(mixture, micro=3) as one, planned(mixture, 0, 0, 2, 3) as left, planned(mixture, 0, 1, 2, 3) as right:
         for _ in range(6):
             whole, halves = one.next(), (left.next(), right.next())
-            assert whole.n_targets == sum(half.n_targets for half in halves)
+            assert whole.counts.targets == sum(half.counts.targets for half in halves)
             # micro-batch m of one rank is micro-batch m // 2 of rank m % 2
             for m, micro_batch in enumerate(whole.micro_batches):
-                assert torch.equal(micro_batch.tokens_BT, halves[m % 2].micro_batches[m // 2].tokens_BT)
+                assert torch.equal(micro_batch.inputs.tokens, halves[m % 2].micro_batches[m // 2].inputs.tokens)
 
 
 def test_a_shorter_sequence_is_a_segment_of_its_own_with_the_labels_of_its_row(mixture: Mixture) -> None:
     with planned(mixture) as loader:
         steps = [loader.next() for _ in range(4)]
     for step, width in zip(steps, (8, 8, 16, 32), strict=True):
-        assert step.n_tokens == step.n_rows * T
+        assert step.counts.tokens == step.n_rows * T
         for m, batch in enumerate(step.micro_batches):
-            assert batch.tokens_BT.shape == batch.labels_BT.shape == (6 * T // width, width)
-            starts = set(batch.cu_seqlens.tolist())
+            assert batch.inputs.tokens.shape == labels_of(batch).shape == (6 * T // width, width)
+            starts = set(batch.inputs.cu_seqlens.tolist())
             assert set(range(0, 6 * T + 1, width)) <= starts
             sources, rows = mixture.locate(np.arange(step.first_row + 6 * m, step.first_row + 6 * m + 6))
             places = [(mixture.sources[j], k) for j, k in zip(sources.tolist(), rows.tolist(), strict=True)]
             whole = collate(places, T)
-            assert starts == set(whole.cu_seqlens.tolist()) | set(range(0, 6 * T, width))
+            assert starts == set(whole.inputs.cu_seqlens.tolist()) | set(range(0, 6 * T, width))
             # the last token of a sequence still predicts the first of the next
-            assert torch.equal(batch.labels_BT.reshape(-1), whole.labels_BT.reshape(-1))
+            assert torch.equal(labels_of(batch).reshape(-1), labels_of(whole).reshape(-1))
 
 
 def test_a_size_of_the_schedule_that_cannot_be_cut_is_named(mixture: Mixture) -> None:

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm.data.batch import IGNORE, StepBatch
+from llm.batch import IGNORE
+from llm.data.batch import StepBatch
 from llm.data.loader import TrainLoader
 from llm.data.mixture import Mixture
 from llm.data.ranges import Range, described, merged, within
-from tests.data.helpers import make_source, random_texts
+from tests.data.helpers import LM, labels_of, make_source, random_texts
 
 T = 16
 G = 8
@@ -28,7 +29,7 @@ def steps_of(
     found = []
     for rank in range(ranks):
         with TrainLoader(
-            mixture, seq_len=T, global_batch_size=size, micro_batch_size=2, dp_rank=rank, dp_size=ranks,
+            mixture, seq_len=T, global_batch_size=size, micro_batch_size=2, dp_rank=rank, dp_size=ranks, count=LM.count,
             passed_over=passed_over,
         ) as loader:  # fmt: skip
             found.append([loader.next() for _ in range(n)])
@@ -38,7 +39,7 @@ def steps_of(
 def trained(steps: list[list[StepBatch]]) -> list[bytes]:
     """Tokens and labels of all rows with labels, in any order."""
     rows = [
-        torch.cat([batch.tokens_BT, batch.labels_BT], 1)
+        torch.cat([batch.inputs.tokens, labels_of(batch)], 1)
         for of_rank in steps
         for step in of_rank
         if not step.is_passed_over
@@ -57,17 +58,17 @@ def test_ranges_are_merged_clipped_and_named() -> None:
 def test_a_step_within_a_range_is_passed_over_and_shows_its_rows(mixture: Mixture) -> None:
     (plain,), (step,) = steps_of(mixture, [], 2)[0][1:], steps_of(mixture, [(8, 16)], 2)[0][1:]
     assert step.is_passed_over and step.passed_over == ((8, 16),)
-    assert torch.equal(step.micro_batches[0].tokens_BT, plain.micro_batches[0].tokens_BT)
+    assert torch.equal(step.micro_batches[0].inputs.tokens, plain.micro_batches[0].inputs.tokens)
 
 
 def test_of_a_step_with_some_of_the_rows_the_others_are_trained_on(mixture: Mixture) -> None:
     plain, step = steps_of(mixture, [], 2)[0][1], steps_of(mixture, [(3, 11)], 2)[0][1]
     assert step.passed_over == ((8, 11),) and not step.is_passed_over
-    labels, before = (torch.cat([m.labels_BT for m in batch.micro_batches]) for batch in (step, plain))
+    labels, before = (torch.cat([labels_of(m) for m in batch.micro_batches]) for batch in (step, plain))
     assert (labels[:3] == IGNORE).all() and torch.equal(labels[3:], before[3:])
-    tokens = torch.cat([m.tokens_BT for m in step.micro_batches])
+    tokens = torch.cat([m.inputs.tokens for m in step.micro_batches])
     assert (tokens[:3] == mixture.sources[0].eos_id).all(), "no router sees what they say, either"
-    assert (step.n_targets, step.n_tokens) == (int((before[3:] >= 0).sum()), plain.n_tokens)
+    assert (step.counts.targets, step.counts.tokens) == (int((before[3:] >= 0).sum()), plain.counts.tokens)
 
 
 @pytest.mark.parametrize("size", [4, 8, 16, 24])
@@ -76,6 +77,7 @@ def test_any_batch_size_and_layout_trains_on_the_same_rows(mixture: Mixture, siz
     passed_over = [(5, 14), (16, 24), (30, 31)]
     rows = [row for row in range(48) if not any(first <= row < end for first, end in passed_over)]
     (every,) = steps_of(mixture, [], 6)
-    tokens = torch.cat([torch.cat([m.tokens_BT, m.labels_BT], 1) for step in every for m in step.micro_batches])[rows]
+    batches = [batch for step in every for batch in step.micro_batches]
+    tokens = torch.cat([torch.cat([batch.inputs.tokens, labels_of(batch)], 1) for batch in batches])[rows]
     expected = sorted(row.tobytes() for row in tokens[(tokens[:, T:] != IGNORE).any(1)].numpy())
     assert trained(steps_of(mixture, passed_over, 48 // size, ranks, size)) == expected

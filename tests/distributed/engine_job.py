@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from llm.args import ModelArgs
+from llm.batch import IGNORE, Batch, Targets
 from llm.compile import compile_blocks
-from llm.data.batch import IGNORE, MicroBatch, StepBatch
+from llm.data.batch import StepBatch
+from llm.datatypes import TransformerInput
 from llm.parallel.engine.build import build_replica
 from llm.parallel.engine.engine import Engine
 from llm.parallel.grid import Grid, make_grid
@@ -21,6 +23,7 @@ from llm.parallel.launch.world import World
 from llm.parallel.layout import Layout
 from llm.train.config import OptimConfig
 from llm.train.optimizer import make_optimizer
+from tests.data.helpers import LM
 from tests.distributed.harness import TINY_MODEL
 from tools.layouts_job import RouterMargins
 
@@ -28,9 +31,8 @@ ROWS, SEQ_LEN, VOCAB, SEED = 8, 48, 64, 3
 Hook = Callable[[Engine, int], None]
 
 
-def cut_batch(step: int, grid: Grid, accumulation: int) -> tuple[StepBatch, int]:
-    """This rank's part of step `step`, and the global number of targets: rows in two documents, some with few targets.
-    """
+def cut_batch(step: int, grid: Grid, accumulation: int) -> StepBatch:
+    """This rank's part of step `step`, with the counts of all ranks: rows in two documents, some with few targets."""
     draw = torch.Generator().manual_seed(step)
     stream = torch.randint(0, VOCAB, (ROWS, SEQ_LEN + 1), generator=draw)
     stream[:, 1::2] = (stream[:, 0:-1:2] * 7 + 3) % VOCAB  # half of the text can be learned
@@ -42,8 +44,10 @@ def cut_batch(step: int, grid: Grid, accumulation: int) -> tuple[StepBatch, int]
         mine = slice((m * data.size + data.rank) * rows, (m * data.size + data.rank + 1) * rows)
         starts = sorted({*range(0, rows * SEQ_LEN + 1, SEQ_LEN), *(r * SEQ_LEN + 17 for r in range(rows))})
         tokens = stream[mine, :-1].contiguous()
-        micro_batches.append(MicroBatch(tokens, labels[mine].contiguous(), torch.tensor(starts, dtype=torch.int32)))
-    return StepBatch(micro_batches, 0, 0, step * ROWS, ROWS, 0.0), int((labels >= 0).sum())
+        inputs = TransformerInput(tokens, cu_seqlens=torch.tensor(starts, dtype=torch.int32))
+        micro_batches.append(Batch(inputs, {"lm": Targets(labels[mine].contiguous())}))
+    counts = LM.count([Batch(TransformerInput(stream[:, :-1]), {"lm": Targets(labels)})])
+    return StepBatch(micro_batches, counts, step * ROWS, ROWS, 0.0)
 
 
 def build(case: dict[str, Any], world: World) -> Engine:
@@ -60,6 +64,7 @@ def build(case: dict[str, Any], world: World) -> Engine:
     engine = Engine(
         replica,
         make_optimizer(replica.model, optim),
+        objectives=LM,
         precision=precision,
         micro_batch_size=ROWS // (grid.data.size * accumulation),
         max_accumulation=accumulation,
@@ -79,8 +84,8 @@ def train(engine: Engine, case: dict[str, Any], steps: range) -> list[dict[str, 
     rows = []
     margins = RouterMargins(engine.model) if engine.world.size == 1 and not case.get("compile") else None
     for step in steps:
-        batch, n_targets = cut_batch(step, engine.grid, case.get("accumulation", 1))
-        result = engine.train_step(batch, n_targets, ROWS * SEQ_LEN, lr=1e-3)
+        batch = cut_batch(step, engine.grid, case.get("accumulation", 1))
+        result = engine.train_step(batch, batch.counts, lr=1e-3)
         rows.append(
             {
                 "loss": result.loss,

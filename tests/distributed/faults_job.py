@@ -109,7 +109,7 @@ def differences(config_path: Path, whole: Path, folder: Path, world: World) -> l
     for run_dir, resume in ((whole, "auto"), (folder / "fresh", str(checkpoint(whole, STEPS[-1])))):
         config = validate(raw | {"checkpoint": {"resume": resume}}, "changed")
         with (
-            patch.object(run_module, "open_sources", side_effect=AssertionError("too late")),
+            patch.object(run_module, "rows_wanted", side_effect=AssertionError("too late")),
             patch.object(run_module, "build_engine", side_effect=AssertionError("too late")),
         ):
             try:

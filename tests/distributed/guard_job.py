@@ -53,7 +53,7 @@ def spoil(engine: Engine, kind: str | None, rank: int) -> None:
 
     def train_step(batch: Any, *args: Any) -> Any:
         if batch.first_row == (BAD_STEP - 1) * batch.n_rows and engine.world.rank == rank:
-            tokens.append(batch.micro_batches[-1].tokens_BT)
+            tokens.append(batch.micro_batches[-1].inputs.tokens)
         result = step(batch, *args)
         tokens.clear()
         return result
@@ -63,8 +63,8 @@ def spoil(engine: Engine, kind: str | None, rank: int) -> None:
         bad = bool(tokens) and torch.equal(inputs.tokens, tokens[0])
         return context(self, inputs, *args)
 
-    def spoiled_loss(self: LLM, *args: Any) -> torch.Tensor:
-        loss = loss_sum(self, *args)
+    def spoiled_loss(self: LLM, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = loss_sum(self, *args, **kwargs)
         if bad:
             return loss * {"loss": math.nan, "spike": 10.0}.get(kind or "", 1.0)
         return loss

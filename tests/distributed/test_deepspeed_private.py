@@ -25,7 +25,9 @@ def main(out: Path) -> None:
     import torch
 
     from llm.args import ModelArgs
-    from llm.data.batch import MicroBatch, StepBatch
+    from llm.batch import Batch, Targets
+    from llm.data.batch import StepBatch
+    from llm.datatypes import TransformerInput
     from llm.parallel.collectives import gather_json
     from llm.parallel.engine import deepspeed_private as private
     from llm.parallel.engine.build import build_replica
@@ -36,6 +38,7 @@ def main(out: Path) -> None:
     from llm.parameters import ParameterTable
     from llm.train.config import OptimConfig
     from llm.train.optimizer import make_optimizer
+    from tests.data.helpers import LM
 
     process.quiet_libraries()
     world = process.start(60, 1)
@@ -50,6 +53,7 @@ def main(out: Path) -> None:
         engine = Engine(
             replica,
             make_optimizer(replica.model, OptimConfig()),
+            objectives=LM,
             precision=precision,
             micro_batch_size=1,
             max_accumulation=1,
@@ -67,9 +71,9 @@ def main(out: Path) -> None:
             private.set_loss_scaler_state(engine._deepspeed, {"scale_window": 1, "cur_iter": 1})
             before = engine._deepspeed.optimizer.loss_scaler.cur_scale
         tokens = torch.arange(16).view(1, 16) + 16 * world.rank
-        micro_batch = MicroBatch(tokens, tokens + 1, torch.tensor([0, 16], dtype=torch.int32))
-        batch = StepBatch([micro_batch], 16, 16, 0, world.size, 0.0)
-        result = engine.train_step(batch, 16 * world.size, 16 * world.size, lr=1e-3)
+        micro_batch = Batch(TransformerInput(tokens), {"lm": Targets(tokens + 1)})
+        counts = LM.count([micro_batch] * world.size)
+        result = engine.train_step(StepBatch([micro_batch], counts, 0, world.size, 0.0), counts, lr=1e-3)
         if before is not None:
             grown = engine._deepspeed.optimizer.loss_scaler.cur_scale / before
             report[f"{stage} {precision}"] = {"grown": grown, "norm": result.grad_norm}

@@ -51,8 +51,8 @@ def compare(case: dict[str, Any], world: World) -> dict[str, Any]:
     grid = make_grid(world, layout)
     engine = build_engine(config, grid)
     kept: list[dict[str, int]] = []
-    inputs = engine.replica.inputs  # called at the beginning of each micro-batch
-    engine.replica.inputs = lambda batch: (kept.append(measure(engine)), inputs(batch))[1]  # type: ignore[method-assign]
+    moved = engine.replica.to_device  # called at the beginning of each micro-batch
+    engine.replica.to_device = lambda batch: (kept.append(measure(engine)), moved(batch))[1]  # type: ignore[method-assign]
     for step in range(SETTLING_STEPS):
         take_step(engine, step, work.accumulation)
     counter = TrafficCounter(layout)
@@ -79,8 +79,8 @@ def compare(case: dict[str, Any], world: World) -> dict[str, Any]:
 
 
 def take_step(engine: Engine, step: int, accumulation: int) -> None:
-    batch, n_targets = cut_batch(step, engine.grid, accumulation)
-    assert engine.train_step(batch, n_targets, ROWS * SEQ_LEN, lr=1e-3).skipped is None
+    batch = cut_batch(step, engine.grid, accumulation)
+    assert engine.train_step(batch, batch.counts, lr=1e-3).skipped is None
 
 
 def measure(engine: Engine) -> dict[str, int]:

@@ -1,20 +1,20 @@
 """A replica of one rank, without a process group: what it scores and continues is what the model does."""
 
-import numpy as np
 import pytest
 import torch
 
 from llm.args import ModelArgs
-from llm.data.batch import MicroBatch
+from llm.batch import IGNORE, Batch, Targets
+from llm.datatypes import TransformerInput
 from llm.generate import generate
 from llm.model import LLM
 from llm.parallel.grid import make_grid
 from llm.parallel.launch.world import World
 from llm.parallel.replica import Replica
+from tests.data.helpers import LM, labels_of
 from tests.model.models import LLAMA4, MOE, tokens
 
 ARGS = ModelArgs.model_validate(LLAMA4 | {"moe": MOE})
-VOCAB = ARGS.vocab_size
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +22,11 @@ def replica() -> Replica:
     return Replica.build(ARGS, 3, make_grid(World(0, 1, 0, torch.device("cpu"))))
 
 
-def batch_of(seed: int) -> MicroBatch:
+def batch_of(seed: int) -> Batch:
     labels = tokens(2, 24, seed=seed + 50)
-    labels[0, :5] = -100
-    return MicroBatch(tokens(2, 24, seed=seed), labels, torch.tensor([0, 9, 24, 48], dtype=torch.int32))
+    labels[0, :5] = IGNORE
+    bounds = torch.tensor([0, 9, 24, 48], dtype=torch.int32)
+    return Batch(TransformerInput(tokens(2, 24, seed=seed), cu_seqlens=bounds), {"lm": Targets(labels)})
 
 
 def test_it_holds_the_model_that_args_and_seed_say(replica: Replica) -> None:
@@ -34,16 +35,14 @@ def test_it_holds_the_model_that_args_and_seed_say(replica: Replica) -> None:
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
-def test_scores_are_sums_over_batches_and_their_targets(replica: Replica) -> None:
+def test_scores_are_sums_over_batches_and_their_counts(replica: Replica) -> None:
     batches = [batch_of(seed) for seed in range(3)]
-    sizes = np.arange(VOCAB)
-    nll, n_targets, n_bytes = replica.sum_nll(iter(batches), sizes)
-    assert n_targets == 3 * (48 - 5)
-    assert n_bytes == sum(int(sizes[batch.labels_BT[batch.labels_BT >= 0]].sum()) for batch in batches)
-    each = replica.token_nll(batches)
+    loss_sum, counts = replica.sum_losses(LM.main, iter(batches), lambda batch: [LM.main.count(batch), batch.n_tokens])
+    assert counts == [3 * (48 - 5), 3 * 48]
+    each = replica.token_losses(LM.main, batches)
     # float32 sums of a batch against float64 sums of its tokens
-    assert nll == pytest.approx(sum(float(part.double().sum()) for part in each), rel=1e-6)
-    assert all((part[batch.labels_BT < 0] == 0).all() for part, batch in zip(each, batches, strict=True))
+    assert loss_sum == pytest.approx(sum(float(part.double().sum()) for part in each), rel=1e-6)
+    assert all((part[labels_of(batch) < 0] == 0).all() for part, batch in zip(each, batches, strict=True))
 
 
 def test_it_continues_prompts_as_the_model_does(replica: Replica) -> None:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from llm.batch import Counts
 from llm.data.batch import StepBatch
 from llm.errors import UserError
 from llm.parallel.engine import deepspeed_private as private
@@ -12,9 +13,11 @@ from llm.parallel.engine.step import Overflows, Skipped, StepResult
 from llm.train.config import GuardConfig
 from llm.train.guard import Guard, part_passed_over
 
+TEN = Counts(10, {"lm": 10}, {})
+
 
 def result(loss: float, skipped: Skipped | None = None) -> StepResult:
-    return StepResult(loss, loss, 0.0, 0.0, 1.0, 10, 10, None, skipped=skipped, culprits=["rank 1: a row"])
+    return StepResult(loss, {"lm": loss}, {}, 1.0, TEN, None, skipped=skipped, culprits=["rank 1: a row"])
 
 
 SIZE = (8, 48)
@@ -56,7 +59,7 @@ def test_rewind_remembers_the_step_through_the_checkpoint_it_goes_back_to() -> N
 
 def test_a_loss_scale_that_finds_its_size_is_no_event() -> None:
     guard = Guard(GuardConfig(max_events=0))
-    overflow = StepResult(2.0, 2.0, 0.0, 0.0, math.inf, 10, 10, None, loss_scale=512.0, skipped="overflow")
+    overflow = StepResult(2.0, {"lm": 2.0}, {}, math.inf, TEN, None, loss_scale=512.0, skipped="overflow")
     assert judge(guard, 1, overflow) == ("go on", ["step 1: fp16 overflow; no update, loss scale now 512"])
 
 
@@ -128,7 +131,7 @@ def test_overflows_in_a_row_after_a_step_that_went_well_end_as_what_no_scale_cur
 
 
 def test_fp16_says_how_far_its_scale_had_fallen_and_who_was_it() -> None:
-    broken = StepResult(2.0, 2.0, 0.0, 0.0, math.inf, 10, 10, None, loss_scale=1.0, skipped="gradient")
+    broken = StepResult(2.0, {"lm": 2.0}, {}, math.inf, TEN, None, loss_scale=1.0, skipped="gradient")
     broken.culprits = ["rank 1: a gradient of rows 4 to 7 is not finite"]
     with pytest.raises(UserError, match=r"step 9: the gradient is not finite, .* scale fell to 1 \(rank 1: a gradient"):
         judge(Guard(GuardConfig()), 9, broken)
@@ -153,7 +156,7 @@ def test_the_loss_scaler_of_deepspeed_does_not_end_the_process_at_its_lowest_sca
 
 def test_a_step_that_lacks_some_of_its_rows_says_which() -> None:
     def lacking(*ranges: tuple[int, int]) -> list[str]:
-        return part_passed_over(5, StepBatch([], 0, 0, first_row=32, n_rows=8, wait_s=0.0, passed_over=ranges))
+        return part_passed_over(5, StepBatch([], TEN, first_row=32, n_rows=8, wait_s=0.0, passed_over=ranges))
 
     assert lacking() == lacking((32, 40)) == [], "a step that lacks all of them has a line of its own"
     assert lacking((32, 34), (36, 37)) == [

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from llm.args import ModelArgs
-from llm.data.batch import MicroBatch, StepBatch
+from llm.batch import Batch, Counts
+from llm.data.batch import StepBatch
+from llm.datatypes import TransformerInput
 from llm.flops import token_flops
 from llm.parallel.engine.step import StepResult
 from llm.parallel.launch.world import World
@@ -37,8 +39,9 @@ def test_a_cpu_has_a_peak_only_if_the_config_gives_it() -> None:
 def test_mfu_is_per_device_and_uses_the_steps_own_length(ranks: int) -> None:
     world = World(0, ranks, 0, torch.device("cpu"))
     tokens = torch.zeros(6, 16, dtype=torch.int64)
-    batch = StepBatch([MicroBatch(tokens, tokens, torch.zeros(0))], 96, 96, 0, 2, wait_s=0.0)
-    result = StepResult(1.0, 1.0, 0.0, 0.0, 1.0, n_targets=96 * ranks, n_tokens=96 * ranks, routing_checksum=None)
+    counts = Counts(96 * ranks, {"lm": 96 * ranks}, {})
+    batch = StepBatch([Batch(TransformerInput(tokens), {})], counts, 0, 2, wait_s=0.0)
+    result = StepResult(1.0, {"lm": 1.0}, {}, 1.0, counts, routing_checksum=None)
     when = {"step": 1, "tokens": 96, "epoch": 0.1, "lr": 0.1, "seconds": 2.0}
     row = StepMetrics(DENSE, world, 1e9).row(result, batch, **when)  # type: ignore[arg-type]
     assert row["tokens_per_s_per_device"] == 48.0 and row["tokens_per_s"] == 48.0 * ranks

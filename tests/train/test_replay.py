@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from llm.args import ModelArgs
-from llm.data.batch import MicroBatch, collate
+from llm.batch import Batch, Rows
+from llm.data.batch import collate
 from llm.data.mixture import Mixture
 from llm.data.sources import SourceSpec, open_data, prepare_data
 from llm.datatypes import TransformerInput
@@ -23,8 +25,9 @@ from llm.parallel.stages import split
 from llm.tokenizer import ByteTokenizer
 from llm.train.config.flags import parse_run_flags
 from llm.train.replay import check_replay
-from llm.train.replay.records import COMPARED, compare, read_metrics, strict
+from llm.train.replay.records import compare, read_metrics, strict
 from llm.train.replay.spans import Span, by_loss, score_spans, span_gradient_norm
+from tests.data.helpers import LM, labels_of
 
 SEQ_LEN = 40
 CPU = torch.device("cpu")
@@ -64,7 +67,7 @@ def model(mixture: Mixture) -> LLM:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
     for step in range(60):
         batch = batch_of(mixture, np.arange(8 * step, 8 * step + 8))
-        loss = model(inputs(batch), labels=batch.labels_BT).loss_sum / batch.n_targets()
+        loss = model(batch.inputs, labels=labels_of(batch)).loss_sum / LM.count([batch]).targets
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -72,27 +75,16 @@ def model(mixture: Mixture) -> LLM:
     return model
 
 
-def batch_of(mixture: Mixture, rows: np.ndarray, sequence_len: int | None = None) -> MicroBatch:
+def batch_of(mixture: Mixture, rows: np.ndarray, sequence_len: int | None = None) -> Batch:
     sources, numbers = mixture.locate(rows)
-    batch = collate([(mixture.sources[j], int(k)) for j, k in zip(sources, numbers, strict=True)], SEQ_LEN)
-    if sequence_len is None:
-        return batch
-    cuts = torch.arange(0, batch.tokens_BT.numel() + 1, sequence_len, dtype=torch.int32)
-    return MicroBatch(
-        batch.tokens_BT.view(-1, sequence_len),
-        batch.labels_BT.view(-1, sequence_len),
-        torch.unique(torch.cat([batch.cu_seqlens, cuts])),
-    )
+    places = [(mixture.sources[j], int(k)) for j, k in zip(sources, numbers, strict=True)]
+    return replace(collate(places, SEQ_LEN, sequence_len=sequence_len), rows=Rows(sources, numbers, rows))
 
 
-def inputs(batch: MicroBatch) -> TransformerInput:
-    return TransformerInput(tokens=batch.tokens_BT, cu_seqlens=batch.cu_seqlens)
-
-
-def scored(model: LLM, mixture: Mixture, rows: np.ndarray, batch: MicroBatch) -> list[tuple[int, int, Span]]:
+def scored(model: LLM, mixture: Mixture, batch: Batch) -> list[tuple[int, int, Span]]:
     replica = Replica(model, make_grid(World(0, 1, 0, CPU)), split(model.args, 1))
-    (nll_BT,) = replica.token_nll([batch])
-    return score_spans(mixture, ByteTokenizer(), nll_BT, batch, rows)
+    (nll_BT,) = replica.token_losses(LM.main, [batch])
+    return score_spans(mixture, ByteTokenizer(), nll_BT, batch, labels_of(batch))
 
 
 def origins(mixture: Mixture, row: int) -> set[tuple[str, int | None]]:
@@ -111,7 +103,7 @@ def test_the_poisoned_document_is_named_first_with_its_file_and_line(
     assert poisoned
     for row in poisoned:
         rows = np.arange(row - row % 8, row - row % 8 + 8)
-        ordered = sorted((span for *_, span in scored(model, mixture, rows, batch_of(mixture, rows))), key=by_loss)
+        ordered = sorted((span for *_, span in scored(model, mixture, batch_of(mixture, rows))), key=by_loss)
         assert (ordered[0].file, ordered[0].file_row) == (str(texts / POISONED[0]), POISONED[1])
         innocent = next(span for span in ordered if span.document != ordered[0].document)
         assert ordered[0].loss is not None and innocent.loss is not None and ordered[0].loss > 1.5 * innocent.loss
@@ -123,9 +115,9 @@ def test_every_span_is_the_text_at_its_file_line_and_place(
 ) -> None:
     rows = np.arange(16, 48)
     batch = batch_of(mixture, rows, sequence_len)
-    tokens_N = batch.tokens_BT.reshape(-1)
+    tokens_N = batch.inputs.tokens.reshape(-1)
     tokenizer = ByteTokenizer()
-    found = scored(model, mixture, rows, batch)
+    found = scored(model, mixture, batch)
     assert {span.source for *_, span in found} == {mixture.names[0], "again"}
     for start, stop, span in found:
         assert span.file_row is not None
@@ -140,11 +132,11 @@ def test_every_span_is_the_text_at_its_file_line_and_place(
 def test_a_span_is_scored_as_if_it_stood_alone_and_all_add_up_to_the_batch(model: LLM, mixture: Mixture) -> None:
     rows = np.arange(8)
     batch = batch_of(mixture, rows)
-    found = scored(model, mixture, rows, batch)
+    found = scored(model, mixture, batch)
     with torch.no_grad():
-        together = float(model(inputs(batch), labels=batch.labels_BT).loss_sum)
+        together = float(model(batch.inputs, labels=labels_of(batch)).loss_sum)
         for start, stop, span in found:
-            tokens, labels = (part.reshape(1, -1)[:, start:stop] for part in (batch.tokens_BT, batch.labels_BT))
+            tokens, labels = (part.reshape(1, -1)[:, start:stop] for part in (batch.inputs.tokens, labels_of(batch)))
             alone = model(TransformerInput(tokens), labels=labels)
             # float32 sums of other lengths
             assert span.loss_sum == pytest.approx(float(alone.loss_sum), rel=1e-5, abs=1e-6)
@@ -155,14 +147,14 @@ def test_a_span_is_scored_as_if_it_stood_alone_and_all_add_up_to_the_batch(model
 def test_the_gradient_of_a_span_is_its_part_of_the_batchs_and_leaves_no_trace(model: LLM, mixture: Mixture) -> None:
     """Its part is what the batch's loss gives when no other span has targets."""
     batch = batch_of(mixture, np.arange(8))
-    bounds = batch.cu_seqlens.tolist()
+    bounds = batch.inputs.cu_seqlens.tolist()
     for start, stop in list(zip(bounds, bounds[1:], strict=False))[:6]:
-        only = torch.full_like(batch.labels_BT.reshape(-1), -100)
-        only[start:stop] = batch.labels_BT.reshape(-1)[start:stop]
-        loss = model(inputs(batch), labels=only.view_as(batch.labels_BT)).loss_sum / 100
+        only = torch.full_like(labels_of(batch).reshape(-1), -100)
+        only[start:stop] = labels_of(batch).reshape(-1)[start:stop]
+        loss = model(batch.inputs, labels=only.view_as(labels_of(batch))).loss_sum / 100
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         expected = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
-        found = span_gradient_norm(model, batch, start, stop, n_targets=100, device=CPU)
+        found = span_gradient_norm(model, LM.main, batch, start, stop, n_targets=100, device=CPU)
         assert found == pytest.approx(expected, rel=1e-5)  # float32 sums of other lengths
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -178,7 +170,7 @@ def test_what_is_not_a_number_comes_first_and_what_has_no_targets_last() -> None
 
 
 def test_a_step_that_was_not_applied_compares_with_its_record_of_nulls() -> None:
-    row = dict.fromkeys(COMPARED, 1.0) | {"loss": math.nan, "grad_norm": math.inf}
+    row = {"loss": math.nan, "lm_loss": 1.0, "grad_norm": math.inf, "lr": 1.0, "tokens": 1.0, "targets": 1.0}
     recorded = json.loads(json.dumps(strict(row), allow_nan=False))
     assert all(compare(row, recorded)["equal"].values())
     found = compare(row | {"lm_loss": 1.5, "loss": 2.0}, recorded)

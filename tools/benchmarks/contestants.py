@@ -15,13 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from llm import LLM, ModelArgs
+from llm.batch import IGNORE, Batch, Targets
 from llm.compile import compile_blocks
-from llm.data.batch import IGNORE, MicroBatch, StepBatch
+from llm.data.batch import StepBatch
+from llm.datatypes import TransformerInput
+from llm.objectives import objectives_of
 from llm.parallel.engine.build import build_replica
 from llm.parallel.engine.engine import Engine
 from llm.parallel.grid import make_grid
 from llm.parallel.launch.world import World
 from llm.recompute import Recompute
+from llm.tasks import task_named
 from llm.train.config import OptimConfig
 from llm.train.optimizer import make_optimizer, parameter_groups
 
@@ -97,6 +101,7 @@ def our_engine(
     engine = Engine(
         replica,
         make_optimizer(replica.model, OPTIM),
+        objectives=objectives_of(task_named("lm").objectives()),
         precision=precision,
         micro_batch_size=shape.batch,
         max_accumulation=1,
@@ -105,11 +110,12 @@ def our_engine(
     )
     tokens, labels = shape.tokens(), _labels(shape)
     bounds = torch.arange(0, shape.n_tokens + 1, shape.seq_len, dtype=torch.int32)
-    micro = MicroBatch(tokens_BT=tokens, labels_BT=labels, cu_seqlens=bounds)
-    batch = StepBatch([micro], shape.n_targets, shape.n_tokens, first_row=0, n_rows=shape.batch, wait_s=0.0)
+    micro = Batch(TransformerInput(tokens, cu_seqlens=bounds), {"lm": Targets(labels)})
+    counts = engine.objectives.count([micro])
+    batch = StepBatch([micro], counts, first_row=0, n_rows=shape.batch, wait_s=0.0)
 
     def step() -> float:
-        return engine.train_step(batch, shape.n_targets, shape.n_tokens, OPTIM.lr).lm_loss
+        return engine.train_step(batch, counts, OPTIM.lr).losses["lm"]
 
     def states() -> list[Tensor]:
         return [*replica.model.parameters(), *(fragment.values for fragment in engine.state.owned_fragments())]

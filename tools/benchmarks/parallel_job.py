@@ -18,13 +18,17 @@ import torch
 import torch.distributed as dist
 
 from llm.args import ModelArgs
-from llm.data.batch import MicroBatch, StepBatch
+from llm.batch import Batch, Targets
+from llm.data.batch import StepBatch
+from llm.datatypes import TransformerInput
+from llm.objectives import objectives_of
 from llm.parallel.collectives import gather_json
 from llm.parallel.engine.build import build_replica
 from llm.parallel.engine.engine import Engine
 from llm.parallel.grid import Grid, make_grid
 from llm.parallel.launch import process
 from llm.parallel.layout import Layout
+from llm.tasks import task_named
 from llm.train.config import OptimConfig
 from llm.train.optimizer import make_optimizer
 
@@ -33,6 +37,7 @@ COLLECTIVES = (
     "reduce",
 )  # fmt: skip
 WARMUP = 3
+LM = objectives_of(task_named("lm").objectives())
 
 
 class Clock:
@@ -55,13 +60,17 @@ class Clock:
 
 
 def batch_of(grid: Grid, vocab: int, rows: int, seq_len: int, micro_batches: int) -> StepBatch:
-    """This rank's rows of a random batch, the same every step, one document each."""
+    """This rank's rows of a random batch, the same every step, one document each; the counts are those of all ranks."""
     draw = torch.Generator().manual_seed(0)
     stream = torch.randint(0, vocab, (rows, seq_len + 1), generator=draw)
     parts = stream[grid.data.rank :: grid.data.size].chunk(micro_batches)
     bounds = torch.arange(0, len(parts[0]) * seq_len + 1, seq_len, dtype=torch.int32)
-    made = [MicroBatch(part[:, :-1].contiguous(), part[:, 1:].contiguous(), bounds) for part in parts]
-    return StepBatch(made, 0, 0, first_row=0, n_rows=rows, wait_s=0.0)
+    made = [
+        Batch(TransformerInput(part[:, :-1].contiguous(), cu_seqlens=bounds), {"lm": Targets(part[:, 1:].contiguous())})
+        for part in parts
+    ]
+    own = LM.count(made)
+    return StepBatch(made, own.with_values([count * grid.data.size for count in own.values()]), 0, rows, wait_s=0.0)
 
 
 def main() -> None:
@@ -75,6 +84,7 @@ def main() -> None:
     engine = Engine(
         replica,
         make_optimizer(replica.model, OptimConfig()),
+        objectives=LM,
         precision=task["precision"],
         micro_batch_size=rows // cuts,
         max_accumulation=cuts,
@@ -83,13 +93,12 @@ def main() -> None:
         zero_stage=layout.zero_stage,
     )
     batch = batch_of(grid, args.vocab_size, task["batch"], task["seq_len"], cuts)
-    n_tokens = task["batch"] * task["seq_len"]
     clock = Clock()
     seconds, talking, loss = [], [], 0.0
     for _ in range(WARMUP + task["steps"]):
         dist.barrier()
         began, before = time.perf_counter(), clock.seconds
-        loss = engine.train_step(batch, n_tokens, n_tokens, 1e-3).loss
+        loss = engine.train_step(batch, batch.counts, 1e-3).loss
         seconds.append(time.perf_counter() - began)
         talking.append(clock.seconds - before)
     mine = [statistics.median(seconds[WARMUP:]), statistics.median(talking[WARMUP:])]

@@ -76,14 +76,13 @@ class Bench:
         self.folder = Path(task["folder"])
         train = config.train
         self._batch = batch_of(self.grid, config.model.vocab_size, train.global_batch_size, train.seq_len, 1)
-        self._n_tokens = train.global_batch_size * train.seq_len
         self._saves = 0
         for _ in range(2):  # the first makes the optimizer's state
             self.train()
 
     def train(self) -> None:
         """A step."""
-        self.engine.train_step(self._batch, self._n_tokens, self._n_tokens, 1e-4)
+        self.engine.train_step(self._batch, self._batch.counts, 1e-4)
 
     def state(self) -> dict[str, Tensor]:
         """What the owned fragments lie in, each storage as one flat tensor; keys differ between ranks.

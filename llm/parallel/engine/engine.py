@@ -1,9 +1,8 @@
 """One training step on DeepSpeed: micro-batches in, losses and gradient norm out, the same numbers on every layout.
 
-The loss of a step is the sum of the targets' negative log-likelihood over the *global* batch, divided by N, its
-number of targets. DeepSpeed averages gradients over data-parallel ranks, so each micro-batch hands it its own sum
-times their number / N: whatever the cut, every target weighs 1/N. The losses of the MoE router have their own
-denominator, the number of tokens in the global batch.
+The loss of a step is the sum of its objectives (llm/objectives.py), each a sum over the *global* batch divided by N,
+its count there. DeepSpeed averages gradients over data-parallel ranks, so each micro-batch hands it its own sum times
+their number / N: whatever the cut, every target weighs 1/N.
 
 A step is applied whole or not at all. The global loss is known before the last backward; where it is not finite, or
 above the limit given, that backward is made non-finite, and DeepSpeed drops a step with such gradients on all ranks:
@@ -17,7 +16,9 @@ from typing import Any
 
 import torch
 
+from llm.batch import Counts
 from llm.data.batch import StepBatch
+from llm.objectives import Objectives
 from llm.parallel.collectives import agreed_error, gather_json
 from llm.parallel.engine import deepspeed_private as private
 from llm.parallel.engine.culprits import GradientProbes, Rehearsal, find_culprits
@@ -44,6 +45,7 @@ class Engine:
         replica: Replica,
         optimizer: torch.optim.Optimizer,
         *,
+        objectives: Objectives,
         precision: str,
         micro_batch_size: int,
         max_accumulation: int,
@@ -59,6 +61,7 @@ class Engine:
         """
         self.replica = replica
         self.grid, self.world, self.model = grid, world, model = replica.grid, replica.world, replica.model
+        self.objectives = objectives
         self.precision = precision
         if precision == "fp32" and zero_stage == 1 and world.size == 1 and not offload_optimizer:
             zero_stage = 0  # nothing to cut: masters beside the parameters, and copies of gradients, would only cost
@@ -120,17 +123,17 @@ class Engine:
         return self.grid.data.size * private.loss_scaler_state(self._deepspeed).get("cur_scale", 1.0)
 
     def train_step(
-        self, batch: StepBatch, n_targets: int, n_tokens: int, lr: float, loss_limit: float | None = None
+        self, batch: StepBatch, counts: Counts, lr: float, loss_limit: float | None = None
     ) -> StepResult:
         """Forward and backward over this rank's micro-batches, one optimizer step at learning rate `lr` (collective).
 
-        n_targets, n_tokens: of the global batch. loss_limit: no update where the loss is above it. Every group steps at
+        counts: of the global batch. loss_limit: no update where the loss is above it. Every group steps at
         its own `lr_factor` times lr.
         """
         for group in private.base_optimizer(self._deepspeed).param_groups:
             group["lr"] = lr * group["lr_factor"]
-        tally = Tally(self.model.args, n_targets, n_tokens, self.world)
-        step = Step(batch, tally, self.grid.data.size, self.grid.reports_loss, loss_limit, self.before_change)
+        tally = Tally(self.model.args, self.objectives.weights, counts, self.world)
+        step = Step(batch, self.objectives, tally, self.grid, loss_limit, self.before_change)
         self.model.train()
         scaler, at_lowest = private.loss_scaler_state(self._deepspeed), private.loss_scale_is_lowest(self._deepspeed)
         norm = self.schedule.run(step)
@@ -154,13 +157,13 @@ class Engine:
         """
         kept = private.loss_scaler_state(self._deepspeed)
         private.set_loss_scaler_state(self._deepspeed, scaler)
-        tally = Tally(self.model.args, step.tally.n_targets, step.tally.n_tokens, self.world)
+        tally = Tally(self.model.args, self.objectives.weights, step.tally.step_counts, self.world)
         probes = GradientProbes(self.replica)
         again = Rehearsal(
             batch=step.batch,
+            objectives=self.objectives,
             tally=tally,
-            data_ranks=step.data_ranks,
-            reports_loss=step.reports_loss,
+            grid=self.grid,
             before_change=step.before_change,
             probes=probes,
         )

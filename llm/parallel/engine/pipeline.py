@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llm.data.batch import MicroBatch
+from llm.batch import Batch
 from llm.parallel.engine import deepspeed_pipeline as pipe
 from llm.parallel.engine import deepspeed_private as private
 from llm.parallel.engine.step import Step
@@ -36,7 +36,7 @@ class Pipelined:
     def __init__(self, replica: Replica, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> None:
         layout, ranks = replica.grid.layout, replica.grid.pipeline.ranks
         self._replica = replica
-        self._queues: list[deque[MicroBatch]] = [deque() for _ in replica.stages]
+        self._queues: list[deque[Batch]] = [deque() for _ in replica.stages]
         self._shape: tuple[int, ...] = ()
         hooks = (self._next_forward, self._before_reduction)
         self.deepspeed = pipe.initialize(replica, *hooks, optimizer, config)
@@ -61,21 +61,23 @@ class Pipelined:
         if self.tied:
             self.tied.send_weight()
 
-    def _feed(self, micro_batches: list[MicroBatch]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _feed(self, micro_batches: list[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
         """The micro-batches for DeepSpeed, and for this rank's forwards."""
         self._queues = [deque(micro_batches) for _ in self._replica.stages]
-        shape = tuple(micro_batches[0].tokens_BT.shape)
+        shape = tuple(micro_batches[0].inputs.tokens.shape)
         if shape != self._shape:
             pipe.forget_shape(self.deepspeed)
             self._shape = shape
-        return ((batch.tokens_BT, batch.labels_BT) for batch in micro_batches)
+        return ((batch.inputs.tokens, batch.inputs.tokens) for batch in micro_batches)
 
     def _next_forward(self, x: Tensor, phase: int) -> Tensor:
         """A stage of its next micro-batch: what the next stage takes, or the loss."""
         replica, batch, stage = self._replica, self._queues[phase].popleft(), self._replica.stages[phase]
         before = None if stage.first else x  # DeepSpeed has token ids there, without gradient
-        out = replica.through_stage(phase, before, replica.inputs(batch), replica.labels(batch, phase))
-        loss = self._step.loss(out, replica.moe_layers[phase].start)
+        here = replica.to_device(batch)
+        losses = self._step.objectives.losses_of(replica.model, here) if stage.last else None
+        out = replica.through_stage(phase, before, here.inputs, losses)
+        loss = self._step.loss(out, here, replica.moe_layers[phase].start)
         if stage.last:
             assert loss is not None
             return loss * self.deepspeed.gradient_accumulation_steps()  # by which DeepSpeed divides it

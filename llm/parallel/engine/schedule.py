@@ -54,8 +54,9 @@ class Plain:
         last = len(step.batch.micro_batches) - 1
         for m, micro_batch in enumerate(step.batch.micro_batches):
             engine.set_gradient_accumulation_boundary(m == last)
-            inputs, labels = replica.inputs(micro_batch), replica.labels(micro_batch, 0)
-            loss = step.loss(engine(inputs, labels=labels, expert_counts=replica.expert_counts()))
+            here = replica.to_device(micro_batch)
+            losses = step.objectives.losses_of(replica.model, here)
+            loss = step.loss(engine(here.inputs, losses=losses, expert_counts=replica.expert_counts()), here)
             assert loss is not None
             if m == last:
                 step.tally.sum_over_ranks()

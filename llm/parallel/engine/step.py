@@ -5,20 +5,24 @@ Shapes: M number of MoE layers of the whole model, m those of a stage, E experts
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from llm.args import ModelArgs
+from llm.batch import Batch, Counts, Rows
 from llm.data.batch import StepBatch
 from llm.datatypes import TransformerOutput
 from llm.layers.moe import routing_shape
+from llm.objectives import Objectives
+from llm.parallel.grid import Grid
 from llm.parallel.launch.world import World
 
+Number = TypeVar("Number", float, Tensor)
 Skipped = Literal["loss", "gradient", "limit", "overflow", "passed over"]
 
 
@@ -27,13 +31,15 @@ class StepResult:
     """What one optimizer step was made of; every number is global and equal on all ranks. Losses in nats."""
 
     loss: float
-    lm_loss: float
-    moe_balance_loss: float
-    moe_z_loss: float
+    """The sum of `losses`."""
+    losses: dict[str, float]
+    """Mean of each objective times its weight."""
+    source_losses: dict[str, float]
+    """Mean of the main objective over the targets of each source, NaN where the step had none; empty where there is
+    one source only."""
     grad_norm: float
     """Before clipping; inf where the step was not applied."""
-    n_targets: int
-    n_tokens: int
+    counts: Counts
     routing_checksum: int | None
     """CRC-32 of how many tokens each expert of each layer got: equal on two layouts only if every routing decision
     is.
@@ -53,10 +59,10 @@ class StepResult:
     """Where the loss or gradient was not finite: rank, rows of the data order, losses of its micro-batches."""
 
     @classmethod
-    def passed_over(cls, n_targets: int, n_tokens: int) -> "StepResult":
+    def passed_over(cls, counts: Counts) -> "StepResult":
         """A step that was not computed: its losses are NaN."""
-        unknown = (math.nan,) * 4
-        return cls(*unknown, math.inf, n_targets, n_tokens, None, skipped="passed over")
+        losses, of_sources = (dict.fromkeys(names, math.nan) for names in (counts.objectives, counts.sources))
+        return cls(math.nan, losses, of_sources, math.inf, counts, None, skipped="passed over")
 
 
 class Overflows:
@@ -88,25 +94,40 @@ class Overflows:
 class Tally:
     """The sums of one step: this rank's, then all ranks'. One all-reduce in float64; counts up to 2^53 stay exact."""
 
-    def __init__(self, args: ModelArgs, n_targets: int, n_tokens: int, world: World) -> None:
-        """n_targets, n_tokens: of all ranks."""
-        self.n_targets, self.n_tokens = n_targets, n_tokens
+    def __init__(self, args: ModelArgs, weights: Mapping[str, float], counts: Counts, world: World) -> None:
+        """weights: of the objectives, by name. counts: of all ranks."""
+        self.step_counts = counts
+        self._weights = weights
         self._world = world
-        self._shape = routing_shape(args)
-        self._sums = torch.zeros(3 + math.prod(self._shape), dtype=torch.float64, device=world.device)
-        self._counts = self._sums[3:].view(self._shape)
+        routing = routing_shape(args)
+        self._sizes = len(weights), len(counts.sources), math.prod(routing)
+        self._sums = torch.zeros(sum(self._sizes), dtype=torch.float64, device=world.device)
+        losses, self._sources, routed = self._sums.split(self._sizes)
+        self._losses = dict(zip(weights, losses.unbind(), strict=True))
+        self._routed = routed.view(routing)
         self.counts: Tensor | None = None
         """(M, E) int64 on the host, of all ranks; after `result`."""
 
-    def add_loss(self, loss_sum: Tensor) -> None:
-        """Sum of a micro-batch's negative log-likelihood."""
-        self._sums[0] += loss_sum.detach().double()
+    def weighted(self, name: str, loss_sum: Tensor, ranks: int) -> Tensor:
+        """What a sum of a micro-batch is of the step's loss; `ranks` times that, as gradients are averaged over them.
+        """
+        return loss_sum * (self._weights[name] * ranks / max(self.step_counts.objectives[name], 1))
 
-    def add_routing(self, balance_sum: Tensor, z_sum: Tensor, counts_mE: Tensor, first: int = 0) -> None:
-        """A micro-batch's sums of the router's losses, and its expert counts in MoE layers from the `first` on."""
-        self._sums[1] += balance_sum.detach().double()
-        self._sums[2] += z_sum.detach().double()
-        self._counts[first : first + len(counts_mE)] += counts_mE
+    def add_loss(self, name: str, loss_sum: Tensor) -> None:
+        """An objective's sum over a micro-batch."""
+        self._losses[name] += loss_sum.detach().double()
+
+    def add_by_source(self, per_token_BT: Tensor | None, rows: Rows | None) -> None:
+        """The main objective's part of each token of a micro-batch, whose rows are these."""
+        if not len(self._sources) or per_token_BT is None or rows is None:
+            return
+        sums_R = per_token_BT.view(len(rows.source), -1).sum(1, dtype=torch.float64)
+        source = torch.from_numpy(rows.source).to(sums_R.device)
+        self._sources.index_add_(0, source.clamp(min=0), sums_R)  # a row that is not there adds nothing
+
+    def add_routing(self, counts_mE: Tensor, first: int = 0) -> None:
+        """A micro-batch's expert counts in MoE layers from the `first` on."""
+        self._routed[first : first + len(counts_mE)] += counts_mE
 
     def sum_over_ranks(self) -> None:
         """From now on the sums are those of all ranks (collective)."""
@@ -115,27 +136,31 @@ class Tally:
 
     def one_or_nan(self, loss_limit: float | None) -> Tensor:
         """1 where the step is to be applied, else NaN; float32 scalar on the device."""
-        sums = self._sums
-        loss = sums[0] / max(self.n_targets, 1) + (sums[1] + sums[2]) / self.n_tokens
+        loss = sum(self._mean(name, loss_sum) for name, loss_sum in self._losses.items())
+        assert isinstance(loss, Tensor)
         good = loss.isfinite() if loss_limit is None else loss <= loss_limit
         return torch.where(good, 1.0, math.nan).float()
+
+    def _mean(self, name: str, loss_sum: Number) -> Number:
+        """An objective's part of the step's loss."""
+        return loss_sum / max(self.step_counts.objectives[name], 1) * self._weights[name]
 
     def result(self, grad_norm: float, expert_ranks: int) -> StepResult:
         """The step's numbers, once the ranks' sums are there; waits for the device."""
         numbers = self._sums.tolist()
-        lm, balance, z = numbers[0] / max(self.n_targets, 1), numbers[1] / self.n_tokens, numbers[2] / self.n_tokens
+        n, n_sources, _ = self._sizes
+        losses = {name: self._mean(name, value) for name, value in zip(self._weights, numbers[:n], strict=True)}
+        of_sources = zip(self.step_counts.sources.items(), numbers[n : n + n_sources], strict=True)
         result = StepResult(
-            loss=lm + balance + z,
-            lm_loss=lm,
-            moe_balance_loss=balance,
-            moe_z_loss=z,
+            loss=sum(losses.values()),
+            losses=losses,
+            source_losses={name: value / count if count else math.nan for (name, count), value in of_sources},
             grad_norm=grad_norm,
-            n_targets=self.n_targets,
-            n_tokens=self.n_tokens,
+            counts=self.step_counts,
             routing_checksum=None,
         )
-        if self._counts.numel():
-            self.counts = torch.tensor(numbers[3:], dtype=torch.int64).view(self._shape)
+        if self._routed.numel():
+            self.counts = torch.tensor(numbers[n + n_sources :], dtype=torch.int64).view(self._routed.shape)
             result.routing_checksum = zlib.crc32(self.counts.numpy().tobytes())
             result.expert_load = highest_share(self.counts)
             result.expert_rank_load = highest_share(self.counts.unflatten(1, (expert_ranks, -1)).sum(-1))
@@ -147,10 +172,9 @@ class Step:
     """A step on its way, as its schedule sees it: what is computed, and what has come of it."""
 
     batch: StepBatch
+    objectives: Objectives
     tally: Tally
-    data_ranks: int
-    reports_loss: bool
-    """Whether this rank's losses count: its tensor-parallel peers have the same ones, but other tokens' routing."""
+    grid: Grid
     loss_limit: float | None
     """No update where the loss is above it."""
     before_change: Callable[[], object]
@@ -158,22 +182,29 @@ class Step:
     losses: list[Tensor] = field(default_factory=list)
     """Of this rank's micro-batches, as they were handed to DeepSpeed; a stage without the output has none."""
 
-    def loss(self, out: TransformerOutput, first_moe_layer: int = 0) -> Tensor | None:
+    def loss(self, out: TransformerOutput, batch: Batch, first_moe_layer: int = 0) -> Tensor | None:
         """Take a micro-batch's results into the sums; what of the loss depends on them, in this step's own weights, or
         None where nothing does. `first_moe_layer`: the number of the first MoE layer that it went through.
 
         DeepSpeed averages gradients over the data-parallel ranks, so every sum is multiplied by their number.
         """
-        loss: Tensor | None = None
-        if out.loss_sum is not None:
-            if self.reports_loss:
-                self.tally.add_loss(out.loss_sum)
-            loss = out.loss_sum * (self.data_ranks / max(self.tally.n_targets, 1))
-        if out.balance_sum is not None and out.z_sum is not None and out.expert_counts is not None:
-            self.tally.add_routing(out.balance_sum, out.z_sum, out.expert_counts, first_moe_layer)
-            auxiliary = (out.balance_sum + out.z_sum) * (self.data_ranks / self.tally.n_tokens)
-            loss = auxiliary if loss is None else loss + auxiliary
-        if out.loss_sum is not None and loss is not None:
+        tally, ranks = self.tally, self.grid.data.size
+        sums = {name: found.total for name, found in (out.losses or {}).items()}
+        if out.losses and self.grid.reports_loss:  # its tensor-parallel peers have the same, but other tokens' routing
+            for name, loss_sum in sums.items():
+                tally.add_loss(name, loss_sum)
+            tally.add_by_source(next(iter(out.losses.values())).per_token, batch.rows)
+        if out.router is not None:
+            of_layers = self.objectives.layer_sums(out.router)
+            for name, loss_sum in of_layers.items():
+                tally.add_loss(name, loss_sum)
+            tally.add_routing(out.router.expert_counts, first_moe_layer)
+            sums |= of_layers
+        if not sums:
+            return None
+        first, *others = (tally.weighted(name, loss_sum, ranks) for name, loss_sum in sums.items())
+        loss = sum(others, first)
+        if out.losses:
             self.losses.append(loss.detach())
         return loss
 

@@ -1,6 +1,6 @@
 """The whole run config, and what its sections must have in common."""
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
@@ -14,7 +14,7 @@ from llm.train.config.explain import keys_of
 from llm.train.config.length import misfit, untraced
 from llm.train.config.optim import OptimConfig
 from llm.train.config.outputs import CheckpointConfig, EvalConfig, LogConfig
-from llm.train.config.section import Section
+from llm.train.config.section import BY_COMMAS, Section
 from llm.train.config.synonyms import meant
 from llm.train.config.train import GuardConfig, TrainConfig
 
@@ -64,6 +64,10 @@ class RunConfig(Section):
     """kind: sentencepiece | bytes | characters, and the path of its file."""
     data: DataConfig
     """Training and held-out text."""
+    task: str = "lm"
+    """What the model is trained to do; lm: the next token of a text."""
+    extensions: Annotated[tuple[PathText, ...], BY_COMMAS] = ()
+    """Python files, separated by commas, that are run first and register objectives, tasks and the like."""
     parallel: ParallelConfig = ParallelConfig()
     """How the ranks share the work."""
     optim: OptimConfig = OptimConfig()

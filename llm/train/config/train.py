@@ -30,6 +30,8 @@ class TrainConfig(Section):
     """Compile the blocks with torch.compile (needs a C++ compiler)."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward recomputes to save memory: nothing, cheap elementwise work, or whole blocks."""
+    objectives: dict[str, dict[str, Any]] = {}
+    """Further losses beside the task's: the name of each, and under it its options, as weight; see `extensions`."""
     skip_steps: Annotated[tuple[Count, ...], BY_COMMAS] = ()
     """Steps whose rows are passed over without an update."""
     seed: int = 0

@@ -8,17 +8,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from torch import Tensor
 
 from llm.atomic import write_file
+from llm.batch import Batch, Counts
 from llm.checkpoint.reader import list_steps, resolve
 from llm.data.batch import StepBatch
 from llm.data.loader import TrainLoader
 from llm.data.ranges import Range
 from llm.errors import DamagedFile
+from llm.objectives import Objective
 from llm.parallel.collectives import agreed_error, all_or_none, gather_json, main_decides, sum_over_ranks
+from llm.parallel.engine.step import StepResult
 from llm.train.guard import Guard, rows_and_size
-from llm.train.replay.records import COMPARED, check_replay, compare, recorded_to, strict
+from llm.train.metrics import named_losses
+from llm.train.replay.records import check_replay, compare, recorded_to, strict
 from llm.train.replay.report import WORST, report_lines, rows_of
 from llm.train.replay.spans import Span, by_loss, score_spans, span_gradient_norm
 
@@ -46,10 +50,10 @@ def replay(trainer: "Trainer", step: int) -> dict[str, Any]:
     first_difference: int | None = None
     with trainer.loader() as loader:
         while True:
-            batch, n_targets, n_tokens = _next_batch(trainer, loader)
+            batch, counts = _next_batch(trainer, loader)
             last = trainer.progress.step == step - 1
-            spans = _spans(trainer, batch, n_targets) if last else []
-            row = _advance(trainer, batch, n_targets, n_tokens, last=last)
+            spans = _spans(trainer, batch, counts.targets) if last else []
+            result, row = _advance(trainer, batch, counts, last=last)
             known = by_step.get(trainer.progress.step)
             if first_difference is None and known is not None and not all(compare(row, known)["equal"].values()):
                 first_difference = trainer.progress.step
@@ -65,13 +69,13 @@ def replay(trainer: "Trainer", step: int) -> dict[str, Any]:
         "first_step": start + 1,
         "recomputed_steps": step - 1 - start,
         "ranks": world.size,
-        "replayed": {key: row[key] for key in COMPARED},
-        "skipped": row["skipped"],
-        "culprits": row["culprits"],
+        "replayed": row,
+        "skipped": result.skipped,
+        "culprits": result.culprits,
         "recorded": by_step.get(step),
         "comparison": compare(row, by_step[step]) if step in by_step else None,
         "first_difference": first_difference,
-        "documents_loss": math.fsum(span.loss_sum for span in spans) / max(n_targets, 1),
+        "documents_loss": math.fsum(span.loss_sum for span in spans) / max(counts.targets, 1),
         "gradient_note": _no_gradients(trainer),
         "rows": rows_of(spans),
     }
@@ -112,19 +116,30 @@ def _load_before(trainer: "Trainer", step: int, first_recorded: int) -> tuple[st
     return started_from, skipped
 
 
-def _next_batch(trainer: "Trainer", loader: TrainLoader) -> tuple[StepBatch, int, int]:
-    """This rank's batch and the global numbers of its targets and tokens (collective)."""
+def _next_batch(trainer: "Trainer", loader: TrainLoader) -> tuple[StepBatch, Counts]:
+    """This rank's batch and the counts of the whole step (collective)."""
     batch = all_or_none(loader.next, trainer.run.world)
-    counts = [batch.n_targets, batch.n_tokens] if trainer.run.grid.reports_loss else [0, 0]
-    n_targets, n_tokens = sum_over_ranks(counts, trainer.run.world)
-    return batch, int(n_targets), int(n_tokens)
+    mine = [count * trainer.run.grid.reports_loss for count in batch.counts.values()]
+    return batch, batch.counts.with_values(sum_over_ranks(mine, trainer.run.world))
 
 
-def _advance(trainer: "Trainer", batch: StepBatch, n_targets: int, n_tokens: int, *, last: bool) -> dict[str, Any]:
-    """One step as the run made it, the last one in any case; what the run would record of it."""
-    result, lr = trainer.take_step(batch, n_targets, n_tokens, always=last)
+def _advance(
+    trainer: "Trainer", batch: StepBatch, counts: Counts, *, last: bool
+) -> tuple[StepResult, dict[str, Any]]:
+    """One step as the run made it, the last one in any case; what it must have in common with its row of metrics.jsonl,
+    of which the rest is time and memory.
+    """
+    result, lr = trainer.take_step(batch, counts, always=last)
     trainer.progress.guard.judge(trainer.progress.step, result, *rows_and_size(batch))
-    return {**asdict(result), "targets": result.n_targets, "lr": lr, "tokens": trainer.progress.tokens}
+    return result, {
+        "loss": result.loss,
+        **named_losses(result),
+        "grad_norm": result.grad_norm,
+        "routing_checksum": result.routing_checksum,
+        "lr": lr,
+        "tokens": trainer.progress.tokens,
+        "targets": counts.targets,
+    }
 
 
 def _lenient(guard: Guard) -> Guard:
@@ -150,16 +165,16 @@ def _spans(trainer: "Trainer", batch: StepBatch, n_targets: int) -> list[Span]:
     """All spans of the step on every rank, the highest mean loss first, with the gradients of the worst."""
     world = trainer.run.world
     # all forwards first: they may need the other ranks, and what a rank cannot read must not keep it out of one
-    nll = trainer.run.engine.replica.token_nll(batch.micro_batches)  # of none where the last stage is elsewhere
+    main = trainer.run.engine.objectives.main
+    labels = [_labels(main, micro_batch) for micro_batch in batch.micro_batches]
+    nll = trainer.run.engine.replica.token_losses(main, batch.micro_batches)  # none where another rank has the output
     score = partial(score_spans, trainer.run.mixture, trainer.run.tokenizer)
-    micro_batches = list(zip(nll, batch.micro_batches, _global_rows(trainer, batch), strict=False))
+    micro_batches = list(zip(nll, batch.micro_batches, labels, strict=False))
     scored = all_or_none(lambda: [score(*micro_batch) for micro_batch in micro_batches], world)
-    left_out = () if batch.is_passed_over else batch.passed_over
     mine = [
         (micro_batch, *found)
         for micro_batch, part in zip(batch.micro_batches, scored, strict=False)
         for found in part
-        if not any(first <= found[2].row < end for first, end in left_out)  # there the batch has padding
     ]
     gathered = gather_json([asdict(span) for *_, span in mine] if trainer.run.grid.reports_loss else [], world)
     everything = [(rank, i, Span(**fields)) for rank, part in enumerate(gathered) for i, fields in enumerate(part)]
@@ -167,7 +182,7 @@ def _spans(trainer: "Trainer", batch: StepBatch, n_targets: int) -> list[Span]:
     if _no_gradients(trainer) is None:
         worst = [(rank, i) for rank, i, span in everything[:WORST] if span.n_targets]
         norms = {
-            i: span_gradient_norm(trainer.run.engine.model, *mine[i][:3], n_targets, world.device)
+            i: span_gradient_norm(trainer.run.engine.model, main, *mine[i][:3], n_targets, world.device)
             for rank, i in worst
             if rank == world.rank
         }
@@ -176,6 +191,13 @@ def _spans(trainer: "Trainer", batch: StepBatch, n_targets: int) -> list[Span]:
                 place = next(k for k, item in enumerate(everything) if item[:2] == (rank, i))
                 everything[place] = (rank, i, replace(everything[place][2], grad_norm=norm))
     return [span for _, _, span in everything]
+
+
+def _labels(objective: Objective, batch: Batch) -> Tensor:
+    labels_BT = objective.labels(batch)
+    if labels_BT is None:
+        raise agreed_error(f"--replay_step looks at the losses of tokens, which {objective.name} has none of")
+    return labels_BT
 
 
 def _no_gradients(trainer: "Trainer") -> str | None:
@@ -187,12 +209,6 @@ def _no_gradients(trainer: "Trainer") -> str | None:
     if split:
         return f"no gradients of single documents: parallel.{split[0]}>1 has no rank that holds all parameters"
     return None
-
-
-def _global_rows(trainer: "Trainer", batch: StepBatch) -> np.ndarray:
-    """(micro-batches, rows of one) global row numbers of this rank, by the loader's rule."""
-    rows = np.arange(batch.first_row, batch.first_row + batch.n_rows)
-    return rows.reshape(len(batch.micro_batches), trainer.run.grid.data.size, -1)[:, trainer.run.grid.data.rank]
 
 
 def _say(trainer: "Trainer", line: str) -> None:

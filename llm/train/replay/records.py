@@ -7,11 +7,6 @@ from typing import Any
 
 from llm.errors import UserError
 
-COMPARED = (
-    "loss", "lm_loss", "moe_balance_loss", "moe_z_loss", "grad_norm", "routing_checksum", "lr", "tokens", "targets",
-)  # fmt: skip
-"""What a replayed step must have in common with its row of metrics.jsonl; the rest is time and memory."""
-
 
 def check_replay(run_dir: Path, step: int, steps: int | None) -> None:
     """UserError unless `run_dir` recorded the step or stopped in it; `steps` is the length of the run if it is known.
@@ -51,11 +46,11 @@ def recorded_to(run_dir: Path, step: int) -> list[dict[str, Any]]:
 
 
 def compare(row: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
-    """For each compared key: whether the numbers are the same bits, and how far they are apart."""
+    """For each key of `row`: whether the numbers are the same bits, and how far they are apart."""
     equal: dict[str, bool] = {}
     relative: dict[str, float] = {}
-    for key in COMPARED:
-        a, b = strict(row[key]), recorded.get(key)
+    for key, value in row.items():
+        a, b = strict(value), recorded.get(key)
         equal[key] = a == b
         if not equal[key] and a is not None and b is not None:
             relative[key] = abs(a - b) / max(abs(a), abs(b))

@@ -6,14 +6,13 @@ Shapes: B rows, T tokens of a row, N = B T.
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from llm.data.batch import MicroBatch
+from llm.batch import Batch
 from llm.data.mixture import Mixture
-from llm.datatypes import TransformerInput
 from llm.model import LLM
+from llm.objectives import Objective, Objectives
 from llm.tokenizer import Tokenizer
 
 EXCERPT_CHARACTERS = 100
@@ -67,27 +66,29 @@ def loss_order(loss: float | None) -> float:
 
 
 def score_spans(
-    mixture: Mixture, tokenizer: Tokenizer, nll_BT: Tensor, batch: MicroBatch, rows_B: np.ndarray
+    mixture: Mixture, tokenizer: Tokenizer, nll_BT: Tensor, batch: Batch, labels_BT: Tensor
 ) -> list[tuple[int, int, Span]]:
-    """(begin, end, span) of every span of a document in a micro-batch; begin and end count its flattened tokens.
+    """(begin, end, span) of every span of a document in a batch; begin and end count its flattened tokens. Rows that
+    are not there have none.
 
-    rows_B: the global rows that the micro-batch holds. A row is `train.seq_len` tokens of its source, however the batch
-    cuts it.
+    A row is `train.seq_len` tokens of its source, however the batch cuts it.
     """
-    seq_len = mixture.seq_len
-    tokens_N, labels_N = batch.tokens_BT.reshape(-1), batch.labels_BT.reshape(-1)
+    seq_len, rows = mixture.seq_len, batch.rows
+    assert rows is not None and batch.inputs.cu_seqlens is not None
+    tokens_N, labels_N = batch.inputs.tokens.reshape(-1), labels_BT.reshape(-1)
     nll_N = nll_BT.reshape(-1).double().cpu()
-    source_of_row, source_rows = mixture.locate(rows_B)
     found = []
-    bounds = batch.cu_seqlens.tolist()
+    bounds = batch.inputs.cu_seqlens.tolist()
     for start, stop in zip(bounds, bounds[1:], strict=False):
         b, column = divmod(start, seq_len)
-        number, source_row = int(source_of_row[b]), int(source_rows[b])
+        number, source_row = int(rows.source[b]), int(rows.row[b])
+        if number < 0:
+            continue
         source = mixture.sources[number]
         document, offset = source.document_at(source_row * seq_len + column)
         origin = source.origin(document)
         span = Span(
-            row=int(rows_B[b]),
+            row=int(rows.global_row[b]),
             source=mixture.names[number],
             source_row=source_row,
             document=document,
@@ -105,7 +106,7 @@ def score_spans(
 
 
 def span_gradient_norm(
-    model: LLM, batch: MicroBatch, start: int, stop: int, n_targets: int, device: torch.device
+    model: LLM, objective: Objective, batch: Batch, start: int, stop: int, n_targets: int, device: torch.device
 ) -> float:
     """Norm, over all parameters, of the gradient of a span's summed loss / n_targets (divided last: fp16 has few small
     numbers).
@@ -113,9 +114,8 @@ def span_gradient_norm(
     The span is a row of its own here: in the batch it sees no other document either, and its positions begin with 0.
     torch.autograd.grad leaves DeepSpeed's gradient buffers and hooks alone.
     """
-    tokens_1T = batch.tokens_BT.reshape(1, -1)[:, start:stop].to(device)
-    labels_1T = batch.labels_BT.reshape(1, -1)[:, start:stop].to(device)
-    loss = model(TransformerInput(tokens_1T), labels=labels_1T).loss_sum
+    alone = batch.span(start, stop).to(device)
+    loss = model(alone.inputs, losses=Objectives([objective]).losses_of(model, alone)).loss_sum
     gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     return math.sqrt(sum(float(g.double().square().sum()) for g in gradients if g is not None)) / n_targets
 

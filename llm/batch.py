@@ -1,0 +1,124 @@
+"""What a model is trained on: inputs, targets by name, and where the rows come from; and the counts of a whole step.
+
+Shapes: B rows of the tensors, T tokens of a row, R rows of the data: B, or fewer where each was cut into several.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llm.datatypes import TransformerInput
+
+IGNORE = -100
+"""Label of a token that is no target."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What is to be predicted at each token."""
+
+    labels: Tensor
+    """(B, T) int64; negative where there is no target."""
+    weights: Tensor | None = None
+    """(B, T) float32: factor of each label's loss; None = 1."""
+
+    def count(self) -> int:
+        """Number of labels that count."""
+        return int((self.labels >= 0).sum())
+
+    def span(self, first: int, end: int) -> "Targets":
+        """Those of some of the flattened tokens, as one row."""
+        labels, weights = (None if x is None else x.reshape(1, -1)[:, first:end] for x in (self.labels, self.weights))
+        assert labels is not None
+        return Targets(labels, weights)
+
+    def to(self, device: torch.device) -> "Targets":
+        """The same on a device."""
+        return Targets(self.labels.to(device), None if self.weights is None else self.weights.to(device))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of the data a batch holds, each (R,) int64; -1 for a row that is not there, which is filled up."""
+
+    source: NDArray[np.int64]
+    """Number of the source."""
+    row: NDArray[np.int64]
+    """Number of the row in its source."""
+    global_row: NDArray[np.int64]
+    """Number of the row in the order of the data."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows that go through the model together; on the CPU as the data makes it."""
+
+    inputs: TransformerInput
+    targets: Mapping[str, Targets]
+    """By name: what the objectives look for."""
+    valid: Tensor | None = None
+    """(B, T) bool: positions that hold data; None = all do."""
+    rows: Rows | None = None
+    """None: of no data that is known."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens, filling included."""
+        return self.inputs.tokens.numel()
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a sequence, T."""
+        return self.inputs.tokens.shape[1]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device; boundaries of documents stay on the CPU, where the masks are made."""
+        inputs = self.inputs
+        position = inputs.tokens_position
+        moved = TransformerInput(
+            inputs.tokens.to(device),
+            position.to(device) if isinstance(position, Tensor) else position,
+            inputs.cu_seqlens,
+        )
+        targets = {name: targets.to(device) for name, targets in self.targets.items()}
+        return Batch(moved, targets, None if self.valid is None else self.valid.to(device), self.rows)
+
+
+    def span(self, first: int, end: int) -> "Batch":
+        """Some of the flattened tokens as one row, which is one document."""
+        inputs = TransformerInput(self.inputs.tokens.reshape(1, -1)[:, first:end])
+        return Batch(inputs, {name: targets.span(first, end) for name, targets in self.targets.items()})
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the means of a step divide by. Of one rank, or of all ranks."""
+
+    tokens: int
+    objectives: Mapping[str, int]
+    """By the objective's name, the main one first."""
+    sources: Mapping[str, int]
+    """Targets of the main objective by source; empty where there is one source only."""
+
+    @property
+    def targets(self) -> int:
+        """Of the main objective."""
+        return next(iter(self.objectives.values()))
+
+    def values(self) -> list[int]:
+        """All numbers, to be summed over ranks."""
+        return [self.tokens, *self.objectives.values(), *self.sources.values()]
+
+    def with_values(self, values: Sequence[float]) -> "Counts":
+        """These names with other numbers, in the order of `values`."""
+        tokens, *rest = (int(value) for value in values)
+        n = len(self.objectives)
+        return Counts(
+            tokens,
+            dict(zip(self.objectives, rest[:n], strict=True)),
+            dict(zip(self.sources, rest[n:], strict=True)),
+        )

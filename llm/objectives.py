@@ -1,0 +1,194 @@
+"""What a model is trained for: named losses, each a sum over its own targets and a mean over its own count.
+
+The loss of a step is the sum over its objectives of weight x sum / N, where sum and N (the objective's count) are those
+of the whole step, over all micro-batches and ranks: whatever the layout, every target weighs the same.
+
+There are two kinds. An `Objective` reads the final hidden states; with a pipeline the last stage has it. A
+`LayerObjective` reads what the layers report of themselves; each stage has those of its own layers.
+
+To add one: a subclass of `Objective` in a file of your own, `register(name, factory)` at the end of it, the file under
+`extensions` and `name: {options}` under `train.objectives` in the run config; the options are the factory's arguments.
+
+Shapes: B rows, T tokens of a row, D model width.
+"""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm.batch import Batch, Counts
+from llm.datatypes import LossSum, RouterStats
+from llm.model import LLM, Losses
+
+
+class Named(ABC):
+    """What all objectives have."""
+
+    name: str
+    """`NAME_loss` in metrics.jsonl is its mean times its weight."""
+    weight: float = 1.0
+
+    @abstractmethod
+    def count(self, batch: Batch) -> int:
+        """What the batch adds to the number that the sum is divided by; on the CPU, before the step."""
+
+
+class Objective(Named):
+    """A loss over the final hidden states; ranks that share a batch have the same."""
+
+    def labels(self, batch: Batch) -> Tensor | None:
+        """(B, T), negative where there is no target: for an objective of tokens, whose `loss_sum` gives each one's
+        part; None for others. Losses by source and the replay of a step need it of the main objective.
+        """
+        return None
+
+    @abstractmethod
+    def loss_sum(self, model: LLM, hidden_BTD: Tensor, batch: Batch) -> LossSum:
+        """The sum over the batch, which lies on the model's device.
+
+        With tensor parallelism the gradient of hidden_BTD is one rank's term of a sum over ranks, as `model.loss_sum`
+        and `model.logits` make it; for what is computed of it directly, alike on all ranks, take
+        `model.replicated(hidden_BTD)`.
+        """
+
+
+class LayerObjective(Named):
+    """A loss that the layers report, with its coefficient already in it."""
+
+    def count(self, batch: Batch) -> int:
+        """Tokens."""
+        return batch.n_tokens
+
+    @abstractmethod
+    def loss_sum(self, stats: RouterStats) -> Tensor:
+        """The sum over the batch and the layers that `stats` is of, float32 scalar."""
+
+
+class Objectives:
+    """All that a model is trained for; the main one first, which a validation measures."""
+
+    def __init__(self, final: Sequence[Objective], layers: Sequence[LayerObjective] = ()) -> None:
+        """ValueError where two have the same name, or none reads the final hidden states."""
+        self.final, self.layers = tuple(final), tuple(layers)
+        self._all: tuple[Named, ...] = (*self.final, *self.layers)
+        names = [objective.name for objective in self._all]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice or not self.final:
+            raise ValueError(f"two objectives are called {twice[0]}" if twice else "there is no objective to train for")
+        self.weights = {objective.name: objective.weight for objective in self._all}
+
+    @property
+    def main(self) -> Objective:
+        """What a validation measures."""
+        return self.final[0]
+
+    def count(self, batches: Sequence[Batch], sources: Sequence[str] = ()) -> Counts:
+        """What the batches add to the counts of a step. sources: names of the data's, where there are several."""
+        counted = {o.name: sum(o.count(batch) for batch in batches) for o in self._all}
+        return Counts(sum(batch.n_tokens for batch in batches), counted, self._by_source(batches, sources))
+
+    def _by_source(self, batches: Sequence[Batch], sources: Sequence[str]) -> dict[str, int]:
+        totals = np.zeros(len(sources), dtype=np.int64)
+        for batch in batches if len(sources) > 1 else ():
+            labels_BT = self.main.labels(batch)
+            if batch.rows is None or labels_BT is None:
+                return {}
+            source_R = batch.rows.source
+            counts_R = (labels_BT >= 0).view(len(source_R), -1).sum(1).numpy()
+            np.add.at(totals, source_R[source_R >= 0], counts_R[source_R >= 0])
+        return dict(zip(sources, totals.tolist(), strict=True)) if len(sources) > 1 else {}
+
+    def losses_of(self, model: LLM, batch: Batch) -> Losses:
+        """Makes the sums of those over the final hidden states, by name, the main one first, of a batch on the model's
+        device.
+        """
+        return lambda hidden_BTD: {o.name: o.loss_sum(model, hidden_BTD, batch) for o in self.final}
+
+    def layer_sums(self, stats: RouterStats) -> dict[str, Tensor]:
+        """The sums of those that layers report, by name."""
+        return {objective.name: objective.loss_sum(stats) for objective in self.layers}
+
+
+class NextToken(Objective):
+    """Cross entropy of the next token, in nats, over `targets[name]`."""
+
+    def __init__(self, name: str, weight: float = 1.0) -> None:
+        self.name, self.weight = name, weight
+
+    def count(self, batch: Batch) -> int:
+        return batch.targets[self.name].count()
+
+    def labels(self, batch: Batch) -> Tensor | None:
+        return batch.targets[self.name].labels
+
+    def loss_sum(self, model: LLM, hidden_BTD: Tensor, batch: Batch) -> LossSum:
+        targets = batch.targets[self.name]
+        nll_BT = torch.zeros_like(targets.labels, dtype=torch.float32)
+        total = model.loss_sum(hidden_BTD, targets.labels, factors_BT=targets.weights, nll_BT=nll_BT)
+        return LossSum(total, nll_BT)
+
+
+class RouterBalance(LayerObjective):
+    """The balance loss of MoE layers (model.moe.aux_alpha)."""
+
+    name = "moe_balance"
+
+    def loss_sum(self, stats: RouterStats) -> Tensor:
+        return stats.balance_sum
+
+
+class RouterZ(LayerObjective):
+    """The z-loss of MoE layers (model.moe.z_alpha)."""
+
+    name = "moe_z"
+
+    def loss_sum(self, stats: RouterStats) -> Tensor:
+        return stats.z_sum
+
+
+FACTORIES: dict[str, Callable[..., Objective]] = {}
+"""Of objectives that a config may name."""
+
+
+def register(name: str, factory: Callable[..., Objective]) -> None:
+    """Make an objective known under `name`, which is also its own; a factory is called with the options of the config.
+    ValueError where the name is taken.
+    """
+    if name in FACTORIES:
+        raise ValueError(f"an objective is called {name} already")
+    FACTORIES[name] = factory
+
+
+def make_objective(name: str, options: Mapping[str, Any]) -> Objective:
+    """The objective of a name. ValueError with what is possible where the name or an option is not known."""
+    key = f"train.objectives.{name}"
+    if name not in FACTORIES:
+        known = ", ".join(sorted(FACTORIES)) or "none; a file under `extensions` registers them"
+        raise ValueError(f"{key}: no such objective; known are {known}")
+    factory = FACTORIES[name]
+    try:
+        inspect.signature(factory).bind(**options)
+    except TypeError as error:
+        raise ValueError(f"{key}={dict(options)}: {error}; the options are {_options(factory)}") from None
+    made = factory(**options)
+    if made.name != name:
+        raise ValueError(f"{key}: the objective that is registered so calls itself {made.name}")
+    return made
+
+
+def _options(factory: Callable[..., Objective]) -> str:
+    return ", ".join(map(str, inspect.signature(factory).parameters.values())) or "none"
+
+
+def objectives_of(main: Sequence[Objective], extra: Mapping[str, Mapping[str, Any]] | None = None) -> Objectives:
+    """A task's objectives, those that the config adds (name -> options), and those of the layers.
+
+    ValueError naming the config's key where one cannot be made.
+    """
+    added = [make_objective(name, options) for name, options in (extra or {}).items()]
+    return Objectives([*main, *added], [RouterBalance(), RouterZ()])

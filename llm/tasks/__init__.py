@@ -1,0 +1,10 @@
+"""What a model is trained to do, a file each: which rows it reads, what it is trained for, what a validation says of it
+and how a sample of it looks.
+"""
+
+from llm.tasks.base import OpenedRows, RowsWanted, Task, register, task_named
+from llm.tasks.lm import LanguageModelling
+
+register(LanguageModelling())
+
+__all__ = ["OpenedRows", "RowsWanted", "Task", "register", "task_named"]

@@ -1,0 +1,100 @@
+"""What a task says of itself, and the tasks by name.
+
+To add one: a subclass of `Task` in a file of your own, `register(task)` at the end of it, the file under `extensions`
+and the name under `task` in the run config.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from llm.batch import Batch
+from llm.data.heldout import HeldOut
+from llm.data.mixture import Mixture
+from llm.data.sources import DataSpec
+from llm.generate import Decoder
+from llm.model import LLM
+from llm.objectives import Objective
+from llm.parallel.launch.world import World
+from llm.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class RowsWanted:
+    """Which rows a run reads."""
+
+    train: DataSpec
+    """`data.train`."""
+    valid: DataSpec | float | None
+    """`data.valid`."""
+    cache_dir: str
+    seq_len: int
+    seed: int
+    """Of the order."""
+    held_out_rows: int | None
+    """Rows of a validation; None = all."""
+
+
+@dataclass(frozen=True)
+class OpenedRows:
+    """The rows of a run."""
+
+    train: Mixture
+    valid: HeldOut | None
+    notes: list[str]
+    """Lines about what they are made of."""
+
+
+class Task(ABC):
+    """What a model is trained to do."""
+
+    name: str
+
+    @abstractmethod
+    def objectives(self) -> tuple[Objective, ...]:
+        """What it is trained for; the first is what a validation measures."""
+
+    @abstractmethod
+    def open_rows(self, wanted: RowsWanted, tokenizer: Tokenizer, world: World) -> OpenedRows:
+        """The training and held-out rows (collective). UserError on all ranks where they cannot be read."""
+
+    @abstractmethod
+    def counter(self, tokenizer: Tokenizer) -> Callable[[Batch], list[int]]:
+        """Counts what `metrics` needs of a held-out batch, the targets first; the counts are summed over all batches.
+        """
+
+    @abstractmethod
+    def metrics(self, loss_sum: float, counts: Sequence[int]) -> dict[str, float]:
+        """What a validation says, from the sums over the held-out rows: fields of metrics.jsonl, `valid_loss` first."""
+
+    @abstractmethod
+    def sample(
+        self,
+        decoder: LLM | Decoder,
+        tokenizer: Tokenizer,
+        prompts: Sequence[Sequence[int]],
+        *,
+        most_tokens: int,
+        context: int,
+        temperature: float,
+        seed: int,
+    ) -> list[str]:
+        """What the model makes of each prompt, as text; drawn by the seed."""
+
+
+TASKS: dict[str, Task] = {}
+"""By name."""
+
+
+def register(task: Task) -> None:
+    """Make a task known by its name. ValueError where the name is taken."""
+    if task.name in TASKS:
+        raise ValueError(f"a task is called {task.name} already")
+    TASKS[task.name] = task
+
+
+def task_named(name: str) -> Task:
+    """The task of a name. ValueError with the known ones where there is none."""
+    if name not in TASKS:
+        raise ValueError(f"task={name}: no such task; known are {', '.join(sorted(TASKS))}")
+    return TASKS[name]
