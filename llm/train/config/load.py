@@ -6,7 +6,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from llm.errors import UserError
-from llm.train.config.explain import explain, prepared
+from llm.extensions import load as load_extensions
+from llm.train.config.explain import by_commas, explain, prepared
 from llm.train.config.overrides import put
 from llm.train.config.schema import RunConfig
 from llm.train.config.yaml_file import read_yaml
@@ -55,7 +56,10 @@ def _is_group(value: Any) -> bool:
 
 
 def validate(raw: dict[str, Any], where: str) -> RunConfig:
-    """RunConfig of a nested dict; UserError with one line that names the first wrong key."""
+    """RunConfig of a nested dict, whose extensions are run; UserError with one line that names the first wrong key."""
+    asked = by_commas(raw.get("extensions"))
+    if isinstance(asked, list | tuple):  # else the schema says what is wrong with it
+        load_extensions(str(path) for path in asked)
     try:
         return RunConfig.model_validate(prepared(raw, RunConfig))
     except ValidationError as error:

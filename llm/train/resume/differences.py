@@ -11,7 +11,7 @@ from llm.train.config.explain import section_of
 FREE_ON_RESUME = (
     "model.init_from", "parallel", "train.steps", "train.epochs", "train.global_batch_size", "train.batch_schedule",
     "train.micro_batch_size", "train.threads", "train.compile", "train.activation_checkpointing", "train.skip_steps",
-    "guard", "checkpoint", "eval", "log", "data", "tokenizer", "deepspeed",
+    "guard", "checkpoint", "eval", "log", "data", "tokenizer", "deepspeed", "extensions",
 )  # fmt: skip
 
 

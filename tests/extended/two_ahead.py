@@ -1,0 +1,51 @@
+"""An objective as a user adds one, with targets and a count of its own: the token after the next one, and beside it
+a penalty on large hidden states, which is computed alike on all tensor-parallel ranks.
+"""
+
+import torch
+from torch import Tensor
+
+from llm.batch import IGNORE, Batch
+from llm.datatypes import LossSum
+from llm.model import LLM
+from llm.objectives import Objective, register
+
+
+class TwoAhead(Objective):
+    """Cross entropy of the token after the next one, where both lie in the same document and sequence."""
+
+    name = "two_ahead"
+
+    def __init__(self, weight: float = 1.0) -> None:
+        self.weight = weight
+
+    def labels(self, batch: Batch) -> Tensor:
+        next_BT = batch.targets["lm"].labels
+        labels_BT = torch.full_like(next_BT, IGNORE)
+        labels_BT[:, :-1] = torch.where(next_BT[:, :-1] >= 0, next_BT[:, 1:], IGNORE)
+        return labels_BT
+
+    def count(self, batch: Batch) -> int:
+        return int((self.labels(batch) >= 0).sum())
+
+    def loss_sum(self, model: LLM, hidden_BTD: Tensor, batch: Batch) -> LossSum:
+        return LossSum(model.loss_sum(hidden_BTD, self.labels(batch)))
+
+
+class SmallHidden(Objective):
+    """Mean square of the hidden states of all tokens."""
+
+    name = "small_hidden"
+
+    def __init__(self, weight: float = 1.0) -> None:
+        self.weight = weight
+
+    def count(self, batch: Batch) -> int:
+        return batch.n_tokens
+
+    def loss_sum(self, model: LLM, hidden_BTD: Tensor, batch: Batch) -> LossSum:
+        return LossSum(model.replicated(hidden_BTD).float().square().mean(-1).sum())
+
+
+register(TwoAhead.name, TwoAhead)
+register(SmallHidden.name, SmallHidden)

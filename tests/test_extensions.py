@@ -1,0 +1,66 @@
+"""Files that register what a config names: run once, before anything is read, and refused by file and line."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llm import extensions
+from llm.errors import UserError
+from llm.train.config import load_config
+from llm.train.settle import objectives_in
+from tests.distributed.harness import ROOT, tiny_config, write_config
+
+TWO_AHEAD = ROOT / "tests/extended/two_ahead.py"
+
+
+@pytest.fixture(autouse=True)
+def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extensions, "LOADED", set())
+    monkeypatch.setattr("llm.objectives.FACTORIES", {})
+
+
+def test_a_file_is_run_once_however_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("import sys\nsys.mine = getattr(sys, 'mine', 0) + 1\n")
+    monkeypatch.setattr(sys, "mine", 0, raising=False)
+    monkeypatch.chdir(tmp_path)
+    extensions.load([file, "mine.py"])
+    extensions.load(["./mine.py"])
+    assert sys.mine == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, "mine.py: no such file"),
+        ("x = 1\nimport nothing_of_that_name\n", "mine.py, line 2: ModuleNotFoundError: No module named"),
+        ("def f(:\n", "mine.py, line 1: SyntaxError"),
+    ],
+)
+def test_a_file_that_cannot_be_run_is_named_with_its_line(tmp_path: Path, text: str | None, expected: str) -> None:
+    file = tmp_path / "mine.py"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError, match=f"extensions: .*{expected}"):
+        extensions.load([file])
+
+
+def test_a_config_runs_its_extensions_and_trains_for_what_they_register(tmp_path: Path) -> None:
+    raw = tiny_config(tmp_path, train={"objectives": {"two_ahead": {"weight": 0.5}}})
+    file = write_config(tmp_path / "c.yaml", {**raw, "extensions": [str(TWO_AHEAD)]})
+    objectives = objectives_in(load_config(file))
+    assert objectives.weights == {"lm": 1.0, "two_ahead": 0.5, "moe_balance": 1.0, "moe_z": 1.0}
+    plain = write_config(tmp_path / "d.yaml", raw)
+    flag = objectives_in(load_config(plain, {"extensions": f"{TWO_AHEAD},{TWO_AHEAD}"}))
+    assert flag.weights == objectives.weights
+
+
+def test_an_objective_that_nothing_registers_is_refused_by_its_key(tmp_path: Path) -> None:
+    raw = tiny_config(tmp_path, train={"objectives": {"two_ahead": {}}})
+    with pytest.raises(UserError, match="train.objectives.two_ahead: no such objective; known are none"):
+        objectives_in(load_config(write_config(tmp_path / "c.yaml", raw)))
+    unknown = write_config(tmp_path / "d.yaml", yaml.safe_load(yaml.safe_dump(raw)) | {"task": "mlm"})
+    with pytest.raises(UserError, match="task=mlm: no such task"):
+        objectives_in(load_config(unknown))

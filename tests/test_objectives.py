@@ -1,0 +1,164 @@
+"""Objectives: each a sum over its own targets, divided by its own count, whatever the cut of a batch."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm import LLM, ModelArgs
+from llm.args import MoEArgs
+from llm.batch import IGNORE, Batch, Counts, Rows, Targets
+from llm.datatypes import LossSum, TransformerInput
+from llm.objectives import NextToken, Objective, Objectives, make_objective, objectives_of, register
+from llm.parallel.engine.step import Tally
+from llm.parallel.launch.world import World
+from llm.tasks import task_named
+from tests.data.helpers import LM
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+ARGS = ModelArgs(
+    dim=16, n_layers=2, n_heads=2, ffn_hidden=24, vocab_size=50, max_seq_len=16,
+    moe=MoEArgs(n_experts=4, top_k=2, hidden=8, interleave=2, aux_alpha=0.01, z_alpha=0.001),
+)  # fmt: skip
+
+
+class FirstTokens(Objective):
+    """Of a test: sequences have one target each."""
+
+    name = "first_tokens"
+
+    def __init__(self, weight: float = 0.5) -> None:
+        self.weight = weight
+
+    def count(self, batch: Batch) -> int:
+        return len(batch.inputs.tokens)
+
+    def loss_sum(self, model: LLM, hidden_BTD: Tensor, batch: Batch) -> LossSum:
+        return LossSum(hidden_BTD[:, 0].float().square().sum())
+
+
+def batch_of(n_rows: int, seed: int = 0, weights: bool = False) -> Batch:
+    draw = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 50, (n_rows, 9), generator=draw)
+    labels = tokens[:, 1:].clone()
+    labels[torch.rand(labels.shape, generator=draw) < 0.3] = IGNORE
+    factors = torch.rand(labels.shape, generator=draw) if weights else None
+    return Batch(TransformerInput(tokens[:, :-1].contiguous()), {"lm": Targets(labels, factors)})
+
+
+def rows_of(source: list[int]) -> Rows:
+    number = np.array(source)
+    return Rows(number, np.arange(len(source)), np.arange(len(source)))
+
+
+def test_each_objective_has_a_count_of_its_own() -> None:
+    objectives = Objectives([*LM.final, FirstTokens()], LM.layers)
+    batches = [batch_of(3), batch_of(5, seed=1)]
+    counts = objectives.count(batches)
+    n_targets = sum(int((batch.targets["lm"].labels >= 0).sum()) for batch in batches)
+    assert counts.objectives == {"lm": n_targets, "first_tokens": 8, "moe_balance": 64, "moe_z": 64}
+    assert (counts.targets, counts.tokens, counts.sources) == (n_targets, 64, {})
+    assert counts.with_values(counts.values()) == counts
+
+
+def test_targets_are_counted_by_source_where_there_are_several_and_absent_rows_by_none() -> None:
+    batch = replace(batch_of(4), rows=rows_of([1, 0, -1, 1]))
+    per_row = (batch.targets["lm"].labels >= 0).sum(1).tolist()
+    assert LM.count([batch], ["a"]).sources == {}
+    found = LM.count([batch, batch], ["a", "b", "c"]).sources
+    assert found == {"a": 2 * per_row[1], "b": 2 * (per_row[0] + per_row[3]), "c": 0}
+
+
+def test_a_row_that_is_cut_into_sequences_is_of_one_source() -> None:
+    whole = batch_of(4)
+    labels = whole.targets["lm"].labels
+    cut = Batch(TransformerInput(whole.inputs.tokens.view(8, 4)), {"lm": Targets(labels.view(8, 4))})
+    by_source = [LM.count([replace(batch, rows=rows_of([0, 1, 1, 0]))], ["a", "b"]).sources for batch in (whole, cut)]
+    assert by_source[0] == by_source[1]
+
+
+def test_the_mean_of_a_source_is_that_of_its_targets_and_unknown_without_any() -> None:
+    model, batch = LLM(ARGS), replace(batch_of(4), rows=rows_of([1, 0, 1, 0]))
+    out = model(batch.inputs, losses=LM.losses_of(model, batch))
+    tally = Tally(ARGS, LM.weights, LM.count([batch], ["a", "b", "c"]), ALONE)
+    per_token = out.losses["lm"].per_token
+    tally.add_loss("lm", out.losses["lm"].total)
+    tally.add_by_source(per_token, batch.rows)
+    result = tally.result(1.0, 1)
+    labels = batch.targets["lm"].labels
+    for source, rows in (("a", [1, 3]), ("b", [0, 2])):
+        expected = float(per_token[rows].sum()) / int((labels[rows] >= 0).sum())
+        assert result.source_losses[source] == pytest.approx(expected, rel=1e-6)  # float32 sums in another order
+    assert math.isnan(result.source_losses["c"])
+    n = LM.count([batch]).targets
+    together = sum(result.source_losses[source] * tally.step_counts.sources[source] for source in "ab") / n
+    assert together == pytest.approx(result.losses["lm"], rel=1e-6)
+
+
+def test_a_steps_loss_is_the_sum_of_weight_times_sum_over_count() -> None:
+    counts = Counts(100, {"lm": 40, "other": 0, "third": 8}, {})
+    tally = Tally(ARGS.model_copy(update={"moe": None}), {"lm": 1.0, "other": 2.0, "third": 0.5}, counts, ALONE)
+    for value in (20.0, 60.0):
+        tally.add_loss("lm", torch.tensor(value))
+    tally.add_loss("third", torch.tensor(4.0))
+    result = tally.result(1.0, 1)
+    assert result.losses == {"lm": 2.0, "other": 0.0, "third": 0.25} and result.loss == 2.25
+    assert float(tally.one_or_nan(2.25)) == 1.0 and math.isnan(float(tally.one_or_nan(2.2)))
+    assert float(tally.weighted("third", torch.tensor(4.0), ranks=3)) == 0.75
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_the_next_tokens_loss_is_the_cross_entropy_of_the_logits(weights: bool) -> None:
+    """In the sum, in each token's part, and in the gradient, which weights scale. float32 sums in another order."""
+    model, batch = LLM(ARGS), batch_of(4, weights=weights)
+    targets = batch.targets["lm"]
+    factors = torch.ones(targets.labels.shape) if targets.weights is None else targets.weights
+    logits = model(batch.inputs).logits
+    nll = F.cross_entropy(logits.flatten(0, 1), targets.labels.flatten(), ignore_index=IGNORE, reduction="none")
+    expected = nll.view_as(factors)
+    ours = model(batch.inputs, losses=LM.losses_of(model, batch)).losses["lm"]
+    torch.testing.assert_close(ours.per_token, expected.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.total, (expected * factors).sum(), rtol=1e-5, atol=0)
+    parameters = list(model.parameters())
+    gradients = (
+        torch.autograd.grad(loss, parameters, allow_unused=True) for loss in (ours.total, (expected * factors).sum())
+    )
+    for mine, right in zip(*gradients, strict=True):
+        if right is not None:
+            torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-6)
+
+
+def test_the_first_objective_is_what_a_validation_measures() -> None:
+    found = objectives_of(task_named("lm").objectives(), {})
+    assert found.main.name == "lm" and list(found.weights) == ["lm", "moe_balance", "moe_z"]
+
+
+def test_names_are_given_once_and_something_is_trained_for() -> None:
+    with pytest.raises(ValueError, match="two objectives are called lm"):
+        Objectives([NextToken("lm"), NextToken("lm")])
+    with pytest.raises(ValueError, match="no objective to train for"):
+        Objectives([])
+
+
+def test_a_registered_objective_is_made_with_the_options_of_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm.objectives.FACTORIES", {})
+    register("first_tokens", FirstTokens)
+    assert make_objective("first_tokens", {"weight": 0.25}).weight == 0.25
+    with pytest.raises(ValueError, match="an objective is called first_tokens already"):
+        register("first_tokens", FirstTokens)
+    with pytest.raises(ValueError, match="train.objectives.first_token: no such objective; known are first_tokens"):
+        make_objective("first_token", {})
+    with pytest.raises(ValueError, match=r"train.objectives.first_tokens=.*wieght.*the options are weight: float"):
+        make_objective("first_tokens", {"wieght": 1})
+    register("other", FirstTokens)
+    with pytest.raises(ValueError, match="calls itself first_tokens"):
+        make_objective("other", {})
+
+
+def test_an_unknown_task_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="task=ml: no such task; known are lm"):
+        task_named("ml")
