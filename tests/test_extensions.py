@@ -12,7 +12,7 @@ from llm.train.config import load_config
 from llm.train.settle import objectives_in
 from tests.distributed.harness import ROOT, tiny_config, write_config
 
-TWO_AHEAD = ROOT / "tests/extended/two_ahead.py"
+TWO_AHEAD = ROOT / "docs/extend/two_ahead.py"
 
 
 @pytest.fixture(autouse=True)

@@ -33,7 +33,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data={"train": sources},
         train={"steps": STEPS, "objectives": {"two_ahead": {"weight": 0.3}, "small_hidden": {"weight": 0.1}}},
     )
-    raw["extensions"] = [str(ROOT / "tests/extended/two_ahead.py")]
+    raw["extensions"] = [str(ROOT / "docs/extend/two_ahead.py")]
     config = write_config(folder / "config.yaml", raw)
     for nproc, layouts in LAYOUTS.items():
         done = run_job(

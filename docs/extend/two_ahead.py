@@ -1,5 +1,12 @@
-"""An objective as a user adds one, with targets and a count of its own: the token after the next one, and beside it
-a penalty on large hidden states, which is computed alike on all tensor-parallel ranks.
+"""Objectives as a user adds them, with targets and counts of their own: the token after the next one, and the size of
+the final hidden states, which is computed alike on all tensor-parallel ranks.
+
+    extensions: [docs/extend/two_ahead.py]
+    train: {objectives: {two_ahead: {weight: 0.3}, small_hidden: {}}}
+
+Their means, times their weights, are `two_ahead_loss` and `small_hidden_loss` in metrics.jsonl.
+
+Shapes: B rows, T tokens of a row, D model width.
 """
 
 import torch
