@@ -96,6 +96,8 @@ def _lines(config: RunConfig, layout: Layout, run_dir: Path | None) -> Iterator[
     if config.optim.warmup_steps is None and config.train.steps is not None:
         steps = default_warmup(config.train.steps, config.optim.decay_steps)
         yield f"optim.warmup_steps=null is {_count(steps, 'step')} of train.steps={config.train.steps}"
+    if config.train.objectives:
+        yield "what train.objectives keep and send, beyond a sum each, is theirs to know; what follows is without it"
     yield from _memory(work, config.checkpoint.asynchronous)
     yield from _disk(config, memory.checkpoint_bytes(work), run_dir)
     yield from _traffic(work)

@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from llm.train.config.section import BY_COMMAS, Count, Section
+from llm.train.config.yaml_file import plain
 
 
 class TrainConfig(Section):
@@ -30,7 +31,7 @@ class TrainConfig(Section):
     """Compile the blocks with torch.compile (needs a C++ compiler)."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward recomputes to save memory: nothing, cheap elementwise work, or whole blocks."""
-    objectives: dict[str, dict[str, Any]] = {}
+    objectives: Annotated[dict[str, dict[str, Any]], AfterValidator(plain)] = {}
     """Further losses beside the task's: the name of each, and under it its options, as weight; see `extensions`."""
     skip_steps: Annotated[tuple[Count, ...], BY_COMMAS] = ()
     """Steps whose rows are passed over without an update."""
