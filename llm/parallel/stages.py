@@ -83,7 +83,7 @@ def bubble(ranks: int, micro_batches: int, schedule: PipelineSchedule) -> float:
 
     A rank's forward and backward of a micro-batch are 3. With one forward and one backward in turn it waits for those
     of each other rank once. DualPipeV, as DeepSpeed 0.19.8 runs it (it makes weight gradients with the others), waits
-    5/2 for each rank less 3, as playing its instructions shows (tests/train/test_stages.py).
+    5/2 for each rank less 3, as playing its instructions shows (tests/parallel/test_stages.py).
     """
     waits = 3 * (ranks - 1) if schedule == "1f1b" or ranks == 1 else 2.5 * ranks - 3
     return waits / (3 * micro_batches + waits)

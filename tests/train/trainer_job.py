@@ -10,7 +10,7 @@ import yaml
 
 from llm.parallel.launch import process
 from llm.train.config import validate
-from tests.train.plans import CUTS, EPOCHS, PATIENCE, PLANNED
+from tests.train.schedules import CUTS, EPOCHS, PATIENCE, SCHEDULED
 
 
 def main() -> None:
@@ -24,10 +24,10 @@ def main() -> None:
         raw = {**base, **{key: {**base.get(key, {}), **section} for key, section in sections.items()}}
         Trainer(validate(raw, name), out / name, world).fit()
 
-    fit("whole", train={**PLANNED, **EPOCHS})
+    fit("whole", train={**SCHEDULED, **EPOCHS})
     for steps in CUTS:
-        fit("cut", train={**PLANNED, "steps": steps})
-    fit("cut", train={**PLANNED, **EPOCHS})
+        fit("cut", train={**SCHEDULED, "steps": steps})
+    fit("cut", train={**SCHEDULED, **EPOCHS})
     fit("doubled", train={"global_batch_size": 8, "steps": 3})
     fit("doubled", train={**EPOCHS, "global_batch_size": 16})
     still = {"lr": 1e-30, "min_lr": 0.0}  # a model that does not move never improves on its first validation
