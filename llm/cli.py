@@ -23,6 +23,7 @@ from fire.decorators import SetParseFn
 from pydantic import ValidationError
 
 from llm.errors import UserError
+from llm.extensions import load as load_extensions
 from llm.screen import Watched, watched
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
@@ -42,7 +43,7 @@ def run_cli(
 
     Parameters are given by name (`--name=value`, `--name value`) or by place. Annotations decide how a value is read:
     str, PathText, int, float, bool, `list[str]` (separated by commas) and any of them `| None`. Exits with 2 and one
-    line on bad input.
+    line on bad input. Every command takes `--extensions`, which are run first (llm/extensions.py).
     """
     line = list(sys.argv[1:] if argv is None else argv)
     if line and line[0] in commands:
@@ -52,7 +53,12 @@ def run_cli(
         if any(word in HELP for word in line):
             print(describe(function, commands))
         else:
-            function(**bind(function, *split(with_values(line, function))))
+            values, flags = split(with_values(line, function))
+            extensions = flags.pop("extensions", "")
+            if extensions is None:
+                raise UserError("--extensions has no value; give Python files, separated by commas")
+            load_extensions(convert("--extensions", extensions, list[str]))
+            function(**bind(function, values, flags))
 
     run_or_stop(job)
 
@@ -122,7 +128,7 @@ def with_values(line: Sequence[str], function: Callable[..., object]) -> list[st
     """The line with `--name value` as `--name=value` where the function's flag `name` takes a value, so that values may
     look like flags: what follows such a flag is its value, unless that is another flag of the function.
     """
-    takes_value = {_flag_of(name): hint is not bool for name, hint in _hints(function).items()}
+    takes_value = {_flag_of(name): hint is not bool for name, hint in _hints(function).items()} | {"extensions": True}
     joined: list[str] = []
     words = list(line)
     while words:
@@ -255,6 +261,7 @@ def describe(function: Callable[..., object], commands: dict[str, Callable[..., 
     for name, parameter in inspect.signature(function).parameters.items():
         default = "(required)" if parameter.default is parameter.empty else f"(default {parameter.default})"
         lines.append(f"  --{_flag_of(name)}: {_type_name(hints[name])} {default}")
+    lines.append("  --extensions: Python files, separated by commas, run first: they register what models are made of")
     others = {name: command for name, command in (commands or {}).items() if command is not function}
     if others:
         lines += ["", "commands:"]

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from llm import extensions
+from llm.cli import run_cli
 from llm.errors import UserError
 from llm.train.config import load_config
 from llm.train.settle import objectives_in
@@ -64,3 +65,18 @@ def test_an_objective_that_nothing_registers_is_refused_by_its_key(tmp_path: Pat
     unknown = write_config(tmp_path / "d.yaml", yaml.safe_load(yaml.safe_dump(raw)) | {"task": "mlm"})
     with pytest.raises(UserError, match="task=mlm: no such task"):
         objectives_in(load_config(unknown))
+
+
+def test_every_command_runs_its_extensions_before_it_reads_its_flags(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(n: int) -> None:
+        print(n)
+
+    file = tmp_path / "mine.py"
+    file.write_text("print('mine')\n")
+    run_cli(command, ["--extensions", str(file), "--n=3"])
+    assert capsys.readouterr().out == "mine\n3\n"
+    with pytest.raises(SystemExit):
+        run_cli(command, ["--n=3", "--extensions=nowhere.py"])
+    assert capsys.readouterr().err == "error: extensions: nowhere.py: no such file\n"

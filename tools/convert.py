@@ -32,7 +32,6 @@ from llm.checkpoint.fragments import DTYPES
 from llm.checkpoint.pretrained import load_checkpoint
 from llm.cli import run_cli
 from llm.errors import UserError
-from llm.extensions import load as load_extensions
 from llm.foreign.export import check_free, choose_family, export_hf, export_meta, meaning
 from llm.foreign.files import is_foreign, open_foreign
 from llm.foreign.finite import FiniteWeights
@@ -61,7 +60,6 @@ def import_(
     text_only: bool = False,
     allow_nonfinite: bool = False,
     quiet: bool = False,
-    extensions: list[PathText] | None = None,
 ) -> None:
     """Read a foreign folder into a model folder of ours.
 
@@ -73,9 +71,7 @@ def import_(
     text_only: leave out what a multimodal model has beside its text model
     allow_nonfinite: take weights with NaN or infinite values too
     quiet: no progress bar
-    extensions: Python files, separated by commas, that are run first and register families and the like
     """
-    load_extensions(extensions or [])
     asked = _dtype(dtype)
     check_free(Path(dst))
     source = open_foreign(Path(src), family, _overrides(set or []), text_only)
@@ -169,7 +165,6 @@ def export(
     shards: int = 1,
     average: bool = False,
     quiet: bool = False,
-    extensions: list[PathText] | None = None,
 ) -> None:
     """Write a model of ours as a foreign folder.
 
@@ -182,9 +177,7 @@ def export(
     shards: meta: number of files, one a tensor-parallel rank
     average: the moving average of the weights, of a run with optim.ema_decay
     quiet: no progress bar
-    extensions: Python files, separated by commas, that are run first and register families and the like
     """
-    load_extensions(extensions or [])
     if format not in ("hf", "meta"):
         raise UserError(f"--format={format} is not one of hf, meta")
     if not shard_gb > 0 or not math.isfinite(shard_gb):
@@ -238,14 +231,12 @@ def _family(args: ModelArgs, format: str, named: str | None, came_from: str | No
     return choose_family(args, format, named)
 
 
-def inspect(src: PathText, family: str | None = None, extensions: list[PathText] | None = None) -> None:
+def inspect(src: PathText, family: str | None = None) -> None:
     """Say what a foreign folder is, from its config and the headers of its files.
 
     src: folder with config.json or params.json
     family: read it as this family, whatever its config says
-    extensions: Python files, separated by commas, that are run first and register families and the like
     """
-    load_extensions(extensions or [])
     source = open_foreign(Path(src), family, text_only=True)
     for line in source.warnings:
         print(f"note: {line}")
@@ -270,7 +261,6 @@ def verify(
     tokens: int = 512,
     tolerance: float = 1e-5,
     with_: str | None = None,
-    extensions: list[PathText] | None = None,
 ) -> None:
     """Compare the logits of two models on a text, or all that a model says with what it says in transformers; exit
     status 1 where they differ, by more than the tolerance.
@@ -281,9 +271,7 @@ def verify(
     tokens: how many tokens are compared, in rows of up to 256
     tolerance: largest difference of logits, relative to the largest logit
     with: transformers: ids of 1,000 prompts and the lines of the text, logits, greedy texts
-    extensions: Python files, separated by commas, that are run first and register families and the like
     """
-    load_extensions(extensions or [])
     if tokens < 1:
         raise UserError(f"--tokens={tokens} must be at least 1")
     if with_ is not None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from llm import LLM
 from llm.cli import Verbatim
 from llm.errors import UserError
-from llm.extensions import load as load_extensions
 from llm.generation.batch import BatchSettings, complete_file
 from llm.generation.device import Dtype, device, dtype_for, set_threads
 from llm.generation.sampling import Sampling
@@ -34,7 +33,6 @@ def continue_prompt(
     batch_tokens: int = 16384,
     dtype: Dtype = "auto",
     threads: int | None = None,
-    extensions: list[PathText] | None = None,
 ) -> None:
     """Print the continuation of a prompt as it is made, or write those of a file of prompts.
 
@@ -56,9 +54,7 @@ def continue_prompt(
     dtype: auto = what the run was trained in, or the folder's weights are in, where the device is fast at it: a GPU
         with such units, a CPU with AMX; else fp32
     threads: of a CPU; default: OMP_NUM_THREADS, else the physical cores, or 1 for a model of up to 32M parameters
-    extensions: Python files, separated by commas, that are run first and register what the model is made of
     """
-    load_extensions(extensions or [])
     try:
         sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
     except ValueError as error:
