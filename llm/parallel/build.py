@@ -16,7 +16,7 @@ from llm.layers.region import InRegion
 from llm.model import LLM
 from llm.parallel.expert import ExpertExchange
 from llm.parallel.grid import Grid
-from llm.parallel.tensor import CutVocabulary, TensorRegion, sum_gradients
+from llm.parallel.tensor import CutVocabulary, TensorRegion
 from llm.parameters import ParameterTable
 
 
@@ -96,8 +96,3 @@ def _connect(model: LLM, table: ParameterTable, grid: Grid) -> None:
                 module.take_share(grid.tensor.rank, layout.tensor)
             if isinstance(module, Embedding | Output):
                 module.vocabulary = vocabulary
-    for name, parameter in model.named_parameters():
-        row = table[name]
-        whole = row.cut(layout.tensor) is None
-        if region is not None and whole and (row.in_region or layout.sequence_parallel):
-            sum_gradients(parameter, grid.tensor)

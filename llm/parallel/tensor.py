@@ -9,6 +9,7 @@ way linears that share an input share its one collective.
 Shapes: N tokens, D model width, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from llm.boxes import share_of
 from llm.kernels.graph_breaks import graph_break
 from llm.layers.region import Region
 from llm.parallel.grid import Group
+from llm.parallel.layout import Layout
+from llm.parameters import ParamInfo
 
 
 class TensorRegion(Region):
@@ -175,8 +178,13 @@ class _JoinVocabulary(torch.autograd.Function):
         return grad.narrow(-1, ctx.share.first, ctx.width), None
 
 
-def sum_gradients(parameter: Tensor, group: Group) -> None:
-    """From now on a gradient of `parameter` is the sum over the group, in float32: each rank makes one term of it."""
+def is_partial(row: ParamInfo, layout: Layout) -> bool:
+    """Whether tensor-parallel ranks hold the parameter alike, and each makes one term of its gradient."""
+    return layout.tensor > 1 and row.cut(layout.tensor) is None and (row.in_region or layout.sequence_parallel)
+
+
+def sum_each(parameter: Tensor, group: Group) -> None:
+    """From now on a gradient of `parameter` is the sum over the group, in float32."""
 
     def sum_over_group(grad: Tensor) -> Tensor:
         total = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True).contiguous()
@@ -184,3 +192,12 @@ def sum_gradients(parameter: Tensor, group: Group) -> None:
         return total.to(grad.dtype)
 
     parameter.register_hook(sum_over_group)
+
+
+@torch.no_grad()
+def sum_together(gradients: Sequence[Tensor], group: Group) -> None:
+    """Make each gradient its sum over the group, by one all-reduce in float32 (collective)."""
+    flat = torch.cat([gradient.reshape(-1).float() for gradient in gradients])
+    dist.all_reduce(flat, group=group.handle)
+    for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(total.view_as(gradient))

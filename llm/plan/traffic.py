@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from itertools import chain, pairwise
 from typing import NamedTuple
 
+from llm.parallel.tensor import is_partial
 from llm.parallel.traffic_counter import Along, dimension_names
 from llm.plan.workload import BYTES, OptimizerGroup, RankKind, Workload
 from llm.plan.zero3_gathers import auxiliary_losses, gathers, norms_around
@@ -65,14 +66,9 @@ def _tensor(work: Workload) -> Iterator[Sent]:
     yield Sent("tensor", "activations", times * mean_squares * 2 * (t - 1) * work.tokens * FLOAT32)
     yield Sent("tensor", "loss", times * (t - 1) * t * 2 * work.tokens * FLOAT32)
     sizes = {name: numel for kind in work.kinds for name, numel in kind.sizes.items()}
-    summed = sum(sizes[name] for name in work.table if _summed(work, name))
-    yield Sent("tensor", "gradients", times * 2 * (t - 1) * FLOAT32 * summed)
-
-
-def _summed(work: Workload, name: str) -> bool:
-    """Whether tensor-parallel ranks hold the parameter alike, and each makes a term of its gradient."""
-    row = work.table[name]
-    return row.cut(work.layout.tensor) is None and (row.in_region or work.layout.sequence_parallel)
+    partial = sum(sizes[name] for name in work.table if is_partial(work.table[name], layout))
+    sums = times if work.stage >= 2 else times // work.accumulation
+    yield Sent("tensor", "gradients", sums * 2 * (t - 1) * FLOAT32 * partial)
 
 
 def _pipeline(work: Workload) -> Iterator[Sent]:

@@ -139,6 +139,18 @@ def test_the_classes_are_the_known_ones_and_nothing_is_compiled(report: dict[str
     assert report["compiles nothing"]
 
 
+def test_below_zero_2_gradients_are_reduced_after_the_backward_alone() -> None:
+    """`before_reduction` counts on it."""
+    import inspect
+
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    assert "self.allreduce_gradients()" in inspect.getsource(DeepSpeedEngine._backward_epilogue)
+    in_hooks = inspect.getsource(DeepSpeedZeroOptimizer.process_gradients)
+    assert "if self.partition_gradients or self.overlap_comm:" in in_hooks
+
+
 if __name__ == "__main__":
     from llm.parallel.launch.process import run as run_process
 

@@ -162,6 +162,23 @@ def test_bytes_and_memory_are_as_predicted(
     check_all(tmp_path, cases, nproc, subtests)
 
 
+def test_gradients_of_whole_parameters_cost_one_collective_a_step(
+    tmp_path: Path, subtests: pytest.Subtests
+) -> None:
+    """Two tensor-parallel ranks and eight micro-batches, each with the edges of its regions, the embedding's, the
+    head's, and one exchange of the loss; then come the step's sums, these gradients, and the norm."""
+    settings = [("bf16", True), ("bf16", False), ("fp32", True)]
+    cases = [case("tensor", tensor=2, micro=1, precision=bits, sequence_parallel=cut) for bits, cut in settings]
+    for (precision, cut), found in zip(settings, compare(tmp_path, cases, 2), strict=True):
+        with subtests.test(precision=precision, sequence_parallel=cut):
+            if found is None:
+                pytest.skip(f"this device has no {precision} arithmetic")
+            edges = 4 if cut else 2  # an all-reduce is two edges
+            per_micro_batch = 2 * 3 * edges + edges + 1  # two regions in each of three layers
+            norms = 1 if precision == "bf16" else 2  # in float32 DeepSpeed takes that of each optimizer group by itself
+            assert found["calls"] == {"tensor": 8 * per_micro_batch + 2 + norms}
+
+
 @pytest.mark.full
 @pytest.mark.parametrize(("nproc", "cases"), [(2, MORE_ON_TWO_RANKS), (4, MORE_ON_FOUR_RANKS)], ids=["two", "four"])
 def test_bytes_and_memory_are_as_predicted_with_every_setting(

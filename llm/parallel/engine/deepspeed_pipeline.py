@@ -147,12 +147,3 @@ def count_fillers(engine: Any) -> None:
         for i, parameter in enumerate(group):
             if id(parameter) in fillers:
                 engine.optimizer.fp32_groups_has_gradients[number][i] = True
-
-
-def gradient(engine: Any, parameter: Tensor) -> Tensor | None:
-    """The sum of the step's gradients of a parameter so far, where the optimizer will look for it."""
-    if hasattr(engine.optimizer, "bf16_groups"):
-        return getattr(parameter, "_hp_grad", None)
-    if engine.optimizer.use_grad_accum_attribute:
-        return getattr(parameter, "grad_accum", None)
-    return parameter.grad

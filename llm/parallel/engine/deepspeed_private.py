@@ -9,7 +9,7 @@ stage 0 has no partitions, the parameters themselves are the masters.
 """
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -245,6 +245,29 @@ def publish_masters(engine: Any) -> None:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
     elif hasattr(zero, "update_lp_params"):
         zero.update_lp_params()
+
+
+def gradient(engine: Any, parameter: Tensor) -> Tensor | None:
+    """The sum of the step's gradients of a parameter so far, where the optimizer will look for it."""
+    if hasattr(engine.optimizer, "bf16_groups"):
+        return getattr(parameter, "_hp_grad", None)
+    if getattr(engine.optimizer, "use_grad_accum_attribute", False):
+        return getattr(parameter, "grad_accum", None)
+    return parameter.grad
+
+
+def before_reduction(engine: Any, function: Callable[[], None]) -> None:
+    """Have `function` called in each step after the last backward, before gradients are summed over data-parallel
+    ranks; not in ZeRO 2 and 3, which do that in every backward.
+    """
+    reduce = engine.allreduce_gradients
+
+    def call_and_reduce(*args: Any, **kwargs: Any) -> None:
+        if engine.is_gradient_accumulation_boundary():
+            function()
+        reduce(*args, **kwargs)
+
+    engine.allreduce_gradients = call_and_reduce
 
 
 def gradient_norm(engine: Any) -> float:

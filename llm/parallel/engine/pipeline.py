@@ -24,6 +24,7 @@ from torch import Tensor
 from llm.batch import Batch
 from llm.parallel.engine import deepspeed_pipeline as pipe
 from llm.parallel.engine import deepspeed_private as private
+from llm.parallel.engine.partial_gradients import PartialGradients
 from llm.parallel.engine.step import Step
 from llm.parallel.replica import Replica
 
@@ -41,6 +42,7 @@ class Pipelined:
         hooks = (self._next_forward, self._before_reduction)
         self.deepspeed = pipe.initialize(replica, *hooks, optimizer, config)
         ends = [ranks[layout.holder(stage)] for stage in (0, layout.stages - 1)]
+        self._partial = PartialGradients(replica, self.deepspeed, zero_stage=1)
         self.tied = TiedTable(self.deepspeed, replica, *ends) if replica.model.args.tie_embeddings else None
 
     def run(self, step: Step) -> float:
@@ -95,9 +97,10 @@ class Pipelined:
         pipe.count_fillers(self.deepspeed)
         if self.tied:
             self.tied.send_gradient()
+        self._partial.sum()
         self._step.tally.sum_over_ranks()
         one_or_nan = self._step.one_or_nan()
-        gradients = (pipe.gradient(self.deepspeed, parameter) for parameter in self._replica.model.parameters())
+        gradients = (private.gradient(self.deepspeed, parameter) for parameter in self._replica.model.parameters())
         next(gradient for gradient in gradients if gradient is not None).mul_(one_or_nan)
         self._step.before_change()  # nothing of ours comes between this and the optimizer
 
@@ -147,7 +150,7 @@ class TiedTable:
         if self._owner:
             received = torch.empty_like(self._weight, dtype=torch.float32)
             dist.recv(received, self._peer)
-            own = pipe.gradient(self._deepspeed, self._weight)
+            own = private.gradient(self._deepspeed, self._weight)
             assert own is not None
             own += received.view_as(own)  # which may be flat
         else:

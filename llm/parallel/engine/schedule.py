@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llm.parallel.engine import deepspeed_private as private
+from llm.parallel.engine.partial_gradients import PartialGradients
 from llm.parallel.engine.step import Step
 from llm.parallel.muon import Muon
 from llm.parallel.replica import Replica
@@ -48,6 +49,7 @@ class Plain:
     ) -> None:
         self._replica, self._zero_stage, self._clip_norm = replica, zero_stage, clip_norm
         self.deepspeed = private.initialize(replica.model, optimizer, config, replica.grid)
+        private.before_reduction(self.deepspeed, PartialGradients(replica, self.deepspeed, zero_stage).sum)
 
     def run(self, step: Step) -> float:
         engine, replica = self.deepspeed, self._replica
