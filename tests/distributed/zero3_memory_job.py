@@ -13,6 +13,7 @@ from llm.parallel.grid import make_grid
 from llm.parallel.launch import process
 from llm.train.config import OptimConfig
 from llm.train.optimizer import make_optimizer
+from tests.data.helpers import LM
 
 MODEL = {"dim": 1024, "n_layers": 8, "n_heads": 8, "n_kv_heads": 8, "ffn_hidden": 2816, "vocab_size": 8192}
 SMALL = {**MODEL, "dim": 64, "ffn_hidden": 64, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2}
@@ -37,6 +38,7 @@ def main() -> None:
         return Engine(
             replica,
             make_optimizer(replica.model, OptimConfig()),
+            objectives=LM,
             precision="bf16",
             micro_batch_size=1,
             max_accumulation=1,
