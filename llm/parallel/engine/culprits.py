@@ -29,8 +29,8 @@ class GradientProbes:
         self._sums = torch.zeros(len(self._stages), device=replica.world.device)
         self._hooks: list[RemovableHandle] = []
         for name, parameter in replica.model.named_parameters():
-            row = replica.table[name]
-            if replica.grid.expert.size == 1 or row.expert_dim is None:  # else it is of other ranks' tokens too
+            alone = replica.grid.expert.size == 1 or replica.table[name].expert_dim is None
+            if parameter.requires_grad and alone:  # else a gradient is of other ranks' tokens too
                 self._hooks.append(parameter.register_hook(partial(self._add, replica.stage_of(name))))
 
     def _add(self, stage: int, grad: Tensor) -> None:

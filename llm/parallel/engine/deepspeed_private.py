@@ -9,6 +9,7 @@ stage 0 has no partitions, the parameters themselves are the masters.
 """
 
 import importlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -224,16 +225,6 @@ def skip_reduction(engine: Any) -> None:
         engine.enable_backward_allreduce = False
 
 
-def forget_gradients(engine: Any) -> None:
-    """Drop what a step that was not applied left behind: with an offloaded optimizer ZeRO-1 and 2 keep their sums in
-    half precision, and would add every later gradient to them.
-    """
-    zero = engine.optimizer
-    if hasattr(zero, "single_partition_of_fp32_groups") and zero.cpu_offload:
-        for number in zero.averaged_gradients:
-            zero.averaged_gradients[number] = None
-
-
 def publish_masters(engine: Any) -> None:
     """Copy the masters into the parameters that the forward uses, on all ranks (collective)."""
     zero = engine.optimizer
@@ -270,13 +261,6 @@ def before_reduction(engine: Any, function: Callable[[], None]) -> None:
     engine.allreduce_gradients = call_and_reduce
 
 
-def gradient_norm(engine: Any) -> float:
-    """Global 2-norm of the gradients of the last step, before clipping; inf where the step was not applied because it
-    was not finite.
-    """
-    return float(engine.get_global_grad_norm())
-
-
 def loss_scaler_state(engine: Any) -> dict[str, float]:
     """The dynamic loss scaler of fp16, as numbers; empty in other precisions."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
@@ -292,7 +276,7 @@ def set_loss_scaler_state(engine: Any, state: dict[str, float]) -> None:
 
 
 def grow_loss_scale_late(engine: Any) -> None:
-    """Leave the growth of fp16's loss scale to `grow_loss_scale`: DeepSpeed grows it before it divides the gradients by
+    """Leave the growth of fp16's loss scale to `end_step`: DeepSpeed grows it before it divides the gradients by
     it, so that a step in which it grows is made with half the gradient, and ZeRO-3 reports half the norm. At its lowest
     scale it is not to end the process: what then happens is decided by guard.nonfinite.
     """
@@ -309,10 +293,19 @@ def loss_scale_is_lowest(engine: Any) -> bool:
     return not state or state["cur_scale"] <= engine.optimizer.loss_scaler.min_scale
 
 
-def grow_loss_scale(engine: Any) -> None:
-    """Tell fp16's loss scaler of a step that was applied."""
-    if loss_scaler_state(engine):
-        engine.optimizer.loss_scaler.update_scale(False)
+def end_step(engine: Any) -> float:
+    """After a step: the global 2-norm of its gradients, before clipping; inf where it was not applied because that was
+    not finite. fp16's loss scaler hears of a step that was.
+    """
+    norm, zero = float(engine.get_global_grad_norm()), engine.optimizer
+    if math.isfinite(norm):
+        if loss_scaler_state(engine):
+            zero.loss_scaler.update_scale(False)
+    elif hasattr(zero, "single_partition_of_fp32_groups") and zero.cpu_offload:
+        # it keeps its sums in half precision, and would add every later gradient to what is not finite
+        for number in zero.averaged_gradients:
+            zero.averaged_gradients[number] = None
+    return norm
 
 
 def states(engine: Any, flat: Tensor) -> Iterator[tuple[str, Tensor]]:

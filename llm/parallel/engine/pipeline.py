@@ -48,12 +48,9 @@ class Pipelined:
     def run(self, step: Step) -> float:
         self._step = step
         pipe.train(self.deepspeed, self._feed(step.batch.micro_batches), len(step.batch.micro_batches))
-        norm = private.gradient_norm(self.deepspeed)
+        norm = private.end_step(self.deepspeed)
         if math.isfinite(norm):
-            private.grow_loss_scale(self.deepspeed)
             self.publish()
-        else:
-            private.forget_gradients(self.deepspeed)
         return norm
 
     def rehearse(self, step: Step) -> None:
@@ -101,7 +98,9 @@ class Pipelined:
         self._step.tally.sum_over_ranks()
         one_or_nan = self._step.one_or_nan()
         gradients = (private.gradient(self.deepspeed, parameter) for parameter in self._replica.model.parameters())
-        next(gradient for gradient in gradients if gradient is not None).mul_(one_or_nan)
+        first = next((gradient for gradient in gradients if gradient is not None), None)
+        if first is not None:  # a stage without gradients hears of the others' in the norm
+            first.mul_(one_or_nan)
         self._step.before_change()  # nothing of ours comes between this and the optimizer
 
 

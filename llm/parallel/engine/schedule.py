@@ -67,7 +67,10 @@ class Plain:
             if m < last:
                 engine.step()  # updates nothing yet: DeepSpeed wants it after each backward
         step.before_change()
-        return self._apply_parts() if self._zero_stage else self._apply_whole()
+        if not self._zero_stage:
+            return self._apply_whole()
+        engine.step()
+        return private.end_step(engine)
 
     def rehearse(self, step: Step) -> None:
         # what one_or_nan spoils is the last micro-batch, so that comes once more
@@ -77,19 +80,8 @@ class Plain:
     def publish(self) -> None:
         pass  # nobody else has these weights
 
-    def _apply_parts(self) -> float:
-        """Of ZeRO 1 to 3, which clips and refuses by itself."""
-        engine = self.deepspeed
-        engine.step()
-        norm = private.gradient_norm(engine)
-        if math.isfinite(norm):
-            private.grow_loss_scale(engine)
-        else:
-            private.forget_gradients(engine)
-        return norm
-
     def _apply_whole(self) -> float:
-        """Of one rank without ZeRO."""
+        """Clip and step on one rank without ZeRO, which does that by itself."""
         engine = self.deepspeed
         parameters = list(self._replica.model.parameters())
         norm = total_norm([p.grad for p in parameters if p.grad is not None])
