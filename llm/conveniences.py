@@ -99,7 +99,8 @@ class Conveniences(nn.Module):
         """Write a model folder, whole or not at all, that `from_pretrained` and model.init_from read, in the
         parameters' dtype. Raises UserError when `path` exists.
         """
-        from llm.foreign.native import OfModule, write_native
+        from llm.checkpoint.model_folder import write_model_folder
+        from llm.checkpoint.weights import ModuleWeights
 
         dtype = next(self.parameters()).dtype
-        write_native(Path(path), self.args, OfModule(self), dtype=dtype, tokenizer=tokenizer)
+        write_model_folder(Path(path), self.args, ModuleWeights(self), dtype=dtype, tokenizer=tokenizer)

@@ -69,3 +69,10 @@ def refuse_existing(file: str, flag: str, instead: str = "name another file, or 
 
 PathText = Annotated[str, AfterValidator(expanded)]
 """A path in a config."""
+
+
+def check_free(target: Path) -> None:
+    """UserError when something is in the place of a folder to be made, or it cannot be made there."""
+    if os.path.lexists(target):
+        raise UserError(f"{target}: exists already; give another folder, or remove it")
+    refuse_unwritable(target.absolute().parent, str(target))

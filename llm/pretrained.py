@@ -11,16 +11,15 @@ import torch
 from llm.args import ModelArgs
 from llm.boxes import whole
 from llm.checkpoint.fragments import DTYPES
-from llm.checkpoint.pretrained import (
+from llm.checkpoint.run_folder import (
     fill_from_checkpoint,
     load_checkpoint,
     load_run_tokenizer,
     run_tokenizer_config,
 )
+from llm.checkpoint.weights import CheckpointWeights, Weights
 from llm.errors import UserError
-from llm.foreign.export import Weights
 from llm.foreign.files import ForeignModel, is_foreign, open_foreign
-from llm.foreign.native import OfCheckpoint
 from llm.model import LLM
 from llm.tokenizer import Tokenizer, TokenizerConfig
 from llm.tokenizers.folder import foreign_tokenizer
@@ -118,4 +117,4 @@ def weights_of(path: str | Path, tell: Tell | None = log_note) -> tuple[ModelArg
         source = read_foreign(path, tell)
         return source.args, source.weights()
     checkpoint, args = load_checkpoint(path)
-    return args, OfCheckpoint(checkpoint)
+    return args, CheckpointWeights(checkpoint)

@@ -29,16 +29,18 @@ from tqdm import tqdm
 from llm import LLM
 from llm.args import ModelArgs
 from llm.checkpoint.fragments import DTYPES
-from llm.checkpoint.pretrained import load_checkpoint
+from llm.checkpoint.model_folder import write_model_folder
+from llm.checkpoint.run_folder import load_checkpoint
+from llm.checkpoint.weights import CheckpointWeights
 from llm.cli import run_cli
 from llm.errors import UserError
-from llm.foreign.export import check_free, choose_family, export_hf, export_meta, meaning
+from llm.foreign.export import choose_family, export_hf, export_meta, meaning
+from llm.foreign.extra import kept_files
 from llm.foreign.files import is_foreign, open_foreign
 from llm.foreign.finite import FiniteWeights
-from llm.foreign.native import OfCheckpoint, kept_files, write_native
 from llm.foreign.reference import compare_with, open_reference
 from llm.malloc import give_back_freed
-from llm.paths import PathText
+from llm.paths import PathText, check_free
 from llm.pretrained import tokenizer_of
 from llm.tokenizer import Tokenizer
 from llm.tokenizers.folder import TOKENIZER_FILES, notes_of
@@ -83,7 +85,7 @@ def import_(
     tokenizer = _tokenizer_or_note(Path(src))
     total = _parameters(source.args) * chosen.itemsize
     with tqdm(total=total, unit="B", unit_scale=True, disable=quiet or not sys.stderr.isatty()) as bar:
-        write_native(
+        write_model_folder(
             Path(dst),
             source.args,
             weights,
@@ -189,7 +191,7 @@ def export(
     checkpoint, args = load_checkpoint(src)
     came_from = checkpoint.meta.get("source", {}).get("family")
     target_family = _family(args, format, family, came_from)
-    weights = OfCheckpoint(checkpoint, average)
+    weights = CheckpointWeights(checkpoint, average)
     chosen = asked or weights.dtype()
     extra = kept_files(checkpoint, _tokenizer_or_note(Path(src)), target_family.name if format == "hf" else None)
     total = _parameters(args) * chosen.itemsize

@@ -24,13 +24,13 @@ from torch import Tensor
 from llm import LLM, ModelArgs
 from llm import surgery as operations
 from llm.args import MoEArgs
-from llm.checkpoint.pretrained import load_checkpoint
+from llm.checkpoint.fragments import DTYPES
+from llm.checkpoint.run_folder import load_checkpoint
+from llm.checkpoint.weights import CheckpointWeights
 from llm.cli import HELP, run_cli
 from llm.errors import UserError
-from llm.foreign.export import check_free
 from llm.foreign.files import is_foreign, open_foreign
-from llm.foreign.native import DTYPES, OfCheckpoint
-from llm.paths import PathText
+from llm.paths import PathText, check_free
 from llm.pretrained import args_of, tokenizer_of
 from llm.surgery import Rows, State, Where
 from llm.tokenizer import Tokenizer
@@ -171,7 +171,7 @@ def _operate(
 def _kept_dtype(src: str, average: bool) -> torch.dtype:
     if is_foreign(Path(src)):
         return open_foreign(Path(src)).files.dtype()
-    return OfCheckpoint(load_checkpoint(src)[0], average).dtype()
+    return CheckpointWeights(load_checkpoint(src)[0], average).dtype()
 
 
 def _tokenizer(src: str) -> Tokenizer | None:

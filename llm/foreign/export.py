@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,25 +16,18 @@ from llm.args import ModelArgs
 from llm.args.layers import attention_specs
 from llm.atomic import new_directory
 from llm.boxes import Box, box_shape
+from llm.checkpoint.weights import Weights, boxed, check_range
 from llm.errors import UserError
 from llm.foreign.family import Family, export_pieces, families
-from llm.foreign.load import view
 from llm.foreign.pieces import Piece, Shape, foreign_shapes
 from llm.parameters import ParameterTable
-from llm.paths import refuse_unwritable
+from llm.paths import check_free
 from llm.safetensors_file import write_tensors
 
 CHUNK_BYTES = 8 << 20
 Tell = Callable[[int], object]
 PREFERRED = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "llama4_text", "olmo2", "gemma", "gemma2")
 """Families in the order in which they are tried for a model that names none."""
-
-
-class Weights(Protocol):
-    """Parameters of ours by canonical name, in boxes."""
-
-    def read(self, name: str, box: Box, out: Tensor) -> Tensor:
-        """Copy a box of a parameter into `out`, of the box's shape; returns it."""
 
 
 def choose_family(args: ModelArgs, format: str, name: str | None = None) -> Family:
@@ -186,7 +177,8 @@ def export_hf(
     buffer = torch.empty(max(prod(shape) for shape in shapes.values()), dtype=dtype)
     name = str(dtype).removeprefix("torch.")
     config |= {"dtype": name, "torch_dtype": name, **extra_config}
-    with new_target(target) as folder:
+    check_free(target)
+    with new_directory(target) as folder:
         files: dict[str, str] = {}
         for i, keys in enumerate(parts):
             file = "model.safetensors" if len(parts) == 1 else f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
@@ -226,7 +218,8 @@ def export_meta(
         raise UserError(f"--shards={shards} and the {args.kv_heads} key and value heads do not divide each other")
     pieces = export_pieces(family, args, ParameterTable.of(args).shapes, shards)
     shapes = foreign_shapes(pieces)
-    with new_target(target) as folder:
+    check_free(target)
+    with new_directory(target) as folder:
         for shard in range(shards):
             mine = _by_key([piece for piece in pieces if piece.shard == shard])
             own = {key: shapes[shard, key] for key in mine}
@@ -238,19 +231,6 @@ def export_meta(
             del held, out
         _write_json(folder / "params.json", config)
         _write_extra(folder, extra_files)
-
-
-def new_target(target: Path) -> AbstractContextManager[Path]:
-    """A temporary folder that becomes `target`; UserError when that exists."""
-    check_free(target)
-    return new_directory(target)
-
-
-def check_free(target: Path) -> None:
-    """UserError when something is in the place of a folder to be made, or it cannot be made there."""
-    if os.path.lexists(target):
-        raise UserError(f"{target}: exists already; give another folder, or remove it")
-    refuse_unwritable(target.absolute().parent, str(target))
 
 
 def _by_key(pieces: Any) -> dict[str, list[Piece]]:
@@ -295,7 +275,7 @@ def _fill(out: Tensor, pieces: list[Piece], weights: Weights) -> None:
         for box in _chunks(piece.mine):
             part = piece.within(box)
             assert part is not None
-            target, narrow = view(out, part.theirs), out.dtype == torch.float16
+            target, narrow = boxed(out, part.theirs), out.dtype == torch.float16
             if target.is_contiguous() and not part.turned and not narrow:
                 weights.read(part.name, box, target.view(box_shape(box)))
                 continue
@@ -304,17 +284,6 @@ def _fill(out: Tensor, pieces: list[Piece], weights: Weights) -> None:
             target.copy_(theirs)
             if narrow:  # bfloat16 reaches as far as float32, but for its last rounding
                 check_range(part.key, theirs, target)
-
-
-def check_range(key: str, exact: Tensor, written: Tensor) -> None:
-    """UserError where a finite value has become infinite."""
-    lost = written.isinf() & exact.isfinite()
-    if lost.any():
-        largest = float(exact[lost].abs().max())
-        raise UserError(
-            f"{key}: {int(lost.sum())} values, up to {largest:.4g}, are beyond float16 "
-            f"({torch.finfo(torch.float16).max:g}); --dtype=bfloat16 or --dtype=float32 hold them"
-        )
 
 
 def _chunks(box: Box) -> Iterator[Box]:

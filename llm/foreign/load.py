@@ -1,5 +1,5 @@
-"""Parameters filled from foreign tensors: from any source of them, whole or a box; and the load hooks of our modules,
-so that `load_state_dict` takes foreign names as well as ours.
+"""Parameters filled from foreign tensors: from any source of them, whole or a box; and the translation of foreign state
+dicts, by which `load_state_dict` takes foreign names as well as ours.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llm.args import ModelArgs
 from llm.boxes import Box, box_shape, whole
+from llm.checkpoint.weights import boxed
 from llm.errors import UserError
 from llm.foreign.family import Family, Match, Row, best_match, families, match, own_names
 from llm.foreign.pieces import Piece, Shape
@@ -45,15 +46,7 @@ class StateDict:
         return {(0, key): tuple(tensor.shape) for key, tensor in self._tensors.items()}
 
     def read(self, piece: Piece, out: Tensor) -> None:
-        out.copy_(piece.to_mine(view(self._tensors[piece.key], piece.theirs)))
-
-
-def view(tensor: Tensor, box: Box) -> Tensor:
-    """The box of a tensor."""
-    for dim, (start, stop) in enumerate(box):
-        if (start, stop) != (0, tensor.shape[dim]):
-            tensor = tensor.narrow(dim, start, stop - start)
-    return tensor
+        out.copy_(piece.to_mine(boxed(self._tensors[piece.key], piece.theirs)))
 
 
 class ForeignWeights:
@@ -77,7 +70,7 @@ class ForeignWeights:
             piece = all_of_it.within(box)
             if piece is not None:
                 where = tuple((a - start, b - start) for (a, b), (start, _) in zip(piece.mine, box, strict=True))
-                self.source.read(piece, view(out, where))
+                self.source.read(piece, boxed(out, where))
         return out
 
     def names(self) -> list[str]:

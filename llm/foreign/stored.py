@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from llm.checkpoint.weights import boxed
 from llm.errors import DamagedFile, UserError
-from llm.foreign.load import view
 from llm.foreign.pieces import Piece, Shape
 from llm.safetensors_file import DTYPES, Entry, SafetensorsFile, TensorFile, Unread
 
@@ -112,7 +112,7 @@ class StoredPickle:
         if piece.key in self._file.entries:
             self._file.read(piece.key, piece.theirs, target)
         else:
-            target.copy_(view(self._tensors[piece.key], piece.theirs))
+            target.copy_(boxed(self._tensors[piece.key], piece.theirs))
 
 
 def _readable(value: Any) -> bool:

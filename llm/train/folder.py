@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import yaml
 
 from llm.atomic import write_unless_same
-from llm.checkpoint.pretrained import save_tokenizer
+from llm.checkpoint.run_folder import save_tokenizer
 from llm.train.curves import CurveSink, TensorBoard, WeightsAndBiases
 from llm.train.log import RunLog
 from llm.train.run import Run

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from llm.boxes import Box, box_shape
+from llm.checkpoint.weights import Weights
 from llm.errors import UserError
-from llm.foreign.export import Weights, meaning
+from llm.foreign.export import meaning
 from llm.parallel.engine.engine import Engine
 from llm.parameters import ParameterTable
 from llm.pretrained import weights_of

@@ -22,8 +22,8 @@ from llm.boxes import Box, box_shape, share_of, whole
 from llm.checkpoint import fragments
 from llm.checkpoint.fragments import OwnedValues
 from llm.checkpoint.inspect import damaged_blocks, survey
-from llm.checkpoint.pretrained import load_run_tokenizer, model_args, save_tokenizer
 from llm.checkpoint.reader import MANIFEST, Checkpoint, list_steps, newest_valid, resolve
+from llm.checkpoint.run_folder import load_run_tokenizer, model_args, save_tokenizer
 from llm.checkpoint.store import CheckpointStore
 from llm.errors import DamagedFile, UserError
 from llm.parallel.launch.world import World

@@ -12,8 +12,8 @@ from llm import LLM
 from llm.args import ModelArgs
 from llm.boxes import whole
 from llm.checkpoint.reader import resolve
+from llm.checkpoint.weights import ModuleWeights
 from llm.foreign.export import choose_family, export_hf
-from llm.foreign.native import OfModule
 from llm.parameters import ParameterTable
 from llm.train.config import load_config
 from llm.train.init_from import read_range
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder / "native")
     family = choose_family(ARGS, "hf")
     export_hf(
-        folder / "foreign", ARGS, OfModule(model), family,
+        folder / "foreign", ARGS, ModuleWeights(model), family,
         dtype=torch.float32, max_shard_bytes=100_000, extra_files={}, extra_config={"auto_map": {"AutoModel": "a.B"}},
     )  # fmt: skip
     return folder
@@ -108,7 +108,7 @@ def test_keys_beside_init_from_hold_instead_of_the_models_own(folder: Path, tmp_
 
 @pytest.mark.parametrize("name", ["layers.1.feed_forward.experts.w2", "norm.weight", "layers.0.attention.wo.weight"])
 def test_any_range_of_any_box_is_read(name: str) -> None:
-    weights, shape = OfModule(LLM(ARGS, seed=9)), ParameterTable.of(ARGS)[name].shape
+    weights, shape = ModuleWeights(LLM(ARGS, seed=9)), ParameterTable.of(ARGS)[name].shape
     box = tuple((n // 4, n - n // 3) for n in shape)
     tensor = weights.read(name, whole(shape), torch.empty(shape))
     flat = tensor[tuple(slice(a, b) for a, b in box)].flatten()

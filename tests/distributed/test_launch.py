@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llm import LLM
-from llm.checkpoint.pretrained import load_run_tokenizer
+from llm.checkpoint.run_folder import load_run_tokenizer
 from llm.generate import generate
 from tests.distributed.harness import ROOT, environment, metrics, run, tiny_config, write_config, write_text
 from tests.machine import has, needs

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from llm import LLM, ModelArgs
 from llm.cache import Cache
+from llm.checkpoint.weights import ModuleWeights
 from llm.errors import UserError
 from llm.foreign.export import choose_family, export_hf, meaning
 from llm.foreign.family import family_named
 from llm.foreign.files import open_foreign
-from llm.foreign.native import OfModule
 from tests.foreign.models import (
     CHUNK,
     CONFIGS,
@@ -85,7 +85,7 @@ def reloaded(folder: Path) -> nn.Module:
 
 def export(model: LLM, folder: Path, family: str | None, **changes: Any) -> None:
     options = dict(dtype=torch.float32, max_shard_bytes=1 << 30, extra_files={}, extra_config={}) | changes
-    export_hf(folder, model.args, OfModule(model), choose_family(model.args, "hf", family), **options)
+    export_hf(folder, model.args, ModuleWeights(model), choose_family(model.args, "hf", family), **options)
 
 
 def test_logits_equal_those_of_transformers(visit):

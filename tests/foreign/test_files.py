@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from llm import LLM
-from llm.checkpoint.pretrained import load_checkpoint
+from llm.checkpoint.run_folder import load_checkpoint
+from llm.checkpoint.weights import CheckpointWeights
 from llm.errors import DamagedFile
-from llm.foreign.native import OfCheckpoint
 from llm.safetensors_file import SafetensorsFile, TensorFile
 from tests.foreign.folders import make_all, refused
 
@@ -270,9 +270,9 @@ def test_pickles_read_the_same_where_the_system_does_not_say_what_is_mapped(meta
 
 
 def test_any_box_of_a_model_folder_is_read_and_in_order_each_block_once(made, monkeypatch):
-    monkeypatch.setattr("llm.foreign.native.BLOCK_BYTES", 400)  # of what is asked for at a time
+    monkeypatch.setattr("llm.checkpoint.weights.BLOCK_BYTES", 400)  # of what is asked for at a time
     checkpoint, _ = load_checkpoint(made["native"])
-    weights, asked = OfCheckpoint(checkpoint), []  # (first, behind the last) of what the file is asked for
+    weights, asked = CheckpointWeights(checkpoint), []  # (first, behind the last) of what the file is asked for
     expected = LLM.from_pretrained(made["native"]).state_dict()
     fill = checkpoint.fill
     monkeypatch.setattr(checkpoint, "fill", lambda rows: asked.extend(row[3:5] for row in rows) or fill(rows))

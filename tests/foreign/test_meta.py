@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from llm import LLM, ModelArgs
+from llm.checkpoint.weights import ModuleWeights
 from llm.errors import UserError
 from llm.foreign.export import choose_family, export_hf, export_meta
 from llm.foreign.families import meta_llama, meta_llama4
 from llm.foreign.files import open_foreign
-from llm.foreign.native import OfModule
 
 VOCAB, D, HEADS, WIDTH = 64, 32, 4, 8
 FFN, EXPERT = 88, 48
@@ -268,7 +268,7 @@ def test_params_of_scout():
 
 def exported(made: LLM, folder: Path, shards: int, dtype: torch.dtype = torch.float32) -> Path:
     family = choose_family(made.args, "meta")
-    export_meta(folder, made.args, OfModule(made), family, dtype=dtype, shards=shards, extra_files={})
+    export_meta(folder, made.args, ModuleWeights(made), family, dtype=dtype, shards=shards, extra_files={})
     return folder
 
 
@@ -322,7 +322,7 @@ def test_rotation_is_turned_for_hugging_face_where_it_has_to_be(family, changes,
     made = model(LLAMA | changes | {"rope_interleaved": interleaved})
     chosen = choose_family(made.args, "hf", family)
     export_hf(
-        tmp_path / "m", made.args, OfModule(made), chosen,
+        tmp_path / "m", made.args, ModuleWeights(made), chosen,
         dtype=torch.float32, max_shard_bytes=10_000, extra_files={}, extra_config={},
     )  # fmt: skip
     again = LLM.from_pretrained(tmp_path / "m")

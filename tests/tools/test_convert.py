@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llm import LLM, ModelArgs
-from llm.foreign.native import KEPT
+from llm.checkpoint.model_folder import KEPT
 from llm.pretrained import tokenizer_of
 from llm.safetensors_file import SafetensorsFile
 from llm.tokenizer import ByteTokenizer, TokenizerConfig, load_tokenizer

@@ -26,10 +26,10 @@ import transformers
 
 from llm import LLM, ModelArgs
 from llm.atomic import sync
+from llm.checkpoint.weights import ModuleWeights
 from llm.cli import run_cli
 from llm.errors import UserError
 from llm.foreign.export import choose_family, export_hf
-from llm.foreign.native import OfModule
 from llm.safetensors_file import SafetensorsFile
 from tools import convert
 from tools.benchmarks.harness import MIN_ROUNDS, RESULTS, Bar, Contestant, interleave, table, write_result
@@ -68,7 +68,7 @@ def compare(scratch: Path, args: ModelArgs, dtype: torch.dtype, rounds: int) -> 
     source = scratch / "source"
     model = LLM(args).to(dtype)
     export_hf(
-        source, args, OfModule(model), choose_family(args, "hf", "llama"),
+        source, args, ModuleWeights(model), choose_family(args, "hf", "llama"),
         dtype=dtype, max_shard_bytes=1 << 40, extra_files={}, extra_config={},
     )  # fmt: skip
     size = sum(parameter.nbytes for parameter in model.parameters())

@@ -1,0 +1,79 @@
+"""What goes beside weights into a foreign folder: the files that came with the model, and its tokenizer."""
+
+import json
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llm.checkpoint.model_folder import KEPT
+from llm.checkpoint.reader import Checkpoint
+from llm.errors import UserError
+from llm.tokenizer import Tokenizer
+from llm.tokenizers.export import export_tokenizer, exported_as_it_came
+from llm.tokenizers.folder import FolderTokenizer
+
+
+@dataclass
+class Extra:
+    """What goes with weights into a foreign folder."""
+
+    files: dict[str, bytes | Path] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def kept_files(checkpoint: Checkpoint, tokenizer: Tokenizer | None, family: str | None) -> Extra:
+    """Files that came with the model, and its tokenizer in the form that others read.
+
+    family: as which family of Hugging Face's format it is written, whose tokenizer files are then such that
+    AutoTokenizer gives this tokenizer's ids; None for Meta's format, which gets the tokenizer's own file.
+    """
+    found = Extra()
+    kept = checkpoint.path / KEPT
+    if kept.is_dir():
+        found.files = {file.name: file for file in sorted(kept.iterdir()) if file.is_file()}
+    if tokenizer is None:
+        if not any(name.startswith("tokenizer") for name in found.files):
+            found.notes.append("written without a tokenizer, as there is none")
+        return found
+    ends = list(tokenizer.end_ids)
+    found.config = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
+    if family is not None and not exported_as_it_came(tokenizer, found.files, family):
+        try:
+            export = export_tokenizer(tokenizer)
+        except UserError as error:
+            found.notes.append(f"written without a tokenizer that transformers reads: {error}")
+        else:
+            for name in (
+                "tokenizer_config.json",
+                "special_tokens_map.json",
+                "added_tokens.json",
+                "vocab.json",
+                "merges.txt",
+            ):
+                found.files.pop(name, None)
+            generation = found.files.get("generation_config.json")
+            found.files |= export.files
+            if generation is not None:
+                found.files["generation_config.json"] = generation
+            found.config, found.notes = export.config, [*found.notes, *export.notes]
+    found.files.setdefault("generation_config.json", _json(found.config))
+    if not any(name.startswith("tokenizer.") for name in found.files) or tokenizer.kind == "sentencepiece":
+        found.files |= {name: content for name, content in own_files(tokenizer).items() if name not in found.files}
+    return found
+
+
+def own_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The tokenizer's own file, tokenizer.model for SentencePiece and tiktoken, for those that read no tokenizer.json;
+    none for kinds that nobody else knows."""
+    inner = tokenizer.inner if isinstance(tokenizer, FolderTokenizer) else tokenizer
+    with tempfile.TemporaryDirectory() as folder:
+        config = inner.save(Path(folder))
+        if config.path is None:
+            return {}
+        return {config.path: (Path(folder) / config.path).read_bytes()}
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, indent=2).encode() + b"\n"
