@@ -244,7 +244,7 @@ def inspect(src: PathText, family: str | None = None) -> None:
         print(f"note: {line}")
     print(f"family      {source.family.name} ({source.family.format})")
     print(f"parameters  {_parameters(source.args):,}, {_name(source.files.dtype())}")
-    twins = sorted({piece.key for piece in source.found.pieces if piece.twin})
+    twins = sorted({pair.key for pair in source.found.pairs if pair.twin})
     print(f"tensors     {len(source.files.shapes())}, all known" + (f"; held twice: {len(twins)}" if twins else ""))
     if source.dropped:
         more = f" and {len(source.dropped) - SHOWN} more" if len(source.dropped) > SHOWN else ""

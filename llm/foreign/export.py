@@ -18,8 +18,8 @@ from llm.atomic import new_directory
 from llm.boxes import Box, box_shape
 from llm.checkpoint.weights import Weights, boxed, check_range
 from llm.errors import UserError
-from llm.foreign.family import Family, export_pieces, families
-from llm.foreign.pieces import Piece, Shape, foreign_shapes
+from llm.foreign.family import Family, export_pairs, families
+from llm.foreign.transforms import BoxPair, Shape, foreign_shapes
 from llm.parameters import ParameterTable
 from llm.paths import check_free
 from llm.safetensors_file import write_tensors
@@ -60,7 +60,7 @@ def written_config(family: Family, args: ModelArgs) -> dict[str, Any]:
     unsaid = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
     if unsaid:
         raise UserError(f"a {family.name} config cannot say {', '.join(f'{key} ({ours.get(key)})' for key in unsaid)}")
-    export_pieces(family, args, ParameterTable.of(args).shapes)
+    export_pairs(family, args, ParameterTable.of(args).shapes)
     return config
 
 
@@ -170,8 +170,8 @@ def export_hf(
         weights = Rotated(weights, args)
         args = args.model_copy(update={"rope_interleaved": interleaved})
     config = written_config(family, args)
-    pieces = _by_key(export_pieces(family, args, ParameterTable.of(args).shapes))
-    shapes = {key: shape for (_, key), shape in foreign_shapes([p for ps in pieces.values() for p in ps]).items()}
+    pairs = _by_key(export_pairs(family, args, ParameterTable.of(args).shapes))
+    shapes = {key: shape for (_, key), shape in foreign_shapes([p for ps in pairs.values() for p in ps]).items()}
     parts = _parts(shapes, dtype, max_shard_bytes)
     # a new tensor each time would be there beside the last one
     buffer = torch.empty(max(prod(shape) for shape in shapes.values()), dtype=dtype)
@@ -183,7 +183,7 @@ def export_hf(
         for i, keys in enumerate(parts):
             file = "model.safetensors" if len(parts) == 1 else f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
             described = {key: (dtype, shapes[key]) for key in keys}
-            values = _tensors(keys, shapes, pieces, weights, buffer, tell)
+            values = _tensors(keys, shapes, pairs, weights, buffer, tell)
             write_tensors(folder / file, described, values, {"format": "pt"})
             files |= {key: file for key in keys}
         if len(parts) > 1:
@@ -216,12 +216,12 @@ def export_meta(
             raise UserError(f"--shards={shards} does not divide the {name}, {number}")
     if args.kv_heads % shards and shards % args.kv_heads:
         raise UserError(f"--shards={shards} and the {args.kv_heads} key and value heads do not divide each other")
-    pieces = export_pieces(family, args, ParameterTable.of(args).shapes, shards)
-    shapes = foreign_shapes(pieces)
+    pairs = export_pairs(family, args, ParameterTable.of(args).shapes, shards)
+    shapes = foreign_shapes(pairs)
     check_free(target)
     with new_directory(target) as folder:
         for shard in range(shards):
-            mine = _by_key([piece for piece in pieces if piece.shard == shard])
+            mine = _by_key([pair for pair in pairs if pair.shard == shard])
             own = {key: shapes[shard, key] for key in mine}
             held = {key: torch.empty(shape, dtype=dtype) for key, shape in own.items()}
             for key, out in held.items():
@@ -233,10 +233,10 @@ def export_meta(
         _write_extra(folder, extra_files)
 
 
-def _by_key(pieces: Any) -> dict[str, list[Piece]]:
-    found: dict[str, list[Piece]] = {}
-    for piece in pieces:
-        found.setdefault(piece.key, []).append(piece)
+def _by_key(pairs: Any) -> dict[str, list[BoxPair]]:
+    found: dict[str, list[BoxPair]] = {}
+    for pair in pairs:
+        found.setdefault(pair.key, []).append(pair)
     return found
 
 
@@ -257,7 +257,7 @@ def _parts(shapes: Mapping[str, Shape], dtype: torch.dtype, most: int) -> list[l
 def _tensors(
     keys: list[str],
     shapes: Mapping[str, Shape],
-    pieces: Mapping[str, list[Piece]],
+    pairs: Mapping[str, list[BoxPair]],
     weights: Weights,
     buffer: Tensor,
     tell: Tell,
@@ -265,15 +265,15 @@ def _tensors(
     """Foreign tensors one at a time, each in the same memory."""
     for key in keys:
         out = buffer[: prod(shapes[key])].view(shapes[key])
-        _fill(out, pieces[key], weights)
+        _fill(out, pairs[key], weights)
         tell(out.nbytes)
         yield out
 
 
-def _fill(out: Tensor, pieces: list[Piece], weights: Weights) -> None:
-    for piece in pieces:
-        for box in _chunks(piece.mine):
-            part = piece.within(box)
+def _fill(out: Tensor, pairs: list[BoxPair], weights: Weights) -> None:
+    for pair in pairs:
+        for box in _chunks(pair.mine):
+            part = pair.within(box)
             assert part is not None
             target, narrow = boxed(out, part.theirs), out.dtype == torch.float16
             if target.is_contiguous() and not part.turned and not narrow:

@@ -19,7 +19,7 @@ from typing import Any
 from llm.args import ModelArgs
 from llm.boxes import box_shape, share_of, whole
 from llm.errors import UserError
-from llm.foreign.pieces import KINDS, Kind, Part, Piece, Shape, foreign_shapes
+from llm.foreign.transforms import TRANSFORMS, BoxPair, FilePart, Shape, Transform, foreign_shapes
 from llm.parameters import ParameterTable
 
 Warn = Callable[[str], None]
@@ -40,14 +40,14 @@ class Row:
 
     theirs: str
     ours: tuple[str, ...]
-    kind: Kind = "same"
+    transform: Transform = "same"
     bias: bool = False
     """Whether the row holds for the biases of the same modules too, if there are any."""
 
 
-def row(theirs: str, *ours: str, kind: Kind = "same", bias: bool = False) -> Row:
+def row(theirs: str, *ours: str, transform: Transform = "same", bias: bool = False) -> Row:
     """A row of a table."""
-    return Row(theirs, ours, kind, bias)
+    return Row(theirs, ours, transform, bias)
 
 
 @dataclass(frozen=True)
@@ -86,15 +86,15 @@ class Family:
             yield entry
             if entry.bias:
                 ours = tuple(f"{name.removesuffix('.weight')}.bias" for name in entry.ours)
-                yield Row(f"{entry.theirs.removesuffix('.weight')}.bias", ours, entry.kind)
+                yield Row(f"{entry.theirs.removesuffix('.weight')}.bias", ours, entry.transform)
 
 
 @dataclass(frozen=True)
 class Match:
-    """Pieces that fill a model from foreign tensors, and what does not fit."""
+    """Pairs that fill a model from foreign tensors, and what does not fit."""
 
     family: Family
-    pieces: tuple[Piece, ...]
+    pairs: tuple[BoxPair, ...]
     missing: tuple[str, ...]
     """Foreign tensors, or parameters of ours, that are not there."""
     unknown: tuple[str, ...]
@@ -131,7 +131,7 @@ def match(
     shards: int = 1,
 ) -> Match:
     """How foreign tensors, by (shard, key), fill parameters of ours by canonical name."""
-    pieces: list[Piece] = []
+    pairs: list[BoxPair] = []
     table = ParameterTable.of(args)
     filled: set[str] = set()
     used: set[tuple[int, str]] = set()
@@ -150,39 +150,39 @@ def match(
                 incomplete.update({name: absent for name in names if name not in incomplete or present})
             continue
         found = _cut(entry, keys, names, args, table, ours, theirs, shards, twin)
-        pieces += found
-        used |= {(piece.shard, piece.key) for piece in found}
+        pairs += found
+        used |= {(pair.shard, pair.key) for pair in found}
         filled |= set(names)
     missing = [incomplete.get(name, name) for name in ours if name not in filled]
     held = dict.fromkeys(filled, 0)
-    for piece in pieces:
-        held[piece.name] += 0 if piece.twin else prod(box_shape(piece.mine))
+    for pair in pairs:
+        held[pair.name] += 0 if pair.twin else prod(box_shape(pair.mine))
     missing += [f"parts of {name}" for name in ours if name in filled and held[name] != prod(ours[name])]
     missing += [f"{key} of part {shard}" for shard, key in sorted(used - theirs.keys())]
     unknown = sorted({key for shard, key in theirs.keys() - used if not family.dropped(key)})
-    expected = foreign_shapes(pieces)
+    expected = foreign_shapes(pairs)
     misshapen = [
         f"has {key} of shape {theirs[shard, key]}, not {shape}"
         for (shard, key), shape in expected.items()
         if (shard, key) in theirs and theirs[shard, key] != shape
     ]
-    return Match(family, tuple(pieces), tuple(dict.fromkeys(missing)), tuple(unknown), tuple(misshapen))
+    return Match(family, tuple(pairs), tuple(dict.fromkeys(missing)), tuple(unknown), tuple(misshapen))
 
 
-def export_pieces(family: Family, args: ModelArgs, ours: Mapping[str, Shape], shards: int = 1) -> tuple[Piece, ...]:
-    """Pieces by which the family's own first spelling is written. UserError where it has no place for a parameter."""
-    pieces: list[Piece] = []
+def export_pairs(family: Family, args: ModelArgs, ours: Mapping[str, Shape], shards: int = 1) -> tuple[BoxPair, ...]:
+    """Pairs by which the family's own first spelling is written. UserError where it has no place for a parameter."""
+    pairs: list[BoxPair] = []
     table = ParameterTable.of(args)
     filled: set[str] = set()
     for entry, layer in _instances(family, args):
         names = [name.format(i=layer) for name in entry.ours]
         if any(name not in ours for name in names) or filled & set(names):
             continue
-        pieces += _cut(entry, _keys(entry, layer, args), names, args, table, ours, {}, shards, False)
+        pairs += _cut(entry, _keys(entry, layer, args), names, args, table, ours, {}, shards, False)
         filled |= set(names)
     if left := [name for name in ours if name not in filled]:
         raise UserError(f"a {family.name} checkpoint has no place for {_some(left)}")
-    return tuple(pieces)
+    return tuple(pairs)
 
 
 def _instances(family: Family, args: ModelArgs) -> Iterator[tuple[Row, int]]:
@@ -215,33 +215,33 @@ def _cut(
     theirs: Mapping[tuple[int, str], Shape],
     shards: int,
     twin: bool,
-) -> list[Piece]:
-    found: list[Piece] = []
+) -> list[BoxPair]:
+    found: list[BoxPair] = []
     for shard in range(shards):
         their = theirs.get((shard, keys[0]))
         parts = [_part(args, table, name, ours[name], their, shard, shards) for name in names]
         if twin:
-            parts = [Part(part.name, part.box, True) for part in parts]
-        found += KINDS[entry.kind](keys, parts, args.head_width, shard)
+            parts = [FilePart(part.name, part.box, True) for part in parts]
+        found += TRANSFORMS[entry.transform](keys, parts, args.head_width, shard)
     return found
 
 
 def _part(
     args: ModelArgs, table: ParameterTable, name: str, shape: Shape, their: Shape | None, shard: int, shards: int
-) -> Part:
+) -> FilePart:
     """What one of several files of tensor-parallel ranks has of a parameter. Where heads of keys and values are fewer
     than files, neighbouring ones hold the same one."""
     if shards == 1:
-        return Part(name, whole(shape))
+        return FilePart(name, whole(shape))
     module = name.rpartition(".")[0]
     if args.kv_heads < shards and module.endswith(("attention.wk", "attention.wv")):
         head = shard * args.kv_heads // shards
         rows = (head * args.head_width, (head + 1) * args.head_width)
-        return Part(name, (rows, *whole(shape[1:])), twin=shard * args.kv_heads % shards != 0)
+        return FilePart(name, (rows, *whole(shape[1:])), twin=shard * args.kv_heads % shards != 0)
     if name == "tok_embeddings.weight" and their is not None and their[0] == shape[0]:  # Llama 1 and 2 cut the width
-        return Part(name, (whole(shape)[0], share_of(shape[1], shard, shards)))
+        return FilePart(name, (whole(shape)[0], share_of(shape[1], shard, shards)))
     box = table[name].box((shard, shards))
-    return Part(name, box, twin=box == whole(shape) and shard > 0)
+    return FilePart(name, box, twin=box == whole(shape) and shard > 0)
 
 
 _registered: dict[str, Family] = {}

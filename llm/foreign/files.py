@@ -18,8 +18,8 @@ from llm.args import ModelArgs
 from llm.errors import UserError
 from llm.foreign.family import Family, Match, families, family_named, match
 from llm.foreign.load import ForeignWeights
-from llm.foreign.pieces import Piece, Shape
 from llm.foreign.stored import Stored
+from llm.foreign.transforms import BoxPair, Shape
 from llm.foreign.weight_files import WeightFiles, hugging_face_files, meta_files, read_json
 from llm.parameters import ParameterTable
 from llm.safetensors_file import DTYPES
@@ -50,8 +50,8 @@ class Files:
         """The dtype of most tensors."""
         return self.dtypes().most_common(1)[0][0]
 
-    def read(self, piece: Piece, out: Tensor) -> None:
-        self._files[piece.shard, piece.key].read(piece, out)
+    def read(self, pair: BoxPair, out: Tensor) -> None:
+        self._files[pair.shard, pair.key].read(pair, out)
 
     def only(self, keys: set[Key]) -> "Files":
         """These tensors alone. UserError where one is of a dtype that is not read."""
@@ -136,7 +136,7 @@ def open_foreign(
         raise UserError(f"{path}: its config makes no sense to {chosen.name}: {type(error).__name__} {error}") from None
     args = _model_args(path, {**read, **_merged(read, overrides or {})})
     found = match(chosen, args, ParameterTable.of(args).shapes, shapes, len(shards))
-    used = {(piece.shard, piece.key) for piece in found.pieces}
+    used = {(pair.shard, pair.key) for pair in found.pairs}
     own = files.only(used)
     said, nobodys = found_files.spare({key for _, key in used} | set(found.missing), found.unknown)
     notes += said

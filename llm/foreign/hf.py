@@ -49,11 +49,12 @@ def experts(path: str, gate: str, up: str, down: str) -> Iterator[Row]:
     ours = "layers.{i}.feed_forward"
     yield row(f"{path}.gate.weight", f"{ours}.router.weight")
     for theirs, mine in ((gate, "w1"), (up, "w3"), (down, "w2")):
-        yield row(f"{path}.experts.{{e}}.{theirs}.weight", f"{ours}.experts.{mine}", kind="turned")
+        yield row(f"{path}.experts.{{e}}.{theirs}.weight", f"{ours}.experts.{mine}", transform="turned")
     for stacked in dict.fromkeys((path, "model.layers.{i}.mlp")):
         yield row(f"{stacked}.gate.weight", f"{ours}.router.weight")
-        yield row(f"{stacked}.experts.gate_up_proj", f"{ours}.experts.w1", f"{ours}.experts.w3", kind="turned_rows")
-        yield row(f"{stacked}.experts.down_proj", f"{ours}.experts.w2", kind="turned")
+        both = f"{ours}.experts.w1", f"{ours}.experts.w3"
+        yield row(f"{stacked}.experts.gate_up_proj", *both, transform="turned_rows")
+        yield row(f"{stacked}.experts.down_proj", f"{ours}.experts.w2", transform="turned")
 
 
 def norms(path: str, **names: str) -> Iterator[Row]:

@@ -15,7 +15,7 @@ from llm.boxes import Box, box_shape, whole
 from llm.checkpoint.weights import boxed
 from llm.errors import UserError
 from llm.foreign.family import Family, Match, Row, best_match, families, match, own_names
-from llm.foreign.pieces import Piece, Shape
+from llm.foreign.transforms import BoxPair, Shape
 from llm.layers.foreign_names import translate_with
 
 TWIN_ELEMENTS = 2 << 20
@@ -31,8 +31,8 @@ class Source(Protocol):
     def shapes(self) -> Mapping[tuple[int, str], Shape]:
         """Of all tensors, by (shard, key)."""
 
-    def read(self, piece: Piece, out: Tensor) -> None:
-        """Copy the values of piece.theirs into `out`, which has the shape of piece.mine."""
+    def read(self, pair: BoxPair, out: Tensor) -> None:
+        """Copy the values of pair.theirs into `out`, which has the shape of pair.mine."""
 
 
 class StateDict:
@@ -45,8 +45,8 @@ class StateDict:
     def shapes(self) -> dict[tuple[int, str], Shape]:
         return {(0, key): tuple(tensor.shape) for key, tensor in self._tensors.items()}
 
-    def read(self, piece: Piece, out: Tensor) -> None:
-        out.copy_(piece.to_mine(boxed(self._tensors[piece.key], piece.theirs)))
+    def read(self, pair: BoxPair, out: Tensor) -> None:
+        out.copy_(pair.to_mine(boxed(self._tensors[pair.key], pair.theirs)))
 
 
 class ForeignWeights:
@@ -56,32 +56,32 @@ class ForeignWeights:
         found.check(source.name)
         self.source = source
         self.family = found.family
-        self._pieces: dict[str, list[Piece]] = {}
-        self._twins: list[Piece] = []
-        for piece in found.pieces:
-            if piece.twin:
-                self._twins.append(piece)
+        self._pairs: dict[str, list[BoxPair]] = {}
+        self._twins: list[BoxPair] = []
+        for pair in found.pairs:
+            if pair.twin:
+                self._twins.append(pair)
             else:
-                self._pieces.setdefault(piece.name, []).append(piece)
+                self._pairs.setdefault(pair.name, []).append(pair)
 
     def read(self, name: str, box: Box, out: Tensor) -> Tensor:
         """Copy a box of parameter `name` into `out`, of the box's shape; returns it."""
-        for all_of_it in self._pieces[name]:
-            piece = all_of_it.within(box)
-            if piece is not None:
-                where = tuple((a - start, b - start) for (a, b), (start, _) in zip(piece.mine, box, strict=True))
-                self.source.read(piece, boxed(out, where))
+        for all_of_it in self._pairs[name]:
+            pair = all_of_it.within(box)
+            if pair is not None:
+                where = tuple((a - start, b - start) for (a, b), (start, _) in zip(pair.mine, box, strict=True))
+                self.source.read(pair, boxed(out, where))
         return out
 
     def names(self) -> list[str]:
         """Of the parameters."""
-        return list(self._pieces)
+        return list(self._pairs)
 
     def values_of(self, name: str, most: int) -> Iterator[tuple[str, Tensor]]:
         """(foreign name, values) of all that fills a parameter, about `most` at a time, in float64, which rounds none
         of them."""
-        for piece in self._pieces[name]:
-            for part in _rows_of(piece, most):
+        for pair in self._pairs[name]:
+            for part in _rows_of(pair, most):
                 out = torch.empty(box_shape(part.mine), dtype=torch.float64)
                 self.source.read(part, out)
                 yield part.key, out
@@ -100,18 +100,18 @@ class ForeignWeights:
                     )
 
 
-def _rows_of(piece: Piece, most: int) -> Iterator[Piece]:
-    """A piece in parts of some rows, of about `most` elements."""
-    (first, last), *rest = piece.mine
+def _rows_of(pair: BoxPair, most: int) -> Iterator[BoxPair]:
+    """A pair in parts of some rows, of about `most` elements."""
+    (first, last), *rest = pair.mine
     step = max(1, most // max(1, prod(box_shape(tuple(rest)))))
     for at in range(first, last, step):
-        part = piece.within(((at, min(at + step, last)), *rest))
+        part = pair.within(((at, min(at + step, last)), *rest))
         assert part is not None
         yield part
 
 
 def identify(args: ModelArgs, ours: Mapping[str, Shape], source: Source) -> Match:
-    """The family whose table fits the source best; families with the same names give the same pieces."""
+    """The family whose table fits the source best; families with the same names give the same pairs."""
     theirs = source.shapes()
     return best_match(match(family, args, ours, theirs) for family in families().values())
 
@@ -131,7 +131,7 @@ def translate(module: nn.Module, args: ModelArgs, place: str, state: Mapping[str
     local = [part for family in families().values() if (part := _of(family, place)) is not None]
     matches = [match(part, args, ours, source.shapes()) for part in local]
     foreign = [
-        found for found in matches if others & ({piece.key for piece in found.pieces} | own_names(found.family, args))
+        found for found in matches if others & ({pair.key for pair in found.pairs} | own_names(found.family, args))
     ]
     if not foreign:
         if len(others) == len(state):
@@ -152,7 +152,7 @@ def _of(family: Family, place: str) -> Family | None:
         return None
     theirs = family.containers[place]
     rows = tuple(
-        Row(entry.theirs.removeprefix(theirs), tuple(name.removeprefix(place) for name in entry.ours), entry.kind)
+        Row(entry.theirs.removeprefix(theirs), tuple(name.removeprefix(place) for name in entry.ours), entry.transform)
         for entry in family.expanded()
         if entry.theirs.startswith(theirs) and all(name.startswith(place) for name in entry.ours)
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llm.checkpoint.weights import boxed
 from llm.errors import DamagedFile, UserError
-from llm.foreign.pieces import Piece, Shape
+from llm.foreign.transforms import BoxPair, Shape
 from llm.safetensors_file import DTYPES, Entry, SafetensorsFile, TensorFile, Unread
 
 
@@ -32,8 +32,8 @@ class Stored(Protocol):
     def described(self, key: str) -> tuple[str, int]:
         """Name of the dtype, and bytes."""
 
-    def read(self, piece: Piece, out: Tensor) -> None:
-        """Copy the values of piece.theirs into `out`, which has the shape of piece.mine."""
+    def read(self, pair: BoxPair, out: Tensor) -> None:
+        """Copy the values of pair.theirs into `out`, which has the shape of pair.mine."""
 
 
 class StoredSafetensors:
@@ -58,8 +58,8 @@ class StoredSafetensors:
             return entry.dtype, entry.nbytes
         return _name(entry.dtype), torch.Size(entry.shape).numel() * entry.dtype.itemsize
 
-    def read(self, piece: Piece, out: Tensor) -> None:
-        self._file.read(piece.key, piece.theirs, piece.to_theirs(out))
+    def read(self, pair: BoxPair, out: Tensor) -> None:
+        self._file.read(pair.key, pair.theirs, pair.to_theirs(out))
 
 
 class StoredPickle:
@@ -107,12 +107,12 @@ class StoredPickle:
             return self._others[key]
         return _name(self._tensors[key].dtype), self._tensors[key].nbytes
 
-    def read(self, piece: Piece, out: Tensor) -> None:
-        target = piece.to_theirs(out)
-        if piece.key in self._file.entries:
-            self._file.read(piece.key, piece.theirs, target)
+    def read(self, pair: BoxPair, out: Tensor) -> None:
+        target = pair.to_theirs(out)
+        if pair.key in self._file.entries:
+            self._file.read(pair.key, pair.theirs, target)
         else:
-            target.copy_(boxed(self._tensors[piece.key], piece.theirs))
+            target.copy_(boxed(self._tensors[pair.key], pair.theirs))
 
 
 def _readable(value: Any) -> bool:

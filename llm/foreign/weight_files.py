@@ -16,8 +16,8 @@ import torch
 
 from llm.boxes import box_shape, whole
 from llm.errors import UserError
-from llm.foreign.pieces import Piece
 from llm.foreign.stored import Stored, StoredPickle, StoredSafetensors
+from llm.foreign.transforms import BoxPair
 from llm.safetensors_file import first_repeated
 
 SETS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -181,7 +181,7 @@ def _same_tensor(first: Path, second: Path, key: str) -> bool:
         if dtype is None:
             return False
         held.append(torch.empty(box_shape(box), dtype=dtype))
-        file.read(Piece(key, 0, box, key, box), held[-1])
+        file.read(BoxPair(key, 0, box, key, box), held[-1])
     return held[0].dtype == held[1].dtype and torch.equal(held[0], held[1])
 
 

@@ -32,8 +32,8 @@ def show(
         if num_samples > 1:
             write(f"--- {sample + 1} of {num_samples}\n")
         prompt = continuer.prompt(text, name, f"{place}.sample{sample}" if sample else str(place))
-        for _, piece, done in continuer.stream([prompt], sampling, max_new_tokens, stop):
-            write(piece)
+        for _, part, done in continuer.stream([prompt], sampling, max_new_tokens, stop):
+            write(part)
             if done:
                 write("\n")
                 if done.finish_reason == "context":

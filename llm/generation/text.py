@@ -19,7 +19,7 @@ CONTEXT_IDS = 16
 
 
 class TextStream:
-    """The text that growing ids add to a prompt: only what is final, so that all pieces together are the text of all
+    """The text that growing ids add to a prompt: only what is final, so that all parts together are the text of all
     ids. Characters of several tokens wait until they are whole.
     """
 
@@ -122,12 +122,12 @@ class Continuer:
     def stream(
         self, prompts: Sequence[Prompt], sampling: Sampling, max_new_tokens: int, stop: bool = True
     ) -> Iterator[tuple[int, str, Completion | None]]:
-        """(row, text, None) for each piece of text that is certain, and (row, last text, completion) once a row has
+        """(row, text, None) for each part of text that is certain, and (row, last text, completion) once a row has
         ended. UserError where the model's logits are not finite."""
         end_ids = frozenset(self.tokenizer.end_ids) if stop else frozenset()
         limits = self.limits(prompts, max_new_tokens)
         texts = [TextStream(self.tokenizer, prompt.ids) for prompt in prompts]
-        pieces: list[list[str]] = [[] for _ in prompts]
+        parts: list[list[str]] = [[] for _ in prompts]
         counts = [0] * len(prompts)
         made = stream(
             self.model,
@@ -142,13 +142,13 @@ class Continuer:
             for row, token in made:
                 counts[row] += 1
                 text, reason = texts[row], self._finish(token in end_ids, counts[row], limits[row], max_new_tokens)
-                piece = "" if reason == "stop" else text.push(token)
+                part = "" if reason == "stop" else text.push(token)
                 if reason is not None:
-                    piece += text.end()
-                pieces[row].append(piece)
-                done = None if reason is None else Completion("".join(pieces[row]), counts[row], reason)
-                if piece or done:
-                    yield row, piece, done
+                    part += text.end()
+                parts[row].append(part)
+                done = None if reason is None else Completion("".join(parts[row]), counts[row], reason)
+                if part or done:
+                    yield row, part, done
         except NonFiniteLogits as error:
             raise UserError(
                 f"{self.name}: at new token {error.step} of {prompts[error.row].name}, {error.count} of {error.of} "

@@ -104,8 +104,8 @@ def test_cached_decoding_equals_the_full_forward(visit):
         cuts, ids = CUTS[:7], ids[:, : sum(CUTS[:7])]
         assert ids.shape[1] <= scaling.original_max_position
     cache = Cache(visit.ours.args)
-    pieces = [visit.ours(piece, cache=cache).logits for piece in ids.split(cuts, dim=1)]
-    visit.check_equal(torch.cat(pieces, dim=1), logits_of(visit.ours, ids))
+    parts = [visit.ours(part, cache=cache).logits for part in ids.split(cuts, dim=1)]
+    visit.check_equal(torch.cat(parts, dim=1), logits_of(visit.ours, ids))
 
 
 def test_what_goes_out_is_what_came_in(visit, tmp_path):

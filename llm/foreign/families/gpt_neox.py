@@ -12,7 +12,7 @@ QKV = (f"{OURS}.attention.wq.weight", f"{OURS}.attention.wk.weight", f"{OURS}.at
 ROWS = (
     *hf.ends("gpt_neox.embed_in", "gpt_neox.final_layer_norm", "embed_out", norm_bias=True),
     row("lm_head.weight", "output.weight"),  # as transformers 5 calls it in memory
-    row(f"{BLOCK}.attention.query_key_value.weight", *QKV, kind="heads", bias=True),
+    row(f"{BLOCK}.attention.query_key_value.weight", *QKV, transform="heads", bias=True),
     row(f"{BLOCK}.attention.dense.weight", f"{OURS}.attention.wo.weight", bias=True),
     row(f"{BLOCK}.mlp.dense_h_to_4h.weight", f"{OURS}.feed_forward.w1.weight", bias=True),
     row(f"{BLOCK}.mlp.dense_4h_to_h.weight", f"{OURS}.feed_forward.w2.weight", bias=True),

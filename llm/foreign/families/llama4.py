@@ -21,7 +21,7 @@ def rows(prefix: str) -> tuple[Row, ...]:
         *hf.feed_forward(f"{block}.feed_forward"),
         *hf.feed_forward(f"{block}.feed_forward.shared_expert", f"{OURS}.feed_forward.shared_expert"),
         row(f"{block}.feed_forward.router.weight", f"{OURS}.feed_forward.router.weight"),
-        row(f"{block}.feed_forward.experts.gate_up_proj", f"{EXPERTS}.w1", f"{EXPERTS}.w3", kind="columns"),
+        row(f"{block}.feed_forward.experts.gate_up_proj", f"{EXPERTS}.w1", f"{EXPERTS}.w3", transform="columns"),
         row(f"{block}.feed_forward.experts.down_proj", f"{EXPERTS}.w2"),
         *hf.norms(block, attention_norm="input_layernorm", ffn_norm="post_attention_layernorm"),
     )

@@ -12,7 +12,7 @@ QKV = (f"{OURS}.attention.wq.weight", f"{OURS}.attention.wk.weight", f"{OURS}.at
 VISION = (r"vision_embeddings\..*", r"vision_projection\..*")
 ROWS = (
     *(row(f"{name}.weight", f"{name}.weight") for name in ("tok_embeddings", "norm", "output")),
-    row(f"{OURS}.attention.wqkv.weight", *QKV, kind="rows"),
+    row(f"{OURS}.attention.wqkv.weight", *QKV, transform="rows"),
     *(row(name, name) for name in QKV),
     row(f"{OURS}.attention.wo.weight", f"{OURS}.attention.wo.weight"),
     row(f"{OURS}.attention.wqkv.layer_norm_weight", f"{OURS}.attention_norm.weight"),
@@ -20,13 +20,13 @@ ROWS = (
     row(f"{FFN}.norm.weight", f"{OURS}.ffn_norm.weight"),
     row(f"{FFN}.mlp.layer_norm_weight", f"{OURS}.ffn_norm.weight"),
     row(f"{OURS}.ffn_norm.weight", f"{OURS}.ffn_norm.weight"),
-    row(f"{FFN}.mlp.fc1_weight", f"{FFN}.w1.weight", f"{FFN}.w3.weight", kind="rows"),
+    row(f"{FFN}.mlp.fc1_weight", f"{FFN}.w1.weight", f"{FFN}.w3.weight", transform="rows"),
     row(f"{FFN}.mlp.fc2_weight", f"{FFN}.w2.weight"),
     *(row(f"{FFN}.{name}.weight", f"{FFN}.{name}.weight") for name in ("w1", "w2", "w3")),
-    row(f"{FFN}.router_DE", f"{FFN}.router.weight", kind="turned"),
-    row(f"{FFN}.experts.moe_w_in_eD_F", f"{FFN}.experts.w1", kind="flat_experts"),
-    row(f"{FFN}.experts.moe_w_swiglu_eD_F", f"{FFN}.experts.w3", kind="flat_experts"),
-    row(f"{FFN}.experts.moe_w_out_eF_D", f"{FFN}.experts.w2", kind="flat_experts"),
+    row(f"{FFN}.router_DE", f"{FFN}.router.weight", transform="turned"),
+    row(f"{FFN}.experts.moe_w_in_eD_F", f"{FFN}.experts.w1", transform="flat_experts"),
+    row(f"{FFN}.experts.moe_w_swiglu_eD_F", f"{FFN}.experts.w3", transform="flat_experts"),
+    row(f"{FFN}.experts.moe_w_out_eF_D", f"{FFN}.experts.w2", transform="flat_experts"),
     *(row(f"{FFN}.experts.{name}", f"{FFN}.experts.{name}") for name in ("w1", "w2", "w3")),
     *(
         row(f"{FFN}.{theirs}.weight", f"{FFN}.shared_expert.{ours}.weight")

@@ -1,7 +1,7 @@
-"""Where a foreign checkpoint keeps what ours keeps: a list of pieces, each a box of a foreign tensor that equals a box
+"""Where a foreign checkpoint keeps what ours keeps: a list of pairs, each a box of a foreign tensor that equals a box
 of one of our parameters.
 
-Everything that happens to weights between two families is one of a few shapes of such lists (`KINDS`): a rename, a
+Everything that happens to weights between two families is one of a few shapes of such lists (`TRANSFORMS`): a rename, a
 transposition, parts of a fused matrix, experts apart or stacked. So import, export, load hooks and reading only a
 rank's part all work from the same list.
 
@@ -17,11 +17,11 @@ from torch import Tensor
 from llm.boxes import Box, box_shape, whole
 
 Shape = tuple[int, ...]
-Kind = Literal["same", "turned", "rows", "heads", "columns", "turned_rows", "flat_experts"]
+Transform = Literal["same", "turned", "rows", "heads", "columns", "turned_rows", "flat_experts"]
 
 
 @dataclass(frozen=True)
-class Piece:
+class BoxPair:
     """Equal elements of a foreign tensor and of one of our parameters."""
 
     key: str
@@ -36,9 +36,9 @@ class Piece:
     turned: bool = False
     """Whether the last two dimensions are exchanged."""
     twin: bool = False
-    """Whether another piece holds the same elements of ours: they must be equal."""
+    """Whether another pair holds the same elements of ours: they must be equal."""
 
-    def within(self, box: Box) -> "Piece | None":
+    def within(self, box: Box) -> "BoxPair | None":
         """The part of it that lies in `box` of our parameter; None where they do not meet."""
         common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(self.mine, box, strict=True))
         if any(a >= b for a, b in common):
@@ -50,7 +50,7 @@ class Piece:
         if self.turned:
             moved[-2:] = moved[:-3:-1]
         theirs = tuple((start + a, start + b) for (a, b), (start, _) in zip(moved, self.theirs, strict=True))
-        return Piece(self.key, self.shard, theirs, self.name, common, self.turned, self.twin)
+        return BoxPair(self.key, self.shard, theirs, self.name, common, self.turned, self.twin)
 
     def to_mine(self, x: Tensor) -> Tensor:
         """Values of `theirs` in the shape of `mine`."""
@@ -63,7 +63,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Part:
+class FilePart:
     """What one file has of one of our parameters: a box, or all of it."""
 
     name: str
@@ -71,41 +71,41 @@ class Part:
     twin: bool = False
 
 
-Cut = Callable[[Sequence[str], Sequence[Part], int, int], Iterator[Piece]]
-"""(keys, parts, head width, shard) -> pieces."""
+Cut = Callable[[Sequence[str], Sequence[FilePart], int, int], Iterator[BoxPair]]
+"""(keys, parts, head width, shard) -> pairs."""
 
 
-def _same(keys: Sequence[str], parts: Sequence[Part], _: int, shard: int) -> Iterator[Piece]:
+def _same(keys: Sequence[str], parts: Sequence[FilePart], _: int, shard: int) -> Iterator[BoxPair]:
     """A rename."""
     (key,), (part,) = keys, parts
-    yield Piece(key, shard, whole(box_shape(part.box)), part.name, part.box, twin=part.twin)
+    yield BoxPair(key, shard, whole(box_shape(part.box)), part.name, part.box, twin=part.twin)
 
 
-def _turned(keys: Sequence[str], parts: Sequence[Part], _: int, shard: int) -> Iterator[Piece]:
+def _turned(keys: Sequence[str], parts: Sequence[FilePart], _: int, shard: int) -> Iterator[BoxPair]:
     """Last two dimensions exchanged: of one tensor, or of one for each expert, which ours stacks."""
     (part,) = parts
     box = part.box
     if len(keys) == 1 and len(box) == 3 and box[0] != (0, 1):
         shape = box_shape(box)
-        yield Piece(keys[0], shard, whole((shape[0], shape[2], shape[1])), part.name, box, True, part.twin)
+        yield BoxPair(keys[0], shard, whole((shape[0], shape[2], shape[1])), part.name, box, True, part.twin)
         return
     first = box[0][0] if len(box) == 3 else 0
     for e, key in enumerate(keys):
         mine = ((first + e, first + e + 1), *box[1:]) if len(box) == 3 else box
         rows, columns = box_shape(box)[-2:]
-        yield Piece(key, shard, whole((columns, rows)), part.name, mine, True, part.twin)
+        yield BoxPair(key, shard, whole((columns, rows)), part.name, mine, True, part.twin)
 
 
-def _rows(keys: Sequence[str], parts: Sequence[Part], _: int, shard: int) -> Iterator[Piece]:
+def _rows(keys: Sequence[str], parts: Sequence[FilePart], _: int, shard: int) -> Iterator[BoxPair]:
     """Ours one after the other along the first dimension: [q; k; v], [w1; w3]."""
     at = 0
     for part in parts:
         n, *rest = box_shape(part.box)
-        yield Piece(keys[0], shard, ((at, at + n), *whole(tuple(rest))), part.name, part.box, twin=part.twin)
+        yield BoxPair(keys[0], shard, ((at, at + n), *whole(tuple(rest))), part.name, part.box, twin=part.twin)
         at += n
 
 
-def _heads(keys: Sequence[str], parts: Sequence[Part], head_width: int, shard: int) -> Iterator[Piece]:
+def _heads(keys: Sequence[str], parts: Sequence[FilePart], head_width: int, shard: int) -> Iterator[BoxPair]:
     """For each head its rows of ours, one after the other: (H, 3, d) of GPT-NeoX."""
     n_rows, *rest = box_shape(parts[0].box)
     for head in range(n_rows // head_width):
@@ -114,39 +114,39 @@ def _heads(keys: Sequence[str], parts: Sequence[Part], head_width: int, shard: i
             start = part.box[0][0] + head * head_width
             mine = ((start, start + head_width), *part.box[1:])
             theirs = ((at, at + head_width), *whole(tuple(rest)))
-            yield Piece(keys[0], shard, theirs, part.name, mine, twin=part.twin)
+            yield BoxPair(keys[0], shard, theirs, part.name, mine, twin=part.twin)
 
 
-def _columns(keys: Sequence[str], parts: Sequence[Part], _: int, shard: int) -> Iterator[Piece]:
+def _columns(keys: Sequence[str], parts: Sequence[FilePart], _: int, shard: int) -> Iterator[BoxPair]:
     """Ours one after the other along the last dimension: (E, D, 2F)."""
     at = 0
     for part in parts:
         *rest, n = box_shape(part.box)
-        yield Piece(keys[0], shard, (*whole(tuple(rest)), (at, at + n)), part.name, part.box, twin=part.twin)
+        yield BoxPair(keys[0], shard, (*whole(tuple(rest)), (at, at + n)), part.name, part.box, twin=part.twin)
         at += n
 
 
-def _turned_rows(keys: Sequence[str], parts: Sequence[Part], _: int, shard: int) -> Iterator[Piece]:
+def _turned_rows(keys: Sequence[str], parts: Sequence[FilePart], _: int, shard: int) -> Iterator[BoxPair]:
     """Ours, turned, one after the other along the second dimension: (E, 2F, D)."""
     at = 0
     for part in parts:
         n_experts, width, n = box_shape(part.box)
         theirs = ((0, n_experts), (at, at + n), (0, width))
-        yield Piece(keys[0], shard, theirs, part.name, part.box, True, part.twin)
+        yield BoxPair(keys[0], shard, theirs, part.name, part.box, True, part.twin)
         at += n
 
 
-def _flat_experts(keys: Sequence[str], parts: Sequence[Part], _: int, shard: int) -> Iterator[Piece]:
+def _flat_experts(keys: Sequence[str], parts: Sequence[FilePart], _: int, shard: int) -> Iterator[BoxPair]:
     """(E, a, b) of ours as a matrix (E a, b)."""
     (part,) = parts
     n_experts, rows, columns = box_shape(part.box)
     for e in range(n_experts):
         start = part.box[0][0] + e
         mine = ((start, start + 1), *part.box[1:])
-        yield Piece(keys[0], shard, ((e * rows, (e + 1) * rows), (0, columns)), part.name, mine, twin=part.twin)
+        yield BoxPair(keys[0], shard, ((e * rows, (e + 1) * rows), (0, columns)), part.name, mine, twin=part.twin)
 
 
-KINDS: dict[Kind, Cut] = {
+TRANSFORMS: dict[Transform, Cut] = {
     "same": _same,
     "turned": _turned,
     "rows": _rows,
@@ -157,11 +157,11 @@ KINDS: dict[Kind, Cut] = {
 }
 
 
-def foreign_shapes(pieces: Sequence[Piece]) -> dict[tuple[int, str], Shape]:
-    """Shape of each foreign tensor, by (shard, key), that the pieces make up."""
+def foreign_shapes(pairs: Sequence[BoxPair]) -> dict[tuple[int, str], Shape]:
+    """Shape of each foreign tensor, by (shard, key), that the pairs make up."""
     found: dict[tuple[int, str], Shape] = {}
-    for piece in pieces:
-        ends = tuple(stop for _, stop in piece.theirs)
-        known = found.get((piece.shard, piece.key), ends)
-        found[piece.shard, piece.key] = tuple(max(a, b) for a, b in zip(known, ends, strict=True))
+    for pair in pairs:
+        ends = tuple(stop for _, stop in pair.theirs)
+        known = found.get((pair.shard, pair.key), ends)
+        found[pair.shard, pair.key] = tuple(max(a, b) for a, b in zip(known, ends, strict=True))
     return found
