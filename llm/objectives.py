@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm.batch import Batch, Counts
+from llm.batch import Batch, Counts, Targets
 from llm.datatypes import LossSum, RouterStats
 from llm.model import LLM, Losses
 
@@ -41,12 +41,6 @@ class Named(ABC):
 class Objective(Named):
     """A loss over the final hidden states; ranks that share a batch have the same."""
 
-    def labels(self, batch: Batch) -> Tensor | None:
-        """(B, T), negative where there is no target: for an objective of tokens, whose `loss_sum` gives each one's
-        part; None for others. Losses by source and the replay of a step need it of the main objective.
-        """
-        return None
-
     @abstractmethod
     def loss_sum(self, model: LLM, hidden_BTD: Tensor, batch: Batch) -> LossSum:
         """The sum over the batch, which lies on the model's device.
@@ -55,6 +49,25 @@ class Objective(Named):
         and `model.logits` make it; for what is computed of it directly, alike on all ranks, take
         `model.replicated(hidden_BTD)`.
         """
+
+
+class TokenObjective(Objective):
+    """Cross entropy, in nats, of the tokens that `targets` says. Where the main objective is such a one, there are
+    losses by source, and a step can be replayed.
+    """
+
+    @abstractmethod
+    def targets(self, batch: Batch) -> Targets:
+        """The token at each position that has one, on the device of the batch."""
+
+    def count(self, batch: Batch) -> int:
+        return self.targets(batch).count()
+
+    def loss_sum(self, model: LLM, hidden_BTD: Tensor, batch: Batch) -> LossSum:
+        targets = self.targets(batch)
+        nll_BT = torch.zeros_like(targets.labels, dtype=torch.float32)
+        total = model.loss_sum(hidden_BTD, targets.labels, factors_BT=targets.weights, nll_BT=nll_BT)
+        return LossSum(total, nll_BT)
 
 
 class LayerObjective(Named):
@@ -93,15 +106,15 @@ class Objectives:
         return Counts(sum(batch.n_tokens for batch in batches), counted, self._by_source(batches, sources))
 
     def _by_source(self, batches: Sequence[Batch], sources: Sequence[str]) -> dict[str, int]:
+        if len(sources) < 2 or not isinstance(self.main, TokenObjective):
+            return {}
         totals = np.zeros(len(sources), dtype=np.int64)
-        for batch in batches if len(sources) > 1 else ():
-            labels_BT = self.main.labels(batch)
-            if batch.rows is None or labels_BT is None:
-                return {}
-            source_R = batch.rows.source
+        for batch in batches:
+            assert batch.rows is not None
+            source_R, labels_BT = batch.rows.source, self.main.targets(batch).labels
             counts_R = (labels_BT >= 0).view(len(source_R), -1).sum(1).numpy()
             np.add.at(totals, source_R[source_R >= 0], counts_R[source_R >= 0])
-        return dict(zip(sources, totals.tolist(), strict=True)) if len(sources) > 1 else {}
+        return dict(zip(sources, totals.tolist(), strict=True))
 
     def losses_of(self, model: LLM, batch: Batch) -> Losses:
         """Makes the sums of those over the final hidden states, by name, the main one first, of a batch on the model's
@@ -114,23 +127,14 @@ class Objectives:
         return {objective.name: objective.loss_sum(stats) for objective in self.layers}
 
 
-class NextToken(Objective):
-    """Cross entropy of the next token, in nats, over `targets[name]`."""
+class NextToken(TokenObjective):
+    """Cross entropy of the batch's targets of the objective's own name: with `lm`, of the next tokens."""
 
     def __init__(self, name: str, weight: float = 1.0) -> None:
         self.name, self.weight = name, weight
 
-    def count(self, batch: Batch) -> int:
-        return batch.targets[self.name].count()
-
-    def labels(self, batch: Batch) -> Tensor | None:
-        return batch.targets[self.name].labels
-
-    def loss_sum(self, model: LLM, hidden_BTD: Tensor, batch: Batch) -> LossSum:
-        targets = batch.targets[self.name]
-        nll_BT = torch.zeros_like(targets.labels, dtype=torch.float32)
-        total = model.loss_sum(hidden_BTD, targets.labels, factors_BT=targets.weights, nll_BT=nll_BT)
-        return LossSum(total, nll_BT)
+    def targets(self, batch: Batch) -> Targets:
+        return batch.targets[self.name]
 
 
 class RouterBalance(LayerObjective):

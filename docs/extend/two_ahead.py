@@ -12,13 +12,13 @@ Shapes: B rows, T tokens of a row, D model width.
 import torch
 from torch import Tensor
 
-from llm.batch import IGNORE, Batch
+from llm.batch import IGNORE, Batch, Targets
 from llm.datatypes import LossSum
 from llm.model import LLM
-from llm.objectives import Objective, register
+from llm.objectives import Objective, TokenObjective, register
 
 
-class TwoAhead(Objective):
+class TwoAhead(TokenObjective):
     """Cross entropy of the token after the next one, where both lie in the same document and sequence."""
 
     name = "two_ahead"
@@ -26,17 +26,11 @@ class TwoAhead(Objective):
     def __init__(self, weight: float = 1.0) -> None:
         self.weight = weight
 
-    def labels(self, batch: Batch) -> Tensor:
+    def targets(self, batch: Batch) -> Targets:
         next_BT = batch.targets["lm"].labels
         labels_BT = torch.full_like(next_BT, IGNORE)
         labels_BT[:, :-1] = torch.where(next_BT[:, :-1] >= 0, next_BT[:, 1:], IGNORE)
-        return labels_BT
-
-    def count(self, batch: Batch) -> int:
-        return int((self.labels(batch) >= 0).sum())
-
-    def loss_sum(self, model: LLM, hidden_BTD: Tensor, batch: Batch) -> LossSum:
-        return LossSum(model.loss_sum(hidden_BTD, self.labels(batch)))
+        return Targets(labels_BT)
 
 
 class SmallHidden(Objective):

@@ -26,7 +26,7 @@ from llm.datatypes import LossSum, TransformerInput, TransformerOutput
 from llm.generate import Decoder
 from llm.layers.moe import routing_shape
 from llm.model import LLM, Losses
-from llm.objectives import Objective, Objectives
+from llm.objectives import Objective, Objectives, TokenObjective
 from llm.parallel.build import Storage, build_model
 from llm.parallel.collectives import sum_over_ranks
 from llm.parallel.grid import Grid
@@ -132,9 +132,9 @@ class Replica:
         return sums[0], [int(count) for count in sums[1:]]
 
     @torch.no_grad()
-    def token_losses(self, objective: Objective, batches: Sequence[Batch]) -> list[Tensor]:
+    def token_losses(self, objective: TokenObjective, batches: Sequence[Batch]) -> list[Tensor]:
         """An objective's part of each token of each batch, (B, T) float32, where this rank has the last stage,
-        elsewhere nothing (collective). The objective must be one of tokens.
+        elsewhere nothing (collective).
         """
         found = [loss.per_token for _, loss in self._losses(objective, iter(batches)) if loss is not None]
         return [per_token for per_token in found if per_token is not None]

@@ -8,16 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from llm.atomic import write_file
-from llm.batch import Batch, Counts
+from llm.batch import Counts
 from llm.checkpoint.reader import list_steps, resolve
 from llm.data.batch import StepBatch
 from llm.data.loader import TrainLoader
 from llm.data.ranges import Range
 from llm.errors import DamagedFile
-from llm.objectives import Objective
+from llm.objectives import TokenObjective
 from llm.parallel.collectives import agreed_error, all_or_none, gather_json, main_decides, sum_over_ranks
 from llm.parallel.engine.step import StepResult
 from llm.train.guard import Guard, rows_and_size
@@ -165,8 +163,8 @@ def _spans(trainer: "Trainer", batch: StepBatch, n_targets: int) -> list[Span]:
     """All spans of the step on every rank, the highest mean loss first, with the gradients of the worst."""
     world = trainer.run.world
     # all forwards first: they may need the other ranks, and what a rank cannot read must not keep it out of one
-    main = trainer.run.engine.objectives.main
-    labels = [_labels(main, micro_batch) for micro_batch in batch.micro_batches]
+    main = _main_objective(trainer)
+    labels = [main.targets(micro_batch).labels for micro_batch in batch.micro_batches]
     nll = trainer.run.engine.replica.token_losses(main, batch.micro_batches)  # none where another rank has the output
     score = partial(score_spans, trainer.run.mixture, trainer.run.tokenizer)
     micro_batches = list(zip(nll, batch.micro_batches, labels, strict=False))
@@ -193,11 +191,11 @@ def _spans(trainer: "Trainer", batch: StepBatch, n_targets: int) -> list[Span]:
     return [span for _, _, span in everything]
 
 
-def _labels(objective: Objective, batch: Batch) -> Tensor:
-    labels_BT = objective.labels(batch)
-    if labels_BT is None:
-        raise agreed_error(f"--replay_step looks at the losses of tokens, which {objective.name} has none of")
-    return labels_BT
+def _main_objective(trainer: "Trainer") -> TokenObjective:
+    main = trainer.run.engine.objectives.main
+    if not isinstance(main, TokenObjective):
+        raise agreed_error(f"--replay_step looks at the losses of tokens; those of {main.name} are of something else")
+    return main
 
 
 def _no_gradients(trainer: "Trainer") -> str | None:
