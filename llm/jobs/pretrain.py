@@ -70,7 +70,7 @@ class Pretrain:
         return self.flags.without_nproc(self.words)
 
     def work(self, world: World) -> None:
-        from llm.train.trainer import Trainer  # its imports take seconds, so a wrong config is told first
+        from llm.train.trainer import Trainer  # its imports take seconds, so a wrong config is reported first
 
         trainer = Trainer(self.config, self.flags.folder(), world)
         if self.flags.replay_step is None:

@@ -1,4 +1,4 @@
-"""What `--dry_run` tells of a run before it begins: the grid of ranks, memory, disk space and traffic."""
+"""What `--dry_run` reports of a run before it begins: the grid of ranks, memory, disk space and traffic."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress

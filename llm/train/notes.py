@@ -14,7 +14,7 @@ def config_notes(config: RunConfig, prompts: Sequence[Sequence[int]] = (), step:
     """Lines about a config whose run stands at `step`, after `rows` rows; `prompts` are those of the samples, in
     tokens.
     """
-    found = [*_unheard(config), *_shortened_samples(config, prompts)]
+    found = [*_without_effect(config), *_shortened_samples(config, prompts)]
     steps, optim = config.train.steps, config.optim
     if steps is not None:  # of train.epochs only the data says how many they are
         found += [*_never_reached(config, steps, step, rows)]
@@ -23,7 +23,7 @@ def config_notes(config: RunConfig, prompts: Sequence[Sequence[int]] = (), step:
     return found
 
 
-def _unheard(config: RunConfig) -> Iterator[str]:
+def _without_effect(config: RunConfig) -> Iterator[str]:
     """Keys that were given and decide nothing, as another one is not."""
     if config.data.valid is None:
         keys = [*_given(config.eval, "eval", "interval", "rows", "batches")]

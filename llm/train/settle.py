@@ -82,8 +82,8 @@ def settle_rows(config: RunConfig) -> tuple[RunConfig, str]:
     if batches is None:
         return config, f"eval.rows={'null' if rows is None else rows}"
     size = config.train.global_batch_size
-    told = f"eval.batches={batches} is {batches} x train.global_batch_size={size} rows on any layout: eval.rows={rows}"
-    return config.model_copy(update={"eval": config.eval.model_copy(update={"batches": None})}), told
+    why = f"eval.batches={batches} is {batches} x train.global_batch_size={size} rows on any layout: eval.rows={rows}"
+    return config.model_copy(update={"eval": config.eval.model_copy(update={"batches": None})}), why
 
 
 def settle_length(

@@ -1,7 +1,7 @@
 """Every tensor of a few chosen steps, as numbers that do not depend on the layout: `trace.jsonl` in the run folder.
 
 `tools/diff.py` compares two of them and names the first weight, output or gradient in which two runs part. A tensor is
-told by sums over all micro-batches and ranks:
+represented by sums over all micro-batches and ranks:
 
 - `linear`: its inner products with four fixed pseudo-random tensors drawn from its name, so that a permutation, a sign
   or a single element shows, and a change that leaves one product as it is does not leave all four. Those of outputs

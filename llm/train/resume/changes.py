@@ -10,9 +10,9 @@ from llm.train.config import OptimConfig, RunConfig
 from llm.train.resume.differences import changes, is_among
 from llm.train.schedule import learning_rate
 
-SAID = ("model", "optim", "train", "parallel")
-"""Sections whose changes are said when a run goes on, one line each."""
-NOT_SAID = (
+REPORTED = ("model", "optim", "train", "parallel")
+"""Sections whose changes are reported when a run goes on, one line each."""
+NOT_REPORTED = (
     "model.init_from", "parallel.timeout_s",
     "train.steps", "train.epochs", "train.skip_steps",  # the line about the learning rate has the length
 )  # fmt: skip
@@ -68,7 +68,7 @@ def _changed_keys(meta: dict[str, Any], config: RunConfig, ranks: int) -> Iterat
     if before != ranks:
         yield f"changed: ranks {before} -> {ranks}"
     for key, (was, now) in changes(meta["config"], config.model_dump(mode="json")).items():
-        if is_among(key, SAID) and not is_among(key, NOT_SAID):
+        if is_among(key, REPORTED) and not is_among(key, NOT_REPORTED):
             yield f"changed: {key} {_shown(was)} -> {_shown(now)}"
 
 
