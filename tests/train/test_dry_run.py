@@ -54,6 +54,13 @@ def test_one_process_sends_nothing_and_keeps_weights_gradients_and_two_moments()
     assert kept.optimizer == 8 * n + 4 * len(work.table)  # a step count beside each parameter's moments
 
 
+def test_a_steps_sums_are_those_of_objectives_several_sources_and_experts() -> None:
+    """Of the tiny model three objectives, and two MoE layers of four experts; float64, around the ring of two twice."""
+    sources = [{"path": "a", "name": "a"}, {"path": "b", "name": "b"}]
+    loss = {n: traffic.predict(plan(2, data={"train": sources[:n]})) for n in (1, 2)}
+    assert [loss[n]["data"]["loss"] for n in (1, 2)] == [2 * 8 * (3 + 2 * 4), 2 * 8 * (3 + 2 + 2 * 4)]
+
+
 def test_plain_data_parallel_sends_each_gradient_around_the_ring_twice() -> None:
     work = plan(4, parallel={"zero_stage": 0})
     sent = traffic.predict(work)
