@@ -82,7 +82,7 @@ def train(config: RunConfig, mixture: Mixture, grid: Grid, steps: int) -> list[d
             batch = all_or_none(loader.next, grid.world)
             mine = [count * grid.reports_loss for count in batch.counts.values()]
             counts = batch.counts.with_values(sum_over_ranks(mine, grid.world))
-            result = engine.train_step(batch, counts, config.optim.lr)
+            result = engine.step(batch, counts, config.optim.lr)
             rows.append(
                 {
                     "loss": result.loss,

@@ -85,7 +85,7 @@ def train(engine: Engine, case: dict[str, Any], steps: range) -> list[dict[str, 
     margins = RouterMargins(engine.model) if engine.world.size == 1 and not case.get("compile") else None
     for step in steps:
         batch = cut_batch(step, engine.grid, case.get("accumulation", 1))
-        result = engine.train_step(batch, batch.counts, lr=1e-3)
+        result = engine.step(batch, batch.counts, lr=1e-3)
         rows.append(
             {
                 "loss": result.loss,

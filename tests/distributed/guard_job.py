@@ -47,11 +47,11 @@ class _Spoil(torch.autograd.Function):
 
 def spoil(engine: Engine, kind: str | None, rank: int) -> None:
     """Spoil the last micro-batch of BAD_STEP on one rank, whenever its rows come up."""
-    step, context, loss_sum, embed, run = engine.train_step, LLM.context, LLM.loss_sum, LLM.embed, LLM.run
+    step, context, loss_sum, embed, run = engine.step, LLM.context, LLM.loss_sum, LLM.embed, LLM.run
     tokens: list[torch.Tensor] = []  # of the micro-batch, while its step is made
     bad = False  # whether it is the one whose forward is being made
 
-    def train_step(batch: Any, *args: Any) -> Any:
+    def spoiled_step(batch: Any, *args: Any) -> Any:
         if batch.first_row == (BAD_STEP - 1) * batch.n_rows and engine.world.rank == rank:
             tokens.append(batch.micro_batches[-1].inputs.tokens)
         result = step(batch, *args)
@@ -75,7 +75,7 @@ def spoil(engine: Engine, kind: str | None, rank: int) -> None:
     def spoiled_run(self: LLM, units: Any, x: torch.Tensor | None, *args: Any) -> Any:
         return run(self, units, None if x is None else spoiled(x), *args)
 
-    engine.train_step = train_step  # type: ignore[method-assign]
+    engine.step = spoiled_step  # type: ignore[method-assign]
     LLM.context, LLM.loss_sum = watching_context, spoiled_loss  # type: ignore[method-assign]
     LLM.embed = lambda *args: spoiled(embed(*args))  # type: ignore[method-assign]
     LLM.run = spoiled_run  # type: ignore[method-assign]

@@ -40,7 +40,7 @@ def average_is_right(world: World) -> dict[str, bool]:
     expected = values(engine, "master")
     for step in range(3):
         batch = cut_batch(step, engine.grid, 1)
-        engine.train_step(batch, batch.counts, lr=1e-2)
+        engine.step(batch, batch.counts, lr=1e-2)
         now = values(engine, "master")
         expected = {key: average.lerp(now[key], 1 - DECAY) for key, average in expected.items()}
     masters = values(engine, "master")

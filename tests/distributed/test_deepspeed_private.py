@@ -73,7 +73,7 @@ def main(out: Path) -> None:
         tokens = torch.arange(16).view(1, 16) + 16 * world.rank
         micro_batch = Batch(TransformerInput(tokens), {"lm": Targets(tokens + 1)})
         counts = LM.count([micro_batch] * world.size)
-        result = engine.train_step(StepBatch([micro_batch], counts, 0, world.size, 0.0), counts, lr=1e-3)
+        result = engine.step(StepBatch([micro_batch], counts, 0, world.size, 0.0), counts, lr=1e-3)
         if before is not None:
             grown = engine._deepspeed.optimizer.loss_scaler.cur_scale / before
             report[f"{stage} {precision}"] = {"grown": grown, "norm": result.grad_norm}

@@ -80,7 +80,7 @@ def compare(case: dict[str, Any], world: World) -> dict[str, Any]:
 
 def take_step(engine: Engine, step: int, accumulation: int) -> None:
     batch = cut_batch(step, engine.grid, accumulation)
-    assert engine.train_step(batch, batch.counts, lr=1e-3).skipped is None
+    assert engine.step(batch, batch.counts, lr=1e-3).skipped is None
 
 
 def measure(engine: Engine) -> dict[str, int]:

@@ -115,7 +115,7 @@ def our_engine(
     batch = StepBatch([micro], counts, first_row=0, n_rows=shape.batch, wait_s=0.0)
 
     def step() -> float:
-        return engine.train_step(batch, counts, OPTIM.lr).losses["lm"]
+        return engine.step(batch, counts, OPTIM.lr).losses["lm"]
 
     def states() -> list[Tensor]:
         return [*replica.model.parameters(), *(fragment.values for fragment in engine.state.owned_fragments())]

@@ -98,7 +98,7 @@ def main() -> None:
     for _ in range(WARMUP + task["steps"]):
         dist.barrier()
         began, before = time.perf_counter(), clock.seconds
-        loss = engine.train_step(batch, batch.counts, 1e-3).loss
+        loss = engine.step(batch, batch.counts, 1e-3).loss
         seconds.append(time.perf_counter() - began)
         talking.append(clock.seconds - before)
     mine = [statistics.median(seconds[WARMUP:]), statistics.median(talking[WARMUP:])]

@@ -82,7 +82,7 @@ class Bench:
 
     def train(self) -> None:
         """A step."""
-        self.engine.train_step(self._batch, self._batch.counts, 1e-4)
+        self.engine.step(self._batch, self._batch.counts, 1e-4)
 
     def state(self) -> dict[str, Tensor]:
         """What the owned fragments lie in, each storage as one flat tensor; keys differ between ranks.

@@ -68,7 +68,7 @@ class Engine:
         self.zero_stage = zero_stage
         config = deepspeed_config(precision, zero_stage, offload_optimizer, clip_norm, grid.expert.size > 1)
         config["train_micro_batch_size_per_gpu"] = micro_batch_size
-        config["gradient_accumulation_steps"] = max_accumulation  # sizes its buffers; train_step says which is the last
+        config["gradient_accumulation_steps"] = max_accumulation  # sizes its buffers; a step says which is the last
         check_precision(precision)
         name_of = {id(parameter): name for name, parameter in model.named_parameters()}
         groups = optimizer.param_groups
@@ -122,7 +122,7 @@ class Engine:
         """How many times the gradient of a rank's micro-batch is larger than its part of the global gradient."""
         return self.grid.data.size * private.loss_scaler_state(self._deepspeed).get("cur_scale", 1.0)
 
-    def train_step(
+    def step(
         self, batch: StepBatch, counts: Counts, lr: float, loss_limit: float | None = None
     ) -> StepResult:
         """Forward and backward over this rank's micro-batches, one optimizer step at learning rate `lr` (collective).
@@ -133,10 +133,10 @@ class Engine:
         for group in private.base_optimizer(self._deepspeed).param_groups:
             group["lr"] = lr * group["lr_factor"]
         tally = Tally(self.model.args, self.objectives.weights, counts, self.world)
-        step = Step(batch, self.objectives, tally, self.grid, loss_limit, self.before_change)
+        made = Step(batch, self.objectives, tally, self.grid, loss_limit, self.before_change)
         self.model.train()
         scaler, at_lowest = private.loss_scaler_state(self._deepspeed), private.loss_scale_is_lowest(self._deepspeed)
-        norm = self.schedule.run(step)
+        norm = self.schedule.run(made)
         result = tally.result(norm, self.grid.expert.size)
         result.loss_scale = private.loss_scaler_state(self._deepspeed).get("cur_scale")
         if math.isfinite(norm):
@@ -147,8 +147,8 @@ class Engine:
         else:
             result.skipped = self._why_skipped(result.loss, loss_limit, at_lowest)
             if result.skipped in ("loss", "gradient"):
-                broken = self._broken_stages(step, scaler) if result.skipped == "gradient" else []
-                result.culprits = find_culprits(self.replica, batch, step.losses, broken)
+                broken = self._broken_stages(made, scaler) if result.skipped == "gradient" else []
+                result.culprits = find_culprits(self.replica, batch, made.losses, broken)
         return result
 
     def _broken_stages(self, step: Step, scaler: dict[str, float]) -> list[int]:
