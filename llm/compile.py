@@ -10,13 +10,15 @@ import os
 import shutil
 import sys
 
+import torch
+
 from llm.errors import UserError
 from llm.kernels.graph_breaks import keep_graph_breaks
 from llm.model import LLM
 
 
 def compile_blocks(model: LLM, backend: str = "inductor") -> None:
-    """Compile the model's blocks in place, at their first use; names of parameters stay.
+    """Compile the model's blocks, at their first use; modules and names of parameters stay.
 
     Results differ from uncompiled ones by rounding. Forwards without gradients (validation, generation) run uncompiled:
     their shapes change too often. Raises UserError where this machine has no compiler for the code of the graphs.
@@ -24,9 +26,8 @@ def compile_blocks(model: LLM, backend: str = "inductor") -> None:
     if backend == "inductor":
         check_compiler(next(model.parameters()).device.type)
     keep_graph_breaks()
-    model.compiled = True
-    for block in model.layers.children():
-        block.compile(backend=backend)
+    for name, block in model.layers.named_children():
+        model.compiled[f"layers.{name}"] = torch.compile(block, backend=backend)
 
 
 def check_compiler(device_type: str) -> None:

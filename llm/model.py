@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, D model width, V vocabulary, E experts, M number of M
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,8 +67,8 @@ class LLM(Conveniences, InRegion):
         accept_foreign_names(self, args, "")
         self.activation_checkpointing: Recompute = "none"
         """What the forwards to come forget and their backwards recompute, to save memory: see llm/recompute.py."""
-        self.compiled = False
-        """Set by llm/compile.py: blocks are compiled, for forwards with gradients."""
+        self.compiled: dict[str, Callable[..., Any]] = {}
+        """Blocks as llm/compile.py compiled them, by the name of the unit, for forwards with gradients."""
         self.output: Output | None = None
         with torch.device(device or torch.get_default_device()):
             if args.tie_embeddings and not {EMBEDDING, OUTPUT}.isdisjoint(self.units):
@@ -146,17 +147,17 @@ class LLM(Conveniences, InRegion):
         those as they are, for `logits` and the losses. The second result is of the MoE layers passed.
         """
         stats = []
-        eager = self.compiled and not torch.is_grad_enabled()
-        with torch.compiler.set_stance("force_eager") if eager else nullcontext():
-            for unit in units:
-                if unit == EMBEDDING:
-                    x = self.embed(inputs, ctx)
-                elif unit == NORM:
-                    x = self.finish(x, ctx)  # type: ignore[arg-type]  # a block or the caller made it
-                elif unit != OUTPUT:
-                    x, layer_stats = recomputed(self.activation_checkpointing, self.get_submodule(unit), x, ctx)
-                    if layer_stats is not None:
-                        stats.append(layer_stats)
+        for unit in units:
+            if unit == EMBEDDING:
+                x = self.embed(inputs, ctx)
+            elif unit == NORM:
+                x = self.finish(x, ctx)  # type: ignore[arg-type]  # a block or the caller made it
+            elif unit != OUTPUT:
+                compiled = self.compiled.get(unit) if torch.is_grad_enabled() else None
+                block = self.get_submodule(unit) if compiled is None else compiled
+                x, layer_stats = recomputed(self.activation_checkpointing, block, x, ctx)
+                if layer_stats is not None:
+                    stats.append(layer_stats)
         assert x is not None
         return x, stats
 
@@ -189,7 +190,7 @@ class LLM(Conveniences, InRegion):
         )
         lengths: Tensor | None = None
         # a graph is compiled for one row of positions or for one a row, so compiled blocks always get the latter
-        agree = not self.compiled and (positions_BT == positions_BT[:1]).all()
+        agree = not (self.compiled and torch.is_grad_enabled()) and (positions_BT == positions_BT[:1]).all()
         if args.rope_scaling is not None and args.rope_scaling.kind == "dynamic":
             lengths, agree = torch.tensor(document_lengths(positions_BT, document_starts), device=device), False
         positions = torch.tensor(positions_BT[:1] if agree else positions_BT, device=device)

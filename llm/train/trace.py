@@ -19,7 +19,7 @@ inside.
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ class Recorder:
         """Hooks on the modules and parameters of the model."""
         with ExitStack() as stack:
             for name, module in _visible(self.model):
-                if module._compiled_call_impl is not None:
+                if name in self.model.compiled:
                     stack.enter_context(self._around_compiled(name, module))
                     continue
                 hooks = (
@@ -124,7 +124,7 @@ class Recorder:
     @contextmanager
     def _around_compiled(self, name: str, module: nn.Module) -> Iterator[None]:
         """A hook would be compiled with the module, or passed over where the module is compiled already."""
-        compiled: Callable[..., Any] = module._compiled_call_impl  # type: ignore[assignment]
+        compiled = self.model.compiled[name]
 
         def call(*args: Any, **kwargs: Any) -> Any:
             for inner, part in module.named_modules(prefix=name):
@@ -133,11 +133,11 @@ class Recorder:
             self._on_output(name, module, output)
             return output
 
-        module._compiled_call_impl = call
+        self.model.compiled[name] = call
         try:
             yield
         finally:
-            module._compiled_call_impl = compiled
+            self.model.compiled[name] = compiled
 
     def sums(self) -> list[tuple[str, str, list[float]]]:
         """(name, tensor, columns) of everything recorded, in the order of computation."""
@@ -261,7 +261,7 @@ def _visible(model: LLM) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if module in hidden or isinstance(module, nn.ModuleList):
             continue
-        if module._compiled_call_impl is not None:
+        if name in model.compiled:
             hidden += tuple(module.modules())
         yield name or "model", module
 
