@@ -62,7 +62,7 @@ def train(config: RunConfig, mixture: Mixture, grid: Grid, steps: int) -> list[d
 
     Margins are known where one rank sees the whole batch, and nothing is compiled.
     """
-    settings, data = config.train, grid.data
+    settings, data = config.train, grid.rows
     engine = build_engine(config, grid)
     margins = RouterMargins(engine.model) if grid.world.size == 1 and not settings.compile else None
     loader = TrainLoader(

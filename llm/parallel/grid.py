@@ -34,7 +34,12 @@ class Grid:
     world: World
     layout: Layout
     tensor: Group
-    data: Group
+    rows: Group
+    """Ranks that read other rows of the data."""
+    context: Group
+    """Ranks that have other parts of the same rows; of one rank for now."""
+    reduce: Group
+    """Rows times context: the ranks over which gradients are summed, and ZeRO cuts."""
     expert: Group
     """Ranks that hold different experts of a layer, with the same tensor coordinate."""
     expert_data: Group
@@ -69,8 +74,7 @@ def make_grid(world: World, layout: Layout | None = None) -> Grid:
     layout = layout or Layout(world.size)
     if layout.world != world.size:
         raise ValueError(f"the layout is for {layout.world} ranks, the job has {world.size}")
-    groups = {dimension: _group(layout, dimension, world) for dimension in _DIMENSIONS}
-    grid = Grid(world, layout, **{str(dimension): group for dimension, group in groups.items()})
+    grid = Grid(world, layout, **{name: _group(layout, along, world) for name, along in _GROUPS.items()})
     if layout.tensor > 1:
         _tell_fairscale(grid)
     if layout.pipeline > 1:
@@ -85,7 +89,17 @@ def stage_name(layout: Layout, *numbers: int) -> str:
     return f"stage{'s' if len(numbers) > 1 else ''} {named} of {layout.stages}"
 
 
-_DIMENSIONS: tuple[Dimension, ...] = ("tensor", "data", "expert", "expert_data", "pipeline", "replica")
+_GROUPS: dict[str, Dimension] = {
+    "tensor": "tensor",
+    "rows": "data",
+    "context": "context",
+    "reduce": "reduce",
+    "expert": "expert",
+    "expert_data": "expert_data",
+    "pipeline": "pipeline",
+    "replica": "replica",
+}
+"""Of a Grid, and the dimension along which each lies."""
 
 
 def _group(layout: Layout, dimension: Dimension, world: World) -> Group:
@@ -95,7 +109,7 @@ def _group(layout: Layout, dimension: Dimension, world: World) -> Group:
         handle = None
         if len(ranks) == world.size:
             handle = dist.group.WORLD if world.size > 1 else None
-        elif not data_parallel_only:
+        elif not data_parallel_only and (dimension != "context" or len(ranks) > 1):
             handle = _made_group(tuple(ranks))  # by every rank, in the same order; of one rank too, for DeepSpeed
         if world.rank in ranks:
             mine = Group(tuple(ranks), ranks.index(world.rank), handle)
@@ -116,7 +130,7 @@ def _tell_fairscale(grid: Grid) -> None:
     from fairscale.nn.model_parallel import initialize
 
     initialize._MODEL_PARALLEL_GROUP = grid.tensor.handle
-    initialize._DATA_PARALLEL_GROUP = grid.data.handle
+    initialize._DATA_PARALLEL_GROUP = grid.reduce.handle
 
 
 class DeepSpeedGroups:
@@ -124,7 +138,7 @@ class DeepSpeedGroups:
     for which it would scale gradients."""
 
     def __init__(self, grid: Grid) -> None:
-        self._tensor, self._data = grid.tensor, grid.data
+        self._tensor, self._data = grid.tensor, grid.reduce
 
     def get_model_parallel_rank(self) -> int:
         return self._tensor.rank

@@ -2,7 +2,8 @@
 
 A rank's coordinates are (pipeline, data, context, tensor), the last one innermost, so that tensor-parallel ranks are
 neighbours on one machine. Expert parallelism cuts the data-parallel ranks: neighbouring ones hold different experts.
-A replica is the ranks that together hold the model once, with all its stages.
+A replica is the ranks that together hold the model once, with all its stages. Gradients are summed over the ranks
+that differ in data or context: `reduce`.
 """
 
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal, NamedTuple
 
-Dimension = Literal["pipeline", "data", "context", "tensor", "expert", "expert_data", "replica"]
+Dimension = Literal["pipeline", "data", "context", "tensor", "expert", "expert_data", "reduce", "replica"]
 PipelineSchedule = Literal["1f1b", "dualpipev"]
 
 
@@ -74,6 +75,8 @@ class Layout:
         """Number of ranks of a group along `dimension`."""
         if dimension == "replica":
             return self.pipeline * self.context * self.tensor
+        if dimension == "reduce":
+            return self.data * self.context
         return self.data // self.expert if dimension == "expert_data" else int(getattr(self, dimension))
 
     def place(self, rank: int) -> Place:
@@ -104,6 +107,11 @@ class Layout:
             inside = list(product(range(self.pipeline), range(self.context), range(self.tensor)))
             for d in range(self.data):
                 yield [self.rank(pipeline, d, context, tensor) for pipeline, context, tensor in inside]
+            return
+        if dimension == "reduce":
+            summed = list(product(range(self.data), range(self.context)))
+            for pipeline, tensor in product(range(self.pipeline), range(self.tensor)):
+                yield [self.rank(pipeline, d, context, tensor) for d, context in summed]
             return
         sizes = {"pipeline": self.pipeline, "data": self.data, "context": self.context, "tensor": self.tensor}
         others = {name: range(size) for name, size in sizes.items() if name != dimension}

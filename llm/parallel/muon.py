@@ -144,7 +144,7 @@ class Muon(torch.optim.AdamW):
                 mine = [owned for owned in ranges if owned.name == name and owned.flat is flat]
                 tensor = data = None
                 if grid is not None:
-                    tensor, data = grid.tensor, grid.data if table[name].expert_dim is None else grid.expert_data
+                    tensor, data = grid.tensor, grid.reduce if table[name].expert_dim is None else grid.expert_data
                 _fill(buckets, tensor, data, table[name].shape, box_shape(boxes[name]), mine)
 
     @torch.no_grad()

@@ -26,7 +26,9 @@ from llm.parallel.launch.world import World
 from llm.parallel.layout import Dimension, Layout
 
 Along = Dimension | Literal["world"]
-_ORDER: tuple[Along, ...] = ("tensor", "data", "expert_data", "expert", "context", "pipeline", "replica", "world")
+_ORDER: tuple[Along, ...] = (
+    "tensor", "data", "reduce", "expert_data", "expert", "context", "pipeline", "replica", "world"
+)  # fmt: skip
 
 # operation -> (argument that holds the whole buffer, times it is sent to each other rank)
 _RING: dict[str, tuple[int, int]] = {

@@ -151,7 +151,7 @@ def build_engine(config: RunConfig, grid: Grid) -> Engine:
         objectives=objectives_in(config),
         precision=train.precision,
         micro_batch_size=train.micro_batch_size,
-        max_accumulation=accumulation_steps(config, grid.data.size),
+        max_accumulation=accumulation_steps(config, grid.rows.size),
         clip_norm=config.optim.clip_norm,
         seed=train.seed,
         zero_stage=parallel.zero_stage,

@@ -203,7 +203,7 @@ class Trainer:
 
     def loader(self) -> TrainLoader:
         """This rank's steps from where the run stands."""
-        train, data, progress = self.run.config.train, self.run.grid.data, self.progress
+        train, data, progress = self.run.config.train, self.run.grid.rows, self.progress
         return TrainLoader(
             self.run.mixture,
             seq_len=train.seq_len,

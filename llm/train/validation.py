@@ -59,7 +59,7 @@ class _Bar:
     """
 
     def __init__(self, rows: int, grid: Grid) -> None:
-        self._data_ranks = grid.data.size
+        self._data_ranks = grid.rows.size
         self._bar: Any = None
         if grid.world.is_main and sys.stderr.isatty():
             with suppress(OSError, ValueError):
@@ -96,7 +96,7 @@ def _validate(
     until: Callable[[Iterator[Batch]], Iterator[Batch]],
 ) -> dict[str, float]:
     counter = task.counter(tokenizer)
-    cut = (config.train.micro_batch_size, engine.grid.data.rank, engine.grid.data.size)
+    cut = (config.train.micro_batch_size, engine.grid.rows.rank, engine.grid.rows.size)
     loss_sum, counts = engine.replica.sum_losses(engine.objectives.main, until(held_out.batches(*cut)), counter)
     if not any(counts[:1]):  # a mean over nothing would be the best loss of all
         raise agreed_error(f"data.valid: {held_out.described()} have no token to predict; give more eval.rows")

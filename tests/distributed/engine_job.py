@@ -38,7 +38,7 @@ def cut_batch(step: int, grid: Grid, accumulation: int) -> StepBatch:
     stream[:, 1::2] = (stream[:, 0:-1:2] * 7 + 3) % VOCAB  # half of the text can be learned
     labels = stream[:, 1:].clone()
     labels[torch.rand(ROWS, SEQ_LEN, generator=draw) < torch.arange(ROWS)[:, None] / ROWS] = IGNORE
-    rows, data = ROWS // (grid.data.size * accumulation), grid.data
+    rows, data = ROWS // (grid.rows.size * accumulation), grid.rows
     micro_batches = []
     for m in range(accumulation):
         mine = slice((m * data.size + data.rank) * rows, (m * data.size + data.rank + 1) * rows)
@@ -66,7 +66,7 @@ def build(case: dict[str, Any], world: World) -> Engine:
         make_optimizer(replica.model, optim),
         objectives=LM,
         precision=precision,
-        micro_batch_size=ROWS // (grid.data.size * accumulation),
+        micro_batch_size=ROWS // (grid.rows.size * accumulation),
         max_accumulation=accumulation,
         clip_norm=0.5,
         seed=SEED,

@@ -63,14 +63,14 @@ def batch_of(grid: Grid, vocab: int, rows: int, seq_len: int, micro_batches: int
     """This rank's rows of a random batch, the same every step, one document each; the counts are those of all ranks."""
     draw = torch.Generator().manual_seed(0)
     stream = torch.randint(0, vocab, (rows, seq_len + 1), generator=draw)
-    parts = stream[grid.data.rank :: grid.data.size].chunk(micro_batches)
+    parts = stream[grid.rows.rank :: grid.rows.size].chunk(micro_batches)
     bounds = torch.arange(0, len(parts[0]) * seq_len + 1, seq_len, dtype=torch.int32)
     made = [
         Batch(TransformerInput(part[:, :-1].contiguous(), cu_seqlens=bounds), {"lm": Targets(part[:, 1:].contiguous())})
         for part in parts
     ]
     own = LM.count(made)
-    return StepBatch(made, own.with_values([count * grid.data.size for count in own.values()]), 0, rows, wait_s=0.0)
+    return StepBatch(made, own.with_values([count * grid.rows.size for count in own.values()]), 0, rows, wait_s=0.0)
 
 
 def main() -> None:
@@ -80,7 +80,7 @@ def main() -> None:
     args, layout = ModelArgs.model_validate(task["model"]), Layout(world.size, **task["layout"])
     grid = make_grid(world, layout)
     replica = build_replica(args, 0, grid, zero_stage=layout.zero_stage, precision=task["precision"])
-    rows, cuts = task["batch"] // grid.data.size, task["micro_batches"]
+    rows, cuts = task["batch"] // grid.rows.size, task["micro_batches"]
     engine = Engine(
         replica,
         make_optimizer(replica.model, OptimConfig()),

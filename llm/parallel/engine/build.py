@@ -24,7 +24,7 @@ def build_replica(
     seq_len: of training, by which the stages are balanced; by default the longest that the model is for.
     """
     values = seed if precision == "fp32" else None
-    storage = Partitioned(DTYPES[precision], grid.data.handle) if zero_stage == 3 else None
+    storage = Partitioned(DTYPES[precision], grid.reduce.handle) if zero_stage == 3 else None
     replica = Replica.build(args, values, grid, storage=storage, seq_len=seq_len)
     describe(replica)
     return replica

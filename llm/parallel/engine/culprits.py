@@ -70,7 +70,7 @@ def find_culprits(
     that had a gradient that was not finite.
     """
     grid = replica.grid
-    group, data_rank, ranks = grid.tensor.ranks, grid.data.rank, grid.data.size
+    group, data_rank, ranks = grid.tensor.ranks, grid.rows.rank, grid.rows.size
     who = f"rank {group[0]}" if len(group) == 1 else f"tensor-parallel ranks {', '.join(map(str, group))}"
     stage = max(broken, default=replica.stages[-1].number)
     if grid.pipeline.size > 1:

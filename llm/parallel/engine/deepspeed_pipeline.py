@@ -32,7 +32,7 @@ class PipelineGroups(DeepSpeedGroups):
     def __init__(self, grid: Grid) -> None:
         super().__init__(grid)
         self._grid = grid
-        self.data_parallel_size, self.data_parallel_id = grid.data.size, grid.data.rank
+        self.data_parallel_size, self.data_parallel_id = grid.reduce.size, grid.reduce.rank
         self.pipe_parallel_size = grid.pipeline.size
         self.model_parallel_size = grid.tensor.size
         self.pp_group = list(grid.pipeline.ranks)
@@ -47,7 +47,7 @@ class PipelineGroups(DeepSpeedGroups):
         return self._grid.pipeline.ranks[stage_id]
 
     def get_data_parallel_group_ranks(self) -> list[int]:
-        return list(self._grid.data.ranks)
+        return list(self._grid.reduce.ranks)
 
     def get_model_parallel_rank(self) -> int:
         return self._grid.replica.rank

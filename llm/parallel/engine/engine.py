@@ -120,7 +120,7 @@ class Engine:
     @property
     def gradient_scale(self) -> float:
         """How many times the gradient of a rank's micro-batch is larger than its part of the global gradient."""
-        return self.grid.data.size * private.loss_scaler_state(self._deepspeed).get("cur_scale", 1.0)
+        return self.grid.reduce.size * private.loss_scaler_state(self._deepspeed).get("cur_scale", 1.0)
 
     def step(
         self, batch: StepBatch, counts: Counts, lr: float, loss_limit: float | None = None

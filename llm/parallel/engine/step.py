@@ -188,7 +188,7 @@ class Step:
 
         DeepSpeed averages gradients over the data-parallel ranks, so every sum is multiplied by their number.
         """
-        tally, ranks = self.tally, self.grid.data.size
+        tally, ranks = self.tally, self.grid.reduce.size
         sums = {name: found.total for name, found in (out.losses or {}).items()}
         if out.losses and self.grid.reports_loss:  # its tensor-parallel peers have the same, but other tokens' routing
             for name, loss_sum in sums.items():
