@@ -2,8 +2,11 @@
 DeepSpeed.
 """
 
+import hashlib
 import logging
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -11,6 +14,8 @@ import torch
 from llm.args import ModelArgs
 from llm.boxes import whole
 from llm.checkpoint.fragments import DTYPES
+from llm.checkpoint.frozen import Completed, Drawn, Frozen, Origin, Seed, Taken, frozen_in
+from llm.checkpoint.reader import Checkpoint, resolve
 from llm.checkpoint.run_folder import (
     fill_from_checkpoint,
     load_checkpoint,
@@ -21,6 +26,7 @@ from llm.checkpoint.weights import CheckpointWeights, Weights
 from llm.errors import UserError
 from llm.foreign.files import ForeignModel, is_foreign, open_foreign
 from llm.model import LLM
+from llm.parameters import ParameterTable
 from llm.tokenizer import Tokenizer, TokenizerConfig
 from llm.tokenizers.folder import foreign_tokenizer
 
@@ -61,8 +67,17 @@ def load_model(path: str | Path, dtype: torch.dtype, average: bool = False) -> L
             buffer.zero_()
         return model.eval()
     checkpoint, args = load_checkpoint(path)
+    frozen = frozen_in(checkpoint)
     model = LLM(args, device="meta").to_empty(device="cpu").to(dtype)
-    fill_from_checkpoint(model, checkpoint, average)
+    parameters = dict(model.named_parameters())
+    if frozen is not None:
+        origin = verified_origin(frozen, args)
+        with torch.no_grad():
+            for name, shape in frozen.shapes.items():
+                origin.read(name, whole(shape), parameters.pop(name))
+    fill_from_checkpoint(parameters, checkpoint, average)
+    for buffer in model.buffers():  # counts of a training step, of no use to a finished model
+        buffer.zero_()
     return model.eval()
 
 
@@ -117,4 +132,62 @@ def weights_of(path: str | Path, tell: Tell | None = log_note) -> tuple[ModelArg
         source = read_foreign(path, tell)
         return source.args, source.weights()
     checkpoint, args = load_checkpoint(path)
-    return args, CheckpointWeights(checkpoint)
+    return args, checkpoint_weights(checkpoint, args)
+
+
+def checkpoint_weights(checkpoint: Checkpoint, args: ModelArgs, average: bool = False) -> Weights:
+    """All parameters of a checkpoint's model, or the moving average of those that train. What is frozen is read from
+    where it came from: UserError where that is gone, or is another one.
+    """
+    trained, frozen = CheckpointWeights(checkpoint, average), frozen_in(checkpoint)
+    return trained if frozen is None else Completed(trained, frozen.shapes.keys(), verified_origin(frozen, args))
+
+
+def verified_origin(frozen: Frozen, args: ModelArgs) -> Weights:
+    """The weights that frozen parameters came from, after a look at whether they are still the same."""
+    if isinstance(frozen.origin, Taken):
+        check_origin(frozen.origin)
+    return open_origin(frozen.origin, args)
+
+
+def open_origin(origin: Origin, args: ModelArgs) -> Weights:
+    """The weights that frozen parameters came from, unverified; initial ones are those of a model with these args."""
+    if isinstance(origin, Seed):
+        return Drawn(ParameterTable.of(args), origin.seed)
+    return weights_of(origin.path, tell=None)[1]
+
+
+def check_origin(origin: Taken) -> None:
+    """UserError where the folder that frozen parameters came from is gone, or does not hold what it held."""
+    if not Path(origin.path).exists():
+        raise UserError(
+            f"{origin.path}: is gone, and holds the parameters that the run does not train; where it was moved to, "
+            f"give the run model.init_from"
+        )
+    if taken_from(origin.path).digest != origin.digest:
+        raise UserError(
+            f"{origin.path}: holds other weights than those that the parameters which the run does not train came from"
+        )
+
+
+def taken_from(path: str | Path) -> Taken:
+    """The folder that a path means now, and the digest of its weights: a checkpoint's or model folder's manifest has
+    one; of a foreign folder every file is read.
+    """
+    path = Path(path)
+    if not is_foreign(path):
+        checkpoint = resolve(path)
+        return Taken(str(checkpoint.path.resolve()), checkpoint.digest)
+    source = read_foreign(path, None)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing and reading leave Python's lock
+        found = list(pool.map(_file_digest, source.files.paths()))
+    content = "\n".join([source.family.name, *found])
+    return Taken(str(path.resolve()), hashlib.sha256(content.encode()).hexdigest()[:32])
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}"
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None

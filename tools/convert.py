@@ -31,7 +31,6 @@ from llm.args import ModelArgs
 from llm.checkpoint.fragments import DTYPES
 from llm.checkpoint.model_folder import write_model_folder
 from llm.checkpoint.run_folder import load_checkpoint
-from llm.checkpoint.weights import CheckpointWeights
 from llm.cli import run_cli
 from llm.errors import UserError
 from llm.foreign.export import choose_family, export_hf, export_meta, meaning
@@ -41,7 +40,7 @@ from llm.foreign.finite import FiniteWeights
 from llm.foreign.reference import compare_with, open_reference
 from llm.malloc import give_back_freed
 from llm.paths import PathText, check_free
-from llm.pretrained import tokenizer_of
+from llm.pretrained import checkpoint_weights, tokenizer_of
 from llm.tokenizer import Tokenizer
 from llm.tokenizers.folder import TOKENIZER_FILES, notes_of
 
@@ -191,8 +190,8 @@ def export(
     checkpoint, args = load_checkpoint(src)
     came_from = checkpoint.meta.get("source", {}).get("family")
     target_family = _family(args, format, family, came_from)
-    weights = CheckpointWeights(checkpoint, average)
-    chosen = asked or weights.dtype()
+    weights = checkpoint_weights(checkpoint, args, average)
+    chosen = asked or DTYPES[checkpoint.dtype()]
     extra = kept_files(checkpoint, _tokenizer_or_note(Path(src)), target_family.name if format == "hf" else None)
     total = _parameters(args) * chosen.itemsize
     with tqdm(total=total, unit="B", unit_scale=True, disable=quiet or not sys.stderr.isatty()) as bar:

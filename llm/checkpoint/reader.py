@@ -41,6 +41,8 @@ class Manifest:
     shapes: dict[str, tuple[int, ...]]
     files: dict[str, FileRecord]
     fragments: list[Fragment]
+    digest: str
+    """Of all that stands in it, and so, as digests of values do, of all values."""
 
 
 def seal(manifest: dict[str, Any]) -> bytes:
@@ -58,7 +60,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         content = file.read_bytes()
         manifest: dict[str, Any] = json.loads(content)
-        del manifest["digest"]
+        own_digest = str(manifest.pop("digest"))
     except OSError as error:
         raise DamagedFile(f"{file}: {error.strerror or error}") from None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
@@ -78,6 +80,7 @@ def read_manifest(folder: Path) -> Manifest:
             shapes={name: tuple(int(n) for n in shape) for name, shape in manifest["parameters"].items()},
             files={name: FileRecord.from_json(entry) for name, entry in manifest["files"].items()},
             fragments=[Fragment.from_json({**unsaid, **row}) for row in manifest["fragments"]],
+            digest=own_digest,
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         raise DamagedFile(f"{file}: damaged: it has a digest, but not the fields of {FORMAT} {version}") from None
@@ -151,6 +154,7 @@ class Checkpoint:
         self.step = manifest.step
         self.meta = manifest.meta
         self.shapes = manifest.shapes
+        self.digest = manifest.digest
         self._files = manifest.files
         self._version = manifest.version
         self._known: set[str] = set()  # files whose header is the one that was written

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -30,14 +31,16 @@ def model_args(checkpoint: Checkpoint) -> ModelArgs:
         ) from None
 
 
-def fill_from_checkpoint(model: nn.Module, checkpoint: Checkpoint, average: bool = False) -> None:
-    """Copy the float32 masters, or their moving average, into `model` (cast to its dtype). UserError when a parameter
-    is missing or has another shape, or there is no average.
+def fill_from_checkpoint(
+    parameters: Mapping[str, nn.Parameter], checkpoint: Checkpoint, average: bool = False
+) -> None:
+    """Copy the float32 masters, or their moving average, into parameters (cast to their dtype), which go by their
+    canonical names. UserError when one is missing or has another shape, or there is no average.
     """
     kind, kinds = "ema" if average else "master", checkpoint.kinds()
     places = []
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters.items():
             found, expected = checkpoint.shapes.get(name), tuple(parameter.shape)
             if found != expected:
                 raise UserError(f"{checkpoint.path}: {name} has shape {found}, expected {expected}")
@@ -45,8 +48,6 @@ def fill_from_checkpoint(model: nn.Module, checkpoint: Checkpoint, average: bool
                 raise UserError(f"{checkpoint.path}: holds no averaged weights; the run had no optim.ema_decay")
             places.append((name, kind, whole(expected), 0, parameter.numel(), parameter.view(-1)))
         checkpoint.fill(places)
-    for buffer in model.buffers():  # counts of a training step, of no use to a finished model
-        buffer.zero_()
 
 
 def save_tokenizer(tokenizer: Tokenizer, run_dir: Path) -> str | None:

@@ -61,6 +61,10 @@ class Files:
                 raise UserError(f"{file.path}: {key} is {file.described(key)[0]}; known are {', '.join(DTYPES)}")
         return Files(self.name, {key: file for key, file in self._files.items() if key in keys})
 
+    def paths(self) -> list[Path]:
+        """The files that hold them."""
+        return sorted({file.path for file in self._files.values()})
+
     def nbytes(self, keys: set[Key]) -> int:
         """Bytes of some tensors, be they of a dtype that is read or not."""
         return sum(self._files[shard, key].described(key)[1] for shard, key in keys)

@@ -1,6 +1,6 @@
 """A model on its device, as its layout wants it: whole, or from the first moment only this rank's share."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
 import torch
@@ -41,28 +41,44 @@ class Whole:
 
 
 def build_model(
-    args: ModelArgs, seed: int | None, grid: Grid, *, units: Collection[str], storage: Storage | None = None
+    args: ModelArgs,
+    seed: int | None,
+    grid: Grid,
+    *,
+    units: Collection[str],
+    storage: Storage | None = None,
+    table: ParameterTable | None = None,
 ) -> LLM:
     """These units of the model, cut as `grid` says, with their initial values, or without a seed with none.
 
     No rank ever holds more than its share: an initial value is a function of its index, so each rank draws its own.
+    table: of the model, where some of its parameters are frozen; by default all train.
     """
     storage = storage or Whole()
     device = grid.world.device
-    model, table = LLM(args, device="meta", units=units), ParameterTable.of(args)
+    model, table = LLM(args, device="meta", units=units), table or ParameterTable.of(args)
     for module in model.modules():  # buffers are few and whole
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.zeros_like(buffer, device=device)
     _cut(model, table, grid)
     storage.allocate(model, device)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(table[name].trainable)
     if seed is not None:
-        for name, parameter in model.named_parameters():
-            (start, values), row = storage.share(parameter), table[name]
-            stop = start + values.numel()
-            values.copy_(init.values_in_box(row.init, name, seed, row.shape, grid.box(row), start, stop))
+        draw(dict(model.named_parameters()), table, grid, storage, seed)
     _connect(model, table, grid)
     return model
+
+
+def draw(
+    parameters: Mapping[str, nn.Parameter], table: ParameterTable, grid: Grid, storage: Storage, seed: int
+) -> None:
+    """Give parameters, which go by their canonical names, their initial values."""
+    for name, parameter in parameters.items():
+        (start, values), row = storage.share(parameter), table[name]
+        stop = start + values.numel()
+        values.copy_(init.values_in_box(row.init, name, seed, row.shape, grid.box(row), start, stop))
 
 
 def _cut(model: LLM, table: ParameterTable, grid: Grid) -> None:

@@ -42,11 +42,13 @@ MOST_DIMENSIONS = 3
 class Replica:
     """This rank's part of a model: the module that has its stages, and their numbers in the whole."""
 
-    def __init__(self, model: LLM, grid: Grid, stages: Sequence[Stage]) -> None:
-        """model: what llm/parallel/build.py made of the units of `stages`."""
+    def __init__(
+        self, model: LLM, grid: Grid, stages: Sequence[Stage], table: ParameterTable | None = None
+    ) -> None:
+        """model: what llm/parallel/build.py made of the units of `stages`, by its table."""
         self.model, self.grid, self.world = model, grid, grid.world
         self.stages = tuple(stages)
-        self.table = ParameterTable.of(model.args)
+        self.table = table or ParameterTable.of(model.args)
         """Of the whole model."""
         is_moe = [spec.ffn == "moe" for spec in model.specs]
         self.moe_layers = [range(sum(is_moe[: s.layers.start]), sum(is_moe[: s.layers.stop])) for s in stages]
@@ -62,16 +64,17 @@ class Replica:
         *,
         storage: Storage | None = None,
         seq_len: int | None = None,
+        table: ParameterTable | None = None,
     ) -> "Replica":
         """This rank's part, with its initial values, or without a seed with none. storage: where they lie; by default
         whole, in float32. seq_len: of training, by which the stages are balanced; by default the longest that the model
-        is for.
+        is for. table: where some of its parameters are frozen.
         """
         every = split(args, grid.layout.stages, seq_len)
         stages = [every[number] for number in grid.layout.stages_of(grid.pipeline.rank)]
         units = [unit for stage in stages for unit in stage.units]
-        model = build_model(args, seed, grid, units=units, storage=storage)
-        return cls(model, grid, stages)
+        model = build_model(args, seed, grid, units=units, storage=storage, table=table)
+        return cls(model, grid, stages, table)
 
     def stage_of(self, name: str) -> int:
         """Which of this rank's stages a parameter belongs to: 0 or 1."""

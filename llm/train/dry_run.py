@@ -13,7 +13,6 @@ from llm.parallel.engine.deepspeed_private import mark
 from llm.parallel.grid import stage_name
 from llm.parallel.layout import Dimension, Layout
 from llm.parallel.stages import bubble
-from llm.parameters import ParameterTable
 from llm.plan import memory, traffic
 from llm.plan.workload import ZERO3_DEFAULTS, OptimizerGroup, Workload
 from llm.pretrained import args_of
@@ -22,6 +21,7 @@ from llm.tokenizers.folder import notes_of
 from llm.train.config import RunConfig
 from llm.train.config.length import default_warmup
 from llm.train.disk import checkpoints_at_once, room
+from llm.train.freezing import parameter_table
 from llm.train.notes import config_notes
 from llm.train.optimizer import parameter_groups
 from llm.train.preflight import ALONE
@@ -36,7 +36,7 @@ SHOWN = 4
 def workload(config: RunConfig, layout: Layout) -> Workload:
     """The config as llm/parallel predicts from it. Precision `auto` counts as bf16; model.vocab_size must be set."""
     args, train, sources = config.model, config.train, source_specs(config.data.train)
-    model, table = LLM(args, device="meta"), ParameterTable.of(args)
+    model, table = LLM(args, device="meta"), parameter_table(config)
     names = {}
     for name, parameter in model.named_parameters():
         names[id(parameter)] = name
@@ -47,7 +47,7 @@ def workload(config: RunConfig, layout: Layout) -> Workload:
             algorithm=_algorithm(group, config.optim.name),
             on_expert_ranks=group.get("moe", False),
         )
-        for group in parameter_groups(model, config.optim)
+        for group in parameter_groups(model, config.optim, table)
     )
     return Workload(
         args=args,

@@ -11,25 +11,27 @@ from llm.checkpoint.weights import Weights
 from llm.errors import UserError
 from llm.foreign.export import meaning
 from llm.parallel.engine.engine import Engine
+from llm.parallel.engine.state import OwnedFragment
 from llm.parameters import ParameterTable
 from llm.pretrained import weights_of
 from llm.train.config import ModelSection
 
 
-def read_weights(engine: Engine, model: ModelSection) -> tuple[Callable[[], None], list[str]]:
-    """Read this rank's masters from model.init_from; a function that puts them in place, and lines that say what was
-    taken, and what of the model is not as it was there. UserError where a parameter has another shape or is not there.
+def read_weights(engine: Engine, model: ModelSection, path: Path) -> tuple[Callable[[], None], list[str]]:
+    """Read this rank's masters, and what is frozen, from the folder that model.init_from means; a function that puts
+    masters in place, and lines that say what was taken, and what of the model is not as it was there. UserError where a
+    parameter has another shape or is not there.
     """
-    path = Path(str(model.init_from))
     notes: list[str] = []
     args, weights = weights_of(path, notes.append)
-    refuse_other_shapes(path, ParameterTable.of(args).shapes, engine.state.shapes)
+    refuse_other_shapes(path, ParameterTable.of(args).shapes, engine.replica.table.shapes)
     before, now = meaning(args), meaning(model)
     lines = [f"began with the weights of {path}", *(f"note: {line}" for line in notes)]
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     lines += [f"note: {key} was {before.get(key)} there and is {now.get(key)} here" for key in changed]
+    read_frozen(engine, weights)
     loaded = [
-        (fragment.values, read_range(weights, fragment.name, fragment.box, fragment.start, fragment.values.numel()))
+        (fragment.values, read_fragment(weights, fragment))
         for fragment in engine.state.fragments()
         if fragment.kind in ("master", "ema")  # an average begins with the weights
     ]
@@ -40,6 +42,19 @@ def read_weights(engine: Engine, model: ModelSection) -> tuple[Callable[[], None
         engine.finish_load()
 
     return apply, lines
+
+
+def read_frozen(engine: Engine, weights: Weights) -> None:
+    """Read this rank's part of what does not train straight into place: after an error it may hold anything. Forwards
+    see it after `Engine.finish_load`.
+    """
+    for fragment in engine.state.frozen_fragments():
+        fragment.values.copy_(read_fragment(weights, fragment))
+
+
+def read_fragment(weights: Weights, fragment: OwnedFragment) -> Tensor:
+    """The values of a fragment, float32."""
+    return read_range(weights, fragment.name, fragment.box, fragment.start, fragment.values.numel())
 
 
 def refuse_other_shapes(path: Path, theirs: dict[str, tuple[int, ...]], ours: dict[str, tuple[int, ...]]) -> None:

@@ -15,13 +15,17 @@ MUON_KINDS = ("matrix", "expert")
 mixed by a change of basis."""
 
 
-def parameter_groups(model: LLM, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Parameters that share weight decay, learning rate, algorithm and ranks; `lr_factor` times the schedule's learning
-    rate is theirs.
+def parameter_groups(
+    model: LLM, optim: OptimConfig, table: ParameterTable | None = None
+) -> list[dict[str, Any]]:
+    """Parameters that train and share weight decay, learning rate, algorithm and ranks; `lr_factor` times the
+    schedule's learning rate is theirs. table: where some are frozen; by default all train.
     """
     groups: dict[tuple[Any, ...], list[torch.nn.Parameter]] = {}
     held = {name: parameter for name, parameter in model.named_parameters() if not is_copy(parameter)}
-    for name, row in ParameterTable.of(model.args).items():  # so that every stage of a pipeline has the same groups
+    for name, row in (table or ParameterTable.of(model.args)).items():  # so that every stage has the same groups
+        if not row.trainable:
+            continue
         muon = optim.name == "muon" and row.kind in MUON_KINDS
         factor = optim.lr_factors.get(row.kind, 1.0)
         if muon and optim.muon_lr is not None:
@@ -42,7 +46,7 @@ def parameter_groups(model: LLM, optim: OptimConfig) -> list[dict[str, Any]]:
     ]
 
 
-class PartlyFrozenAdamW(torch.optim.AdamW):
+class PartialAdamW(torch.optim.AdamW):
     """AdamW that leaves groups with `lr_factor` 0 alone, and keeps no moments of them."""
 
     @torch.no_grad()
@@ -57,22 +61,24 @@ class PartlyFrozenAdamW(torch.optim.AdamW):
             self.param_groups = groups
 
 
-def freeze(model: LLM, optim: OptimConfig) -> None:
+def zero_gradients(model: LLM, optim: OptimConfig, table: ParameterTable) -> None:
     """Make the gradients of parameters whose kind has the learning-rate factor 0 zero before anything sees them: no
     norm, clipping or check counts them. They are still computed, and their memory stays.
     """
-    table = ParameterTable.of(model.args)
     for name, parameter in model.named_parameters():  # copies of tied weights too
-        if optim.lr_factors.get(table[name].kind, 1.0) == 0:
+        if parameter.requires_grad and optim.lr_factors.get(table[name].kind, 1.0) == 0:
             parameter.register_hook(torch.zeros_like)
 
 
-def make_optimizer(model: LLM, optim: OptimConfig) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: LLM, optim: OptimConfig, table: ParameterTable | None = None
+) -> torch.optim.Optimizer:
     """Fused AdamW, plain SGD, or Muon with AdamW, over the groups above, none of which is empty: DeepSpeed takes a norm
-    of each group, over all stages together. Parameters of the factor 0 are frozen.
+    of each group, over all stages together. table: where some parameters are frozen; by default all train.
     """
-    freeze(model, optim)
-    groups = parameter_groups(model, optim)
+    table = table or ParameterTable.of(model.args)
+    zero_gradients(model, optim, table)
+    groups = parameter_groups(model, optim, table)
     like = next(model.parameters())
     for group in groups:
         if not group["params"]:  # this stage of a pipeline has none of them
@@ -81,5 +87,5 @@ def make_optimizer(model: LLM, optim: OptimConfig) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=optim.lr)
     if optim.name == "muon":
         return Muon(groups, lr=optim.lr, momentum=optim.muon_momentum, betas=optim.betas, eps=optim.eps, fused=True)
-    adamw = torch.optim.AdamW if all(group["lr_factor"] for group in groups) else PartlyFrozenAdamW
+    adamw = torch.optim.AdamW if all(group["lr_factor"] for group in groups) else PartialAdamW
     return adamw(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)

@@ -80,6 +80,12 @@ def _tokenizer(run: UnstartedRun) -> None:
     with_vocabulary(run.config, run.tokenizer)
 
 
+def _frozen(run: UnstartedRun) -> None:
+    from llm.train.freezing import parameter_table  # it takes long to import
+
+    parameter_table(run.settled)
+
+
 def _checkpoint(run: UnstartedRun) -> None:
     refuse_another_run(run.settled, run.checkpoints, run.tokenizer)
 
@@ -119,6 +125,7 @@ CHECKS: tuple[Callable[[UnstartedRun], None], ...] = (
     _run_folder,
     _data_is_there,
     _tokenizer,
+    _frozen,
     _checkpoint,
     _weights,
     _data_is_readable,

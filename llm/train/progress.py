@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from llm.checkpoint.frozen import Origin
 from llm.data.heldout import HeldOut
 from llm.train.best import Best, best_on
 from llm.train.config import GuardConfig
@@ -26,6 +27,8 @@ class Progress:
     earlier_rows: int = 0
     """Rows that were read of other data, before a checkpoint was continued on the present one."""
     tokens: int = 0
+    origin: Origin | None = None
+    """Where the values of frozen parameters came from; None where all parameters train."""
 
     @classmethod
     def new(cls, config: GuardConfig, held_out: HeldOut | None) -> "Progress":

@@ -17,10 +17,10 @@ from llm.parallel.engine.build import build_replica
 from llm.parallel.engine.engine import Engine
 from llm.parallel.grid import Grid, make_grid
 from llm.parallel.launch.world import World
-from llm.parameters import ParameterTable
 from llm.tasks import RowsWanted, Task, task_named
 from llm.tokenizer import Tokenizer, load_tokenizer
 from llm.train.config import RunConfig, accumulation_steps, check_layout
+from llm.train.freezing import parameter_table
 from llm.train.optimizer import make_optimizer
 from llm.train.progress import Progress
 from llm.train.resume.choose import refuse_another_run
@@ -90,7 +90,7 @@ def build_run(config: RunConfig, folder: Path, world: World) -> Run:
         keep=kept.keep,
         keep_best=kept.keep_best,
         keep_every=kept.keep_every,
-        cut=ParameterTable.of(settled.model).cut,
+        cut=all_or_none(lambda: parameter_table(settled), world).cut,
     )
     settled, precision_reason = settle_precision(settled, store, world)
     settled = settle_warmup(settled, store, world)
@@ -136,7 +136,7 @@ def build_engine(config: RunConfig, grid: Grid) -> Engine:
 
     UserError on all ranks where this machine lacks what the config needs.
     """
-    train, parallel = config.train, config.parallel
+    train, parallel, table = config.train, config.parallel, parameter_table(config)
     replica = build_replica(
         config.model,
         train.seed,
@@ -144,10 +144,11 @@ def build_engine(config: RunConfig, grid: Grid) -> Engine:
         zero_stage=parallel.zero_stage,
         precision=train.precision,
         seq_len=train.seq_len,
+        table=table,
     )
     engine = Engine(
         replica,
-        make_optimizer(replica.model, config.optim),
+        make_optimizer(replica.model, config.optim, table),
         objectives=objectives_in(config),
         precision=train.precision,
         micro_batch_size=train.micro_batch_size,

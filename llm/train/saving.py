@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from llm.checkpoint.frozen import Frozen
 from llm.checkpoint.store import SaveFailed
 from llm.train.log import RunLog
 from llm.train.progress import Progress
@@ -65,9 +66,18 @@ class Saver:
             "expert_counts": run.engine.replica.expert_counts().tolist(),
             "optimizer_scalars": run.engine.state.scalars(),
             **progress.state(),
+            **self._frozen(),
             "layout": dataclasses.asdict(run.grid.layout),
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
         }
+
+    def _frozen(self) -> dict[str, Any]:
+        table, origin = self.run.engine.replica.table, self.progress.origin
+        shapes = {name: row.shape for name, row in table.items() if not row.trainable}
+        if not shapes:
+            return {}
+        assert origin is not None
+        return {"frozen": Frozen(self.run.config.train.freeze, shapes, origin).to_json()}
 
     def _attempt(self, saving: Callable[[], int | None], log: RunLog | None, last: bool = False) -> None:
         """Call what may end a save and returns its step then."""

@@ -117,6 +117,8 @@ class Recorder:
                 for hook in hooks:
                     stack.callback(hook.remove)
             for name, parameter in self.model.named_parameters():
+                if not parameter.requires_grad:
+                    continue
                 hook = parameter.register_hook(lambda grad, name=name: self._on_gradient(name, grad))
                 stack.callback(hook.remove)
             yield

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm.batch import Counts
+from llm.checkpoint.frozen import Seed, origin_of
 from llm.checkpoint.lock import run_lock
 from llm.data.batch import StepBatch
 from llm.data.loader import TrainLoader
@@ -16,6 +17,7 @@ from llm.errors import UserError
 from llm.parallel.collectives import agreed_error, all_or_none, main_decides, sum_over_ranks
 from llm.parallel.engine.step import StepResult
 from llm.parallel.launch.world import World
+from llm.pretrained import taken_from
 from llm.tokenizers.folder import notes_of
 from llm.train.config import RunConfig
 from llm.train.config.length import misfit, untraced
@@ -59,6 +61,7 @@ class Trainer:
     def __init__(self, config: RunConfig, run_dir: Path, world: World) -> None:
         self.run = build_run(config, run_dir, world)
         self.progress = Progress.new(config.guard, self.run.held_out)
+        self.progress.origin = Seed(self.run.config.train.seed)
         self.run.settle(self.progress)
         self.restorer = Restorer(self.run, self.progress)
         self.saver = Saver(self.run, self.progress)
@@ -79,9 +82,13 @@ class Trainer:
         wrong = wrong or untraced(run.config.log.trace_steps, run.steps, length)
         if wrong and run.epochs is not None:
             raise agreed_error(wrong)
-        if run.config.model.init_from is None:
+        source: str | None = run.config.model.init_from
+        if source is None:
             return notes_of(run.tokenizer)
-        apply, lines = all_or_none(lambda: read_weights(run.engine, run.config.model), run.world)
+        if run.config.train.freeze:
+            taken = main_decides(lambda: taken_from(str(source)).to_json(), run.world)
+            self.progress.origin, source = origin_of(taken), taken["path"]
+        apply, lines = all_or_none(partial(read_weights, run.engine, run.config.model, Path(source)), run.world)
         apply()
         return [*lines, *notes_of(run.tokenizer)]
 

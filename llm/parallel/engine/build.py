@@ -8,24 +8,36 @@ from torch import Tensor, nn
 
 from llm.args import ModelArgs
 from llm.model import EMBEDDING, LLM, OUTPUT
+from llm.parallel.build import Storage, Whole, draw
 from llm.parallel.engine import deepspeed_private as private
 from llm.parallel.grid import Grid
 from llm.parallel.replica import Replica
+from llm.parameters import ParameterTable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_replica(
-    args: ModelArgs, seed: int, grid: Grid, *, zero_stage: int, precision: str, seq_len: int | None = None
+    args: ModelArgs,
+    seed: int,
+    grid: Grid,
+    *,
+    zero_stage: int,
+    precision: str,
+    seq_len: int | None = None,
+    table: ParameterTable | None = None,
 ) -> Replica:
-    """This rank's part of a model that is to be trained (collective). In fp32 it has its initial values, else none, as
-    the engine draws its float32 masters and rounds them to parameters.
+    """This rank's part of a model that is to be trained (collective). In fp32 it has its initial values, else only what
+    is frozen has, as the engine draws the other's float32 masters and rounds them to parameters.
 
-    seq_len: of training, by which the stages are balanced; by default the longest that the model is for.
+    seq_len: of training, by which the stages are balanced; by default the longest that the model is for. table: where
+    some of its parameters are frozen.
     """
     values = seed if precision == "fp32" else None
-    storage = Partitioned(DTYPES[precision], grid.reduce.handle) if zero_stage == 3 else None
-    replica = Replica.build(args, values, grid, storage=storage, seq_len=seq_len)
+    storage: Storage = Partitioned(DTYPES[precision], grid.reduce.handle) if zero_stage == 3 else Whole()
+    replica = Replica.build(args, values, grid, storage=storage, seq_len=seq_len, table=table)
+    if values is None:
+        draw(frozen_parameters(replica.model), replica.table, grid, storage, seed)
     describe(replica)
     return replica
 
@@ -45,13 +57,23 @@ class Partitioned:
 
 
 def describe(replica: Replica) -> None:
-    """Tell DeepSpeed how each parameter is cut, and which one is a copy that another rank steps on."""
+    """Tell DeepSpeed how each parameter is cut, which ones it is to leave alone, and which one is a copy that another
+    rank steps on.
+    """
     model, grid, table = replica.model, replica.grid, replica.table
-    if grid.layout.expert > 1:
+    if grid.layout.expert > 1 and any(row.trainable and row.expert_dim is not None for row in table.values()):
         private.register_experts(model, grid)
     for name, parameter in model.named_parameters():
         row = table[name]
+        if not row.trainable:
+            private.mark_frozen(parameter)
+            continue
         cut = row.cut(grid.layout.tensor) is not None
         private.mark(parameter, cut, grid.expert.size if row.expert_dim is not None else 1)
     if model.args.tie_embeddings and OUTPUT in model.units and EMBEDDING not in model.units:
         private.mark_copy(model.tok_embeddings.weight)
+
+
+def frozen_parameters(model: LLM) -> dict[str, nn.Parameter]:
+    """Those of this rank that do not train, by canonical name; copies of a frozen table among them."""
+    return {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}

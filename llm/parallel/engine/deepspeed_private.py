@@ -58,6 +58,13 @@ def mark(parameter: Tensor, tensor_parallel: bool, expert_ranks: int) -> None:
         parameter.group_name = f"ep_size_{expert_ranks}"  # type: ignore[attr-defined]
 
 
+def mark_frozen(parameter: Tensor) -> None:
+    """Keep DeepSpeed from sending the parameter around before training: each rank has its own part, experts too, which
+    it knows only as members of an optimizer.
+    """
+    parameter.ds_optim_param = True  # type: ignore[attr-defined]
+
+
 def expert_group(parameter: Tensor) -> dict[str, Any]:
     """What DeepSpeed wants in the optimizer's group of this parameter: nothing, but for experts on several ranks."""
     if getattr(parameter, "allreduce", True):
@@ -174,6 +181,8 @@ def owned_ranges(engine: Any, model: nn.Module) -> list[OwnedRange]:
     zero, flats, found = engine.optimizer, partitions(engine), []
     number_of = {id(flat): i for i, flat in enumerate(flats)}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if hasattr(zero, "fp32_partitioned_groups_flat"):
             partition, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
             start, values = share(parameter)

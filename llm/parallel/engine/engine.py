@@ -90,7 +90,7 @@ class Engine:
             zero_stage=zero_stage,
             seed=None if precision == "fp32" else seed,
             ema_decay=ema_decay,
-            frozen={name for group, name in members if group["lr_factor"] == 0},
+            without_update={name for group, name in members if group["lr_factor"] == 0},
             of_muon={name for group, name in members if group.get("muon")},
         )
         if isinstance(optimizer, Muon):

@@ -43,7 +43,8 @@ class Pipelined:
         self.deepspeed = pipe.initialize(replica, *hooks, optimizer, config)
         ends = [ranks[layout.holder(stage)] for stage in (0, layout.stages - 1)]
         self._partial = PartialGradients(replica, self.deepspeed, zero_stage=1)
-        self.tied = TiedTable(self.deepspeed, replica, *ends) if replica.model.args.tie_embeddings else None
+        tied = replica.model.args.tie_embeddings and replica.table["tok_embeddings.weight"].trainable
+        self.tied = TiedTable(self.deepspeed, replica, *ends) if tied else None
 
     def run(self, step: Step) -> float:
         self._step = step
@@ -81,6 +82,8 @@ class Pipelined:
             assert loss is not None
             return loss * self.deepspeed.gradient_accumulation_steps()  # by which DeepSpeed divides it
         assert out.hidden is not None
+        if not out.hidden.requires_grad:  # nothing trains up to here, but DeepSpeed will ask for a backward
+            return out.hidden.detach().requires_grad_()
         if loss is None or not loss.requires_grad:
             return out.hidden
         injected: Tensor = _Inject.apply(out.hidden, loss, self._injected_scale)

@@ -12,6 +12,7 @@ from llm import init
 from llm.boxes import Box, whole
 from llm.parallel.engine import deepspeed_private as private
 from llm.parallel.engine.averages import Averages
+from llm.parallel.engine.build import frozen_parameters
 from llm.parallel.muon import Muon
 from llm.parallel.replica import Replica
 
@@ -37,16 +38,18 @@ class TrainState:
         zero_stage: int,
         seed: int | None,
         ema_decay: float | None,
-        frozen: set[str],
+        without_update: set[str],
         of_muon: set[str],
     ) -> None:
         """seed: where masters are to be drawn anew from it, in float32; DeepSpeed starts from rounded parameters.
-        frozen, of_muon: names of the parameters without an update, and of those that Muon steps on.
+        without_update, of_muon: names of the parameters whose learning rate is 0, and of those that Muon steps on.
         """
         self._deepspeed, self._grid, self._zero_stage = deepspeed, replica.grid, zero_stage
-        self._frozen, self._of_muon = frozen, of_muon
+        self._frozen = frozen_parameters(replica.model)
+        self._without_update, self._of_muon = without_update, of_muon
         self.table = replica.table
-        self.shapes = self.table.shapes
+        self.shapes = {name: row.shape for name, row in self.table.items() if row.trainable}
+        """Whole shapes of what trains, all that a checkpoint holds."""
         self.boxes = {name: replica.grid.box(row) for name, row in self.table.items()}
         """What this rank has of each before ZeRO cuts it."""
         self.owned_ranges = private.owned_ranges(deepspeed, replica.model)
@@ -78,6 +81,13 @@ class TrainState:
             if average is not None:
                 yield OwnedFragment(owned.name, "ema", *place, owned.of(average))
 
+    def frozen_fragments(self) -> Iterator[OwnedFragment]:
+        """What this rank has of the parameters that do not train, as the forward reads it; not what a checkpoint holds.
+        """
+        for name, parameter in self._frozen.items():
+            start, values = private.share(parameter) if self._zero_stage == 3 else (0, parameter.data.view(-1))
+            yield OwnedFragment(name, "frozen", self.boxes[name], start, values)
+
     def owned_fragments(self) -> Iterator[OwnedFragment]:
         """Masters, optimizer states and averages for a checkpoint; over all ranks each element exactly once."""
         for fragment in self.fragments():
@@ -95,7 +105,7 @@ class TrainState:
         """Create optimizer state, so that `fragments` lists everything that a checkpoint must fill.
 
         kinds: for each parameter the kinds of fragments that the checkpoint has. On a new optimizer state all are zero;
-        so is what the checkpoint lacks because it was frozen then. What is frozen now has none.
+        so is what the checkpoint lacks because it had no update then. What has none now has no state.
         """
         base = private.base_optimizer(self._deepspeed)
         foreign = "exp_avg" if isinstance(base, Muon) else "momentum_buffer"
@@ -106,8 +116,8 @@ class TrainState:
         for number, flat in enumerate(self.partitions):
             # a partition of padding alone keeps step with the others
             names = [owned.name for owned in self.owned_ranges if owned.partition == number] or list(kinds)
-            keys = set().union(*(kinds[name] for name in names if name not in self._frozen)) - {"master", "ema"}
-            if not keys and "step" in scalars and not anew and not self._frozen.issuperset(names):  # frozen until now
+            keys = set().union(*(kinds[name] for name in names if name not in self._without_update)) - {"master", "ema"}
+            if not keys and "step" in scalars and not anew and not self._without_update.issuperset(names):  # until now
                 keys = {"momentum_buffer"} if self._of_muon.issuperset(names) else {"exp_avg", "exp_avg_sq"}
             held = state_of.get(flat, {})  # new memory would be there twice, and costs more than what is read into it
             state: dict[str, Tensor] = {

@@ -33,6 +33,9 @@ class TrainConfig(Section):
     """What the backward recomputes to save memory: nothing, cheap elementwise work, or whole blocks."""
     objectives: Annotated[dict[str, dict[str, Any]], AfterValidator(plain)] = {}
     """Further losses beside the task's: the name of each, and under it its options, as weight; see `extensions`."""
+    freeze: Annotated[tuple[str, ...], BY_COMMAS] = ()
+    """Parameters that do not train, by name or pattern as `layers.*.feed_forward.*`: without gradient, optimizer state,
+    average or room in the checkpoint, which names where they came from."""
     skip_steps: Annotated[tuple[Count, ...], BY_COMMAS] = ()
     """Steps whose rows are passed over without an update."""
     seed: int = 0

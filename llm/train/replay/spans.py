@@ -116,7 +116,7 @@ def span_gradient_norm(
     """
     alone = batch.span(start, stop).to(device)
     loss = model(alone.inputs, losses=Objectives([objective]).losses_of(model, alone)).loss_sum
-    gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
     return math.sqrt(sum(float(g.double().square().sum()) for g in gradients if g is not None)) / n_targets
 
 

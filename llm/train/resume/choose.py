@@ -2,10 +2,14 @@
 
 from pathlib import Path
 
+from llm.checkpoint.frozen import Origin, Seed, Taken, frozen_in
 from llm.checkpoint.reader import Checkpoint, list_steps, newest_valid, resolve
 from llm.errors import UserError
+from llm.foreign.files import is_foreign
+from llm.pretrained import check_origin, taken_from
 from llm.tokenizer import Tokenizer
 from llm.train.config import RunConfig
+from llm.train.freezing import parameter_table
 from llm.train.resume.differences import refused_changes
 
 
@@ -25,6 +29,10 @@ def refuse_another_run(config: RunConfig, folder: Path, tokenizer: Tokenizer) ->
     checkpoint = checkpoint_to_continue(config, folder)
     if checkpoint is not None:
         refuse(checkpoint, refused_by(checkpoint, config, tokenizer))
+        refuse_newly_frozen(checkpoint, config)
+        frozen = frozen_in(checkpoint)
+        if frozen is not None and isinstance(frozen.origin, Taken) and not is_foreign(Path(frozen.origin.path)):
+            origin_now(frozen.origin, checkpoint.meta["config"]["model"].get("init_from"), config.model.init_from)
 
 
 def refused_by(checkpoint: Checkpoint, config: RunConfig, tokenizer: Tokenizer) -> list[str]:
@@ -34,6 +42,37 @@ def refused_by(checkpoint: Checkpoint, config: RunConfig, tokenizer: Tokenizer) 
     if meta["tokenizer"] != tokenizer.fingerprint and "tokenizer" not in config.checkpoint.allow_changes:
         changed.append("tokenizer: its content differs")
     return changed
+
+
+def refuse_newly_frozen(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """UserError where the config freezes what was trained until now: checkpoints to come would not hold it, and there
+    is no other place that does for good. What was frozen may be trained.
+    """
+    table = parameter_table(config)
+    new = [name for name in checkpoint.shapes if name in table and not table[name].trainable]
+    if new:
+        raise UserError(
+            f"train.freeze: {new[0]} has been trained in {checkpoint.path}, and a checkpoint holds only what its run "
+            f"trains; begin a new run with --model.init_from={checkpoint.path}"
+        )
+
+
+def origin_now(origin: Origin, source: str | None, given: str | None) -> Origin:
+    """Where frozen parameters are to be read from, verified: where they came from, or the folder that this was moved
+    to, if another one is given than the run's `source` was. UserError where there are none, or others.
+    """
+    if isinstance(origin, Seed):
+        return origin
+    if given is None or given == source:
+        check_origin(origin)
+        return origin
+    found = taken_from(given)
+    if found.digest != origin.digest:
+        raise UserError(
+            f"model.init_from={given}: holds other weights than {origin.path} did, where the parameters that the run "
+            f"does not train came from"
+        )
+    return found
 
 
 def refuse(checkpoint: Checkpoint, changed: list[str]) -> None:

@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 
+from llm.checkpoint.frozen import Frozen, frozen_in, origin_of
 from llm.checkpoint.reader import Checkpoint, list_steps, resolve
-from llm.parallel.collectives import agreed_error, main_decides
+from llm.parallel.collectives import agreed_error, all_or_none, main_decides
+from llm.pretrained import open_origin
 from llm.train.best import best_on
+from llm.train.init_from import read_fragment, read_frozen
 from llm.train.progress import Progress
 from llm.train.resume.changes import change_notes, data_note, refused_data_changes
-from llm.train.resume.choose import refuse, refused_by
+from llm.train.resume.choose import origin_now, refuse, refuse_newly_frozen, refused_by
 from llm.train.resume.skipped_steps import guard_state
 from llm.train.run import Run
 
@@ -71,24 +74,50 @@ class Restorer:
         refused = refused_by(checkpoint, run.config, run.tokenizer)
         refused += refused_data_changes(run.mixture, meta["data"], run.config.checkpoint.allow_changes)
         refuse(checkpoint, refused)
-        kinds = checkpoint.kinds()
+        refuse_newly_frozen(checkpoint, run.config)
+        frozen = frozen_in(checkpoint)
+        elsewhere = {} if frozen is None else frozen.shapes
+        kinds = {name: {"master"} for name in elsewhere} | checkpoint.kinds()
         run.engine.prepare_load(kinds, meta["optimizer_scalars"])
         places = []
         for name, kind, box, start, values in run.engine.state.fragments():
+            if name in elsewhere:
+                continue
             if kind == "ema" and kind not in kinds[name]:
                 kind = "master"  # an average that begins now begins with the weights
             elif kind != "master" and kind not in kinds[name]:
-                continue  # of a parameter that was frozen until now: zeros
+                continue  # of a parameter that had no update until now: zeros
             places.append((name, kind, box, start, start + values.numel(), values))
         checkpoint.fill(places)
 
         def apply() -> None:
+            if frozen is not None:
+                self._take_frozen(frozen, meta["config"]["model"].get("init_from"))
             run.engine.finish_load()
             if meta["expert_counts"]:
                 run.engine.replica.set_expert_counts(torch.tensor(meta["expert_counts"], dtype=torch.int64))
             self._notes = self._take_over(checkpoint, meta)
 
         return apply
+
+    def _take_frozen(self, frozen: Frozen, source: str | None) -> None:
+        """Put in place what the checkpoint does not hold, from where it came from: what is frozen still, and the
+        masters and averages of what is not any more (collective). source: its run's model.init_from.
+        """
+        run = self.run
+        given = run.config.model.init_from
+        origin = origin_of(main_decides(lambda: origin_now(frozen.origin, source, given).to_json(), run.world))
+        thawed = [f for f in run.engine.state.fragments() if f.name in frozen.shapes and f.kind in ("master", "ema")]
+
+        def read() -> None:
+            weights = open_origin(origin, run.config.model)
+            if origin != self.progress.origin:
+                read_frozen(run.engine, weights)
+            for fragment in thawed:
+                fragment.values.copy_(read_fragment(weights, fragment))
+
+        all_or_none(read, run.world)
+        self.progress.origin = origin
 
     def _take_over(self, checkpoint: Checkpoint, meta: dict[str, Any]) -> list[str]:
         """Set the progress to the checkpoint's; lines about what is other than it was there."""
