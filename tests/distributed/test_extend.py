@@ -1,9 +1,10 @@
 """A mixer, an objective and a family of foreign checkpoints from files outside the tree, the examples of docs/extend: a
-config that uses them trains alike on every layout, resumes, moves, continues texts, and goes out and comes in.
+config that uses them trains alike on every layout, resumes, moves, freezes, continues texts, and goes out and comes in.
 """
 
 import json
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ LAYOUTS: dict[int, dict[str, Any]] = {
     2: {"tensor": {"tensor": 2}, "pipeline": {"pipeline": 2}, "zero3": {"zero_stage": 3}},
 }
 STEPS = 4
+FROZEN = "layers.1.attention.*"
+"""The parameters of one of the new mixers."""
 RELATIVE = 1e-5  # float32 sums in another order, as in test_equality.py
 
 
@@ -44,9 +47,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train={"steps": STEPS, "objectives": {"two_ahead": {"weight": 0.5}}},
     )
     raw["model"] = MODEL
-    config = write_config(folder / "config.yaml", {**raw, "extensions": FILES})
+    raw["extensions"] = FILES
+    whole = write_config(folder / "config.yaml", raw)
+    raw["train"] = {**raw["train"], "freeze": [FROZEN]}
+    partly = write_config(folder / "frozen.yaml", raw)
 
-    def train(layouts: dict[str, Any], nproc: int) -> None:
+    def train(layouts: dict[str, Any], nproc: int, config: Path = whole) -> None:
         job = "tests/distributed/objectives_job.py"
         done = run_job(job, str(config), str(folder), json.dumps(layouts), nproc=nproc)
         assert done.returncode == 0, done.stderr
@@ -57,6 +63,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.rmtree(folder / name / "checkpoints" / f"step_{STEPS:08d}")
     train({"resumed": {}}, 1)
     train({**LAYOUTS[2], "moved": {"tensor": 2}}, 2)
+    train({"frozen": {}}, 1, partly)
+    train({"frozen tensor": {"tensor": 2}}, 2, partly)
     extensions.load(FILES)
     return folder
 
@@ -68,6 +76,19 @@ def test_a_run_with_all_three_is_the_same_on_every_layout(runs: Path, name: str)
     for row, right in zip(found, expected, strict=True):
         for key in ("loss", "lm_loss", "two_ahead_loss", "grad_norm"):
             assert row[key] == pytest.approx(right[key], rel=RELATIVE), (name, row["step"], key)
+
+
+def test_its_parameters_freeze_like_any_other(runs: Path) -> None:
+    args = ModelArgs.model_validate({**MODEL, "vocab_size": 259})
+    before = LLM(args, seed=0).state_dict()
+    one, other = metrics(runs / "frozen"), metrics(runs / "frozen tensor")
+    assert one[-1]["loss"] != metrics(runs / "one")[-1]["loss"]
+    for row, right in zip(other, one, strict=True):
+        assert (row["loss"], row["grad_norm"]) == pytest.approx((right["loss"], right["grad_norm"]), rel=RELATIVE)
+    for name in ("frozen", "frozen tensor"):
+        after = LLM.from_pretrained(runs / name).state_dict()
+        unchanged = {key for key in before if torch.equal(before[key], after[key])}
+        assert unchanged == {key for key in before if fnmatch(key, FROZEN)}, name
 
 
 def test_it_resumes_with_the_same_bits(runs: Path) -> None:
