@@ -44,8 +44,8 @@ def unit_names(args: ModelArgs) -> tuple[str, ...]:
 class LLM(Conveniences, InRegion):
     """A causal language model, initialised from (args, seed) alone; works without process groups.
 
-    On device="meta" it has shapes but no values. Raises ValueError while args.vocab_size is unset. Embedding and head
-    are its own region.
+    On device="meta" it has shapes but no values. Raises ValueError while args.vocab_size is unset. The region is that
+    of embedding and head.
     """
 
     def __init__(
@@ -185,9 +185,8 @@ class LLM(Conveniences, InRegion):
                 f"expert counts must have shape {routing_shape(args)} (MoE layers, experts); "
                 f"got {tuple(expert_counts.shape)}"
             )
-        positions_BT, document_starts = inputs.resolve(
-            None if cache is None else cache.first_positions(len(inputs.tokens))
-        )
+        first_position_B = None if cache is None else cache.first_positions(len(inputs.tokens))
+        positions_BT, document_starts = inputs.resolve(first_position_B)
         lengths: Tensor | None = None
         # a graph is compiled for one row of positions or for one a row, so compiled blocks always get the latter
         agree = not (self.compiled and torch.is_grad_enabled()) and (positions_BT == positions_BT[:1]).all()
