@@ -1,7 +1,7 @@
 """Parts of a parameter: which box of it tensor and expert parallelism leave on a rank, and how a box lies in the whole.
 
 A box is a (start, stop) pair per dimension. Inside a box elements count row-major, as in a tensor of the box's shape;
-ZeRO cuts that flat range further. Initial values, checkpoints and optimizers all speak of (box, flat range).
+ZeRO cuts that flat range further. Initial values, checkpoints and optimizers all use (box, flat range).
 """
 
 import math

@@ -92,7 +92,7 @@ def watched() -> Iterator[list[Watched]]:
 
 
 def escape_unknown(stream: TextIO | None) -> None:
-    """Have the stream write what its encoding lacks as \\u escapes, where it can be told to."""
+    """Have the stream write what its encoding lacks as \\u escapes, where it can."""
     reconfigure = getattr(stream, "reconfigure", None)
     if reconfigure is not None:
         with suppress(ValueError, OSError):

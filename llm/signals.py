@@ -1,6 +1,6 @@
 """Signals that ask a run to stop: by hand, by a closing terminal, by a scheduler before it kills.
 
-A run that gets one saves and ends with EXIT_STOPPED, which tells a scheduler that the same command goes on.
+A run that gets one saves and ends with EXIT_STOPPED, by which a scheduler knows that the same command goes on.
 """
 
 import signal

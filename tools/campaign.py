@@ -64,7 +64,7 @@ GONE_S = 45.0
 AT_ONCE_S = 10.0
 """The same where torchrun itself was killed: they die by the kernel."""
 SILENCE_S = 180.0
-"""Above the run's own time-out: an attempt that tells nothing for so long hangs."""
+"""Above the run's own time-out: an attempt that reports nothing for so long hangs."""
 
 
 class Campaign:
@@ -174,7 +174,7 @@ class Campaign:
         return [p.pid for p in running if by_command or (p.attempt is not None and p.attempt <= number)]
 
     def event(self, number: int, name: str) -> Row | None:
-        """What a rank told of an attempt, the first one that did."""
+        """What a rank reported of an attempt, the first one that did."""
         for rank in range(self.settings.nproc):
             file = events_file(self.folder, number, rank)
             for line in file.read_text().split("\n")[:-1] if file.exists() else []:
@@ -269,7 +269,7 @@ def looked_at(campaign: Campaign, number: int, kill: Kill, expected: dict[int, s
 
 
 def complete(campaign: Campaign, number: int, outcome: Outcome) -> None:
-    """Add what the attempt after kill `number` tells: where it went on, when, and how far."""
+    """Add what the attempt after kill `number` reports: where it went on, when, and how far."""
     resumed, trained = campaign.event(number + 1, "resumed"), campaign.event(number + 1, "trained")
     strike = campaign.event(number, "strike")
     if resumed is not None:

@@ -76,7 +76,7 @@ def task_file(folder: Path, attempt: int) -> Path:
 
 
 def events_file(folder: Path, attempt: int, rank: int) -> Path:
-    """What a rank tells of an attempt, one JSON object a line."""
+    """What a rank reports of an attempt, one JSON object a line."""
     return folder / f"events_{attempt}_{rank}.jsonl"
 
 

@@ -230,7 +230,7 @@ def compare_traces(a: Run, b: Run, rtol: float, metrics_part: int | None) -> boo
 
 
 def parted_record(key: tuple[str, str], a: dict[str, Any], b: dict[str, Any], rtol: float) -> Parting | None:
-    """How one traced tensor differs, told by the number that differs most; None when it agrees."""
+    """How one traced tensor differs, by the number that differs most; None when it agrees."""
     what = " ".join(key)
     if a["count"] != b["count"] or len(a["linear"]) != len(b["linear"]):
         return Parting(f"{what} (elements)", a["count"], b["count"], None)

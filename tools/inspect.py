@@ -1,5 +1,5 @@
 """What a path is: `python tools/inspect.py runs/a` lists a run's checkpoints, what is wrong with which, and which one
-a resume would take; `python tools/inspect.py runs/a/checkpoints/step_00000100` tells all about one. `--verify` reads
+a resume would take; `python tools/inspect.py runs/a/checkpoints/step_00000100` lists all about one. `--verify` reads
 every block. Exit status 0: whole; 1: damaged; 2: bad input. The work is done in tools/inspection.py.
 """
 

@@ -1,4 +1,4 @@
-"""What tools/inspect.py tells of a run, its checkpoints, or one checkpoint, as text or JSON."""
+"""What tools/inspect.py reports of a run, its checkpoints, or one checkpoint, as text or JSON."""
 
 import json as json_format
 import math

@@ -201,7 +201,7 @@ def _count(model: LLM) -> int:
 
 
 def surgery(command: str) -> None:
-    """Make a new model from a trained one. `surgery.py COMMAND --help` tells the flags of a command."""
+    """Make a new model from a trained one. `surgery.py COMMAND --help` lists the flags of a command."""
     raise UserError(f"{command!r} is not one of {', '.join(COMMANDS)}")
 
 

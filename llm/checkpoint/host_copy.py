@@ -1,9 +1,8 @@
 """What an asynchronous save is made of: a copy of this rank's state in host memory, and work on a thread of its own.
 
 Masters and optimizer state change only when the optimizer steps, so the thread may copy them while the next forward and
-backward run; the training waits for the copy before it steps. The thread then writes files from the copy. It never
-speaks with other ranks: a collective of a second thread could meet one of the training thread's in another order on
-another rank.
+backward run; the training waits for the copy before it steps. The thread then writes files from the copy. It calls no
+collective: one of a second thread could meet one of the training thread's in another order on another rank.
 """
 
 import _thread

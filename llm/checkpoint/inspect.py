@@ -1,5 +1,5 @@
 """What a checkpoint folder holds and whether it is whole: by its manifest and the lengths of its files, and by every
-block on request. No tensor is built; a damaged folder tells all that is wrong with it and what is still known.
+block on request. No tensor is built; of a damaged folder all that is wrong is listed and what is still known.
 """
 
 import os
@@ -103,7 +103,7 @@ def damaged_blocks(found: Survey, progress: Callable[[int], object] = lambda n_b
     """Read every header and every block of every fragment and return those that differ from their digests, headers
     first and then in the order of files.
 
-    Blocks of a missing file are not among them: the survey has that fault already. `progress` is told the bytes of
+    Blocks of a missing file are not among them: the survey has that fault already. `progress` gets the bytes of
     each block of values that has been read.
     """
     there = {name: record for name, record in found.files.items() if is_there(found.path, name)}

@@ -40,7 +40,7 @@ def write_model_folder(
 ) -> None:
     """Write the model folder `target`, whole or not at all, one parameter in memory at a time.
 
-    source: where the weights are from, kept in the manifest. keep: files to keep under their names. `tell` is told the
+    source: where the weights are from, kept in the manifest. keep: files to keep under their names. `tell` gets the
     bytes of each parameter written. UserError when `target` exists or a value is beyond `dtype`.
     """
     shapes = ParameterTable.of(args).shapes

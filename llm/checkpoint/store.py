@@ -161,7 +161,7 @@ class CheckpointStore:
         self._save = _Save(manifest, best_step, in_background, give_up, task, copied)
 
     def wait_for_copy(self) -> None:
-        """Return once the values of the save that has been begun may change. What failed meanwhile is told by
+        """Return once the values of the save that has been begun may change. What failed meanwhile is reported by
         `advance`."""
         if self._save is not None:
             self._save.copied.wait()

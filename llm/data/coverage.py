@@ -84,7 +84,7 @@ class Coverage:
         return {times: rows for times, rows in counts.items() if rows}
 
     def stretches(self, progress: Callable[[int], object] = lambda documents: None) -> Iterator[Stretch]:
-        """All documents of the source in its order, file by file; `progress` is told how many were looked at. UserError
+        """All documents of the source in its order, file by file; `progress` gets how many were looked at. UserError
         naming the shard that proves damaged.
         """
         for (shard, file), found in groupby(self._documents(), key=lambda place: (place.shard, place.origin.file)):

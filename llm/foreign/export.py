@@ -160,7 +160,7 @@ def export_hf(
     tell: Tell = lambda _: None,
 ) -> None:
     """Write `target` as transformers reads it: config.json, model.safetensors (in parts with an index where it is
-    larger than max_shard_bytes), and the extra files. `tell` is told the bytes of each tensor written.
+    larger than max_shard_bytes), and the extra files. `tell` is called with the bytes of each tensor written.
 
     UserError when `target` exists or the family cannot say what the model is.
     """

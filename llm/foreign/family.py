@@ -59,7 +59,7 @@ class Family:
     rows: tuple[Row, ...]
     read_config: Callable[[Mapping[str, Any], Warn], dict[str, Any]]
     """What its config says, as keys of ModelArgs. UserError naming a key that cannot be honoured; what is resolved
-    against another statement of the config is told."""
+    against another statement of the config is reported."""
     write_config: Callable[[ModelArgs], dict[str, Any]] | None = None
     """The other way; UserError naming a key of ModelArgs that the family cannot express. None = no export."""
     containers: Mapping[str, str] = field(default_factory=dict)

@@ -167,7 +167,7 @@ def _refuse_quantised(config: Mapping[str, Any], path: Path) -> None:
 
 
 def _refuse_other_inputs(family: Family, config: Mapping[str, Any], path: Path) -> None:
-    """UserError where a text family's config speaks of images or sound."""
+    """UserError where a text family's config mentions images or sound."""
     named = [key for key in MODALITIES if config.get(key)]
     if named and not family.tower:
         raise UserError(

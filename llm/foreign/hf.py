@@ -90,10 +90,10 @@ def with_defaults(config: Config, defaults: Config, warn: Warn) -> dict[str, Any
 
 def one_of(config: Config, keys: Sequence[str], warn: Warn) -> Any:
     """The value that the first of several spellings of a key has; None without any."""
-    told = {key: config[key] for key in keys if config.get(key) is not None}
-    if any(value != next(iter(told.values())) for value in told.values()):
-        warn(f"config.json: {' and '.join(told)} contradict each other; the first is used")
-    return next(iter(told.values()), None)
+    stated = {key: config[key] for key in keys if config.get(key) is not None}
+    if any(value != next(iter(stated.values())) for value in stated.values()):
+        warn(f"config.json: {' and '.join(stated)} contradict each other; the first is used")
+    return next(iter(stated.values()), None)
 
 
 def common_args(
@@ -255,17 +255,17 @@ def pattern(windowed: Sequence[bool], window: int | None) -> dict[str, Any]:
 def qwen_windows(config: Config, warn: Warn) -> dict[str, Any]:
     """Windows as Qwen 2 and 3 say them: `config` as it is in the file, but for the window."""
     n, window = config["num_hidden_layers"], config.get("sliding_window")
-    told = layer_kinds(config, "sliding_attention", "full_attention")
+    stated = layer_kinds(config, "sliding_attention", "full_attention")
     if not config.get("use_sliding_window") or window is None:
-        if told is not None and any(told):
+        if stated is not None and any(stated):
             warn("config.json: layer_types has sliding layers, but no window is in use: all of them see all before")
         return {}
     first = config.get("max_window_layers")
     windowed = [i >= (28 if first is None else first) for i in range(n)]
-    if told is not None:
-        if told != windowed and first is not None:
+    if stated is not None:
+        if stated != windowed and first is not None:
             warn("config.json: layer_types and max_window_layers contradict each other; layer_types is used")
-        windowed = told
+        windowed = stated
     return pattern(windowed, window)
 
 

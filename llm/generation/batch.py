@@ -212,12 +212,12 @@ def _own_file(output: Path, made_of: dict[str, str]) -> Iterator[IO[bytes]]:
             )
         changed = [name for name in made_of if known is not None and known.get(name) != made_of[name]]
         if changed and output.stat().st_size:
-            told = "; ".join(
+            others = "; ".join(
                 f"{name} is {made_of[name]}, was {known.get(name)}" if name.startswith("--") else f"{name} changed"
                 for name in changed
                 if known is not None
             )
-            raise UserError(f"--output={output}: holds completions of other settings ({told}); give another file")
+            raise UserError(f"--output={output}: holds completions of other settings ({others}); give another file")
         if known is None or changed:
             write_file(beside, (json.dumps(made_of, indent=1) + "\n").encode())
             sync(output.parent)

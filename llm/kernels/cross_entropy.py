@@ -326,7 +326,7 @@ def _softmax_into(out_nv: Tensor, scores_nv: Tensor, again: Callable[[Tensor], T
     """Writes the softmax of each row and returns logsumexp (n,). `out_nv` may be the scores' own memory: `again` makes
     the rows of the given indices once more.
 
-    All of a softmax is done while a row is in the cache, but the sum that it divides by is not told: any probability
+    All of a softmax is done while a row is in the cache, but the sum that it divides by is not known: any probability
     and its score tell it, but one that was rounded to nothing.
     """
     first_n = scores_nv[:, 0].clone()

@@ -47,7 +47,7 @@ class _RMSNormalise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        """The layer norm's kernel, told that the mean is 0, subtracts scale * mean(grad * weight), which would flow
+        """The layer norm's kernel, given 0 as the mean, subtracts scale * mean(grad * weight), which would flow
         through the mean; the RMS norm has none, so that is added back. Its own formula would walk the tensor six times.
         """
         x, weight, scale = ctx.saved_tensors

@@ -1,4 +1,4 @@
-"""One layer of the model, told by its LayerSpec what it is: attention and feed-forward around the residual stream.
+"""One layer of the model, as its LayerSpec says: attention and feed-forward around the residual stream.
 
 Shapes: B batch, T tokens, D model width.
 """

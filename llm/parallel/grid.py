@@ -84,7 +84,7 @@ def make_grid(world: World, layout: Layout | None = None) -> Grid:
 
 
 def stage_name(layout: Layout, *numbers: int) -> str:
-    """How stages are told to people."""
+    """How stages are named for people."""
     named = " and ".join(str(number + 1) for number in numbers)
     return f"stage{'s' if len(numbers) > 1 else ''} {named} of {layout.stages}"
 
@@ -134,7 +134,7 @@ def _tell_fairscale(grid: Grid) -> None:
 
 
 class DeepSpeedGroups:
-    """The grid as DeepSpeed's `mpu`: model parallel means tensor parallel; it is never told of sequence parallelism,
+    """The grid as DeepSpeed's `mpu`: model parallel means tensor parallel; it knows nothing of sequence parallelism,
     for which it would scale gradients."""
 
     def __init__(self, grid: Grid) -> None:

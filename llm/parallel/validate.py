@@ -1,7 +1,7 @@
 """Which layouts a run can have, and the nearest that works in place of one that it cannot have.
 
 Arithmetic on the numbers of a config: no process group, no torch. Of a layout that does not work the first problem is
-told, with the layout of the same number of ranks that changes the fewest numbers.
+named, with the layout of the same number of ranks that changes the fewest numbers.
 """
 
 import math

@@ -73,7 +73,7 @@ def _tensor(work: Workload) -> Iterator[Sent]:
 
 def _pipeline(work: Workload) -> Iterator[Sent]:
     """Vectors go to the next stage and their gradients come back; the last stage's copy of a tied table sends its
-    gradient and gets new weights; DeepSpeed tells all stages the loss.
+    gradient and gets new weights; DeepSpeed sends all stages the loss.
     """
     layout = work.layout
     ranks, pipelines = layout.pipeline, layout.world // layout.pipeline

@@ -354,8 +354,8 @@ def _finish(
     if known is not None and known.marks_are_added:
         adding += [added(name) for name in names]
     document = {**document, "added_tokens": _with_added(document, adding)}
-    told = "add_bos_token" in settings or "add_eos_token" in settings
-    if told or document.get("post_processor") is None:
+    stated = "add_bos_token" in settings or "add_eos_token" in settings
+    if stated or document.get("post_processor") is None:
         document["post_processor"] = _template(document, settings, named)
     resolved = {key: str(_content(value)) for key, value in named.items()}
     return Settled(document, resolved, True, bool(settings.get("split_special_tokens", False)))

@@ -45,7 +45,7 @@ class TokenizerConfig(BaseModel):
     path: PathText | None = None
     """the tokenizer's file, or with kind hf its folder; none for bytes"""
     variant: Literal["llama3", "llama4"] | None = None
-    """tiktoken only: whose pattern and special tokens go with the ranks; null tells it from their number"""
+    """tiktoken only: whose pattern and special tokens go with the ranks; null = by their number"""
     bos: str | None = None
     """hf only: name of the token that begins a document; null: as a folder's files say, else by its usual names"""
     eos: str | None = None

@@ -128,11 +128,11 @@ class FolderTokenizer(TableTokenizer):
         self.fingerprint = inner.fingerprint if same else digest
 
     def _ids_of_marks(self, inner: TableTokenizer, names: Mapping[str, int]) -> None:
-        told, generation = self._config, read_json(self._path / "generation_config.json")
+        stated, generation = self._config, read_json(self._path / "generation_config.json")
         marks = self._settled.marks if self._settled is not None else {}
-        ends = [*_ids(told.get("eos_token_id")), *_ids(generation.get("eos_token_id"))]
+        ends = [*_ids(stated.get("eos_token_id")), *_ids(generation.get("eos_token_id"))]
         for key, number in [("eos_token_id", i) for i in ends] + [
-            ("bos_token_id", i) for i in _ids(told.get("bos_token_id"))
+            ("bos_token_id", i) for i in _ids(stated.get("bos_token_id"))
         ]:
             if number >= self.vocab_size:
                 self.notes.append(f"{key}={number} in its configs is no token of its tokenizer")
@@ -149,7 +149,7 @@ class FolderTokenizer(TableTokenizer):
             self._begin_ids = (names[self._marks[0]],)
         if around[1]:
             self.notes.append("its tokenizer puts an end mark after every prompt, as its files say (add_eos_token)")
-        may_begin = [names.get(marks.get("bos_token", "")), *_ids(told.get("bos_token_id"))]
+        may_begin = [names.get(marks.get("bos_token", "")), *_ids(stated.get("bos_token_id"))]
         usual = [names.get(name) for name in (SERVES_AS_BOTH, *BOS_NAMES)]
         turns = {names.get(name) for name in ENDS_A_TURN}
         separator = [i for i in (*may_begin, *usual) if i is not None and i < self.vocab_size and i not in turns]
@@ -380,9 +380,9 @@ def _added_tokens(path: Path, settled: Settled | None) -> dict[int, dict[str, An
     """The added tokens of a folder by id."""
     if settled is not None:
         return {int(token["id"]): token for token in settled.document["added_tokens"]}
-    told = read_json(path / "special_tokens_map.json")
-    special = {v.get("content") if isinstance(v, dict) else v for v in told.values() if isinstance(v, str | dict)}
-    special |= {t.get("content") if isinstance(t, dict) else t for t in told.get("additional_special_tokens", [])}
+    stated = read_json(path / "special_tokens_map.json")
+    special = {v.get("content") if isinstance(v, dict) else v for v in stated.values() if isinstance(v, str | dict)}
+    special |= {t.get("content") if isinstance(t, dict) else t for t in stated.get("additional_special_tokens", [])}
     return {
         number: added(content, content in special or _looks_like_control(content))
         for content, number in read_json(path / "added_tokens.json").items()
@@ -412,9 +412,9 @@ def _reduced(config: Mapping[str, Any]) -> dict[str, Any]:
     return found | {key: config[key] for key in ("model_type", "tokenizer_class", *keys) if config.get(key) is not None}
 
 
-def _ids(told: Any) -> list[int]:
+def _ids(stated: Any) -> list[int]:
     """The ids in a config's bos_token_id or eos_token_id: a number, a list of them, or null."""
-    listed = told if isinstance(told, list) else [told]
+    listed = stated if isinstance(stated, list) else [stated]
     return [number for number in listed if isinstance(number, int) and not isinstance(number, bool) and number >= 0]
 
 

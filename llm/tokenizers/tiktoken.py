@@ -130,7 +130,7 @@ class TiktokenTokenizer(TableTokenizer):
     kind = "tiktoken"
 
     def __init__(self, ranks: bytes, variant: VariantName | None = None, name: str = "the tiktoken rank file") -> None:
-        """`ranks`: content of a rank file; `variant`: None tells it from the number of ranks; `name` is used in
+        """`ranks`: content of a rank file; `variant`: None = by the number of ranks; `name` is used in
         errors. UserError when the file is damaged or the variant is unknown.
 
         Attributes:
@@ -219,7 +219,7 @@ def _read_ranks(content: bytes, name: str) -> dict[bytes, int]:
 
 
 def _checked_variant(n_ranks: int, variant: VariantName | None, name: str) -> VariantName:
-    """The variant, told from the number of ranks where it is not given."""
+    """The variant, by the number of ranks where it is not given."""
     published = next((known for known, facts in VARIANTS.items() if facts.n_ranks == n_ranks), None)
     if published is not None and variant in (None, published):
         return published

@@ -35,7 +35,7 @@ class Timed(Protocol):
 
     @property
     def step(self) -> Callable[[], float]:
-        """Does the work once and returns a number (a loss) by which contestants can be told to do the same work."""
+        """Does the work once and returns a number (a loss) by which contestants are seen to do the same work."""
 
     def timed(self, block: int) -> tuple[float, float]:
         """Seconds of `block` steps, by the clock and of a core."""
@@ -82,7 +82,7 @@ class Timing:
     """Seconds a step, of each contestant in each round; the lists are parallel.
 
     cpu_seconds is the time that the process had a core: on a crowded machine it leaves out the time in which others
-    had it, and tells whether a ratio of wall times was theirs.
+    had it, and says whether a ratio of wall times was theirs.
     """
 
     seconds: dict[str, list[float]]

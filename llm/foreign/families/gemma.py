@@ -67,8 +67,8 @@ def read_gemma(config: hf.Config, warn: Warn) -> dict[str, Any]:
 def read_gemma2(config: hf.Config, warn: Warn) -> dict[str, Any]:
     config = hf.with_defaults(config, GEMMA2, warn)
     n_layers, window = config["num_hidden_layers"], config["sliding_window"]
-    told = hf.layer_kinds(config, "sliding_attention", "full_attention")
-    windowed = [i % 2 == 0 for i in range(n_layers)] if told is None else told
+    stated = hf.layer_kinds(config, "sliding_attention", "full_attention")
+    windowed = [i % 2 == 0 for i in range(n_layers)] if stated is None else stated
     act = {"hidden_act": config["hidden_activation"] or GEMMA2["hidden_activation"]}
     return read_common(config, warn, True) | {
         "act": hf.activation(act),

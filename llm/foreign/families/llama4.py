@@ -86,8 +86,8 @@ def _layers(text: hf.Config, n_layers: int, warn: Warn) -> dict[str, Any]:
     if rope != by_interval and "no_rope_layer_interval" in text:
         warn("config.json: no_rope_layers and no_rope_layer_interval contradict each other; the list is used")
     size = text.get("attention_chunk_size", 8192)
-    told = hf.layer_kinds(text, "chunked_attention", "full_attention")
-    chunked = [size is not None and chunk for chunk in (rope if told is None else told)]
+    stated = hf.layer_kinds(text, "chunked_attention", "full_attention")
+    chunked = [size is not None and chunk for chunk in (rope if stated is None else stated)]
     found: dict[str, Any] = {"attention_chunk_size": size if any(chunked) else None}
     if chunked == rope or not any(chunked):  # as our rule has it
         if rope == by_interval:

@@ -75,7 +75,7 @@ def _leaf_types(annotation: Any) -> set[Any]:
 def explain(error: ValidationError, schema: type[BaseModel]) -> str:
     """One line for the first problem of a pydantic error, naming the key as it is written on the command line."""
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    # of a value that may be a string or a list, pydantic tells both ways in which it failed: the longer one is meant
+    # of a value that may be a string or a list, pydantic reports both ways in which it failed: the longer one is meant
     first = max(problems[:2], key=lambda problem: len(problem["loc"])) if len(problems) > 1 else problems[0]
     path = list(_written(first, schema))
     key = ".".join(path)
