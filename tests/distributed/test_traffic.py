@@ -167,7 +167,7 @@ def test_gradients_of_whole_parameters_cost_one_collective_a_step(
 ) -> None:
     """Two tensor-parallel ranks and eight micro-batches, each with the edges of its regions, the embedding's, the
     head's, and one exchange of the loss; then come the step's sums, these gradients, and the norm."""
-    settings = [("bf16", True), ("bf16", False), ("fp32", True)]
+    settings = [("bf16", True), ("fp32", False)]
     cases = [case("tensor", tensor=2, micro=1, precision=bits, sequence_parallel=cut) for bits, cut in settings]
     for (precision, cut), found in zip(settings, compare(tmp_path, cases, 2), strict=True):
         with subtests.test(precision=precision, sequence_parallel=cut):
