@@ -61,9 +61,11 @@ def _of(work: Workload, kind: RankKind) -> Memory:
     width = BYTES[work.precision]
     if work.stage == 3:
         stay = [n for n in kind.sizes.values() if work.stays_gathered(n)] if work.layout.data > 1 else []
-        parameters = width * (own + sum(work.layout.data * work.share_numel(numel) for numel in stay))
+        gathered = sum(work.layout.data * work.share_numel(numel) for numel in stay)
+        parameters = width * (own + sum(map(work.share_numel, work.frozen(kind).values())) + gathered)
     else:
-        parameters = width * ((whole if work.stage else sum(kind.sizes.values())) + kind.copied)
+        held = whole if work.stage else work.trained(kind)
+        parameters = width * (held + sum(work.frozen(kind).values()) + kind.copied)
     return Memory(
         parameters=parameters,
         masters=FLOAT32 * own if work.stage else 0,
@@ -92,9 +94,9 @@ def _gradients(work: Workload, kind: RankKind, own: int, whole: int) -> int | No
     if work.offload_optimizer:
         return None
     if work.keeps_float32_gradients:
-        return FLOAT32 * (whole + kind.copied)
+        return FLOAT32 * (whole + work.copied_gradients(kind))
     if work.stage < 2:
-        return FLOAT32 * (sum(kind.sizes.values()) + kind.copied)
+        return FLOAT32 * (work.trained(kind) + work.copied_gradients(kind))
     if work.stage == 2 and work.precision == "fp32":
         return FLOAT32 * max(map(sum, zip(*(_touched(work, group, kind) for group in work.groups), strict=True)))
     return FLOAT32 * own

@@ -2,7 +2,9 @@
 
 The unit is defined in llm/parallel/traffic_counter.py, whose instrument counts the same bytes in a running job.
 Predicted is a step in the middle of a run: without validation, sample or checkpoint, and not dropped. Compiled blocks
-choose for themselves what they recompute: for those the numbers hold without activation checkpointing.
+choose for themselves what they recompute: for those the numbers hold without activation checkpointing. With activation
+checkpointing and frozen parameters the numbers of tensor parallelism, experts and ZeRO-3's weights are an upper bound:
+a repetition ends with the last thing that the backward needs, which is less where a weight has no gradient.
 
 Letters: t tensor-parallel, n data-parallel, e expert-parallel ranks.
 """
@@ -14,6 +16,7 @@ from typing import NamedTuple
 
 from llm.parallel.tensor import is_partial
 from llm.parallel.traffic_counter import Along, dimension_names
+from llm.plan.gradient_flow import HEAD
 from llm.plan.workload import BYTES, OptimizerGroup, RankKind, Workload
 from llm.plan.zero3_gathers import auxiliary_losses, gathers, norms_around
 
@@ -50,23 +53,31 @@ def _tensor(work: Workload) -> Iterator[Sent]:
         return
     times = work.accumulation * layout.world // (t * layout.pipeline)  # each stage has its layers alone
     edges = mean_squares = 0
+    flow, cut = work.flow, layout.sequence_parallel
     for spec in args.layer_specs():
-        regions = 1 if spec.ffn == "none" else 2
+        block = f"layers.{spec.index}"
+        regions = ["attention"] if spec.ffn == "none" else ["attention", "feed_forward"]
         means = 2 if spec.attention is not None and spec.attention.qk_norm == "full" else 0
-        edges += 4 * regions
-        mean_squares += 2 * means
-        if work.recompute != "none":
+        for region in regions:
+            enter, leave = flow[f"{block}.{region}"]
+            edges += 2 + (enter + leave if cut else 2 * enter)
+        mean_squares += means
+        if means:
+            mean_squares += flow[f"{block}.attention.q_norm"].before + flow[f"{block}.attention.k_norm"].before
+        if work.recompute != "none" and flow[block].after:
             last = not norms_around(args)[1]  # then the last leave makes nothing that the backward needs
-            enters, leaves = (regions, regions - last) if layout.sequence_parallel else (0, 2 * (regions - last))
+            enters, leaves = (len(regions), len(regions) - last) if cut else (0, 2 * (len(regions) - last))
             edges += enters + leaves
             mean_squares += means
-    edges += 4  # out of the embedding, into the head
+    # out of the embedding, into the head
+    edges += 2 + (flow["tok_embeddings"].after + flow[HEAD].before if cut else 2 * flow[HEAD].before)
     per_edge = (t - 1) * work.tokens * args.dim * BYTES[work.precision]
     yield Sent("tensor", "activations", times * edges * per_edge)
     yield Sent("tensor", "activations", times * mean_squares * 2 * (t - 1) * work.tokens * FLOAT32)
     yield Sent("tensor", "loss", times * (t - 1) * t * 2 * work.tokens * FLOAT32)
     sizes = {name: numel for kind in work.kinds for name, numel in kind.sizes.items()}
-    partial = sum(sizes[name] for name in work.table if is_partial(work.table[name], layout))
+    summed = (name for name, row in work.table.items() if row.trainable and is_partial(row, layout))
+    partial = sum(sizes[name] for name in summed)
     sums = times if work.stage >= 2 else times // work.accumulation
     yield Sent("tensor", "gradients", sums * 2 * (t - 1) * FLOAT32 * partial)
 
@@ -84,7 +95,7 @@ def _pipeline(work: Workload) -> Iterator[Sent]:
     cut = layout.tensor if layout.sequence_parallel else 1
     vectors = work.tokens * work.args.dim * BYTES[work.precision] // cut
     yield Sent("pipeline", "activations", pipelines * work.accumulation * hops * 2 * vectors)
-    copied = layout.data * sum(kind.ranks * kind.copied for kind in work.kinds)
+    copied = layout.data * sum(kind.ranks * work.copied_gradients(kind) for kind in work.kinds)
     yield Sent("pipeline", "tied table", copied * (FLOAT32 + BYTES[work.precision]))
     yield Sent("pipeline", "loss", pipelines * (ranks - 1) * 2 * FLOAT32)
     yield Sent("data", "loss", layout.tensor * 2 * (layout.data - 1) * FLOAT32)
@@ -95,14 +106,19 @@ def _experts(work: Workload) -> Iterator[Sent]:
     moe, e = work.args.moe, work.layout.expert
     if moe is None or e == 1:
         return
-    forwards, swaps = 1, 4
-    if work.recompute != "none":
-        # what comes back is needed again only where something after it keeps what it was made of
-        forwards, swaps = 2, 6 if moe.shared or moe.apply == "output" or auxiliary_losses(work.args) else 5
+    # what comes back is needed again only where something after it keeps what it was made of
+    again = 2 if moe.shared or moe.apply == "output" or auxiliary_losses(work.args) else 1
+    forwards = swaps = 0
+    for spec in work.args.layer_specs():
+        if spec.ffn == "moe":
+            block = f"layers.{spec.index}"
+            repeated = work.recompute != "none" and work.flow[block].after
+            forwards += 1 + repeated
+            swaps += 2 + sum(work.flow[f"{block}.feed_forward.experts"]) + repeated * again
     rows = work.tokens * moe.top_k * work.args.dim * BYTES[work.precision]
     bytes_ = (e - 1) * (forwards * moe.n_experts * INT64 + swaps * rows)
     groups_of_a_layer = work.layout.world // (e * work.layout.pipeline)
-    yield Sent("expert", "tokens", work.accumulation * groups_of_a_layer * work.moe_layers * bytes_)
+    yield Sent("expert", "tokens", work.accumulation * groups_of_a_layer * bytes_)
 
 
 def _sums(work: Workload) -> Iterator[Sent]:
@@ -137,7 +153,7 @@ def _groups(work: Workload, group: OptimizerGroup, kind: RankKind) -> int:
 def _zero3(work: Workload, kind: RankKind) -> Iterator[Sent]:
     n, width = work.layout.data, BYTES[work.precision]
     padded = {name: n * work.share_numel(numel) for name, numel in kind.sizes.items()}
-    reduced = work.accumulation * sum(padded.values())
+    reduced = work.accumulation * sum(numel for name, numel in padded.items() if work.table[name].trainable)
     yield Sent("data", "gradients", kind.ranks * (n - 1) * FLOAT32 * reduced)
     often = gathers(work, kind.sizes)
     gathered = sum(

@@ -17,6 +17,7 @@ from llm.parallel.engine.options import ZERO3_SUB_GROUP
 from llm.parallel.layout import Layout
 from llm.parallel.stages import Stage, split
 from llm.parameters import ParameterTable
+from llm.plan.gradient_flow import Flow, gradient_flow
 from llm.recompute import Recompute
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -104,6 +105,24 @@ class Workload:
     def held(self) -> list[int]:
         """Elements on a rank of each kind, before ZeRO cuts them."""
         return [sum(kind.sizes.values()) + kind.copied for kind in self.kinds]
+
+    @cached_property
+    def flow(self) -> dict[str, Flow]:
+        """Which modules have gradients in the backward."""
+        starts = {stage.layers.start for stage in self.stages[1:]}
+        return gradient_flow(self.args, self.table, starts)
+
+    def trained(self, kind: RankKind) -> int:
+        """Elements on such a rank that train, before ZeRO cuts them."""
+        return sum(numel for name, numel in kind.sizes.items() if self.table[name].trainable)
+
+    def frozen(self, kind: RankKind) -> dict[str, int]:
+        """Elements on such a rank that do not."""
+        return {name: numel for name, numel in kind.sizes.items() if not self.table[name].trainable}
+
+    def copied_gradients(self, kind: RankKind) -> int:
+        """Elements of a tied table of which it has a copy that makes gradients."""
+        return kind.copied if self.table["tok_embeddings.weight"].trainable else 0
 
     @property
     def moe_layers(self) -> int:

@@ -10,16 +10,13 @@ fetched ahead: the decisions of a run depend on whether its first step has more 
 """
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from llm.args import LayerSpec, ModelArgs
-from llm.layers.mixers import MIXERS
+from llm.plan.gradient_flow import HEAD, Flow, attention_modules, feed_forward_modules
 from llm.plan.workload import Workload
 
-QKV = ("wq", "wk", "wv")
-ROUTED = ("router", "experts")
-GATED, PLAIN = ("w1", "w3", "w2"), ("w1", "w2")
 Decisions = dict[tuple[str, int], set[str]]
 """What is let go of when a module ends at a step."""
 
@@ -56,16 +53,27 @@ def events(work: Workload) -> Iterator[Event]:
     yield from _call("norm")
     yield from _call(head)
     yield Event("", "release")
-    yield from _call(head)
-    yield from _call("norm")
+    flow = work.flow
+    yield from _around(head, flow[HEAD])
+    yield from _around("norm", flow["norm"])
     for spec in reversed(specs):
-        yield from _backward(args, spec, full)
-    yield Event("tok_embeddings", "fetch")  # what reads ids has no gradient to pass on, so nothing says when it ended
+        yield from _backward(args, spec, full, flow)
+    yield from _around("tok_embeddings", flow["tok_embeddings"])
 
 
 def _call(module: str) -> Iterator[Event]:
     yield Event(module, "fetch")
     yield Event(module, "release")
+
+
+def _around(module: str, flow: Flow, inner: Iterable[Event] = ()) -> Iterator[Event]:
+    """A module in the backward: one whose result has no gradient has none, and where what it reads has none, nothing
+    says when it ended."""
+    if flow.after:
+        yield Event(module, "fetch")
+        yield from inner
+        if flow.before:
+            yield Event(module, "release")
 
 
 def _within(module: str, inner: Iterator[Event]) -> Iterator[Event]:
@@ -77,23 +85,6 @@ def _within(module: str, inner: Iterator[Event]) -> Iterator[Event]:
 def _linears(prefix: str, names: tuple[str, ...]) -> Iterator[Event]:
     for name in names:
         yield from _call(f"{prefix}.{name}")
-
-
-def attention_modules(args: ModelArgs, spec: LayerSpec) -> tuple[str, ...]:
-    """The modules with weights inside a mixer, in the order of their calls."""
-    if spec.attention is None:  # in the order of their declaration, which is the best guess
-        rows = MIXERS[spec.mixer.name].declare(args, spec)
-        return tuple(dict.fromkeys(name.rpartition(".")[0] for name in rows))
-    norms = ("q_norm", "k_norm") if spec.attention.qk_norm in ("head", "full") else ()
-    return (*QKV, *norms, "wo")
-
-
-def feed_forward_modules(args: ModelArgs, spec: LayerSpec) -> tuple[str, ...]:
-    """The modules with weights inside a feed-forward, in the order of their calls."""
-    if spec.ffn != "moe":
-        return GATED if args.gated else PLAIN
-    shared = tuple(f"shared_expert.{name}" for name in GATED)
-    return ROUTED + (shared if args.moe is not None and args.moe.shared else ())
 
 
 def norms_around(args: ModelArgs) -> tuple[bool, bool]:
@@ -126,42 +117,38 @@ def _forward(args: ModelArgs, spec: LayerSpec) -> Iterator[Event]:
     yield from _within(block, parts())
 
 
-def _backward(args: ModelArgs, spec: LayerSpec, recompute: bool) -> Iterator[Event]:
+def _backward(args: ModelArgs, spec: LayerSpec, recompute: bool, flow: Mapping[str, Flow]) -> Iterator[Event]:
     """A module with several results is fetched once for each that has a gradient."""
     block, attention = f"layers.{spec.index}", f"layers.{spec.index}.attention"
     ffn = f"{block}.feed_forward"
-    outputs = 1 + (auxiliary_losses(args) if spec.ffn == "moe" else 0)
-    yield from (Event(block, "fetch") for _ in range(outputs))
+    losses = auxiliary_losses(args) if spec.ffn == "moe" and flow[f"{ffn}.router"].after else 0
+    yield from (Event(block, "fetch") for _ in range(flow[block].after + losses))
     repeat = _repetition(args, spec) if recompute else iter(())
     before, after = norms_around(args)
     if spec.ffn != "none":
         if after:
-            yield Event(f"{block}.ffn_post_norm", "fetch")
-            yield from repeat
-            yield Event(f"{block}.ffn_post_norm", "release")
-        yield from (Event(ffn, "fetch") for _ in range(outputs))
-        if spec.ffn == "moe" and repeats_after_experts(args):
+            yield from _around(f"{block}.ffn_post_norm", flow[f"{block}.ffn_post_norm"], repeat)
+        yield from (Event(ffn, "fetch") for _ in range(flow[ffn].after + losses))
+        if spec.ffn == "moe" and flow[ffn].after and repeats_after_experts(args):
             yield from repeat
         for name in reversed(feed_forward_modules(args, spec)):
-            yield Event(f"{ffn}.{name}", "fetch")
-            yield from repeat  # when the first weight's product asks for its input
-            yield Event(f"{ffn}.{name}", "release")
-        yield Event(ffn, "release")
+            yield from _around(f"{ffn}.{name}", flow[f"{ffn}.{name}"], repeat)  # a product asks for its input
+        if flow[ffn].after and flow[ffn].before:
+            yield Event(ffn, "release")
         if before:
-            yield from _call(f"{block}.ffn_norm")
+            yield from _around(f"{block}.ffn_norm", flow[f"{block}.ffn_norm"])
     if after:
-        yield Event(f"{block}.attention_post_norm", "fetch")
-        yield from repeat
-        yield Event(f"{block}.attention_post_norm", "release")
-    yield Event(attention, "fetch")
-    for name in reversed(attention_modules(args, spec)):
-        yield Event(f"{attention}.{name}", "fetch")
-        yield from repeat
-        yield Event(f"{attention}.{name}", "release")
-    yield Event(attention, "release")
+        yield from _around(f"{block}.attention_post_norm", flow[f"{block}.attention_post_norm"], repeat)
+    inside = (
+        event
+        for name in reversed(attention_modules(args, spec))
+        for event in _around(f"{attention}.{name}", flow[f"{attention}.{name}"], repeat)
+    )
+    yield from _around(attention, flow[attention], inside)
     if before:
-        yield from _call(f"{block}.attention_norm")
-    yield Event(block, "release")
+        yield from _around(f"{block}.attention_norm", flow[f"{block}.attention_norm"])
+    if flow[block].after and flow[block].before:
+        yield Event(block, "release")
 
 
 def repeats_after_experts(args: ModelArgs) -> bool:

@@ -16,9 +16,17 @@ pytestmark = pytest.mark.distributed
 Case = dict[str, Any]
 
 
-def case(along: str, *, micro: int = 2, precision: str = "fp32", recompute: str = "none", **sections: Any) -> Case:
+def case(
+    along: str,
+    *,
+    micro: int = 2,
+    precision: str = "fp32",
+    recompute: str = "none",
+    freeze: tuple[str, ...] = (),
+    **sections: Any,
+) -> Case:
     """`along`: the dimensions that must send something. Keys of `parallel` stand for themselves."""
-    train = {"micro_batch_size": micro, "precision": precision, "activation_checkpointing": recompute}
+    train = {"micro_batch_size": micro, "precision": precision, "activation_checkpointing": recompute, "freeze": freeze}
     other = {name: sections.pop(name) for name in ("model", "optim", "deepspeed") if name in sections}
     return {"along": along.split(), "train": train, "parallel": sections, **other}
 
@@ -32,7 +40,14 @@ def fetching(small: int, reuse: int, ahead: int, **more: int) -> dict[str, Any]:
 
 DUALPIPEV: Case = {"pipeline": 2, "pipeline_schedule": "dualpipev", "micro": 1, "model": {"n_layers": 4}}
 """Four stages and micro-batches."""
+LOWER = ("tok_embeddings.*", "layers.0.*", "layers.1.attention.w[qo].*", "layers.1.*.experts.*")
+"""Frozen: no gradient reaches the first layer."""
+SCATTERED = ("*_norm.*", "*.wk.*", "*.router.*", "*.experts.*", "norm.*")
+"""Frozen: gradients pass through."""
+UPPER = ("layers.[12].*", "norm.*", "output.*")
 ON_TWO_RANKS = [
+    case("tensor", tensor=2, micro=4, freeze=LOWER),
+    case("data", zero_stage=3, freeze=LOWER, deepspeed=fetching(50, 900, 800)),
     case("data", zero_stage=1),
     case("data", zero_stage=2, precision="bf16"),
     case("data", zero_stage=3, deepspeed=fetching(500, 3000, 2000)),
@@ -54,6 +69,27 @@ ON_FOUR_RANKS = [
 BIASED = {"norm": "layer", "ffn_bias": True, "qkv_bias": True, "o_bias": True}
 ONE_MOE_KIND = {"n_experts": 4, "hidden": 24, "interleave": 1}
 MORE_ON_TWO_RANKS = [
+    *(
+        case("data", zero_stage=stage, precision=bits, freeze=freeze)
+        for stage, bits in ((0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (2, "fp32"))
+        for freeze in (LOWER, SCATTERED)
+    ),
+    *(
+        case("data", zero_stage=3, freeze=freeze, deepspeed=fetching(*options))
+        for freeze in (LOWER, SCATTERED, UPPER)
+        for options in ((0, 0, 0), (500, 3000, 2000), (100, 0, 1500))
+    ),
+    *(
+        case("tensor", tensor=2, micro=4, sequence_parallel=cut, freeze=freeze, model={"qk_norm": norm})
+        for cut in (True, False)
+        for freeze in (LOWER, SCATTERED, UPPER)
+        for norm in ("l2", "full")
+    ),
+    *(case("data expert", expert=2, precision="bf16", freeze=freeze) for freeze in (LOWER, SCATTERED, UPPER)),
+    *(case("pipeline", pipeline=2, freeze=freeze) for freeze in (LOWER, SCATTERED, UPPER)),
+    case("pipeline", pipeline=2, freeze=LOWER, model={"tie_embeddings": True}),
+    case("data", zero_stage=1, offload_optimizer=True, precision="bf16", freeze=LOWER),
+    case("data", zero_stage=3, precision="bf16", freeze=SCATTERED, optim={"name": "muon", "ema_decay": 0.9}),
     case("data", zero_stage=0),
     case("data", zero_stage=2),
     case("data", zero_stage=1, precision="bf16", optim={"ema_decay": 0.9}),
@@ -98,6 +134,10 @@ MORE_ON_TWO_RANKS = [
     case("tensor", tensor=2, recompute="full", model={"layer_pattern": ["attn+none", "attn+dense"]}),
 ]
 MORE_ON_FOUR_RANKS = [
+    case("data expert tensor world", tensor=2, expert=2, freeze=LOWER),
+    case("pipeline replica tensor", tensor=2, pipeline=2, freeze=LOWER),
+    case("pipeline replica tensor", tensor=2, freeze=LOWER, **DUALPIPEV),
+    case("data tensor world", tensor=2, zero_stage=3, freeze=SCATTERED, deepspeed=fetching(50, 900, 800)),
     *(
         case("pipeline replica tensor", tensor=2, pipeline=2, precision=bits, sequence_parallel=cut, recompute=again)
         for bits, cut, again in (("bf16", True, "selective"), ("fp32", False, "full"), ("bf16", False, "none"))

@@ -1,0 +1,109 @@
+"""Where gradients pass in a backward: not into what no parameter that trains lies before, and not out of it.
+
+What has no gradient to pass on sends nothing, and is not fetched for a backward.
+"""
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+from llm.args import LayerSpec, ModelArgs
+from llm.layers.mixers import MIXERS
+from llm.parameters import ParameterTable
+
+QKV = ("wq", "wk", "wv")
+ROUTED = ("router", "experts")
+GATED, PLAIN = ("w1", "w3", "w2"), ("w1", "w2")
+HEAD = "head"
+"""The output, or the table that stands for it."""
+
+
+class Flow(NamedTuple):
+    """A module in a backward."""
+
+    before: bool
+    """Whether what it reads has a gradient."""
+    after: bool
+    """Whether its result has one."""
+
+
+def gradient_flow(args: ModelArgs, table: ParameterTable, starts: Collection[int] = ()) -> dict[str, Flow]:
+    """The modules of a model by name. starts: layers that later stages of a pipeline begin with, which always hand a
+    gradient back."""
+    walk = _Walk(args, table)
+    x = walk.call("tok_embeddings", False)
+    for spec in args.layer_specs():
+        x = walk.layer(spec, x or spec.index in starts)
+    x = walk.call("norm", x)
+    trains = ("tok_embeddings" if args.tie_embeddings else "output") in walk.training
+    walk.found[HEAD] = Flow(x, x or trains)
+    return walk.found
+
+
+class _Walk:
+    """Through the modules in the order of their calls; each method returns whether its result has a gradient."""
+
+    def __init__(self, args: ModelArgs, table: ParameterTable) -> None:
+        self.args = args
+        self.training = {name.rpartition(".")[0] for name, row in table.items() if row.trainable}
+        self.found: dict[str, Flow] = {}
+
+    def call(self, module: str, before: bool) -> bool:
+        after = before or module in self.training
+        self.found[module] = Flow(before, after)
+        return after
+
+    def layer(self, spec: LayerSpec, x: bool) -> bool:
+        block = f"layers.{spec.index}"
+        mid = self._part(block, "attention", "attention", spec, x) or x
+        y = mid
+        if spec.ffn != "none":
+            y = self._part(block, "ffn", "feed_forward", spec, x if spec.parallel else mid) or mid
+        self.found[block] = Flow(x, y)
+        return y
+
+    def _part(self, block: str, short: str, module: str, spec: LayerSpec, x: bool) -> bool:
+        before = self.call(f"{block}.{short}_norm", x) if spec.norms.before else x
+        inside = self._attention if short == "attention" else self._feed_forward
+        after = inside(f"{block}.{module}", spec, before)
+        self.found[f"{block}.{module}"] = Flow(before, after)
+        return self.call(f"{block}.{short}_post_norm", after) if spec.norms.after else after
+
+    def _attention(self, module: str, spec: LayerSpec, x: bool) -> bool:
+        names = attention_modules(self.args, spec)
+        if spec.attention is None:
+            return any([self.call(f"{module}.{name}", x) for name in names])
+        q, k, v = (self.call(f"{module}.{name}", x) for name in QKV)
+        if "q_norm" in names:
+            q, k = self.call(f"{module}.q_norm", q), self.call(f"{module}.k_norm", k)
+        return self.call(f"{module}.wo", q or k or v)
+
+    def _feed_forward(self, module: str, spec: LayerSpec, x: bool) -> bool:
+        if spec.ffn != "moe":
+            return self._linears(module, GATED if self.args.gated else PLAIN, x)
+        moe = self.args.moe
+        assert moe is not None
+        weights = self.call(f"{module}.router", x)
+        routed = self.call(f"{module}.experts", x or (moe.apply == "input" and weights))
+        shared = moe.shared and self._linears(f"{module}.shared_expert", GATED, x)
+        return routed or weights or shared
+
+    def _linears(self, module: str, names: tuple[str, ...], x: bool) -> bool:
+        *first, last = names
+        return self.call(f"{module}.{last}", any([self.call(f"{module}.{name}", x) for name in first]))
+
+
+def attention_modules(args: ModelArgs, spec: LayerSpec) -> tuple[str, ...]:
+    """The modules with weights inside a mixer, in the order of their calls."""
+    if spec.attention is None:  # in the order of their declaration, which is the best guess
+        rows = MIXERS[spec.mixer.name].declare(args, spec)
+        return tuple(dict.fromkeys(name.rpartition(".")[0] for name in rows))
+    norms = ("q_norm", "k_norm") if spec.attention.qk_norm in ("head", "full") else ()
+    return (*QKV, *norms, "wo")
+
+
+def feed_forward_modules(args: ModelArgs, spec: LayerSpec) -> tuple[str, ...]:
+    """The modules with weights inside a feed-forward, in the order of their calls."""
+    if spec.ffn != "moe":
+        return GATED if args.gated else PLAIN
+    shared = tuple(f"shared_expert.{name}" for name in GATED)
+    return ROUTED + (shared if args.moe is not None and args.moe.shared else ())
