@@ -62,5 +62,5 @@ def test_a_run_on_a_cpu_keeps_its_memory(device: str, kept: list[bool], monkeypa
     monkeypatch.setattr(process, "read_world", lambda: World(0, 1, 0, torch.device(device)))
     monkeypatch.setattr(process, "start", start)
     with pytest.raises(Started):
-        runner.work(SimpleNamespace(timeout_s=60.0, threads=1))  # type: ignore[arg-type]
+        runner.work(SimpleNamespace(timeout_s=60.0, threads=1, work=None))  # type: ignore[arg-type]
     assert asked == kept
