@@ -199,6 +199,7 @@ def checkpoint_report(found: Survey, damages: list[Damage] | None, *, tensors: b
         "layout": meta.get("layout"),
         "parameters": sum(math.prod(shape) for shape in found.shapes.values()),
         "tensors": len(found.shapes),
+        "frozen": frozen_report(meta.get("frozen")),
         "fragments": len(found.fragments),
         "bytes_by_kind": found.bytes_by_kind(),
         "format_version": found.version,
@@ -216,6 +217,15 @@ def checkpoint_report(found: Survey, damages: list[Damage] | None, *, tensors: b
             for name, kinds in sorted(found.held().items(), key=lambda item: _in_order(item[0]))
         }
     return report
+
+
+def frozen_report(frozen: dict[str, Any] | None) -> Report | None:
+    """What the run does not train, and so keeps elsewhere; None where it trains everything."""
+    if frozen is None:
+        return None
+    shapes, origin = frozen["shapes"], frozen["from"]
+    there = Path(origin["path"]).exists() if "path" in origin else True
+    return {"parameters": sum(map(math.prod, shapes.values())), "tensors": len(shapes), "from": origin, "there": there}
 
 
 def _in_order(name: str) -> list[Any]:

@@ -58,6 +58,12 @@ def checkpoint_lines(report: Report) -> Iterator[str]:
         f"{_count(report['fragments'], 'fragment')} in {_count(report['files'], 'file')}, {_amount(report['bytes'])}"
         + (f": {kinds}" if kinds else "")
     )
+    if frozen := report["frozen"]:
+        origin = frozen["from"]
+        place = f"drawn from seed {origin['seed']}" if "seed" in origin else f"read from {origin['path']}"
+        gone = "" if frozen["there"] else ", which is gone"
+        what = f"{frozen['parameters']:,} parameters in {_count(frozen['tensors'], 'tensor')} that do not train"
+        yield f"not in it: {what}, {place}{gone}"
     if best.get("step") is not None:
         yield f"best validation loss so far: {best['valid_loss']:.4f} at step {best['step']}"
     if report["passed_over"]:

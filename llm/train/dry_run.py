@@ -162,6 +162,9 @@ def _memory(work: Workload, asynchronous: bool) -> Iterator[str]:
     kinds = [rank for rank, _ in memory.predict(work)]
     yield ""
     yield f"parameters: {work.n_parameters:,}; of these on a rank, before ZeRO cuts them, {_span(work.held)}"
+    trained = sum(row.numel for row in work.table.values() if row.trainable)
+    if trained < work.n_parameters:
+        yield f"  {trained:,} of them train; train.freeze leaves out {work.n_parameters - trained:,}"
     yield "bytes kept on a rank, without activations and buffers"
     for part in fields(memory.Memory):
         values = [getattr(rank, part.name) for rank in kinds]
@@ -201,6 +204,8 @@ def _traffic(work: Workload) -> Iterator[str]:
     yield f"bytes sent in a step of {micro_batches}, by all ranks together, as rings do:"
     yield "over n ranks 2 (n-1) times the buffer of an all-reduce, (n-1) times the whole buffer of an all-gather or"
     yield "reduce-scatter, (n-1)/n of all ranks' buffers of an all-to-all"
+    if traffic.estimated(work):
+        yield "weights are estimated: parameters are frozen, and gathered again for activation checkpointing"
     for along, purposes in sent.items():
         yield _sent(along, sum(purposes.values()), work.layout.world)
         if len(purposes) > 1:

@@ -85,7 +85,17 @@ MORE_ON_TWO_RANKS = [
         for freeze in (LOWER, SCATTERED, UPPER)
         for norm in ("l2", "full")
     ),
-    *(case("data expert", expert=2, precision="bf16", freeze=freeze) for freeze in (LOWER, SCATTERED, UPPER)),
+    *(
+        case("tensor", tensor=2, micro=4, sequence_parallel=cut, freeze=freeze, recompute=recompute)
+        for cut in (True, False)
+        for freeze in (LOWER, SCATTERED, UPPER)
+        for recompute in ("selective", "full")
+    ),
+    *(
+        case("data expert", expert=2, precision="bf16", freeze=freeze, recompute=recompute)
+        for freeze in (LOWER, SCATTERED, UPPER)
+        for recompute in ("none", "full")
+    ),
     *(case("pipeline", pipeline=2, freeze=freeze) for freeze in (LOWER, SCATTERED, UPPER)),
     case("pipeline", pipeline=2, freeze=LOWER, model={"tie_embeddings": True}),
     case("data", zero_stage=1, offload_optimizer=True, precision="bf16", freeze=LOWER),

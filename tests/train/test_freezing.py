@@ -11,14 +11,17 @@ from llm import LLM
 from llm.boxes import whole
 from llm.checkpoint.frozen import Drawn, Seed, Taken
 from llm.errors import UserError
+from llm.parallel.layout import Layout
 from llm.parameters import ParameterTable
 from llm.pretrained import check_origin, taken_from
 from llm.train.config import validate
+from llm.train.dry_run import report
 from llm.train.freezing import parameter_table
 from llm.train.resume.choose import origin_now
 from tests.distributed.harness import tiny_config
 from tests.foreign.folders import save
 from tools import convert
+from tools.inspection import frozen_report
 
 
 def config(patterns: Any) -> Any:
@@ -43,6 +46,29 @@ def test_a_pattern_that_names_nothing_is_refused_with_the_nearest_names() -> Non
 def test_freezing_everything_is_refused() -> None:
     with pytest.raises(UserError, match="nothing is left to train"):
         parameter_table(config(["*"]))
+
+
+def test_a_dry_run_counts_what_trains_and_says_where_it_only_estimates() -> None:
+    frozen = config(["layers.*"])
+    whole = sum(row.numel for row in parameter_table(frozen).values())
+    layers = sum(row.numel for name, row in parameter_table(frozen).items() if name.startswith("layers."))
+    text = report(frozen, Layout(2))
+    assert f"{whole - layers:,} of them train; train.freeze leaves out {layers:,}" in text
+    assert "estimated: parameters are frozen" not in text
+    train = frozen.train.model_copy(update={"activation_checkpointing": "full"})
+    parallel = frozen.parallel.model_copy(update={"zero_stage": 3})
+    again = frozen.model_copy(update={"train": train, "parallel": parallel})
+    assert "estimated: parameters are frozen" in report(again, Layout(2, zero_stage=3))
+
+
+def test_inspect_names_the_place_of_what_a_checkpoint_does_not_hold(folders: Path) -> None:
+    shapes = {"norm.weight": [32], "tok_embeddings.weight": [64, 32]}
+    origin = {"path": str(folders / "one"), "digest": "0"}
+    found = frozen_report({"patterns": [], "shapes": shapes, "from": origin})
+    assert found == {"parameters": 32 + 64 * 32, "tensors": 2, "from": origin, "there": True}
+    gone = frozen_report({"patterns": [], "shapes": shapes, "from": {**origin, "path": "/nowhere"}})
+    assert gone is not None and not gone["there"]
+    assert frozen_report(None) is None
 
 
 def test_drawn_values_are_those_of_a_new_model_in_any_box() -> None:
