@@ -3,6 +3,7 @@
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
+from llm.checkpoint.frozen import Origin, Taken
 from llm.errors import UserError
 from llm.parameters import ParameterTable
 from llm.train.config import RunConfig
@@ -27,3 +28,13 @@ def parameter_table(config: RunConfig) -> ParameterTable:
     if not any(row.trainable for row in frozen.values()):
         raise UserError(f"train.freeze={list(patterns)} names every parameter, so nothing is left to train")
     return frozen
+
+
+def frozen_notes(table: ParameterTable, origin: Origin | None) -> list[str]:
+    """A line about what a run does not train, if there is anything, and where that came from."""
+    total = sum(row.numel for row in table.values())
+    frozen = sum(row.numel for row in table.values() if not row.trainable)
+    if not frozen:
+        return []
+    place = f"read from {origin.path}" if isinstance(origin, Taken) else "as drawn"
+    return [f"train.freeze leaves out {frozen:,} of {total:,} parameters, {place}"]

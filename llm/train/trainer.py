@@ -22,6 +22,7 @@ from llm.tokenizers.folder import notes_of
 from llm.train.config import RunConfig
 from llm.train.config.length import misfit, untraced
 from llm.train.folder import open_log
+from llm.train.freezing import frozen_notes
 from llm.train.guard import part_passed_over, rows_and_size
 from llm.train.init_from import read_weights
 from llm.train.log import RunLog
@@ -106,6 +107,7 @@ class Trainer:
     def _fit(self) -> None:
         run, progress = self.run, self.progress
         found = [*run.notes, *self.resume()]
+        found += frozen_notes(run.engine.replica.table, progress.origin)
         notes: list[str] | None = found + config_notes(run.config, run.prompts, progress.step, progress.rows)
         requests = Requests(run.folder)
         try:

@@ -151,6 +151,14 @@ def test_below_zero_2_gradients_are_reduced_after_the_backward_alone() -> None:
     assert "if self.partition_gradients or self.overlap_comm:" in in_hooks
 
 
+def test_parameters_marked_as_frozen_are_not_sent_around_before_training() -> None:
+    import inspect
+
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    assert "hasattr(p, 'ds_optim_param')" in inspect.getsource(DeepSpeedEngine._broadcast_model)
+
+
 if __name__ == "__main__":
     from llm.parallel.launch.process import run as run_process
 

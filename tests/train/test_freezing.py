@@ -16,7 +16,7 @@ from llm.parameters import ParameterTable
 from llm.pretrained import check_origin, taken_from
 from llm.train.config import validate
 from llm.train.dry_run import report
-from llm.train.freezing import parameter_table
+from llm.train.freezing import frozen_notes, parameter_table
 from llm.train.resume.choose import origin_now
 from tests.distributed.harness import tiny_config
 from tests.foreign.folders import save
@@ -46,6 +46,14 @@ def test_a_pattern_that_names_nothing_is_refused_with_the_nearest_names() -> Non
 def test_freezing_everything_is_refused() -> None:
     with pytest.raises(UserError, match="nothing is left to train"):
         parameter_table(config(["*"]))
+
+
+def test_a_run_says_how_much_it_leaves_out_and_where_that_came_from() -> None:
+    table = parameter_table(config(["norm.weight"]))
+    total = sum(row.numel for row in table.values())
+    assert frozen_notes(table, Seed(0)) == [f"train.freeze leaves out 32 of {total:,} parameters, as drawn"]
+    assert frozen_notes(table, Taken("/a", "0"))[0].endswith("parameters, read from /a")
+    assert frozen_notes(parameter_table(config([])), Seed(0)) == []
 
 
 def test_a_dry_run_counts_what_trains_and_says_where_it_only_estimates() -> None:
