@@ -1,0 +1,21 @@
+"""A sample: what trains as a whole, as a conversation does, in tokens.
+
+Shapes: n tokens.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a sample's text is in tokens, and which of them train."""
+
+    tokens: NDArray[np.int64]
+    """(n,): a row of n - 1 positions holds it, as its last token is only a label."""
+    weights: NDArray[np.float32]
+    """(n,): factor of each token's loss as a target, from 0, which is none. The first token is never a target."""
+    turn_ends: NDArray[np.int64]
+    """Numbers of tokens after which it may be cut, ascending: the ends of whole turns; the last is n."""
