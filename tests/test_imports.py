@@ -14,7 +14,7 @@ ROOMS = (
     "args", "init", "kernels", "datatypes", "layers", "parameters", "flops", "recompute", "batch", "cache",
     "conveniences", "model", "compile", "generation.sampling", "generate", "objectives", "surgery",
     # files, and many ranks
-    "tokenizers", "tokenizer", "data", "parallel", "plan", "checkpoint", "foreign", "pretrained",
+    "adapters", "tokenizers", "tokenizer", "data", "parallel", "plan", "checkpoint", "foreign", "pretrained",
     # what users ask for
     "generation", "tasks", "extensions", "cli", "train", "jobs",
 )  # fmt: skip
