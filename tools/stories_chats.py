@@ -47,7 +47,7 @@ def prepare(
     long_enough = {digest: parts for digest, parts in cut.items() if parts is not None}
     files: dict[str, list[dict[str, list[Message]]]] = {}
     for part in ("train", "valid"):
-        side = Split(HELD_OUT, part)  # type: ignore[arg-type]  # both are its parts
+        side = Split(HELD_OUT, part)
         chosen = [parts for digest, parts in long_enough.items() if side.keeps(digest)]
         if len(chosen) < 2:
             raise UserError(f"--text={text}: {len(long_enough)} stories of {1 + 2 * sentences} sentences are too few")
