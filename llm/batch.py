@@ -4,7 +4,7 @@ Shapes: B rows of the tensors, T tokens of a row, R rows of the data: B, or fewe
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -51,6 +51,8 @@ class Rows:
     """Number of the row in its source."""
     global_row: NDArray[np.int64]
     """Number of the row in the order of the data."""
+    epoch: NDArray[np.int64]
+    """Pass over the source, from 0, that the row is read in."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Batch:
     """(B, T) bool: positions that hold data; None = all do."""
     rows: Rows | None = None
     """None: of no data that is known."""
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    """(B, T) float32 each: further numbers of each token, by name; 0 where there is none."""
 
     @property
     def n_tokens(self) -> int:
@@ -85,13 +89,15 @@ class Batch:
             inputs.cu_seqlens,
         )
         targets = {name: targets.to(device) for name, targets in self.targets.items()}
-        return Batch(moved, targets, None if self.valid is None else self.valid.to(device), self.rows)
-
+        values = {name: value.to(device) for name, value in self.values.items()}
+        return Batch(moved, targets, None if self.valid is None else self.valid.to(device), self.rows, values)
 
     def span(self, first: int, end: int) -> "Batch":
         """Some of the flattened tokens as one row, which is one document."""
         inputs = TransformerInput(self.inputs.tokens.reshape(1, -1)[:, first:end])
-        return Batch(inputs, {name: targets.span(first, end) for name, targets in self.targets.items()})
+        values = {name: value.reshape(1, -1)[:, first:end] for name, value in self.values.items()}
+        targets = {name: targets.span(first, end) for name, targets in self.targets.items()}
+        return Batch(inputs, targets, values=values)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def batch_of(n_rows: int, seed: int = 0, weights: bool = False) -> Batch:
 
 def rows_of(source: list[int]) -> Rows:
     number = np.array(source)
-    return Rows(number, np.arange(len(source)), np.arange(len(source)))
+    return Rows(number, np.arange(len(source)), np.arange(len(source)), np.zeros_like(number))
 
 
 def test_each_objective_has_a_count_of_its_own() -> None:

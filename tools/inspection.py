@@ -24,6 +24,7 @@ from llm.data.coverage import Coverage, rows_asked
 from llm.data.source import MANIFEST as SOURCE_MANIFEST
 from llm.data.source import SHARDS, TokenSource, is_source
 from llm.data.sources import SourceSpec, source_specs
+from llm.data.stream import Stream
 from llm.errors import UserError
 from llm.parallel.layout import Layout
 from llm.paths import PathText
@@ -304,7 +305,7 @@ def data_report(state: dict[str, Any], config: dict[str, Any], files: bool) -> R
             source = find_source(spec, state["data"]["sources"][name]["fingerprint"], config["data"].get("cache_dir"))
             entry |= {"folder": str(source.path), "of": source.n_rows(report["seq_len"])}
             if files:
-                entry |= _coverage(Coverage(name, source, report["seq_len"], report["seed"], rows))
+                entry |= _coverage(Coverage(name, Stream(source, report["seq_len"]), report["seed"], rows))
         except UserError as error:
             entry["problem"] = str(error)
     if all(entry["of"] for entry in report["sources"]):

@@ -1,4 +1,4 @@
-"""Micro-batches: rows side by side, labels already shifted, document boundaries beside them.
+"""Micro-batches: rows side by side, boundaries of documents and samples beside them.
 
 Shapes: B rows, T tokens of a row.
 """
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from llm.batch import IGNORE, Batch, Counts, Targets
-from llm.data.source import TokenSource
+from llm.data.rows import Row
 from llm.datatypes import TransformerInput
 
 
@@ -35,42 +35,52 @@ class StepBatch:
 
 
 def collate(
-    rows: Sequence[tuple[TokenSource, int] | None], seq_len: int, fill: int = 0, sequence_len: int | None = None
+    rows: Sequence[Row | None],
+    seq_len: int,
+    fill: int = 0,
+    sequence_len: int | None = None,
+    targets: Sequence[str] = ("lm",),
+    values: Sequence[str] = (),
 ) -> Batch:
-    """Read rows (source, row number) into a batch whose targets are the next tokens, called `lm`.
+    """Rows side by side, each filled up to `seq_len` positions with tokens `fill` without labels, in a segment of their
+    own; None stands for a row that is not there. The batch has the targets and values of these names, whichever rows
+    have them.
 
     `sequence_len`, a divisor of seq_len, cuts each row into sequences of that many tokens, in order: the tensors are
     then (rows x seq_len / sequence_len, sequence_len). Labels stay: the last token of a sequence still predicts the
     next one's first.
-
-    A document's last token gets no label, because what follows it is another document. A row past the end of its
-    source, or None, is filled up with tokens `fill` without labels, in a segment of their own.
     """
-    stream = np.full((len(rows), seq_len + 1), fill, dtype=np.int64)
-    n_filled = np.zeros(len(rows), dtype=np.int64)
-    row_starts = np.arange(0, (len(rows) + 1) * seq_len, seq_len)
-    inner_starts = [row_starts[:0]]
-    filler_starts = [row_starts[:0]]
-    for b, place in enumerate(rows):
-        if place is not None:
-            source, k = place
-            n_filled[b] = length = min(seq_len + 1, source.n_tokens - k * seq_len)
-            starts = source.read(k * seq_len, stream[b, :length])
-            inner_starts.append(starts[starts.searchsorted(1) :] + b * seq_len)
-    labels_BT = stream[:, 1:].copy()
-    labels_BT.reshape(-1)[np.concatenate(inner_starts) - 1] = IGNORE
-    for b in np.flatnonzero(n_filled <= seq_len).tolist():
-        labels_BT[b, max(0, n_filled[b] - 1) :] = IGNORE
-        filler_starts.append(b * seq_len + n_filled[b : b + 1])
     width = sequence_len or seq_len
     if seq_len % width:
         raise ValueError(f"sequences of {width} tokens do not fill a row of {seq_len}")
-    starts = np.arange(0, row_starts[-1] + 1, width)
-    bounds = np.unique(np.concatenate([starts, *inner_starts, *filler_starts])).astype(np.int32)
-    whole = n_filled >= seq_len
-    valid_BT = None if whole.all() else torch.from_numpy(np.arange(seq_len) < n_filled[:, None]).view(-1, width)
+    shape = (len(rows), seq_len)
+    tokens_BT = np.full(shape, fill, dtype=np.int64)
+    labels = {name: np.full(shape, IGNORE, dtype=np.int64) for name in targets}
+    weights: dict[str, np.ndarray] = {}
+    numbers = {name: np.zeros(shape, dtype=np.float32) for name in values}
+    n_filled = np.zeros(len(rows), dtype=np.int64)
+    bounds = [np.arange(0, len(rows) * seq_len + 1, width)]
+    for b, row in enumerate(rows):
+        if row is None:
+            continue
+        n_filled[b] = n = len(row.tokens)
+        tokens_BT[b, :n] = row.tokens
+        bounds.append(row.starts + b * seq_len)
+        for name, of_row in row.targets.items():
+            labels[name][b, :n] = of_row.labels
+            if of_row.weights is not None:
+                weights.setdefault(name, np.ones(shape, dtype=np.float32))[b, :n] = of_row.weights
+        for name, number in row.values.items():
+            numbers[name][b, :n] = number
+    short = np.flatnonzero(n_filled < seq_len)
+    cu_seqlens = np.unique(np.concatenate([*bounds, short * seq_len + n_filled[short]])).astype(np.int32)
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).view(-1, width)
+
     return Batch(
-        TransformerInput(torch.from_numpy(stream[:, :-1].copy()).view(-1, width), cu_seqlens=torch.from_numpy(bounds)),
-        {"lm": Targets(torch.from_numpy(labels_BT).view(-1, width))},
-        valid_BT,
+        TransformerInput(tensor(tokens_BT), cu_seqlens=torch.from_numpy(cu_seqlens)),
+        {name: Targets(tensor(labels[name]), tensor(weights[name]) if name in weights else None) for name in targets},
+        None if not len(short) else tensor(np.arange(seq_len) < n_filled[:, None]),
+        values={name: tensor(number) for name, number in numbers.items()},
     )

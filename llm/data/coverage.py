@@ -13,7 +13,8 @@ import numpy as np
 
 from llm.data.mixture import CYCLE
 from llm.data.order import ORDER_VERSION, permute, round_keys
-from llm.data.source import Origin, TokenSource
+from llm.data.rows import Origin
+from llm.data.stream import Stream
 from llm.errors import UserError
 
 CHUNK = 1 << 20  # rows that are permuted at once
@@ -64,12 +65,10 @@ class Coverage:
     and those where `again` is true once more.
     """
 
-    def __init__(self, name: str, source: TokenSource, seq_len: int, seed: int, asked: int) -> None:
-        self.source = source
-        self.seq_len = seq_len
-        self.n_rows = source.n_rows(seq_len)
+    def __init__(self, name: str, stream: Stream, seed: int, asked: int) -> None:
+        self.source, self.seq_len, self.n_rows = stream.source, stream.seq_len, stream.n_rows
         if self.n_rows == 0:
-            raise UserError(f"{source.path}: has no row of {seq_len} tokens")
+            raise UserError(f"{self.source.path}: has no row of {self.seq_len} tokens")
         self.passes, begun = divmod(asked, self.n_rows)
         self.again = np.zeros(self.n_rows, dtype=bool)
         keys = round_keys(seed, "source", name, self.passes)

@@ -15,23 +15,26 @@ import numpy as np
 from llm.batch import Batch
 from llm.data.batch import collate
 from llm.data.order import ORDER_VERSION, permute, round_keys
-from llm.data.source import TokenSource
+from llm.data.rows import Row, RowSource
 
 
 class HeldOut:
-    """The first `limit` rows (None: all) of the held-out order over `sources`, rows being `seq_len` tokens.
+    """The first `limit` rows (None: all) of the held-out order over `sources`, of whatever kinds, rows being at most
+    `seq_len` tokens and filled up with `fill`.
 
     n_rows: how many that are, of the `total` there are. fingerprint: digest of what they are made of; equal where two
     validations read the same rows.
 
-    The rows of all of a source have each of its tokens as a target exactly once, except the first of each document. Its
-    last row is filled up without labels.
+    The rows are those of a source's first pass.
     """
 
-    def __init__(self, sources: Sequence[TokenSource], seq_len: int, limit: int | None) -> None:
+    def __init__(self, sources: Sequence[RowSource], seq_len: int, limit: int | None, fill: int = 0) -> None:
         self.sources = sorted(sources, key=lambda source: source.fingerprint)  # the config's order does not matter
         self.seq_len = seq_len
-        counts = [-(-max(0, source.n_tokens - 1) // seq_len) for source in self.sources]
+        self.fill = fill
+        self.targets = tuple(dict.fromkeys(name for source in self.sources for name in source.targets))
+        self.values = tuple(dict.fromkeys(name for source in self.sources for name in source.values))
+        counts = [source.n_rows for source in self.sources]
         self.total = sum(counts)
         self.n_rows = self.total if limit is None else min(limit, self.total)
         if self.n_rows == self.total:
@@ -47,16 +50,16 @@ class HeldOut:
         """The micro-batches of one of `dp_size` data-parallel ranks; as many on each of them."""
         for start in range(0, self.n_rows, micro_batch_size * dp_size):
             first = start + dp_rank * micro_batch_size
-            places = [self._place(i) for i in range(first, first + micro_batch_size)]
-            yield collate(places, self.seq_len, fill=self.sources[0].eos_id)
+            rows = [self._read(i) for i in range(first, first + micro_batch_size)]
+            yield collate(rows, self.seq_len, self.fill, targets=self.targets, values=self.values)
 
-    def _place(self, i: int) -> tuple[TokenSource, int] | None:
-        """(source, row in it) of the i-th row that counts; None behind the last."""
+    def _read(self, i: int) -> Row | None:
+        """The i-th row that counts; None behind the last."""
         if i >= self.n_rows:
             return None
         row = int(self._rows[i])
         number = int(self._ends.searchsorted(row, side="right"))
-        return self.sources[number], row - (int(self._ends[number - 1]) if number else 0)
+        return self.sources[number].read(row - (int(self._ends[number - 1]) if number else 0), 0)
 
     def described(self) -> str:
         """How much a validation reads, in words."""

@@ -138,13 +138,14 @@ class TrainLoader:
         passed_over = within(self._passed_over, first_row, first_row + n_rows)
         b, rank, ranks = self._part
         mine = np.arange(first_row, first_row + n_rows).reshape(-1, ranks, b)[:, rank].reshape(-1)
-        sources, rows = self.mixture.locate(mine)
+        place = self.mixture.locate(mine)
         if passed_over != [(first_row, first_row + n_rows)]:
             for first, end in passed_over:
-                for numbers in (sources, rows):
+                for numbers in place:
                     numbers[(first <= mine) & (mine < end)] = -1
+        sources, rows, epochs = place
         micro_batches = [
-            self._read(Rows(*(numbers[m : m + b] for numbers in (sources, rows, mine))), sequence_len)
+            self._read(Rows(*(numbers[m : m + b] for numbers in (sources, rows, mine, epochs))), sequence_len)
             for m in range(0, len(mine), b)
         ]
         return StepBatch(
@@ -158,11 +159,10 @@ class TrainLoader:
 
     def _read(self, rows: Rows, sequence_len: int) -> Batch:
         """The rows, cut into sequences; what is not there is padding without labels."""
-        places = [
-            (self.mixture.sources[source], row) if source >= 0 else None
-            for source, row in zip(rows.source.tolist(), rows.row.tolist(), strict=True)
-        ]
-        batch = collate(places, self.mixture.seq_len, self.mixture.sources[0].eos_id, sequence_len)
+        mixture = self.mixture
+        places = zip(rows.source.tolist(), rows.row.tolist(), rows.epoch.tolist(), strict=True)
+        found = [mixture.read(*place) for place in places]
+        batch = collate(found, mixture.seq_len, mixture.fill, sequence_len, mixture.targets, mixture.values)
         return dataclasses.replace(batch, rows=rows)
 
     def _drop_one(self) -> None:

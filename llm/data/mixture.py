@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from llm.data.order import ORDER_VERSION, permute, round_keys
-from llm.data.source import TokenSource
+from llm.data.rows import Row, RowSource
 from llm.errors import UserError
 
 CYCLE = 4096
@@ -23,27 +23,31 @@ CYCLE = 4096
 class Mixture:
     """Named, weighted sources read as one endless sequence of rows of `seq_len` tokens."""
 
-    def __init__(self, sources: Sequence[tuple[str, TokenSource, float]], seq_len: int, seed: int) -> None:
-        """`sources`: (name, source, weight); weights count rows, that is tokens. UserError when a source is too short
-        or its weight too small.
+    def __init__(
+        self, sources: Sequence[tuple[str, RowSource, float]], seq_len: int, seed: int, fill: int = 0
+    ) -> None:
+        """`sources`: (name, source, weight); weights count rows. fill: the token that rows are filled up with.
+        UserError when a source is too short or its weight too small.
         """
         self.names = [name for name, _, _ in sources]
         self.sources = [source for _, source, _ in sources]
         self.seq_len = seq_len
         self.seed = seed
+        self.fill = fill
+        self.targets = tuple(dict.fromkeys(name for source in self.sources for name in source.targets))
+        self.values = tuple(dict.fromkeys(name for source in self.sources for name in source.values))
         problem = mixture_problem(self.names, [weight for _, _, weight in sources])
         if problem is not None:
             raise UserError(problem)
-        self.rows_of = [source.n_rows(seq_len) for source in self.sources]
+        self.rows_of = [source.n_rows for source in self.sources]
         for name, source, rows in zip(self.names, self.sources, self.rows_of, strict=True):
             if rows == 0:
-                path = source.given.removeprefix("data.train=")
                 raise UserError(
-                    f"data.train: source {name} ({path}) has {source.n_tokens} tokens, "
+                    f"data.train: source {name} {source.described()}, "
                     f"too few for one row of train.seq_len={seq_len} and the token after it"
                 )
         self.slots = _largest_remainder([weight for _, _, weight in sources])
-        self._last_cycle: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._last_cycle: tuple[int, tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None
 
     @property
     def n_rows(self) -> int:
@@ -66,17 +70,21 @@ class Mixture:
             for name, slots, rows in zip(self.names, self.slots, self.rows_of, strict=True)
         }
 
-    def locate(self, i: np.ndarray | Sequence[int] | int) -> tuple[np.ndarray, np.ndarray]:
-        """(source number, row in that source) of global rows `i` (k,), each (k,) int64."""
+    def locate(self, i: np.ndarray | Sequence[int] | int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(source number, row in that source, pass over the source from 0) of global rows `i` (k,), each (k,) int64."""
         index = np.atleast_1d(np.asarray(i, dtype=np.int64))
-        source, row = np.empty_like(index), np.empty_like(index)
+        found = np.empty_like(index), np.empty_like(index), np.empty_like(index)
         cycle_of = index // CYCLE
         for cycle in np.unique(cycle_of):
             here = cycle_of == cycle
             slot = index[here] - cycle * CYCLE
-            sources, rows = self._cycle(int(cycle))
-            source[here], row[here] = sources[slot], rows[slot]
-        return source, row
+            for numbers, of_slots in zip(found, self._cycle(int(cycle)), strict=True):
+                numbers[here] = of_slots[slot]
+        return found
+
+    def read(self, source: int, row: int, epoch: int) -> Row | None:
+        """A row by what `locate` says of it; None where the source's number is negative: a row that is not there."""
+        return self.sources[source].read(row, epoch) if source >= 0 else None
 
     def state(self, consumed: int, earlier_rows: int = 0) -> dict:
         """What a checkpoint keeps, the same on every rank and layout. earlier_rows: read of other data before this."""
@@ -121,20 +129,23 @@ class Mixture:
             },
         }
 
-    def _cycle(self, cycle: int) -> tuple[np.ndarray, np.ndarray]:
-        """(source number, row) of all slots of a cycle. One cycle is kept: the loader asks for its rows in order."""
+    def _cycle(self, cycle: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(source number, row, epoch) of all slots of a cycle. One cycle is kept: the loader asks for its rows in
+        order.
+        """
         if self._last_cycle is not None and self._last_cycle[0] == cycle:
-            return self._last_cycle[1], self._last_cycle[2]
+            return self._last_cycle[1]
         shuffled = permute(np.arange(CYCLE), CYCLE, round_keys(self.seed, "mixture", cycle))
         source_of_slot = np.searchsorted(np.cumsum(self.slots), shuffled, side="right")
-        row_of_slot = np.empty(CYCLE, dtype=np.int64)
+        row_of_slot, epoch_of_slot = np.empty(CYCLE, dtype=np.int64), np.empty(CYCLE, dtype=np.int64)
         for number, (name, slots, rows) in enumerate(zip(self.names, self.slots, self.rows_of, strict=True)):
             epoch, position = np.divmod(cycle * slots + np.arange(slots, dtype=np.int64), rows)
             epochs, epoch_index = np.unique(epoch, return_inverse=True)
             keys = np.stack([round_keys(self.seed, "source", name, int(e)) for e in epochs], axis=1)
             row_of_slot[source_of_slot == number] = permute(position, rows, keys[:, epoch_index])
-        self._last_cycle = (cycle, source_of_slot, row_of_slot)
-        return source_of_slot, row_of_slot
+            epoch_of_slot[source_of_slot == number] = epoch
+        self._last_cycle = (cycle, (source_of_slot, row_of_slot, epoch_of_slot))
+        return self._last_cycle[1]
 
 
 def mixture_problem(names: Sequence[str], weights: Sequence[float]) -> str | None:

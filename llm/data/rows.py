@@ -35,16 +35,49 @@ class Row:
     """(n,) each: further numbers of each position, by name."""
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a document or sample was read: `file`, an absolute path where the source knows its folder; `row`, its line
+    (JSONL) or row (tables) from 1, None where the file is one document.
+    """
+
+    file: str
+    row: int | None
+
+    def __str__(self) -> str:
+        return self.file if self.row is None else f"{self.file}:{self.row}"
+
+
+@dataclass(frozen=True)
+class TokenOrigin:
+    """Where a token of a row comes from."""
+
+    origin: Origin
+    document: int
+    """Number of the document or sample in its source, from 0."""
+    offset: int
+    """Number of the token in it, from 0."""
+    length: int
+    """Tokens of the whole document or sample."""
+
+
 class RowSource(Protocol):
     """Rows of one kind from one place, in an order of their own; which are read when is the mixture's to say."""
 
     fingerprint: str
-    """Hex digest of everything that decides the content of every row."""
+    """Hex digest of everything but the length of a row and the seed that decides the content of every row."""
     n_rows: int
     """In every epoch."""
+    targets: tuple[str, ...]
+    """Names of the targets that every row has."""
+    values: tuple[str, ...]
+    """Names of the values that every row has."""
 
     def read(self, k: int, epoch: int) -> Row:
         """Row k of 0..n_rows-1 in a pass over the source, from 0. UserError naming the file that is damaged."""
 
-    def origin(self, k: int, epoch: int, position: int) -> str:
-        """Where the token at a position of a row came from: file and row, for messages and replays."""
+    def origin(self, k: int, epoch: int, position: int) -> TokenOrigin:
+        """Where the token at a position of a row came from, for messages and replays."""
+
+    def described(self) -> str:
+        """What it is called by its user and holds, in words, as `(chats.jsonl) has 120 samples`."""

@@ -1,8 +1,7 @@
 """A source: a folder with `manifest.json` and `shards/*.arrow`, read as one long stream of tokens.
 
 Each document is `[bos] + tokens + [eos]`, without the begin mark where the tokenizer puts none; documents follow one
-another without gaps. Row k of length T covers stream tokens [k T, k T + T]: T inputs and, shifted by one, T labels, so
-neighbouring rows share one token and every token but a row's first is a label once.
+another without gaps.
 
 Shapes: T row length.
 """
@@ -20,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llm.data.documents import split_key
 from llm.data.found import Found
+from llm.data.rows import Origin
 from llm.data.shards import Shard, ShardEntry, check_content, check_size, damaged
 from llm.errors import UserError
 
@@ -86,21 +86,10 @@ class Manifest(BaseModel):
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where a document was read: `file`, an absolute path where the source knows its folder; `row`, its line (JSONL) or
-    row (Parquet) from 1, None where the file is one document.
+class Window:
+    """What a row of T covers of a stream. tokens: (T + 1,) int64; starts: positions in 0..T at which a document begins,
+    int64, ascending.
     """
-
-    file: str
-    row: int | None
-
-    def __str__(self) -> str:
-        return self.file if self.row is None else f"{self.file}:{self.row}"
-
-
-@dataclass(frozen=True)
-class Row:
-    """tokens: (T + 1,) int64; starts: positions in 0..T at which a document begins, int64, ascending."""
 
     tokens: np.ndarray
     starts: np.ndarray
@@ -154,10 +143,10 @@ class TokenSource:
         """Number of whole rows of `seq_len` inputs and labels."""
         return max(0, (self.n_tokens - 1) // seq_len)
 
-    def row(self, k: int, seq_len: int) -> Row:
+    def row(self, k: int, seq_len: int) -> Window:
         """Row `k` of 0..n_rows(seq_len)-1; IndexError otherwise."""
         tokens = np.empty(seq_len + 1, dtype=np.int64)
-        return Row(tokens, self.read(k * seq_len, tokens))
+        return Window(tokens, self.read(k * seq_len, tokens))
 
     def read(self, first: int, out: np.ndarray) -> np.ndarray:
         """Copy stream tokens [first, first + len(out)) into `out`; returns the positions in `out` where documents

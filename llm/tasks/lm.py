@@ -10,6 +10,7 @@ from llm.data.heldout import HeldOut
 from llm.data.mixture import Mixture
 from llm.data.source import TokenSource
 from llm.data.sources import check_data, open_data, prepare_data, sides
+from llm.data.stream import Stream
 from llm.generate import Decoder, generate
 from llm.generation.text import continuation
 from llm.model import LLM
@@ -33,8 +34,11 @@ class LanguageModelling(Task):
 
     def open_rows(self, wanted: RowsWanted, tokenizer: Tokenizer, world: World) -> OpenedRows:
         sources, valid, notes = open_sources(wanted, tokenizer, world)
-        mixture = all_or_none(lambda: Mixture(sources, wanted.seq_len, wanted.seed), world)
-        held_out = all_or_none(lambda: HeldOut(valid, wanted.seq_len, wanted.held_out_rows) if valid else None, world)
+        seq_len, fill = wanted.seq_len, tokenizer.eos_id
+        rows = [(name, Stream(source, seq_len), weight) for name, source, weight in sources]
+        held = [Stream(source, seq_len, to_the_end=True) for source in valid]
+        mixture = all_or_none(lambda: Mixture(rows, seq_len, wanted.seed, fill), world)
+        held_out = all_or_none(lambda: HeldOut(held, seq_len, wanted.held_out_rows, fill) if held else None, world)
         return OpenedRows(mixture, held_out, notes)
 
     def counter(self, tokenizer: Tokenizer) -> Callable[[Batch], list[int]]:

@@ -9,9 +9,11 @@ import torch
 from llm.batch import Batch
 from llm.data.build import build_source
 from llm.data.documents import Document
+from llm.data.heldout import HeldOut
 from llm.data.loader import TrainLoader
 from llm.data.mixture import Mixture
 from llm.data.source import TokenSource
+from llm.data.stream import Stream
 from llm.objectives import objectives_of
 from llm.tasks import task_named
 from llm.tokenizer import ByteTokenizer, Tokenizer
@@ -29,6 +31,24 @@ def make_source(
 ) -> TokenSource:
     """A source of `texts` in byte tokens, if nothing else is said."""
     return build_source(documents_of(texts), tokenizer or ByteTokenizer(), path, total_bytes=0, shard_bytes=shard_bytes)
+
+
+def mixture_of(sources: Sequence[tuple[str, TokenSource, float]], seq_len: int, seed: int) -> Mixture:
+    """A mixture of streams of text, filled up as a run fills it."""
+    rows = [(name, Stream(source, seq_len), weight) for name, source, weight in sources]
+    return Mixture(rows, seq_len, seed, ByteTokenizer.eos_id)
+
+
+def token_source(mixture: Mixture, number: int) -> TokenSource:
+    """What the rows of a mixture's source are cut from."""
+    stream = mixture.sources[number]
+    assert isinstance(stream, Stream)
+    return stream.source
+
+
+def held_out_of(sources: Sequence[TokenSource], seq_len: int, limit: int | None) -> HeldOut:
+    """The rows of streams of text that a validation reads."""
+    return HeldOut([Stream(source, seq_len, to_the_end=True) for source in sources], seq_len, limit)
 
 
 def random_texts(n: int, seed: int = 0, mean_length: int = 50) -> list[str]:

@@ -11,9 +11,10 @@ from llm.data.coverage import Coverage, Stretch, rows_asked
 from llm.data.documents import read_documents
 from llm.data.mixture import CYCLE, Mixture
 from llm.data.source import TokenSource
+from llm.data.stream import Stream
 from llm.errors import UserError
 from llm.tokenizer import ByteTokenizer
-from tests.data.helpers import flip_byte, random_texts
+from tests.data.helpers import flip_byte, mixture_of, random_texts, token_source
 
 T, SEED = 16, 3
 NAMES = ("zebra", "ant", "moth")  # not in the order of the alphabet, in which a manifest keeps them
@@ -30,7 +31,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
         (folder / path).parent.mkdir(exist_ok=True)
         (folder / path).write_text("".join(f'{{"text": {text!r}}}\n'.replace("'", '"') for text in random_texts(n, n)))
     weights = dict(zip(NAMES, (2.0, 1.0, 5.0), strict=True))
-    return Mixture([(name, sharded(folder, name), weights[name]) for name in NAMES], T, SEED)
+    return mixture_of([(name, sharded(folder, name), weights[name]) for name in NAMES], T, SEED)
 
 
 def sharded(folder: Path, name: str) -> TokenSource:
@@ -47,11 +48,11 @@ def state_at(mixture: Mixture, consumed: int) -> dict:
 
 @pytest.mark.parametrize("consumed", [0, 1, 100, CYCLE - 1, CYCLE, 2 * CYCLE + 17])
 def test_rows_are_counted_as_the_mixture_deals_them(mixture: Mixture, consumed: int) -> None:
-    source, row = mixture.locate(np.arange(consumed))
+    source, row, _ = mixture.locate(np.arange(consumed))
     asked = rows_asked(state_at(mixture, consumed), NAMES)
     assert list(asked.values()) == [int((source == number).sum()) for number in range(3)]
     for number, name in enumerate(NAMES):
-        coverage = Coverage(name, mixture.sources[number], T, SEED, asked[name])
+        coverage = Coverage(name, Stream(token_source(mixture, number), T), SEED, asked[name])
         times = np.bincount(row[source == number], minlength=mixture.rows_of[number])
         assert np.array_equal(coverage.passes + coverage.again, times)
         assert coverage.times() == Counter(times.tolist())
@@ -59,8 +60,8 @@ def test_rows_are_counted_as_the_mixture_deals_them(mixture: Mixture, consumed: 
 
 @pytest.mark.parametrize("number", range(3))
 def test_every_document_lies_in_one_stretch_with_the_rows_that_hold_its_tokens(mixture: Mixture, number: int) -> None:
-    source = mixture.sources[number]
-    coverage = Coverage(NAMES[number], source, T, SEED, asked=source.n_rows(T) + 7)
+    source = token_source(mixture, number)
+    coverage = Coverage(NAMES[number], Stream(token_source(mixture, number), T), SEED, asked=source.n_rows(T) + 7)
     found = list(coverage.stretches())
     held: dict[tuple[str, str], set[int]] = {}
     documents: dict[tuple[str, str], set[int]] = {}
@@ -92,7 +93,7 @@ def test_what_lies_behind_the_last_whole_row_is_in_no_row(tmp_path: Path) -> Non
         (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / "in" / f"{name}.txt").write_text("x" * (length - 2))  # and its two marks
     source = build_source(read_documents(tmp_path / "in"), ByteTokenizer(), tmp_path / "out", total_bytes=0)
-    first, last = Coverage("a", source, T, SEED, asked=4).stretches()
+    first, last = Coverage("a", Stream(source, T), SEED, asked=4).stretches()
     assert first.rows == (0, 3) and first.times == {1: 4}
     assert isinstance(last, Stretch) and last.rows is None and last.times == {}
 
@@ -111,4 +112,4 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     shard = tmp_path / "out" / "shards" / "00000.arrow"
     flip_byte(shard, shard.read_bytes().index(b"\x78\x00\x78\x00") + 8)
     with pytest.raises(UserError, match="00000.arrow"):
-        list(Coverage("a", TokenSource.open(tmp_path / "out"), T, SEED, 1).stretches())
+        list(Coverage("a", Stream(TokenSource.open(tmp_path / "out"), T), SEED, 1).stretches())

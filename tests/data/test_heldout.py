@@ -8,7 +8,7 @@ from llm.batch import IGNORE, Batch
 from llm.data.heldout import HeldOut
 from llm.data.source import TokenSource
 from llm.tokenizer import ByteTokenizer
-from tests.data.helpers import labels_of, make_source, random_texts, stream_of
+from tests.data.helpers import held_out_of, labels_of, make_source, random_texts, stream_of
 
 T = 32
 TEXTS = random_texts(150)
@@ -39,7 +39,7 @@ def rows_with_labels(held_out: HeldOut, ranks: int, micro: int) -> list[bytes]:
 
 @pytest.mark.parametrize("limit", [None, 1, 10, 100])
 def test_every_layout_reads_the_same_rows(source: TokenSource, other: TokenSource, limit: int | None) -> None:
-    held_out = HeldOut([source, other], T, limit)
+    held_out = held_out_of([source, other], T, limit)
     expected = rows_with_labels(held_out, 1, held_out.n_rows)
     assert len(expected) == held_out.n_rows == (held_out.total if limit is None else limit)
     for ranks, micro in LAYOUTS:
@@ -49,14 +49,14 @@ def test_every_layout_reads_the_same_rows(source: TokenSource, other: TokenSourc
 
 @pytest.mark.parametrize(("ranks", "micro"), LAYOUTS)
 def test_all_rows_have_every_token_as_a_target_once(source: TokenSource, ranks: int, micro: int) -> None:
-    batches = all_ranks(HeldOut([source], T, None), ranks, micro)
+    batches = all_ranks(held_out_of([source], T, None), ranks, micro)
     labels = torch.cat([labels_of(batch) for step in zip(*batches, strict=True) for batch in step]).reshape(-1).numpy()
     stream = stream_of(TEXTS)
     assert np.array_equal(labels[labels >= 0], stream[stream != ByteTokenizer.bos_id])
 
 
 def test_what_fills_the_last_row_is_a_segment_of_its_own(source: TokenSource) -> None:
-    (batches,) = all_ranks(HeldOut([source], T, None), ranks=1, micro=4)
+    (batches,) = all_ranks(held_out_of([source], T, None), ranks=1, micro=4)
     last = batches[-1]
     n_real = source.n_tokens - (len(batches) - 1) * 4 * T
     assert n_real % T > 0 and n_real < 4 * T
@@ -68,27 +68,27 @@ def test_what_fills_the_last_row_is_a_segment_of_its_own(source: TokenSource) ->
 def test_some_rows_are_spread_over_all_sources_and_more_rows_contain_them(
     source: TokenSource, other: TokenSource
 ) -> None:
-    few, more = HeldOut([source, other], T, 40), HeldOut([source, other], T, 80)
+    few, more = held_out_of([source, other], T, 40), held_out_of([source, other], T, 80)
     assert set(rows_with_labels(few, 1, 8)) < set(rows_with_labels(more, 1, 8))
-    every, small = set(rows_with_labels(HeldOut([source], T, None), 1, 8)), set(rows_with_labels(few, 1, 8))
+    every, small = set(rows_with_labels(held_out_of([source], T, None), 1, 8)), set(rows_with_labels(few, 1, 8))
     assert len(small & every) > 20 and small - every, "rows of both"
-    first_rows = {row for row in rows_with_labels(HeldOut([source], T, 40), 1, 8)}
+    first_rows = {row for row in rows_with_labels(held_out_of([source], T, 40), 1, 8)}
     assert len(first_rows & set(rows_with_labels(few, 1, 8))) < 40, "not just the beginning of the first"
 
 
 def test_the_fingerprint_is_that_of_the_rows(source: TokenSource, other: TokenSource) -> None:
-    base = HeldOut([source, other], T, 40).fingerprint
-    assert HeldOut([other, source], T, 40).fingerprint == base, "the order in the config changes no row"
+    base = held_out_of([source, other], T, 40).fingerprint
+    assert held_out_of([other, source], T, 40).fingerprint == base, "the order in the config changes no row"
     changed = [
-        HeldOut([source], T, 40), HeldOut([source, other], T, 41), HeldOut([source, other], T // 2, 40),
+        held_out_of([source], T, 40), held_out_of([source, other], T, 41), held_out_of([source, other], T // 2, 40),
     ]  # fmt: skip
     assert len({held_out.fingerprint for held_out in changed} | {base}) == 4
-    whole = HeldOut([source, other], T, None)
-    assert HeldOut([source, other], T, whole.total).fingerprint == whole.fingerprint
-    assert HeldOut([source, other], T, 10**9).fingerprint == whole.fingerprint, "no more than there are"
+    whole = held_out_of([source, other], T, None)
+    assert held_out_of([source, other], T, whole.total).fingerprint == whole.fingerprint
+    assert held_out_of([source, other], T, 10**9).fingerprint == whole.fingerprint, "no more than there are"
 
 
 def test_it_says_how_many_of_how_many(source: TokenSource) -> None:
-    total = HeldOut([source], T, None).total
-    assert HeldOut([source], T, 7).described() == f"7 of {total} held-out rows"
-    assert HeldOut([source], T, total).described() == f"all {total} held-out rows"
+    total = held_out_of([source], T, None).total
+    assert held_out_of([source], T, 7).described() == f"7 of {total} held-out rows"
+    assert held_out_of([source], T, total).described() == f"all {total} held-out rows"

@@ -12,9 +12,10 @@ from llm.data.batch import StepBatch, collate
 from llm.data.loader import TrainLoader, in_force
 from llm.data.mixture import Mixture
 from llm.data.source import TokenSource
+from llm.data.stream import Stream
 from llm.errors import UserError
 from llm.tokenizer import ByteTokenizer
-from tests.data.helpers import LM, flip_byte, labels_of, loader_of, make_source, random_texts, stream_of
+from tests.data.helpers import LM, flip_byte, labels_of, loader_of, make_source, mixture_of, random_texts, stream_of
 
 T = 32
 G = 24
@@ -29,7 +30,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> TokenSource:
 @pytest.fixture(scope="module")
 def mixture(source: TokenSource, tmp_path_factory: pytest.TempPathFactory) -> Mixture:
     other = make_source(tmp_path_factory.mktemp("loader") / "other", random_texts(50, seed=1))
-    return Mixture([("a", source, 2.0), ("b", other, 1.0)], T, seed=3)
+    return mixture_of([("a", source, 2.0), ("b", other, 1.0)], T, seed=3)
 
 
 def global_steps(mixture: Mixture, dp_size: int, micro: int, n_steps: int, start_row: int = 0) -> list[torch.Tensor]:
@@ -74,7 +75,7 @@ def test_resuming_on_other_ranks_goes_on_bit_by_bit(mixture: Mixture) -> None:
 
 
 def test_one_epoch_reads_every_row_once(source: TokenSource) -> None:
-    mixture = Mixture([("a", source, 1.0)], T, seed=0)
+    mixture = mixture_of([("a", source, 1.0)], T, seed=0)
     with loader_of(mixture, 1, 1, 0, 1) as loader:
         rows = [loader.next().micro_batches[0].inputs.tokens[0].numpy() for _ in range(mixture.n_rows)]
     expected = [source.row(k, T).tokens[:-1] for k in range(mixture.n_rows)]
@@ -82,7 +83,7 @@ def test_one_epoch_reads_every_row_once(source: TokenSource) -> None:
 
 
 def test_labels_are_the_next_tokens_of_the_same_document(source: TokenSource) -> None:
-    batch = collate([(source, k) for k in range(20)], T)
+    batch = collate([Stream(source, T).read(k, 0) for k in range(20)], T)
     stream = stream_of(TEXTS)
     for k in range(20):
         tokens, labels = batch.inputs.tokens[k].numpy(), labels_of(batch)[k].numpy()
@@ -92,7 +93,7 @@ def test_labels_are_the_next_tokens_of_the_same_document(source: TokenSource) ->
 
 
 def test_boundaries_are_row_starts_and_document_starts(source: TokenSource) -> None:
-    batch = collate([(source, k) for k in (5, 0, 9)], T)
+    batch = collate([Stream(source, T).read(k, 0) for k in (5, 0, 9)], T)
     flat = batch.inputs.tokens.reshape(-1).numpy()
     at = np.arange(len(flat))
     expected = np.flatnonzero((at % T == 0) | (flat == ByteTokenizer.bos_id))
@@ -132,7 +133,7 @@ def test_an_error_in_the_thread_reaches_the_trainer_with_the_shards_name(tmp_pat
     source = make_source(tmp_path / "source", TEXTS)
     path = source.shard_path(source.manifest.shards[0])
     flip_byte(path, path.read_bytes().index(stream_of(TEXTS)[100:130].astype(np.uint16).tobytes()))
-    mixture = Mixture([("a", TokenSource.open(source.path), 1.0)], T, seed=0)
+    mixture = mixture_of([("a", TokenSource.open(source.path), 1.0)], T, seed=0)
     loader = loader_of(mixture, G, G, 0, 1)
     with pytest.raises(UserError, match=r"00000\.arrow"):
         loader.next()
@@ -185,9 +186,8 @@ def test_across_changes_every_row_comes_once_and_in_order(mixture: Mixture) -> N
     ]  # fmt: skip
     tokens = torch.cat([m.inputs.tokens.reshape(-1, T) for step in steps for m in step.micro_batches])
     labels = torch.cat([labels_of(m).reshape(-1, T) for step in steps for m in step.micro_batches])
-    sources, rows = mixture.locate(np.arange(126))
-    for i, (j, k) in enumerate(zip(sources.tolist(), rows.tolist(), strict=True)):
-        expected = collate([(mixture.sources[j], k)], T)
+    for i, place in enumerate(zip(*(numbers.tolist() for numbers in mixture.locate(np.arange(126))), strict=True)):
+        expected = collate([mixture.read(*place)], T)
         assert torch.equal(tokens[i], expected.inputs.tokens[0]) and torch.equal(labels[i], labels_of(expected)[0])
 
 
@@ -222,9 +222,9 @@ def test_a_shorter_sequence_is_a_segment_of_its_own_with_the_labels_of_its_row(m
             assert batch.inputs.tokens.shape == labels_of(batch).shape == (6 * T // width, width)
             starts = set(batch.inputs.cu_seqlens.tolist())
             assert set(range(0, 6 * T + 1, width)) <= starts
-            sources, rows = mixture.locate(np.arange(step.first_row + 6 * m, step.first_row + 6 * m + 6))
-            places = [(mixture.sources[j], k) for j, k in zip(sources.tolist(), rows.tolist(), strict=True)]
-            whole = collate(places, T)
+            places = mixture.locate(np.arange(step.first_row + 6 * m, step.first_row + 6 * m + 6))
+            rows = [mixture.read(*place) for place in zip(*(numbers.tolist() for numbers in places), strict=True)]
+            whole = collate(rows, T)
             assert starts == set(whole.inputs.cu_seqlens.tolist()) | set(range(0, 6 * T, width))
             # the last token of a sequence still predicts the first of the next
             assert torch.equal(labels_of(batch).reshape(-1), labels_of(whole).reshape(-1))

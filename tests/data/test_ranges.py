@@ -10,7 +10,7 @@ from llm.data.batch import StepBatch
 from llm.data.loader import TrainLoader
 from llm.data.mixture import Mixture
 from llm.data.ranges import Range, described, merged, within
-from tests.data.helpers import LM, labels_of, make_source, random_texts
+from tests.data.helpers import LM, labels_of, make_source, mixture_of, random_texts
 
 T = 16
 G = 8
@@ -19,7 +19,7 @@ G = 8
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
     folder: Path = tmp_path_factory.mktemp("ranges")
-    return Mixture([("a", make_source(folder / "a", random_texts(60)), 1.0)], T, seed=0)
+    return mixture_of([("a", make_source(folder / "a", random_texts(60)), 1.0)], T, seed=0)
 
 
 def steps_of(
@@ -67,7 +67,7 @@ def test_of_a_step_with_some_of_the_rows_the_others_are_trained_on(mixture: Mixt
     labels, before = (torch.cat([labels_of(m) for m in batch.micro_batches]) for batch in (step, plain))
     assert (labels[:3] == IGNORE).all() and torch.equal(labels[3:], before[3:])
     tokens = torch.cat([m.inputs.tokens for m in step.micro_batches])
-    assert (tokens[:3] == mixture.sources[0].eos_id).all(), "no router sees what they say, either"
+    assert (tokens[:3] == mixture.fill).all(), "no router sees what they say, either"
     assert (step.counts.targets, step.counts.tokens) == (int((before[3:] >= 0).sum()), plain.counts.tokens)
 
 

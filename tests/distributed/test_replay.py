@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llm.data.mixture import Mixture
 from llm.data.sources import open_data, prepare_data
 from llm.tokenizer import ByteTokenizer
+from tests.data.helpers import mixture_of
 from tests.distributed.harness import metrics, run, tiny_config, write_config, write_text
 from tests.distributed.pool import run_job
 from tests.distributed.replay_job import staged, stopped
@@ -38,8 +38,8 @@ def poison(folder: Path) -> tuple[str, int]:
         (texts / f"part{number}.jsonl").write_text("".join(lines[number * 100 : (number + 1) * 100]))
     prepare_data(str(texts), ByteTokenizer(), folder / "cache")
     ((name, source, weight),) = open_data(str(texts), ByteTokenizer(), folder / "cache")
-    mixture = Mixture([(name, source, weight)], SEQ_LEN, seed=0)
-    _, rows = mixture.locate(np.arange((POISONED_STEP - 1) * BATCH, POISONED_STEP * BATCH))
+    mixture = mixture_of([(name, source, weight)], SEQ_LEN, seed=0)
+    _, rows, _ = mixture.locate(np.arange((POISONED_STEP - 1) * BATCH, POISONED_STEP * BATCH))
     origin = source.origin(source.document_at(int(rows[9]) * SEQ_LEN + SEQ_LEN // 2)[0])
     assert origin.row is not None
     file = Path(origin.file)

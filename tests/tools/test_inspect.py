@@ -29,6 +29,7 @@ from llm.parallel.layout import Layout
 from llm.tokenizer import ByteTokenizer
 from llm.train.config import validate
 from tests.checkpoint.ranks import as_ranks
+from tests.data.helpers import mixture_of, token_source
 from tests.distributed.harness import ROOT, run, tiny_config
 from tools.inspection import inspect
 
@@ -85,7 +86,7 @@ def trained(folder: Path, step: int = 12, best: int = 10, **sections: Any) -> tu
     config = validate(tiny_config(folder, **sections), "test")
     specs = [SourceSpec.model_validate(spec) for spec in train]
     prepare_data(specs, ByteTokenizer(), config.data.cache_dir)
-    mixture = Mixture(open_data(specs, ByteTokenizer(), config.data.cache_dir), 48, seed=4)
+    mixture = mixture_of(open_data(specs, ByteTokenizer(), config.data.cache_dir), 48, seed=4)
     meta = {
         "config": config.model_dump(mode="json"),
         "data": mixture.state(CONSUMED),
@@ -370,7 +371,7 @@ def test_the_rows_of_each_file_are_counted(
     meta, mixture = trained(tmp_path / "text")
     path = save(12, **meta)
     _, report = told_json(capsys, path, data=True)
-    source, row = mixture.locate(np.arange(CONSUMED))
+    source, row, _ = mixture.locate(np.arange(CONSUMED))
     assert report["data"]["epochs"] == mixture.epoch(CONSUMED)
     assert [entry["name"] for entry in report["data"]["sources"]] == ["web", "a_book"]
     for number, entry in enumerate(report["data"]["sources"]):
@@ -393,8 +394,8 @@ def test_sources_that_are_gone_changed_or_damaged_say_so_and_rows_are_still_coun
     path = save(12, **meta)
     (tmp_path / "text" / "web.jsonl").unlink()  # its shards are known without the text
     assert told_json(capsys, path)[1]["data"]["sources"][0]["of"] == mixture.rows_of[0]
-    (mixture.sources[0].path / "shards" / "00000.arrow").unlink()
-    mixture.sources[1].path.rename(tmp_path / "elsewhere")
+    (token_source(mixture, 0).path / "shards" / "00000.arrow").unlink()
+    token_source(mixture, 1).path.rename(tmp_path / "elsewhere")
     status, report = told_json(capsys, path, data=True)
     web, book = report["data"]["sources"]
     assert status == 0 and report["data"]["epochs"] is None

@@ -27,7 +27,7 @@ from llm.train.config.flags import parse_run_flags
 from llm.train.replay import check_replay
 from llm.train.replay.records import compare, read_metrics, strict
 from llm.train.replay.spans import Span, by_loss, score_spans, span_gradient_norm
-from tests.data.helpers import LM, labels_of
+from tests.data.helpers import LM, labels_of, mixture_of
 
 SEQ_LEN = 40
 CPU = torch.device("cpu")
@@ -53,7 +53,7 @@ def mixture(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Mixture:
     data = [SourceSpec(path=str(texts)), SourceSpec(path=str(texts / "part0.jsonl"), name="again")]
     cache = tmp_path_factory.mktemp("cache")
     prepare_data(data, ByteTokenizer(), cache)
-    return Mixture(open_data(data, ByteTokenizer(), cache), SEQ_LEN, seed=1)
+    return mixture_of(open_data(data, ByteTokenizer(), cache), SEQ_LEN, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +76,9 @@ def model(mixture: Mixture) -> LLM:
 
 
 def batch_of(mixture: Mixture, rows: np.ndarray, sequence_len: int | None = None) -> Batch:
-    sources, numbers = mixture.locate(rows)
-    places = [(mixture.sources[j], int(k)) for j, k in zip(sources, numbers, strict=True)]
-    return replace(collate(places, SEQ_LEN, sequence_len=sequence_len), rows=Rows(sources, numbers, rows))
+    sources, numbers, epochs = mixture.locate(rows)
+    read = [mixture.read(*map(int, place)) for place in zip(sources, numbers, epochs, strict=True)]
+    return replace(collate(read, SEQ_LEN, sequence_len=sequence_len), rows=Rows(sources, numbers, rows, epochs))
 
 
 def scored(model: LLM, mixture: Mixture, batch: Batch) -> list[tuple[int, int, Span]]:
@@ -89,10 +89,8 @@ def scored(model: LLM, mixture: Mixture, batch: Batch) -> list[tuple[int, int, S
 
 def origins(mixture: Mixture, row: int) -> set[tuple[str, int | None]]:
     """(file name, line) of the documents in a global row."""
-    number, k = (int(part[0]) for part in mixture.locate(row))
-    source = mixture.sources[number]
-    first, last = (source.document_at(k * SEQ_LEN + i)[0] for i in (0, SEQ_LEN - 1))
-    found = [source.origin(document) for document in range(first, last + 1)]
+    number, k, epoch = (int(part[0]) for part in mixture.locate(row))
+    found = [mixture.sources[number].origin(k, epoch, position).origin for position in range(SEQ_LEN)]
     return {(Path(origin.file).name, origin.row) for origin in found}
 
 

@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 
-from llm.data.mixture import Mixture
 from llm.data.source import TokenSource
 from llm.parallel.layout import Layout
 from llm.train.config import RunConfig, TrainConfig, validate
 from llm.train.resume.changes import change_notes, data_note, refused_data_changes
 from llm.train.resume.skipped_steps import SkippedSteps, guard_state
-from tests.data.helpers import make_source, random_texts
+from tests.data.helpers import make_source, mixture_of, random_texts
 from tests.distributed.harness import tiny_config
 
 T = 16
@@ -76,8 +75,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[TokenSource]:
 def test_rows_of_another_order_are_counted_from_0_where_that_was_allowed(
     sources: list[TokenSource], number: int, seq_len: int, seed: int, allowed: str
 ) -> None:
-    state = Mixture([("text", sources[0], 1.0)], T, seed=0).state(77)
-    now = Mixture([("text", sources[number], 1.0)], seq_len, seed)
+    state = mixture_of([("text", sources[0], 1.0)], T, seed=0).state(77)
+    now = mixture_of([("text", sources[number], 1.0)], seq_len, seed)
     (refused,) = refused_data_changes(now, state, ())
     assert "--checkpoint.allow_changes=[data]" in refused and "model.init_from" in refused
     assert refused_data_changes(now, state, (allowed,)) == refused_data_changes(now, state, ("data",)) == []

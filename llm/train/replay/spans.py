@@ -84,19 +84,17 @@ def score_spans(
         number, source_row = int(rows.source[b]), int(rows.row[b])
         if number < 0:
             continue
-        source = mixture.sources[number]
-        document, offset = source.document_at(source_row * seq_len + column)
-        origin = source.origin(document)
+        place = mixture.sources[number].origin(source_row, int(rows.epoch[b]), column)
         span = Span(
             row=int(rows.global_row[b]),
             source=mixture.names[number],
             source_row=source_row,
-            document=document,
-            file=origin.file,
-            file_row=origin.row,
-            first_token=offset,
+            document=place.document,
+            file=place.origin.file,
+            file_row=place.origin.row,
+            first_token=place.offset,
             n_tokens=stop - start,
-            document_tokens=source.document_length(document),
+            document_tokens=place.length,
             n_targets=int((labels_N[start:stop] >= 0).sum()),
             loss_sum=float(nll_N[start:stop].sum()),
             excerpt=_excerpt(tokenizer.decode(tokens_N[start : min(stop, start + EXCERPT_TOKENS)].tolist())),
