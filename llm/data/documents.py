@@ -1,4 +1,5 @@
-"""Reading documents from text files, JSON and Parquet, strictly: what cannot be read is an error with file and line.
+"""Reading documents from text files and files of rows (JSON, CSV, Parquet, Arrow), strictly: what cannot be read is an
+error with file and line.
 
 Text is taken as it is: no newline is translated and nothing is stripped. Nothing is skipped silently; an empty text is
 a document too.
@@ -10,20 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from llm.data.formats import DAMAGED, file_type, opened, shown
+from llm.data.formats import file_type, opened, shown
 from llm.data.found import Inventory
-from llm.data.json_rows import called, is_json_lines, json_file, json_lines
+from llm.data.json_rows import called, text_of
 from llm.data.listing import InputFile, Listing, list_input
+from llm.data.tables import RawRow, columns_of, raw_rows, readable, refuse_other_content
 from llm.errors import UserError
 
-POINTER = b"version https://git-lfs.github.com/spec/"
-"""How a file begins that stands for one that Git LFS has not fetched."""
-PACKED = {b"\x1f\x8b": "gz", b"BZh91AY&SY": "bz2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zst"}
-"""How packed files begin, as no text does."""
-UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 PART = "::"
 """Between the name of a text file that is cut at document marks and the number of a document in it."""
 
@@ -51,7 +45,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Reading:
-    """How files are read. text_field: of JSON and Parquet rows; separator: ends a document in text files, which without
+    """How files are read. text_field: of rows; separator: ends a document in text files, which without
     one are a document each.
     """
 
@@ -79,8 +73,8 @@ def option(key: str, name: str) -> str:
 def read_documents(
     *paths: str | Path, text_field: str = "text", key: str = "input", separator: str | None = None
 ) -> Iterator[Document]:
-    """All documents of the paths. A text file is one document, or several that end with `separator`; JSON and Parquet
-    have one in each row's `text_field`.
+    """All documents of the paths. A text file is one document, or several that end with `separator`; files of
+    rows have one in each row's `text_field`.
 
     UserError names `key`, file and row; a missing path is found before anything is read.
     """
@@ -127,40 +121,26 @@ def _rows(
     file: InputFile, where: str, reading: Reading, option: str, inventory: Inventory | None
 ) -> Iterator[tuple[int, str, int]]:
     """(row from 1, or 0 for a whole file; text; bytes of the file read so far)."""
-    try:
-        _refuse_other_content(file, where)
-        if file.type.format == "parquet":
-            yield from _parquet_rows(file, where, reading.text_field, option)
-            return
-        as_lines = file.type.format == "lines"
-        if file.type.format == "json":
-            with opened(file.path, file.type.compression) as (stream, _):
-                as_lines = is_json_lines(stream)
-        with opened(file.path, file.type.compression) as (stream, raw):
-            if file.type.format == "text":
-                yield from _texts(file, stream, where, reading.separator, inventory)
-            else:
-                for row, text in (json_lines if as_lines else json_file)(stream, where, reading.text_field, option):
-                    yield row, text, raw.tell()
-    except DAMAGED as error:
-        raise UserError(f"{where}: damaged or cut-off {file.type.compression} file ({error})") from None
-    except OSError as error:
-        if error.strerror is None and file.type.compression:
-            raise UserError(f"{where}: damaged or cut-off {file.type.compression} file ({error})") from None
-        raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
+    if file.type.has_rows:
+        for row in raw_rows(file, where, [reading.text_field]):
+            yield row.number, _text(row, where, reading.text_field, option), row.consumed
+        return
+    with readable(file, where):
+        refuse_other_content(file, where)
+        with opened(file.path, file.type.compression) as (stream, _):
+            yield from _texts(file, stream, where, reading.separator, inventory)
 
 
-def _refuse_other_content(file: InputFile, where: str) -> None:
-    """UserError where the first bytes are of something else than the file's name says."""
-    with file.path.open("rb") as stream:
-        head = stream.read(len(POINTER))
-    if head == POINTER:
-        raise UserError(f"{where}: is a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`")
-    for magic, ending in PACKED.items():
-        if head.startswith(magic) and not file.type.compression:
-            raise UserError(f"{where}: is packed; give its name the ending .{ending}, by which it is unpacked")
-    if head.startswith(UTF_16):
-        raise UserError(f"{where}: is text in UTF-16; convert it, for example with `iconv -f utf-16 -t utf-8`")
+def _text(row: RawRow, where: str, text_field: str, option: str) -> str:
+    """The text of a row."""
+    if not row.in_columns:
+        return text_of(row.value, f"{where}, {row.place}", text_field, option)
+    if text_field not in row.value:
+        raise UserError(f"{where}: no column {text_field!r}; it has {columns_of(row.value)} (see {option})")
+    text = row.value[text_field]
+    if not isinstance(text, str):
+        raise UserError(f"{where}, {row.place}: its column {text_field!r} is {called(text)}, not a text; see {option}")
+    return text
 
 
 def _texts(
@@ -196,26 +176,3 @@ def _texts(
         yield number, text[start:end], size * at // len(text)
     if not text:
         yield 1, text, size
-
-
-def _parquet_rows(file: InputFile, where: str, text_field: str, option: str) -> Iterator[tuple[int, str, int]]:
-    row = 0
-    try:
-        with pq.ParquetFile(file.path, page_checksum_verification=True) as table:
-            fields = table.schema_arrow.names
-            if text_field not in fields:
-                raise UserError(
-                    f"{where}: no column {text_field!r}; it has {', '.join(map(repr, fields))} (see {option})"
-                )
-            for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
-                for value in batch.column(0):
-                    row += 1
-                    text = value.as_py()
-                    if not isinstance(text, str):
-                        raise UserError(
-                            f"{where}, row {row}: its column {text_field!r} is {called(text)}, not a text; see {option}"
-                        )
-                    yield row, text, file.status.st_size * row // table.metadata.num_rows
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{where}, after row {row}: damaged or unreadable Parquet file ({reason})") from None

@@ -1,4 +1,5 @@
-"""What a file is, decided by its ending alone (in any case): text, JSON or Parquet, or nothing that is read.
+"""What a file is, decided by its ending alone (in any case): text, rows (JSON, CSV, Parquet, Arrow), or nothing that
+is read.
 
 A file that holds text in a form that is not read (a table, an archive, a document) is refused, because its user may
 think it is trained on. What holds no text, or describes the data, is left out of a folder, and named.
@@ -19,20 +20,24 @@ from typing import IO, Literal
 
 import pyarrow as pa
 
-Format = Literal["text", "lines", "json", "parquet"]
+Format = Literal["text", "lines", "json", "csv", "parquet", "arrow"]
 
+MAGIC_ARROW = b"ARROW1"
+"""How an Arrow IPC file begins, and a stream does not."""
 COMPRESSIONS = ("gz", "bz2", "xz", "zst")
 FORMAT_OF: dict[str, Format] = {
     **dict.fromkeys(("jsonl", "ndjson", "jsonlines", "ldjson", "jl"), "lines"),
     "json": "json",
+    "csv": "csv",
     **dict.fromkeys(("parquet", "parq", "pq"), "parquet"),
+    **dict.fromkeys(("arrow", "feather", "ipc"), "arrow"),
 }  # fmt: skip
 POSSIBLE = (
     "text files (.txt, .md, source code), JSON Lines (.jsonl, .ndjson), .json (JSON Lines, one array of objects, or "
-    "one object) and .parquet; text and JSON also with .gz, .bz2, .xz or .zst behind"
+    "one object), .csv, .parquet and .arrow; text, JSON and CSV also with .gz, .bz2, .xz or .zst behind"
 )
 
-TABLES = "csv tsv xls xlsx ods arrow feather ipc orc avro db sqlite sqlite3 tfrecord mds lance"
+TABLES = "tsv xls xlsx ods orc avro db sqlite sqlite3 tfrecord mds lance"
 ARCHIVES = "zip tar tgz tbz tbz2 txz tzst 7z rar lz4 lzma lzo br z warc wet"
 DOCUMENTS = "pdf doc docx odt rtf epub mobi ppt pptx djvu ps ipynb json5 jsonc geojson"
 REFUSED = frozenset(f"{TABLES} {ARCHIVES} {DOCUMENTS}".split())
@@ -49,6 +54,7 @@ ABOUT_DATA = {**dict.fromkeys(("lock", "crc", "index", "idx", "md5", "sha256", "
 
 MARKERS = re.compile(
     r"_(success|started|committed|metadata|common_metadata)(_.*)?|dataset_(infos?|dict)\.json|state\.json"
+    r"|cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow"
 )
 """Files that Spark, datasets and their like write beside data (lower case)."""
 MODEL_FILES = re.compile(
@@ -56,7 +62,7 @@ MODEL_FILES = re.compile(
     r"|.*\.safetensors\.index)\.json"
 )
 CARDS = re.compile(r"(readme|licen[cs]e|copying|notice|citation|changelog|authors)([._-].*)?")
-"""Files that describe data (lower case); left out where they lie beside JSON or Parquet, else text like any other."""
+"""Files that describe data (lower case); left out where they lie beside files of rows, else text like any other."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ def file_type(name: str) -> FileType | None:
     compression = parts.pop() if parts and parts[-1] in COMPRESSIONS else ""
     last = parts[-1] if parts else ""
     format = FORMAT_OF.get(last, "text")
-    if last in REFUSED or last in NO_TEXT or (compression and format == "parquet"):
+    if last in REFUSED or last in NO_TEXT or (compression and format in ("parquet", "arrow")):
         return None
     ending = "".join(f".{part}" for part in (last, compression) if part)
     return FileType(format, compression, ending if len(ending) <= 20 and ending.isprintable() else ".(other)")

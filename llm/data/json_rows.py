@@ -1,4 +1,4 @@
-"""JSON records with a text: JSON Lines, and what else lies under .json: an array of objects, or objects one after the
+"""JSON records: JSON Lines, and what else lies under .json: an array of objects, or objects one after the
 other over several lines. Read in chunks, so a file may be larger than memory.
 """
 
@@ -15,9 +15,9 @@ BLANKS = " \t\r\n"
 DECODER = json.JSONDecoder()
 
 
-def json_lines(stream: IO[bytes], where: str, text_field: str, option: str) -> Iterator[tuple[int, str]]:
-    """(line from 1, its text) of JSON Lines; blank lines have none. UserError naming `where`, the line, and `option`,
-    which chooses the field.
+def json_lines(stream: IO[bytes], where: str) -> Iterator[tuple[int, str, Any]]:
+    """(line from 1, what messages call it, its record) of JSON Lines; blank lines have none. UserError naming `where`
+    and the line.
     """
     number = 0
     while line := stream.readline(MAX_RECORD_BYTES + 1):
@@ -33,14 +33,16 @@ def json_lines(stream: IO[bytes], where: str, text_field: str, option: str) -> I
                 raise UserError(f"{place}: not UTF-8 at byte {error.start}") from None
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{place}: not JSON ({error})") from None
-            yield number, _text(record, place, text_field, option)
+            yield number, f"line {number}", record
 
 
-def json_file(stream: IO[bytes], where: str, text_field: str, option: str) -> Iterator[tuple[int, str]]:
-    """(record from 1, its text) of a .json file that is an array of objects, or objects one after the other."""
+def json_file(stream: IO[bytes], where: str) -> Iterator[tuple[int, str, Any]]:
+    """(record from 1, what messages call it, the record) of a .json file that is an array of objects, or objects one
+    after the other.
+    """
     reader = _Values(stream, where)
     for number, (line, record) in enumerate(reader.values(), 1):
-        yield number, _text(record, f"{where}, line {line} (record {number})", text_field, option)
+        yield number, f"line {line} (record {number})", record
 
 
 def is_json_lines(stream: IO[bytes]) -> bool:
@@ -59,7 +61,8 @@ def is_json_lines(stream: IO[bytes]) -> bool:
     return False
 
 
-def _text(record: Any, where: str, text_field: str, option: str) -> str:
+def text_of(record: Any, where: str, text_field: str, option: str) -> str:
+    """The text in a field of a JSON record. UserError naming `where`, and `option`, which chooses the field."""
     if not isinstance(record, dict):
         hint = "; an array belongs into a .json file" if isinstance(record, list) else ""
         raise UserError(f"{where}: a {type(record).__name__} where an object with a field {text_field!r} must be{hint}")

@@ -14,9 +14,8 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
+from llm.data.formats import MAGIC_ARROW
 from llm.errors import UserError
-
-MAGIC = b"ARROW1"
 
 
 class ShardEntry(BaseModel):
@@ -139,14 +138,14 @@ def check_size(path: Path, entry: ShardEntry) -> None:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            head = file.read(len(MAGIC))
-            file.seek(max(0, size - len(MAGIC)))
+            head = file.read(len(MAGIC_ARROW))
+            file.seek(max(0, size - len(MAGIC_ARROW)))
             tail = file.read()
     except OSError as error:
         raise damaged(path, error.strerror or str(error)) from None
     if size != entry.file_bytes:
         raise damaged(path, f"{size} bytes long where the manifest says {entry.file_bytes}")
-    if head != MAGIC or tail != MAGIC:
+    if head != MAGIC_ARROW or tail != MAGIC_ARROW:
         raise damaged(path, "not an Arrow IPC file")
 
 

@@ -42,13 +42,13 @@ class SourceSpec(BaseModel):
 
     path: PathText = Field(min_length=1)
     """a source folder made by tools/shard.py, or raw text: a file or a folder of .txt, .md, source code, .jsonl,
-    .ndjson, .json, .parquet; text and JSON also with .gz, .bz2, .xz or .zst behind"""
+    .ndjson, .json, .csv, .parquet, .arrow; text, JSON and CSV also with .gz, .bz2, .xz or .zst behind"""
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """share of the rows, relative to the other sources"""
     name: str = ""
     """decides the order of this source's rows (letters, digits, . _ -); empty: the path's last part without endings"""
     text_field: str = "text"
-    """field of JSON and Parquet rows that holds the text"""
+    """column of JSON, CSV, Parquet and Arrow rows that holds the text"""
     separator: str | None = Field(default=None, min_length=1)
     """what ends a document in text files, as <|endoftext|>, and is no part of it; null: each text file is one"""
 

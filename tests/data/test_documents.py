@@ -121,7 +121,7 @@ def test_a_text_file_in_another_encoding_is_named_with_the_place(tmp_path: Path)
         texts_of(tmp_path / "a.txt")
 
 
-@pytest.mark.parametrize("name", ["a.zip", "a.TAR.gz", "a.csv", "a.parquet.gz"])
+@pytest.mark.parametrize("name", ["a.zip", "a.TAR.gz", "a.tsv", "a.parquet.gz"])
 def test_a_form_that_is_not_read_is_refused_by_its_name(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"data")
     with pytest.raises(UserError, match=f"{name}: cannot be read as text"):

@@ -116,5 +116,5 @@ def test_an_endless_record_is_refused_before_it_fills_memory(monkeypatch: pytest
     monkeypatch.setattr(json_rows, "CHUNK_BYTES", 100)
     stream = io.BytesIO(b'[{"text": "' + b"x" * 1_000_000)
     with pytest.raises(UserError, match="a record longer than 1000 bytes"):
-        list(json_rows.json_file(stream, "a", "text", "--text_field"))
+        list(json_rows.json_file(stream, "a"))
     assert stream.tell() < 5000

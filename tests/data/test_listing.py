@@ -32,7 +32,8 @@ def left_out(folder: Path) -> dict[str, str]:
         ("a.v2.jsonl.gz", ("lines", "gz")), ("a.Json.ZST", ("json", "zst")), ("a.json", ("json", "")),
         ("a.PARQUET", ("parquet", "")), ("a.pq", ("parquet", "")), ("a.txt", ("text", "")), ("a.md.xz", ("text", "xz")),
         ("train.en", ("text", "")), ("Makefile", ("text", "")), ("corpus.bz2", ("text", "bz2")), ("a.py", ("text", "")),
-        ("a.csv", None), ("a.csv.gz", None), ("a.tar.gz", None), ("a.parquet.gz", None), ("a.PDF", None),
+        ("a.csv", ("csv", "")), ("a.csv.gz", ("csv", "gz")), ("a.feather", ("arrow", "")), ("a.arrow.gz", None),
+        ("a.tsv", None), ("a.xlsx.gz", None), ("a.tar.gz", None), ("a.parquet.gz", None), ("a.PDF", None),
         ("a.safetensors", None), ("photo.jpeg", None), ("notes.ipynb", None),
     ],
 )  # fmt: skip
@@ -61,7 +62,7 @@ def test_cards_are_left_out_beside_rows_and_read_among_texts(tmp_path: Path) -> 
     assert left_out(tmp_path / "rows") == {"README.md": "a card beside data", "LICENSE": "a card beside data"}
 
 
-@pytest.mark.parametrize("name", ["rows.csv", "texts.zip", "book.pdf", "shard.arrow", "a.tsv.gz"])
+@pytest.mark.parametrize("name", ["rows.xlsx", "texts.zip", "book.pdf", "shard.arrow.gz", "a.tsv.gz"])
 def test_what_may_hold_text_in_another_form_is_refused_also_in_a_folder(tmp_path: Path, name: str) -> None:
     put(tmp_path, "a.txt", name)
     with pytest.raises(UserError, match=f"data.train=.*{name}: cannot be read as text; possible are .*jsonl"):
