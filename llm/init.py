@@ -52,6 +52,16 @@ class Normal:
 
 
 @dataclass(frozen=True)
+class Uniform:
+    """Values spread evenly over (-bound, bound)."""
+
+    bound: float
+
+    def values(self, seed: int, name: str, start: int, stop: int) -> Tensor:
+        return torch.from_numpy(((2 * uniform(seed, name, start, stop) - 1) * self.bound).astype(np.float32))
+
+
+@dataclass(frozen=True)
 class Constant:
     """The same value everywhere: norms begin as the identity, biases at 0."""
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llm.args import ModelArgs
 from llm.args.layers import attention_specs
+from llm.args.lora import adapter
 from llm.cache import Cache
 from llm.conveniences import Conveniences
 from llm.datatypes import LossSum, RouterStats, TransformerInput, TransformerOutput
@@ -72,15 +73,16 @@ class LLM(Conveniences, InRegion):
         self.output: Output | None = None
         with torch.device(device or torch.get_default_device()):
             if args.tie_embeddings and not {EMBEDDING, OUTPUT}.isdisjoint(self.units):
-                self.tok_embeddings: Embedding = TiedEmbedding(args.vocab_size, args.dim, args.logit_softcap)
+                of_table = args.logit_softcap, adapter(args.lora, EMBEDDING)
+                self.tok_embeddings: Embedding = TiedEmbedding(args.vocab_size, args.dim, *of_table)
             elif EMBEDDING in self.units:
-                self.tok_embeddings = Embedding(args.vocab_size, args.dim)
+                self.tok_embeddings = Embedding(args.vocab_size, args.dim, adapter(args.lora, EMBEDDING))
             blocks = (Block(args, spec) if f"layers.{spec.index}" in self.units else None for spec in self.specs)
             self.layers = nn.ModuleList(blocks)  # type: ignore[arg-type]  # None keeps the others' numbers
             if NORM in self.units:
                 self.norm = make_norm(args, args.dim)
             if OUTPUT in self.units and not args.tie_embeddings:
-                self.output = Output(args.dim, args.vocab_size, args.logit_softcap)
+                self.output = Output(args.dim, args.vocab_size, args.logit_softcap, adapter(args.lora, OUTPUT))
         initialise(self, {name: row.init for name, row in ParameterTable.of(args).items()}, seed)
 
     def forward(

@@ -9,6 +9,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from llm.args import ModelArgs
+from llm.args.lora import adapter
 from llm.boxes import Box
 from llm.layers.block import Block
 from llm.layers.embedding import Embedding
@@ -26,8 +27,10 @@ class ParameterTable(Mapping[str, ParamInfo]):
     @classmethod
     def of(cls, args: ModelArgs) -> "ParameterTable":
         """The table of a model with these args, which must have a vocabulary."""
-        tied, head = args.tie_embeddings, Output.declare_head(args.dim, args.vocab_size, weights(args))
-        rows = in_unit("tok_embeddings", Embedding.declare(args.vocab_size, args.dim, weights(args), tied))
+        tied, size, std = args.tie_embeddings, (args.vocab_size, args.dim), weights(args)
+        table = Embedding.declare(*size, std, tied, adapter(args.lora, "tok_embeddings"))
+        head = Output.declare_head(args.dim, args.vocab_size, std, adapter(args.lora, "output"))
+        rows = in_unit("tok_embeddings", table)
         for spec in args.layer_specs():
             rows |= in_unit(f"layers.{spec.index}", Block.declare(args, spec))
         rows |= in_unit("norm", norm_rows(args, args.dim))
@@ -58,6 +61,12 @@ class ParameterTable(Mapping[str, ParamInfo]):
     def boxes(self, tensor: tuple[int, int], expert: tuple[int, int]) -> dict[str, Box]:
         """The box of every parameter on a rank; `tensor` and `expert` are (rank, ranks) in its groups."""
         return {name: row.box(tensor, expert) for name, row in self.items()}
+
+    def adapters_alone(self) -> "ParameterTable":
+        """The table with `trainable` off for all but adapters."""
+        return ParameterTable(
+            {name: replace(row, trainable=row.trainable and row.kind == "adapter") for name, row in self.items()}
+        )
 
     def frozen(self, patterns: Sequence[str]) -> "ParameterTable":
         """The table with `trainable` off where a name matches one of these globs."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from llm.adapters.merge import Merged, refuse_incomplete
 from llm.args import ModelArgs
 from llm.boxes import whole
 from llm.checkpoint.fragments import DTYPES
@@ -20,6 +21,7 @@ from llm.checkpoint.run_folder import (
     fill_from_checkpoint,
     load_checkpoint,
     load_run_tokenizer,
+    model_args,
     run_tokenizer_config,
 )
 from llm.checkpoint.weights import CheckpointWeights, Weights
@@ -59,25 +61,29 @@ def load_model(path: str | Path, dtype: torch.dtype, average: bool = False) -> L
         source = read_foreign(path)
         weights = source.weights()
         weights.check_twins()
-        model = LLM(source.args, device="meta").to_empty(device="cpu").to(dtype)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                weights.read(name, whole(tuple(parameter.shape)), parameter)
-        for buffer in model.buffers():
-            buffer.zero_()
-        return model.eval()
+        return _filled(source.args, weights, dtype)
     checkpoint, args = load_checkpoint(path)
     frozen = frozen_in(checkpoint)
+    if frozen is not None or model_args(checkpoint).lora is not None:
+        return _filled(args, checkpoint_weights(checkpoint, average), dtype)
+    model = _empty(args, dtype)
+    fill_from_checkpoint(dict(model.named_parameters()), checkpoint, average)
+    return model.eval()
+
+
+def _empty(args: ModelArgs, dtype: torch.dtype) -> LLM:
+    """A model whose parameters are yet to be filled."""
     model = LLM(args, device="meta").to_empty(device="cpu").to(dtype)
-    parameters = dict(model.named_parameters())
-    if frozen is not None:
-        origin = verified_origin(frozen, args)
-        with torch.no_grad():
-            for name, shape in frozen.shapes.items():
-                origin.read(name, whole(shape), parameters.pop(name))
-    fill_from_checkpoint(parameters, checkpoint, average)
     for buffer in model.buffers():  # counts of a training step, of no use to a finished model
         buffer.zero_()
+    return model
+
+
+@torch.no_grad()
+def _filled(args: ModelArgs, weights: Weights, dtype: torch.dtype) -> LLM:
+    model = _empty(args, dtype)
+    for name, parameter in model.named_parameters():
+        weights.read(name, whole(tuple(parameter.shape)), parameter)
     return model.eval()
 
 
@@ -132,15 +138,27 @@ def weights_of(path: str | Path, tell: Tell | None = log_note) -> tuple[ModelArg
         source = read_foreign(path, tell)
         return source.args, source.weights()
     checkpoint, args = load_checkpoint(path)
-    return args, checkpoint_weights(checkpoint, args)
+    return args, checkpoint_weights(checkpoint)
 
 
-def checkpoint_weights(checkpoint: Checkpoint, args: ModelArgs, average: bool = False) -> Weights:
-    """All parameters of a checkpoint's model, or the moving average of those that train. What is frozen is read from
-    where it came from: UserError where that is gone, or is another one.
+def checkpoint_weights(checkpoint: Checkpoint, average: bool = False) -> Weights:
+    """All parameters of a checkpoint's model, adapters added to their weights; or the moving average of those that
+    train. What is frozen is read from where it came from: UserError where that is gone, or is another one.
     """
+    args = model_args(checkpoint)
+    weights = unmerged_weights(checkpoint, average)
+    if args.lora is None:
+        return weights
+    refuse_incomplete(checkpoint.path, args, checkpoint.shapes)
+    return Merged(weights, args)
+
+
+def unmerged_weights(checkpoint: Checkpoint, average: bool = False) -> Weights:
+    """The same with adapters as parameters of their own."""
     trained, frozen = CheckpointWeights(checkpoint, average), frozen_in(checkpoint)
-    return trained if frozen is None else Completed(trained, frozen.shapes.keys(), verified_origin(frozen, args))
+    if frozen is None:
+        return trained
+    return Completed(trained, frozen.shapes.keys(), verified_origin(frozen, model_args(checkpoint)))
 
 
 def verified_origin(frozen: Frozen, args: ModelArgs) -> Weights:

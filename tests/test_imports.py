@@ -14,7 +14,8 @@ ROOMS = (
     "args", "init", "kernels", "datatypes", "layers", "parameters", "flops", "recompute", "batch", "cache",
     "conveniences", "model", "compile", "generation.sampling", "generate", "objectives", "surgery",
     # files, and many ranks
-    "adapters", "tokenizers", "tokenizer", "data", "parallel", "plan", "checkpoint", "foreign", "pretrained",
+    "adapters.int8", "tokenizers", "tokenizer", "data", "parallel", "plan", "checkpoint", "foreign", "adapters",
+    "pretrained",
     # what users ask for
     "generation", "tasks", "extensions", "cli", "train", "jobs",
 )  # fmt: skip

@@ -190,7 +190,7 @@ def export(
     checkpoint, args = load_checkpoint(src)
     came_from = checkpoint.meta.get("source", {}).get("family")
     target_family = _family(args, format, family, came_from)
-    weights = checkpoint_weights(checkpoint, args, average)
+    weights = checkpoint_weights(checkpoint, average)
     chosen = asked or DTYPES[checkpoint.dtype()]
     extra = kept_files(checkpoint, _tokenizer_or_note(Path(src)), target_family.name if format == "hf" else None)
     total = _parameters(args) * chosen.itemsize

@@ -5,8 +5,12 @@ building, attention masks and caches read the specs and never the args.
 """
 
 from llm.args.layers import AttentionSpec, Ffn, LayerSpec, Mask, QKNorm
+from llm.args.lora import LoraArgs
 from llm.args.model import Activation, ModelArgs
 from llm.args.moe import MoEArgs
 from llm.args.rope import RopeScaling
 
-__all__ = ["Activation", "AttentionSpec", "Ffn", "LayerSpec", "Mask", "ModelArgs", "MoEArgs", "QKNorm", "RopeScaling"]
+__all__ = [
+    "Activation", "AttentionSpec", "Ffn", "LayerSpec", "LoraArgs", "Mask", "ModelArgs", "MoEArgs", "QKNorm",
+    "RopeScaling",
+]  # fmt: skip

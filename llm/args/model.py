@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from llm.args.group import Group
 from llm.args.layers import MIXERS, PATTERN_ALIASES, LayerSpec, NormsSpec, QKNorm, either, parse_item, refuse
+from llm.args.lora import LoraArgs
 from llm.args.moe import MoEArgs
 from llm.args.rope import RopeScaling
 
@@ -102,6 +103,8 @@ class ModelArgs(Group):
     """Divide the initial wo and w2 by sqrt(2 n_layers)."""
     moe: MoEArgs | None = None
     """Mixture of experts; unset = every layer is dense."""
+    lora: LoraArgs | None = None
+    """Low-rank adapters beside the weights; unset = none. In a run config the section `lora` sets it."""
 
     @model_validator(mode="after")
     def _check(self) -> "ModelArgs":
@@ -150,6 +153,11 @@ class ModelArgs(Group):
     def rotated_width(self) -> int:
         """How much of a head RoPE rotates."""
         return int(self.head_width * self.rope_pct)
+
+    @property
+    def merged(self) -> "ModelArgs":
+        """The model that results when adapters are added to their weights."""
+        return self if self.lora is None else self.model_copy(update={"lora": None})
 
     def ffn_width(self) -> int:
         """Hidden width of a dense feed-forward: `ffn_hidden`, else Llama's rule int(2 * 4 dim / 3)."""

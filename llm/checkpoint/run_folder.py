@@ -20,7 +20,8 @@ TOKENIZER_FOLDER, CONFIG_FILE = "tokenizer", "config.json"
 
 
 def model_args(checkpoint: Checkpoint) -> ModelArgs:
-    """The ModelArgs that the checkpoint was trained with. DamagedFile naming its manifest where there are none."""
+    """The ModelArgs that the checkpoint was trained with, adapters among them. DamagedFile naming its manifest where
+    there are none."""
     try:
         model = dict(checkpoint.meta_with("config")["config"]["model"])
         model.pop("init_from", None)  # says where a run began
@@ -117,6 +118,7 @@ def _read_config(folder: Path) -> TokenizerConfig:
 
 
 def load_checkpoint(path: str | Path) -> tuple[Checkpoint, ModelArgs]:
-    """The checkpoint meant by `path` (run folder, checkpoints folder or checkpoint) and its ModelArgs."""
+    """The checkpoint meant by `path` (run folder, checkpoints folder or checkpoint) and the ModelArgs of its model, its
+    adapters being added to their weights."""
     checkpoint = resolve(path)
-    return checkpoint, model_args(checkpoint)
+    return checkpoint, model_args(checkpoint).merged

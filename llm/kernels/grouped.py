@@ -3,7 +3,7 @@
 Shapes: R rows, D model width, F expert width, E groups (experts).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,22 @@ def grouped_swiglu(x_RD: Tensor, w1_EDF: Tensor, w2_EFD: Tensor, w3_EDF: Tensor,
         return out
     hidden_RF = F.silu(grouped_matmul(x_RD, w1_EDF, sizes_E)) * grouped_matmul(x_RD, w3_EDF, sizes_E)
     return grouped_matmul(hidden_RF, w2_EFD, sizes_E)
+
+
+Adapted = tuple[Tensor, Tensor, Tensor]
+"""A weight (E, n_in, n_out), and its adapter's A (E, n_in, r) and B (E, r, n_out)."""
+
+
+def adapted_swiglu(x_RD: Tensor, weights: Sequence[Adapted], scale: float, sizes_E: Tensor) -> Tensor:
+    """`grouped_swiglu` of w1, w2 and w3, each w + scale a b, which is never made."""
+    sizes = sizes_E.tolist() if x_RD.device.type == "cpu" else sizes_E
+
+    def product(x: Tensor, weights: Adapted) -> Tensor:
+        w, a, b = weights
+        return grouped_matmul(x, w, sizes) + grouped_matmul(grouped_matmul(x, a, sizes) * scale, b, sizes)
+
+    w1, w2, w3 = weights
+    return product(F.silu(product(x_RD, w1)) * product(x_RD, w3), w2)
 
 
 def grouped_matmul(x_RD: Tensor, w_EDF: Tensor, sizes: Tensor | list[int]) -> Tensor:
@@ -154,14 +170,16 @@ class _GroupedMatmul(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_RD, w_EDF = ctx.saved_tensors
-        grad_RF = grad_RF.contiguous()
-        grad_x_RD, grad_w_EDF = torch.empty_like(x_RD), torch.empty_like(w_EDF)
-        groups = zip(
-            x_RD.split(ctx.sizes), w_EDF, grad_RF.split(ctx.sizes), grad_x_RD.split(ctx.sizes), grad_w_EDF, strict=True
-        )
-        for x, w, grad, grad_x, grad_w in groups:
-            torch.mm(grad, w.t(), out=grad_x)
-            torch.mm(x.t(), grad, out=grad_w)  # of no rows, it is 0
+        grads = grad_RF.contiguous().split(ctx.sizes)
+        grad_x_RD = grad_w_EDF = None
+        if ctx.needs_input_grad[0]:
+            grad_x_RD = torch.empty_like(x_RD)
+            for w, grad, grad_x in zip(w_EDF, grads, grad_x_RD.split(ctx.sizes), strict=True):
+                torch.mm(grad, w.t(), out=grad_x)
+        if ctx.needs_input_grad[1]:
+            grad_w_EDF = torch.empty_like(w_EDF)
+            for x, grad, grad_w in zip(x_RD.split(ctx.sizes), grads, grad_w_EDF, strict=True):
+                torch.mm(x.t(), grad, out=grad_w)  # of no rows, it is 0
         return grad_x_RD, grad_w_EDF, None

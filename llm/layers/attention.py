@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llm.args import AttentionSpec, LayerSpec, ModelArgs
 from llm.args.layers import resolve_attention
+from llm.args.lora import adapter
 from llm.kernels.graph_breaks import graph_break
 from llm.kernels.norms import rms_normalise
 from llm.kernels.rotate import rotate
@@ -36,10 +37,11 @@ class Attention(nn.Module, InRegion):
         self.head_dim = args.head_width
         self.norm_eps = args.norm_eps
         self.interleaved = args.rope_interleaved
-        self.wq = Linear(args.dim, args.n_heads * args.head_width, args.qkv_bias)
-        self.wk = Linear(args.dim, args.kv_heads * args.head_width, args.qkv_bias)
-        self.wv = Linear(args.dim, args.kv_heads * args.head_width, args.qkv_bias)
-        self.wo = Linear(args.n_heads * args.head_width, args.dim, args.o_bias)
+        queries, keys = args.n_heads * args.head_width, args.kv_heads * args.head_width
+        self.wq = Linear(args.dim, queries, args.qkv_bias, adapter(args.lora, "wq"))
+        self.wk = Linear(args.dim, keys, args.qkv_bias, adapter(args.lora, "wk"))
+        self.wv = Linear(args.dim, keys, args.qkv_bias, adapter(args.lora, "wv"))
+        self.wo = Linear(queries, args.dim, args.o_bias, adapter(args.lora, "wo"))
         self.kv_heads = args.kv_heads
         self.q_norm, self.k_norm = (head_norm(args, self.spec, heads) for heads in (args.n_heads, args.kv_heads))
 
@@ -50,9 +52,11 @@ class Attention(nn.Module, InRegion):
         queries, keys = ((heads, heads * args.head_width) for heads in (args.n_heads, args.kv_heads))
         rows: Rows = {}
         for name, (heads, width) in (("wq", queries), ("wk", keys), ("wv", keys)):
-            rows |= under(name, Linear.declare(dim, width, args.qkv_bias, std, tensor_dim=0, grain=heads))
-        residual = weights(args, writes_residual=True)
-        rows |= under("wo", Linear.declare(queries[1], dim, args.o_bias, residual, tensor_dim=1, grain=args.n_heads))
+            lora = adapter(args.lora, name)
+            rows |= under(name, Linear.declare(dim, width, args.qkv_bias, std, tensor_dim=0, grain=heads, lora=lora))
+        residual, lora = weights(args, writes_residual=True), adapter(args.lora, "wo")
+        out = Linear.declare(queries[1], dim, args.o_bias, residual, tensor_dim=1, grain=args.n_heads, lora=lora)
+        rows |= under("wo", out)
         for name, heads in (("q_norm", args.n_heads), ("k_norm", args.kv_heads)):
             rows |= under(name, head_norm_rows(args, attention_spec(spec), heads))
         return rows

@@ -4,43 +4,56 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llm.args.lora import LoraArgs
 from llm.init import Draw
-from llm.layers.output import HeadTargets, predict
+from llm.layers.lora import Adapted, adapter_rows
+from llm.layers.output import HeadTargets, adapter_of, predict
 from llm.layers.parameter import ParamInfo, Rows
 from llm.layers.region import VocabularyShare
 
 
-class Embedding(nn.Module):
+class Embedding(Adapted):
     """Rows of a (vocab_size, dim) table; with a share of it, zeros for the tokens of other ranks."""
 
     vocabulary: VocabularyShare | None = None
 
-    def __init__(self, vocab_size: int, dim: int) -> None:
+    def __init__(self, vocab_size: int, dim: int, lora: LoraArgs | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, dim))
+        self.add_adapter(lora, dim, vocab_size)
 
     @staticmethod
-    def declare(vocab_size: int, dim: int, init: Draw, tied: bool = False) -> Rows:
+    def declare(vocab_size: int, dim: int, init: Draw, tied: bool = False, lora: LoraArgs | None = None) -> Rows:
         """Its rows are cut by tensor parallelism. tied: it is the output matrix too."""
-        return {"weight": ParamInfo((vocab_size, dim), "embedding", init, tensor_dim=0, active=float(tied))}
+        weight = ParamInfo((vocab_size, dim), "embedding", init, tensor_dim=0, active=float(tied))
+        return {"weight": weight} | adapter_rows(weight, lora)
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.vocabulary is None:
-            return F.embedding(tokens, self.weight)
+            return self.vectors(tokens)
         row = tokens - self.vocabulary.first
         elsewhere = (row < 0) | (row >= len(self.weight))
-        return F.embedding(row.masked_fill(elsewhere, 0), self.weight).masked_fill(elsewhere.unsqueeze(-1), 0)
+        return self.vectors(row.masked_fill(elsewhere, 0)).masked_fill(elsewhere.unsqueeze(-1), 0)
+
+    def vectors(self, row: Tensor) -> Tensor:
+        """Rows of the table that are here."""
+        found = F.embedding(row, self.weight)
+        if self.lora_a is None or self.lora_b is None:
+            return found
+        return found + F.embedding(row, self.lora_b) @ self.lora_a * self.scale
 
 
 class TiedEmbedding(Embedding):
     """A token table that is the output matrix too: given token ids it returns rows, given hidden states what Output
     returns."""
 
-    def __init__(self, vocab_size: int, dim: int, softcap: float | None = None) -> None:
-        super().__init__(vocab_size, dim)
+    def __init__(
+        self, vocab_size: int, dim: int, softcap: float | None = None, lora: LoraArgs | None = None
+    ) -> None:
+        super().__init__(vocab_size, dim, lora)
         self.softcap = softcap
 
     def forward(self, x: Tensor, targets: HeadTargets | None = None) -> Tensor:
         if x.is_floating_point():
-            return predict(x, self.weight, targets, self.vocabulary, self.softcap)
+            return predict(x, self.weight, targets, self.vocabulary, self.softcap, adapter_of(self, x))
         return super().forward(x)

@@ -6,7 +6,8 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm.args import Activation, ModelArgs
+from llm.args import Activation, LoraArgs, ModelArgs
+from llm.args.lora import adapter
 from llm.layers.context import Context
 from llm.layers.linear import Linear
 from llm.layers.parameter import Rows, under, weights
@@ -24,21 +25,31 @@ class FeedForward(nn.Module, InRegion):
     """Dense feed-forward of width `hidden`."""
 
     def __init__(
-        self, dim: int, hidden: int, act: Activation = "silu", gated: bool = True, bias: bool = False
+        self,
+        dim: int,
+        hidden: int,
+        act: Activation = "silu",
+        gated: bool = True,
+        bias: bool = False,
+        lora: LoraArgs | None = None,
     ) -> None:
         super().__init__()
         self.act = ACTIVATIONS[act]
-        self.w1 = Linear(dim, hidden, bias)
-        self.w2 = Linear(hidden, dim, bias)
-        self.w3 = Linear(dim, hidden, bias) if gated else None
+        self.w1 = Linear(dim, hidden, bias, adapter(lora, "w1"))
+        self.w2 = Linear(hidden, dim, bias, adapter(lora, "w2"))
+        self.w3 = Linear(dim, hidden, bias, adapter(lora, "w3")) if gated else None
 
     @staticmethod
     def declare(args: ModelArgs, hidden: int, gated: bool = True, bias: bool = False) -> Rows:
         """What the parameters are: see llm/layers/parameter.py. The hidden width is cut."""
         first, last = weights(args), weights(args, writes_residual=True)
-        rows = under("w1", Linear.declare(args.dim, hidden, bias, first, tensor_dim=0))
-        rows |= under("w2", Linear.declare(hidden, args.dim, bias, last, tensor_dim=1))
-        return rows | (under("w3", Linear.declare(args.dim, hidden, bias, first, tensor_dim=0)) if gated else {})
+
+        def up(name: str) -> Rows:
+            lora = adapter(args.lora, name)
+            return under(name, Linear.declare(args.dim, hidden, bias, first, tensor_dim=0, lora=lora))
+
+        down = Linear.declare(hidden, args.dim, bias, last, tensor_dim=1, lora=adapter(args.lora, "w2"))
+        return up("w1") | under("w2", down) | (up("w3") if gated else {})
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         return self.region.leave(self.inside(self.region.enter(x, ctx.cut_sequence)), ctx.cut_sequence)
@@ -59,4 +70,4 @@ def feed_forward_rows(args: ModelArgs) -> Rows:
 
 def build_feed_forward(args: ModelArgs) -> FeedForward:
     """The dense feed-forward of a model."""
-    return FeedForward(args.dim, args.ffn_width(), args.act, args.gated, args.ffn_bias)
+    return FeedForward(args.dim, args.ffn_width(), args.act, args.gated, args.ffn_bias, args.lora)

@@ -15,17 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm.args import LayerSpec, ModelArgs, MoEArgs
+from llm.args import LayerSpec, LoraArgs, ModelArgs, MoEArgs
+from llm.args.lora import adapter
 from llm.datatypes import RouterStats
 from llm.kernels.dtypes import wide_dtype
 from llm.kernels.graph_breaks import graph_break
-from llm.kernels.grouped import Padding, grouped_swiglu
+from llm.kernels.grouped import Padding, adapted_swiglu, grouped_swiglu
 from llm.layers.context import Context
 from llm.layers.dispatch import Dispatch
 from llm.layers.ffn import FeedForward
 from llm.layers.linear import Linear
+from llm.layers.lora import LORA_A, LORA_B, stack_adapter_rows
 from llm.layers.parameter import ParamInfo, Rows, under, weights
 from llm.layers.region import Exchange, InRegion
+
+EXPERT_WEIGHTS = ("w1", "w2", "w3")
+"""Of the experts, in the order of their parameters."""
 
 
 class MoE(nn.Module, InRegion):
@@ -34,14 +39,16 @@ class MoE(nn.Module, InRegion):
     exchange: Exchange | None = None
     """Set where the experts lie on several ranks."""
 
-    def __init__(self, dim: int, hidden: int, moe: MoEArgs, number: int = 0) -> None:
+    def __init__(
+        self, dim: int, hidden: int, moe: MoEArgs, number: int = 0, lora: LoraArgs | None = None
+    ) -> None:
         """number: which of the model's MoE layers this is."""
         super().__init__()
         self.moe = moe
         self.number = number
         self.router = Router(dim, moe.n_experts)
-        self.experts = Experts(moe.n_experts, dim, hidden)
-        self.shared_expert = FeedForward(dim, hidden) if moe.shared else None
+        self.experts = Experts(moe.n_experts, dim, hidden, adapter(lora, "experts"))
+        self.shared_expert = FeedForward(dim, hidden, lora=lora) if moe.shared else None
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, RouterStats]:
         """Padding goes to experts as the rest does but counts in no statistic."""
@@ -149,17 +156,30 @@ def route(logits_NE: Tensor, moe: MoEArgs) -> tuple[Tensor, Tensor]:
 
 
 class Experts(nn.Module):
-    """The experts' SwiGLU weights, stacked: w1, w3 (E, D, F) and w2 (E, F, D)."""
+    """The experts' SwiGLU weights, stacked: w1, w3 (E, D, F) and w2 (E, F, D); and their adapters, w1_lora_a (E, D, r)
+    and w1_lora_b (E, r, F) of w1, and so on, where they have any.
+    """
 
-    def __init__(self, n_experts: int, dim: int, hidden: int) -> None:
+    def __init__(self, n_experts: int, dim: int, hidden: int, lora: LoraArgs | None = None) -> None:
         super().__init__()
         self.w1 = nn.Parameter(torch.empty(n_experts, dim, hidden))
         self.w2 = nn.Parameter(torch.empty(n_experts, hidden, dim))
         self.w3 = nn.Parameter(torch.empty(n_experts, dim, hidden))
+        self.lora = lora
+        if lora is None:
+            return
+        for name in EXPERT_WEIGHTS:
+            _, n_in, n_out = getattr(self, name).shape
+            setattr(self, f"{name}_{LORA_A}", nn.Parameter(torch.empty(n_experts, n_in, lora.rank)))
+            setattr(self, f"{name}_{LORA_B}", nn.Parameter(torch.empty(n_experts, lora.rank, n_out)))
 
     def forward(self, x_RD: Tensor, sizes_E: Tensor) -> Tensor:
         """x_RD holds sizes_E[0] rows of expert 0, then those of expert 1, and so on."""
-        return grouped_swiglu(x_RD, self.w1, self.w2, self.w3, sizes_E)
+        weights = self.w1, self.w2, self.w3
+        if self.lora is None:
+            return grouped_swiglu(x_RD, *weights, sizes_E)
+        first, last = ([getattr(self, f"{name}_{part}") for name in EXPERT_WEIGHTS] for part in (LORA_A, LORA_B))
+        return adapted_swiglu(x_RD, list(zip(weights, first, last, strict=True)), self.lora.scale, sizes_E)
 
 
 def moe_rows(args: ModelArgs) -> Rows:
@@ -172,14 +192,17 @@ def moe_rows(args: ModelArgs) -> Rows:
     )  # fmt: skip
     down = replace(up, shape=(moe.n_experts, hidden, args.dim), init=last, tensor_dim=1)
     rows = {"router.weight": ParamInfo((moe.n_experts, args.dim), "router", first)}
-    rows |= under("experts", {"w1": up, "w2": down, "w3": up})
+    stacks, lora = {"w1": up, "w2": down, "w3": up}, adapter(args.lora, "experts")
+    rows |= under("experts", stacks)
+    for name in EXPERT_WEIGHTS:
+        rows |= under("experts", stack_adapter_rows(name, stacks[name], lora))
     return rows | (under("shared_expert", FeedForward.declare(args, hidden)) if moe.shared else {})
 
 
 def build_moe(args: ModelArgs, spec: LayerSpec) -> MoE:
     """The MoE layer that `args` describes. Raises ValueError without args.moe."""
     number = sum(before.ffn == "moe" for before in args.layer_specs()[: spec.index])
-    return MoE(args.dim, args.moe_width(), _moe_of(args), number)
+    return MoE(args.dim, args.moe_width(), _moe_of(args), number, args.lora)
 
 
 def _moe_of(args: ModelArgs) -> MoEArgs:

@@ -5,12 +5,15 @@ Shapes: B batch, T tokens, D model width, V vocabulary.
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm.args.lora import LoraArgs
 from llm.init import Draw
 from llm.kernels.cross_entropy import capped, lm_loss_sum, token_nll
 from llm.layers.linear import Linear
+from llm.layers.lora import Adapted, adapter_rows
 from llm.layers.parameter import ParamInfo, Rows
 from llm.layers.region import VocabularyShare
 
@@ -32,17 +35,25 @@ class Output(Linear):
 
     vocabulary: VocabularyShare | None = None
 
-    def __init__(self, dim: int, vocab_size: int, softcap: float | None = None) -> None:
-        super().__init__(dim, vocab_size)
+    def __init__(
+        self, dim: int, vocab_size: int, softcap: float | None = None, lora: LoraArgs | None = None
+    ) -> None:
+        super().__init__(dim, vocab_size, lora=lora)
         self.softcap = softcap
 
     @staticmethod
-    def declare_head(dim: int, vocab_size: int, init: Draw) -> Rows:
+    def declare_head(dim: int, vocab_size: int, init: Draw, lora: LoraArgs | None = None) -> Rows:
         """The outputs are cut by tensor parallelism."""
-        return {"weight": ParamInfo((vocab_size, dim), "head", init, tensor_dim=0, decay=True)}
+        weight = ParamInfo((vocab_size, dim), "head", init, tensor_dim=0, decay=True)
+        return {"weight": weight} | adapter_rows(weight, lora)
 
     def forward(self, hidden_BTD: Tensor, targets: HeadTargets | None = None) -> Tensor:
-        return predict(hidden_BTD, self.weight, targets, self.vocabulary, self.softcap)
+        return predict(hidden_BTD, self.weight, targets, self.vocabulary, self.softcap, adapter_of(self, hidden_BTD))
+
+
+def adapter_of(head: Adapted, hidden_BTD: Tensor) -> tuple[Tensor, Tensor] | None:
+    """s A x of an adapter, (B, T, r), and its B (V, r); None where the output matrix has none."""
+    return None if head.lora_b is None else (head.narrowed(hidden_BTD), head.lora_b)
 
 
 def predict(
@@ -51,12 +62,21 @@ def predict(
     targets: HeadTargets | None,
     vocabulary: VocabularyShare | None,
     softcap: float | None = None,
+    adapter: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Float32 logits (B, T, V); given targets, the sum of their negative log-likelihood, or each one's (see
-    llm/kernels/cross_entropy.py)."""
+    llm/kernels/cross_entropy.py).
+
+    With an adapter the loss is that of one wider product, [x, s A x] with [W, B], so that it needs no other kernel.
+    """
     if targets is None:
-        logits = capped(F.linear(hidden_BTD, weight_VD).float(), softcap)
+        logits = F.linear(hidden_BTD, weight_VD)
+        if adapter is not None:
+            logits = logits + F.linear(*adapter)
+        logits = capped(logits.float(), softcap)
         return logits if vocabulary is None else vocabulary.join(logits)
+    if adapter is not None:
+        hidden_BTD, weight_VD = torch.cat([hidden_BTD, adapter[0]], -1), torch.cat([weight_VD, adapter[1]], 1)
     labels_BT, factors_BT, nll_BT, each = targets
     if each:
         return token_nll(hidden_BTD, weight_VD, labels_BT, vocabulary, softcap)

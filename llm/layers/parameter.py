@@ -13,7 +13,7 @@ from llm.args import ModelArgs
 from llm.boxes import Box, share_of, whole
 from llm.init import Constant, Draw, Normal
 
-ParameterKind = Literal["matrix", "expert", "norm", "router", "embedding", "head", "bias"]
+ParameterKind = Literal["matrix", "expert", "norm", "router", "embedding", "head", "bias", "adapter"]
 
 
 @dataclass(frozen=True)

@@ -94,9 +94,9 @@ def _gradients(work: Workload, kind: RankKind, own: int, whole: int) -> int | No
     if work.offload_optimizer:
         return None
     if work.keeps_float32_gradients:
-        return FLOAT32 * (whole + work.copied_gradients(kind))
+        return FLOAT32 * (whole + kind.copied_gradients)
     if work.stage < 2:
-        return FLOAT32 * (work.trained(kind) + work.copied_gradients(kind))
+        return FLOAT32 * (work.trained(kind) + kind.copied_gradients)
     if work.stage == 2 and work.precision == "fp32":
         return FLOAT32 * max(map(sum, zip(*(_touched(work, group, kind) for group in work.groups), strict=True)))
     return FLOAT32 * own

@@ -103,7 +103,7 @@ def _pipeline(work: Workload) -> Iterator[Sent]:
     cut = layout.tensor if layout.sequence_parallel else 1
     vectors = work.tokens * work.args.dim * BYTES[work.precision] // cut
     yield Sent("pipeline", "activations", pipelines * work.accumulation * hops * 2 * vectors)
-    copied = layout.data * sum(kind.ranks * work.copied_gradients(kind) for kind in work.kinds)
+    copied = layout.data * sum(kind.ranks * kind.copied_gradients for kind in work.kinds)
     yield Sent("pipeline", "tied table", copied * (FLOAT32 + BYTES[work.precision]))
     yield Sent("pipeline", "loss", pipelines * (ranks - 1) * 2 * FLOAT32)
     yield Sent("data", "loss", layout.tensor * 2 * (layout.data - 1) * FLOAT32)

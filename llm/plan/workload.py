@@ -56,7 +56,9 @@ class RankKind(NamedTuple):
     ranks: int
     """How many there are in a tensor-parallel group."""
     copied: int = 0
-    """Elements of a tied token table of which it has a copy."""
+    """Elements of a tied token table, and of its adapter, of which it has a copy."""
+    copied_gradients: int = 0
+    """Of these, elements that train."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,6 @@ class Workload:
         """Elements on such a rank that do not."""
         return {name: numel for name, numel in kind.sizes.items() if not self.table[name].trainable}
 
-    def copied_gradients(self, kind: RankKind) -> int:
-        """Elements of a tied table of which it has a copy that makes gradients."""
-        return kind.copied if self.table["tok_embeddings.weight"].trainable else 0
-
     @property
     def moe_layers(self) -> int:
         return sum(spec.ffn == "moe" for spec in self.args.layer_specs())
@@ -144,14 +142,18 @@ class Workload:
         layout, args = self.layout, self.args
         stages = [self.stages[number] for number in layout.stages_of(place)]
         names = [name for name, row in self.table.items() if any(stage.owns(row) for stage in stages)]
-        copy = ["tok_embeddings.weight"] if args.tie_embeddings and stages[-1].last and not stages[0].first else []
+        copies = args.tie_embeddings and stages[-1].last and not stages[0].first
+        copy = [name for name, row in self.table.items() if copies and row.unit == "tok_embeddings"]
+        trains = [self.table[name].trainable for name in copy]
         found: Counter[tuple[int, ...]] = Counter()
         for rank in range(layout.tensor):
             place_in = (rank, layout.tensor), (0, layout.expert)
             boxes = (self.table[name].box(*place_in) for name in names + copy)
             found[tuple(math.prod(box_shape(box)) for box in boxes)] += 1
         for sizes, ranks in found.items():
-            yield RankKind(dict(zip(names, sizes, strict=False)), ranks, sum(sizes[len(names) :]))
+            copied = sizes[len(names) :]
+            gradients = sum(size for size, train in zip(copied, trains, strict=True) if train)
+            yield RankKind(dict(zip(names, sizes, strict=False)), ranks, sum(copied), gradients)
 
     def members(self, group: OptimizerGroup, kind: RankKind) -> list[int]:
         """Elements of each parameter of the group on such a rank; a group without any has a filler of one element."""

@@ -164,7 +164,8 @@ def _memory(work: Workload, asynchronous: bool) -> Iterator[str]:
     yield f"parameters: {work.n_parameters:,}; of these on a rank, before ZeRO cuts them, {_span(work.held)}"
     trained = sum(row.numel for row in work.table.values() if row.trainable)
     if trained < work.n_parameters:
-        yield f"  {trained:,} of them train; train.freeze leaves out {work.n_parameters - trained:,}"
+        left_out = "train.freeze leaves out" if work.args.lora is None else "beside adapters stand"
+        yield f"  {trained:,} of them train; {left_out} {work.n_parameters - trained:,}"
     yield "bytes kept on a rank, without activations and buffers"
     for part in fields(memory.Memory):
         values = [getattr(rank, part.name) for rank in kinds]

@@ -1,10 +1,12 @@
-"""Which parameters of a run train: all but those that `train.freeze` names."""
+"""Which parameters of a run train: all, or with `lora` its adapters alone, but those that `train.freeze` names."""
 
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
+from llm.args import LoraArgs, ModelArgs
 from llm.checkpoint.frozen import Origin, Taken
 from llm.errors import UserError
+from llm.layers.lora import adapters_in
 from llm.parameters import ParameterTable
 from llm.train.config import RunConfig
 
@@ -13,11 +15,14 @@ NEAREST = 3
 
 
 def parameter_table(config: RunConfig) -> ParameterTable:
-    """The rows of the run's model, which needs a vocabulary. UserError where a pattern of `train.freeze` names nothing,
-    or nothing is left to train.
+    """The rows of the run's model, which needs a vocabulary. UserError where one of `lora.targets` or a pattern of
+    `train.freeze` names nothing, or nothing is left to train.
     """
     patterns = config.train.freeze
     table = ParameterTable.of(config.model)
+    if config.model.lora is not None:
+        check_targets(config.model, config.model.lora)
+        table = table.adapters_alone()
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in table):
             near = get_close_matches(pattern, table, n=NEAREST, cutoff=0.0)
@@ -30,6 +35,23 @@ def parameter_table(config: RunConfig) -> ParameterTable:
     return frozen
 
 
+def check_targets(args: ModelArgs, lora: LoraArgs) -> None:
+    """UserError naming a target that is the name of no weight that could have an adapter."""
+    named = dict.fromkeys(_target(name) for name in ParameterTable.of(args.merged) if "." in name)
+    everything = args.model_copy(update={"lora": lora.model_copy(update={"targets": tuple(named)})})
+    possible = dict.fromkeys(_target(name) for name in adapters_in(ParameterTable.of(everything)))
+    for target in lora.targets or ():
+        if target not in possible:
+            raise UserError(f"lora.targets: no weight of this model is named {target!r}; it has {', '.join(possible)}")
+    if not adapters_in(ParameterTable.of(args)):
+        raise UserError(f"lora.targets: this model has none of the usual ones; it has {', '.join(possible) or 'none'}")
+
+
+def _target(weight: str) -> str:
+    """What `lora.targets` calls a weight: wq for layers.0.attention.wq.weight."""
+    return weight.split(".")[-2]
+
+
 def frozen_notes(table: ParameterTable, origin: Origin | None) -> list[str]:
     """A line about what a run does not train, if there is anything, and where that came from."""
     total = sum(row.numel for row in table.values())
@@ -37,4 +59,6 @@ def frozen_notes(table: ParameterTable, origin: Origin | None) -> list[str]:
     if not frozen:
         return []
     place = f"read from {origin.path}" if isinstance(origin, Taken) else "as drawn"
+    if any(row.kind == "adapter" for row in table.values()):
+        return [f"lora: {total - frozen:,} of {total:,} parameters train, in adapters; the rest is {place}"]
     return [f"train.freeze leaves out {frozen:,} of {total:,} parameters, {place}"]

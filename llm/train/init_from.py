@@ -19,12 +19,13 @@ from llm.train.config import ModelSection
 
 def read_weights(engine: Engine, model: ModelSection, path: Path) -> tuple[Callable[[], None], list[str]]:
     """Read this rank's masters, and what is frozen, from the folder that model.init_from means; a function that puts
-    masters in place, and lines that say what was taken, and what of the model is not as it was there. UserError where a
-    parameter has another shape or is not there.
+    masters in place, and lines that say what was taken, and what of the model is not as it was there. Adapters, which
+    that model has none of, stay as they are. UserError where a parameter has another shape or is not there.
     """
     notes: list[str] = []
     args, weights = weights_of(path, notes.append)
-    refuse_other_shapes(path, ParameterTable.of(args).shapes, engine.replica.table.shapes)
+    shapes = ParameterTable.of(model.merged).shapes
+    refuse_other_shapes(path, ParameterTable.of(args).shapes, shapes)
     before, now = meaning(args), meaning(model)
     lines = [f"began with the weights of {path}", *(f"note: {line}" for line in notes)]
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
@@ -33,7 +34,7 @@ def read_weights(engine: Engine, model: ModelSection, path: Path) -> tuple[Calla
     loaded = [
         (fragment.values, read_fragment(weights, fragment))
         for fragment in engine.state.fragments()
-        if fragment.kind in ("master", "ema")  # an average begins with the weights
+        if fragment.kind in ("master", "ema") and fragment.name in shapes  # an average begins with the weights
     ]
 
     def apply() -> None:

@@ -98,7 +98,7 @@ def _weights(run: UnstartedRun) -> None:
         from llm.pretrained import args_of
         from llm.train.init_from import refuse_other_shapes
 
-        theirs, ours = (ParameterTable.of(args).shapes for args in (args_of(source), run.settled.model))
+        theirs, ours = (ParameterTable.of(args).shapes for args in (args_of(source), run.settled.model.merged))
         refuse_other_shapes(Path(source), theirs, ours)
 
 

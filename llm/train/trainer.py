@@ -86,7 +86,7 @@ class Trainer:
         source: str | None = run.config.model.init_from
         if source is None:
             return notes_of(run.tokenizer)
-        if run.config.train.freeze:
+        if not all(row.trainable for row in run.engine.replica.table.values()):
             taken = main_decides(lambda: taken_from(str(source)).to_json(), run.world)
             self.progress.origin, source = origin_of(taken), taken["path"]
         apply, lines = all_or_none(partial(read_weights, run.engine, run.config.model, Path(source)), run.world)

@@ -27,7 +27,7 @@ def case(
 ) -> Case:
     """`along`: the dimensions that must send something. Keys of `parallel` stand for themselves."""
     train = {"micro_batch_size": micro, "precision": precision, "activation_checkpointing": recompute, "freeze": freeze}
-    other = {name: sections.pop(name) for name in ("model", "optim", "deepspeed") if name in sections}
+    other = {name: sections.pop(name) for name in ("model", "optim", "deepspeed", "lora") if name in sections}
     return {"along": along.split(), "train": train, "parallel": sections, **other}
 
 
@@ -44,10 +44,14 @@ LOWER = ("tok_embeddings.*", "layers.0.*", "layers.1.attention.w[qo].*", "layers
 """Frozen: no gradient reaches the first layer."""
 SCATTERED = ("*_norm.*", "*.wk.*", "*.router.*", "*.experts.*", "norm.*")
 """Frozen: gradients pass through."""
+LORA: dict[str, Any] = {"lora": {"rank": 3}}
+EVERYWHERE: dict[str, Any] = {"lora": {"rank": 3, "targets": ["wk", "wo", "w2", "experts", "tok_embeddings"]}}
 UPPER = ("layers.[12].*", "norm.*", "output.*")
 ON_TWO_RANKS = [
     case("tensor", tensor=2, micro=4, freeze=LOWER),
     case("data", zero_stage=3, freeze=LOWER, deepspeed=fetching(50, 900, 800)),
+    case("data", zero_stage=3, deepspeed=fetching(50, 900, 800), **EVERYWHERE),
+    case("tensor", tensor=2, micro=4, **LORA),
     case("data", zero_stage=1),
     case("data", zero_stage=2, precision="bf16"),
     case("data", zero_stage=3, deepspeed=fetching(500, 3000, 2000)),
@@ -100,6 +104,20 @@ MORE_ON_TWO_RANKS = [
     case("pipeline", pipeline=2, freeze=LOWER, model={"tie_embeddings": True}),
     case("data", zero_stage=1, offload_optimizer=True, precision="bf16", freeze=LOWER),
     case("data", zero_stage=3, precision="bf16", freeze=SCATTERED, optim={"name": "muon", "ema_decay": 0.9}),
+    *(
+        case("data", zero_stage=stage, precision=bits, **lora)
+        for stage, bits in ((0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (2, "fp32"))
+        for lora in (LORA, EVERYWHERE)
+    ),
+    *(
+        case("data", zero_stage=3, deepspeed=fetching(*options), **lora)
+        for lora in (LORA, EVERYWHERE)
+        for options in ((0, 0, 0), (500, 3000, 2000), (100, 0, 1500))
+    ),
+    *(case("tensor", tensor=2, micro=4, sequence_parallel=cut, **EVERYWHERE) for cut in (True, False)),
+    *(case("data expert", expert=2, precision="bf16", recompute=again, **LORA) for again in ("none", "full")),
+    *(case("pipeline", pipeline=2, model={"tie_embeddings": tied}, **EVERYWHERE) for tied in (True, False)),
+    case("data", zero_stage=1, precision="bf16", optim={"name": "muon", "ema_decay": 0.9}, **EVERYWHERE),
     case("data", zero_stage=0),
     case("data", zero_stage=2),
     case("data", zero_stage=1, precision="bf16", optim={"ema_decay": 0.9}),
@@ -146,6 +164,8 @@ MORE_ON_TWO_RANKS = [
 MORE_ON_FOUR_RANKS = [
     case("data expert tensor world", tensor=2, expert=2, freeze=LOWER),
     case("pipeline replica tensor", tensor=2, pipeline=2, freeze=LOWER),
+    case("data expert tensor world", tensor=2, expert=2, **EVERYWHERE),
+    case("data pipeline world", pipeline=2, model={"tie_embeddings": True}, precision="bf16", **EVERYWHERE),
     case("pipeline replica tensor", tensor=2, freeze=LOWER, **DUALPIPEV),
     case("data tensor world", tensor=2, zero_stage=3, freeze=SCATTERED, deepspeed=fetching(50, 900, 800)),
     *(

@@ -41,7 +41,8 @@ def main() -> None:
 
 def compare(case: dict[str, Any], world: World) -> dict[str, Any]:
     """Predicted and counted bytes of each dimension; expected and measured memory of each rank."""
-    sections = {name: dict(case.get(name, {})) for name in ("parallel", "optim", "train", "deepspeed")}
+    named = ("parallel", "optim", "train", "deepspeed", "lora")
+    sections = {name: dict(case[name]) for name in named if name in case}
     sections["train"] = {"seq_len": SEQ_LEN, "global_batch_size": ROWS, "precision": "fp32", **sections["train"]}
     raw = tiny_config(Path("unused"), **sections)
     raw["model"] = {**ODD_MODEL, **case.get("model", {})}
@@ -95,8 +96,7 @@ def measure(engine: Engine) -> dict[str, int]:
     gradients += [p.grad_accum for p in model.parameters() if getattr(p, "grad_accum", None) is not None]
     gradients += getattr(zero, "fp32_groups_gradients_flat", [])
     if isinstance(engine.schedule, Pipelined) and engine.schedule.tied:
-        copied = engine.schedule.tied.gradient_sum
-        gradients += [] if copied is None else [copied]
+        gradients += engine.schedule.tied.gradient_sums.values()
     if hasattr(zero, "grad_partitions_flat_buffer"):
         gradients.append(zero.grad_partitions_flat_buffer)
     elif engine.zero_stage == 2:

@@ -71,7 +71,8 @@ def describe(replica: Replica) -> None:
         cut = row.cut(grid.layout.tensor) is not None
         private.mark(parameter, cut, grid.expert.size if row.expert_dim is not None else 1)
     if model.args.tie_embeddings and OUTPUT in model.units and EMBEDDING not in model.units:
-        private.mark_copy(model.tok_embeddings.weight)
+        for parameter in model.tok_embeddings.parameters():
+            private.mark_copy(parameter)
 
 
 def frozen_parameters(model: LLM) -> dict[str, nn.Parameter]:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llm.batch import Batch
+from llm.model import EMBEDDING
 from llm.parallel.engine import deepspeed_pipeline as pipe
 from llm.parallel.engine import deepspeed_private as private
 from llm.parallel.engine.partial_gradients import PartialGradients
@@ -43,8 +44,8 @@ class Pipelined:
         self.deepspeed = pipe.initialize(replica, *hooks, optimizer, config)
         ends = [ranks[layout.holder(stage)] for stage in (0, layout.stages - 1)]
         self._partial = PartialGradients(replica, self.deepspeed, zero_stage=1)
-        tied = replica.model.args.tie_embeddings and replica.table["tok_embeddings.weight"].trainable
-        self.tied = TiedTable(self.deepspeed, replica, *ends) if tied else None
+        trains = any(row.trainable for row in replica.table.values() if row.unit == EMBEDDING)
+        self.tied = TiedTable(self.deepspeed, replica, *ends) if replica.model.args.tie_embeddings and trains else None
 
     def run(self, step: Step) -> float:
         self._step = step
@@ -121,51 +122,48 @@ class _Inject(torch.autograd.Function):
 
 
 class TiedTable:
-    """The token table of the first stage and its copy in the last one, on the ranks `first` and `last`; elsewhere, and
-    where these are one rank, nothing.
+    """What trains of the token table of the first stage (its weight, or its adapter) and its copy in the last one, on
+    the ranks `first` and `last`; elsewhere, and where these are one rank, nothing.
     """
 
     def __init__(self, deepspeed: Any, replica: Replica, first: int, last: int) -> None:
         self._deepspeed = deepspeed
         self._peer = {first: last, last: first}.get(replica.world.rank) if first != last else None
         self._owner = replica.world.rank == first
-        self.gradient_sum: Tensor | None = None
-        """Sum of the copy's gradients of this step so far."""
+        self.gradient_sums: dict[Tensor, Tensor] = {}
+        """Of each of the copy's parameters, the sum of its gradients of this step so far."""
+        self._parameters: list[Tensor] = []
         if self._peer is not None:
-            self._weight: Tensor = replica.model.tok_embeddings.weight
-            if not self._owner:
-                self._weight.register_post_accumulate_grad_hook(self._add)
+            self._parameters = [p for p in replica.model.tok_embeddings.parameters() if p.requires_grad]
+            for parameter in self._parameters if not self._owner else ():
+                parameter.register_post_accumulate_grad_hook(self._add)
 
-    def _add(self, weight: Tensor) -> None:
-        assert weight.grad is not None
-        if self.gradient_sum is None:
-            self.gradient_sum = weight.grad.float()
+    def _add(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        if parameter in self.gradient_sums:
+            self.gradient_sums[parameter] += parameter.grad
         else:
-            self.gradient_sum += weight.grad
-        weight.grad = None
+            self.gradient_sums[parameter] = parameter.grad.float()
+        parameter.grad = None
 
     @torch.no_grad()
     def send_gradient(self) -> None:
-        """Add the copy's gradient of this step to that of the first stage, in float32."""
-        if self._peer is None:
-            return
-        if self._owner:
-            received = torch.empty_like(self._weight, dtype=torch.float32)
-            dist.recv(received, self._peer)
-            own = private.gradient(self._deepspeed, self._weight)
-            assert own is not None
-            own += received.view_as(own)  # which may be flat
-        else:
-            assert self.gradient_sum is not None
-            dist.send(self.gradient_sum, self._peer)
-            self.gradient_sum = None
+        """Add the copy's gradients of this step to those of the first stage, in float32."""
+        for parameter in self._parameters:
+            if self._owner:
+                received = torch.empty_like(parameter, dtype=torch.float32)
+                dist.recv(received, self._peer)
+                own = private.gradient(self._deepspeed, parameter)
+                assert own is not None
+                own += received.view_as(own)  # which may be flat
+            else:
+                dist.send(self.gradient_sums.pop(parameter), self._peer)
 
     @torch.no_grad()
     def send_weight(self) -> None:
-        """Make the copy what the first stage's weight is."""
-        if self._peer is None:
-            return
-        if self._owner:
-            dist.send(self._weight.detach(), self._peer)
-        else:
-            dist.recv(self._weight.detach(), self._peer)
+        """Make the copy what the first stage's table is."""
+        for parameter in self._parameters:
+            if self._owner:
+                dist.send(parameter.detach(), self._peer)
+            else:
+                dist.recv(parameter.detach(), self._peer)

@@ -20,8 +20,8 @@ class OptimConfig(Section):
     muon_momentum: float = Field(0.95, ge=0, lt=1)
     """Muon's (Nesterov) momentum."""
     lr_factors: dict[ParameterKind, Annotated[float, Field(ge=0)]] = {}
-    """Factor on the learning rate for kinds of parameters (matrix, expert, norm, router, embedding, head); 0 freezes:
-    no update, no moments, no part in the gradient norm."""
+    """Factor on the learning rate for kinds of parameters (matrix, expert, norm, router, embedding, head, bias,
+    adapter); 0 freezes: no update, no moments, no part in the gradient norm."""
     schedule: Literal["cosine", "linear", "wsd", "one_cycle", "constant"] = "cosine"
     """cosine; linear; wsd = warm-up, stable, decay (1 - sqrt); one_cycle = cosine from lr/25 up to lr, then down."""
     warmup_steps: int | None = Field(None, ge=0)
@@ -36,7 +36,7 @@ class OptimConfig(Section):
     eps: float = Field(1.0e-8, gt=0)
     """AdamW's epsilon."""
     weight_decay: float = Field(0.1, ge=0)
-    """Decay of matrices and expert stacks; never of norms, routers and embeddings."""
+    """Decay of matrices, expert stacks and adapters; never of norms, routers and embeddings."""
     clip_norm: float = Field(1.0, ge=0)
     """Largest global gradient norm; 0 = no clipping."""
     ema_decay: float | None = Field(None, gt=0, lt=1)

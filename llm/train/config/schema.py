@@ -12,6 +12,7 @@ from llm.train.config.data import DataConfig
 from llm.train.config.deepspeed_options import checked_options
 from llm.train.config.explain import keys_of
 from llm.train.config.length import misfit, untraced
+from llm.train.config.lora import LoraConfig
 from llm.train.config.optim import OptimConfig
 from llm.train.config.outputs import CheckpointConfig, EvalConfig, LogConfig
 from llm.train.config.section import BY_COMMAS, Section
@@ -70,6 +71,8 @@ class RunConfig(Section):
     """Python files, separated by commas, that are run first and register objectives, tasks and the like."""
     parallel: ParallelConfig = ParallelConfig()
     """How the ranks share the work."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters alone; unset = all weights train."""
     optim: OptimConfig = OptimConfig()
     """Optimizer and learning-rate schedule."""
     train: TrainConfig = TrainConfig()
@@ -104,7 +107,17 @@ class RunConfig(Section):
             wrong = wrong or untraced(self.log.trace_steps, steps, length)
             if wrong:
                 raise ValueError(wrong)
-        return self._with_held_out_rows()
+        return self._with_adapters()._with_held_out_rows()
+
+    def _with_adapters(self) -> "RunConfig":
+        """The config whose model has the adapters that the section `lora` asks for."""
+        asked = None if self.lora is None else self.lora.args
+        if self.model.lora not in (None, asked):
+            raise ValueError("model.lora is what the section lora says of the model; leave it out, and give lora")
+        if self.model.lora != asked:
+            model = self.model.model_copy(update={"lora": asked})
+            object.__setattr__(self, "model", model)  # frozen for all others
+        return self
 
     def _with_held_out_rows(self) -> "RunConfig":
         """The config with `eval.rows` where the older `eval.batches` says how many."""

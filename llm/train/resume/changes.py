@@ -13,7 +13,7 @@ from llm.train.schedule import learning_rate
 REPORTED = ("model", "optim", "train", "parallel")
 """Sections whose changes are reported when a run goes on, one line each."""
 NOT_REPORTED = (
-    "model.init_from", "parallel.timeout_s",
+    "model.init_from", "model.lora", "parallel.timeout_s",
     "train.steps", "train.epochs", "train.skip_steps",  # the line about the learning rate has the length
 )  # fmt: skip
 

@@ -51,8 +51,9 @@ def refuse_newly_frozen(checkpoint: Checkpoint, config: RunConfig) -> None:
     table = parameter_table(config)
     new = [name for name in checkpoint.shapes if name in table and not table[name].trainable]
     if new:
+        key = "train.freeze" if config.lora is None else "lora"
         raise UserError(
-            f"train.freeze: {new[0]} has been trained in {checkpoint.path}, and a checkpoint holds only what its run "
+            f"{key}: {new[0]} has been trained in {checkpoint.path}, and a checkpoint holds only what its run "
             f"trains; begin a new run with --model.init_from={checkpoint.path}"
         )
 

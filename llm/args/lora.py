@@ -1,0 +1,49 @@
+"""Keys of low-rank adapters (Hu et al. 2021, arXiv:2106.09685): beside a weight W, s B A of a small rank is trained."""
+
+import math
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field, field_validator
+
+from llm.args.group import Group
+
+DEFAULT_TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "experts")
+
+
+def _names(value: object) -> object:
+    return tuple(name for name in map(str.strip, value.split(",")) if name) if isinstance(value, str) else value
+
+
+class LoraArgs(Group):
+    """Adapters of a model, of one rank and scale."""
+
+    rank: int = Field(16, ge=1, le=1 << 16)
+    """Columns of B and rows of A."""
+    alpha: float = Field(32.0, gt=0)
+    """The adapter's product is multiplied by alpha / rank."""
+    targets: Annotated[tuple[str, ...] | None, BeforeValidator(_names)] = None
+    """What gets adapters: wq, wk, wv, wo, w1, w2, w3 (a shared expert's too), experts, tok_embeddings, output; unset =
+    the first seven and experts, as far as the model has them."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of an adapter's inputs that is set to 0 in training; not of a token table, whose inputs are tokens."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)."""
+
+    @field_validator("targets")
+    @classmethod
+    def _some(cls, targets: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if targets == ():
+            raise ValueError("lora.targets is empty, so nothing would train; leave it out for the usual ones")
+        return targets
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+def adapter(lora: LoraArgs | None, target: str) -> LoraArgs | None:
+    """What weights of this name get, where they get one."""
+    if lora is None:
+        return None
+    return lora if target in (DEFAULT_TARGETS if lora.targets is None else lora.targets) else None

@@ -1,0 +1,85 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): beside a weight W of n_out outputs and n_in inputs, A (r, n_in)
+and B (n_out, r). What the weight makes of x becomes W x + s B A x; B begins at 0, and so the adapter at nothing.
+
+A token table (V, D) has them too, B (V, r) and A (r, D): a token's vector becomes W[t] + s B[t] A, which is the same
+W + s B A whether the table is looked up or, tied, multiplied with.
+
+They are cut as their weight is: where its outputs are cut B is, and A is whole inside the region; where its inputs are
+A is, and B is whole. Either way what is whole makes one term of its gradient on each rank, and of the sum that leaves
+the region. A begins as PEFT's does: uniform in +-1 / sqrt(n_in).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llm.args.lora import LoraArgs
+from llm.init import Draw, Uniform
+from llm.layers.parameter import ZEROS, ParamInfo, Rows
+
+LORA_A, LORA_B = "lora_a", "lora_b"
+
+
+def adapter_rows(weight: ParamInfo, lora: LoraArgs | None) -> Rows:
+    """Of the adapter of a weight (n_out, n_in)."""
+    if lora is None:
+        return {}
+    n_out, n_in = weight.shape
+    a = _cut_with(weight, 1, (lora.rank, n_in), Uniform(1 / math.sqrt(n_in)))
+    return {LORA_A: replace(a, active=1.0), LORA_B: _cut_with(weight, 0, (n_out, lora.rank), ZEROS)}
+
+
+def stack_adapter_rows(name: str, weights: ParamInfo, lora: LoraArgs | None) -> Rows:
+    """Of the adapters of a stack of weights (E, n_in, n_out): A (E, n_in, r) and B (E, r, n_out)."""
+    if lora is None:
+        return {}
+    n_stacked, n_in, n_out = weights.shape
+    a = _cut_with(weights, 1, (n_stacked, n_in, lora.rank), Uniform(1 / math.sqrt(n_in)))
+    b = _cut_with(weights, 2, (n_stacked, lora.rank, n_out), ZEROS)
+    return {f"{name}_{LORA_A}": a, f"{name}_{LORA_B}": b}
+
+
+def _cut_with(weight: ParamInfo, dim: int, shape: tuple[int, ...], init: Draw) -> ParamInfo:
+    """A row of this shape, which has dimension `dim` of the weight, and is cut where that is."""
+    tensor_dim, grain = (dim, weight.grain) if weight.tensor_dim == dim else (None, None)
+    return replace(weight, shape=shape, kind="adapter", init=init, tensor_dim=tensor_dim, grain=grain, decay=True)
+
+
+class Adapted(nn.Module):
+    """A module whose weight may have an adapter."""
+
+    def add_adapter(self, lora: LoraArgs | None, n_in: int, n_out: int) -> None:
+        """Called once, when the module has its other parameters."""
+        self.scale = 0.0 if lora is None else lora.scale
+        self.lora_a = None if lora is None else nn.Parameter(torch.empty(lora.rank, n_in))
+        self.lora_b = None if lora is None else nn.Parameter(torch.empty(n_out, lora.rank))
+
+    def narrowed(self, x: Tensor) -> Tensor:
+        """s A x, (..., r), of a module with an adapter."""
+        assert self.lora_a is not None
+        return F.linear(x, self.lora_a) * self.scale
+
+
+class AdapterNames(NamedTuple):
+    """The parameters of an adapter."""
+
+    a: str
+    b: str
+    rank: int
+
+
+def adapters_in(table: Mapping[str, ParamInfo]) -> dict[str, AdapterNames]:
+    """The adapters among the parameters of a model, by the name of their weight: X.lora_a beside X.weight, and beside
+    X.w1, which is a stack, X.w1_lora_a."""
+    found = {}
+    for name, row in table.items():
+        stem, found_a, _ = name.partition(LORA_A)
+        if row.kind == "adapter" and found_a:
+            weight = f"{stem}weight" if stem.endswith(".") else stem.removesuffix("_")
+            found[weight] = AdapterNames(name, f"{stem}{LORA_B}", row.shape[0 if stem.endswith(".") else -1])
+    return found
