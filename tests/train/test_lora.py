@@ -11,10 +11,10 @@ from llm.train.freezing import parameter_table
 from tests.distributed.harness import tiny_config
 
 
-def config(lora: dict[str, Any] | None, **model: Any) -> Any:
+def config(section: dict[str, Any] | None, **model: Any) -> Any:
     raw = tiny_config(Path("unused"))
     raw["model"] = {**raw["model"], "vocab_size": 64, **model}
-    return validate({**raw, "lora": lora} if lora is not None else raw, "config")
+    return validate(raw if section is None else {**raw, "lora": section}, "config")
 
 
 def test_only_adapters_train() -> None:
@@ -63,5 +63,5 @@ def test_what_the_model_says_of_adapters_is_what_the_section_says() -> None:
     made = config({"rank": 4})
     again = validate(made.model_dump(mode="json"), "again")
     assert again.model.lora == made.model.lora == made.lora.args
-    with pytest.raises(UserError, match=r"model\.lora is what the section lora says"):
-        validate({**made.model_dump(mode="json"), "lora": {"rank": 8}}, "again")
+    with pytest.raises(UserError, match=r"model\.lora\.rank=4: the section lora says this"):
+        config({"rank": 8}, lora={"rank": 4})

@@ -112,8 +112,10 @@ class RunConfig(Section):
     def _with_adapters(self) -> "RunConfig":
         """The config whose model has the adapters that the section `lora` asks for."""
         asked = None if self.lora is None else self.lora.args
-        if self.model.lora not in (None, asked):
-            raise ValueError("model.lora is what the section lora says of the model; leave it out, and give lora")
+        said = self.model.lora
+        if said is not None and said != asked:
+            given = ", ".join(f"model.lora.{key}={getattr(said, key)}" for key in sorted(said.model_fields_set))
+            raise ValueError(f"{given or 'model.lora'}: the section lora says this of the model; give it there alone")
         if self.model.lora != asked:
             model = self.model.model_copy(update={"lora": asked})
             object.__setattr__(self, "model", model)  # frozen for all others
