@@ -16,7 +16,10 @@ CONFIG ?= configs/pretrain/quickstart.yaml
 # unit tests share the cores, file by file; a distributed test has them all
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 BIN := .venv/bin
+PEERS := .venv-peers
 RUNTIME := .venv/.runtime-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
+INSTALL_TORCH = $(if $(TORCH),$(1)/pip install -q $(TORCH),\
+    $(1)/pip install -q torch==2.13.0+cpu 2>/dev/null || $(1)/pip install -q torch==2.13.0)
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: pretrain pretrain-long layouts test test-slice test-full lint setup clean
@@ -30,17 +33,20 @@ $(RUNTIME): requirements.txt constraints.txt setup.py
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	    echo "error: $(PYTHON) lacks the module venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
-ifeq ($(TORCH),)
-	$(BIN)/pip install -q torch==2.13.0+cpu 2>/dev/null || $(BIN)/pip install -q torch==2.13.0
-else
-	$(BIN)/pip install -q $(TORCH)
-endif
+	$(call INSTALL_TORCH,$(BIN))
 	$(BIN)/pip install -q -r requirements.txt -c constraints.txt
 	$(BIN)/pip install -q --no-deps -e .
 	touch $@
 
 .venv/.dev: $(RUNTIME) requirements-dev.txt
 	$(BIN)/pip install -q -r requirements-dev.txt -c constraints.txt
+	touch $@
+
+# what long tests of fine-tuning compare with: apart, because what these want must not hold back what a run needs
+$(PEERS)/.made: .venv/.dev requirements-peers.txt constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(call INSTALL_TORCH,$(PEERS)/bin)
+	$(PEERS)/bin/pip install -q -r requirements-peers.txt -c constraints.txt
 	touch $@
 
 pretrain: $(RUNTIME)
@@ -66,7 +72,7 @@ test: .venv/.dev
 test-slice: .venv/.dev
 	$(BIN)/python -m tests.slices $(if $(SLICE),--number $(SLICE))
 
-test-full: .venv/.dev
+test-full: .venv/.dev $(PEERS)/.made
 	$(BIN)/python -m pytest -m "not distributed" $(SIDE_BY_SIDE)
 	$(BIN)/python -m pytest -m distributed
 
@@ -75,4 +81,4 @@ lint: .venv/.dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv $(PEERS) build *.egg-info
