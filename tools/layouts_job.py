@@ -29,8 +29,8 @@ from llm.parallel.launch import process
 from llm.tasks import task_named
 from llm.tokenizer import load_tokenizer
 from llm.train.config import RunConfig, check_layout, validate
-from llm.train.run import build_engine, rows_wanted
-from llm.train.settle import with_vocabulary
+from llm.train.run import build_engine
+from llm.train.settle import rows_wanted, with_vocabulary
 
 
 class RouterMargins:

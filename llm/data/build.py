@@ -59,8 +59,8 @@ def build_source(
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
     )
-    with _progress(output.name, total_bytes) as progress:
-        encoded = _encoded(_side(documents, split), tokenizer, threads, progress)
+    with progress(f"sharding {output.name}", total_bytes) as move:
+        encoded = _encoded(_side(documents, split), tokenizer, threads, move)
         return write_source(encoded, made_with, output, shard_bytes=shard_bytes, name=name, found=found)
 
 
@@ -208,12 +208,12 @@ def _shards(documents: Iterable[EncodedDocument], shard_tokens: int) -> Iterator
 
 
 @contextmanager
-def _progress(name: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+def progress(doing: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
     """Call it with the bytes of the input that are done: a bar on a terminal; elsewhere (log files) a plain line now
     and then.
     """
     if sys.stderr.isatty():
-        with tqdm(total=total_bytes, unit="B", unit_scale=True, desc=f"sharding {name}") as bar:
+        with tqdm(total=total_bytes, unit="B", unit_scale=True, desc=doing) as bar:
 
             def move(done: int) -> None:
                 bar.update(done - bar.n)
@@ -229,7 +229,7 @@ def _progress(name: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
             last = now
             share = done / max(1, total_bytes)
             print(
-                f"sharding {name}: {share:.0%} of {total_bytes / 1e6:.1f} MB, {now - began:.0f} s",
+                f"{doing}: {share:.0%} of {total_bytes / 1e6:.1f} MB, {now - began:.0f} s",
                 file=sys.stderr,
                 flush=True,
             )

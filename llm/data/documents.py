@@ -112,7 +112,7 @@ def read_listings(
                     ) from None
                 last = consumed
                 if inventory is not None:
-                    inventory.add(document.text)
+                    inventory.add(not document.text)
                 yield document
             before += file.status.st_size
 

@@ -94,12 +94,12 @@ class Inventory:
             self._empty_files.append(shown(self._file.name))
         self._file = None
 
-    def add(self, text: str) -> None:
+    def add(self, is_empty: bool) -> None:
         """A document of the current file."""
         assert self._file is not None
         self._of_file += 1
         self._endings[self._file.type.ending][1] += 1
-        self._empty += not text
+        self._empty += is_empty
 
     def look(self, text: str) -> None:
         """A whole text file that will be one document: does it look like several?"""
@@ -170,13 +170,17 @@ def listed(listings: Sequence[Listing]) -> Found:
     )
 
 
-def found_lines(given: str, found: Found, documents: int | None, separator_option: str) -> Iterator[str]:
-    """Lines for people about a source that they gave as `given`; `documents`: their number, where it is known."""
+def found_lines(
+    given: str, found: Found, documents: int | None, separator_option: str, noun: str = "document"
+) -> Iterator[str]:
+    """Lines for people about a source that they gave as `given`; `documents`: their number, where it is known;
+    noun: what one is called.
+    """
     endings = sorted(found.endings, key=lambda entry: -entry.bytes)
     files = sum(entry.files for entry in endings)
-    total = "" if documents is None else f", {count(documents, 'document')}"
+    total = "" if documents is None else f", {count(documents, noun)}"
     line = f"{given}: {count(files, 'file')}{total}, {_size(sum(entry.bytes for entry in endings))}"
-    parts = [_ending(entry) for entry in endings]
+    parts = [_ending(entry, noun) for entry in endings]
     line += f" ({'; '.join(parts) if len(parts) > 1 else endings[0].ending or 'no ending'})" if endings else ""
     if found.left_out:
         more = f", and {found.left_out_more:,} more" if found.left_out_more else ""
@@ -188,7 +192,7 @@ def found_lines(given: str, found: Found, documents: int | None, separator_optio
     if found.empty:
         yield f"{given}: {count(found.empty, 'document')} without any text"
     if found.no_documents:
-        yield f"{given}: no document in {', '.join(found.no_documents)}"
+        yield f"{given}: no {noun} in {', '.join(found.no_documents)}"
     for name, times in found.repeated:
         yield f"{given}: {name} is read {times + 1} times, through links"
     for mark in found.marks:
@@ -210,8 +214,8 @@ def _times(mark: FoundMark) -> str:
     return f"{mark.times:,} times{others}"
 
 
-def _ending(entry: FoundEnding) -> str:
-    documents = "" if entry.documents is None else f", {count(entry.documents, 'document')}"
+def _ending(entry: FoundEnding, noun: str) -> str:
+    documents = "" if entry.documents is None else f", {count(entry.documents, noun)}"
     return f"{entry.files:,} {entry.ending or 'without ending'}{documents}, {_size(entry.bytes)}"
 
 

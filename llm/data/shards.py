@@ -62,13 +62,18 @@ def write_shard(path: Path, documents: list[EncodedDocument], dtype: np.dtype) -
         ],
         names=["tokens", "name", "digest", "text_bytes"],
     )
+    return write_batch(path, batch, len(values), sum(document.text_bytes for document in documents))
+
+
+def write_batch(path: Path, batch: pa.RecordBatch, tokens: int, text_bytes: int) -> ShardEntry:
+    """Write a shard of one record batch to `path`; the caller syncs and renames."""
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
     return ShardEntry(
         name=path.name,
-        documents=len(documents),
-        tokens=len(values),
-        text_bytes=sum(document.text_bytes for document in documents),
+        documents=batch.num_rows,
+        tokens=tokens,
+        text_bytes=text_bytes,
         file_bytes=path.stat().st_size,
         blake2b=file_digest(path),
         crc32={name: column_crc32(batch.column(name)) for name in batch.schema.names},
@@ -105,8 +110,12 @@ class Shard:
         names, which is checked when it is first used, is damaged.
         """
         if self._names is None:
-            self._names = _checked_column(self.path, self._entry, "name")
+            self._names = self.column("name")
         return str(self._names[document].as_py())
+
+    def column(self, name: str) -> pa.Array:
+        """A column. UserError naming the shard when it is damaged."""
+        return _checked_column(self.path, self._entry, name)
 
 
 def text_digests(path: Path, entry: ShardEntry) -> np.ndarray:
@@ -114,6 +123,19 @@ def text_digests(path: Path, entry: ShardEntry) -> np.ndarray:
     shard when they are damaged."""
     column = _checked_column(path, entry, "digest")
     return np.frombuffer(column.buffers()[1], np.uint8, 16 * len(column)).reshape(-1, 16)
+
+
+def lengths(path: Path, entry: ShardEntry) -> np.ndarray:
+    """Tokens of each document, (n_documents,) int64, without looking at the tokens. UserError naming the shard when
+    they cannot be true.
+    """
+    try:
+        found: np.ndarray = np.diff(_read_batch(path).column("tokens").offsets.to_numpy())
+    except (pa.ArrowException, KeyError, AttributeError, ValueError) as error:
+        raise damaged(path, str(error)) from None
+    if len(found) != entry.documents or int(found.min(initial=0)) < 0 or int(found.sum()) != entry.tokens:
+        raise damaged(path, "its number of documents or tokens differs from the manifest's")
+    return found
 
 
 def text_sizes(path: Path, entry: ShardEntry) -> np.ndarray:

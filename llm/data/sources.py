@@ -1,36 +1,21 @@
-"""The `data:` section of a run config turned into opened token sources; raw text is sharded into a cache first.
+"""The `data:` section of a run config: its sources, and the files that each stands for."""
 
-The two steps are apart so that a run needs no lock: one process calls `prepare_data`, all wait at a barrier, then
-everyone calls `open_data`. Should two runs prepare the same text at once, both do the work and the faster one's folder
-stays.
-"""
-
-import hashlib
-import json
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from llm.data.build import NoDocuments, build_source, write_source
-from llm.data.documents import Reading, option, read_listings
-from llm.data.formats import FileType, shown
-from llm.data.found import Inventory, count, found_lines, listed
+from llm.data.documents import option
+from llm.data.formats import shown
+from llm.data.found import count
 from llm.data.listing import Identity, Listing, list_input
-from llm.data.reshard import placed_documents
-from llm.data.source import MANIFEST, SHARDS, TokenSource, is_source
-from llm.data.split import Split, text_digest
+from llm.data.source import SHARDS, is_source
+from llm.data.split import Split
 from llm.errors import UserError
-from llm.paths import PathText, refuse_unwritable
-from llm.tokenizer import Tokenizer
+from llm.paths import PathText
 
-CACHE_VERSION = 1  # raise it when the same text and tokenizer would give other shards
-LONG_WORK_BYTES = 1 << 26
-"""Text from which on its files are said before it is sharded, not only when the run begins."""
 MOST_OF_NAME = 100
 MOST_BYTES_OF_NAME = 200
 
@@ -49,6 +34,10 @@ class SourceSpec(BaseModel):
     """decides the order of this source's rows (letters, digits, . _ -); empty: the path's last part without endings"""
     text_field: str = "text"
     """column of JSON, CSV, Parquet and Arrow rows that holds the text"""
+    kind: str = Field(default="text", min_length=1)
+    """what its rows are: text | chat | completion | preference, or a kind that an extension adds"""
+    columns: dict[str, str] = {}
+    """of other kinds than text: our names of columns -> the file's, as {messages: dialog}"""
     separator: str | None = Field(default=None, min_length=1)
     """what ends a document in text files, as <|endoftext|>, and is no part of it; null: each text file is one"""
 
@@ -111,70 +100,11 @@ def source_specs(data: DataSpec) -> list[SourceSpec]:
 
 def check_data(data: DataSpec | Side, *, key: str = "data.train", cache_dir: str | Path | None = None) -> None:
     """UserError naming `key` and the path where there is nothing to read; looks at names only."""
-    for _ in _sources(_side(data, key), cache_dir):
-        pass
-
-
-def prepare_data(
-    data: DataSpec | Side, tokenizer: Tokenizer, cache_dir: str | Path, *, key: str = "data.train", threads: int = 1
-) -> None:
-    """Shard the raw text among `data` into `cache_dir`, unless it is there already. Shows progress. UserError names
-    `key` and the file.
-    """
-    side = _side(data, key)
-    for source in _sources(side, cache_dir):
-        target = source.folder(tokenizer, Path(cache_dir), side.split)
-        if target is None or is_source(target):
-            continue
-        with suppress(FileExistsError):  # another run prepared the same text meanwhile
-            try:
-                source.build(tokenizer, target, side.split, threads)
-            except NoDocuments:
-                raise source.nothing(side.split) from None
-
-
-def check_text(side: Side, tokenizer: Tokenizer, cache_dir: str | Path) -> None:
-    """UserError naming key and file where a source has no text, or cannot be read up to its first one; nothing is
-    written.
-    """
-    for source in _sources(side, cache_dir):
-        if source.listing is None:
-            source.open(tokenizer, Path(cache_dir), None, verify=False)
-            continue
-        refuse_unwritable(Path(cache_dir), f"data.cache_dir={cache_dir}")
-        reading, split, empty = Reading(source.spec.text_field, source.spec.separator), side.split, 0
-        for document in read_listings([source.listing], reading):
-            if split is not None and not split.keeps(text_digest(document.text.encode())):
-                continue
-            if document.text:
-                break
-            empty += 1
-        else:
-            raise source.empty(empty) if empty else source.nothing(split)
-
-
-def open_data(
-    data: DataSpec | Side,
-    tokenizer: Tokenizer,
-    cache_dir: str | Path,
-    *,
-    key: str = "data.train",
-    verify: bool = False,
-) -> list[tuple[str, TokenSource, float]]:
-    """(name, source, weight) of all of `data`, ready for `Mixture`. Raw text must have been prepared.
-
-    UserError names `key` and the file: missing, damaged, or made with another tokenizer. `verify` reads every shard
-    whole.
-    """
-    side = _side(data, key)
-    return [
-        (source.spec.resolved_name(), source.open(tokenizer, Path(cache_dir), side.split, verify), source.spec.weight)
-        for source in _sources(side, cache_dir)
-    ]
+    source_files(data, cache_dir, key=key)
 
 
 @dataclass(frozen=True)
-class _SourceFiles:
+class SourceFiles:
     """A source and what it is read from: the listed files, or a folder of shards where `listing` is None."""
 
     spec: SourceSpec
@@ -183,130 +113,23 @@ class _SourceFiles:
 
     @property
     def given(self) -> str:
+        """How messages call it."""
         return f"{self.key}={shown(self.spec.path)}"
 
-    def folder(self, tokenizer: Tokenizer, cache_dir: Path, split: Split | None) -> Path | None:
-        """Where it belongs in the cache: named by the files' paths, sizes and times, which are quick to ask. None for
-        shards that are read where they are.
-        """
-        more: dict[str, object] = {}
-        if split is not None:
-            more["split"] = [split.share, split.part]
-        if self.listing is None:
-            if split is None:
-                return None
-            fingerprint = TokenSource.open(self.spec.path).fingerprint
-            return self._cached(cache_dir, [CACHE_VERSION, tokenizer.fingerprint, fingerprint, more])
-        root = self.listing.path.resolve()
-        places = [(root / file.name if self.listing.path.is_dir() else root, file) for file in self.listing.files]
-        files = [(str(place), file.status.st_size, file.status.st_mtime_ns) for place, file in places]
-        readings = {
-            str(place): [file.type.format, file.type.compression]
-            for place, file in places
-            if not _read_as_ever(place.name, file.type)
-        }
-        if readings:
-            more["readings"] = readings
-        if self.spec.separator is not None:
-            more["separator"] = self.spec.separator
-        parts: list[object] = [CACHE_VERSION, tokenizer.fingerprint, self.spec.text_field, files]
-        return self._cached(cache_dir, [*parts, more] if more else parts)
 
-    def _cached(self, cache_dir: Path, parts: list[object]) -> Path:
-        digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()
-        return cache_dir / f"{self.spec.cache_name()}-{digest}"
-
-    def build(self, tokenizer: Tokenizer, target: Path, split: Split | None, threads: int) -> None:
-        """Shard it into `target`."""
-        if self.listing is None:
-            assert split is not None
-            whole = TokenSource.open(self.spec.path)
-            self._check_tokenizer(whole, tokenizer)
-            found = whole.manifest.found
-            documents = placed_documents(whole, split)
-            write_source(documents, whole.manifest.tokenizer, target, found=None if found is None else lambda: found)
-            return
-        if self.listing.bytes >= LONG_WORK_BYTES:
-            for line in self._lines_before():
-                print(line, file=sys.stderr, flush=True)
-        inventory = Inventory()
-        reading = Reading(self.spec.text_field, self.spec.separator)
-        build_source(
-            read_listings([self.listing], reading, inventory),
-            tokenizer,
-            target,
-            total_bytes=self.listing.bytes,
-            threads=threads,
-            name=self.given,
-            split=split,
-            found=lambda: inventory.found([self.listing] if self.listing else []),
-        )
-
-    def nothing(self, split: Split | None) -> UserError:
-        """The error where there are no documents."""
+    def nothing(self, split: Split | None, noun: str = "document") -> UserError:
+        """The error where there are no documents, or what else `noun` says."""
         if split is None:
-            return UserError(f"{self.given}: has no documents")
+            return UserError(f"{self.given}: has no {noun}s")
         what = "none is held out" if split.part == "valid" else "all are held out"
+        more = f", the files to hold out, or for text files {option(self.key, 'separator')}"
         return UserError(
-            f"data.valid={split.share}: of the documents of {self.given} {what}; give another share, the files to hold "
-            f"out, or for text files {option(self.key, 'separator')}"
+            f"data.valid={split.share}: of the {noun}s of {self.given} {what}; give another share"
+            f"{more if noun == 'document' else ' or the files to hold out'}"
         )
 
-    def empty(self, n_docs: int) -> UserError:
-        """The error where documents have no text: nothing can be learnt from them, and a loss over them is 0."""
-        what = "its only document is empty" if n_docs == 1 else f"all its {n_docs:,} documents are empty"
-        if self.listing is None or not any(file.type.has_rows for file in self.listing.files):
-            return UserError(f"{self.given}: {what}")
-        field = option(self.key, "text_field")
-        return UserError(f"{self.given}: {what}; text was read from {field}={self.spec.text_field}")
-
-    def open(self, tokenizer: Tokenizer, cache_dir: Path, split: Split | None, verify: bool) -> TokenSource:
-        """The opened source, with its notes."""
-        folder = self.folder(tokenizer, cache_dir, split)
-        if folder is not None and not (folder / MANIFEST).exists():
-            raise UserError(
-                f"{self.given}: has not been sharded into {folder}; its files changed since this run began, or "
-                f"data.cache_dir is another folder on this machine. Start the run again"
-            )
-        source = TokenSource.open(folder or self.spec.path, verify=verify)
-        self._check_tokenizer(source, tokenizer)
-        if source.n_bytes == 0 or source.n_tokens <= source.n_docs:
-            raise self.empty(source.n_docs)
-        source.given, source.given_as_shards = self.given, self.listing is None
-        source.notes = tuple(self._notes(source, split))
-        return source
-
-    def _check_tokenizer(self, source: TokenSource, tokenizer: Tokenizer) -> None:
-        if source.tokenizer_fingerprint != tokenizer.fingerprint:
-            made_with = source.manifest.tokenizer
-            raise UserError(
-                f"{self.given}: made with another tokenizer ({made_with.kind}, {made_with.vocab_size} ids, "
-                f"{made_with.fingerprint}) than this run's ({tokenizer.kind}, {tokenizer.vocab_size} ids, "
-                f"{tokenizer.fingerprint}); shard the text again with tools/shard.py"
-            )
-
-    def _lines_before(self) -> Iterator[str]:
-        assert self.listing is not None
-        yield from found_lines(self.given, listed([self.listing]), None, option(self.key, "separator"))
-
-    def _notes(self, source: TokenSource, split: Split | None) -> Iterator[str]:
-        if split is not None and split.part == "valid":
-            yield f"data.valid={split.share}: {count(source.n_docs, 'document')} of {self.given} held out"
-            return
-        found = source.manifest.found
-        given = self.given
-        documents: int | None = source.n_docs if split is None else None
-        if self.listing is None:
-            yield f"{given}: token shards of {count(source.n_docs, 'document')}, {count(source.n_tokens, 'token')}"
-            given += " was made of"
-        else:
-            now = listed([self.listing])
-            keep = ("left_out", "left_out_more", "repeated")  # may change while the files that are read do not
-            found = now if found is None else found.model_copy(update={key: getattr(now, key) for key in keep})
-        if found is not None:
-            if split is not None and all(entry.documents is not None for entry in found.endings):
-                documents = sum(entry.documents or 0 for entry in found.endings)
-            yield from found_lines(given, found, documents, option(self.key, "separator"))
+    def warnings(self) -> Iterator[str]:
+        """Lines about files that are called a test or validation split, and are trained on."""
         held_out = self.listing.named_held_out() if self.listing and self.key.startswith("data.train") else []
         if held_out:
             others = f" and {count(len(held_out) - 1, 'more file')}" if len(held_out) > 1 else ""
@@ -314,15 +137,19 @@ class _SourceFiles:
                 f"{self.given}: warning: {shown(held_out[0])}{others}, by the name not for training, is trained on; "
                 f"give the training files alone, or these to data.valid"
             )
-        if split is not None:
-            yield f"{self.given}: {count(source.n_docs, 'document')} to train on, the others held out"
 
 
 def _side(data: DataSpec | Side, key: str) -> Side:
     return data if isinstance(data, Side) else Side(key, data)
 
 
-def _sources(side: Side, cache_dir: str | Path | None) -> list[_SourceFiles]:
+def source_files(
+    data: DataSpec | Side, cache_dir: str | Path | None = None, *, key: str = "data.train"
+) -> list[SourceFiles]:
+    """The sources of a side with the files that each is read from. UserError naming `key` and the path where there is
+    nothing to read; looks at names only.
+    """
+    side = _side(data, key)
     sources = _listed(side.key, side.data, cache_dir)
     if side.elsewhere is None:
         return sources
@@ -346,11 +173,11 @@ def _sources(side: Side, cache_dir: str | Path | None) -> list[_SourceFiles]:
                 f"{source.given}: all its files are in data.valid too, so nothing is left to train on; hold out other "
                 f"files, or a share of the documents: --data.valid=0.05"
             )
-        kept.append(_SourceFiles(source.spec, source.key, listing))
+        kept.append(SourceFiles(source.spec, source.key, listing))
     return kept
 
 
-def _listed(key: str, data: DataSpec, cache_dir: str | Path | None) -> list[_SourceFiles]:
+def _listed(key: str, data: DataSpec, cache_dir: str | Path | None) -> list[SourceFiles]:
     specs = source_specs(data)
     sources = []
     for number, spec in enumerate(specs):
@@ -361,7 +188,7 @@ def _listed(key: str, data: DataSpec, cache_dir: str | Path | None) -> list[_Sou
             raise UserError(
                 f"{option(own, 'separator')[2:]}={spec.separator!r}: is for text files, and {listing.given} has none"
             )
-        sources.append(_SourceFiles(spec, own, listing))
+        sources.append(SourceFiles(spec, own, listing))
     return sources
 
 
@@ -374,10 +201,3 @@ def _is_native(path: Path, key: str) -> bool:
             f"make it again with tools/shard.py"
         )
     return False
-
-
-def _read_as_ever(name: str, type: FileType) -> bool:
-    """Whether version 1 of the cache, which knew few endings, read a file of that name in the same way."""
-    if name.endswith((".jsonl", ".jsonl.gz")):
-        return type.format == "lines" and type.compression == ("gz" if name.endswith(".gz") else "")
-    return type.format == ("parquet" if name.endswith(".parquet") else "text") and not type.compression

@@ -6,10 +6,11 @@ and the name under `task` in the run config.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llm.batch import Batch
 from llm.data.heldout import HeldOut
+from llm.data.kinds import ChatOptions, PackingName
 from llm.data.mixture import Mixture
 from llm.data.sources import DataSpec
 from llm.generate import Decoder
@@ -33,6 +34,12 @@ class RowsWanted:
     """Of the order."""
     held_out_rows: int | None
     """Rows of a validation; None = all."""
+    packing: PackingName | None = None
+    """`data.packing`."""
+    chat: ChatOptions = field(default_factory=ChatOptions)
+    """The section `chat`."""
+    tokenizer_path: str | None = None
+    """Where the tokenizer came from, with its template."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ machine, or the file system, that the run will use; `--dry_run=config` leaves th
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,14 +16,23 @@ import torch
 from llm.checkpoint.lock import refuse_if_held
 from llm.checkpoint.store import CheckpointStore
 from llm.compile import check_compiler
-from llm.data.sources import Side, check_data, check_text, sides
+from llm.data.opening import check_rows, look_at_rows
+from llm.data.sources import Side, sides
 from llm.parallel.launch.world import World
 from llm.parallel.precision import check_precision
 from llm.paths import refuse_unwritable
+from llm.tasks.rows import asked_of
 from llm.tokenizer import Tokenizer, load_tokenizer
 from llm.train.config import RunConfig
 from llm.train.resume.choose import checkpoint_to_continue, refuse_another_run
-from llm.train.settle import encode_prompts, objectives_in, settle_precision, settle_warmup, with_vocabulary
+from llm.train.settle import (
+    encode_prompts,
+    objectives_in,
+    rows_wanted,
+    settle_precision,
+    settle_warmup,
+    with_vocabulary,
+)
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -56,9 +65,9 @@ class UnstartedRun:
         return self.run_dir / "checkpoints"
 
     @cached_property
-    def sides(self) -> Iterable[Side]:
-        """The text to train on, and the held-out text if there is any."""
-        return sides(self.config.data.train, self.config.data.valid).values()
+    def sides(self) -> dict[str, Side]:
+        """What to train on, and what is held out if there is any."""
+        return sides(self.config.data.train, self.config.data.valid)
 
 
 def _run_folder(run: UnstartedRun) -> None:
@@ -67,8 +76,8 @@ def _run_folder(run: UnstartedRun) -> None:
 
 
 def _data_is_there(run: UnstartedRun) -> None:
-    for side in run.sides:
-        check_data(side, cache_dir=run.config.data.cache_dir)
+    for side in run.sides.values():
+        check_rows(side, run.config.data.cache_dir)
 
 
 def _objectives(run: UnstartedRun) -> None:
@@ -103,9 +112,9 @@ def _weights(run: UnstartedRun) -> None:
 
 
 def _data_is_readable(run: UnstartedRun) -> None:
-    """The first text of every source, and the folder for what is made of them."""
-    for side in run.sides:
-        check_text(side, run.tokenizer, run.config.data.cache_dir)
+    """The first text or row of every source, and the folder for what is made of them."""
+    for role, side in run.sides.items():
+        look_at_rows(side, asked_of(rows_wanted(run.config), run.tokenizer, role, side))
 
 
 def _machine(run: UnstartedRun) -> None:

@@ -17,7 +17,7 @@ from llm.parallel.engine.build import build_replica
 from llm.parallel.engine.engine import Engine
 from llm.parallel.grid import Grid, make_grid
 from llm.parallel.launch.world import World
-from llm.tasks import RowsWanted, Task, task_named
+from llm.tasks import Task, task_named
 from llm.tokenizer import Tokenizer, load_tokenizer
 from llm.train.config import RunConfig, accumulation_steps, check_layout
 from llm.train.freezing import parameter_table
@@ -27,6 +27,7 @@ from llm.train.resume.choose import refuse_another_run
 from llm.train.settle import (
     encode_prompts,
     objectives_in,
+    rows_wanted,
     settle_length,
     settle_precision,
     settle_rows,
@@ -116,18 +117,6 @@ def build_run(config: RunConfig, folder: Path, world: World) -> Run:
         notes=rows.notes,
         precision_reason=precision_reason,
         rows_reason=rows_reason,
-    )
-
-
-def rows_wanted(config: RunConfig) -> RowsWanted:
-    """The rows that a config reads."""
-    return RowsWanted(
-        train=config.data.train,
-        valid=config.data.valid,
-        cache_dir=config.data.cache_dir,
-        seq_len=config.train.seq_len,
-        seed=config.train.seed,
-        held_out_rows=config.eval.rows,
     )
 
 

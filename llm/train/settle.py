@@ -13,7 +13,7 @@ from llm.generation.text import context_length
 from llm.objectives import Objectives, objectives_of
 from llm.parallel.collectives import agreed_error, all_or_none, main_decides
 from llm.parallel.launch.world import World
-from llm.tasks import task_named
+from llm.tasks import RowsWanted, task_named
 from llm.tokenizer import Tokenizer
 from llm.train.config import RunConfig
 from llm.train.config.length import default_warmup
@@ -126,3 +126,18 @@ def encode_prompts(config: RunConfig, tokenizer: Tokenizer, world: World) -> lis
         return prompts
 
     return all_or_none(encode, world)
+
+
+def rows_wanted(config: RunConfig) -> RowsWanted:
+    """The rows that a config reads."""
+    return RowsWanted(
+        train=config.data.train,
+        valid=config.data.valid,
+        cache_dir=config.data.cache_dir,
+        seq_len=config.train.seq_len,
+        seed=config.train.seed,
+        held_out_rows=config.eval.rows,
+        packing=config.data.packing,
+        chat=config.chat,
+        tokenizer_path=config.tokenizer.path,
+    )

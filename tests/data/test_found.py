@@ -9,7 +9,8 @@ from llm.data.documents import Reading, read_listings
 from llm.data.found import Inventory, found_lines
 from llm.data.listing import list_input
 from llm.data.source import TokenSource
-from llm.data.sources import SourceSpec, check_data, open_data, prepare_data
+from llm.data.sources import SourceSpec, check_data
+from llm.data.text import open_data, prepare_data
 from llm.errors import UserError
 from llm.tokenizer import ByteTokenizer
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from llm.data.sources import SourceSpec, open_data, prepare_data
+from llm.data.sources import SourceSpec
+from llm.data.text import open_data, prepare_data
 from llm.errors import UserError
 from llm.tokenizer import ByteTokenizer, CharacterTokenizer
 from tests.data.helpers import make_source

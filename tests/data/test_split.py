@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 from llm.data.contamination import contamination_notes
+from llm.data.kinds import Asked
+from llm.data.opening import open_rows, prepare_rows
 from llm.data.source import TokenSource
-from llm.data.sources import SourceSpec, check_data, open_data, prepare_data, sides
+from llm.data.sources import SourceSpec, check_data, sides
 from llm.data.split import Split, text_digest
+from llm.data.text import open_data, prepare_data
 from llm.errors import UserError
 from llm.tokenizer import ByteTokenizer, CharacterTokenizer, Tokenizer
 from tests.data.helpers import make_source
@@ -130,8 +133,12 @@ def test_copies_are_found_by_their_documents(tmp_path: Path) -> None:
     train, copy = jsonl(tmp_path / "a.jsonl", TEXTS[:50]), jsonl(tmp_path / "copy.jsonl", TEXTS[:50][::-1])
 
     def notes(train: str, valid: str) -> list[str]:
-        data = opened(tmp_path / "cache", train, valid)
-        return contamination_notes(*([source for _, source, _ in data[role]] for role in ("data.train", "data.valid")))
+        asked = Asked(ByteTokenizer(), tmp_path / "cache", seq_len=16, seed=0)
+        found = []
+        for side in sides(train, valid).values():
+            prepare_rows(side, asked)
+            found.append([source for _, source, _ in open_rows(side, asked)])
+        return contamination_notes(*found)
 
     with pytest.raises(UserError, match=r"data\.valid=.*copy\.jsonl: all its documents are trained on too"):
         notes(train, copy)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llm.data.sources import open_data, prepare_data
+from llm.data.text import open_data, prepare_data
 from llm.tokenizer import ByteTokenizer
 from tests.data.helpers import mixture_of
 from tests.distributed.harness import metrics, run, tiny_config, write_config, write_text

@@ -22,7 +22,8 @@ from llm.checkpoint.reader import Checkpoint, newest_valid, seal
 from llm.checkpoint.store import HIDDEN, CheckpointStore
 from llm.cli import run_cli
 from llm.data.mixture import Mixture
-from llm.data.sources import SourceSpec, open_data, prepare_data
+from llm.data.sources import SourceSpec
+from llm.data.text import open_data, prepare_data
 from llm.errors import DamagedFile, UserError
 from llm.parallel.launch.world import World
 from llm.parallel.layout import Layout

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from llm.data.sources import open_data, prepare_data
+from llm.data.text import open_data, prepare_data
 from llm.errors import UserError
 from llm.model import LLM
 from llm.tokenizer import TokenizerConfig, load_tokenizer

@@ -14,7 +14,8 @@ from llm.args import ModelArgs
 from llm.batch import Batch, Rows
 from llm.data.batch import collate
 from llm.data.mixture import Mixture
-from llm.data.sources import SourceSpec, open_data, prepare_data
+from llm.data.sources import SourceSpec
+from llm.data.text import open_data, prepare_data
 from llm.datatypes import TransformerInput
 from llm.errors import UserError
 from llm.model import LLM

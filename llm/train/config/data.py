@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from llm.data.kinds import PackingName
 from llm.data.mixture import mixture_problem
 from llm.data.sources import SourceSpec, source_specs
 from llm.paths import PathText
@@ -13,18 +14,21 @@ from llm.train.config.section import Section
 
 class DataConfig(Section):
     train: Annotated[PathText, Field(min_length=1)] | Annotated[list[SourceSpec], Field(min_length=1)]
-    """Training text: a path, or a list of paths and {path, weight, name, text_field, separator}; raw text is sharded
-    into the cache first."""
+    """Training data: a path, or a list of paths and {path, kind, weight, name, columns, text_field, separator}; raw
+    text is sharded, and conversations are encoded, into the cache first."""
     valid: (
         Annotated[PathText, Field(min_length=1)]
         | Annotated[list[SourceSpec], Field(min_length=1)]
         | Annotated[float, Field(gt=0, lt=1)]
         | None
     ) = None
-    """Held-out text, in the same form (weights do not matter), or a share of the training documents, as 0.05, chosen by
+    """Held-out data, in the same form (weights do not matter), or a share of the training documents, as 0.05, chosen by
     their hash and not trained on; no validation without it."""
+    packing: PackingName | None = None
+    """How samples become rows: best_fit (several whole ones in a row) or none (one in a row); text is one stream
+    (concat); null: as is best for the kind."""
     cache_dir: PathText = "runs/cache"
-    """Where raw text is kept as token shards after its first use."""
+    """Where raw text and samples are kept as token shards after their first use."""
 
     @field_validator("train", "valid", mode="before")
     @classmethod

@@ -5,6 +5,8 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from llm.args import ModelArgs
+from llm.data.kinds import ChatOptions
+from llm.data.sources import source_specs
 from llm.parallel.layout import PipelineSchedule
 from llm.paths import PathText
 from llm.tokenizer import TokenizerConfig
@@ -65,6 +67,8 @@ class RunConfig(Section):
     """kind: sentencepiece | bytes | characters, and the path of its file."""
     data: DataConfig
     """Training and held-out text."""
+    chat: ChatOptions = ChatOptions()
+    """How conversations are written and trained on."""
     task: str = "lm"
     """What the model is trained to do; lm: the next token of a text."""
     extensions: Annotated[tuple[PathText, ...], BY_COMMAS] = ()
@@ -100,6 +104,7 @@ class RunConfig(Section):
         if self.eval.patience is not None and self.data.valid is None:
             raise ValueError(f"eval.patience={self.eval.patience} needs held-out text: set data.valid")
         self._keys_are_known()
+        self._rows_can_be_cut()
         optim, steps = self.optim, self.train.steps
         if steps is not None:  # of train.epochs only the data says how many they are
             length = f"train.steps={steps}"
@@ -120,6 +125,14 @@ class RunConfig(Section):
             model = self.model.model_copy(update={"lora": asked})
             object.__setattr__(self, "model", model)  # frozen for all others
         return self
+
+    def _rows_can_be_cut(self) -> None:
+        kinds = [spec.kind for spec in source_specs(self.data.train) if spec.kind != "text"]
+        if kinds and self.train.seq_len_schedule:
+            raise ValueError(
+                f"train.seq_len_schedule={self.train.seq_len_schedule}: cuts rows into sequences, and rows of kind "
+                f"{kinds[0]} hold what is never cut; leave it out"
+            )
 
     def _with_held_out_rows(self) -> "RunConfig":
         """The config with `eval.rows` where the older `eval.batches` says how many."""

@@ -1,0 +1,213 @@
+"""Kinds of data whose rows hold whole samples: raw rows of files become samples, which are stored once, and packed."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from llm.data.build import progress
+from llm.data.documents import option
+from llm.data.formats import shown
+from llm.data.found import Inventory, count, found_lines, listed
+from llm.data.json_rows import called
+from llm.data.kinds import Asked, Kind, Opened, PackingName, cached
+from llm.data.listing import InputFile, Listing
+from llm.data.packed import Packed
+from llm.data.sample import Sample
+from llm.data.samples import SampleSource, StoredItem, write_samples
+from llm.data.source import MANIFEST, TokenizerEntry
+from llm.data.sources import SourceFiles
+from llm.data.split import Split, text_digest
+from llm.data.tables import RawRow, raw_rows
+from llm.errors import UserError
+from llm.paths import refuse_unwritable
+from llm.tokenizer import Tokenizer
+
+SAMPLES_VERSION = 1  # raise it when the same rows, template and tokenizer would give other samples
+VERIFY_TOKENS = 1 << 26
+"""Samples of up to so many tokens are verified whole before the run begins; others shard by shard."""
+
+
+class Content(NamedTuple):
+    """What a raw row says. known_by: bytes that are the same wherever the same content stands, in whatever file."""
+
+    known_by: bytes
+    samples: Callable[[], tuple[Sample, ...]]
+    """Makes the samples of one item of it. UserError saying what is wrong with it."""
+
+
+class Encoder(Protocol):
+    """Makes samples of raw rows."""
+
+    fingerprint: object
+    """All that decides the samples besides rows and tokenizer, as JSON can hold it."""
+
+    def read(self, row: Mapping[str, Any]) -> Content:
+        """What a row says. UserError, without file and row, saying what is wrong with it."""
+
+
+class SampleKind(Kind):
+    """What kinds of samples have in common."""
+
+    packings: tuple[PackingName, ...] = ("best_fit", "none")
+    target = "lm"
+    """What the labels are called."""
+    samples_per_item = 1
+
+    @abstractmethod
+    def encoder(self, files: SourceFiles, asked: Asked) -> Encoder:
+        """Makes the samples of a source. UserError naming the key where it cannot."""
+
+    def check(self, files: SourceFiles) -> None:
+        kind, spec = f"kind {self.name}", files.spec
+        if files.listing is None:
+            raise UserError(f"{files.given}: are token shards, which hold text; rows of {kind} come from files of rows")
+        for key, given in (("text_field", spec.text_field != "text"), ("separator", spec.separator is not None)):
+            if given:
+                raise UserError(f"{option(files.key, key)[2:]}: is for text, not for {kind}; see columns")
+        for file in files.listing.files:
+            if not file.type.has_rows:
+                raise UserError(
+                    f"{files.key}={shown(file.path)}: is no file of rows; {kind} is read from .jsonl, .json, .csv, "
+                    f".parquet and .arrow"
+                )
+
+    def prepare(self, files: SourceFiles, asked: Asked) -> None:
+        encoder = self.encoder(files, asked)
+        target = self._folder(files, asked, encoder)
+        if (target / MANIFEST).exists():
+            return
+        inventory = Inventory()
+        listing = _listing(files)
+        with suppress(FileExistsError), progress(f"encoding {target.name}", listing.bytes) as move:
+            stored = _Reader(files, encoder, asked.split, inventory).items(move)
+            made_with = _entry(asked.tokenizer)
+            what = (self.name, self.samples_per_item, made_with, target)
+            if not write_samples(stored, *what, found=lambda: inventory.found([listing])):
+                raise files.nothing(asked.split, "row")
+
+    def look(self, files: SourceFiles, asked: Asked) -> None:
+        refuse_unwritable(asked.cache_dir, f"data.cache_dir={asked.cache_dir}")
+        reader = _Reader(files, self.encoder(files, asked), asked.split, Inventory())
+        if next(reader.items(lambda done: None), None) is None:
+            raise files.nothing(asked.split, "row")
+
+    def open(self, files: SourceFiles, asked: Asked) -> Opened:
+        folder = self._folder(files, asked, self.encoder(files, asked))
+        if not (folder / MANIFEST).exists():
+            raise UserError(
+                f"{files.given}: has not been encoded into {folder}; its files changed since this run began, or "
+                f"data.cache_dir is another folder on this machine. Start the run again"
+            )
+        source = SampleSource.open(folder)
+        rows = Packed(
+            source,
+            asked.seq_len,
+            0 if asked.held_out else asked.seed,
+            target=self.target,
+            together=self.packing(asked) == "best_fit",
+            max_length=asked.chat.max_length,
+            given=files.given,
+        )
+        return Opened(
+            rows,
+            given=files.given,
+            notes=(*_notes(files, source, asked.split), *rows.notes()),
+            digests=source.digests,
+            verify=source.verify if source.manifest.tokens <= VERIFY_TOKENS else None,
+        )
+
+    def _folder(self, files: SourceFiles, asked: Asked, encoder: Encoder) -> Path:
+        """Where its samples belong in the cache: named by the files' paths, sizes and times, which are quick to ask,
+        and all else that they depend on.
+        """
+        listing = _listing(files)
+        root, split = listing.path.resolve(), asked.split
+        of_files = [
+            [
+                str(root / file.name if listing.path.is_dir() else root), file.status.st_size, file.status.st_mtime_ns,
+                file.type.format, file.type.compression,
+            ]
+            for file in listing.files
+        ]  # fmt: skip
+        side = None if split is None else [split.share, split.part]
+        columns = sorted(files.spec.columns.items())
+        made_by = ["samples", SAMPLES_VERSION, self.name, asked.tokenizer.fingerprint, encoder.fingerprint]
+        return cached(files.spec, asked.cache_dir, [*made_by, columns, of_files, side])
+
+
+class _Reader:
+    """The items of a source, in the order of its files."""
+
+    def __init__(self, files: SourceFiles, encoder: Encoder, split: Split | None, inventory: Inventory) -> None:
+        self.listing, self.encoder, self.split, self.inventory = _listing(files), encoder, split, inventory
+
+    def items(self, move: Callable[[int], None]) -> Iterator[StoredItem]:
+        """All items on this side of the split; `move` gets the bytes of all files read so far. UserError naming file
+        and row.
+        """
+        before = 0
+        for file in self.listing.files:
+            self.inventory.begin_file(file)
+            where = f"{self.listing.key}={shown(file.path)}"
+            items = trained = 0
+            for row in raw_rows(file, where):
+                item = self._item(file, row, f"{where}, {row.place}")
+                move(before + row.consumed)
+                if item is not None:
+                    self.inventory.add(is_empty=False)
+                    items += 1
+                    trained += any(bool(sample.weights[1:].any()) for sample in item.samples)
+                    yield item
+            if items and not trained and (self.split is None or self.split.part == "train"):
+                raise UserError(f"{where}: none of its {count(items, 'row')} has a token to train on")
+            before += file.status.st_size
+
+    def _item(self, file: InputFile, row: RawRow, where: str) -> StoredItem | None:
+        if not isinstance(row.value, Mapping):
+            raise UserError(f"{where}: is {called(row.value)}, where an object with columns must be")
+        try:
+            content = self.encoder.read(row.value)
+            digest = text_digest(content.known_by)
+            if self.split is not None and not self.split.keeps(digest):
+                return None
+            samples = content.samples()
+            if not all(len(sample.tokens) for sample in samples):
+                raise UserError("has no tokens")
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        return StoredItem(samples, f"{file.name}:{row.number}", str(file.folder.absolute()), digest)
+
+
+def _listing(files: SourceFiles) -> Listing:
+    assert files.listing is not None  # `check` refuses token shards
+    return files.listing
+
+
+def _entry(tokenizer: Tokenizer) -> TokenizerEntry:
+    return TokenizerEntry(
+        kind=tokenizer.kind,
+        fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+    )
+
+
+def _notes(files: SourceFiles, source: SampleSource, split: Split | None) -> Iterator[str]:
+    manifest = source.manifest
+    if split is not None and split.part == "valid":
+        yield f"data.valid={split.share}: {count(source.n_items, 'row')} of {files.given} held out"
+    else:
+        now = listed([_listing(files)])
+        keep = ("left_out", "left_out_more", "repeated")  # may change while the files that are read do not
+        update = {key: getattr(now, key) for key in keep}
+        found = now if manifest.found is None else manifest.found.model_copy(update=update)
+        yield from found_lines(files.given, found, source.n_items, option(files.key, "separator"), noun="row")
+        yield from files.warnings()
+    none = f"; {count(manifest.without_target, 'row')} without any" if manifest.without_target else ""
+    yield (
+        f"{files.given}: {manifest.trained:,} of {count(manifest.tokens, 'token')} are trained on "
+        f"({manifest.trained / max(1, manifest.tokens):.1%}){none}"
+    )

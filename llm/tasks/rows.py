@@ -1,0 +1,67 @@
+"""Opening the rows of a run, of whatever kinds: what tasks that read them have in common."""
+
+from functools import partial
+from pathlib import Path
+
+from llm.data.contamination import contamination_notes
+from llm.data.heldout import HeldOut
+from llm.data.kinds import Asked, Opened
+from llm.data.mixture import Mixture
+from llm.data.opening import check_rows, open_rows, prepare_rows
+from llm.data.sources import Side, sides
+from llm.errors import UserError
+from llm.parallel.collectives import all_or_none, main_decides
+from llm.parallel.launch.world import World
+from llm.tasks.base import OpenedRows, RowsWanted
+from llm.tokenizer import Tokenizer
+
+
+def opened_rows(wanted: RowsWanted, tokenizer: Tokenizer, world: World, task: str, target: str) -> OpenedRows:
+    """The training and held-out rows of a task whose main objective reads the targets called `target` (collective).
+    What is made of files is made by rank 0. UserError on all ranks where rows cannot be read, or have no such targets.
+    """
+    of_role = sides(wanted.train, wanted.valid)
+    for side in of_role.values():  # both before the first is prepared, which may take long
+        main_decides(partial(check_rows, side, wanted.cache_dir), world)
+    opened: dict[str, list[tuple[str, Opened, float]]] = {"data.train": [], "data.valid": []}
+    for role, side in of_role.items():
+        asked = asked_of(wanted, tokenizer, role, side)
+        main_decides(partial(prepare_rows, side, asked), world)
+        opened[role] = all_or_none(partial(open_rows, side, asked), world)
+        for _, source, _ in opened[role]:
+            all_or_none(partial(_check_target, source, task, target), world)
+            if source.verify is not None:
+                main_decides(source.verify, world)
+    train, valid = ([source for _, source, _ in opened[role]] for role in ("data.train", "data.valid"))
+    contamination = main_decides(partial(contamination_notes, train, valid), world)
+    rows = [(name, source.rows, weight) for name, source, weight in opened["data.train"]]
+    mixture = all_or_none(lambda: Mixture(rows, wanted.seq_len, wanted.seed, tokenizer.eos_id), world)
+    held_out = None
+    if valid:
+        held = ([source.rows for source in valid], wanted.seq_len, wanted.held_out_rows, tokenizer.eos_id)
+        held_out = all_or_none(lambda: HeldOut(*held), world)
+    notes = [note for source in train + valid for note in source.notes] + contamination
+    return OpenedRows(mixture, held_out, notes)
+
+
+def asked_of(wanted: RowsWanted, tokenizer: Tokenizer, role: str, side: Side) -> Asked:
+    """What a run asks of the sources of a side; role: data.train or data.valid."""
+    return Asked(
+        tokenizer=tokenizer,
+        cache_dir=Path(wanted.cache_dir),
+        seq_len=wanted.seq_len,
+        seed=wanted.seed,
+        held_out=role == "data.valid",
+        split=side.split,
+        packing=wanted.packing,
+        chat=wanted.chat,
+        tokenizer_path=wanted.tokenizer_path,
+    )
+
+
+def _check_target(source: Opened, task: str, target: str) -> None:
+    if target not in source.rows.targets:
+        raise UserError(
+            f"{source.given}: its rows have targets for {' and '.join(source.rows.targets)}, and task={task} trains on "
+            f"those for {target}"
+        )
