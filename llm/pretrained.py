@@ -8,11 +8,12 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from llm.adapters.merge import Merged, refuse_incomplete
-from llm.args import ModelArgs
+from llm.args import LoraArgs, ModelArgs
 from llm.boxes import whole
 from llm.checkpoint.fragments import DTYPES
 from llm.checkpoint.frozen import Completed, Drawn, Frozen, Origin, Seed, Taken, frozen_in
@@ -159,6 +160,28 @@ def unmerged_weights(checkpoint: Checkpoint, average: bool = False) -> Weights:
     if frozen is None:
         return trained
     return Completed(trained, frozen.shapes.keys(), verified_origin(frozen, model_args(checkpoint)))
+
+
+class AdapterSource(NamedTuple):
+    """An adapter in a folder, without its base."""
+
+    lora: LoraArgs
+    weights: Weights
+    """Of its parameters."""
+    origin: Origin
+    """Of its base."""
+
+
+def adapter_of(path: str | Path) -> AdapterSource:
+    """The adapter of a run or checkpoint. UserError where it has none, or only a part of one."""
+    if is_foreign(Path(path)):
+        raise UserError(f"{path}: holds a whole model and no adapter; begin with it as model.init_from")
+    checkpoint = resolve(path)
+    args, frozen = model_args(checkpoint), frozen_in(checkpoint)
+    if args.lora is None or frozen is None:
+        raise UserError(f"{path}: holds a whole model and no adapter; begin with it as model.init_from")
+    refuse_incomplete(checkpoint.path, args, checkpoint.shapes)
+    return AdapterSource(args.lora, CheckpointWeights(checkpoint), frozen.origin)
 
 
 def verified_origin(frozen: Frozen, args: ModelArgs) -> Weights:

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from llm.boxes import Box, box_shape
+from llm.checkpoint.frozen import Origin, Taken
 from llm.checkpoint.weights import Weights
 from llm.errors import UserError
 from llm.foreign.export import meaning
 from llm.parallel.engine.engine import Engine
 from llm.parallel.engine.state import OwnedFragment
 from llm.parameters import ParameterTable
-from llm.pretrained import weights_of
+from llm.pretrained import adapter_of, weights_of
 from llm.train.config import ModelSection
 
 
@@ -43,6 +44,37 @@ def read_weights(engine: Engine, model: ModelSection, path: Path) -> tuple[Calla
         engine.finish_load()
 
     return apply, lines
+
+
+def read_adapter(engine: Engine, path: Path, base: Origin) -> tuple[Callable[[], None], list[str]]:
+    """Read this rank's masters of the adapter in the folder that lora.init_from means; what `read_weights` returns.
+    base: where the run's own base comes from, which must be that of the adapter. UserError else.
+    """
+    found = adapter_of(path)
+    if found.origin != base and (not isinstance(base, Taken) or getattr(found.origin, "digest", None) != base.digest):
+        raise UserError(
+            f"lora.init_from={path}: its adapter belongs to {described(found.origin)}, and not to {described(base)}; "
+            f"give that base as model.init_from, or leave it out"
+        )
+    loaded = [
+        (fragment.values, read_fragment(found.weights, fragment))
+        for fragment in engine.state.fragments()
+        if fragment.kind in ("master", "ema") and engine.replica.table[fragment.name].kind == "adapter"
+    ]
+
+    def apply() -> None:
+        for values, read in loaded:
+            values.copy_(read)
+        engine.finish_load()
+
+    return apply, [f"began with the adapter of {path}"]
+
+
+def described(origin: Origin) -> str:
+    """Where a base comes from, in words."""
+    if isinstance(origin, Taken):
+        return f"the weights of {origin.path}"
+    return f"the initial weights of train.seed={origin.seed}"
 
 
 def read_frozen(engine: Engine, weights: Weights) -> None:

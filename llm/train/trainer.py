@@ -24,7 +24,7 @@ from llm.train.config.length import misfit, untraced
 from llm.train.folder import open_log
 from llm.train.freezing import frozen_notes
 from llm.train.guard import part_passed_over, rows_and_size
-from llm.train.init_from import read_weights
+from llm.train.init_from import read_adapter, read_weights
 from llm.train.log import RunLog
 from llm.train.metrics import StepMetrics
 from llm.train.notes import config_notes
@@ -83,15 +83,32 @@ class Trainer:
         wrong = wrong or untraced(run.config.log.trace_steps, run.steps, length)
         if wrong and run.epochs is not None:
             raise agreed_error(wrong)
+        lines = self._begin_with_weights() + self._begin_with_adapter()
+        return [*lines, *notes_of(run.tokenizer)]
+
+    def _begin_with_weights(self) -> list[str]:
+        """Take the weights that model.init_from means, if there are any; lines about them (collective)."""
+        run = self.run
         source: str | None = run.config.model.init_from
         if source is None:
-            return notes_of(run.tokenizer)
+            return []
         if not all(row.trainable for row in run.engine.replica.table.values()):
             taken = main_decides(lambda: taken_from(str(source)).to_json(), run.world)
             self.progress.origin, source = origin_of(taken), taken["path"]
         apply, lines = all_or_none(partial(read_weights, run.engine, run.config.model, Path(source)), run.world)
         apply()
-        return [*lines, *notes_of(run.tokenizer)]
+        return lines
+
+    def _begin_with_adapter(self) -> list[str]:
+        """The same of the adapter that lora.init_from means."""
+        run, lora = self.run, self.run.config.lora
+        if lora is None or lora.init_from is None:
+            return []
+        assert self.progress.origin is not None
+        read = partial(read_adapter, run.engine, Path(lora.init_from), self.progress.origin)
+        apply, lines = all_or_none(read, run.world)
+        apply()
+        return lines
 
     def fit(self) -> None:
         """Train from the current step to the last one, alone in the run folder."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from llm.args.lora import DEFAULT_TARGETS
 from llm.errors import UserError
 from llm.extensions import load as load_extensions
 from llm.train.config.explain import by_commas, explain, prepared
@@ -28,8 +29,41 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Ru
     for key, value in (overrides or {}).items():
         if key != "model":
             put(raw, key, value, RunConfig)
+    _complete_from_adapter(raw, str(path))
     _complete_from_weights(raw, str(path))
     return validate(raw, str(path))
+
+
+def _complete_from_adapter(raw: dict[str, Any], where: str) -> None:
+    """Fill in what `lora.init_from` knows: what the adapter is, which what is given beside it must not contradict, and
+    where its base lies, if the config names none. An adapter that is written out needs the folder no more.
+    """
+    section = raw.get("lora")
+    source = section.get("init_from") if isinstance(section, dict) else None
+    if not isinstance(section, dict) or not isinstance(source, str):
+        return
+    if "rank" in section and not Path(source).exists():
+        return
+    from llm.checkpoint.frozen import Taken  # these import torch
+    from llm.pretrained import adapter_of
+
+    try:
+        lora, _, origin = adapter_of(source)
+    except UserError as error:
+        raise UserError(f"{where}: lora.init_from: {error}") from None
+    said = lora.model_dump(mode="json", exclude={"dropout"})
+    for key, value in said.items():
+        given = section.get(key, value)
+        if given != value and (key != "targets" or _targets(given) != _targets(value)):
+            raise UserError(f"{where}: lora.{key}={given} is not {value}, as in lora.init_from={source}; leave it out")
+    raw["lora"] = section | said
+    model = raw.get("model") or {}
+    if isinstance(origin, Taken) and isinstance(model, dict):
+        raw["model"] = {"init_from": origin.path} | model
+
+
+def _targets(value: Any) -> set[str]:
+    return set(by_commas(value) or DEFAULT_TARGETS)
 
 
 def _complete_from_weights(raw: dict[str, Any], where: str) -> None:
