@@ -22,10 +22,12 @@ from llm.datatypes import LossSum, RouterStats, TransformerInput, TransformerOut
 from llm.init import initialise
 from llm.layers.block import Block
 from llm.layers.context import Context, angles, temperature
+from llm.layers.dropout import key_of
 from llm.layers.embedding import Embedding, TiedEmbedding
 from llm.layers.foreign_names import accept_foreign_names
+from llm.layers.lora import Adapted
 from llm.layers.masks import AttentionMasks, document_lengths, starts
-from llm.layers.moe import MoE, routing_shape
+from llm.layers.moe import EXPERT_WEIGHTS, Experts, MoE, routing_shape
 from llm.layers.norm import make_norm
 from llm.layers.output import HeadTargets, Output
 from llm.layers.region import InRegion
@@ -83,6 +85,11 @@ class LLM(Conveniences, InRegion):
                 self.norm = make_norm(args, args.dim)
             if OUTPUT in self.units and not args.tie_embeddings:
                 self.output = Output(args.dim, args.vocab_size, args.logit_softcap, adapter(args.lora, OUTPUT))
+        for name, module in self.named_modules():
+            if isinstance(module, Adapted):
+                module.site = key_of(name)
+            elif isinstance(module, Experts):
+                module.sites = tuple(key_of(f"{name}.{weight}") for weight in EXPERT_WEIGHTS)
         initialise(self, {name: row.init for name, row in ParameterTable.of(args).items()}, seed)
 
     def forward(
@@ -96,6 +103,7 @@ class LLM(Conveniences, InRegion):
         x: Tensor | None = None,
         units: Sequence[str] | None = None,
         expert_counts: Tensor | None = None,
+        keys_N: Tensor | None = None,
     ) -> TransformerOutput:
         """Logits; or the loss, given labels; or what `losses` makes of the hidden states (B, T, D); or hidden states
         instead of logits, with return_hidden.
@@ -104,12 +112,13 @@ class LLM(Conveniences, InRegion):
         the tokens continue its rows, and turns gradients off. units: run these alone, of those that the module has, on
         the vectors `x` that the unit before them made of the same inputs; their hidden states are vectors for the next.
         expert_counts: (M, E) int64, how many tokens of the whole previous step each expert got, for the balance loss;
-        all alike where not given. Raises ValueError where inputs, labels, cache or counts do not fit together.
+        all alike where not given. keys_N: (B * T,) int64, of each token, by which dropout chooses; without them there
+        is none. Raises ValueError where inputs, labels, cache or counts do not fit together.
         """
         if isinstance(inputs, Tensor):
             inputs = TransformerInput(inputs)
         with torch.no_grad() if cache is not None else nullcontext():
-            ctx = self.context(inputs, cache, expert_counts)
+            ctx = self.context(inputs, cache, expert_counts, keys_N)
             hidden, stats = self.run(self.units if units is None else units, x, inputs, ctx)
             if cache is not None:
                 cache.forget()
@@ -177,7 +186,11 @@ class LLM(Conveniences, InRegion):
         return x_BTD * torch.tensor(self.args.embed_scale, dtype=x_BTD.dtype, device="cpu").item()
 
     def context(
-        self, inputs: TransformerInput, cache: Cache | None = None, expert_counts: Tensor | None = None
+        self,
+        inputs: TransformerInput,
+        cache: Cache | None = None,
+        expert_counts: Tensor | None = None,
+        keys_N: Tensor | None = None,
     ) -> Context:
         """What the layers share in one forward over these inputs, which are checked before the cache changes."""
         args, device = self.args, inputs.tokens.device
@@ -210,6 +223,7 @@ class LLM(Conveniences, InRegion):
             temperature_BT11=temperature(args, positions) if any(spec.temperature for spec in attention) else None,
             valid_BT=torch.from_numpy(positions_BT >= 0).to(device) if padded else None,
             expert_counts=expert_counts,
+            keys_N=keys_N,
             cut_sequence=self.region.cuts(inputs.tokens.numel()),
         )
 

@@ -25,7 +25,7 @@ class LoraArgs(Group):
     """What gets adapters: wq, wk, wv, wo, w1, w2, w3 (a shared expert's too), experts, tok_embeddings, output; unset =
     the first seven and experts, as far as the model has them."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of an adapter's inputs that is set to 0 in training; not of a token table, whose inputs are tokens."""
+    """Share of the inputs of adapters that is set to 0 in training, in attention, feed-forwards and experts."""
     rslora: bool = False
     """Multiply by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)."""
 

@@ -71,16 +71,24 @@ Adapted = tuple[Tensor, Tensor, Tensor]
 """A weight (E, n_in, n_out), and its adapter's A (E, n_in, r) and B (E, r, n_out)."""
 
 
-def adapted_swiglu(x_RD: Tensor, weights: Sequence[Adapted], scale: float, sizes_E: Tensor) -> Tensor:
-    """`grouped_swiglu` of w1, w2 and w3, each w + scale a b, which is never made."""
+def adapted_swiglu(
+    x_RD: Tensor,
+    weights: Sequence[Adapted],
+    scale: float,
+    sizes_E: Tensor,
+    drop: Callable[[Tensor, int], Tensor] | None = None,
+) -> Tensor:
+    """`grouped_swiglu` of w1, w2 and w3, each w + scale a b, which is never made. drop: what the adapter of the first,
+    second or third (0 to 2) takes of its input.
+    """
     sizes = sizes_E.tolist() if x_RD.device.type == "cpu" else sizes_E
 
-    def product(x: Tensor, weights: Adapted) -> Tensor:
-        w, a, b = weights
-        return grouped_matmul(x, w, sizes) + grouped_matmul(grouped_matmul(x, a, sizes) * scale, b, sizes)
+    def product(x: Tensor, i: int) -> Tensor:
+        w, a, b = weights[i]
+        taken = x if drop is None else drop(x, i)
+        return grouped_matmul(x, w, sizes) + grouped_matmul(grouped_matmul(taken, a, sizes) * scale, b, sizes)
 
-    w1, w2, w3 = weights
-    return product(F.silu(product(x_RD, w1)) * product(x_RD, w3), w2)
+    return product(F.silu(product(x_RD, 0)) * product(x_RD, 2), 1)
 
 
 def grouped_matmul(x_RD: Tensor, w_EDF: Tensor, sizes: Tensor | list[int]) -> Tensor:

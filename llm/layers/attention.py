@@ -80,7 +80,7 @@ class Attention(nn.Module, InRegion):
         x = self.region.enter(x_BTD, ctx.cut_sequence)
         if x.ndim == 2:
             x = x.unflatten(0, ctx.shape)
-        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        q, k, v = (w(x, ctx.keys_N).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.spec.rope:
@@ -91,7 +91,7 @@ class Attention(nn.Module, InRegion):
         if self.spec.temperature:
             q = (q * ctx.temperature_BT11).to(q.dtype)
         assert ctx.attend is not None
-        out = self.wo(attended(ctx.attend, self.layer, self.spec, q, k, v).flatten(-2))
+        out = self.wo(attended(ctx.attend, self.layer, self.spec, q, k, v).flatten(-2), ctx.keys_N)
         return self.region.leave(out, ctx.cut_sequence)
 
 

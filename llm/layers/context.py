@@ -57,6 +57,9 @@ class Context:
     """bool: false for padding; None where there is none."""
     expert_counts: Tensor | None = None
     """(M, E) int64, for the balance loss: assignments of the whole previous step; None or all 0 = not known yet."""
+    keys_N: Tensor | None = None
+    """(B * T,) int64: of each token, by which its part in random choices such as dropout is made; None = there are
+    none, as outside of training."""
     cut_sequence: bool = False
     """Whether each tensor-parallel rank has the residual stream of its own tokens only."""
 

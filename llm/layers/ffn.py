@@ -52,15 +52,16 @@ class FeedForward(nn.Module, InRegion):
         return up("w1") | under("w2", down) | (up("w3") if gated else {})
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        return self.region.leave(self.inside(self.region.enter(x, ctx.cut_sequence)), ctx.cut_sequence)
+        inside = self.inside(self.region.enter(x, ctx.cut_sequence), ctx)
+        return self.region.leave(inside, ctx.cut_sequence)
 
     def take_share(self, rank: int, ranks: int) -> None:
         self.w2.adds_bias = rank == 0
 
-    def inside(self, x: Tensor) -> Tensor:
+    def inside(self, x: Tensor, ctx: Context) -> Tensor:
         """The work between the edges of the region, for a layer that has entered it."""
-        y = self.act(self.w1(x))
-        return self.w2(y if self.w3 is None else y * self.w3(x))
+        y = self.act(self.w1(x, ctx.keys_N))
+        return self.w2(y if self.w3 is None else y * self.w3(x, ctx.keys_N), ctx.keys_N)
 
 
 def feed_forward_rows(args: ModelArgs) -> Rows:

@@ -50,7 +50,8 @@ class Linear(Adapted):
             rows["bias"] = ParamInfo((n_out,), "bias", ZEROS, *cut)
         return rows | adapter_rows(weight, lora)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, keys_N: Tensor | None = None) -> Tensor:
+        """keys_N: see `Context.keys_N`."""
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
         if self.rows is not None:
@@ -60,4 +61,4 @@ class Linear(Adapted):
         y = F.linear(x, weight, bias)
         if self.lora_b is None:
             return y
-        return y + F.linear(self.narrowed(x), self.lora_b if self.rows is None else self.lora_b[self.rows])
+        return y + F.linear(self.narrowed(x, keys_N), self.lora_b if self.rows is None else self.lora_b[self.rows])

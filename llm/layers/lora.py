@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from llm.args.lora import LoraArgs
 from llm.init import Draw, Uniform
+from llm.kernels.graph_breaks import graph_break
+from llm.layers.dropout import dropped
 from llm.layers.parameter import ZEROS, ParamInfo, Rows
 
 LORA_A, LORA_B = "lora_a", "lora_b"
@@ -56,13 +58,22 @@ class Adapted(nn.Module):
     def add_adapter(self, lora: LoraArgs | None, n_in: int, n_out: int) -> None:
         """Called once, when the module has its other parameters."""
         self.scale = 0.0 if lora is None else lora.scale
+        self.dropout = 0.0 if lora is None else lora.dropout
+        self.site, self.first_input = 0, 0
+        """Key of the module's name; number of the first input of which this rank has the weights."""
         self.lora_a = None if lora is None else nn.Parameter(torch.empty(lora.rank, n_in))
         self.lora_b = None if lora is None else nn.Parameter(torch.empty(n_out, lora.rank))
 
-    def narrowed(self, x: Tensor) -> Tensor:
-        """s A x, (..., r), of a module with an adapter."""
+    def narrowed(self, x: Tensor, keys_N: Tensor | None = None) -> Tensor:
+        """s A x, (..., r), of a module with an adapter. keys_N: of x's tokens, where its dropout is on."""
         assert self.lora_a is not None
+        if keys_N is not None and self.dropout:
+            x = self._dropped(x, keys_N)
         return F.linear(x, self.lora_a) * self.scale
+
+    @graph_break  # else each layer would be compiled for its own site
+    def _dropped(self, x: Tensor, keys_N: Tensor) -> Tensor:
+        return dropped(x, keys_N, self.site, self.dropout, self.first_input)
 
 
 class AdapterNames(NamedTuple):

@@ -10,6 +10,7 @@ dispatched rows, S rows that arrive at this rank's experts, e experts of a rank,
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +24,8 @@ from llm.kernels.graph_breaks import graph_break
 from llm.kernels.grouped import Padding, adapted_swiglu, grouped_swiglu
 from llm.layers.context import Context
 from llm.layers.dispatch import Dispatch
+from llm.layers.dropout import dropped, with_numbers
 from llm.layers.ffn import FeedForward
-from llm.layers.linear import Linear
 from llm.layers.lora import LORA_A, LORA_B, stack_adapter_rows
 from llm.layers.parameter import ParamInfo, Rows, under, weights
 from llm.layers.region import Exchange, InRegion
@@ -57,18 +58,23 @@ class MoE(nn.Module, InRegion):
         valid_N = None if ctx.valid_BT is None else ctx.valid_BT.flatten()
         logits_NE = self.router(x_ND)
         weight_Nk, expert_Nk = route(logits_NE, self.moe)
-        y_ND, counts_E = self.routed(x_ND, weight_Nk, expert_Nk, valid_N)
+        y_ND, counts_E = self.routed(x_ND, weight_Nk, expert_Nk, valid_N, ctx.keys_N)
         previous_E = self.previous_counts(ctx.expert_counts, counts_E)
         y = y_ND.view_as(x)
         if self.shared_expert is not None:
-            y = y + self.shared_expert.inside(x)
+            y = y + self.shared_expert.inside(x, ctx)
         own_valid = None if valid_N is None else self.region.own(valid_N)
         stats = self.statistics(self.region.own(logits_NE), counts_E, previous_E, own_valid)
         return self.region.leave(y, ctx.cut_sequence), stats
 
     @graph_break
     def routed(
-        self, x_ND: Tensor, weight_Nk: Tensor, expert_Nk: Tensor, valid_N: Tensor | None = None
+        self,
+        x_ND: Tensor,
+        weight_Nk: Tensor,
+        expert_Nk: Tensor,
+        valid_N: Tensor | None = None,
+        keys_N: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Sum of the chosen experts' results (N, D), and how many of this rank's own valid tokens each expert got
         (E,)."""
@@ -76,11 +82,14 @@ class MoE(nn.Module, InRegion):
         dispatch = Dispatch.sort(expert_Nk, self.moe.n_experts, padding)
         weight_R1 = weight_Nk.to(x_ND.dtype).flatten()[dispatch.pair_of_row].unsqueeze(-1)
         x_RD = dispatch.scatter(x_ND)
+        keys_R = None
+        if keys_N is not None and self.experts.dropout:  # an expert's choices for a token are its own
+            keys_R = with_numbers(keys_N.unsqueeze(-1), expert_Nk).flatten()[dispatch.pair_of_row]
         multiply = self.experts if self.exchange is None else self._elsewhere
         if self.moe.apply == "input":
-            y_RD = multiply(x_RD * weight_R1, dispatch.sizes)
+            y_RD = multiply(x_RD * weight_R1, dispatch.sizes, keys_R)
         else:
-            y_RD = multiply(x_RD, dispatch.sizes) * weight_R1
+            y_RD = multiply(x_RD, dispatch.sizes, keys_R) * weight_R1
         n_experts, own, counts = self.moe.n_experts, self.region.own(expert_Nk), dispatch.counts
         if valid_N is not None:  # padding counts for an expert beyond the last
             own = own.masked_fill(~self.region.own(valid_N).unsqueeze(-1), n_experts)
@@ -88,7 +97,7 @@ class MoE(nn.Module, InRegion):
             counts = torch.bincount(own.flatten(), minlength=n_experts + 1)[:n_experts]
         return dispatch.gather(y_RD), counts
 
-    def _elsewhere(self, x_RD: Tensor, sizes_E: Tensor) -> Tensor:
+    def _elsewhere(self, x_RD: Tensor, sizes_E: Tensor, keys_R: Tensor | None) -> Tensor:
         """As self.experts, for all experts of all ranks: rows go where their expert is, and their results come back."""
         assert self.exchange is not None
         experts = self.exchange.experts_per_rank
@@ -99,7 +108,9 @@ class MoE(nn.Module, InRegion):
         experts_re = torch.arange(experts, device=x_RD.device).repeat(len(sizes_re))
         expert_S = experts_re.repeat_interleave(sizes_re.flatten(), output_size=sum(receive))
         here = Dispatch.sort(expert_S.unsqueeze(-1), experts, Padding.of(arrived_SD))
-        y_SD = here.gather(self.experts(here.scatter(arrived_SD), here.sizes))
+        if keys_R is not None:
+            keys_R = self.exchange.swap(keys_R, send, receive)[here.pair_of_row]
+        y_SD = here.gather(self.experts(here.scatter(arrived_SD), here.sizes, keys_R))
         return self.exchange.swap(y_SD, receive, send)
 
     @graph_break  # else each layer would be compiled for its own number
@@ -134,9 +145,13 @@ def _of_valid(x_N: Tensor, valid_N: Tensor | None) -> Tensor:
     return x_N.masked_fill(~valid_N.view(-1, *[1] * (x_N.dim() - 1)), 0)
 
 
-class Router(Linear):
-    """A Linear that works in float32 at least, whatever its weight is: rounded logits would change which experts are
+class Router(nn.Module):
+    """x W^T with W (E, D), in float32 at least, whatever its weight is: rounded logits would change which experts are
     chosen."""
+
+    def __init__(self, dim: int, n_experts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_experts, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         wide = wide_dtype(x)
@@ -165,7 +180,10 @@ class Experts(nn.Module):
         self.w1 = nn.Parameter(torch.empty(n_experts, dim, hidden))
         self.w2 = nn.Parameter(torch.empty(n_experts, hidden, dim))
         self.w3 = nn.Parameter(torch.empty(n_experts, dim, hidden))
-        self.lora = lora
+        self.lora, self.dropout = lora, 0.0 if lora is None else lora.dropout
+        self.sites: tuple[int, ...] = (0, 0, 0)
+        self.first_hidden = 0
+        """Keys of the names of the weights; number of the first hidden unit that is on this rank."""
         if lora is None:
             return
         for name in EXPERT_WEIGHTS:
@@ -173,13 +191,22 @@ class Experts(nn.Module):
             setattr(self, f"{name}_{LORA_A}", nn.Parameter(torch.empty(n_experts, n_in, lora.rank)))
             setattr(self, f"{name}_{LORA_B}", nn.Parameter(torch.empty(n_experts, lora.rank, n_out)))
 
-    def forward(self, x_RD: Tensor, sizes_E: Tensor) -> Tensor:
-        """x_RD holds sizes_E[0] rows of expert 0, then those of expert 1, and so on."""
+    def forward(self, x_RD: Tensor, sizes_E: Tensor, keys_R: Tensor | None = None) -> Tensor:
+        """x_RD holds sizes_E[0] rows of expert 0, then those of expert 1, and so on. keys_R: of each row, where dropout
+        is on.
+        """
         weights = self.w1, self.w2, self.w3
         if self.lora is None:
             return grouped_swiglu(x_RD, *weights, sizes_E)
         first, last = ([getattr(self, f"{name}_{part}") for name in EXPERT_WEIGHTS] for part in (LORA_A, LORA_B))
-        return adapted_swiglu(x_RD, list(zip(weights, first, last, strict=True)), self.lora.scale, sizes_E)
+        adapted = list(zip(weights, first, last, strict=True))
+        drop = None if keys_R is None else partial(self._dropped, keys_R)
+        return adapted_swiglu(x_RD, adapted, self.lora.scale, sizes_E, drop)
+
+    def _dropped(self, keys_R: Tensor, x: Tensor, weight: int) -> Tensor:
+        """What the adapter of EXPERT_WEIGHTS[weight] takes of its input x."""
+        first = self.first_hidden if EXPERT_WEIGHTS[weight] == "w2" else 0
+        return dropped(x, keys_R, self.sites[weight], self.dropout, first)
 
 
 def moe_rows(args: ModelArgs) -> Rows:

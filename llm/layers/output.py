@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm.args.lora import LoraArgs
 from llm.init import Draw
 from llm.kernels.cross_entropy import capped, lm_loss_sum, token_nll
-from llm.layers.linear import Linear
 from llm.layers.lora import Adapted, adapter_rows
 from llm.layers.parameter import ParamInfo, Rows
 from llm.layers.region import VocabularyShare
@@ -30,7 +29,7 @@ class HeadTargets(NamedTuple):
     """Return the negative log-likelihood of each label, (B, T) without gradient, not their sum."""
 
 
-class Output(Linear):
+class Output(Adapted):
     """The output matrix (V, D): see `predict` for what it returns."""
 
     vocabulary: VocabularyShare | None = None
@@ -38,7 +37,9 @@ class Output(Linear):
     def __init__(
         self, dim: int, vocab_size: int, softcap: float | None = None, lora: LoraArgs | None = None
     ) -> None:
-        super().__init__(dim, vocab_size, lora=lora)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
+        self.add_adapter(lora, dim, vocab_size)
         self.softcap = softcap
 
     @staticmethod

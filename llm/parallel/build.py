@@ -10,7 +10,8 @@ from llm import init
 from llm.args import ModelArgs
 from llm.boxes import box_shape
 from llm.layers.embedding import Embedding
-from llm.layers.moe import MoE
+from llm.layers.lora import LORA_A, Adapted
+from llm.layers.moe import Experts, MoE
 from llm.layers.output import Output
 from llm.layers.region import InRegion
 from llm.model import LLM
@@ -100,7 +101,11 @@ def _each_parameter(model: LLM, make: Callable[[str, torch.Tensor], torch.Tensor
 def _connect(model: LLM, table: ParameterTable, grid: Grid) -> None:
     """Let the layers communicate where their weights are cut."""
     args, layout = model.args, grid.layout
-    for module in model.modules():
+    for name, module in model.named_modules():
+        if isinstance(module, Adapted) and module.lora_a is not None:
+            module.first_input = grid.box(table[f"{name}.{LORA_A}"])[1][0]
+        elif isinstance(module, Experts) and module.lora is not None:
+            module.first_hidden = grid.box(table[f"{name}.w2_{LORA_A}"])[1][0]
         if layout.expert > 1 and isinstance(module, MoE):
             module.exchange = ExpertExchange(grid.expert, module.moe.n_experts)
     region = TensorRegion(grid.tensor, layout.sequence_parallel) if layout.tensor > 1 else None

@@ -92,6 +92,7 @@ class Replica:
         inputs: TransformerInput,
         losses: Losses | None = None,
         cache: Cache | None = None,
+        keys_N: Tensor | None = None,
     ) -> TransformerOutput:
         """What stage `phase` of this rank (0 or 1) makes of what the stage before it made: losses, else hidden states.
         """
@@ -104,6 +105,7 @@ class Replica:
             x=x,
             units=units,
             expert_counts=self._expert_counts,
+            keys_N=keys_N,
         )
 
     def expert_counts(self) -> Tensor:

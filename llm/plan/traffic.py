@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from itertools import chain, pairwise
 from typing import NamedTuple
 
+from llm.args.lora import adapter
 from llm.parallel.tensor import is_partial
 from llm.parallel.traffic_counter import Along, dimension_names
 from llm.plan.gradient_flow import HEAD
@@ -124,7 +125,9 @@ def _experts(work: Workload) -> Iterator[Sent]:
             forwards += 1 + repeated
             swaps += 2 + sum(work.flow[f"{block}.feed_forward.experts"]) + repeated * again
     rows = work.tokens * moe.top_k * work.args.dim * BYTES[work.precision]
-    bytes_ = (e - 1) * (forwards * moe.n_experts * INT64 + swaps * rows)
+    lora = adapter(work.args.lora, "experts")
+    keys = work.tokens * moe.top_k * INT64 if lora is not None and lora.dropout else 0  # of the rows, to the experts
+    bytes_ = (e - 1) * (forwards * (moe.n_experts * INT64 + keys) + swaps * rows)
     groups_of_a_layer = work.layout.world // (e * work.layout.pipeline)
     yield Sent("expert", "tokens", work.accumulation * groups_of_a_layer * bytes_)
 

@@ -196,7 +196,7 @@ class Trainer:
             result = StepResult.passed_over(counts)
         else:
             _, size = rows_and_size(batch)
-            result = run.engine.step(batch, counts, lr, progress.guard.loss_limit(size))
+            result = run.engine.step(batch, counts, lr, progress.guard.loss_limit(size), number=step)
         progress.step = step
         progress.consumed_rows += batch.n_rows
         progress.tokens += counts.tokens

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from llm.args import ModelArgs
-from llm.batch import IGNORE, Batch, Targets
+from llm.batch import IGNORE, Batch, Rows, Targets
 from llm.compile import compile_blocks
 from llm.data.batch import StepBatch
 from llm.datatypes import TransformerInput
@@ -45,7 +46,9 @@ def cut_batch(step: int, grid: Grid, accumulation: int) -> StepBatch:
         starts = sorted({*range(0, rows * SEQ_LEN + 1, SEQ_LEN), *(r * SEQ_LEN + 17 for r in range(rows))})
         tokens = stream[mine, :-1].contiguous()
         inputs = TransformerInput(tokens, cu_seqlens=torch.tensor(starts, dtype=torch.int32))
-        micro_batches.append(Batch(inputs, {"lm": Targets(labels[mine].contiguous())}))
+        numbers = step * ROWS + np.arange(mine.start, mine.stop)
+        where = Rows(np.zeros_like(numbers), numbers, numbers, np.zeros_like(numbers))
+        micro_batches.append(Batch(inputs, {"lm": Targets(labels[mine].contiguous())}, rows=where))
     counts = LM.count([Batch(TransformerInput(stream[:, :-1]), {"lm": Targets(labels)})])
     return StepBatch(micro_batches, counts, step * ROWS, ROWS, 0.0)
 

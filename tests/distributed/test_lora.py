@@ -39,8 +39,8 @@ def item(folder: Path, name: str, *, micro: int = 4, **sections: Any) -> dict[st
 
 
 def adapted(folder: Path, name: str, **sections: Any) -> dict[str, Any]:
-    """The same with adapters, on the weights of the run "base"."""
-    lora = {"rank": 4, "alpha": 16.0, "targets": EVERYWHERE, **sections.pop("lora", {})}
+    """The same with adapters and their dropout, on the weights of the run "base"."""
+    lora = {"rank": 4, "alpha": 16.0, "targets": EVERYWHERE, "dropout": 0.1, **sections.pop("lora", {})}
     model = {"init_from": str(folder / "base"), **sections.pop("model", {})}
     return item(folder, name, model=model, lora=lora, **sections)
 
@@ -71,7 +71,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lora")
     write_text(folder, documents=80)
     base = item(folder, "base", train={"steps": 1})
-    perform(folder, [base, adapted(folder, "one")], nproc=1)
+    perform(folder, [base, adapted(folder, "one"), adapted(folder, "plain", lora={"dropout": 0.0})], nproc=1)
     cut = {"parallel": {"tensor": 2}, "micro": 8}
     resumed = {"checkpoint": half_of(folder, "tensor")}
     items = [adapted(folder, "data"), adapted(folder, "tensor", **cut), adapted(folder, "again", **cut, **resumed)]
@@ -82,6 +82,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", ["data", "tensor"])
 def test_two_ranks_train_the_adapters_as_one_does(runs: Path, name: str) -> None:
     assert_alike(runs, name, "one", 1e-5)  # float32: sums in another order
+
+
+def test_dropout_changes_the_steps_from_the_first_in_which_adapters_are_not_nothing(runs: Path) -> None:
+    dropped, plain = ([row["loss"] for row in metrics(runs / name)] for name in ("one", "plain"))
+    assert dropped[0] == plain[0] and all(a != b for a, b in zip(dropped[1:], plain[1:], strict=True))
 
 
 def test_a_run_of_adapters_learns(runs: Path) -> None:
@@ -152,7 +157,7 @@ def test_an_adapter_is_trained_on_from_its_folder_on_its_base_alone(tmp_path: Pa
     write_text(tmp_path, documents=80)
     base, other = (item(tmp_path, name, train={"steps": 1, "seed": seed}) for name, seed in (("base", 0), ("other", 1)))
     perform(tmp_path, [base, other, adapted(tmp_path, "one")], nproc=1)
-    further = adapted(tmp_path, "further", lora={"init_from": str(tmp_path / "one")})
+    further = adapted(tmp_path, "further", lora={"init_from": str(tmp_path / "one"), "dropout": 0.0})
     evaluated = adapted(tmp_path, "merged", model={"init_from": str(tmp_path / "one")}, lora={"targets": ["wq"]})
     perform(tmp_path, [further, evaluated], nproc=2)
     losses = {name: metrics(tmp_path / name) for name in ("one", "further", "merged")}

@@ -46,6 +46,7 @@ SCATTERED = ("*_norm.*", "*.wk.*", "*.router.*", "*.experts.*", "norm.*")
 """Frozen: gradients pass through."""
 LORA: dict[str, Any] = {"lora": {"rank": 3}}
 EVERYWHERE: dict[str, Any] = {"lora": {"rank": 3, "targets": ["wk", "wo", "w2", "experts", "tok_embeddings"]}}
+DROPPED: dict[str, Any] = {"lora": {"rank": 3, "dropout": 0.5}}
 UPPER = ("layers.[12].*", "norm.*", "output.*")
 ON_TWO_RANKS = [
     case("tensor", tensor=2, micro=4, freeze=LOWER),
@@ -116,6 +117,7 @@ MORE_ON_TWO_RANKS = [
     ),
     *(case("tensor", tensor=2, micro=4, sequence_parallel=cut, **EVERYWHERE) for cut in (True, False)),
     *(case("data expert", expert=2, precision="bf16", recompute=again, **LORA) for again in ("none", "full")),
+    *(case("data expert", expert=2, recompute=again, **DROPPED) for again in ("none", "full")),
     *(case("pipeline", pipeline=2, model={"tie_embeddings": tied}, **EVERYWHERE) for tied in (True, False)),
     case("data", zero_stage=1, precision="bf16", optim={"name": "muon", "ema_decay": 0.9}, **EVERYWHERE),
     case("data", zero_stage=0),

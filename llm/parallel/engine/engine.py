@@ -63,6 +63,7 @@ class Engine:
         self.grid, self.world, self.model = grid, world, model = replica.grid, replica.world, replica.model
         self.objectives = objectives
         self.precision = precision
+        self._seed = seed
         if precision == "fp32" and zero_stage == 1 and world.size == 1 and not offload_optimizer:
             zero_stage = 0  # nothing to cut: masters beside the parameters, and copies of gradients, would only cost
         self.zero_stage = zero_stage
@@ -123,17 +124,19 @@ class Engine:
         return self.grid.reduce.size * private.loss_scaler_state(self._deepspeed).get("cur_scale", 1.0)
 
     def step(
-        self, batch: StepBatch, counts: Counts, lr: float, loss_limit: float | None = None
+        self, batch: StepBatch, counts: Counts, lr: float, loss_limit: float | None = None, number: int = 0
     ) -> StepResult:
         """Forward and backward over this rank's micro-batches, one optimizer step at learning rate `lr` (collective).
 
-        counts: of the global batch. loss_limit: no update where the loss is above it. Every group steps at
-        its own `lr_factor` times lr.
+        counts: of the global batch. loss_limit: no update where the loss is above it. number: of the step, which
+        dropout goes by. Every group steps at its own `lr_factor` times lr.
         """
         for group in private.base_optimizer(self._deepspeed).param_groups:
             group["lr"] = lr * group["lr_factor"]
         tally = Tally(self.model.args, self.objectives.weights, counts, self.world)
-        made = Step(batch, self.objectives, tally, self.grid, loss_limit, self.before_change)
+        lora = self.model.args.lora
+        key = (self._seed, number) if lora is not None and lora.dropout else None
+        made = Step(batch, self.objectives, tally, self.grid, loss_limit, self.before_change, key)
         self.model.train()
         scaler, at_lowest = private.loss_scaler_state(self._deepspeed), private.loss_scale_is_lowest(self._deepspeed)
         norm = self.schedule.run(made)
@@ -165,6 +168,7 @@ class Engine:
             tally=tally,
             grid=self.grid,
             before_change=step.before_change,
+            dropout_key=step.dropout_key,
             probes=probes,
         )
         self.schedule.rehearse(again)

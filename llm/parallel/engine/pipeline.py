@@ -77,7 +77,7 @@ class Pipelined:
         before = None if stage.first else x  # DeepSpeed has token ids there, without gradient
         here = replica.to_device(batch)
         losses = self._step.objectives.losses_of(replica.model, here) if stage.last else None
-        out = replica.through_stage(phase, before, here.inputs, losses)
+        out = replica.through_stage(phase, before, here.inputs, losses, keys_N=self._step.keys(here))
         loss = self._step.loss(out, here, replica.moe_layers[phase].start)
         if stage.last:
             assert loss is not None

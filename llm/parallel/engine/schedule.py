@@ -58,7 +58,8 @@ class Plain:
             engine.set_gradient_accumulation_boundary(m == last)
             here = replica.to_device(micro_batch)
             losses = step.objectives.losses_of(replica.model, here)
-            loss = step.loss(engine(here.inputs, losses=losses, expert_counts=replica.expert_counts()), here)
+            given = {"expert_counts": replica.expert_counts(), "keys_N": step.keys(here)}
+            loss = step.loss(engine(here.inputs, losses=losses, **given), here)
             assert loss is not None
             if m == last:
                 step.tally.sum_over_ranks()

@@ -17,6 +17,7 @@ from llm.args import ModelArgs
 from llm.batch import Batch, Counts, Rows
 from llm.data.batch import StepBatch
 from llm.datatypes import TransformerOutput
+from llm.layers.dropout import token_keys
 from llm.layers.moe import routing_shape
 from llm.objectives import Objectives
 from llm.parallel.grid import Grid
@@ -179,8 +180,21 @@ class Step:
     """No update where the loss is above it."""
     before_change: Callable[[], object]
     """To be called before masters or optimizer state change."""
+    dropout_key: tuple[int, int] | None = None
+    """Seed of the run and number of the step, where the model has dropout."""
     losses: list[Tensor] = field(default_factory=list)
     """Of this rank's micro-batches, as they were handed to DeepSpeed; a stage without the output has none."""
+
+    def keys(self, batch: Batch) -> Tensor | None:
+        """Of each token of a micro-batch on the model's device (see `Context.keys_N`), where the model has dropout.
+        ValueError where it is not known which rows the micro-batch holds.
+        """
+        if self.dropout_key is None:
+            return None
+        if batch.rows is None:
+            raise ValueError("dropout chooses by the number of a row in the order of the data, and a batch has none")
+        rows_R = torch.from_numpy(batch.rows.global_row).to(batch.inputs.tokens.device)
+        return token_keys(*self.dropout_key, rows_R, batch.n_tokens)
 
     def loss(self, out: TransformerOutput, batch: Batch, first_moe_layer: int = 0) -> Tensor | None:
         """Take a micro-batch's results into the sums; what of the loss depends on them, in this step's own weights, or
