@@ -50,11 +50,11 @@ class Packing:
         self._last: list[tuple[tuple[int, int], Ints]] = []
 
     def items(self, row: int, seed: int, epoch: int) -> Ints:
-        """The items of a row in an epoch, in order; IndexError where there is no such row."""
+        """The items of a row in an epoch, ascending; IndexError where there is no such row."""
         if not 0 <= row < self.n_rows:
             raise IndexError(f"row {row} of {self.n_rows}")
         first = int(self._ends[row - 1]) if row else 0
-        return self._dealt(seed, epoch)[first : int(self._ends[row])]
+        return np.sort(self._dealt(seed, epoch)[first : int(self._ends[row])])
 
     def row_of_items(self, seed: int, epoch: int) -> Ints:
         """(n,) the row of each item in an epoch."""

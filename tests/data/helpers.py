@@ -75,7 +75,9 @@ def labels_of(batch: Batch) -> torch.Tensor:
     return batch.targets["lm"].labels
 
 
-def loader_of(mixture: Mixture, global_batch_size: int, micro_batch_size: int, rank: int, ranks: int) -> TrainLoader:
+def loader_of(
+    mixture: Mixture, global_batch_size: int, micro_batch_size: int, rank: int, ranks: int, start_row: int = 0
+) -> TrainLoader:
     """A loader of rows as long as the mixture's."""
     return TrainLoader(
         mixture,
@@ -85,4 +87,5 @@ def loader_of(mixture: Mixture, global_batch_size: int, micro_batch_size: int, r
         dp_rank=rank,
         dp_size=ranks,
         count=LM.count,
+        start_row=start_row,
     )

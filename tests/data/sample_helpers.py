@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from llm.data.kinds import KINDS, Asked, ChatOptions, Opened, register
-from llm.data.opening import open_rows, prepare_rows
+from llm.data.opening import check_rows, open_rows, prepare_rows
 from llm.data.packed import Packed
 from llm.data.sample import Sample
 from llm.data.sample_kind import Content, SampleKind
@@ -98,6 +98,7 @@ def opened(
     held = [SourceSpec(path=valid, kind=kind)] if isinstance(valid, str) else valid
     for role, side in sides([SourceSpec(path=path, kind=kind)], held).items():
         of_side = Asked(**{**vars(asked), "split": side.split, "held_out": role == "data.valid"})
+        check_rows(side, of_side.cache_dir)
         prepare_rows(side, of_side)
         ((_, found[role], _),) = open_rows(side, of_side)
     return found
