@@ -24,11 +24,21 @@ class Targets:
     labels: Tensor
     """(B, T) int64; negative where there is no target."""
     weights: Tensor | None = None
-    """(B, T) float32: factor of each label's loss; None = 1."""
+    """(B, T) float32: factor of each label's loss, which counts in the denominator too; None = 1. Multiples of 1/1024,
+    so that sums of them are exact in float64, in any order and however a batch is cut."""
 
     def count(self) -> int:
         """Number of labels that count."""
         return int((self.labels >= 0).sum())
+
+    def weight(self) -> float:
+        """Sum of the labels' weights: what the mean of their losses divides by; without weights their number."""
+        return self.count() if self.weights is None else float(self.weight_of_each().sum())
+
+    def weight_of_each(self) -> Tensor:
+        """(B, T) float64: the weight of each label, 0 where there is none."""
+        counts = (self.labels >= 0).double()
+        return counts if self.weights is None else counts * self.weights
 
     def span(self, first: int, end: int) -> "Targets":
         """Those of some of the flattened tokens, as one row."""
@@ -105,26 +115,30 @@ class Counts:
     """What the means of a step divide by. Of one rank, or of all ranks."""
 
     tokens: int
-    objectives: Mapping[str, int]
-    """By the objective's name, the main one first."""
-    sources: Mapping[str, int]
-    """Targets of the main objective by source; empty where there is one source only."""
+    targets: int
+    """Labels of the main objective that count, whatever their weights."""
+    objectives: Mapping[str, float]
+    """What the mean of each divides by, by its name, the main one first: with `lm` the targets, or the sum of their
+    weights. 0 where a step has no target: its mean is 0 then."""
+    sources: Mapping[str, float]
+    """That of the main objective by source; empty where there is one source only."""
 
     @property
-    def targets(self) -> int:
-        """Of the main objective."""
+    def main(self) -> float:
+        """What the mean of the main objective divides by."""
         return next(iter(self.objectives.values()))
 
-    def values(self) -> list[int]:
+    def values(self) -> list[float]:
         """All numbers, to be summed over ranks."""
-        return [self.tokens, *self.objectives.values(), *self.sources.values()]
+        return [self.tokens, self.targets, *self.objectives.values(), *self.sources.values()]
 
     def with_values(self, values: Sequence[float]) -> "Counts":
         """These names with other numbers, in the order of `values`."""
-        tokens, *rest = (int(value) for value in values)
+        tokens, targets, *rest = values
         n = len(self.objectives)
         return Counts(
-            tokens,
+            int(tokens),
+            int(targets),
             dict(zip(self.objectives, rest[:n], strict=True)),
             dict(zip(self.sources, rest[n:], strict=True)),
         )

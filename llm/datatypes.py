@@ -127,6 +127,8 @@ class LossSum(NamedTuple):
     """float32 scalar, differentiable."""
     per_token: Tensor | None = None
     """(B, T) float32 without gradient: each target's part, 0 where there is none; None where that is not known."""
+    measures: Mapping[str, Tensor] | None = None
+    """What the objective says besides, by its `measures`: float32 scalars without gradient, sums as `total` is."""
 
 
 class RouterStats(NamedTuple):

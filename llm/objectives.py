@@ -1,7 +1,8 @@
 """What a model is trained for: named losses, each a sum over its own targets and a mean over its own count.
 
 The loss of a step is the sum over its objectives of weight x sum / N, where sum and N (the objective's count) are those
-of the whole step, over all micro-batches and ranks: whatever the layout, every target weighs the same.
+of the whole step, over all micro-batches and ranks: whatever the layout, every target weighs the same. Where targets
+have weights, N is the sum of these. A step without any target has N = 0 and the loss 0, and its gradient is 0.
 
 There are two kinds. An `Objective` reads the final hidden states; with a pipeline the last stage has it. A
 `LayerObjective` reads what the layers report of themselves; each stage has those of its own layers.
@@ -34,12 +35,20 @@ class Named(ABC):
     weight: float = 1.0
 
     @abstractmethod
-    def count(self, batch: Batch) -> int:
+    def count(self, batch: Batch) -> float:
         """What the batch adds to the number that the sum is divided by; on the CPU, before the step."""
 
 
 class Objective(Named):
     """A loss over the final hidden states; ranks that share a batch have the same."""
+
+    measures: tuple[str, ...] = ()
+    """What it says besides its loss, each as a mean over the same count: `NAME_MEASURE` in metrics.jsonl, and in a
+    validation, where it is the main objective, `valid_MEASURE`."""
+
+    def n_targets(self, batch: Batch) -> int:
+        """How many targets the batch has, for the metrics; on the CPU."""
+        return int(self.count(batch))
 
     @abstractmethod
     def loss_sum(self, model: LLM, hidden_BTD: Tensor, batch: Batch) -> LossSum:
@@ -60,26 +69,34 @@ class TokenObjective(Objective):
     def targets(self, batch: Batch) -> Targets:
         """The token at each position that has one, on the device of the batch."""
 
-    def count(self, batch: Batch) -> int:
+    def count(self, batch: Batch) -> float:
+        return self.targets(batch).weight()
+
+    def n_targets(self, batch: Batch) -> int:
         return self.targets(batch).count()
 
     def loss_sum(self, model: LLM, hidden_BTD: Tensor, batch: Batch) -> LossSum:
         targets = self.targets(batch)
         nll_BT = torch.zeros_like(targets.labels, dtype=torch.float32)
         total = model.loss_sum(hidden_BTD, targets.labels, factors_BT=targets.weights, nll_BT=nll_BT)
-        return LossSum(total, nll_BT)
+        return LossSum(total, nll_BT if targets.weights is None else nll_BT * targets.weights)
 
 
 class LayerObjective(Named):
     """A loss that the layers report, with its coefficient already in it."""
 
-    def count(self, batch: Batch) -> int:
+    def count(self, batch: Batch) -> float:
         """Tokens."""
         return batch.n_tokens
 
     @abstractmethod
     def loss_sum(self, stats: RouterStats) -> Tensor:
         """The sum over the batch and the layers that `stats` is of, float32 scalar."""
+
+
+def measured_as(objective: str, measure: str) -> str:
+    """What a measure of an objective is called in metrics.jsonl."""
+    return f"{objective}_{measure}"
 
 
 class Objectives:
@@ -94,6 +111,8 @@ class Objectives:
         if twice or not self.final:
             raise ValueError(f"two objectives are called {twice[0]}" if twice else "there is no objective to train for")
         self.weights = {objective.name: objective.weight for objective in self._all}
+        self.measured = {measured_as(o.name, measure): o.name for o in self.final for measure in o.measures}
+        """The objective of each measure, whose names are those of metrics.jsonl."""
 
     @property
     def main(self) -> Objective:
@@ -103,17 +122,19 @@ class Objectives:
     def count(self, batches: Sequence[Batch], sources: Sequence[str] = ()) -> Counts:
         """What the batches add to the counts of a step. sources: names of the data's, where there are several."""
         counted = {o.name: sum(o.count(batch) for batch in batches) for o in self._all}
-        return Counts(sum(batch.n_tokens for batch in batches), counted, self._by_source(batches, sources))
+        n_targets = sum(self.main.n_targets(batch) for batch in batches)
+        by_source = self._by_source(batches, sources)
+        return Counts(sum(batch.n_tokens for batch in batches), n_targets, counted, by_source)
 
-    def _by_source(self, batches: Sequence[Batch], sources: Sequence[str]) -> dict[str, int]:
+    def _by_source(self, batches: Sequence[Batch], sources: Sequence[str]) -> dict[str, float]:
         if len(sources) < 2 or not isinstance(self.main, TokenObjective):
             return {}
-        totals = np.zeros(len(sources), dtype=np.int64)
+        totals = np.zeros(len(sources), dtype=np.float64)
         for batch in batches:
             assert batch.rows is not None
-            source_R, labels_BT = batch.rows.source, self.main.targets(batch).labels
-            counts_R = (labels_BT >= 0).view(len(source_R), -1).sum(1).numpy()
-            np.add.at(totals, source_R[source_R >= 0], counts_R[source_R >= 0])
+            source_R, weight_BT = batch.rows.source, self.main.targets(batch).weight_of_each()
+            weight_R = weight_BT.view(len(source_R), -1).sum(1).numpy()
+            np.add.at(totals, source_R[source_R >= 0], weight_R[source_R >= 0])
         return dict(zip(sources, totals.tolist(), strict=True))
 
     def losses_of(self, model: LLM, batch: Batch) -> Losses:

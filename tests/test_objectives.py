@@ -46,7 +46,7 @@ def batch_of(n_rows: int, seed: int = 0, weights: bool = False) -> Batch:
     tokens = torch.randint(0, 50, (n_rows, 9), generator=draw)
     labels = tokens[:, 1:].clone()
     labels[torch.rand(labels.shape, generator=draw) < 0.3] = IGNORE
-    factors = torch.rand(labels.shape, generator=draw) if weights else None
+    factors = torch.randint(1, 2049, labels.shape, generator=draw) / 1024 if weights else None
     return Batch(TransformerInput(tokens[:, :-1].contiguous()), {"lm": Targets(labels, factors)})
 
 
@@ -84,7 +84,7 @@ def test_a_row_that_is_cut_into_sequences_is_of_one_source() -> None:
 def test_the_mean_of_a_source_is_that_of_its_targets_and_unknown_without_any() -> None:
     model, batch = LLM(ARGS), replace(batch_of(4), rows=rows_of([1, 0, 1, 0]))
     out = model(batch.inputs, losses=LM.losses_of(model, batch))
-    tally = Tally(ARGS, LM.weights, LM.count([batch], ["a", "b", "c"]), ALONE)
+    tally = Tally(ARGS, LM, LM.count([batch], ["a", "b", "c"]), ALONE)
     per_token = out.losses["lm"].per_token
     tally.add_loss("lm", out.losses["lm"].total)
     tally.add_by_source(per_token, batch.rows)
@@ -100,8 +100,9 @@ def test_the_mean_of_a_source_is_that_of_its_targets_and_unknown_without_any() -
 
 
 def test_a_steps_loss_is_the_sum_of_weight_times_sum_over_count() -> None:
-    counts = Counts(100, {"lm": 40, "other": 0, "third": 8}, {})
-    tally = Tally(ARGS.model_copy(update={"moe": None}), {"lm": 1.0, "other": 2.0, "third": 0.5}, counts, ALONE)
+    counts = Counts(100, 40, {"lm": 40, "other": 0, "third": 8}, {})
+    objectives = Objectives([NextToken("lm"), NextToken("other", 2.0), NextToken("third", 0.5)])
+    tally = Tally(ARGS.model_copy(update={"moe": None}), objectives, counts, ALONE)
     for value in (20.0, 60.0):
         tally.add_loss("lm", torch.tensor(value))
     tally.add_loss("third", torch.tensor(4.0))
@@ -109,6 +110,76 @@ def test_a_steps_loss_is_the_sum_of_weight_times_sum_over_count() -> None:
     assert result.losses == {"lm": 2.0, "other": 0.0, "third": 0.25} and result.loss == 2.25
     assert float(tally.one_or_nan(2.25)) == 1.0 and math.isnan(float(tally.one_or_nan(2.2)))
     assert float(tally.weighted("third", torch.tensor(4.0), ranks=3)) == 0.75
+
+
+def test_weights_of_targets_are_what_the_mean_divides_by_and_targets_are_counted_as_tokens() -> None:
+    """Multiples of 1/1024 add up exactly, however a batch is cut: the whole is its rows, in any order."""
+    batch = replace(batch_of(4, weights=True), rows=rows_of([1, 0, 1, 1]))
+    targets = batch.targets["lm"]
+    assert targets.weights is not None
+    counted = targets.labels >= 0
+    counts = LM.count([batch], ["a", "b"])
+    assert counts.targets == int(counted.sum()) and counts.main == sum(targets.weights[counted].tolist())
+    per_row = [sum(w[c].tolist()) for w, c in zip(targets.weights, counted, strict=True)]
+    assert counts.sources == {"a": per_row[1], "b": per_row[3] + per_row[0] + per_row[2]}
+    assert counts.with_values(counts.values()) == counts
+
+
+def test_the_means_of_weighted_targets_are_weighted_by_step_and_by_source() -> None:
+    model, batch = LLM(ARGS), replace(batch_of(4, weights=True), rows=rows_of([1, 0, 1, 0]))
+    targets = batch.targets["lm"]
+    assert targets.weights is not None
+    logits = model(batch.inputs).logits
+    nll = F.cross_entropy(logits.flatten(0, 1), targets.labels.flatten(), ignore_index=IGNORE, reduction="none")
+    weighted = (nll.view_as(targets.weights) * targets.weights).detach()
+    weight = targets.weights * (targets.labels >= 0)
+    found = model(batch.inputs, losses=LM.losses_of(model, batch)).losses["lm"]
+    tally = Tally(ARGS, LM, LM.count([batch], ["a", "b"]), ALONE)
+    tally.add_loss("lm", found.total)
+    tally.add_by_source(found.per_token, batch.rows)
+    result = tally.result(1.0, 1)
+    assert result.losses["lm"] == pytest.approx(float(weighted.sum() / weight.sum()), rel=1e-5)  # float32 sums
+    for source, rows in (("a", [1, 3]), ("b", [0, 2])):
+        mean = float(weighted[rows].sum() / weight[rows].sum())
+        assert result.source_losses[source] == pytest.approx(mean, rel=1e-5)
+
+
+def test_a_batch_without_a_target_has_the_loss_0_and_no_gradient() -> None:
+    model, batch = LLM(ARGS.model_copy(update={"moe": None})), batch_of(2)
+    nothing = Targets(torch.full_like(batch.targets["lm"].labels, IGNORE), torch.ones(2, 8))
+    batch = replace(batch, targets={"lm": nothing}, rows=rows_of([0, 0]))
+    tally = Tally(model.args, LM, LM.count([batch], ["a", "b"]), ALONE)
+    out = model(batch.inputs, losses=LM.losses_of(model, batch))
+    tally.add_loss("lm", out.losses["lm"].total)
+    tally.weighted("lm", out.losses["lm"].total, ranks=2).backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients and not any(gradient.any() for gradient in gradients)
+    result = tally.result(0.0, 1)
+    assert (result.loss, result.counts.targets) == (0.0, 0) and math.isnan(result.source_losses["a"])
+    assert float(tally.one_or_nan(None)) == 1.0
+
+
+class Measured(FirstTokens):
+    """Of a test: says the largest and the smallest besides."""
+
+    name = "measured"
+    measures = ("largest", "smallest")
+
+    def loss_sum(self, model: LLM, hidden_BTD: Tensor, batch: Batch) -> LossSum:
+        first_B = hidden_BTD[:, 0, 0].detach().float()
+        said = {"largest": first_B.max(), "smallest": first_B.min()}
+        return super().loss_sum(model, hidden_BTD, batch)._replace(measures=said)
+
+
+def test_what_an_objective_says_besides_is_a_mean_over_its_own_count() -> None:
+    objectives = Objectives([*LM.final, Measured()])
+    counts = Counts(16, 16, {"lm": 16, "measured": 4}, {})
+    tally = Tally(ARGS, objectives, counts, ALONE)
+    for value in (3.0, 5.0):
+        tally.add_measures("measured", {"largest": torch.tensor(value), "smallest": torch.tensor(-value)})
+    assert tally.result(1.0, 1).measures == {"measured_largest": 2.0, "measured_smallest": -2.0}
+    none = replace(counts, objectives={**counts.objectives, "measured": 0})
+    assert all(math.isnan(value) for value in Tally(ARGS, objectives, none, ALONE).result(1.0, 1).measures.values())
 
 
 @pytest.mark.parametrize("weights", [False, True])
@@ -121,7 +192,7 @@ def test_the_next_tokens_loss_is_the_cross_entropy_of_the_logits(weights: bool) 
     nll = F.cross_entropy(logits.flatten(0, 1), targets.labels.flatten(), ignore_index=IGNORE, reduction="none")
     expected = nll.view_as(factors)
     ours = model(batch.inputs, losses=LM.losses_of(model, batch)).losses["lm"]
-    torch.testing.assert_close(ours.per_token, expected.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.per_token, (expected * factors).detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(ours.total, (expected * factors).sum(), rtol=1e-5, atol=0)
     parameters = list(model.parameters())
     gradients = (

@@ -123,18 +123,23 @@ class Replica:
 
     @torch.no_grad()
     def sum_losses(
-        self, objective: Objective, batches: Iterator[Batch], counted: Callable[[Batch], Sequence[int]]
-    ) -> tuple[float, list[int]]:
-        """The sum of an objective, and the sums of what `counted` counts in each batch, over all ranks (collective)."""
-        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        mine: list[int] = []
+        self, objective: Objective, batches: Iterator[Batch], counted: Callable[[Batch], Sequence[float]]
+    ) -> tuple[float, dict[str, float], list[float]]:
+        """The sum of an objective, those of its measures by name, and those of what `counted` counts in each batch,
+        over all ranks (collective).
+        """
+        names = objective.measures
+        totals = torch.zeros(1 + len(names), dtype=torch.float64, device=self.world.device)
+        mine: list[float] = []
         for batch, loss in self._losses(objective, batches):
             if loss is not None:
-                total += loss.total.double()
+                measures = loss.measures or {}
+                totals += torch.stack([loss.total, *(measures[name] for name in names)]).double()
             numbers = counted(batch)
             mine = [sum(pair) for pair in zip(mine, numbers, strict=True)] if mine else list(numbers)
-        sums = sum_over_ranks([n * self.grid.reports_loss for n in (float(total), *mine)], self.world)
-        return sums[0], [int(count) for count in sums[1:]]
+        sums = sum_over_ranks([n * self.grid.reports_loss for n in (*totals.tolist(), *mine)], self.world)
+        n = len(names)
+        return sums[0], dict(zip(names, sums[1 : 1 + n], strict=True)), sums[1 + n :]
 
     @torch.no_grad()
     def token_losses(self, objective: TokenObjective, batches: Sequence[Batch]) -> list[Tensor]:

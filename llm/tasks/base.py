@@ -5,8 +5,9 @@ and the name under `task` in the run config.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from llm.batch import Batch
 from llm.data.heldout import HeldOut
@@ -58,21 +59,26 @@ class Task(ABC):
     name: str
 
     @abstractmethod
-    def objectives(self) -> tuple[Objective, ...]:
-        """What it is trained for; the first is what a validation measures."""
+    def objectives(self, options: Mapping[str, Any] | None = None) -> tuple[Objective, ...]:
+        """What it is trained for; the first is what a validation measures. options: what the config's section of the
+        task's own name says, where there is such a section.
+        """
 
     @abstractmethod
     def open_rows(self, wanted: RowsWanted, tokenizer: Tokenizer, world: World) -> OpenedRows:
         """The training and held-out rows (collective). UserError on all ranks where they cannot be read."""
 
     @abstractmethod
-    def counter(self, tokenizer: Tokenizer) -> Callable[[Batch], list[int]]:
-        """Counts what `metrics` needs of a held-out batch, the targets first; the counts are summed over all batches.
+    def counter(self, tokenizer: Tokenizer) -> Callable[[Batch], list[float]]:
+        """Counts what `metrics` needs of a held-out batch, first what the mean of the main objective divides by; the
+        counts are summed over all batches.
         """
 
     @abstractmethod
-    def metrics(self, loss_sum: float, counts: Sequence[int]) -> dict[str, float]:
-        """What a validation says, from the sums over the held-out rows: fields of metrics.jsonl, `valid_loss` first."""
+    def metrics(self, loss_sum: float, counts: Sequence[float]) -> dict[str, float]:
+        """What a validation says, from the sums over the held-out rows: fields of metrics.jsonl, `valid_loss` first.
+        The main objective's measures come besides.
+        """
 
     @abstractmethod
     def sample(

@@ -1,9 +1,12 @@
 """Language modelling: the next token of a text, or of the parts of samples that train."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from llm.batch import Batch
+import torch
+
+from llm.batch import Batch, Targets
 from llm.generate import Decoder, generate
 from llm.generation.text import continuation
 from llm.model import LLM
@@ -17,32 +20,38 @@ from llm.tokenizer import Tokenizer
 class LanguageModelling(Task):
     name = "lm"
 
-    def objectives(self) -> tuple[Objective, ...]:
+    def objectives(self, options: Mapping[str, Any] | None = None) -> tuple[Objective, ...]:
         return (NextToken(self.name),)
 
     def open_rows(self, wanted: RowsWanted, tokenizer: Tokenizer, world: World) -> OpenedRows:
         return opened_rows(wanted, tokenizer, world, self.name, target=self.name)
 
-    def counter(self, tokenizer: Tokenizer) -> Callable[[Batch], list[int]]:
-        """Targets, and bytes of text that they stand for."""
+    def counter(self, tokenizer: Tokenizer) -> Callable[[Batch], list[float]]:
+        """The targets' weight, how many they are, the bytes of text that they stand for, the tokens of all samples, and
+        how many of these are chosen out: are no target though more of their sample follows, or one of another weight
+        than 1.
+        """
         token_bytes = tokenizer.token_bytes()
 
-        def count(batch: Batch) -> list[int]:
-            labels = batch.targets[self.name].labels
-            targets = labels[labels >= 0].numpy()
-            return [targets.size, int(token_bytes[targets].sum())]
+        def count(batch: Batch) -> list[float]:
+            targets = batch.targets[self.name]
+            labels = targets.labels[targets.labels >= 0].numpy()
+            n_tokens = batch.n_tokens if batch.valid is None else int(batch.valid.sum())
+            n_bytes = int(token_bytes[labels].sum())
+            return [targets.weight(), labels.size, n_bytes, n_tokens, _chosen_out(batch, targets)]
 
         return count
 
-    def metrics(self, loss_sum: float, counts: Sequence[int]) -> dict[str, float]:
-        """Loss per target (nats), perplexity and bits per byte of the original text."""
-        n_targets, n_bytes = counts
-        loss = loss_sum / n_targets
-        return {
-            "valid_loss": loss,
-            "valid_ppl": math.exp(min(loss, 700.0)),
-            "valid_bits_per_byte": loss_sum / (math.log(2) * max(n_bytes, 1)),
-        }
+    def metrics(self, loss_sum: float, counts: Sequence[float]) -> dict[str, float]:
+        """Loss per target (nats) and perplexity; of whole texts also bits per byte of the original text, where only
+        some of the tokens are targets their share instead, as what they stand for is no text.
+        """
+        weight, n_targets, n_bytes, n_tokens, n_chosen_out = counts
+        loss = loss_sum / weight
+        found = {"valid_loss": loss, "valid_ppl": math.exp(min(loss, 700.0))}
+        if n_chosen_out:
+            return found | {"valid_target_share": n_targets / n_tokens}
+        return found | {"valid_bits_per_byte": loss_sum / (math.log(2) * max(n_bytes, 1))}
 
     def sample(
         self,
@@ -68,3 +77,19 @@ class LanguageModelling(Task):
         except FloatingPointError as error:  # on all ranks alike; whether such a run goes on is the guard's to say
             return [f" ({error})"] * len(prompts)
         return [continuation(tokenizer, *row) for row in zip(prompts, found, strict=True)]
+
+
+def _chosen_out(batch: Batch, targets: Targets) -> int:
+    """How many tokens of a batch are kept from being targets, or are some of another weight than 1. The last one of a
+    document or a row, which nothing follows, is not.
+    """
+    labels_N = targets.labels.reshape(-1)
+    last_N = torch.zeros_like(labels_N, dtype=torch.bool)
+    bounds = batch.inputs.cu_seqlens
+    ends = torch.arange(0, len(last_N) + 1, batch.seq_len) if bounds is None else bounds.long()
+    last_N[ends[1:] - 1] = True
+    left_out_N = (labels_N < 0) & ~last_N
+    if batch.valid is not None:
+        left_out_N &= batch.valid.reshape(-1)
+    found = int(left_out_N.sum())
+    return found if targets.weights is None else found + int(((targets.labels >= 0) & (targets.weights != 1)).sum())

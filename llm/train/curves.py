@@ -23,18 +23,17 @@ CURVES = {
     "mfu": "throughput/mfu",
     "data_wait_s": "throughput/data_wait_s",
     "memory_gb": "memory/peak_gb",
-    "valid_loss": "val/loss",
-    "valid_loss_ema": "val/loss_ema",
-    "valid_ppl": "val/ppl",
-    "valid_bits_per_byte": "val/bits_per_byte",
 }
-"""Fields of a row that are drawn, and under which name; beside them the losses of objectives and sources."""
+"""Fields of a row that are drawn, and under which name; beside them what a validation says, and the losses of
+objectives and sources."""
 WANDB_ID = "wandb_id"
 """File in the run folder with the identity of the run at Weights & Biases."""
 
 
 def curve_of(field: str) -> str | None:
     """The name under which a field of a row is drawn; None where it is not."""
+    if field.startswith("valid_"):
+        return f"val/{field.removeprefix('valid_')}"
     if field.startswith("loss/") or (field.endswith("_loss") and field not in CURVES):
         return f"train/{field}"
     return CURVES.get(field)

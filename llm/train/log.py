@@ -86,11 +86,7 @@ class RunLog:
         if step % self.interval == 0 or step in (self._first_step, self.steps):
             self.say(self._line(row))
         if "valid_loss" in row:
-            self.say(
-                f"step {step}: validation loss {row['valid_loss']:.4f}, perplexity {row['valid_ppl']:.2f}, "
-                f"bits per byte {row['valid_bits_per_byte']:.4f}"
-                + (f"; of the averaged weights {row['valid_loss_ema']:.4f}" if "valid_loss_ema" in row else "")
-            )
+            self.say(validation_line(row))
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """A text sample, on the screen, in log.txt and beside the curves."""
@@ -120,6 +116,26 @@ class RunLog:
             f"{row['tokens_per_s']:,.0f} tokens/s  wait {row['data_wait_s'] / row['step_time_s']:.1%}  "
             f"memory {row['memory_gb']:.2f} GB  left {left // 60}:{left % 60:02d}"
         )
+
+
+SAID = {
+    "valid_loss": ("validation loss", ".4f"),
+    "valid_ppl": ("perplexity", ".2f"),
+    "valid_bits_per_byte": ("bits per byte", ".4f"),
+    "valid_target_share": ("share of targets", ".1%"),
+}
+"""How some fields of a validation read; the others read as they are called."""
+
+
+def validation_line(row: dict[str, Any]) -> str:
+    """What a validation found, in words."""
+    parts = []
+    for key, value in row.items():
+        if key.startswith("valid_") and key != "valid_loss_ema":
+            words, form = SAID.get(key, (key.removeprefix("valid_").replace("_", " "), ".4f"))
+            parts.append(f"{words} {value:{form}}")
+    averaged = f"; of the averaged weights {row['valid_loss_ema']:.4f}" if "valid_loss_ema" in row else ""
+    return f"step {row['step']}: {', '.join(parts)}{averaged}"
 
 
 def _number(row: dict[str, Any], key: str, form: str) -> str:

@@ -5,6 +5,7 @@
 | step, tokens, epoch | steps, tokens and passes over the training rows so far, this step included |
 | loss | nats: the sum of the following |
 | lm_loss, moe_balance_loss, moe_z_loss, ... | of each objective: its weight times the mean over the global batch |
+| dpo_margin, dpo_accuracy, ... | what an objective says besides, as a mean over its own count; null without any |
 | loss/SOURCE | of each source, where there are several: the first objective's mean over its targets; null without any |
 | grad_norm | global norm before clipping; null, like a loss, where it is no finite number |
 | skipped | why there was no update: loss, gradient, limit (guard.spike), overflow (fp16), passed over; else null |
@@ -78,6 +79,7 @@ class StepMetrics:
             "step_time_s": seconds,
             "data_wait_s": batch.wait_s,
             "memory_gb": peak_memory_gb(self.world.device),
+            **{key: _finite(value) for key, value in result.measures.items()},
             **{f"loss/{source}": _finite(value) for source, value in result.source_losses.items()},
             **({"rows_passed_over": [list(rows) for rows in batch.passed_over]} if batch.passed_over else {}),
         }

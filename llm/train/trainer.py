@@ -193,7 +193,7 @@ class Trainer:
         step = progress.step + 1
         lr = learning_rate(run.config.optim, run.steps, step)
         if batch.is_passed_over and not always:
-            result = StepResult.passed_over(counts)
+            result = StepResult.passed_over(counts, run.engine.objectives.measured)
         else:
             _, size = rows_and_size(batch)
             result = run.engine.step(batch, counts, lr, progress.guard.loss_limit(size), number=step)
@@ -259,8 +259,8 @@ class Trainer:
         flags = [batch is None, requests.stop is not None, world.is_main and requests.save_wanted(), *store.flags()]
         none = self.run.engine.objectives.count((), self.run.mixture.names)
         counts = batch.counts if batch is not None and self.run.grid.reports_loss else none
-        sums = [int(n) for n in sum_over_ranks([*flags, *counts.values()], world)]
-        failed, stop, save, *saving = sums[: len(flags)]
+        sums = sum_over_ranks([*flags, *counts.values()], world)
+        failed, stop, save, *saving = (int(n) for n in sums[: len(flags)])
         if failed:
             all_or_none(partial(_raise, failure), world)
         assert batch is not None

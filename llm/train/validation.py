@@ -97,12 +97,14 @@ def _validate(
 ) -> dict[str, float]:
     counter = task.counter(tokenizer)
     cut = (config.train.micro_batch_size, engine.grid.rows.rank, engine.grid.rows.size)
-    loss_sum, counts = engine.replica.sum_losses(engine.objectives.main, until(held_out.batches(*cut)), counter)
+    main = engine.objectives.main
+    loss_sum, measures, counts = engine.replica.sum_losses(main, until(held_out.batches(*cut)), counter)
     if not any(counts[:1]):  # a mean over nothing would be the best loss of all
         raise agreed_error(f"data.valid: {held_out.described()} have no token to predict; give more eval.rows")
     found = task.metrics(loss_sum, counts)
+    found |= {f"valid_{name}": total / counts[0] for name, total in measures.items()}
     if config.optim.ema_decay is not None:
         with engine.averaged_weights():
-            loss_sum, _ = engine.replica.sum_losses(engine.objectives.main, until(held_out.batches(*cut)), counter)
+            loss_sum, _, _ = engine.replica.sum_losses(main, until(held_out.batches(*cut)), counter)
         found["valid_loss_ema"] = task.metrics(loss_sum, counts)["valid_loss"]
     return found

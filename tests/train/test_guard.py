@@ -13,7 +13,7 @@ from llm.parallel.engine.step import Overflows, Skipped, StepResult
 from llm.train.config import GuardConfig
 from llm.train.guard import Guard, part_passed_over
 
-TEN = Counts(10, {"lm": 10}, {})
+TEN = Counts(10, 10, {"lm": 10}, {})
 
 
 def result(loss: float, skipped: Skipped | None = None) -> StepResult:

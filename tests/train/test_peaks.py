@@ -39,7 +39,7 @@ def test_a_cpu_has_a_peak_only_if_the_config_gives_it() -> None:
 def test_mfu_is_per_device_and_uses_the_steps_own_length(ranks: int) -> None:
     world = World(0, ranks, 0, torch.device("cpu"))
     tokens = torch.zeros(6, 16, dtype=torch.int64)
-    counts = Counts(96 * ranks, {"lm": 96 * ranks}, {})
+    counts = Counts(96 * ranks, 96 * ranks, {"lm": 96 * ranks}, {})
     batch = StepBatch([Batch(TransformerInput(tokens), {})], counts, 0, 2, wait_s=0.0)
     result = StepResult(1.0, {"lm": 1.0}, {}, 1.0, counts, routing_checksum=None)
     when = {"step": 1, "tokens": 96, "epoch": 0.1, "lr": 0.1, "seconds": 2.0}

@@ -85,7 +85,7 @@ def batch_of(mixture: Mixture, rows: np.ndarray, sequence_len: int | None = None
 def scored(model: LLM, mixture: Mixture, batch: Batch) -> list[tuple[int, int, Span]]:
     replica = Replica(model, make_grid(World(0, 1, 0, CPU)), split(model.args, 1))
     (nll_BT,) = replica.token_losses(LM.main, [batch])
-    return score_spans(mixture, ByteTokenizer(), nll_BT, batch, labels_of(batch))
+    return score_spans(mixture, ByteTokenizer(), nll_BT, batch, batch.targets["lm"])
 
 
 def origins(mixture: Mixture, row: int) -> set[tuple[str, int | None]]:
@@ -153,13 +153,13 @@ def test_the_gradient_of_a_span_is_its_part_of_the_batchs_and_leaves_no_trace(mo
         loss = model(batch.inputs, labels=only.view_as(labels_of(batch))).loss_sum / 100
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         expected = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
-        found = span_gradient_norm(model, LM.main, batch, start, stop, n_targets=100, device=CPU)
+        found = span_gradient_norm(model, LM.main, batch, start, stop, weight=100, device=CPU)
         assert found == pytest.approx(expected, rel=1e-5)  # float32 sums of other lengths
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def span(loss_sum: float, n_targets: int) -> Span:
-    return Span(0, "s", 0, 0, "f", None, 0, n_targets, n_targets, n_targets, loss_sum, "")
+    return Span(0, "s", 0, 0, "f", None, 0, n_targets, n_targets, n_targets, n_targets, loss_sum, "")
 
 
 def test_what_is_not_a_number_comes_first_and_what_has_no_targets_last() -> None:

@@ -133,7 +133,7 @@ class Engine:
         """
         for group in private.base_optimizer(self._deepspeed).param_groups:
             group["lr"] = lr * group["lr_factor"]
-        tally = Tally(self.model.args, self.objectives.weights, counts, self.world)
+        tally = Tally(self.model.args, self.objectives, counts, self.world)
         lora = self.model.args.lora
         key = (self._seed, number) if lora is not None and lora.dropout else None
         made = Step(batch, self.objectives, tally, self.grid, loss_limit, self.before_change, key)
@@ -160,7 +160,7 @@ class Engine:
         """
         kept = private.loss_scaler_state(self._deepspeed)
         private.set_loss_scaler_state(self._deepspeed, scaler)
-        tally = Tally(self.model.args, self.objectives.weights, step.tally.step_counts, self.world)
+        tally = Tally(self.model.args, self.objectives, step.tally.step_counts, self.world)
         probes = GradientProbes(self.replica)
         again = Rehearsal(
             batch=step.batch,

@@ -5,10 +5,11 @@ Shapes: M number of MoE layers of the whole model, m those of a stage, E experts
 
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -19,7 +20,7 @@ from llm.data.batch import StepBatch
 from llm.datatypes import TransformerOutput
 from llm.layers.dropout import token_keys
 from llm.layers.moe import routing_shape
-from llm.objectives import Objectives
+from llm.objectives import Objectives, measured_as
 from llm.parallel.grid import Grid
 from llm.parallel.launch.world import World
 
@@ -56,14 +57,19 @@ class StepResult:
     """Why weights and optimizer state were left as they were: the loss or a gradient was not finite, the loss was above
     its limit, fp16 overflowed and lowers its loss scale, which is part of its work, or the step was not to be made. In
     fp16 a gradient counts as not finite where no lower scale would help; see `Overflows`."""
+    measures: dict[str, float] = field(default_factory=dict)
+    """What objectives say besides their losses, as OBJECTIVE_MEASURE: means over the objective's count, NaN where the
+    step had no target."""
     culprits: list[str] = field(default_factory=list)
     """Where the loss or gradient was not finite: rank, rows of the data order, losses of its micro-batches."""
 
     @classmethod
-    def passed_over(cls, counts: Counts) -> "StepResult":
-        """A step that was not computed: its losses are NaN."""
-        losses, of_sources = (dict.fromkeys(names, math.nan) for names in (counts.objectives, counts.sources))
-        return cls(math.nan, losses, of_sources, math.inf, counts, None, skipped="passed over")
+    def passed_over(cls, counts: Counts, measures: Iterable[str] = ()) -> "StepResult":
+        """A step that was not computed: its losses and measures are NaN."""
+        losses, of_sources, measured = (
+            dict.fromkeys(names, math.nan) for names in (counts.objectives, counts.sources, measures)
+        )
+        return cls(math.nan, losses, of_sources, math.inf, counts, None, skipped="passed over", measures=measured)
 
 
 class Overflows:
@@ -95,16 +101,17 @@ class Overflows:
 class Tally:
     """The sums of one step: this rank's, then all ranks'. One all-reduce in float64; counts up to 2^53 stay exact."""
 
-    def __init__(self, args: ModelArgs, weights: Mapping[str, float], counts: Counts, world: World) -> None:
-        """weights: of the objectives, by name. counts: of all ranks."""
+    def __init__(self, args: ModelArgs, objectives: Objectives, counts: Counts, world: World) -> None:
+        """counts: of all ranks."""
         self.step_counts = counts
-        self._weights = weights
+        self._weights, self._measured = objectives.weights, objectives.measured
         self._world = world
         routing = routing_shape(args)
-        self._sizes = len(weights), len(counts.sources), math.prod(routing)
+        self._sizes = len(self._weights), len(self._measured), len(counts.sources), math.prod(routing)
         self._sums = torch.zeros(sum(self._sizes), dtype=torch.float64, device=world.device)
-        losses, self._sources, routed = self._sums.split(self._sizes)
-        self._losses = dict(zip(weights, losses.unbind(), strict=True))
+        losses, measures, self._sources, routed = self._sums.split(self._sizes)
+        self._losses = dict(zip(self._weights, losses.unbind(), strict=True))
+        self._measures = dict(zip(self._measured, measures.unbind(), strict=True))
         self._routed = routed.view(routing)
         self.counts: Tensor | None = None
         """(M, E) int64 on the host, of all ranks; after `result`."""
@@ -112,11 +119,16 @@ class Tally:
     def weighted(self, name: str, loss_sum: Tensor, ranks: int) -> Tensor:
         """What a sum of a micro-batch is of the step's loss; `ranks` times that, as gradients are averaged over them.
         """
-        return loss_sum * (self._weights[name] * ranks / max(self.step_counts.objectives[name], 1))
+        return loss_sum * (self._weights[name] * ranks / (self.step_counts.objectives[name] or 1))
 
     def add_loss(self, name: str, loss_sum: Tensor) -> None:
         """An objective's sum over a micro-batch."""
         self._losses[name] += loss_sum.detach().double()
+
+    def add_measures(self, name: str, sums: Mapping[str, Tensor] | None) -> None:
+        """What an objective says besides of a micro-batch."""
+        for measure, value in (sums or {}).items():
+            self._measures[measured_as(name, measure)] += value.double()
 
     def add_by_source(self, per_token_BT: Tensor | None, rows: Rows | None) -> None:
         """The main objective's part of each token of a micro-batch, whose rows are these."""
@@ -144,24 +156,27 @@ class Tally:
 
     def _mean(self, name: str, loss_sum: Number) -> Number:
         """An objective's part of the step's loss."""
-        return loss_sum / max(self.step_counts.objectives[name], 1) * self._weights[name]
+        return loss_sum / (self.step_counts.objectives[name] or 1) * self._weights[name]
 
     def result(self, grad_norm: float, expert_ranks: int) -> StepResult:
         """The step's numbers, once the ranks' sums are there; waits for the device."""
         numbers = self._sums.tolist()
-        n, n_sources, _ = self._sizes
-        losses = {name: self._mean(name, value) for name, value in zip(self._weights, numbers[:n], strict=True)}
-        of_sources = zip(self.step_counts.sources.items(), numbers[n : n + n_sources], strict=True)
+        ends = np.cumsum(self._sizes)[:-1]
+        sums, measured, of_sources, routed = (part.tolist() for part in np.split(numbers, ends))
+        losses = {name: self._mean(name, value) for name, value in zip(self._weights, sums, strict=True)}
+        counts = [self.step_counts.objectives[objective] for objective in self._measured.values()]
+        sources = self.step_counts.sources
         result = StepResult(
             loss=sum(losses.values()),
             losses=losses,
-            source_losses={name: value / count if count else math.nan for (name, count), value in of_sources},
+            source_losses=dict(zip(sources, map(_mean_of, of_sources, sources.values()), strict=True)),
+            measures=dict(zip(self._measured, map(_mean_of, measured, counts), strict=True)),
             grad_norm=grad_norm,
             counts=self.step_counts,
             routing_checksum=None,
         )
         if self._routed.numel():
-            self.counts = torch.tensor(numbers[n + n_sources :], dtype=torch.int64).view(self._routed.shape)
+            self.counts = torch.tensor(routed, dtype=torch.int64).view(self._routed.shape)
             result.routing_checksum = zlib.crc32(self.counts.numpy().tobytes())
             result.expert_load = highest_share(self.counts)
             result.expert_rank_load = highest_share(self.counts.unflatten(1, (expert_ranks, -1)).sum(-1))
@@ -207,6 +222,7 @@ class Step:
         if out.losses and self.grid.reports_loss:  # its tensor-parallel peers have the same, but other tokens' routing
             for name, loss_sum in sums.items():
                 tally.add_loss(name, loss_sum)
+                tally.add_measures(name, out.losses[name].measures)
             tally.add_by_source(next(iter(out.losses.values())).per_token, batch.rows)
         if out.router is not None:
             of_layers = self.objectives.layer_sums(out.router)
@@ -225,6 +241,10 @@ class Step:
     def one_or_nan(self) -> Tensor:
         """1 where the step is to be applied, else NaN, once the sums are those of all ranks."""
         return self.tally.one_or_nan(self.loss_limit)
+
+
+def _mean_of(total: float, count: float) -> float:
+    return total / count if count else math.nan
 
 
 def highest_share(counts_MX: Tensor) -> float:

@@ -50,7 +50,7 @@ def replay(trainer: "Trainer", step: int) -> dict[str, Any]:
         while True:
             batch, counts = _next_batch(trainer, loader)
             last = trainer.progress.step == step - 1
-            spans = _spans(trainer, batch, counts.targets) if last else []
+            spans = _spans(trainer, batch, counts.main) if last else []
             result, row = _advance(trainer, batch, counts, last=last)
             known = by_step.get(trainer.progress.step)
             if first_difference is None and known is not None and not all(compare(row, known)["equal"].values()):
@@ -73,7 +73,7 @@ def replay(trainer: "Trainer", step: int) -> dict[str, Any]:
         "recorded": by_step.get(step),
         "comparison": compare(row, by_step[step]) if step in by_step else None,
         "first_difference": first_difference,
-        "documents_loss": math.fsum(span.loss_sum for span in spans) / max(counts.targets, 1),
+        "documents_loss": math.fsum(span.loss_sum for span in spans) / (counts.main or 1),
         "gradient_note": _no_gradients(trainer),
         "rows": rows_of(spans),
     }
@@ -159,15 +159,15 @@ def _passed_over(recorded: Sequence[dict[str, Any]], step: int, first_row: int) 
     return ranges
 
 
-def _spans(trainer: "Trainer", batch: StepBatch, n_targets: int) -> list[Span]:
+def _spans(trainer: "Trainer", batch: StepBatch, weight: float) -> list[Span]:
     """All spans of the step on every rank, the highest mean loss first, with the gradients of the worst."""
     world = trainer.run.world
     # all forwards first: they may need the other ranks, and what a rank cannot read must not keep it out of one
     main = _main_objective(trainer)
-    labels = [main.targets(micro_batch).labels for micro_batch in batch.micro_batches]
+    targets = [main.targets(micro_batch) for micro_batch in batch.micro_batches]
     nll = trainer.run.engine.replica.token_losses(main, batch.micro_batches)  # none where another rank has the output
     score = partial(score_spans, trainer.run.mixture, trainer.run.tokenizer)
-    micro_batches = list(zip(nll, batch.micro_batches, labels, strict=False))
+    micro_batches = list(zip(nll, batch.micro_batches, targets, strict=False))
     scored = all_or_none(lambda: [score(*micro_batch) for micro_batch in micro_batches], world)
     mine = [
         (micro_batch, *found)
@@ -178,9 +178,9 @@ def _spans(trainer: "Trainer", batch: StepBatch, n_targets: int) -> list[Span]:
     everything = [(rank, i, Span(**fields)) for rank, part in enumerate(gathered) for i, fields in enumerate(part)]
     everything.sort(key=lambda item: by_loss(item[2]))
     if _no_gradients(trainer) is None:
-        worst = [(rank, i) for rank, i, span in everything[:WORST] if span.n_targets]
+        worst = [(rank, i) for rank, i, span in everything[:WORST] if span.weight]
         norms = {
-            i: span_gradient_norm(trainer.run.engine.model, main, *mine[i][:3], n_targets, world.device)
+            i: span_gradient_norm(trainer.run.engine.model, main, *mine[i][:3], weight, world.device)
             for rank, i in worst
             if rank == world.rank
         }

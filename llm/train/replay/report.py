@@ -22,12 +22,14 @@ def rows_of(spans: list[Span]) -> list[dict[str, Any]]:
     rows = []
     for parts in by_row.values():
         n_targets, loss_sum = sum(part.n_targets for part in parts), math.fsum(part.loss_sum for part in parts)
+        weight = math.fsum(part.weight for part in parts)
         rows.append(
             {
                 **{key: getattr(parts[0], key) for key in OF_ROW},
                 "n_targets": n_targets,
+                "weight": weight,
                 "loss_sum": loss_sum,
-                "loss": loss_sum / n_targets if n_targets else None,
+                "loss": loss_sum / weight if weight else None,
                 "documents": [
                     {key: value for key, value in asdict(part).items() if key not in OF_ROW} | {"loss": part.loss}
                     for part in parts
@@ -49,7 +51,7 @@ def report_lines(report: dict[str, Any], spans: list[Span]) -> list[str]:
         "",
         f"documents with the highest mean loss, nats per target ({meaning}):",
     ]
-    for span in [span for span in spans if span.n_targets][:WORST]:
+    for span in [span for span in spans if span.weight][:WORST]:
         share = "" if span.grad_norm is None else f"  share {span.grad_norm:.4f}"
         lines += [f"{_loss_columns(span)}{share}  {span.where()}, row {span.row}", f"    {span.excerpt}"]
     lines += ["", "rows by mean loss:"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llm.batch import Batch
+from llm.batch import Batch, Targets
 from llm.data.mixture import Mixture
 from llm.model import LLM
 from llm.objectives import Objective, Objectives
@@ -37,15 +37,18 @@ class Span:
     n_tokens: int
     document_tokens: int
     n_targets: int
+    weight: float
+    """Of the targets together; without weights of their own their number."""
     loss_sum: float
     excerpt: str
     grad_norm: float | None = None
-    """Norm of the gradient of loss_sum / (targets of the step), which is what the span adds to the step's gradient."""
+    """Norm of the gradient of loss_sum / (weight of the step's targets), which is what the span adds to the step's
+    gradient."""
 
     @property
     def loss(self) -> float | None:
         """Mean over the span's targets; None without targets."""
-        return self.loss_sum / self.n_targets if self.n_targets else None
+        return self.loss_sum / self.weight if self.weight else None
 
     def where(self) -> str:
         """File and line, and which of its tokens where it is cut."""
@@ -66,7 +69,7 @@ def loss_order(loss: float | None) -> float:
 
 
 def score_spans(
-    mixture: Mixture, tokenizer: Tokenizer, nll_BT: Tensor, batch: Batch, labels_BT: Tensor
+    mixture: Mixture, tokenizer: Tokenizer, nll_BT: Tensor, batch: Batch, targets: Targets
 ) -> list[tuple[int, int, Span]]:
     """(begin, end, span) of every span of a document in a batch; begin and end count its flattened tokens. Rows that
     are not there have none.
@@ -75,7 +78,8 @@ def score_spans(
     """
     seq_len, rows = mixture.seq_len, batch.rows
     assert rows is not None and batch.inputs.cu_seqlens is not None
-    tokens_N, labels_N = batch.inputs.tokens.reshape(-1), labels_BT.reshape(-1)
+    tokens_N, labels_N = batch.inputs.tokens.reshape(-1), targets.labels.reshape(-1)
+    weight_N = targets.weight_of_each().reshape(-1)
     nll_N = nll_BT.reshape(-1).double().cpu()
     found = []
     bounds = batch.inputs.cu_seqlens.tolist()
@@ -96,6 +100,7 @@ def score_spans(
             n_tokens=stop - start,
             document_tokens=place.length,
             n_targets=int((labels_N[start:stop] >= 0).sum()),
+            weight=float(weight_N[start:stop].sum()),
             loss_sum=float(nll_N[start:stop].sum()),
             excerpt=_excerpt(tokenizer.decode(tokens_N[start : min(stop, start + EXCERPT_TOKENS)].tolist())),
         )
@@ -104,9 +109,9 @@ def score_spans(
 
 
 def span_gradient_norm(
-    model: LLM, objective: Objective, batch: Batch, start: int, stop: int, n_targets: int, device: torch.device
+    model: LLM, objective: Objective, batch: Batch, start: int, stop: int, weight: float, device: torch.device
 ) -> float:
-    """Norm, over all parameters, of the gradient of a span's summed loss / n_targets (divided last: fp16 has few small
+    """Norm, over all parameters, of the gradient of a span's summed loss / weight (divided last: fp16 has few small
     numbers).
 
     The span is a row of its own here: in the batch it sees no other document either, and its positions begin with 0.
@@ -115,7 +120,7 @@ def span_gradient_norm(
     alone = batch.span(start, stop).to(device)
     loss = model(alone.inputs, losses=Objectives([objective]).losses_of(model, alone)).loss_sum
     gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
-    return math.sqrt(sum(float(g.double().square().sum()) for g in gradients if g is not None)) / n_targets
+    return math.sqrt(sum(float(g.double().square().sum()) for g in gradients if g is not None)) / weight
 
 
 def _excerpt(text: str) -> str:
