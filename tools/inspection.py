@@ -21,6 +21,10 @@ from llm.checkpoint.inspect import Damage, Survey, damaged_blocks, survey
 from llm.checkpoint.reader import MANIFEST, list_steps
 from llm.checkpoint.store import HIDDEN
 from llm.data.coverage import Coverage, rows_asked
+from llm.data.opening import kind_named
+from llm.data.packed import Packed
+from llm.data.sample_kind import SampleKind
+from llm.data.samples import SampleSource
 from llm.data.source import MANIFEST as SOURCE_MANIFEST
 from llm.data.source import SHARDS, TokenSource, is_source
 from llm.data.sources import SourceSpec, source_specs
@@ -302,15 +306,40 @@ def data_report(state: dict[str, Any], config: dict[str, Any], files: bool) -> R
         entry: Report = {"name": name, "path": spec.path, "rows": rows, "of": None, "problem": None}
         report["sources"].append(entry)
         try:
-            source = find_source(spec, state["data"]["sources"][name]["fingerprint"], config["data"].get("cache_dir"))
-            entry |= {"folder": str(source.path), "of": source.n_rows(report["seq_len"])}
+            found = find_rows(spec, state["data"]["sources"][name]["fingerprint"], config, report)
+            entry |= {"folder": str(found.source.path), "of": found.n_rows}
             if files:
-                entry |= _coverage(Coverage(name, Stream(source, report["seq_len"]), report["seed"], rows))
+                entry |= _coverage(name, found, report["seed"], rows)
         except UserError as error:
             entry["problem"] = str(error)
     if all(entry["of"] for entry in report["sources"]):
         report["epochs"] = report["rows"] / sum(entry["of"] for entry in report["sources"])
     return report
+
+
+def find_rows(spec: SourceSpec, fingerprint: str, config: dict[str, Any], report: Report) -> Stream | Packed:
+    """The rows that a run read as `spec`. UserError when what they were made of is not there, not whole, or not the
+    same any more, or the kind is none that keeps its rows in a folder.
+    """
+    cache_dir = config["data"].get("cache_dir")
+    if spec.kind == "text":
+        return Stream(find_source(spec, fingerprint, cache_dir), report["seq_len"])
+    kind = kind_named(spec.kind)
+    if not isinstance(kind, SampleKind):
+        raise UserError(f"rows of kind {spec.kind} are in no folder that is known here")
+    together = config["data"].get("packing") != "none"
+    max_length = (config.get("chat") or {}).get("max_length", "error")
+    how = {"target": kind.target, "together": together, "max_length": max_length, "given": spec.path}
+    cache = Path(cache_dir) if cache_dir else None
+    for folder in sorted(cache.iterdir()) if cache and cache.is_dir() else ():
+        if folder.name.startswith(f"{spec.cache_name()}-") and is_source(folder):
+            try:
+                found = Packed(SampleSource.open(folder), report["seq_len"], report["seed"], **how)
+            except UserError:
+                continue  # of text, or of other samples, or damaged
+            if found.fingerprint == fingerprint:
+                return found
+    raise UserError(f"{cache or 'no cache'} has no samples of {spec.path} (relative paths start at {Path.cwd()})")
 
 
 def find_source(spec: SourceSpec, fingerprint: str, cache_dir: str | None) -> TokenSource:
@@ -336,8 +365,10 @@ def find_source(spec: SourceSpec, fingerprint: str, cache_dir: str | None) -> To
     raise UserError(f"{where}, and {cache or 'no cache'} has no shards of it (relative paths start at {Path.cwd()})")
 
 
-def _coverage(coverage: Coverage) -> Report:
-    with progress(coverage.source.n_docs, f"documents of {coverage.source.path.name}", "doc") as done:
+def _coverage(name: str, rows: Stream | Packed, seed: int, asked: int) -> Report:
+    coverage = Coverage(name, rows, seed, asked)
+    total, what = (rows.source.n_docs, "documents") if isinstance(rows, Stream) else (rows.source.n_items, "samples")
+    with progress(total, f"{what} of {rows.source.path.name}", "doc") as done:
         return {"times": coverage.times(), "stretches": [asdict(stretch) for stretch in coverage.stretches(done)]}
 
 

@@ -112,7 +112,9 @@ def _stretch_lines(stretches: Sequence[Report]) -> Iterator[str]:
             shard = stretch["shard"]
             yield f"    {shard}"
         lines = "" if stretch["lines"] is None else f" lines {stretch['lines'][0]} to {stretch['lines'][1]}"
-        if stretch["rows"] is None:
+        if stretch["rows"] is None and stretch["times"]:
+            yield f"      {stretch['file']}{lines}: {_times(stretch['times'], 'sample')}"
+        elif stretch["rows"] is None:
             yield f"      {stretch['file']}{lines}: behind the last whole row"
         else:
             first, last = stretch["rows"]
@@ -120,10 +122,10 @@ def _stretch_lines(stretches: Sequence[Report]) -> Iterator[str]:
     yield from _more(len(stretches))
 
 
-def _times(times: dict[int, int]) -> str:
+def _times(times: dict[int, int], what: str = "row") -> str:
     """{2: 10, 1: 5} as `10 rows twice, 5 rows once`."""
     words = {0: "never", 1: "once", 2: "twice"}
-    return ", ".join(f"{_count(rows, 'row')} {words.get(n, f'{n} times')}" for n, rows in times.items())
+    return ", ".join(f"{_count(rows, what)} {words.get(n, f'{n} times')}" for n, rows in times.items())
 
 
 def _problems(entry: Report) -> Iterator[str]:

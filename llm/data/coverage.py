@@ -1,9 +1,11 @@
 """Which rows of its sources a run has read, and how often: counted from the order of rows (llm/data/mixture.py), which
 is a function of the seed, so that nothing had to be recorded.
 
-A row of T tokens is counted with every file that any of its T inputs comes from.
+A row of T tokens of text is counted with every file that any of its T inputs comes from. Samples, which share rows with
+others in every epoch, are counted themselves.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -13,7 +15,9 @@ import numpy as np
 
 from llm.data.mixture import CYCLE
 from llm.data.order import ORDER_VERSION, permute, round_keys
-from llm.data.rows import Origin
+from llm.data.packed import Packed
+from llm.data.rows import Origin, RowSource
+from llm.data.source import TokenSource
 from llm.data.stream import Stream
 from llm.errors import UserError
 
@@ -22,11 +26,11 @@ CHUNK = 1 << 20  # rows that are permuted at once
 
 @dataclass(frozen=True)
 class Stretch:
-    """Neighbouring documents of one shard that come from one file.
+    """Neighbouring documents, or items of samples, of one shard that come from one file.
 
     lines: first and last line (JSONL) or row (Parquet) from 1; None where the file is one document.
-    rows: first and last row of the source with any of their tokens; None where they lie behind the last whole row.
-    times: how many of these rows were read how often.
+    rows: first and last row of the source with any of their tokens; None where they lie behind the last whole row, and
+    for samples. times: how many of these rows, or of the items, were read how often.
     """
 
     shard: str
@@ -65,10 +69,10 @@ class Coverage:
     and those where `again` is true once more.
     """
 
-    def __init__(self, name: str, stream: Stream, seed: int, asked: int) -> None:
-        self.source, self.seq_len, self.n_rows = stream.source, stream.seq_len, stream.n_rows
+    def __init__(self, name: str, rows: RowSource, seed: int, asked: int) -> None:
+        self.rows, self.n_rows = rows, rows.n_rows
         if self.n_rows == 0:
-            raise UserError(f"{self.source.path}: has no row of {self.seq_len} tokens")
+            raise UserError(f"source {name} {rows.described()}, and no row of them")
         self.passes, begun = divmod(asked, self.n_rows)
         self.again = np.zeros(self.n_rows, dtype=bool)
         keys = round_keys(seed, "source", name, self.passes)
@@ -83,13 +87,38 @@ class Coverage:
         return {times: rows for times, rows in counts.items() if rows}
 
     def stretches(self, progress: Callable[[int], object] = lambda documents: None) -> Iterator[Stretch]:
-        """All documents of the source in its order, file by file; `progress` gets how many were looked at. UserError
-        naming the shard that proves damaged.
+        """All documents or items of the source in its order, file by file; `progress` gets how many were looked at.
+        None of kinds whose rows are made of neither. UserError naming the shard that proves damaged.
         """
-        for (shard, file), found in groupby(self._documents(), key=lambda place: (place.shard, place.origin.file)):
+        if isinstance(self.rows, Stream):
+            yield from self._of_text(self.rows, progress)
+        elif isinstance(self.rows, Packed):
+            yield from self._of_samples(self.rows, progress)
+
+    def _of_samples(self, packed: Packed, progress: Callable[[int], object]) -> Iterator[Stretch]:
+        times = packed.times(self.passes, self.again)
+        places = zip(packed.source.items(), times.tolist(), strict=True)
+        for (shard, file), found in groupby(places, key=lambda place: (place[0][0], place[0][1].file)):
+            items = list(found)
+            counts = Counter(read for _, read in items)
+            rows = [origin.row for (_, origin), _ in items if origin.row is not None]
+            yield Stretch(
+                shard=shard,
+                file=file,
+                lines=(rows[0], rows[-1]) if rows else None,
+                documents=len(items),
+                rows=None,
+                times=dict(sorted(counts.items(), reverse=True)),
+            )
+            progress(len(items))
+
+    def _of_text(self, stream: Stream, progress: Callable[[int], object]) -> Iterator[Stretch]:
+        seq_len = stream.seq_len
+        places_of = _documents(stream.source)
+        for (shard, file), found in groupby(places_of, key=lambda place: (place.shard, place.origin.file)):
             places = list(found)
             start, stop, row = places[0].start, places[-1].stop, places[0].origin.row
-            first, last = start // self.seq_len, min((stop - 1) // self.seq_len, self.n_rows - 1)
+            first, last = start // seq_len, min((stop - 1) // seq_len, self.n_rows - 1)
             yield Stretch(
                 shard=shard,
                 file=file,
@@ -100,16 +129,6 @@ class Coverage:
             )
             progress(len(places))
 
-    def _documents(self) -> Iterator["_Place"]:
-        numbers = iter(range(self.source.n_docs))
-        position = 0
-        for entry in self.source.manifest.shards:
-            for number in islice(numbers, entry.documents):
-                stop = position + self.source.document_length(number)
-                yield _Place(entry.name, self.source.origin(number), position, stop)
-                position = stop
-
-
 class _Place(NamedTuple):
     """Where a document lies: tokens [start, stop) of the source."""
 
@@ -117,3 +136,13 @@ class _Place(NamedTuple):
     origin: Origin
     start: int
     stop: int
+
+
+def _documents(source: TokenSource) -> Iterator[_Place]:
+    numbers = iter(range(source.n_docs))
+    position = 0
+    for entry in source.manifest.shards:
+        for number in islice(numbers, entry.documents):
+            stop = position + source.document_length(number)
+            yield _Place(entry.name, source.origin(number), position, stop)
+            position = stop

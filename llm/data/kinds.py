@@ -16,11 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from llm.data.documents import option
 from llm.data.rows import RowSource
 from llm.data.sources import SourceFiles, SourceSpec
 from llm.data.split import Split
-from llm.errors import UserError
 from llm.tokenizer import Tokenizer
 
 PackingName = Literal["best_fit", "concat", "none"]
@@ -114,15 +112,6 @@ def register(kind: Kind) -> None:
     if kind.name in KINDS:
         raise ValueError(f"a kind of data is called {kind.name} already")
     KINDS[kind.name] = kind
-
-
-def kind_of(files: SourceFiles) -> Kind:
-    """The kind of a source. UserError with the known ones where there is none of the name."""
-    name = files.spec.kind
-    if name not in KINDS:
-        key = option(files.key, "kind")[2:]
-        raise UserError(f"{key}={name}: no such kind of data; known are {', '.join(sorted(KINDS))}")
-    return KINDS[name]
 
 
 def cached(spec: SourceSpec, cache_dir: Path, parts: list[object]) -> Path:

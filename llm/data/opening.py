@@ -3,9 +3,22 @@
 from pathlib import Path
 
 import llm.data.text  # noqa: F401  (it registers its kind)
-from llm.data.kinds import Asked, Opened, kind_of
-from llm.data.sources import Side, source_files
+from llm.data.documents import option
+from llm.data.kinds import KINDS, Asked, Kind, Opened
+from llm.data.sources import Side, SourceFiles, source_files
 from llm.errors import UserError
+
+
+def kind_named(name: str, key: str = "kind") -> Kind:
+    """The kind of data of a name, which stands under `key`. UserError with the known ones where there is none."""
+    if name not in KINDS:
+        raise UserError(f"{key}={name}: no such kind of data; known are {', '.join(sorted(KINDS))}")
+    return KINDS[name]
+
+
+def kind_of(files: SourceFiles) -> Kind:
+    """The kind of a source."""
+    return kind_named(files.spec.kind, option(files.key, "kind")[2:])
 
 
 def check_rows(side: Side, cache_dir: str | Path) -> None:

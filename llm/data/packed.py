@@ -6,6 +6,7 @@ side in one row.
 Shapes: T row length, n positions in use.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,7 +67,7 @@ class Packed:
         self._numbers: dict[str, NDArray[np.float32]] = {}
         kept = source.lengths().reshape(-1, self._each)
         self.shortened = self._fitted(kept, max_length)
-        self._kept = kept
+        self._kept, self.max_length = kept, max_length
         self._items = np.flatnonzero(kept[:, 0])
         if not len(self._items):
             raise UserError(f"{self.given}: none of its samples fits into a row of train.seq_len={seq_len}")
@@ -87,6 +88,14 @@ class Packed:
     def items(self, k: int, epoch: int) -> NDArray[np.int64]:
         """The items of row k, in order; sample i of item j is sample j x samples an item + i of the source."""
         return self._items[self.packing.items(k, self.seed, epoch)]
+
+    def times(self, passes: int, again: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """(items,) how often each item of the source has been read in so many whole passes, and in the rows of the next
+        one where `again` is true; 0 of what was left out.
+        """
+        found = np.zeros(self.source.n_items, dtype=np.int64)
+        found[self._items] = passes + again[self.packing.row_of_items(self.seed, passes)]
+        return found
 
     def read(self, k: int, epoch: int) -> Row:
         tokens, labels, weights, starts = [], [], [], []
@@ -148,6 +157,12 @@ class Packed:
                     f"{self._listed(entries)}"
                 )
         return lines
+
+    def listed(self) -> Iterator[dict[str, object]]:
+        """What was cut or left out, each as its file, row, tokens and those of them that are kept."""
+        for entry in self.shortened:
+            origin = self.source.origin(entry.item * self._each)
+            yield {"file": origin.file, "row": origin.row, "tokens": entry.tokens, "kept": entry.kept}
 
     def _fitted(self, kept: NDArray[np.int64], max_length: MaxLength) -> list[Shortened]:
         """Change `kept` (items, samples an item), tokens of each sample, to what fits into a row, 0 for what is left

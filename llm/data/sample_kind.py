@@ -1,11 +1,13 @@
 """Kinds of data whose rows hold whole samples: raw rows of files become samples, which are stored once, and packed."""
 
+import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from llm.atomic import write_file
 from llm.data.build import progress
 from llm.data.documents import option
 from llm.data.formats import shown
@@ -76,8 +78,13 @@ class SampleKind(Kind):
     def prepare(self, files: SourceFiles, asked: Asked) -> None:
         encoder = self.encoder(files, asked)
         target = self._folder(files, asked, encoder)
-        if (target / MANIFEST).exists():
-            return
+        if not (target / MANIFEST).exists():
+            self._store(files, asked, encoder, target)
+        rows = self._rows(files, asked, SampleSource.open(target))
+        if rows.shortened:
+            write_file(_list_of(rows), "".join(f"{json.dumps(entry)}\n" for entry in rows.listed()).encode())
+
+    def _store(self, files: SourceFiles, asked: Asked, encoder: Encoder, target: Path) -> None:
         inventory = Inventory()
         listing = _listing(files)
         with suppress(FileExistsError), progress(f"encoding {target.name}", listing.bytes) as move:
@@ -101,7 +108,20 @@ class SampleKind(Kind):
                 f"data.cache_dir is another folder on this machine. Start the run again"
             )
         source = SampleSource.open(folder)
-        rows = Packed(
+        rows = self._rows(files, asked, source)
+        notes = [*_notes(files, source, asked.split), *rows.notes()]
+        if rows.shortened:
+            notes.append(f"{files.given}: file and row of all of these are listed in {_list_of(rows)}")
+        return Opened(
+            rows,
+            given=files.given,
+            notes=tuple(notes),
+            digests=source.digests,
+            verify=source.verify if source.manifest.tokens <= VERIFY_TOKENS else None,
+        )
+
+    def _rows(self, files: SourceFiles, asked: Asked, source: SampleSource) -> Packed:
+        return Packed(
             source,
             asked.seq_len,
             0 if asked.held_out else asked.seed,
@@ -109,13 +129,6 @@ class SampleKind(Kind):
             together=self.packing(asked) == "best_fit",
             max_length=asked.chat.max_length,
             given=files.given,
-        )
-        return Opened(
-            rows,
-            given=files.given,
-            notes=(*_notes(files, source, asked.split), *rows.notes()),
-            digests=source.digests,
-            verify=source.verify if source.manifest.tokens <= VERIFY_TOKENS else None,
         )
 
     def _folder(self, files: SourceFiles, asked: Asked, encoder: Encoder) -> Path:
@@ -178,6 +191,11 @@ class _Reader:
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         return StoredItem(samples, f"{file.name}:{row.number}", str(file.folder.absolute()), digest)
+
+
+def _list_of(rows: Packed) -> Path:
+    """Where the samples that do not lie whole in rows of a length are listed."""
+    return rows.source.path / f"longer_than_{rows.seq_len}_{rows.max_length}.jsonl"
 
 
 def _listing(files: SourceFiles) -> Listing:

@@ -243,6 +243,11 @@ class SampleSource:
         folder = self.manifest.folders[bisect_right(self._folder_end, number)].path
         return Origin(str(Path(folder, file)) if folder else file, row)
 
+    def items(self) -> Iterator[tuple[str, Origin]]:
+        """(shard, file and row) of each item, in order."""
+        for number in range(0, self.n_samples, self.manifest.samples_per_item):
+            yield self.manifest.shards[self._place(number)[0]].name, self.origin(number)
+
     def digests(self) -> Iterator[NDArray[np.uint64]]:
         """Half of each sample's digest as a number, shard by shard."""
         for entry in self.manifest.shards:

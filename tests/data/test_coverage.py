@@ -15,6 +15,7 @@ from llm.data.stream import Stream
 from llm.errors import UserError
 from llm.tokenizer import ByteTokenizer
 from tests.data.helpers import flip_byte, mixture_of, random_texts, token_source
+from tests.data.sample_helpers import asked_for, chat, packed, random_rows, write_rows
 
 T, SEED = 16, 3
 NAMES = ("zebra", "ant", "moth")  # not in the order of the alphabet, in which a manifest keeps them
@@ -96,6 +97,22 @@ def test_what_lies_behind_the_last_whole_row_is_in_no_row(tmp_path: Path) -> Non
     first, last = Coverage("a", Stream(source, T), SEED, asked=4).stretches()
     assert first.rows == (0, 3) and first.times == {1: 4}
     assert isinstance(last, Stretch) and last.rows is None and last.times == {}
+
+
+def test_samples_are_counted_as_the_rows_that_hold_them_are_read(tmp_path: Path) -> None:
+    write_rows(tmp_path / "in" / "a.jsonl", random_rows(30, longest=T))
+    write_rows(tmp_path / "in" / "b.jsonl", [*random_rows(20, 1, T), {"text": "x" * (T + 2)}])
+    rows = packed(str(tmp_path / "in"), asked_for(tmp_path, T, seed=SEED, chat=chat(max_length="drop")))
+    mixture = Mixture([("chats", rows, 1.0)], T, SEED)
+    asked = rows.n_rows + 9
+    read: Counter[int] = Counter()
+    for _, k, epoch in zip(*(numbers.tolist() for numbers in mixture.locate(np.arange(asked))), strict=True):
+        read.update(rows.items(k, epoch).tolist())
+    first, second = Coverage("chats", rows, SEED, asked).stretches()
+    assert (first.file, first.lines, first.documents) == (str(tmp_path / "in" / "a.jsonl"), (1, 30), 30)
+    assert (second.lines, second.documents, second.rows) == ((1, 21), 21, None)
+    assert first.times == Counter(read[item] for item in range(30))
+    assert second.times == Counter(read[item] for item in range(30, 51)) and second.times[0] == 1
 
 
 def test_another_order_or_other_sources_are_not_guessed_at(mixture: Mixture) -> None:

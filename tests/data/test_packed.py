@@ -1,5 +1,6 @@
 """Samples as rows: whole, with their own labels and weights, from files to batches."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,10 @@ def test_what_is_longer_than_a_row_is_refused_left_out_or_cut_at_a_turn_by_file_
     texts = sorted(bytes(row.tokens.astype(np.uint8)) for row in (rows.read(k, 0) for k in range(rows.n_rows)))
     notes = "\n".join(rows.notes())
     assert f"{path}, row 3 (10 tokens)" in notes
+    (listed,) = (tmp_path / "cache").glob("*/longer_than_7_*.jsonl")
+    assert [(json.loads(line)["row"], json.loads(line)["kept"]) for line in listed.read_text().splitlines()] == [
+        (2, 8 if how == "cut" else 0), (3, 0),
+    ]  # fmt: skip
     if how == "drop":
         assert texts == [b"ab", b"z" * 7] and "2 samples left out" in notes
     else:
