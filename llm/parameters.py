@@ -62,10 +62,13 @@ class ParameterTable(Mapping[str, ParamInfo]):
         """The box of every parameter on a rank; `tensor` and `expert` are (rank, ranks) in its groups."""
         return {name: row.box(tensor, expert) for name, row in self.items()}
 
-    def adapters_alone(self) -> "ParameterTable":
-        """The table with `trainable` off for all but adapters."""
+    def adapters_alone(self, int8: bool = False) -> "ParameterTable":
+        """The table with `trainable` off for all but adapters, and `int8` on for the others where that can be."""
         return ParameterTable(
-            {name: replace(row, trainable=row.trainable and row.kind == "adapter") for name, row in self.items()}
+            {
+                name: row if row.kind == "adapter" else replace(row, trainable=False, int8=int8 and row.may_be_int8)
+                for name, row in self.items()
+            }
         )
 
     def frozen(self, patterns: Sequence[str]) -> "ParameterTable":

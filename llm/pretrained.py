@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from llm.adapters.int8 import Rounded
 from llm.adapters.merge import Merged, refuse_incomplete
 from llm.args import LoraArgs, ModelArgs
 from llm.boxes import whole
@@ -159,7 +160,12 @@ def unmerged_weights(checkpoint: Checkpoint, average: bool = False) -> Weights:
     trained, frozen = CheckpointWeights(checkpoint, average), frozen_in(checkpoint)
     if frozen is None:
         return trained
-    return Completed(trained, frozen.shapes.keys(), verified_origin(frozen, model_args(checkpoint)))
+    args = model_args(checkpoint)
+    origin = verified_origin(frozen, args)
+    if args.lora is not None and args.lora.base == "int8":
+        rows = ParameterTable.of(args).adapters_alone(int8=True)
+        origin = Rounded(origin.read, {name: row.shape for name, row in rows.items() if row.int8})
+    return Completed(trained, frozen.shapes.keys(), origin)
 
 
 class AdapterSource(NamedTuple):

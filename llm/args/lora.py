@@ -1,7 +1,7 @@
 """Keys of low-rank adapters (Hu et al. 2021, arXiv:2106.09685): beside a weight W, s B A of a small rank is trained."""
 
 import math
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
@@ -26,6 +26,9 @@ class LoraArgs(Group):
     the first seven and experts, as far as the model has them."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the inputs of adapters that is set to 0 in training, in attention, feed-forwards and experts."""
+    base: Literal["float", "int8"] = "float"
+    """How the matrices of attention, feed-forwards and experts, which do not train, are kept: as they are, or in one
+    byte a value with a scale for each output."""
     rslora: bool = False
     """Multiply by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)."""
 

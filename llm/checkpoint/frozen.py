@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from llm import init
 from llm.boxes import Box
 from llm.checkpoint.reader import MANIFEST, Checkpoint
 from llm.checkpoint.weights import Weights
 from llm.errors import DamagedFile
+from llm.parallel.build import drawn
 from llm.parameters import ParameterTable
 
 
@@ -78,12 +78,7 @@ class Drawn:
     """The initial values of a model."""
 
     def __init__(self, table: ParameterTable, seed: int) -> None:
-        self._table, self._seed = table, seed
-
-    def read(self, name: str, box: Box, out: Tensor) -> Tensor:
-        row = self._table[name]
-        values = init.values_in_box(row.init, name, self._seed, row.shape, box, 0, out.numel())
-        return out.copy_(values.view(out.shape))
+        self.read = drawn(table, seed)
 
 
 class Completed:

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from llm.kernels.int8 import Int8Weight, int8_grouped_matmul
+
 FEWEST_ROWS = 16
 """An expert with any rows gets at least so many on a CPU: its GEMM picks kernels, and so bits, by the row count when
 that is small (measured in float32 up to 15 rows, 10 with most shapes). A token's result is then the same bits whatever
@@ -58,16 +60,20 @@ class Padding:
         return sizes_E
 
 
-def grouped_swiglu(x_RD: Tensor, w1_EDF: Tensor, w2_EFD: Tensor, w3_EDF: Tensor, sizes_E: Tensor) -> Tensor:
+Stack = Tensor | Int8Weight
+"""The matrices of all groups."""
+
+
+def grouped_swiglu(x_RD: Tensor, w1_EDF: Stack, w2_EFD: Stack, w3_EDF: Stack, sizes_E: Tensor) -> Tensor:
     """(silu(x w1) * (x w3)) w2 of each group, the first sizes_E[0] rows of x being those of the first; (R, D)."""
-    if x_RD.device.type == "cpu":
+    if x_RD.device.type == "cpu" and isinstance(w1_EDF, Tensor):
         out: Tensor = _GroupByGroup.apply(x_RD, w1_EDF, w2_EFD, w3_EDF, sizes_E.tolist())
         return out
     hidden_RF = F.silu(grouped_matmul(x_RD, w1_EDF, sizes_E)) * grouped_matmul(x_RD, w3_EDF, sizes_E)
     return grouped_matmul(hidden_RF, w2_EFD, sizes_E)
 
 
-Adapted = tuple[Tensor, Tensor, Tensor]
+Adapted = tuple[Stack, Tensor, Tensor]
 """A weight (E, n_in, n_out), and its adapter's A (E, n_in, r) and B (E, r, n_out)."""
 
 
@@ -91,9 +97,11 @@ def adapted_swiglu(
     return product(F.silu(product(x_RD, 0)) * product(x_RD, 2), 1)
 
 
-def grouped_matmul(x_RD: Tensor, w_EDF: Tensor, sizes: Tensor | list[int]) -> Tensor:
+def grouped_matmul(x_RD: Tensor, w_EDF: Stack, sizes: Tensor | list[int]) -> Tensor:
     """Multiply each group of consecutive rows by its own matrix; (R, F). Sizes are a tensor for the CUDA kernel, else a
     list."""
+    if isinstance(w_EDF, Int8Weight):
+        return int8_grouped_matmul(x_RD, w_EDF, sizes)
     if isinstance(sizes, list):
         return _GroupedMatmul.apply(x_RD, w_EDF, sizes)
     if x_RD.dtype == torch.bfloat16 and w_EDF.shape[1] % 8 == 0 and w_EDF.shape[2] % 8 == 0:  # rows of 16 bytes

@@ -70,10 +70,10 @@ def dequantised(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (values * scale).to(dtype)
 
 
-def int8_linear(x: Tensor, weight: Int8Weight) -> Tensor:
-    """x W^T, with a gradient for x (..., inputs) alone."""
+def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b, with gradients for x (..., inputs) and b alone."""
     out: Tensor = _Product.apply(x, weight.values, weight.scale, True)
-    return out
+    return out if bias is None else out + bias
 
 
 def int8_matmul(x: Tensor, weight: Int8Weight) -> Tensor:
@@ -82,18 +82,10 @@ def int8_matmul(x: Tensor, weight: Int8Weight) -> Tensor:
     return out
 
 
-def int8_grouped_matmul(x_RD: Tensor, weight_EDF: Int8Weight, sizes_E: Tensor) -> Tensor:
+def int8_grouped_matmul(x_RD: Tensor, weight_EDF: Int8Weight, sizes: Tensor | list[int]) -> Tensor:
     """Multiply each group of consecutive rows by its own matrix; (R, F)."""
-    groups = x_RD.split(sizes_E.tolist())
+    groups = x_RD.split(sizes if isinstance(sizes, list) else sizes.tolist())
     return torch.cat([int8_matmul(x, weight_EDF[e]) for e, x in enumerate(groups)])
-
-
-def int8_grouped_swiglu(
-    x_RD: Tensor, w1_EDF: Int8Weight, w2_EFD: Int8Weight, w3_EDF: Int8Weight, sizes_E: Tensor
-) -> Tensor:
-    """As `grouped_swiglu` of llm/kernels/grouped.py."""
-    hidden_RF = F.silu(int8_grouped_matmul(x_RD, w1_EDF, sizes_E)) * int8_grouped_matmul(x_RD, w3_EDF, sizes_E)
-    return int8_grouped_matmul(hidden_RF, w2_EFD, sizes_E)
 
 
 class _Product(torch.autograd.Function):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from llm.args.lora import LoraArgs
 from llm.init import Draw
+from llm.kernels.int8 import Int8Weight, int8_linear
 from llm.layers.lora import Adapted, adapter_rows
 from llm.layers.parameter import ZEROS, ParamInfo, Rows
 
@@ -43,7 +44,7 @@ class Linear(Adapted):
     ) -> Rows:
         """tensor_dim: 0 where tensor parallelism cuts the outputs, 1 where the inputs, None where neither; `grain`
         parts of it stay whole."""
-        weight = ParamInfo((n_out, n_in), "matrix", init, tensor_dim, grain, decay=True)
+        weight = ParamInfo((n_out, n_in), "matrix", init, tensor_dim, grain, decay=True, may_be_int8=True)
         rows = {"weight": weight}
         if bias:
             cut = (tensor_dim, grain) if tensor_dim == 0 else (None, None)
@@ -52,13 +53,13 @@ class Linear(Adapted):
 
     def forward(self, x: Tensor, keys_N: Tensor | None = None) -> Tensor:
         """keys_N: see `Context.keys_N`."""
-        weight: Tensor = self.weight
+        weight: Tensor | Int8Weight = self.weight
         bias: Tensor | None = self.bias
         if self.rows is not None:
             weight, bias = weight[self.rows], None if bias is None else bias[self.rows]
         if bias is not None and not self.adds_bias:
             bias = bias * 0  # so that it has a gradient here too, to be summed with the others'
-        y = F.linear(x, weight, bias)
+        y = int8_linear(x, weight, bias) if isinstance(weight, Int8Weight) else F.linear(x, weight, bias)
         if self.lora_b is None:
             return y
         return y + F.linear(self.narrowed(x, keys_N), self.lora_b if self.rows is None else self.lora_b[self.rows])

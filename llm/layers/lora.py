@@ -49,7 +49,8 @@ def stack_adapter_rows(name: str, weights: ParamInfo, lora: LoraArgs | None) -> 
 def _cut_with(weight: ParamInfo, dim: int, shape: tuple[int, ...], init: Draw) -> ParamInfo:
     """A row of this shape, which has dimension `dim` of the weight, and is cut where that is."""
     tensor_dim, grain = (dim, weight.grain) if weight.tensor_dim == dim else (None, None)
-    return replace(weight, shape=shape, kind="adapter", init=init, tensor_dim=tensor_dim, grain=grain, decay=True)
+    cut = replace(weight, tensor_dim=tensor_dim, grain=grain, decay=True, may_be_int8=False)
+    return replace(cut, shape=shape, kind="adapter", init=init)
 
 
 class Adapted(nn.Module):

@@ -215,7 +215,7 @@ def moe_rows(args: ModelArgs) -> Rows:
     first, last = weights(args), weights(args, writes_residual=True)
     up = ParamInfo(
         (moe.n_experts, args.dim, hidden), "expert", first, tensor_dim=2, expert_dim=0, decay=True,
-        active=moe.top_k / moe.n_experts,
+        active=moe.top_k / moe.n_experts, may_be_int8=True,
     )  # fmt: skip
     down = replace(up, shape=(moe.n_experts, hidden, args.dim), init=last, tensor_dim=1)
     rows = {"router.weight": ParamInfo((moe.n_experts, args.dim), "router", first)}

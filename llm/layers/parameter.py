@@ -42,6 +42,10 @@ class ParamInfo:
     unit: str = ""
     """The part of the model that it belongs to, which no pipeline cuts: tok_embeddings, layers.N, norm or output."""
     trainable: bool = True
+    may_be_int8: bool = False
+    """Whether its module can compute with an Int8Weight in its place, which sums over dimension 1."""
+    int8: bool = False
+    """Whether it is such a one, and no parameter."""
 
     @property
     def numel(self) -> int:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from llm import init
+from llm.adapters.int8 import Read, fill, int8_weights, use_int8
 from llm.args import ModelArgs
-from llm.boxes import box_shape
+from llm.boxes import Box, box_shape
 from llm.layers.embedding import Embedding
 from llm.layers.lora import LORA_A, Adapted
 from llm.layers.moe import Experts, MoE
@@ -63,6 +64,10 @@ def build_model(
             if buffer is not None:
                 module._buffers[name] = torch.zeros_like(buffer, device=device)
     _cut(model, table, grid)
+    for name, parameter in list(model.named_parameters()):
+        if table[name].int8:  # before anything asks for the parameters: for all of it, this is none
+            path, _, own = name.rpartition(".")
+            use_int8(model.get_submodule(path), own, tuple(parameter.shape), device)
     storage.allocate(model, device)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(table[name].trainable)
@@ -80,6 +85,22 @@ def draw(
         (start, values), row = storage.share(parameter), table[name]
         stop = start + values.numel()
         values.copy_(init.values_in_box(row.init, name, seed, row.shape, grid.box(row), start, stop))
+
+
+def fill_int8(model: LLM, table: ParameterTable, grid: Grid, read: Read) -> None:
+    """Put this rank's part of what is kept in int8 in place."""
+    for name, weight in int8_weights(model):
+        fill(weight, read, name, table[name].shape, grid.box(table[name]))
+
+
+def drawn(table: ParameterTable, seed: int) -> Read:
+    """Reads initial values."""
+
+    def read(name: str, box: Box, out: Tensor) -> Tensor:
+        row = table[name]
+        return out.copy_(init.values_in_box(row.init, name, seed, row.shape, box, 0, out.numel()).view(out.shape))
+
+    return read
 
 
 def _cut(model: LLM, table: ParameterTable, grid: Grid) -> None:

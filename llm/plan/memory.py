@@ -21,6 +21,8 @@ class Memory:
 
     parameters: int
     """As the forward reads them; under ZeRO-3 this rank's shares, and what stays gathered."""
+    int8: int
+    """Frozen weights in one byte a value, with their scales."""
     masters: int
     """Float32 weights that the optimizer steps on; 0 where these are the parameters themselves."""
     optimizer: int
@@ -35,7 +37,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return self.parameters + self.masters + self.optimizer + self.ema + (self.gradients or 0)
+        return self.parameters + self.int8 + self.masters + self.optimizer + self.ema + (self.gradients or 0)
 
 
 def predict(work: Workload) -> list[tuple[Memory, int]]:
@@ -68,6 +70,7 @@ def _of(work: Workload, kind: RankKind) -> Memory:
         parameters = width * (held + sum(work.frozen(kind).values()) + kind.copied)
     return Memory(
         parameters=parameters,
+        int8=sum(kind.int8) + FLOAT32 * kind.int8_scales,
         masters=FLOAT32 * own if work.stage else 0,
         optimizer=sum(_state(group, sizes) for group, sizes in flats.items()),
         ema=FLOAT32 * own if work.ema else 0,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from llm.adapters.int8 import SUMMED
 from llm.args import ModelArgs
 from llm.boxes import box_shape
 from llm.parallel.engine.options import ZERO3_SUB_GROUP
@@ -59,6 +60,10 @@ class RankKind(NamedTuple):
     """Elements of a tied token table, and of its adapter, of which it has a copy."""
     copied_gradients: int = 0
     """Of these, elements that train."""
+    int8: tuple[int, ...] = ()
+    """Elements of each weight that is kept in int8, which is no parameter."""
+    int8_scales: int = 0
+    """Numbers by which those are multiplied."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ class Workload:
     @property
     def held(self) -> list[int]:
         """Elements on a rank of each kind, before ZeRO cuts them."""
-        return [sum(kind.sizes.values()) + kind.copied for kind in self.kinds]
+        return [sum(kind.sizes.values()) + kind.copied + sum(kind.int8) for kind in self.kinds]
 
     @cached_property
     def flow(self) -> dict[str, Flow]:
@@ -141,19 +146,24 @@ class Workload:
     def _kinds(self, place: int) -> Iterator[RankKind]:
         layout, args = self.layout, self.args
         stages = [self.stages[number] for number in layout.stages_of(place)]
-        names = [name for name, row in self.table.items() if any(stage.owns(row) for stage in stages)]
+        owned = {name: row for name, row in self.table.items() if any(stage.owns(row) for stage in stages)}
+        names = [name for name, row in owned.items() if not row.int8]
+        int8 = [row for row in owned.values() if row.int8]
         copies = args.tie_embeddings and stages[-1].last and not stages[0].first
         copy = [name for name, row in self.table.items() if copies and row.unit == "tok_embeddings"]
         trains = [self.table[name].trainable for name in copy]
-        found: Counter[tuple[int, ...]] = Counter()
+        found: Counter[tuple[tuple[int, ...], ...]] = Counter()
         for rank in range(layout.tensor):
             place_in = (rank, layout.tensor), (0, layout.expert)
-            boxes = (self.table[name].box(*place_in) for name in names + copy)
-            found[tuple(math.prod(box_shape(box)) for box in boxes)] += 1
-        for sizes, ranks in found.items():
-            copied = sizes[len(names) :]
+            rows = [[self.table[name] for name in names], [self.table[name] for name in copy], int8]
+            shapes = [[box_shape(row.box(*place_in)) for row in part] for part in rows]
+            scales = sum(numel // shape[SUMMED] for shape in shapes[-1] if (numel := math.prod(shape)))
+            found[(*(tuple(map(math.prod, part)) for part in shapes), (scales,))] += 1
+        for (sizes, copied, weights, (scales,)), ranks in found.items():
             gradients = sum(size for size, train in zip(copied, trains, strict=True) if train)
-            yield RankKind(dict(zip(names, sizes, strict=False)), ranks, sum(copied), gradients)
+            yield RankKind(
+                dict(zip(names, sizes, strict=True)), ranks, sum(copied), gradients, int8=weights, int8_scales=scales
+            )
 
     def members(self, group: OptimizerGroup, kind: RankKind) -> list[int]:
         """Elements of each parameter of the group on such a rank; a group without any has a filler of one element."""

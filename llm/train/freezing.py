@@ -22,7 +22,7 @@ def parameter_table(config: RunConfig) -> ParameterTable:
     table = ParameterTable.of(config.model)
     if config.model.lora is not None:
         check_targets(config.model, config.model.lora)
-        table = table.adapters_alone()
+        table = table.adapters_alone(config.model.lora.base == "int8")
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in table):
             near = get_close_matches(pattern, table, n=NEAREST, cutoff=0.0)

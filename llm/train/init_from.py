@@ -11,6 +11,7 @@ from llm.checkpoint.frozen import Origin, Taken
 from llm.checkpoint.weights import Weights
 from llm.errors import UserError
 from llm.foreign.export import meaning
+from llm.parallel.build import fill_int8
 from llm.parallel.engine.engine import Engine
 from llm.parallel.engine.state import OwnedFragment
 from llm.parameters import ParameterTable
@@ -83,6 +84,7 @@ def read_frozen(engine: Engine, weights: Weights) -> None:
     """
     for fragment in engine.state.frozen_fragments():
         fragment.values.copy_(read_fragment(weights, fragment))
+    fill_int8(engine.model, engine.replica.table, engine.grid, weights.read)
 
 
 def read_fragment(weights: Weights, fragment: OwnedFragment) -> Tensor:

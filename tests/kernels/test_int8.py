@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from llm.adapters.int8 import Rounded, fill, rounded
-from llm.kernels.int8 import Int8Weight, int8_grouped_swiglu, int8_linear
+from llm.kernels.grouped import grouped_swiglu
+from llm.kernels.int8 import Int8Weight, int8_linear
 
 SHARE = 0.27
 """Of float32's bytes: a quarter, and a float32 scale for at least 50 values."""
@@ -47,7 +48,7 @@ def test_experts_compute_with_their_own_matrices() -> None:
     w2 = Int8Weight.of(matrix(3, 24, 16, seed=2))
     sizes = torch.tensor([4, 0, 5])
     x = matrix(9, 16, seed=4).requires_grad_()
-    out = int8_grouped_swiglu(x, w1, w2, w3, sizes)
+    out = grouped_swiglu(x, w1, w2, w3, sizes)
     of_row = torch.repeat_interleave(torch.arange(3), sizes)
     first, second, third = (w.dequantised()[of_row] for w in (w1, w2, w3))
     up = torch.einsum("rd,rdf->rf", x, third)

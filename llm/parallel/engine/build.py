@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from llm.args import ModelArgs
 from llm.model import EMBEDDING, LLM, OUTPUT
-from llm.parallel.build import Storage, Whole, draw
+from llm.parallel.build import Storage, Whole, draw, drawn, fill_int8
 from llm.parallel.engine import deepspeed_private as private
 from llm.parallel.grid import Grid
 from llm.parallel.replica import Replica
@@ -38,6 +38,7 @@ def build_replica(
     replica = Replica.build(args, values, grid, storage=storage, seq_len=seq_len, table=table)
     if values is None:
         draw(frozen_parameters(replica.model), replica.table, grid, storage, seed)
+    fill_int8(replica.model, replica.table, grid, drawn(replica.table, seed))
     describe(replica)
     return replica
 
