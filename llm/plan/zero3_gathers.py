@@ -6,7 +6,8 @@ those of DeepSpeed 0.19.8 (runtime/zero/partitioned_param_coordinator.py), once 
 
 It decides what to let go of once and for all, in the first micro-batch after the one that it records. Small weights,
 which stay gathered from then on, are gathered in that one where no optimizer step came before it, and so change what is
-fetched ahead: the decisions of a run depend on whether its first step has more than one micro-batch (measured).
+fetched ahead: the decisions of a run depend on whether its first step has more than one micro-batch (measured). Those
+of modules whose backward nothing ended in the recorded micro-batch are there in the next one already (measured).
 """
 
 from collections import Counter, defaultdict, deque
@@ -37,7 +38,9 @@ def gathers(work: Workload, sizes: Mapping[str, int]) -> Counter[str]:
         of_module[name.rpartition(".")[0]].append(name)
     stay = {name for name, numel in sizes.items() if work.stays_gathered(numel)}
     order, let_go = list(events(work)), Decisions()
-    _MicroBatch(work, sizes, of_module, order, stay, let_go).replay(set() if work.accumulation > 1 else stay)
+    last = {event.module: event.what for event in order}
+    unended = {name for module, what in last.items() if what == "fetch" for name in of_module[module]}
+    _MicroBatch(work, sizes, of_module, order, stay, let_go).replay(stay & unended if work.accumulation > 1 else stay)
     return _MicroBatch(work, sizes, of_module, order, stay, let_go).replay(stay)
 
 

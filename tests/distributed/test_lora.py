@@ -192,7 +192,8 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     },
 }
 MIXTRAL = {
-    "n_experts": 4, "top_k": 2, "hidden": 24, "score": "softmax", "apply": "output", "renorm": True, "shared": False
+    "n_experts": 4, "top_k": 2, "hidden": 24, "interleave": 2, "score": "softmax", "apply": "output", "renorm": True,
+    "shared": False,
 }  # fmt: skip
 TIED = {"model": {"tie_embeddings": True}, "lora": {"targets": EVERYWHERE[:-1]}}
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llm import init
-from llm.boxes import Box, whole
+from llm.boxes import Box
 from llm.parallel.engine import deepspeed_private as private
 from llm.parallel.engine.averages import Averages
 from llm.parallel.engine.build import frozen_parameters
@@ -91,7 +91,7 @@ class TrainState:
     def owned_fragments(self) -> Iterator[OwnedFragment]:
         """Masters, optimizer states and averages for a checkpoint; over all ranks each element exactly once."""
         for fragment in self.fragments():
-            cut = fragment.box != whole(self.shapes[fragment.name])
+            cut = self.table[fragment.name].cut(self._grid.layout.tensor) is not None
             # at stage 0 every rank has it all; what is not cut, every tensor-parallel rank
             if self._grid.world.is_main or (self._zero_stage and (cut or self._grid.leads)):
                 yield fragment
