@@ -1,5 +1,5 @@
-"""Whatever a path to a model means: a run folder, a checkpoint, a model folder of ours, or a foreign one; read without
-DeepSpeed.
+"""Whatever a path to a model means: a run folder, a checkpoint, a model folder of ours, a foreign one, or an adapter of
+PEFT beside its base; read without DeepSpeed.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ import torch
 
 from llm.adapters.int8 import Rounded
 from llm.adapters.merge import Merged, refuse_incomplete
+from llm.adapters.peft_folder import HeldTensors, PeftFolder, is_peft, open_peft
 from llm.args import LoraArgs, ModelArgs
 from llm.boxes import whole
 from llm.checkpoint.fragments import DTYPES
@@ -28,6 +29,8 @@ from llm.checkpoint.run_folder import (
 )
 from llm.checkpoint.weights import CheckpointWeights, Weights
 from llm.errors import UserError
+from llm.foreign.export import fitting_family
+from llm.foreign.family import Family
 from llm.foreign.files import ForeignModel, is_foreign, open_foreign
 from llm.model import LLM
 from llm.parameters import ParameterTable
@@ -57,9 +60,11 @@ def read_foreign(path: Path, tell: Tell | None = log_note) -> ForeignModel:
 def load_model(path: str | Path, dtype: torch.dtype, average: bool = False) -> LLM:
     """See LLM.from_pretrained."""
     path = Path(path)
+    if average and (is_foreign(path) or is_peft(path)):
+        raise UserError(f"{path}: holds no averaged weights")
+    if is_peft(path):
+        return _filled(*weights_of(path), dtype)
     if is_foreign(path):
-        if average:
-            raise UserError(f"{path}: holds no averaged weights")
         source = read_foreign(path)
         weights = source.weights()
         weights.check_twins()
@@ -91,10 +96,17 @@ def _filled(args: ModelArgs, weights: Weights, dtype: torch.dtype) -> LLM:
 
 def tokenizer_of(path: str | Path, tell: Tell | None = log_note) -> Tokenizer:
     """The tokenizer that belongs to a model; UserError when there is none. `tell`: see read_foreign."""
-    path = Path(path)
-    if is_foreign(path):
+    path = tokenizer_folder(Path(path))
+    if is_foreign(path) or is_peft(path):
         return _foreign_tokenizer(path, tell)[0]
     return load_run_tokenizer(path)
+
+
+def tokenizer_folder(path: Path) -> Path:
+    """Where the tokenizer of a model lies: of an adapter of PEFT beside it, or with its base."""
+    if not is_peft(path) or any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return path
+    return tokenizer_folder(_base_of(open_peft(path)))
 
 
 def _foreign_tokenizer(path: Path, tell: Tell | None) -> tuple[Tokenizer, TokenizerConfig]:
@@ -107,8 +119,8 @@ def _foreign_tokenizer(path: Path, tell: Tell | None) -> tuple[Tokenizer, Tokeni
 
 def tokenizer_config_of(path: str | Path, tell: Tell | None = log_note) -> TokenizerConfig:
     """How a run config names the tokenizer that belongs to a model. `tell`: see read_foreign."""
-    path = Path(path)
-    if is_foreign(path):
+    path = tokenizer_folder(Path(path))
+    if is_foreign(path) or is_peft(path):
         config, folder = _foreign_tokenizer(path, tell)[1], path
     else:
         config, folder = run_tokenizer_config(path)
@@ -118,12 +130,16 @@ def tokenizer_config_of(path: str | Path, tell: Tell | None = log_note) -> Token
 def args_of(path: str | Path, tell: Tell | None = log_note) -> ModelArgs:
     """What the model is, from its config and the headers of its files. `tell`: see read_foreign."""
     path = Path(path)
+    if is_peft(path):
+        return args_of(_base_of(open_peft(path)), tell)
     return read_foreign(path, tell).args if is_foreign(path) else load_checkpoint(path)[1]
 
 
 def dtype_of(path: str | Path) -> torch.dtype:
     """What the model was made for: of a run the precision that it was trained in, else the dtype of its weights."""
     path = Path(path)
+    if is_peft(path):
+        return dtype_of(_base_of(open_peft(path)))
     if is_foreign(path):
         found = read_foreign(path, None).files.dtype()
         return found if found in (torch.bfloat16, torch.float16) else torch.float32
@@ -136,11 +152,43 @@ def weights_of(path: str | Path, tell: Tell | None = log_note) -> tuple[ModelArg
     """What the model is, and its parameters in boxes, of which only what is asked for is read. `tell`: see
     read_foreign."""
     path = Path(path)
+    if is_peft(path):
+        return _with_base(open_peft(path), tell)
     if is_foreign(path):
         source = read_foreign(path, tell)
         return source.args, source.weights()
     checkpoint, args = load_checkpoint(path)
     return args, checkpoint_weights(checkpoint)
+
+
+def _base_of(folder: PeftFolder) -> Path:
+    """The base of an adapter of PEFT. UserError where it is nowhere here."""
+    if folder.local_base is None:
+        named = f"base_model_name_or_path={folder.base}" if folder.base else "which it does not name"
+        raise UserError(f"{folder.path}: its base, {named}, is no folder here; give that as model.init_from")
+    if is_peft(folder.local_base):
+        raise UserError(f"{folder.path}: its base, {folder.local_base}, is an adapter itself")
+    return folder.local_base
+
+
+def _with_base(folder: PeftFolder, tell: Tell | None) -> tuple[ModelArgs, Weights]:
+    """The model that an adapter of PEFT and its base make together."""
+    base = _base_of(folder)
+    args, weights = weights_of(base, tell)
+    adapted, tensors = folder.adapter(args, transformers_family(base))
+    if isinstance(folder.origin, Taken):
+        check_origin(Taken(str(base), folder.origin.digest))
+    return args, Merged(Completed(HeldTensors(tensors), ParameterTable.of(args).keys(), weights), adapted)
+
+
+def transformers_family(path: str | Path) -> Family:
+    """As which family transformers knows a model. UserError where it knows none."""
+    path = Path(path)
+    if is_foreign(path):
+        source = read_foreign(path, None)
+        return fitting_family(source.args, "hf", source.family.name)
+    checkpoint, args = load_checkpoint(path)
+    return fitting_family(args, "hf", checkpoint.meta.get("source", {}).get("family"))
 
 
 def checkpoint_weights(checkpoint: Checkpoint, average: bool = False) -> Weights:
@@ -174,12 +222,16 @@ class AdapterSource(NamedTuple):
     lora: LoraArgs
     weights: Weights
     """Of its parameters."""
-    origin: Origin
-    """Of its base."""
+    origin: Origin | None
+    """Of its base; None where nothing says what that was."""
 
 
-def adapter_of(path: str | Path) -> AdapterSource:
-    """The adapter of a run or checkpoint. UserError where it has none, or only a part of one."""
+def adapter_of(path: str | Path, base: str | Path | None = None) -> AdapterSource:
+    """The adapter of a run, a checkpoint or a folder of PEFT. base: where the base of the last is, if not where that
+    says. UserError where it has none, or only a part of one.
+    """
+    if is_peft(Path(path)):
+        return _peft_adapter(open_peft(Path(path)), base)
     if is_foreign(Path(path)):
         raise UserError(f"{path}: holds a whole model and no adapter; begin with it as model.init_from")
     checkpoint = resolve(path)
@@ -188,6 +240,16 @@ def adapter_of(path: str | Path) -> AdapterSource:
         raise UserError(f"{path}: holds a whole model and no adapter; begin with it as model.init_from")
     refuse_incomplete(checkpoint.path, args, checkpoint.shapes)
     return AdapterSource(args.lora, CheckpointWeights(checkpoint), frozen.origin)
+
+
+def _peft_adapter(folder: PeftFolder, base: str | Path | None) -> AdapterSource:
+    where = _base_of(folder) if base is None else base
+    adapted, tensors = folder.adapter(args_of(where, None), transformers_family(where))
+    assert adapted.lora is not None
+    origin = folder.origin
+    if origin is None and folder.local_base is not None:
+        origin = taken_from(folder.local_base)
+    return AdapterSource(adapted.lora, HeldTensors(tensors), origin)
 
 
 def verified_origin(frozen: Frozen, args: ModelArgs) -> Weights:
@@ -222,6 +284,10 @@ def taken_from(path: str | Path) -> Taken:
     one; of a foreign folder every file is read.
     """
     path = Path(path)
+    if is_peft(path):
+        folder = open_peft(path)
+        content = f"{_file_digest(folder.file.path)}\n{taken_from(_base_of(folder)).digest}"
+        return Taken(str(path.resolve()), hashlib.sha256(content.encode()).hexdigest()[:32])
     if not is_foreign(path):
         checkpoint = resolve(path)
         return Taken(str(checkpoint.path.resolve()), checkpoint.digest)

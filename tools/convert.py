@@ -2,6 +2,7 @@
 
     python tools/convert.py import SRC DST              a Hugging Face or Meta folder as a model folder of ours
     python tools/convert.py export SRC DST --format hf  a run, checkpoint or model folder of ours as a foreign one
+    python tools/convert.py export SRC DST --format peft    the adapter of a run or checkpoint, for PEFT
     python tools/convert.py inspect SRC                 what a foreign folder is; reads no weights
     python tools/convert.py verify A B --text FILE      whether two models, of ours or foreign, say the same
     python tools/convert.py verify A --with transformers    whether that library reads A, or its export, as we do
@@ -27,20 +28,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llm import LLM
+from llm.adapters.merge import refuse_incomplete
+from llm.adapters.peft_folder import write_peft
 from llm.args import ModelArgs
 from llm.checkpoint.fragments import DTYPES
+from llm.checkpoint.frozen import Taken, frozen_in
 from llm.checkpoint.model_folder import write_model_folder
-from llm.checkpoint.run_folder import load_checkpoint
+from llm.checkpoint.run_folder import load_checkpoint, model_args
+from llm.checkpoint.weights import CheckpointWeights
 from llm.cli import run_cli
 from llm.errors import UserError
-from llm.foreign.export import choose_family, export_hf, export_meta, meaning
+from llm.foreign.export import choose_family, export_hf, export_meta, fitting_family, meaning
 from llm.foreign.extra import kept_files
 from llm.foreign.files import is_foreign, open_foreign
 from llm.foreign.finite import FiniteWeights
 from llm.foreign.reference import compare_with, open_reference
 from llm.malloc import give_back_freed
 from llm.paths import PathText, check_free
-from llm.pretrained import checkpoint_weights, tokenizer_of
+from llm.pretrained import checkpoint_weights, tokenizer_of, transformers_family
 from llm.tokenizer import Tokenizer
 from llm.tokenizers.folder import TOKENIZER_FILES, notes_of
 
@@ -171,7 +176,7 @@ def export(
 
     src: run folder, checkpoint, or model folder
     dst: folder to make
-    format: hf (for transformers and what reads its files) or meta (consolidated.NN.pth)
+    format: hf (for transformers and what reads its files), meta (consolidated.NN.pth), or peft (the adapter alone)
     family: as which family; default: the one that it came from, else the first that can say what the model is
     dtype: of the weights written: float32, bfloat16 or float16; default: as they are kept
     shard_gb: hf: largest file in GB (1e9 bytes)
@@ -179,17 +184,20 @@ def export(
     average: the moving average of the weights, of a run with optim.ema_decay
     quiet: no progress bar
     """
-    if format not in ("hf", "meta"):
-        raise UserError(f"--format={format} is not one of hf, meta")
+    if format not in ("hf", "meta", "peft"):
+        raise UserError(f"--format={format} is not one of hf, meta, peft")
     if not shard_gb > 0 or not math.isfinite(shard_gb):
         raise UserError(f"--shard_gb={shard_gb} must be above 0")
     if shards < 1:
         raise UserError(f"--shards={shards} must be at least 1")
     asked = _dtype(dtype)
     check_free(Path(dst))
+    if format == "peft":
+        _export_adapter(Path(src), Path(dst), family, asked or torch.float32, average)
+        return
     checkpoint, args = load_checkpoint(src)
     came_from = checkpoint.meta.get("source", {}).get("family")
-    target_family = _family(args, format, family, came_from)
+    target_family = choose_family(args, format, family) if family else fitting_family(args, format, came_from)
     weights = checkpoint_weights(checkpoint, average)
     chosen = asked or DTYPES[checkpoint.dtype()]
     extra = kept_files(checkpoint, _tokenizer_or_note(Path(src)), target_family.name if format == "hf" else None)
@@ -223,13 +231,25 @@ def export(
     print(f"{src}: written to {dst} as {target_family.name}, {_name(chosen)}")
 
 
-def _family(args: ModelArgs, format: str, named: str | None, came_from: str | None) -> Any:
-    if named is None and came_from is not None:
-        try:
-            return choose_family(args, format, came_from)
-        except UserError:
-            pass
-    return choose_family(args, format, named)
+def _export_adapter(src: Path, dst: Path, family: str | None, dtype: torch.dtype, average: bool) -> None:
+    """Write the adapter of a run or checkpoint as PEFT reads it."""
+    checkpoint, _ = load_checkpoint(src)
+    args, frozen = model_args(checkpoint), frozen_in(checkpoint)
+    if args.lora is None or frozen is None:
+        raise UserError(f"{src}: holds no adapter; write the model with --format=hf")
+    refuse_incomplete(src, args, checkpoint.shapes)
+    base = frozen.origin.path if isinstance(frozen.origin, Taken) else None
+    if family is not None or base is None:
+        target = choose_family(args.merged, "hf", family)
+    else:
+        target = transformers_family(base)
+    extra = kept_files(checkpoint, _tokenizer_or_note(src), target.name)
+    files = {name: content for name, content in extra.files.items() if not name.endswith("config.json")}
+    weights = CheckpointWeights(checkpoint, average)
+    notes = write_peft(dst, args, weights, target, dtype=dtype, origin=frozen.origin, extra_files=files)
+    for line in (*notes, *extra.notes):
+        print(f"note: {line}")
+    print(f"{src}: its adapter written to {dst} for {target.name}, {_name(dtype)}")
 
 
 def inspect(src: PathText, family: str | None = None) -> None:

@@ -20,6 +20,7 @@ from llm.checkpoint.weights import Weights, boxed, check_range
 from llm.errors import UserError
 from llm.foreign.family import Family, export_pairs, families
 from llm.foreign.transforms import BoxPair, Shape, foreign_shapes
+from llm.layers.lora import LORA_A
 from llm.parameters import ParameterTable
 from llm.paths import check_free
 from llm.safetensors_file import write_tensors
@@ -49,6 +50,16 @@ def choose_family(args: ModelArgs, format: str, name: str | None = None) -> Fami
             continue
         return known[key]
     raise UserError(f"no family of format {format} can say what this model is; the nearest: {min(reasons, key=len)}")
+
+
+def fitting_family(args: ModelArgs, format: str, came_from: str | None) -> Family:
+    """The family that a model came from, if it can still say what the model is, else the first that can."""
+    if came_from is not None:
+        try:
+            return choose_family(args, format, came_from)
+        except UserError:
+            pass
+    return choose_family(args, format)
 
 
 def written_config(family: Family, args: ModelArgs) -> dict[str, Any]:
@@ -134,7 +145,7 @@ class Rotated:
     def _moves(self, name: str) -> bool:
         module = name.rpartition(".")[0]
         norms = ("attention.q_norm", "attention.k_norm")
-        if not module.endswith(("attention.wq", "attention.wk", *norms)):
+        if not module.endswith(("attention.wq", "attention.wk", *norms)) or name.endswith(LORA_A):
             return False
         attention = self.args.layer_specs()[int(name.split(".")[1])].attention
         return attention is not None and attention.rope

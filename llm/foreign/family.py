@@ -185,6 +185,19 @@ def export_pairs(family: Family, args: ModelArgs, ours: Mapping[str, Shape], sha
     return tuple(pairs)
 
 
+def spellings(family: Family, args: ModelArgs) -> Iterator[tuple[BoxPair, ...]]:
+    """Pairs of each row that holds parameters of the model, in the table's order. Several may hold the same ones; that
+    of the names in memory is the last."""
+    table = ParameterTable.of(args)
+    ours = table.shapes
+    for entry, layer in _instances(family, args):
+        names = [name.format(i=layer) for name in entry.ours]
+        twin = names == ["output.weight"] and "output.weight" not in ours
+        names = ["tok_embeddings.weight"] if twin else names
+        if all(name in ours for name in names):
+            yield tuple(_cut(entry, _keys(entry, layer, args), names, args, table, ours, {}, 1, twin))
+
+
 def _instances(family: Family, args: ModelArgs) -> Iterator[tuple[Row, int]]:
     """Rows of the model as a whole, then those of each layer."""
     rows = list(family.expanded())

@@ -44,6 +44,7 @@ class StoredSafetensors:
         self._file = SafetensorsFile(path)
         self._all: dict[str, Entry | Unread] = {**self._file.entries, **self._file.unread}
         self._shapes = {key: entry.shape for key, entry in self._all.items()}
+        self.metadata: Mapping[str, str] = self._file.metadata
 
     def shapes(self) -> dict[str, Shape]:
         return self._shapes

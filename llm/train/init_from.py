@@ -51,8 +51,10 @@ def read_adapter(engine: Engine, path: Path, base: Origin) -> tuple[Callable[[],
     """Read this rank's masters of the adapter in the folder that lora.init_from means; what `read_weights` returns.
     base: where the run's own base comes from, which must be that of the adapter. UserError else.
     """
-    found = adapter_of(path)
-    if found.origin != base and (not isinstance(base, Taken) or getattr(found.origin, "digest", None) != base.digest):
+    found = adapter_of(path, base.path if isinstance(base, Taken) else None)
+    if found.origin not in (None, base) and (
+        not isinstance(base, Taken) or getattr(found.origin, "digest", None) != base.digest
+    ):
         raise UserError(
             f"lora.init_from={path}: its adapter belongs to {described(found.origin)}, and not to {described(base)}; "
             f"give that base as model.init_from, or leave it out"

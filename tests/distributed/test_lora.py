@@ -7,20 +7,22 @@ from typing import Any
 import pytest
 import torch
 
-from llm import LLM
+from llm import LLM, ModelArgs
 from llm.boxes import whole
 from llm.checkpoint.frozen import frozen_in
 from llm.checkpoint.inspect import survey
 from llm.checkpoint.reader import resolve
 from llm.errors import UserError
 from llm.parallel.layout import Layout
+from llm.parameters import ParameterTable
 from llm.plan.memory import checkpoint_bytes
-from llm.pretrained import adapter_of, taken_from, unmerged_weights
+from llm.pretrained import AdapterSource, adapter_of, taken_from, unmerged_weights
 from llm.train.config import load_config, validate
 from llm.train.dry_run import workload
 from tests.distributed.harness import metrics, tiny_config, without_timing, write_config, write_text
 from tests.distributed.pool import run_job
 from tests.machine import has
+from tools import convert
 
 pytestmark = pytest.mark.distributed
 
@@ -225,3 +227,35 @@ def test_every_layout_trains_adapters_alike(tmp_path: Path, setting: str) -> Non
         perform(tmp_path, items, ranks, timeout=1500)
         for name in layouts:  # bf16: a token or two of the router's choices may fall otherwise
             assert_alike(tmp_path, name, "one process", 5e-3 if half_precision else 1e-5)
+
+
+def read_all(source: AdapterSource, args: ModelArgs) -> dict[str, torch.Tensor]:
+    """An adapter's parameters."""
+    rows = ParameterTable.of(args.model_copy(update={"lora": source.lora})).items()
+    shapes = {name: row.shape for name, row in rows if row.kind == "adapter"}
+    return {name: source.weights.read(name, whole(shape), torch.empty(shape)) for name, shape in shapes.items()}
+
+
+def test_an_adapter_goes_out_to_peft_and_comes_in_again_with_its_base(runs: Path, tmp_path: Path) -> None:
+    convert.main(["export", str(runs / "plain"), str(tmp_path / "peft"), "--format=peft", "--quiet"])
+    ours, theirs = adapter_of(runs / "plain"), adapter_of(tmp_path / "peft")
+    assert (theirs.lora, theirs.origin) == (ours.lora, ours.origin)
+    model, again = LLM.from_pretrained(runs / "plain"), LLM.from_pretrained(tmp_path / "peft")
+    held, found = (read_all(source, model.args) for source in (ours, theirs))
+    assert held.keys() == found.keys() and all(torch.equal(held[name], found[name]) for name in held)
+    ids = torch.arange(40)[None]
+    assert torch.equal(model(ids).logits, again(ids).logits)
+
+
+@pytest.mark.full
+def test_a_run_begins_with_an_adapter_of_peft_as_with_our_own_on_two_ranks(runs: Path, tmp_path: Path) -> None:
+    convert.main(["export", str(runs / "plain"), str(tmp_path / "peft"), "--format=peft", "--quiet"])
+    sections: dict[str, Any] = {"parallel": {"tensor": 2}, "micro": 8}
+    sources = {"own": runs / "plain", "foreign": tmp_path / "peft"}
+    items = [
+        adapted(runs, name, lora={"dropout": 0.0, "init_from": str(source)}, **sections)
+        for name, source in sources.items()
+    ]
+    perform(runs, items, nproc=2)
+    assert without_timing(metrics(runs / "own")) == without_timing(metrics(runs / "foreign"))
+    assert metrics(runs / "own")[0]["loss"] < metrics(runs / "plain")[0]["loss"]

@@ -48,7 +48,7 @@ def _complete_from_adapter(raw: dict[str, Any], where: str) -> None:
     from llm.pretrained import adapter_of
 
     try:
-        lora, _, origin = adapter_of(source)
+        lora, _, origin = adapter_of(source, _base_given(raw))
     except UserError as error:
         raise UserError(f"{where}: lora.init_from: {error}") from None
     said = lora.model_dump(mode="json", exclude={"dropout"})
@@ -60,6 +60,13 @@ def _complete_from_adapter(raw: dict[str, Any], where: str) -> None:
     model = raw.get("model") or {}
     if isinstance(origin, Taken) and isinstance(model, dict):
         raw["model"] = {"init_from": origin.path} | model
+
+
+def _base_given(raw: dict[str, Any]) -> str | None:
+    """What the config itself says of where a base is."""
+    model = raw.get("model")
+    given = model.get("init_from") if isinstance(model, dict) else None
+    return given if isinstance(given, str) and Path(given).exists() else None
 
 
 def _targets(value: Any) -> set[str]:

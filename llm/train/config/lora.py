@@ -6,8 +6,8 @@ from llm.paths import PathText
 
 class LoraConfig(LoraArgs):
     init_from: PathText | None = None
-    """Begin with the adapter of this run or checkpoint, whose rank, alpha and targets hold, and whose base too where
-    model.init_from names none."""
+    """Begin with the adapter of this run, checkpoint or folder of PEFT, whose rank, alpha and targets hold, and whose
+    base too where model.init_from names none."""
 
     @property
     def args(self) -> LoraArgs:
