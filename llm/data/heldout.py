@@ -33,7 +33,6 @@ class HeldOut:
         self.seq_len = seq_len
         self.fill = fill
         self.targets = tuple(dict.fromkeys(name for source in self.sources for name in source.targets))
-        self.values = tuple(dict.fromkeys(name for source in self.sources for name in source.values))
         counts = [source.n_rows for source in self.sources]
         self.total = sum(counts)
         self.n_rows = self.total if limit is None else min(limit, self.total)
@@ -45,6 +44,11 @@ class HeldOut:
         self._ends = np.cumsum(counts)
         parts = [ORDER_VERSION, seq_len, self.n_rows, [source.fingerprint for source in self.sources]]
         self.fingerprint = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """Names of the values that rows have; those of some sources are only known when a run has begun."""
+        return tuple(dict.fromkeys(name for source in self.sources for name in source.values))
 
     def batches(self, micro_batch_size: int, dp_rank: int, dp_size: int) -> Iterator[Batch]:
         """The micro-batches of one of `dp_size` data-parallel ranks; as many on each of them."""

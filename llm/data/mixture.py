@@ -35,7 +35,6 @@ class Mixture:
         self.seed = seed
         self.fill = fill
         self.targets = tuple(dict.fromkeys(name for source in self.sources for name in source.targets))
-        self.values = tuple(dict.fromkeys(name for source in self.sources for name in source.values))
         problem = mixture_problem(self.names, [weight for _, _, weight in sources])
         if problem is not None:
             raise UserError(problem)
@@ -48,6 +47,11 @@ class Mixture:
                 )
         self.slots = _largest_remainder([weight for _, _, weight in sources])
         self._last_cycle: tuple[int, tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """Names of the values that rows have; those of some sources are only known when a run has begun."""
+        return tuple(dict.fromkeys(name for source in self.sources for name in source.values))
 
     @property
     def n_rows(self) -> int:

@@ -97,6 +97,10 @@ class Packed:
         found[self._items] = passes + again[self.packing.row_of_items(self.seed, passes)]
         return found
 
+    def samples_in_rows(self) -> NDArray[np.int64]:
+        """Numbers of the samples that rows hold: all of the source but those left out."""
+        return (self._items[:, None] * self._each + np.arange(self._each)).reshape(-1)
+
     def read(self, k: int, epoch: int) -> Row:
         tokens, labels, weights, starts = [], [], [], []
         values: dict[str, list[NDArray]] = {name: [] for name in self.values}

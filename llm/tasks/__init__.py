@@ -2,9 +2,11 @@
 and how a sample of it looks.
 """
 
-from llm.tasks.base import OpenedRows, RowsWanted, Task, register, task_named
+from llm.tasks.base import REFERENCE, OpenedRows, RowsWanted, Task, register, task_named
+from llm.tasks.dpo import Preferences
 from llm.tasks.lm import LanguageModelling
 
 register(LanguageModelling())
+register(Preferences())
 
-__all__ = ["OpenedRows", "RowsWanted", "Task", "register", "task_named"]
+__all__ = ["REFERENCE", "OpenedRows", "RowsWanted", "Task", "register", "task_named"]

@@ -20,6 +20,10 @@ from llm.objectives import Objective
 from llm.parallel.launch.world import World
 from llm.tokenizer import Tokenizer
 
+REFERENCE = "reference"
+"""The values with the summed log-probability of each sample's targets by the model that a run began with, at the first
+of these targets."""
+
 
 @dataclass(frozen=True)
 class RowsWanted:
@@ -57,6 +61,8 @@ class Task(ABC):
     """What a model is trained to do."""
 
     name: str
+    compares_with_start = False
+    """Whether its objectives read the values REFERENCE."""
 
     @abstractmethod
     def objectives(self, options: Mapping[str, Any] | None = None) -> tuple[Objective, ...]:

@@ -30,6 +30,9 @@ class Progress:
     origin: Origin | None = None
     """Where the values of frozen parameters came from; None where all parameters train."""
 
+    reference: str | None = None
+    """Digest of the reference sums that the run trains against; None where it does not."""
+
     @classmethod
     def new(cls, config: GuardConfig, held_out: HeldOut | None) -> "Progress":
         """Before the first step."""
@@ -48,6 +51,7 @@ class Progress:
             "best": dataclasses.asdict(self.best),
             "guard": self.guard.state(),
             "skip_steps": self.skipped.state(),
+            **({} if self.reference is None else {"reference": self.reference}),
         }
 
     def count_rows_anew(self) -> None:

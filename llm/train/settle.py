@@ -15,7 +15,7 @@ from llm.parallel.collectives import agreed_error, all_or_none, main_decides
 from llm.parallel.launch.world import World
 from llm.tasks import RowsWanted, task_named
 from llm.tokenizer import Tokenizer
-from llm.train.config import RunConfig
+from llm.train.config import RunConfig, Section
 from llm.train.config.length import default_warmup
 from llm.train.precision import faster_precision
 from llm.train.schedule import epoch_rows, steps_between
@@ -24,7 +24,10 @@ from llm.train.schedule import epoch_rows, steps_between
 def objectives_in(config: RunConfig) -> Objectives:
     """What a config trains for. UserError naming the key where its task, an objective or an option is not known."""
     try:
-        return objectives_of(task_named(config.task).objectives(), config.train.objectives)
+        options = getattr(config, config.task, None)  # a section of the task's name
+        task = task_named(config.task)
+        options = options.model_dump() if isinstance(options, Section) else None
+        return objectives_of(task.objectives(options), config.train.objectives)
     except ValueError as error:
         raise UserError(str(error)) from None
 

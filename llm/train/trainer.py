@@ -19,6 +19,7 @@ from llm.parallel.engine.step import StepResult
 from llm.parallel.launch.world import World
 from llm.pretrained import taken_from
 from llm.tokenizers.folder import notes_of
+from llm.train import reference
 from llm.train.config import RunConfig
 from llm.train.config.length import misfit, untraced
 from llm.train.folder import open_log
@@ -71,7 +72,14 @@ class Trainer:
     def resume(self) -> list[str]:
         """Continue a checkpoint, as checkpoint.resume says, or begin a new run; lines that say what was done."""
         lines = self.restorer.resume()
-        return self._begin() if lines is None else lines
+        if not self.run.task.compares_with_start:
+            return self._begin() if lines is None else lines
+        if lines is not None:
+            reference.reuse(self.run, self.progress.reference)
+            return lines
+        lines = self._begin()
+        self.progress.reference, made = reference.make(self.run)
+        return [*lines, *made]
 
     def _begin(self) -> list[str]:
         """Lines about the tokenizer of a new run, and about its weights if they are to come from elsewhere

@@ -58,6 +58,13 @@ class ParallelConfig(Section):
         return self
 
 
+class DpoConfig(Section):
+    beta: float = Field(0.1, gt=0)
+    """How much a reward is of a log-probability's gain on the reference model: the higher, the nearer to it."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Share of pairs that are taken to prefer the other answer."""
+
+
 class RunConfig(Section):
     """Everything that a run is made of."""
 
@@ -70,11 +77,14 @@ class RunConfig(Section):
     chat: ChatOptions = ChatOptions()
     """How conversations are written and trained on."""
     task: str = "lm"
-    """What the model is trained to do; lm: the next token of a text."""
+    """What the model is trained to do; lm: the next token of texts, conversations and completions; dpo: to prefer the
+    chosen answers of data of kind preference."""
     extensions: Annotated[tuple[PathText, ...], BY_COMMAS] = ()
     """Python files, separated by commas, that are run first and register objectives, tasks and the like."""
     parallel: ParallelConfig = ParallelConfig()
     """How the ranks share the work."""
+    dpo: DpoConfig = DpoConfig()
+    """How a run with task: dpo prefers answers."""
     lora: LoraConfig | None = None
     """Train low-rank adapters alone; unset = all weights train."""
     optim: OptimConfig = OptimConfig()
@@ -105,6 +115,9 @@ class RunConfig(Section):
             raise ValueError(f"eval.patience={self.eval.patience} needs held-out text: set data.valid")
         self._keys_are_known()
         self._rows_can_be_cut()
+        for key, value in self.dpo.model_dump().items():
+            if self.task != "dpo" and value != DpoConfig.model_fields[key].default:
+                raise ValueError(f"dpo.{key}={value}: is for task=dpo, and task={self.task}; set that, or leave it out")
         optim, steps = self.optim, self.train.steps
         if steps is not None:  # of train.epochs only the data says how many they are
             length = f"train.steps={steps}"
