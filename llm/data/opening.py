@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-import llm.data.text  # noqa: F401  (it registers its kind)
+import llm.data.completion
+import llm.data.text  # noqa: F401  (they register their kinds)
 from llm.data.documents import option
 from llm.data.kinds import KINDS, Asked, Kind, Opened
 from llm.data.sources import Side, SourceFiles, source_files

@@ -57,6 +57,9 @@ class SampleKind(Kind):
     """What the labels are called."""
     samples_per_item = 1
 
+    columns: tuple[str, ...] = ()
+    """Names that `columns` of a source may map to the file's; () for any."""
+
     @abstractmethod
     def encoder(self, files: SourceFiles, asked: Asked) -> Encoder:
         """Makes the samples of a source. UserError naming the key where it cannot."""
@@ -68,6 +71,10 @@ class SampleKind(Kind):
         for key, given in (("text_field", spec.text_field != "text"), ("separator", spec.separator is not None)):
             if given:
                 raise UserError(f"{option(files.key, key)[2:]}: is for text, not for {kind}; see columns")
+        for name in spec.columns:
+            if self.columns and name not in self.columns:
+                key = option(files.key, "columns")[2:]
+                raise UserError(f"{key}.{name}: {kind} has {', '.join(self.columns)}")
         for file in files.listing.files:
             if not file.type.has_rows:
                 raise UserError(

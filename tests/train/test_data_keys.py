@@ -82,3 +82,24 @@ def test_help_lists_the_forms_and_the_keys() -> None:
     assert {"--data.train", "--data.train.text_field", "--data.train.separator"} <= {
         line.split()[0] for line in lines if line.split()
     }
+
+
+def test_kinds_their_columns_and_packing_are_keys(tmp_path: Path) -> None:
+    train = [{"path": "a.jsonl", "kind": "chat", "columns": {"messages": "dialog"}}, "b.txt"]
+    data = loaded(tmp_path, {"train": train, "packing": "none"}).data
+    assert data.train[0] == SourceSpec(path="a.jsonl", kind="chat", columns={"messages": "dialog"})
+    assert data.packing == "none"
+    data = loaded(tmp_path, {"train": "a.jsonl"}, train__kind="chat", train__columns={"messages": "dialog"}).data
+    assert data.train == [SourceSpec(path="a.jsonl", kind="chat", columns={"messages": "dialog"})]
+    with pytest.raises(UserError, match=r"data\.packing"):
+        loaded(tmp_path, {"train": train, "packing": "worst_fit"})
+
+
+def test_rows_of_samples_are_not_cut_into_sequences(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    data = {"train": ["a.txt", {"path": "b.jsonl", "kind": "chat"}]}
+    raw = {"tokenizer": {"kind": "bytes"}, "data": data, "train": {"seq_len": 64, "seq_len_schedule": [[0, 32]]}}
+    raw["model"] = dict(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=-1, max_seq_len=2048)
+    path.write_text(yaml.safe_dump(raw))
+    with pytest.raises(UserError, match=r"train\.seq_len_schedule=.*rows of kind chat hold what is never cut"):
+        load_config(path)
