@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from llm.args import ModelArgs
 from llm.args.layers import attention_specs
-from llm.args.lora import adapter
 from llm.cache import Cache
 from llm.conveniences import Conveniences
 from llm.datatypes import LossSum, RouterStats, TransformerInput, TransformerOutput
@@ -75,16 +74,16 @@ class LLM(Conveniences, InRegion):
         self.output: Output | None = None
         with torch.device(device or torch.get_default_device()):
             if args.tie_embeddings and not {EMBEDDING, OUTPUT}.isdisjoint(self.units):
-                of_table = args.logit_softcap, adapter(args.lora, EMBEDDING)
-                self.tok_embeddings: Embedding = TiedEmbedding(args.vocab_size, args.dim, *of_table)
+                tied = TiedEmbedding(args.vocab_size, args.dim, args.logit_softcap, args.lora)
+                self.tok_embeddings: Embedding = tied
             elif EMBEDDING in self.units:
-                self.tok_embeddings = Embedding(args.vocab_size, args.dim, adapter(args.lora, EMBEDDING))
+                self.tok_embeddings = Embedding(args.vocab_size, args.dim, args.lora)
             blocks = (Block(args, spec) if f"layers.{spec.index}" in self.units else None for spec in self.specs)
             self.layers = nn.ModuleList(blocks)  # type: ignore[arg-type]  # None keeps the others' numbers
             if NORM in self.units:
                 self.norm = make_norm(args, args.dim)
             if OUTPUT in self.units and not args.tie_embeddings:
-                self.output = Output(args.dim, args.vocab_size, args.logit_softcap, adapter(args.lora, OUTPUT))
+                self.output = Output(args.dim, args.vocab_size, args.logit_softcap, args.lora)
         for name, module in self.named_modules():
             if isinstance(module, Adapted):
                 module.site = key_of(name)

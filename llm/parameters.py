@@ -9,7 +9,6 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from llm.args import ModelArgs
-from llm.args.lora import adapter
 from llm.boxes import Box
 from llm.layers.block import Block
 from llm.layers.embedding import Embedding
@@ -28,8 +27,8 @@ class ParameterTable(Mapping[str, ParamInfo]):
     def of(cls, args: ModelArgs) -> "ParameterTable":
         """The table of a model with these args, which must have a vocabulary."""
         tied, size, std = args.tie_embeddings, (args.vocab_size, args.dim), weights(args)
-        table = Embedding.declare(*size, std, tied, adapter(args.lora, "tok_embeddings"))
-        head = Output.declare_head(args.dim, args.vocab_size, std, adapter(args.lora, "output"))
+        table = Embedding.declare(*size, std, tied, args.lora)
+        head = Output.declare_head(args.dim, args.vocab_size, std, args.lora)
         rows = in_unit("tok_embeddings", table)
         for spec in args.layer_specs():
             rows |= in_unit(f"layers.{spec.index}", Block.declare(args, spec))

@@ -31,6 +31,16 @@ class LoraArgs(Group):
     byte a value with a scale for each output."""
     rslora: bool = False
     """Multiply by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)."""
+    token_rows: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]] | None = None
+    """Tokens, from the first up to but not with the second, whose rows of token table and head train whole beside the
+    adapters, as those of new tokens must."""
+
+    @field_validator("token_rows")
+    @classmethod
+    def _rise(cls, rows: tuple[int, int] | None) -> tuple[int, int] | None:
+        if rows is not None and rows[0] >= rows[1]:
+            raise ValueError(f"lora.token_rows={list(rows)}: holds no token, as the second is the first one beyond")
+        return rows
 
     @field_validator("targets")
     @classmethod

@@ -25,6 +25,7 @@ from llm.layers.dropout import dropped
 from llm.layers.parameter import ZEROS, ParamInfo, Rows
 
 LORA_A, LORA_B = "lora_a", "lora_b"
+TOKEN_ROWS = "token_rows"
 
 
 def adapter_rows(weight: ParamInfo, lora: LoraArgs | None) -> Rows:
@@ -44,6 +45,15 @@ def stack_adapter_rows(name: str, weights: ParamInfo, lora: LoraArgs | None) -> 
     a = _cut_with(weights, 1, (n_stacked, n_in, lora.rank), Uniform(1 / math.sqrt(n_in)))
     b = _cut_with(weights, 2, (n_stacked, lora.rank, n_out), ZEROS)
     return {f"{name}_{LORA_A}": a, f"{name}_{LORA_B}": b}
+
+
+def token_row_rows(weight: ParamInfo, lora: LoraArgs | None) -> Rows:
+    """Of what is added to some rows of a table or output matrix (V, D): (tokens, D), whole on every rank, from 0 on."""
+    if lora is None or lora.token_rows is None:
+        return {}
+    first, end = lora.token_rows
+    plain = replace(weight, tensor_dim=None, decay=False, may_be_int8=False)
+    return {TOKEN_ROWS: replace(plain, shape=(end - first, weight.shape[1]), kind="adapter", init=ZEROS)}
 
 
 def _cut_with(weight: ParamInfo, dim: int, shape: tuple[int, ...], init: Draw) -> ParamInfo:
@@ -75,6 +85,35 @@ class Adapted(nn.Module):
     @graph_break  # else each layer would be compiled for its own site
     def _dropped(self, x: Tensor, keys_N: Tensor) -> Tensor:
         return dropped(x, keys_N, self.site, self.dropout, self.first_input)
+
+
+class VocabularyAdapted(Adapted):
+    """A table or output matrix (V, D), of whose rows some may train whole."""
+
+    weight: nn.Parameter
+
+    def add_token_rows(self, lora: LoraArgs | None, dim: int) -> None:
+        """Called after `add_adapter`."""
+        self.first_token, end = (0, 0) if lora is None or lora.token_rows is None else lora.token_rows
+        self.token_rows = nn.Parameter(torch.empty(end - self.first_token, dim)) if end else None
+
+    def of_tokens(self, tokens: Tensor) -> Tensor | None:
+        """What is added to the vectors of these tokens; None where no rows train."""
+        if self.token_rows is None:
+            return None
+        row = tokens - self.first_token
+        others = (row < 0) | (row >= len(self.token_rows))
+        return F.embedding(row.masked_fill(others, 0), self.token_rows).masked_fill(others.unsqueeze(-1), 0)
+
+    def with_token_rows(self, weight_VD: Tensor, first: int) -> Tensor:
+        """The weight, whose own first row is of token `first`, and what is added to its rows. A rank that has none of
+        them adds nothing all the same, so that it has a gradient to be summed with the others'."""
+        if self.token_rows is None:
+            return weight_VD
+        place = self.first_token - first
+        low, high = (min(max(x, 0), len(weight_VD)) for x in (place, place + len(self.token_rows)))
+        added = self.token_rows[low - place : high - place] if low < high else self.token_rows[:0]
+        return torch.cat([weight_VD[:low], weight_VD[low:high] + added, weight_VD[high:]])
 
 
 class AdapterNames(NamedTuple):

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm.args.lora import LoraArgs
+from llm.args.lora import LoraArgs, adapter
 from llm.init import Draw
 from llm.kernels.cross_entropy import capped, lm_loss_sum, token_nll
-from llm.layers.lora import Adapted, adapter_rows
+from llm.layers.lora import Adapted, VocabularyAdapted, adapter_rows, token_row_rows
 from llm.layers.parameter import ParamInfo, Rows
 from llm.layers.region import VocabularyShare
 
@@ -29,7 +29,7 @@ class HeadTargets(NamedTuple):
     """Return the negative log-likelihood of each label, (B, T) without gradient, not their sum."""
 
 
-class Output(Adapted):
+class Output(VocabularyAdapted):
     """The output matrix (V, D): see `predict` for what it returns."""
 
     vocabulary: VocabularyShare | None = None
@@ -39,17 +39,24 @@ class Output(Adapted):
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, dim))
-        self.add_adapter(lora, dim, vocab_size)
+        self.add_adapter(adapter(lora, "output"), dim, vocab_size)
+        self.add_token_rows(lora, dim)
         self.softcap = softcap
 
     @staticmethod
     def declare_head(dim: int, vocab_size: int, init: Draw, lora: LoraArgs | None = None) -> Rows:
         """The outputs are cut by tensor parallelism."""
         weight = ParamInfo((vocab_size, dim), "head", init, tensor_dim=0, decay=True)
-        return {"weight": weight} | adapter_rows(weight, lora)
+        return {"weight": weight} | adapter_rows(weight, adapter(lora, "output")) | token_row_rows(weight, lora)
 
     def forward(self, hidden_BTD: Tensor, targets: HeadTargets | None = None) -> Tensor:
-        return predict(hidden_BTD, self.weight, targets, self.vocabulary, self.softcap, adapter_of(self, hidden_BTD))
+        weight = head_weight(self, self.vocabulary)
+        return predict(hidden_BTD, weight, targets, self.vocabulary, self.softcap, adapter_of(self, hidden_BTD))
+
+
+def head_weight(head: VocabularyAdapted, vocabulary: VocabularyShare | None) -> Tensor:
+    """This rank's rows, with what is added to those that train whole."""
+    return head.with_token_rows(head.weight, 0 if vocabulary is None else vocabulary.first)
 
 
 def adapter_of(head: Adapted, hidden_BTD: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -43,6 +43,8 @@ def check_targets(args: ModelArgs, lora: LoraArgs) -> None:
     for target in lora.targets or ():
         if target not in possible:
             raise UserError(f"lora.targets: no weight of this model is named {target!r}; it has {', '.join(possible)}")
+    if lora.token_rows is not None and lora.token_rows[1] > args.vocab_size:
+        raise UserError(f"lora.token_rows={list(lora.token_rows)}: the vocabulary has {args.vocab_size:,} tokens")
     if not adapters_in(ParameterTable.of(args)):
         raise UserError(f"lora.targets: this model has none of the usual ones; it has {', '.join(possible) or 'none'}")
 

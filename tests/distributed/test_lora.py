@@ -42,7 +42,8 @@ def item(folder: Path, name: str, *, micro: int = 4, **sections: Any) -> dict[st
 
 def adapted(folder: Path, name: str, **sections: Any) -> dict[str, Any]:
     """The same with adapters and their dropout, on the weights of the run "base"."""
-    lora = {"rank": 4, "alpha": 16.0, "targets": EVERYWHERE, "dropout": 0.1, **sections.pop("lora", {})}
+    lora = {"rank": 4, "alpha": 16.0, "targets": EVERYWHERE, "dropout": 0.1, "token_rows": [100, 140]}
+    lora |= sections.pop("lora", {})
     model = {"init_from": str(folder / "base"), **sections.pop("model", {})}
     return item(folder, name, model=model, lora=lora, **sections)
 

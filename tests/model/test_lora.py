@@ -78,6 +78,30 @@ def test_adapters_beside_their_weights_are_the_merged_weights(moe: Any, tied: bo
     torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_of_new_tokens_train_whole_and_are_merged(tied: bool) -> None:
+    model = adapted(["wq"], tie_embeddings=tied, lora={"token_rows": (90, 95)})
+    named = [name for name in ParameterTable.of(model.args).adapters_alone() if name.endswith("token_rows")]
+    assert named == ["tok_embeddings.token_rows"] + ([] if tied else ["output.token_rows"])
+    for name in named:
+        torch.nn.init.normal_(model.get_parameter(name), std=0.3)
+    plain, ids = merged(model), torch.arange(80, 97).view(1, -1)
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(plain.tok_embeddings.weight[90:95], model.tok_embeddings.weight[90:95])
+    assert torch.equal(plain.tok_embeddings.weight[95:], model.tok_embeddings.weight[95:])
+    weights = [name.replace("token_rows", "weight") for name in named]
+    model.requires_grad_(True)
+
+    def of(model: LLM, names: list[str]) -> list[Tensor]:
+        loss = model(ids[:, :-1], labels=ids[:, 1:]).loss_sum
+        assert loss is not None
+        return list(torch.autograd.grad(loss, [model.get_parameter(name) for name in names]))
+
+    for ours, theirs in zip(of(model, named), of(plain, weights), strict=True):
+        # float32: sums in another order, of terms as large as the largest
+        torch.testing.assert_close(ours, theirs[90:95], rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
+
+
 def test_gradients_of_an_adapter_are_those_of_the_merged_weights_through_its_product() -> None:
     model = adapted(EVERYWHERE)
     pairs = adapters_in(ParameterTable.of(model.args))
