@@ -15,6 +15,7 @@ import torch
 from llm.adapters.int8 import Rounded
 from llm.adapters.merge import Merged, refuse_incomplete
 from llm.adapters.peft_folder import HeldTensors, PeftFolder, is_peft, open_peft
+from llm.adapters.vocabulary import grown
 from llm.args import LoraArgs, ModelArgs
 from llm.boxes import whole
 from llm.checkpoint.fragments import DTYPES
@@ -260,10 +261,11 @@ def verified_origin(frozen: Frozen, args: ModelArgs) -> Weights:
 
 
 def open_origin(origin: Origin, args: ModelArgs) -> Weights:
-    """The weights that frozen parameters came from, unverified; initial ones are those of a model with these args."""
+    """The weights that frozen parameters came from, unverified, those of a model with these args: initial ones, or with
+    more tokens than they were of."""
     if isinstance(origin, Seed):
         return Drawn(ParameterTable.of(args), origin.seed)
-    return weights_of(origin.path, tell=None)[1]
+    return grown(*weights_of(origin.path, tell=None), args.vocab_size)[1]
 
 
 def check_origin(origin: Taken) -> None:

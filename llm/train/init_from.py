@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llm.adapters.vocabulary import grown
 from llm.boxes import Box, box_shape
 from llm.checkpoint.frozen import Origin, Taken
 from llm.checkpoint.weights import Weights
@@ -19,13 +20,20 @@ from llm.pretrained import adapter_of, weights_of
 from llm.train.config import ModelSection
 
 
-def read_weights(engine: Engine, model: ModelSection, path: Path) -> tuple[Callable[[], None], list[str]]:
+def read_weights(
+    engine: Engine, model: ModelSection, path: Path, may_grow: bool = False
+) -> tuple[Callable[[], None], list[str]]:
     """Read this rank's masters, and what is frozen, from the folder that model.init_from means; a function that puts
     masters in place, and lines that say what was taken, and what of the model is not as it was there. Adapters, which
-    that model has none of, stay as they are. UserError where a parameter has another shape or is not there.
+    that model has none of, stay as they are. may_grow: the model may have more tokens here. UserError where a parameter
+    has another shape or is not there.
     """
     notes: list[str] = []
     args, weights = weights_of(path, notes.append)
+    if may_grow and model.vocab_size > args.vocab_size:
+        new = model.vocab_size - args.vocab_size
+        notes.append(f"rows of {new} new tokens begin as the mean of the {args.vocab_size:,} there")
+        args, weights = grown(args, weights, model.vocab_size)
     shapes = ParameterTable.of(model.merged).shapes
     refuse_other_shapes(path, ParameterTable.of(args).shapes, shapes)
     before, now = meaning(args), meaning(model)

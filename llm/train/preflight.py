@@ -107,7 +107,10 @@ def _weights(run: UnstartedRun) -> None:
         from llm.pretrained import args_of
         from llm.train.init_from import refuse_other_shapes
 
-        theirs, ours = (ParameterTable.of(args).shapes for args in (args_of(source), run.settled.model.merged))
+        model, there = run.settled.model.merged, args_of(source)
+        if run.config.chat.add_tokens and model.vocab_size > there.vocab_size:
+            there = there.model_copy(update={"vocab_size": model.vocab_size})
+        theirs, ours = (ParameterTable.of(args).shapes for args in (there, model))
         refuse_other_shapes(Path(source), theirs, ours)
 
 

@@ -67,11 +67,19 @@ def _saved(config: RunConfig, store: CheckpointStore, world: World, section: str
 
 
 def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
-    """The config with the tokenizer's vocabulary where `model.vocab_size` leaves it open (-1)."""
+    """The config with the tokenizer's vocabulary where `model.vocab_size` leaves it open (-1), or chat.add_tokens lets
+    the model grow; rows of its new tokens train whole beside adapters.
+    """
     args = config.model
     if args.vocab_size == -1:
         filled = type(args).model_validate({**args.model_dump(), "vocab_size": tokenizer.vocab_size})
         return config.model_copy(update={"model": filled})
+    if args.vocab_size < tokenizer.vocab_size and config.chat.add_tokens:
+        lora, size = config.lora, tokenizer.vocab_size
+        if lora is not None and lora.token_rows is None:
+            lora = lora.model_copy(update={"token_rows": (args.vocab_size, size)})
+        model = args.model_copy(update={"vocab_size": size, "lora": None if lora is None else lora.args})
+        return config.model_copy(update={"model": model, "lora": lora})
     if args.vocab_size < tokenizer.vocab_size:
         raise agreed_error(
             f"model.vocab_size={args.vocab_size} is below the tokenizer's {tokenizer.vocab_size} tokens; use -1"

@@ -103,7 +103,8 @@ class Trainer:
         if not all(row.trainable for row in run.engine.replica.table.values()):
             taken = main_decides(lambda: taken_from(str(source)).to_json(), run.world)
             self.progress.origin, source = origin_of(taken), taken["path"]
-        apply, lines = all_or_none(partial(read_weights, run.engine, run.config.model, Path(source)), run.world)
+        read = partial(read_weights, run.engine, run.config.model, Path(source), run.config.chat.add_tokens)
+        apply, lines = all_or_none(read, run.world)
         apply()
         return lines
 

@@ -109,7 +109,7 @@ def test_a_checkpoint_holds_adapters_alone_as_many_bytes_as_said_ahead_and_names
     runs: Path, name: str
 ) -> None:
     checkpoint, base = resolve(runs / name), resolve(runs / "base")
-    assert all("lora" in parameter for parameter in checkpoint.shapes)
+    assert checkpoint.shapes and not checkpoint.shapes.keys() & base.shapes.keys()
     frozen = frozen_in(checkpoint)
     assert frozen is not None and dict(frozen.shapes) == base.shapes
     assert frozen.origin == taken_from(runs / "base") and frozen.origin.to_json()["digest"] == base.digest
@@ -171,6 +171,22 @@ def test_an_adapter_is_trained_on_from_its_folder_on_its_base_alone(tmp_path: Pa
     wrong = adapted(tmp_path, "wrong", model=begun, lora={"init_from": str(tmp_path / "one")})
     with pytest.raises(AssertionError, match=r"its adapter belongs to the weights of .*base.*, and not to .*other"):
         perform(tmp_path, [wrong], nproc=1)
+
+
+@pytest.mark.full
+def test_a_model_with_new_tokens_goes_on_with_the_rows_that_it_began_with(tmp_path: Path) -> None:
+    write_text(tmp_path, documents=80)
+    perform(tmp_path, [item(tmp_path, "base", train={"steps": 1})], nproc=1)
+    grown = {"model": {"vocab_size": 270}, "lora": {"token_rows": [255, 270]}, "chat": {"add_tokens": True}}
+    half = {"checkpoint": half_of(tmp_path, "new")}
+    cut = {"parallel": {"tensor": 2}, "micro": 8}
+    perform(tmp_path, [adapted(tmp_path, "one", **grown)], nproc=1)
+    items = [adapted(tmp_path, "new", **grown, **cut), adapted(tmp_path, "again", **grown, **cut, **half)]
+    perform(tmp_path, items, nproc=2)
+    assert_alike(tmp_path, "new", "one", 1e-5)
+    assert without_timing(metrics(tmp_path / "again")) == without_timing(metrics(tmp_path / "new"))[HALF:]
+    table, before = (LLM.from_pretrained(tmp_path / name).tok_embeddings.weight for name in ("one", "base"))
+    assert table.shape == (270, 32) and len(before) == 259
 
 
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {

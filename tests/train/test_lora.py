@@ -1,13 +1,19 @@
 """The section `lora` of a run config: what it makes of a model, and what it refuses."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from llm import LLM
+from llm.adapters.vocabulary import grown
+from llm.checkpoint.weights import ModuleWeights
 from llm.errors import UserError
 from llm.train.config import validate
 from llm.train.freezing import parameter_table
+from llm.train.settle import with_vocabulary
 from tests.distributed.harness import tiny_config
 
 
@@ -50,6 +56,44 @@ def test_freeze_names_further_parameters_that_stay() -> None:
     raw["model"] = {**raw["model"], "vocab_size": 64}
     table = parameter_table(validate({**raw, "lora": {}}, "config"))
     assert {row.unit for row in table.values() if row.trainable} == {"layers.2", "layers.3"}
+
+
+def test_a_model_grows_by_the_tokens_that_a_chat_adds_and_their_rows_train() -> None:
+    tokenizer = SimpleNamespace(vocab_size=70)
+    raw = {**config({"rank": 4}).model_dump(mode="json"), "chat": {"add_tokens": True}}
+    made = with_vocabulary(validate(raw, "config"), tokenizer)  # type: ignore[arg-type]
+    assert made.model.vocab_size == 70 and made.lora is not None
+    assert made.model.lora == made.lora.args and made.lora.token_rows == (64, 70)
+    table = parameter_table(made)
+    assert [n for n, row in table.items() if n.endswith("token_rows") and row.trainable and row.shape == (6, 32)] == [
+        "tok_embeddings.token_rows",
+        "output.token_rows",
+    ]
+    with pytest.raises(UserError, match=r"model\.vocab_size=64 is below the tokenizer's 70 tokens"):
+        with_vocabulary(config({"rank": 4}), tokenizer)  # type: ignore[arg-type]
+
+
+def test_rows_of_new_tokens_are_the_mean_of_the_old_ones_in_any_box() -> None:
+    args = config(None).model
+    model = LLM(args)
+    grown_args, weights = grown(args, ModuleWeights(model), 70)
+    assert grown_args.vocab_size == 70
+    for name in ("tok_embeddings.weight", "output.weight"):
+        old = model.get_parameter(name).detach()
+        # float32 rounds the mean in float64
+        expected = torch.cat([old, old.double().mean(0).float().expand(6, -1)])
+        for low, high, columns in ((0, 70, (0, 32)), (60, 68, (3, 9)), (66, 70, (0, 32)), (0, 64, (1, 2))):
+            out = torch.empty(high - low, columns[1] - columns[0])
+            found = weights.read(name, ((low, high), columns), out)
+            torch.testing.assert_close(found, expected[low:high, slice(*columns)], rtol=0, atol=1e-9)
+    assert grown(args, ModuleWeights(model), 64)[0] is args
+
+
+def test_token_rows_beyond_the_vocabulary_are_refused() -> None:
+    with pytest.raises(UserError, match=r"lora\.token_rows=\[60, 65\]: the vocabulary has 64 tokens"):
+        parameter_table(config({"token_rows": [60, 65]}))
+    with pytest.raises(UserError, match=r"lora\.token_rows=\[6, 6\]: holds no token"):
+        config({"token_rows": [6, 6]})
 
 
 def test_no_targets_and_a_rank_of_zero_are_refused_in_a_line_with_the_key() -> None:
