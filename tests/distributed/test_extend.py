@@ -1,5 +1,6 @@
-"""A mixer, an objective and a family of foreign checkpoints from files outside the tree, the examples of docs/extend: a
-config that uses them trains alike on every layout, resumes, moves, freezes, continues texts, and goes out and comes in.
+"""A mixer, an objective, a kind of data and a family of foreign checkpoints from files outside the tree, the examples
+of docs/extend: a config that uses them trains alike on every layout, resumes, moves, freezes, continues texts, and goes
+out and comes in.
 """
 
 import json
@@ -22,7 +23,8 @@ from tools.convert import main as convert
 
 pytestmark = pytest.mark.distributed
 
-FILES = [str(ROOT / "docs/extend" / name) for name in ("moving_average.py", "two_ahead.py", "two_names.py")]
+NAMES = ("moving_average.py", "two_ahead.py", "intervals.py", "two_names.py")
+FILES = [str(ROOT / "docs/extend" / name) for name in NAMES]
 MODEL: dict[str, Any] = {
     "dim": 32, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 64, "ffn_hidden": 48,
     "layer_pattern": ["attn", "average"],
@@ -47,6 +49,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train={"steps": STEPS, "objectives": {"two_ahead": {"weight": 0.5}}},
     )
     raw["model"] = MODEL
+    (folder / "steps.txt").write_text("".join(f"{step}\n" for step in range(1, 40)))
+    raw["data"]["train"] = [raw["data"]["train"], {"path": str(folder / "steps.txt"), "kind": "intervals"}]
     raw["extensions"] = FILES
     whole = write_config(folder / "config.yaml", raw)
     raw["train"] = {**raw["train"], "freeze": [FROZEN]}
@@ -70,7 +74,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", [*LAYOUTS[2], "moved"])
-def test_a_run_with_all_three_is_the_same_on_every_layout(runs: Path, name: str) -> None:
+def test_a_run_with_all_of_them_is_the_same_on_every_layout(runs: Path, name: str) -> None:
     expected, found = metrics(runs / "one"), metrics(runs / name)
     assert len(found) == len(expected) == STEPS and expected[0]["two_ahead_loss"] > 1
     for row, right in zip(found, expected, strict=True):
