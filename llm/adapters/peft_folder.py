@@ -277,6 +277,11 @@ def write_peft(
     weights: of which only adapters are read.
     """
     assert args.lora is not None
+    if args.lora.token_rows is not None:
+        raise UserError(
+            f"lora.token_rows={list(args.lora.token_rows)}: rows that train whole are not written for PEFT; "
+            f"--format=hf writes base and adapter as one model"
+        )
     check_free(target)
     adapters = adapters_in(ParameterTable.of(args))
     shapes = ParameterTable.of(args).shapes

@@ -108,6 +108,12 @@ def test_peft_gives_the_logits_of_our_adapters_and_they_come_in_as_they_went_out
     assert tensors.keys() == held.keys() and all(torch.equal(tensors[key], held[key]) for key in held)
 
 
+def test_rows_that_train_whole_are_not_left_out_in_silence(tmp_path: Path) -> None:
+    model = LLM(args_of("llama", "ratio 3", ("wq",), token_rows=(3, 5)))
+    with pytest.raises(UserError, match=r"lora\.token_rows=\[3, 5\]: .* not written for PEFT"):
+        write(tmp_path / "adapter", model, "llama")
+
+
 @pytest.mark.parametrize(
     ("family", "name", "modules", "parameters"),
     [

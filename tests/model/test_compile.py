@@ -16,6 +16,7 @@ from llm.compile import compile_blocks
 from llm.datatypes import TransformerInput
 from llm.errors import UserError
 from llm.generate import generate
+from llm.layers.dropout import token_keys
 from tests.model.models import MOE, llama4, tokens
 
 # a dense chunked RoPE layer and a global NoPE layer with experts
@@ -86,6 +87,30 @@ def test_compiled_blocks_can_be_recomputed(mode):
     for seed in range(2):
         assert_same_step(compiled, eager, packed(3, 24, seed))
     assert graphs() > 0
+
+
+@pytest.mark.full
+def test_compiled_adapters_drop_what_eager_ones_drop_and_layers_alike_share_graphs():
+    lora = {"rank": 2, "dropout": 0.5}
+    eager, compiled = (llama4(n_layers=3, nope_layer_interval=None, lora=lora) for _ in range(2))
+    for model in (eager, compiled):
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_b"):
+                torch.nn.init.constant_(parameter, 0.1)
+    compile_blocks(compiled, "aot_eager")
+    inputs, keys = packed(3, 24, 0), token_keys(0, 1, torch.arange(3), 3 * 24)
+    losses = [model(inputs, labels=inputs.tokens, keys_N=keys).loss_sum for model in (eager, compiled)]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+    assert losses[0].item() != pytest.approx(eager(inputs, labels=inputs.tokens).loss_sum.item(), rel=1e-4)
+    found = graphs()
+    compiled(inputs, labels=inputs.tokens, keys_N=token_keys(0, 2, torch.arange(3), 3 * 24))
+    one = llama4(n_layers=1, nope_layer_interval=None, lora=lora)
+    assert graphs() == found, "another step was compiled anew"
+    torch._dynamo.reset()
+    counters.clear()
+    compile_blocks(one, "aot_eager")
+    one(inputs, labels=inputs.tokens, keys_N=keys)
+    assert graphs() == found, "each layer was compiled for its own site"
 
 
 @pytest.mark.full

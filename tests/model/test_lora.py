@@ -12,6 +12,7 @@ from llm.args import LoraArgs
 from llm.boxes import whole
 from llm.checkpoint.weights import ModuleWeights
 from llm.errors import UserError
+from llm.layers.dropout import token_keys
 from llm.layers.lora import adapters_in
 from llm.parameters import ParameterTable
 from tests.model.models import MOE, llama4, tokens
@@ -76,6 +77,20 @@ def test_adapters_beside_their_weights_are_the_merged_weights(moe: Any, tied: bo
     assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()  # float32: products in another order
     losses = [m(ids, labels=ids).loss_sum for m in (model, plain)]
     torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_a_repeated_forward_drops_the_same(mode: Any) -> None:
+    model, ids = adapted(lora={"dropout": 0.5}), tokens(2, 16)
+    keys, found = token_keys(0, 1, torch.arange(2), 32), []
+    names = list(ParameterTable.of(model.args).adapters_alone())
+    for model.activation_checkpointing in ("none", mode):
+        loss = model(ids, labels=ids, keys_N=keys).loss_sum
+        assert loss is not None
+        found.append([loss, *torch.autograd.grad(loss, [model.get_parameter(name) for name in names])])
+    assert all(torch.equal(first, second) for first, second in zip(*found, strict=True))
+    assert found[0][0] != model(ids, labels=ids).loss_sum
+    assert found[0][0] != model(ids, labels=ids, keys_N=token_keys(0, 2, torch.arange(2), 32)).loss_sum
 
 
 @pytest.mark.parametrize("tied", [False, True])
