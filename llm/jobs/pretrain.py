@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import yaml
 
@@ -23,17 +24,25 @@ class Pretrain:
     config: RunConfig
     layout: Layout
 
+    script: ClassVar[str] = "launch/pretrain.py"
+    example: ClassVar[str] = "configs/pretrain/quickstart.yaml"
+
     @classmethod
-    def parse(cls, words: Sequence[str]) -> "Pretrain":
+    def parse(cls, words: Sequence[str]) -> Self:
         """The run that these words ask for. UserError naming the flag or key."""
-        flags = parse_run_flags(list(words))
+        flags = parse_run_flags(list(words), cls.example)
         ranks = number_of_ranks(flags.nproc)
-        config = load_config(flags.config, flags.overrides)
+        config = cls.completed(load_config(flags.config, flags.overrides))
         return cls(list(words), flags, config, check_layout(config, ranks))
 
-    @staticmethod
-    def help() -> str:
-        return help_text()
+    @classmethod
+    def completed(cls, config: RunConfig) -> RunConfig:
+        """The config with what this job has by default and another one has not."""
+        return config
+
+    @classmethod
+    def help(cls) -> str:
+        return help_text(cls.script)
 
     @property
     def nproc(self) -> int | None:
@@ -41,7 +50,7 @@ class Pretrain:
 
     @property
     def dry_run(self) -> bool:
-        return bool(self.flags.dry_run)
+        return bool(self.flags.dry_run) or self.flags.show is not None
 
     @property
     def timeout_s(self) -> float:
@@ -52,6 +61,10 @@ class Pretrain:
         return self.config.train.threads
 
     def report(self) -> str:
+        if self.flags.show is not None:
+            from llm.train.show import show
+
+            return "".join(f"{line}\n" for line in show(self.config, self.flags.folder(), self.flags.show))
         from llm.train.dry_run import report  # it imports torch
 
         run_dir = None if self.flags.dry_run == "config" else self.flags.folder()

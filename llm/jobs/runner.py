@@ -41,8 +41,8 @@ class Job(Protocol):
     def parse(cls, words: Sequence[str]) -> Self:
         """The job of the words after the script's name. UserError where they contradict themselves or each other."""
 
-    @staticmethod
-    def help() -> str:
+    @classmethod
+    def help(cls) -> str:
         """What `--help` prints."""
 
     def report(self) -> str:

@@ -88,6 +88,13 @@ class RunLog:
         if "valid_loss" in row:
             self.say(validation_line(row))
 
+    def first(self, row: dict[str, Any]) -> None:
+        """Record a validation before the first step: row 0, which has nothing of a step."""
+        self._pass_on(self._metrics_channel.send(lambda: self._metrics.write(json.dumps(row))))
+        points = {name: value for key, value in row.items() if (name := curve_of(key)) is not None}
+        self._draw(lambda sink: sink.numbers(0, points))
+        self.say(validation_line(row))
+
     def sample(self, step: int, prompt: str, text: str) -> None:
         """A text sample, on the screen, in log.txt and beside the curves."""
         self.say(f"--- sample at step {step}, prompt {prompt!r} ---\n{text}\n---")

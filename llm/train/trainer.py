@@ -158,6 +158,8 @@ class Trainer:
             return None
         first = progress.step + 1
         trace = Trace(run.engine.model, run.world, run.folder / "trace.jsonl", config.log.trace_steps, first)
+        if progress.step == 0 and config.eval.at_start:
+            self._validate_first(log, requests)
         with self.loader() as loader:
             while end is None:
                 started = time.perf_counter()
@@ -295,15 +297,12 @@ class Trainer:
         run, step, config = self.run, self.progress.step, self.run.config
         new_best = False
         if run.held_out and (step == run.steps or step % config.eval.interval == 0):
-            found = validate(run.engine, run.task, run.held_out, run.tokenizer, config, lambda: bool(requests.stop))
+            found = self._validation(requests)
             if found is None:
                 notes = [*notes, f"step {step}: validation given up, as the run is to stop"]
             else:
                 row.update(found)
-                loss = found["valid_loss"]
-                if not math.isfinite(loss):
-                    raise agreed_error(f"step {step}: valid_loss is {loss}; the last checkpoint is intact")
-                new_best = self.progress.best.update(loss, step)
+                new_best = self.progress.best.update(found["valid_loss"], step)
         end = self._end()
         if log:
             for line in notes:
@@ -314,6 +313,32 @@ class Trainer:
         if config.eval.sample_interval and (end or step % config.eval.sample_interval == 0):
             sample(run, step, log, requests)
         return end
+
+
+    def _validate_first(self, log: RunLog | None, requests: Requests) -> None:
+        """What the weights that the run begins with give on the held-out rows: row 0 of metrics.jsonl, and the first
+        that later validations are compared with (collective).
+        """
+        found = self._validation(requests)
+        if found is not None:
+            self.progress.best.update(found["valid_loss"], 0)
+            if log:
+                log.first({"step": 0, **found})
+
+    def _validation(self, requests: Requests) -> dict[str, float] | None:
+        """What a validation says, None where there are no held-out rows or the run is to stop (collective). UserError
+        where its loss is not finite.
+        """
+        run = self.run
+        if run.held_out is None:
+            return None
+        asked = (run.engine, run.task, run.held_out, run.tokenizer, run.config)
+        found = validate(*asked, lambda: bool(requests.stop))
+        if found is not None and not math.isfinite(found["valid_loss"]):
+            raise agreed_error(
+                f"step {self.progress.step}: valid_loss is {found['valid_loss']}; the last checkpoint is intact"
+            )
+        return found
 
 
 def _raise(error: Exception | None) -> None:

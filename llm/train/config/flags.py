@@ -28,6 +28,8 @@ OWN_FLAGS = {
     "nproc": "start this many processes on this machine (instead of calling torchrun yourself)",
     "dry_run": "check all that the run checks, print the resolved config, memory and traffic of the layout, stop; "
     "--dry_run=config leaves out files and this machine",
+    "show": "print the first N rows as the model will see them, with what trains marked, and stop; "
+    "starts no ranks, but keeps what is made of the files in data.cache_dir",
     "help": "this text",
 }
 
@@ -41,6 +43,7 @@ class RunFlags:
     nproc: int | None = None
     dry_run: bool | Literal["config"] = False
     replay_step: int | None = None
+    show: int | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
 
     def folder(self) -> Path:
@@ -57,8 +60,10 @@ class RunFlags:
         return joined
 
 
-def parse_run_flags(words: list[str]) -> RunFlags:
-    """RunFlags of the words after the script's name. UserError naming the flag and the nearest known one."""
+def parse_run_flags(words: list[str], example: str = "configs/pretrain/quickstart.yaml") -> RunFlags:
+    """RunFlags of the words after the script's name. UserError naming the flag and the nearest known one; example: a
+    config for whoever gives none.
+    """
     values, texts = split(words)
     if values:
         raise UserError(f"unexpected word {values[0]!r}; every option is --key=value")
@@ -80,7 +85,7 @@ def parse_run_flags(words: list[str]) -> RunFlags:
             raise UserError(f"--replay_step={replay_step}: --run_dir is missing, the folder of the run")
         texts["config"] = str(Path(str(texts["run_dir"]), "config.yaml"))
     elif "config" not in own:
-        raise UserError("--config FILE is missing; for a start: --config configs/pretrain/quickstart.yaml")
+        raise UserError(f"--config FILE is missing; for a start: --config {example}")
     dry_run = own.get("dry_run", False)
     if not isinstance(dry_run, bool) and dry_run != "config":
         raise UserError(f"--dry_run={dry_run}: expected true or false, or config to leave out files and this machine")
@@ -90,6 +95,7 @@ def parse_run_flags(words: list[str]) -> RunFlags:
         nproc=_natural(own, "nproc", "number of processes"),
         dry_run=dry_run,
         replay_step=replay_step,
+        show=_natural(own, "show", "number of rows"),
         overrides=flags,
     )
 
@@ -117,9 +123,9 @@ def _natural(own: dict[str, Any], key: str, what: str) -> int | None:
     return value
 
 
-def help_text() -> str:
+def help_text(script: str = "launch/pretrain.py") -> str:
     """What `--help` prints: the flags, then every config key with its default and its line of documentation."""
-    lines = ["usage: torchrun [torchrun options] launch/pretrain.py --config FILE [--section.key=value ...]", ""]
+    lines = [f"usage: torchrun [torchrun options] {script} --config FILE [--section.key=value ...]", ""]
     lines += [f"  --{key:<34} {text}" for key, text in OWN_FLAGS.items()]
     lines += ["", "config keys:"]
     lines += [f"  --{key:<34} {text}" for key, text in _dotted(RunConfig).items()]

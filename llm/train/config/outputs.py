@@ -41,6 +41,9 @@ class CheckpointConfig(Section):
 class EvalConfig(Section):
     interval: int = Field(100, ge=1)
     """Steps between validations; the last step always gets one."""
+    at_start: bool = False
+    """Validate before the first step too, as row 0 of metrics.jsonl: what a model that is trained further begins with;
+    launch/finetune.py does, unless this is set."""
     rows: int | None = Field(512, ge=1)
     """Rows (of train.seq_len tokens) of the held-out text that a validation reads, a fixed choice over all of it, the
     same on every layout; null = all."""

@@ -32,7 +32,8 @@ def read_metrics(run_dir: Path) -> dict[int, dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            rows[int(row["step"])] = row
+            if int(row["step"]):  # row 0 is a validation before the first step
+                rows[int(row["step"])] = row
         except (ValueError, KeyError, TypeError, RecursionError):
             if number < len(lines):  # the last one is what a kill tore
                 raise UserError(f"{file}: line {number}: damaged") from None

@@ -1,0 +1,107 @@
+"""The first rows of a run as the model will see them: text, which of its tokens train, how much of a row is filled up.
+
+A token is written as its text, a control token as its name or <number>; what trains stands in brackets, with its weight
+where that is not 1.
+"""
+
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llm.data.mixture import Mixture
+from llm.data.rows import Row
+from llm.tasks import task_named
+from llm.tokenizer import Tokenizer
+from llm.train.config import RunConfig
+from llm.train.preflight import ALONE, UnstartedRun, preflight
+from llm.train.run import rows_wanted
+
+OPEN, CLOSE = "\u27e6", "\u27e7"
+"""Around what trains."""
+
+
+def show(config: RunConfig, run_dir: Path, n_rows: int) -> Iterator[str]:
+    """Lines about the first rows that the run will read; what they are made of is made and kept, as the run does.
+    UserError where the run would be refused.
+    """
+    preflight(config, run_dir)
+    run = UnstartedRun(config, run_dir)
+    opened = task_named(config.task).open_rows(rows_wanted(run.settled), run.tokenizer, ALONE)
+    yield from opened.notes
+    yield f"what trains stands between {OPEN} and {CLOSE}"
+    for i in range(n_rows):
+        yield from show_row(opened.train, i, run.tokenizer)
+
+
+def show_row(mixture: Mixture, i: int, tokenizer: Tokenizer) -> Iterator[str]:
+    """Lines about row i, from 0, of the order of the data."""
+    (number,), (k,), (epoch,) = (found.tolist() for found in mixture.locate(i))
+    row = mixture.read(number, k, epoch)
+    assert row is not None
+    targets = next(iter(row.targets.values()))
+    labels, weights = targets.labels, targets.weights
+    weight = (labels >= 0).astype(np.float32) if weights is None else np.where(labels >= 0, weights, 0)
+    n, room = len(row.tokens), mixture.seq_len
+    filled = f", {room - n:,} filled up" if n < room else ""
+    yield (
+        f"=== row {i + 1}: row {k + 1} of {mixture.names[number]} in pass {epoch + 1}; {n:,} of {room:,} positions used"
+        f"{filled}; {_count(len(row.starts), 'sample')}, {_count(int((labels >= 0).sum()), 'target')}"
+    )
+    names = _names(tokenizer)
+    for start, end in zip(row.starts.tolist(), [*row.starts[1:].tolist(), n], strict=True):
+        place = mixture.sources[number].origin(k, epoch, start)
+        part = f", from token {place.offset + 1}" if place.offset else ""
+        n_targets = _count(int((labels[start:end] >= 0).sum()), "target")
+        yield f"--- {place.origin}{part}{_side(row, start)}: {n_targets}, {_count(end - start, 'position')}"
+        ids, weight_of = row.tokens[start:end], np.concatenate(([0], weight[start:end]))
+        if labels[end - 1] >= 0:  # the last token is only a label
+            ids = np.append(ids, labels[end - 1])
+        yield marked(ids, weight_of[: len(ids)], tokenizer, names)
+
+
+def marked(ids: NDArray[np.int64], weights: NDArray, tokenizer: Tokenizer, names: Mapping[int, str]) -> str:
+    """The text of tokens, in brackets where their weights are above 0."""
+    parts, at = [], 0
+    for weight, group in groupby(weights.tolist()):
+        end = at + len(list(group))
+        text = _text(ids[at:end].tolist(), tokenizer, names)
+        factor = "" if weight in (0, 1) else f"{weight:g}:"
+        parts.append(f"{OPEN}{factor}{text}{CLOSE}" if weight else text)
+        at = end
+    return "".join(parts)
+
+
+def _text(ids: list[int], tokenizer: Tokenizer, names: Mapping[int, str]) -> str:
+    """Nothing in it that a terminal would take for a command."""
+    parts: list[str] = []
+    plain: list[int] = []
+    known = tokenizer.token_bytes()
+    for number in ids:
+        control = number in names or number >= len(known) or not known[number]
+        if control:
+            parts += [tokenizer.decode(plain), names.get(number, f"<{number}>")]
+            plain = []
+        else:
+            plain.append(number)
+    text = "".join([*parts, tokenizer.decode(plain)])
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def _names(tokenizer: Tokenizer) -> dict[int, str]:
+    """Of control tokens."""
+    return {tokenizer.bos_id: "<bos>", tokenizer.eos_id: "<eos>"}
+
+
+def _side(row: Row, start: int) -> str:
+    """Which answer of a pair a sample is."""
+    pair = row.values.get("pair")
+    if pair is None:
+        return ""
+    return f", pair {abs(int(pair[start]))}, {'chosen' if pair[start] > 0 else 'rejected'}"
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
