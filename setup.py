@@ -7,6 +7,7 @@ RUNTIME = [
     "deepspeed==0.19.8",  # llm/parallel/engine/deepspeed_private.py reads private attributes of exactly this version
     "fairscale==0.4.13",
     "fire>=0.7",
+    "jinja2>=3.1.6",
     "numpy>=2.0",
     "pyarrow>=16",
     "pydantic>=2.7",
@@ -25,6 +26,7 @@ setup(
     description="Distributed training of large transformer models: one model, any layout, one answer",
     python_requires=">=3.11",
     packages=find_packages(include=["llm", "llm.*", "vision", "vision.*", "launch", "launch.*", "tools", "tools.*"]),
+    package_data={"llm.tokenizers.chat": ["templates/*.jinja"]},
     install_requires=RUNTIME,
     extras_require={
         "dev": ["pytest>=8", "ruff>=0.8", "mypy>=1.13", "transformers>=5.0", "types-PyYAML", "types-tqdm"],

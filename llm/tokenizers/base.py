@@ -7,7 +7,7 @@ encodes to the begin and end marks: they are added by whoever builds documents. 
 user spells, control tokens included, becomes what the tokenizer's own library makes of it (`prompt_ids`).
 """
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, Protocol
@@ -53,6 +53,9 @@ class TokenizerConfig(BaseModel):
 
     lossy: bool = False
     """sentencepiece and hf only: accept one that normalises text, as those of many foreign models do
+    """
+    added_tokens: tuple[str, ...] = ()
+    """control tokens beyond those of its files, whose ids follow these; chat.add_tokens sets them
     """
 
     @model_validator(mode="after")
@@ -103,6 +106,21 @@ class Tokenizer(Protocol):
     def end_ids(self) -> tuple[int, ...]:
         """Every id that ends a generation, `eos_id` first."""
         return (self.eos_id,)
+
+    @property
+    def control_tokens(self) -> Mapping[str, int]:
+        """Ids of the tokens that no text becomes, by the names that chat templates write."""
+        return {"<s>": self.bos_id, "</s>": self.eos_id}
+
+    def rendered_ids(self, text: str) -> list[int] | None:
+        """Ids of what a chat template rendered, all control tokens in it being meant, by the library that reads the
+        tokenizer elsewhere; None where these are those of the parts between its control tokens, by `encode` and
+        `encode_inside`."""
+        return None
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Ids of a text that continues another after a control token."""
+        return self.encode(text)
 
     def prompt_ids(self, text: str) -> list[int]:
         """Ids of a prompt: as `transformers` would begin it where the tokenizer is a foreign one, else `begin_ids` and

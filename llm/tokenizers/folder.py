@@ -180,18 +180,16 @@ class FolderTokenizer(TableTokenizer):
             return self._inner.encode(text)
         return self._ids_finding(text, self._in_text)
 
-    def _ids_finding(self, text: str, tokens: Mapping[str, int]) -> list[int]:
-        """Ids of a text in which `tokens` are found."""
+    def _ids_finding(self, text: str, tokens: Mapping[str, int], inside: bool = False) -> list[int]:
+        """Ids of a text in which `tokens` are found. `inside`: it continues another."""
         ids: list[int] = []
         for i, part in enumerate(_splitter(tokens).split(text) if tokens else [text]):
-            ids += [tokens[part]] if i % 2 else self._inside(part, first=i == 0 and not self._unprefixed)
+            if i % 2:
+                ids.append(tokens[part])
+            else:
+                first = i == 0 and not self._unprefixed and not inside
+                ids += self._inner.encode(part) if first else self._inner.encode_inside(part)
         return ids
-
-    def _inside(self, part: str, first: bool) -> list[int]:
-        inner = self._inner
-        return (
-            inner.encode_inside(part) if isinstance(inner, SentencePieceTokenizer) and not first else inner.encode(part)
-        )
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         if self._in_text or self._unprefixed:
@@ -208,13 +206,25 @@ class FolderTokenizer(TableTokenizer):
             return [*self.begin_ids, *self._library_ids(text, around=False)]
         return self._library_ids(text) or [self.bos_id]
 
-    def _library_ids(self, text: str, around: bool = True) -> list[int]:
+    @property
+    def control_tokens(self) -> Mapping[str, int]:
+        return {**self._inner.control_tokens, **self._special} if self._settled is None else self._special
+
+    def rendered_ids(self, text: str) -> list[int] | None:
+        return None if self._settled is None else self._library_ids(text, around=False, find_special=True)
+
+    def encode_inside(self, text: str) -> list[int]:
+        return self._ids_finding(text, self._in_text, inside=True)
+
+    def _library_ids(self, text: str, around: bool = True, find_special: bool | None = None) -> list[int]:
+        """`find_special`: whether control tokens that the text spells are found; None = as the files say."""
         assert self._settled is not None
+        finds = not self._settled.splits_special if find_special is None else find_special
         if isinstance(self._inner, HFTokenizer):
-            return self._inner.library_ids(text, around, find_special=not self._settled.splits_special)
+            return self._inner.library_ids(text, around, find_special=finds)
         if self._library is None:
             self._library = tokenizers.Tokenizer.from_str(json.dumps(self._settled.document))
-            self._library.encode_special_tokens = self._settled.splits_special
+        self._library.encode_special_tokens = not finds
         ids: list[int] = self._library.encode(text, add_special_tokens=around).ids
         return ids
 

@@ -15,7 +15,7 @@ Source: the tokenizers library; byte-level BPE of GPT-2 (Radford et al. 2019).
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,7 @@ class HFTokenizer(TableTokenizer):
         self.bos_id, self.eos_id = self.special_tokens[self.bos], self.special_tokens[self.eos]
         self._bytes_of_id, self._opens_with_space = _id_bytes(self._tokenizer, document, name)
         self.vocab_size = len(self._bytes_of_id)
+        self._byte_level = is_byte_level(document)
         ids = f"hf\0{self.bos_id} {self.eos_id}\0".encode()
         self.fingerprint = hashlib.blake2b(ids + content, digest_size=16).hexdigest()
 
@@ -137,6 +138,19 @@ class HFTokenizer(TableTokenizer):
 
     def prompt_ids(self, text: str) -> list[int]:
         return [*self.begin_ids, *self.library_ids(text, around=False)] or [self.bos_id]
+
+    @property
+    def control_tokens(self) -> Mapping[str, int]:
+        return self.special_tokens
+
+    def rendered_ids(self, text: str) -> list[int] | None:
+        return self.library_ids(text, around=False)
+
+    def encode_inside(self, text: str) -> list[int]:
+        if self._byte_level:
+            return self.encode(text)
+        line_end, found = self.encode("\n"), self.encode(f"\n{text}")  # no space is put before what follows a line end
+        return found[len(line_end) :] if found[: len(line_end)] == line_end else self.encode(text)
 
     def library_ids(self, text: str, around: bool = True, find_special: bool = True) -> list[int]:
         """Ids of `text` as the library itself gives them: special tokens that it spells are found, if `find_special`.

@@ -1,7 +1,7 @@
 """SentencePiece models with byte fallback (Kudo & Richardson 2018, arXiv:1808.06226)."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -60,6 +60,11 @@ class SentencePieceTokenizer(TableTokenizer):
                 f"{name}: the model changes text (it normalises or drops characters); "
                 f"train one with tools/train_tokenizer.py"
             )
+
+    @property
+    def control_tokens(self) -> Mapping[str, int]:
+        model = self._processor
+        return {model.id_to_piece(i): i for i in range(self.vocab_size) if model.is_control(i)}
 
     def encode(self, text: str) -> list[int]:
         if self._meta_space_ids is None:

@@ -10,7 +10,7 @@ import base64
 import binascii
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -159,6 +159,10 @@ class TiktokenTokenizer(TableTokenizer):
 
     def parts(self, text: str) -> list[str]:
         return [text[i : i + MAX_CHARACTERS] for i in range(0, len(text), MAX_CHARACTERS)] or [text]
+
+    @property
+    def control_tokens(self) -> Mapping[str, int]:
+        return self.special_tokens
 
     @property
     def end_ids(self) -> tuple[int, ...]:
