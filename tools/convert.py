@@ -45,7 +45,7 @@ from llm.foreign.finite import FiniteWeights
 from llm.foreign.reference import compare_with, open_reference
 from llm.malloc import give_back_freed
 from llm.paths import PathText, check_free
-from llm.pretrained import checkpoint_weights, tokenizer_of, transformers_family
+from llm.pretrained import checkpoint_weights, tokenizer_of, transformers_family, unmerged_weights
 from llm.tokenizer import Tokenizer
 from llm.tokenizers.folder import TOKENIZER_FILES, notes_of
 
@@ -246,7 +246,10 @@ def _export_adapter(src: Path, dst: Path, family: str | None, dtype: torch.dtype
     extra = kept_files(checkpoint, _tokenizer_or_note(src), target.name)
     files = {name: content for name, content in extra.files.items() if not name.endswith("config.json")}
     weights = CheckpointWeights(checkpoint, average)
-    notes = write_peft(dst, args, weights, target, dtype=dtype, origin=frozen.origin, extra_files=files)
+    rows_of = unmerged_weights(checkpoint) if args.lora.token_rows is not None else None
+    notes = write_peft(
+        dst, args, weights, target, dtype=dtype, origin=frozen.origin, extra_files=files, base=rows_of
+    )  # fmt: skip
     for line in (*notes, *extra.notes):
         print(f"note: {line}")
     print(f"{src}: its adapter written to {dst} for {target.name}, {_name(dtype)}")

@@ -30,6 +30,9 @@ from llm.layers.lora import AdapterNames
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of the model that it wraps."""
+TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
+"""What PEFT calls rows of a table that train whole (`trainable_token_indices`): the rows themselves, whatever the name
+says."""
 Factors = tuple[Tensor, Tensor]
 """L (E, X, r) and R (E, r, Y); E is 1 of a matrix."""
 

@@ -29,7 +29,7 @@ from llm.foreign.family import Family
 from llm.foreign.stored import Stored, StoredPickle, StoredSafetensors
 from llm.foreign.transforms import BoxPair
 from llm.foreign.weight_files import read_json
-from llm.layers.lora import AdapterNames, adapters_in
+from llm.layers.lora import TOKEN_ROWS, AdapterNames, adapters_in
 from llm.parameters import ParameterTable
 from llm.paths import check_free
 from llm.safetensors_file import write_tensors
@@ -269,19 +269,16 @@ def write_peft(
     dtype: torch.dtype,
     origin: Origin,
     extra_files: Mapping[str, bytes | Path],
+    base: Weights | None = None,
     tell: Callable[[int], object] = lambda _: None,
 ) -> list[str]:
     """Write the adapters of a model as PEFT reads them for the same base in transformers, whole or not at all; lines
     about what it lacks. UserError when `target` exists or the family cannot say what the base is.
 
-    weights: of which only adapters are read.
+    weights: of which only adapters are read. base: of the base, where rows of tokens train whole, which PEFT keeps as
+    they are in the end.
     """
     assert args.lora is not None
-    if args.lora.token_rows is not None:
-        raise UserError(
-            f"lora.token_rows={list(args.lora.token_rows)}: rows that train whole are not written for PEFT; "
-            f"--format=hf writes base and adapter as one model"
-        )
     check_free(target)
     adapters = adapters_in(ParameterTable.of(args))
     shapes = ParameterTable.of(args).shapes
@@ -296,16 +293,46 @@ def write_peft(
     tensors: dict[str, Tensor] = {}
     for site in sites:
         tensors |= peft.written(site, peft.fused(site, factors, args.lora.rank))
+    tables = {} if base is None else _token_rows(args, weights, base, family)
+    tensors |= {f"{peft.PREFIX}{module}.{peft.TOKEN_ROWS}": rows for module, rows in tables.items()}
     notes = list(_notes(args.lora, sites, origin))
     with new_directory(target) as folder:
         described = {key: (dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
         metadata = {"format": "pt", BASE: json.dumps(origin.to_json())}
         write_tensors(folder / WEIGHTS, described, _told(tensors, dtype, tell), metadata)
         config = _config(args.lora, family, sites, set(factors), origin)
+        if args.lora.token_rows is not None:
+            config["trainable_token_indices"] = {
+                module.rpartition(".")[2]: list(range(*args.lora.token_rows)) for module in tables
+            }
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         for name, content in extra_files.items():
             (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
     return notes
+
+
+def _token_rows(args: ModelArgs, weights: Weights, base: Weights, family: Family) -> dict[str, Tensor]:
+    """The rows that train whole as they are in the end, by the module that has them. UserError where PEFT cannot have
+    them."""
+    assert args.lora is not None
+    if args.lora.token_rows is None:
+        return {}
+    first, end = args.lora.token_rows
+    found = {}
+    for site in (site for row in peft.sites_of(family, args) for site in row):
+        name = site.pairs[0].name
+        added = name.replace("weight", TOKEN_ROWS)
+        if name not in ("tok_embeddings.weight", "output.weight") or site.pairs[0].twin or site.module in found:
+            continue
+        if name in adapters_in(ParameterTable.of(args)):
+            raise UserError(
+                f"lora.token_rows={[first, end]}: PEFT has no adapter and rows that train whole in one matrix, as this "
+                f"run in {name}; --format=hf writes base and adapter as one model"
+            )
+        shape = (end - first, args.dim)
+        rows = base.read(name, ((first, end), (0, args.dim)), torch.empty(shape))
+        found[site.module] = rows + weights.read(added, whole(shape), torch.empty(shape))
+    return found
 
 
 def _told(tensors: Mapping[str, Tensor], dtype: torch.dtype, tell: Callable[[int], object]) -> Iterator[Tensor]:

@@ -63,7 +63,7 @@ def adapters_of(model: LLM) -> dict[str, Tensor]:
 def write(folder: Path, model: LLM, family: str) -> Path:
     write_peft(
         folder, model.args, ModuleWeights(model), family_named(family), dtype=torch.float32,
-        origin=Taken("base", "digest"), extra_files={},
+        origin=Taken("base", "digest"), extra_files={}, base=ModuleWeights(model),
     )  # fmt: skip
     return folder
 
@@ -108,9 +108,27 @@ def test_peft_gives_the_logits_of_our_adapters_and_they_come_in_as_they_went_out
     assert tensors.keys() == held.keys() and all(torch.equal(tensors[key], held[key]) for key in held)
 
 
-def test_rows_that_train_whole_are_not_left_out_in_silence(tmp_path: Path) -> None:
-    model = LLM(args_of("llama", "ratio 3", ("wq",), token_rows=(3, 5)))
-    with pytest.raises(UserError, match=r"lora\.token_rows=\[3, 5\]: .* not written for PEFT"):
+@pytest.mark.parametrize("name", ["one kv head, tied", pytest.param("ratio 3", marks=pytest.mark.full)])
+def test_rows_that_train_whole_go_out_as_those_of_trainable_token_indices(tmp_path: Path, name: str) -> None:
+    base, args = reference("llama", name), args_of("llama", name, ("wq",), token_rows=(3, 7))
+    ours, ids = adapted(args, base), torch.arange(12).view(1, -1)
+    rows = [key for key in ParameterTable.of(args) if key.endswith("token_rows")]
+    assert len(rows) == (1 if args.tie_embeddings else 2)
+    for key in rows:
+        torch.nn.init.normal_(ours.get_parameter(key), std=0.3)
+    folder = write(tmp_path / "adapter", ours, "llama")
+    plain, expected = logits_of(base, ids), logits_of(ours, ids)
+    found = logits_of(in_peft(base, folder), ids)
+    assert (expected - plain).abs().max() > 0.05 * plain.abs().max(), "the rows do nothing"
+    # float32: products of other shapes in another order
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    with pytest.raises(UserError, match=r"trainable_token_indices=.* is not supported"):
+        open_peft(folder)
+
+
+def test_a_matrix_with_an_adapter_and_rows_that_train_whole_is_refused(tmp_path: Path) -> None:
+    model = LLM(args_of("llama", "ratio 3", ("wq", "output"), token_rows=(3, 5)))
+    with pytest.raises(UserError, match=r"lora\.token_rows=\[3, 5\]: PEFT has no adapter and rows"):
         write(tmp_path / "adapter", model, "llama")
 
 
