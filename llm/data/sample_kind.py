@@ -195,6 +195,8 @@ class _Reader:
             samples = content.samples()
             if not all(len(sample.tokens) for sample in samples):
                 raise UserError("has no tokens")
+        except UnicodeEncodeError:
+            raise UserError(f"{where}: a text of it has a lone surrogate, which is no character") from None
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         return StoredItem(samples, f"{file.name}:{row.number}", str(file.folder.absolute()), digest)
@@ -203,6 +205,16 @@ class _Reader:
 def _list_of(rows: Packed) -> Path:
     """Where the samples that do not lie whole in rows of a length are listed."""
     return rows.source.path / f"longer_than_{rows.seq_len}_{rows.max_length}.jsonl"
+
+
+def first_row(files: SourceFiles) -> Mapping[str, Any] | None:
+    """The first raw row of a source that is an object; None where its files have none."""
+    listing = _listing(files)
+    for file in listing.files:
+        for row in raw_rows(file, f"{listing.key}={shown(file.path)}"):
+            if isinstance(row.value, Mapping):
+                return row.value
+    return None
 
 
 def _listing(files: SourceFiles) -> Listing:

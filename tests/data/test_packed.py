@@ -222,6 +222,7 @@ def test_samples_are_made_once_whatever_the_length_of_rows(tmp_path: Path) -> No
         ({"words": "x"}, r"a\.jsonl, line 2: has no column 'text'; it has 'words'"),
         ([1], r"a\.jsonl, line 2: is a list, where an object with columns must be"),
         ({"text": ""}, r"a\.jsonl, line 2: has no tokens"),
+        ({"text": "\ud800"}, r"a\.jsonl, line 2: a text of it has a lone surrogate"),
     ],
 )
 def test_a_row_that_is_no_sample_is_named_by_file_and_row(tmp_path: Path, row: Any, message: str) -> None:
