@@ -176,7 +176,7 @@ def _with_base(folder: PeftFolder, tell: Tell | None) -> tuple[ModelArgs, Weight
     """The model that an adapter of PEFT and its base make together."""
     base = _base_of(folder)
     args, weights = weights_of(base, tell)
-    adapted, tensors = folder.adapter(args, transformers_family(base))
+    adapted, tensors = folder.adapter(args, transformers_family(base), weights)
     if isinstance(folder.origin, Taken):
         check_origin(Taken(str(base), folder.origin.digest))
     return args, Merged(Completed(HeldTensors(tensors), ParameterTable.of(args).keys(), weights), adapted)
@@ -245,7 +245,8 @@ def adapter_of(path: str | Path, base: str | Path | None = None) -> AdapterSourc
 
 def _peft_adapter(folder: PeftFolder, base: str | Path | None) -> AdapterSource:
     where = _base_of(folder) if base is None else base
-    adapted, tensors = folder.adapter(args_of(where, None), transformers_family(where))
+    args, weights = weights_of(where, None)
+    adapted, tensors = folder.adapter(args, transformers_family(where), weights)
     assert adapted.lora is not None
     origin = folder.origin
     if origin is None and folder.local_base is not None:

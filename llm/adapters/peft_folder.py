@@ -54,6 +54,7 @@ DEFAULTS: dict[str, Any] = {
     "r": ANY, "lora_alpha": ANY, "lora_dropout": ANY, "use_rslora": ANY, "rank_pattern": ANY, "alpha_pattern": ANY,
     "target_modules": ANY, "target_parameters": ANY, "exclude_modules": ANY, "layers_to_transform": ANY,
     "layers_pattern": ANY, "ensure_weight_tying": ANY, "init_lora_weights": ANY, "eva_config": ANY,
+    "trainable_token_indices": ANY,
 }  # fmt: skip
 """Keys that may be set, and to what; any other may be there if it is off. Which weights have adapters is read from the
 tensors."""
@@ -98,9 +99,11 @@ class PeftFolder:
         found = (path for path in (Path(self.base), self.path / self.base) if path.is_dir())
         return next(found, None)
 
-    def adapter(self, args: ModelArgs, family: Family) -> tuple[ModelArgs, dict[str, Tensor]]:
+    def adapter(
+        self, args: ModelArgs, family: Family, base: Weights | None = None
+    ) -> tuple[ModelArgs, dict[str, Tensor]]:
         """The model with adapters, and their tensors, for a base with these args that transformers knows as `family`.
-        UserError where they are of another base, or not complete.
+        base: its weights, where rows of tokens train whole. UserError where they are of another base, or not complete.
         """
         args = args.merged
         try:
@@ -112,6 +115,8 @@ class PeftFolder:
         tensors: dict[str, Tensor] = {}
         for name in names.keys() & factors.keys():
             tensors |= _ours(names[name], factors[name])
+        if lora.token_rows is not None:
+            tensors |= self._token_rows(adapted, family, base)
         refuse_incomplete(self.path, adapted, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
         return adapted, _laid_out(tensors, args, family, theirs=False)
 
@@ -129,19 +134,59 @@ class PeftFolder:
                     peft.parted(site, adapter, self.rank, shapes, twin if site.pairs[0].twin else factors)
                     self._check_scale(site, adapter[0].shape[-1])
                 used |= set(wanted)
+        span = self._token_span(args)
+        used |= {key for _, key in _token_tables(family, args)} if span is not None else set()
         if unknown := sorted(held - used):
             raise UserError(f"not an adapter of this {family.name} model, which has no place for {_some(unknown)}")
         if args.tie_embeddings:
             self._check_twin(factors, twin)
         targets = {_target(name) for name in factors}
+        if not targets:
+            raise UserError("it holds no low-rank adapter")
         lora = LoraArgs(
             rank=self.rank,
             alpha=self.alpha,
             targets=tuple(target for target in TARGETS if target in targets),
             dropout=self.config.get("lora_dropout") or 0.0,
             rslora=bool(self.config.get("use_rslora")),
+            token_rows=span,
         )
         return lora, factors
+
+    def _token_span(self, args: ModelArgs) -> tuple[int, int] | None:
+        """The first of the tokens whose rows train whole, and the first beyond them. UserError where they are not
+        consecutive, or not the same of table and head."""
+        said = self.config.get("trainable_token_indices")
+        if not said:
+            return None
+        lists = list(said.values()) if isinstance(said, dict) else [said]
+        whole_numbers = all(isinstance(found, list) and all(type(i) is int for i in found) for found in lists)
+        span = (lists[0][0], lists[0][0] + len(lists[0])) if whole_numbers and lists[0] else (0, 0)
+        if span[0] == span[1] or any(found != list(range(*span)) for found in lists):
+            raise UserError(f"{CONFIG}: trainable_token_indices={json.dumps(said)}: not the same consecutive tokens")
+        if span[1] > args.vocab_size:
+            raise UserError(
+                f"{CONFIG}: trainable_token_indices: up to token {span[1] - 1}, of which its base has "
+                f"{args.vocab_size:,}; save the base with the rows that were added to it"
+            )
+        return span
+
+    def _token_rows(self, adapted: ModelArgs, family: Family, base: Weights | None) -> dict[str, Tensor]:
+        """What the rows that train whole add to those of the base; nothing in a matrix that is not named."""
+        assert adapted.lora is not None and adapted.lora.token_rows is not None
+        if base is None:
+            raise ValueError("rows that train whole are told from those of the base, which is not given")
+        (first, end), held = adapted.lora.token_rows, self.file.shapes()
+        found = {}
+        for name, key in _token_tables(family, adapted):
+            shape = (end - first, adapted.dim)
+            if held.get(key, shape) != shape:
+                raise UserError(f"{self.path}: {key} has shape {held[key]}, expected {shape}")
+            added = torch.zeros(shape)
+            if key in held:
+                added = self._tensor(key) - base.read(name, ((first, end), (0, adapted.dim)), torch.empty(shape))
+            found[name.replace("weight", TOKEN_ROWS)] = added
+        return found
 
     def _tensor(self, key: str) -> Tensor:
         shape = self.file.shapes()[key]
@@ -294,7 +339,7 @@ def write_peft(
     for site in sites:
         tensors |= peft.written(site, peft.fused(site, factors, args.lora.rank))
     tables = {} if base is None else _token_rows(args, weights, base, family)
-    tensors |= {f"{peft.PREFIX}{module}.{peft.TOKEN_ROWS}": rows for module, rows in tables.items()}
+    tensors |= tables
     notes = list(_notes(args.lora, sites, origin))
     with new_directory(target) as folder:
         described = {key: (dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
@@ -302,9 +347,8 @@ def write_peft(
         write_tensors(folder / WEIGHTS, described, _told(tensors, dtype, tell), metadata)
         config = _config(args.lora, family, sites, set(factors), origin)
         if args.lora.token_rows is not None:
-            config["trainable_token_indices"] = {
-                module.rpartition(".")[2]: list(range(*args.lora.token_rows)) for module in tables
-            }
+            modules = (key.removesuffix(f".{peft.TOKEN_ROWS}").rpartition(".")[2] for key in tables)
+            config["trainable_token_indices"] = {name: list(range(*args.lora.token_rows)) for name in modules}
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         for name, content in extra_files.items():
             (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
@@ -312,18 +356,13 @@ def write_peft(
 
 
 def _token_rows(args: ModelArgs, weights: Weights, base: Weights, family: Family) -> dict[str, Tensor]:
-    """The rows that train whole as they are in the end, by the module that has them. UserError where PEFT cannot have
-    them."""
+    """The rows that train whole as they are in the end, by PEFT's key. UserError where PEFT cannot have them."""
     assert args.lora is not None
     if args.lora.token_rows is None:
         return {}
     first, end = args.lora.token_rows
     found = {}
-    for site in (site for row in peft.sites_of(family, args) for site in row):
-        name = site.pairs[0].name
-        added = name.replace("weight", TOKEN_ROWS)
-        if name not in ("tok_embeddings.weight", "output.weight") or site.pairs[0].twin or site.module in found:
-            continue
+    for name, key in _token_tables(family, args):
         if name in adapters_in(ParameterTable.of(args)):
             raise UserError(
                 f"lora.token_rows={[first, end]}: PEFT has no adapter and rows that train whole in one matrix, as this "
@@ -331,8 +370,19 @@ def _token_rows(args: ModelArgs, weights: Weights, base: Weights, family: Family
             )
         shape = (end - first, args.dim)
         rows = base.read(name, ((first, end), (0, args.dim)), torch.empty(shape))
-        found[site.module] = rows + weights.read(added, whole(shape), torch.empty(shape))
+        added = weights.read(name.replace("weight", TOKEN_ROWS), whole(shape), torch.empty(shape))
+        found[key] = rows + added
     return found
+
+
+def _token_tables(family: Family, args: ModelArgs) -> list[tuple[str, str]]:
+    """Our names of token table and head, unless that is the table, and the key of their rows that train whole."""
+    found = {}
+    for site in (site for row in peft.sites_of(family, args) for site in row):
+        name = site.pairs[0].name
+        if name in ("tok_embeddings.weight", "output.weight") and not site.pairs[0].twin:
+            found[name] = f"{peft.PREFIX}{site.module}.{peft.TOKEN_ROWS}"
+    return list(found.items())
 
 
 def _told(tensors: Mapping[str, Tensor], dtype: torch.dtype, tell: Callable[[int], object]) -> Iterator[Tensor]:

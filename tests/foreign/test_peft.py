@@ -122,8 +122,15 @@ def test_rows_that_train_whole_go_out_as_those_of_trainable_token_indices(tmp_pa
     assert (expected - plain).abs().max() > 0.05 * plain.abs().max(), "the rows do nothing"
     # float32: products of other shapes in another order
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
-    with pytest.raises(UserError, match=r"trainable_token_indices=.* is not supported"):
-        open_peft(folder)
+    plain_weights = ModuleWeights(ours)
+    again, tensors = open_peft(folder).adapter(args.merged, family_named("llama"), plain_weights)
+    assert again == args
+    for key in rows:  # a row less the base's, which was added to it in float32
+        torch.testing.assert_close(tensors[key], ours.get_parameter(key).detach(), rtol=0, atol=1e-6)
+    for wrong, said in (([3, 5, 6, 7], "not the same consecutive"), (list(range(900, 904)), "up to token 903")):
+        change(folder, trainable_token_indices={"embed_tokens": wrong})
+        with pytest.raises(UserError, match=f"trainable_token_indices.*{said}"):
+            open_peft(folder).adapter(args.merged, family_named("llama"), plain_weights)
 
 
 def test_a_matrix_with_an_adapter_and_rows_that_train_whole_is_refused(tmp_path: Path) -> None:
