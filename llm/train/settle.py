@@ -15,6 +15,7 @@ from llm.parallel.collectives import agreed_error, all_or_none, main_decides
 from llm.parallel.launch.world import World
 from llm.tasks import RowsWanted, task_named
 from llm.tokenizer import Tokenizer
+from llm.tokenizers.extended import ExtendedTokenizer
 from llm.train.config import RunConfig, Section
 from llm.train.config.length import default_warmup
 from llm.train.precision import faster_precision
@@ -67,24 +68,33 @@ def _saved(config: RunConfig, store: CheckpointStore, world: World, section: str
 
 
 def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
-    """The config with the tokenizer's vocabulary where `model.vocab_size` leaves it open (-1), or chat.add_tokens lets
-    the model grow; rows of its new tokens train whole beside adapters.
+    """The config with the tokenizer's vocabulary where `model.vocab_size` leaves it open (-1), or where chat.add_tokens
+    has added tokens for which the model has no rows. Rows of added tokens train whole beside adapters.
     """
     args = config.model
+    new = _added_tokens(config, tokenizer)
+    if new is not None:
+        size, lora = max(args.vocab_size, tokenizer.vocab_size), config.lora
+        if lora is not None and lora.token_rows is None:
+            lora = lora.model_copy(update={"token_rows": new})
+        model = args.model_copy(update={"vocab_size": size, "lora": None if lora is None else lora.args})
+        return config.model_copy(update={"model": model, "lora": lora})
     if args.vocab_size == -1:
         filled = type(args).model_validate({**args.model_dump(), "vocab_size": tokenizer.vocab_size})
         return config.model_copy(update={"model": filled})
-    if args.vocab_size < tokenizer.vocab_size and config.chat.add_tokens:
-        lora, size = config.lora, tokenizer.vocab_size
-        if lora is not None and lora.token_rows is None:
-            lora = lora.model_copy(update={"token_rows": (args.vocab_size, size)})
-        model = args.model_copy(update={"vocab_size": size, "lora": None if lora is None else lora.args})
-        return config.model_copy(update={"model": model, "lora": lora})
     if args.vocab_size < tokenizer.vocab_size:
         raise agreed_error(
             f"model.vocab_size={args.vocab_size} is below the tokenizer's {tokenizer.vocab_size} tokens; use -1"
         )
     return config
+
+
+def _added_tokens(config: RunConfig, tokenizer: Tokenizer) -> tuple[int, int] | None:
+    """The first of the tokens that chat.add_tokens has added to the config's tokenizer, and the first beyond them; None
+    where it has added none."""
+    if not isinstance(tokenizer, ExtendedTokenizer) or tokenizer.names == config.tokenizer.added_tokens:
+        return None
+    return tokenizer.inner.vocab_size, tokenizer.vocab_size
 
 
 def settle_rows(config: RunConfig) -> tuple[RunConfig, str]:

@@ -1,7 +1,6 @@
 """The section `lora` of a run config: what it makes of a model, and what it refuses."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +10,8 @@ from llm import LLM
 from llm.adapters.vocabulary import grown
 from llm.checkpoint.weights import ModuleWeights
 from llm.errors import UserError
+from llm.tokenizer import TokenizerConfig, load_tokenizer
+from llm.tokenizers.extended import ExtendedTokenizer
 from llm.train.config import validate
 from llm.train.freezing import parameter_table
 from llm.train.settle import with_vocabulary
@@ -58,19 +59,26 @@ def test_freeze_names_further_parameters_that_stay() -> None:
     assert {row.unit for row in table.values() if row.trainable} == {"layers.2", "layers.3"}
 
 
-def test_a_model_grows_by_the_tokens_that_a_chat_adds_and_their_rows_train() -> None:
-    tokenizer = SimpleNamespace(vocab_size=70)
-    raw = {**config({"rank": 4}).model_dump(mode="json"), "chat": {"add_tokens": True}}
-    made = with_vocabulary(validate(raw, "config"), tokenizer)  # type: ignore[arg-type]
-    assert made.model.vocab_size == 70 and made.lora is not None
-    assert made.model.lora == made.lora.args and made.lora.token_rows == (64, 70)
+@pytest.mark.parametrize(("held", "size"), [(258, 260), (300, 300)], ids=["no room", "spare rows"])
+def test_rows_of_the_tokens_that_a_chat_adds_train_beside_adapters(held: int, size: int) -> None:
+    plain = load_tokenizer(TokenizerConfig(kind="bytes"))
+    extended = ExtendedTokenizer(plain, ["<|a|>", "<|b|>"])
+    raw = {**config({"rank": 4}, vocab_size=held).model_dump(mode="json"), "chat": {"add_tokens": True}}
+    made = with_vocabulary(validate(raw, "config"), extended)
+    assert made.model.vocab_size == size and made.lora is not None
+    assert made.model.lora == made.lora.args and made.lora.token_rows == (258, 260)
     table = parameter_table(made)
-    assert [n for n, row in table.items() if n.endswith("token_rows") and row.trainable and row.shape == (6, 32)] == [
+    assert [n for n, row in table.items() if n.endswith("token_rows") and row.trainable and row.shape == (2, 32)] == [
         "tok_embeddings.token_rows",
         "output.token_rows",
     ]
-    with pytest.raises(UserError, match=r"model\.vocab_size=64 is below the tokenizer's 70 tokens"):
-        with_vocabulary(config({"rank": 4}), tokenizer)  # type: ignore[arg-type]
+    assert with_vocabulary(made, extended) == made
+    # tokens that an earlier run added are no new ones
+    later = made.model_copy(update={"tokenizer": TokenizerConfig(kind="bytes", added_tokens=("<|a|>", "<|b|>"))})
+    later = later.model_copy(update={"lora": None, "model": later.model.merged})
+    assert with_vocabulary(later, extended) == later
+    with pytest.raises(UserError, match=r"model\.vocab_size=64 is below the tokenizer's 258 tokens"):
+        with_vocabulary(config({"rank": 4}), plain)
 
 
 def test_rows_of_new_tokens_are_the_mean_of_the_old_ones_in_any_box() -> None:
