@@ -36,6 +36,7 @@ from llm.foreign.files import ForeignModel, is_foreign, open_foreign
 from llm.model import LLM
 from llm.parameters import ParameterTable
 from llm.tokenizer import Tokenizer, TokenizerConfig
+from llm.tokenizers.chat import ChatTemplate, open_template
 from llm.tokenizers.folder import foreign_tokenizer
 
 Tell = Callable[[str], object]
@@ -108,6 +109,13 @@ def tokenizer_folder(path: Path) -> Path:
     if not is_peft(path) or any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return path
     return tokenizer_folder(_base_of(open_peft(path)))
+
+
+def chat_template_of(path: str | Path, tokenizer: Tokenizer, choice: str = "auto") -> ChatTemplate:
+    """The chat template that belongs to a model, or another `choice` (llm.tokenizers.chat.find); UserError when there
+    is none that can be used with its tokenizer."""
+    folder = Path(path) if is_foreign(Path(path)) else run_tokenizer_config(path)[1]
+    return open_template(choice, tokenizer, folder)
 
 
 def _foreign_tokenizer(path: Path, tell: Tell | None) -> tuple[Tokenizer, TokenizerConfig]:

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from llm.args import ModelArgs
-from llm.atomic import new_directory
+from llm.atomic import new_directory, write_unless_same
 from llm.boxes import whole
 from llm.checkpoint.reader import MANIFEST, Checkpoint, resolve
 from llm.errors import DamagedFile, NoTokenizer, UserError
 from llm.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
+from llm.tokenizers.chat.find import FILE as TEMPLATE_FILE
 
 TOKENIZER_FOLDER, CONFIG_FILE = "tokenizer", "config.json"
 
@@ -73,6 +74,11 @@ def save_tokenizer(tokenizer: Tokenizer, run_dir: Path) -> str | None:
         config = tokenizer.save(temporary)
         (temporary / CONFIG_FILE).write_text(config.model_dump_json() + "\n")
     return note
+
+
+def save_template(source: str, run_dir: Path) -> None:
+    """Keep the text of a run's chat template beside its tokenizer."""
+    write_unless_same(run_dir / TOKENIZER_FOLDER / TEMPLATE_FILE, source.encode())
 
 
 def load_run_tokenizer(path: str | Path) -> Tokenizer:

@@ -2,15 +2,19 @@
 
 import json
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llm.checkpoint.model_folder import KEPT
 from llm.checkpoint.reader import Checkpoint
-from llm.errors import UserError
+from llm.checkpoint.run_folder import TEMPLATE_FILE, run_tokenizer_config
+from llm.errors import NoTokenizer, UserError
 from llm.tokenizer import Tokenizer
+from llm.tokenizers.chat.find import template_in
 from llm.tokenizers.export import export_tokenizer, exported_as_it_came
+from llm.tokenizers.extended import ExtendedTokenizer
 from llm.tokenizers.folder import FolderTokenizer
 
 
@@ -39,9 +43,10 @@ def kept_files(checkpoint: Checkpoint, tokenizer: Tokenizer | None, family: str 
         return found
     ends = list(tokenizer.end_ids)
     found.config = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
+    template = _template_beside(checkpoint)
     if family is not None and not exported_as_it_came(tokenizer, found.files, family):
         try:
-            export = export_tokenizer(tokenizer)
+            export = export_tokenizer(tokenizer, finds_control=template is not None)
         except UserError as error:
             found.notes.append(f"written without a tokenizer that transformers reads: {error}")
         else:
@@ -58,16 +63,28 @@ def kept_files(checkpoint: Checkpoint, tokenizer: Tokenizer | None, family: str 
             if generation is not None:
                 found.files["generation_config.json"] = generation
             found.config, found.notes = export.config, [*found.notes, *export.notes]
+    if family is not None and template is not None:
+        found.files[TEMPLATE_FILE] = template.encode()
     found.files.setdefault("generation_config.json", _json(found.config))
     if not any(name.startswith("tokenizer.") for name in found.files) or tokenizer.kind == "sentencepiece":
         found.files |= {name: content for name, content in own_files(tokenizer).items() if name not in found.files}
     return found
 
 
+def _template_beside(checkpoint: Checkpoint) -> str | None:
+    """The chat template of the run that a checkpoint lies in."""
+    with suppress(NoTokenizer):
+        source = template_in(run_tokenizer_config(checkpoint.path)[1])
+        return None if source is None else source.text
+    return None
+
+
 def own_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     """The tokenizer's own file, tokenizer.model for SentencePiece and tiktoken, for those that read no tokenizer.json;
     none for kinds that nobody else knows."""
-    inner = tokenizer.inner if isinstance(tokenizer, FolderTokenizer) else tokenizer
+    inner: Tokenizer = tokenizer
+    while isinstance(inner, FolderTokenizer | ExtendedTokenizer):
+        inner = inner.inner
     with tempfile.TemporaryDirectory() as folder:
         config = inner.save(Path(folder))
         if config.path is None:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from llm.atomic import sync, write_file
 from llm.errors import UserError
+from llm.generation.chat import Chat
 from llm.generation.prompts import PromptRow, read_prompts, refuse
 from llm.generation.sampling import Sampling
 from llm.generation.text import Completion, Continuer, Prompt
@@ -52,11 +53,14 @@ class Task:
     prompt: Prompt
 
 
-def complete_file(continuer: Continuer, prompts: Path, output: Path, settings: BatchSettings) -> None:
-    """Write the completion of each prompt of a file. UserError, before any work, names what is wrong with the files."""
-    rows, content = read_prompts(prompts)
-    tasks = _tasks(continuer, prompts, rows, settings)
-    made_of = _made_of(continuer, content, settings)
+def complete_file(
+    continuer: Continuer, prompts: Path, output: Path, settings: BatchSettings, chat: Chat | None = None
+) -> None:
+    """Write the completion of each prompt of a file, or the answer to each conversation. UserError, before any work,
+    names what is wrong with the files."""
+    rows, content = read_prompts(prompts, chat is not None)
+    tasks = _tasks(continuer, prompts, rows, settings, chat)
+    made_of = _made_of(continuer, content, settings) | ({} if chat is None else chat.made_of())
     with _own_file(output, made_of) as file:
         done = _check_done(output, file, tasks, settings.num_samples)
         _report(f"{output}: {done} of {len(tasks)} completions are there already" if done else "")
@@ -83,13 +87,18 @@ def _report(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _tasks(continuer: Continuer, path: Path, rows: Sequence[PromptRow], settings: BatchSettings) -> list[Task]:
+def _tasks(
+    continuer: Continuer, path: Path, rows: Sequence[PromptRow], settings: BatchSettings, chat: Chat | None
+) -> list[Task]:
     """Every line to write, in order; rows whose prompt cannot be taken are refused together."""
     tasks, faults = [], []
     for place, row in enumerate(rows):
         name = f"the prompt in {path} row {row.number}"
         try:
-            prompt = continuer.prompt(row.text, name, str(place))
+            if chat is None:
+                prompt = continuer.prompt(row.text, name, str(place))
+            else:
+                prompt = continuer.prompt_of(chat.row_ids(row), name, str(place))
         except UserError as error:
             faults.append((row.number, str(error).removeprefix(name).lstrip(": ")))
             continue
@@ -246,7 +255,8 @@ def _check_done(output: Path, file: IO[bytes], tasks: Sequence[Task], num_sample
         try:
             found = json.loads(line)
             expected = tasks[done]
-            ours = found["prompt"] == expected.row.text and isinstance(found["completion"], str)
+            column = expected.row.column
+            ours = found[column] == expected.row.columns[column] and isinstance(found["completion"], str)
             ours &= num_samples == 1 or found["sample"] == expected.sample
         except (ValueError, KeyError, TypeError, IndexError):
             ours = False

@@ -19,14 +19,17 @@ class PromptRow:
     """A row of a file."""
 
     text: str
+    """the prompt; "" where the row has messages"""
     columns: dict[str, Any]
     """the whole row, `prompt` included"""
     number: int
     """line of the file, or place in a JSON list, from 1"""
+    column: str = "prompt"
+    """what is continued: `prompt` or `messages`"""
 
 
-def read_prompts(path: Path) -> tuple[list[PromptRow], bytes]:
-    """The rows of a file, and its content.
+def read_prompts(path: Path, chat: bool = False) -> tuple[list[PromptRow], bytes]:
+    """The rows of a file, and its content. chat: a row may have `messages` instead of `prompt`.
 
     A file whose first line that is not blank is a JSON object or that is named .jsonl or .ndjson holds an object a
     line; blank lines are passed over there. One named .json holds such lines, or one list of objects or strings. In any
@@ -49,7 +52,7 @@ def read_prompts(path: Path) -> tuple[list[PromptRow], bytes]:
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     if lines[-1] == "":
         lines.pop()
-    prompts, faults = _rows(path, text, lines)
+    prompts, faults = _rows(path, text, lines, chat)
     for row in prompts:
         clashing = [name for name in WRITTEN if name in row.columns]
         if clashing:
@@ -82,7 +85,9 @@ def _unpacked(path: Path, raw: bytes) -> bytes:
         raise UserError(f"{path}: not a gzip file, or damaged ({error})") from None
 
 
-def _rows(path: Path, text: str, lines: list[str]) -> tuple[list[PromptRow], list[tuple[int, str]]]:
+def _rows(
+    path: Path, text: str, lines: list[str], chat: bool
+) -> tuple[list[PromptRow], list[tuple[int, str]]]:
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if suffix == ".json" and text.lstrip().startswith("["):
         try:
@@ -90,7 +95,7 @@ def _rows(path: Path, text: str, lines: list[str]) -> tuple[list[PromptRow], lis
         except ValueError as error:
             raise UserError(f"{path}: not JSON ({error})") from None
         listed = [{"prompt": item} if isinstance(item, str) else item for item in found]
-        return _checked(list(enumerate(listed, 1)))
+        return _checked(list(enumerate(listed, 1)), chat)
     first = next((line for line in lines if line.strip()), "")
     if suffix not in (".jsonl", ".ndjson", ".json") and not _is_object(first):
         return [PromptRow(line, {"prompt": line}, number) for number, line in enumerate(lines, 1)], []
@@ -102,7 +107,7 @@ def _rows(path: Path, text: str, lines: list[str]) -> tuple[list[PromptRow], lis
                 values.append((number, json.loads(line)))
             except (ValueError, RecursionError) as error:
                 faults.append((number, f"not JSON ({error})"))
-    rows, others = _checked(values)
+    rows, others = _checked(values, chat)
     return rows, faults + others
 
 
@@ -113,15 +118,18 @@ def _is_object(line: str) -> bool:
         return False
 
 
-def _checked(values: list[tuple[int, Any]]) -> tuple[list[PromptRow], list[tuple[int, str]]]:
+def _checked(values: list[tuple[int, Any]], chat: bool) -> tuple[list[PromptRow], list[tuple[int, str]]]:
     rows: list[PromptRow] = []
     faults: list[tuple[int, str]] = []
     for number, value in values:
         if not isinstance(value, dict):
             faults.append((number, f"is {_kind(value)}, not an object with `prompt`"))
+        elif chat and "messages" in value:
+            rows.append(PromptRow("", value, number, "messages"))
         elif "prompt" not in value:
             columns = ", ".join(value) or "none"
-            faults.append((number, f"has no `prompt` (its columns: {columns})"))
+            wanted = "`messages` or `prompt`" if chat else "`prompt`"
+            faults.append((number, f"has no {wanted} (its columns: {columns})"))
         elif not isinstance(value["prompt"], str):
             faults.append((number, f"`prompt` is {_kind(value['prompt'])}, not a text"))
         else:

@@ -6,7 +6,7 @@ from contextlib import suppress
 
 from llm.errors import UserError
 from llm.generation.sampling import Sampling
-from llm.generation.text import Continuer
+from llm.generation.text import Continuer, Prompt
 
 
 def write(text: str) -> None:
@@ -32,31 +32,48 @@ def show(
         if num_samples > 1:
             write(f"--- {sample + 1} of {num_samples}\n")
         prompt = continuer.prompt(text, name, f"{place}.sample{sample}" if sample else str(place))
-        for _, part, done in continuer.stream([prompt], sampling, max_new_tokens, stop):
-            write(part)
-            if done:
-                write("\n")
-                if done.finish_reason == "context":
-                    print(
-                        f"note: ended after {done.n_tokens} tokens, where the context of {continuer.context} tokens "
-                        f"does (max_seq_len; the prompt has {len(prompt.ids)})",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+        show_prompt(continuer, prompt, sampling, max_new_tokens, stop)
 
 
-def converse(show_one: Callable[[str, str, int], None]) -> None:
+def show_prompt(
+    continuer: Continuer,
+    prompt: Prompt,
+    sampling: Sampling,
+    max_new_tokens: int,
+    stop: bool = True,
+    heard: Callable[[str], object] = lambda part: None,
+) -> None:
+    """Write the continuation of a prompt as it is made; `heard` gets its parts too."""
+    for _, part, done in continuer.stream([prompt], sampling, max_new_tokens, stop):
+        heard(part)
+        write(part)
+        if done:
+            write("\n")
+            if done.finish_reason == "context":
+                print(
+                    f"note: ended after {done.n_tokens} tokens, where the context of {continuer.context} tokens "
+                    f"does (max_seq_len; the prompt has {len(prompt.ids)})",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+
+CONTINUES = "a prompt a line; ctrl-C ends a continuation, ctrl-D the program"
+
+
+def converse(show_one: Callable[[str, str, int], None], hint: str = CONTINUES, begins: bool = True) -> None:
     """Continue each line of stdin, given to `show_one` with its name and place, until it ends.
 
-    On a terminal, ctrl-C ends a continuation, and what is wrong with a prompt is said and another one read; in a pipe
-    either ends the command. An empty or closed stdin that is no terminal begins a document.
+    On a terminal, which is greeted with `hint`, ctrl-C ends a continuation, and what is wrong with a prompt is said and
+    another one read; in a pipe either ends the command. An empty or closed stdin that is no terminal begins a document
+    if `begins`.
     """
     with suppress(AttributeError, ValueError):  # replaced or closed
         sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
     if sys.stdin is not None and sys.stdin.isatty():
         with suppress(ImportError):
             import readline  # noqa: F401 (input() then has a history)
-        print("a prompt a line; ctrl-C ends a continuation, ctrl-D the program", file=sys.stderr, flush=True)
+        print(hint, file=sys.stderr, flush=True)
         for place, line in enumerate(_typed()):
             try:
                 show_one(line, "the prompt", place)
@@ -68,7 +85,7 @@ def converse(show_one: Callable[[str, str, int], None]) -> None:
     place = -1
     for place, line in enumerate(_piped()):
         show_one(line, f"line {place + 1} of stdin", place)
-    if place < 0:
+    if place < 0 and begins:
         show_one("", "the empty prompt", 0)
 
 

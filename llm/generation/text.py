@@ -84,8 +84,10 @@ class Completion:
 class Continuer:
     """A model with its tokenizer. `name` is the model's in errors."""
 
-    def __init__(self, model: LLM, tokenizer: Tokenizer, name: str) -> None:
+    def __init__(self, model: LLM, tokenizer: Tokenizer, name: str, end_ids: Sequence[int] | None = None) -> None:
+        """end_ids: what ends a text; None = what the tokenizer says."""
         self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.end_ids = tokenizer.end_ids if end_ids is None else tuple(end_ids)
         self.context = context_length(model.args)
 
     def prompt(self, text: str, name: str = "the prompt", key: str = "0") -> Prompt:
@@ -102,6 +104,10 @@ class Continuer:
             ) from None
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
+        return self.prompt_of(ids, name, key)
+
+    def prompt_of(self, ids: list[int], name: str, key: str = "0") -> Prompt:
+        """A prompt in tokens. UserError where it has ids that the model lacks, or fills the context."""
         rows = self.model.args.vocab_size
         if max(ids) >= rows:
             raise UserError(
@@ -124,7 +130,7 @@ class Continuer:
     ) -> Iterator[tuple[int, str, Completion | None]]:
         """(row, text, None) for each part of text that is certain, and (row, last text, completion) once a row has
         ended. UserError where the model's logits are not finite."""
-        end_ids = frozenset(self.tokenizer.end_ids) if stop else frozenset()
+        end_ids = frozenset(self.end_ids) if stop else frozenset()
         limits = self.limits(prompts, max_new_tokens)
         texts = [TextStream(self.tokenizer, prompt.ids) for prompt in prompts]
         parts: list[list[str]] = [[] for _ in prompts]

@@ -7,12 +7,13 @@ from llm import LLM
 from llm.cli import Verbatim
 from llm.errors import UserError
 from llm.generation.batch import BatchSettings, complete_file
+from llm.generation.chat import HINT, Chat, Talk
 from llm.generation.device import Dtype, device, dtype_for, set_threads
 from llm.generation.sampling import Sampling
 from llm.generation.terminal import converse, show
 from llm.generation.text import Continuer
 from llm.paths import PathText
-from llm.pretrained import tokenizer_of
+from llm.pretrained import chat_template_of, tokenizer_of
 
 
 def continue_prompt(
@@ -33,8 +34,11 @@ def continue_prompt(
     batch_tokens: int = 16384,
     dtype: Dtype = "auto",
     threads: int | None = None,
+    chat: bool = False,
+    system: Verbatim | None = None,
+    chat_template: PathText = "auto",
 ) -> None:
-    """Print the continuation of a prompt as it is made, or write those of a file of prompts.
+    """Print the continuation of a prompt as it is made, or write those of a file of prompts; or talk.
 
     model: run folder, checkpoint, model folder, or a Hugging Face or Meta folder
     prompt: text to continue; empty = begin a document; left out = read prompts from the terminal, or a line a prompt
@@ -53,6 +57,11 @@ def continue_prompt(
     batch_tokens: tokens of prompts and continuations computed at once, with --prompts
     dtype: auto = what the run was trained in, or the folder's weights are in, where the device is fast at it: a GPU
         with such units, a CPU with AMX; else fp32
+    chat: prompts are what a user says to the model, which answers; in a terminal the conversation is kept; a row of
+        --prompts has `messages` or `prompt`
+    system: what the system says first, with --chat
+    chat_template: with --chat: auto = the one that came with the model, or llama3, llama4, chatml, gemma, mistral, or
+        the path of a .jinja file
     threads: of a CPU; default: OMP_NUM_THREADS, else the physical cores, or 1 for a model of up to 32M parameters
     """
     try:
@@ -60,10 +69,18 @@ def continue_prompt(
     except ValueError as error:
         raise UserError(f"--{error}") from None
     _check(prompt, max_new_tokens, num_samples, prompts, output, batch_tokens, sampling)
-    continuer = _open(model, average, dtype, threads)
+    _check_chat(chat, system, chat_template, num_samples if prompts is None else 1, stop)
+    continuer, talks = _open(model, average, dtype, threads, chat_template if chat else None, system)
     if prompts is not None and output is not None:
         settings = BatchSettings(sampling, max_new_tokens, num_samples, stop, batch_tokens)
-        complete_file(continuer, Path(prompts), Path(output), settings)
+        complete_file(continuer, Path(prompts), Path(output), settings, talks)
+        return
+    if talks is not None:
+        talk = Talk(continuer, talks, sampling, max_new_tokens)
+        if prompt is not None:
+            talk.say(prompt, "--prompt")
+        else:
+            converse(talk.say, HINT, begins=False)
         return
     show_one = partial(show, continuer, sampling=sampling, max_new_tokens=max_new_tokens, stop=stop)
     if prompt is not None:
@@ -105,10 +122,25 @@ def _check(
         raise UserError(f"--output={output}: is the file of prompts; give another one")
 
 
-def _open(model: str, average: bool, dtype: Dtype, threads: int | None) -> Continuer:
+def _check_chat(chat: bool, system: str | None, template: str, num_samples: int, stop: bool) -> None:
+    """UserError where flags do not go with talking."""
+    for name, given in (("system", system is not None), ("chat_template", template != "auto")):
+        if given and not chat:
+            raise UserError(f"--{name} goes with --chat")
+    if chat and num_samples > 1:
+        raise UserError(f"--num_samples={num_samples}: with --chat there is one answer; --prompts can have several")
+    if chat and not stop:
+        raise UserError("--stop=false does not go with --chat: an answer ends with its end mark")
+
+
+def _open(
+    model: str, average: bool, dtype: Dtype, threads: int | None, template: str | None, system: str | None
+) -> tuple[Continuer, Chat | None]:
+    """The model with its tokenizer; `template` None = it does not talk."""
     where = device()
     tokenizer = tokenizer_of(model)  # read first: it is small, and a damaged one is seen before the weights are read
+    talks = None if template is None else Chat(chat_template_of(model, tokenizer, template), system)
     set_threads(threads, 0)
     network = LLM.from_pretrained(model, dtype_for(Path(model), dtype, where), average=average).to(where)
     set_threads(threads, sum(parameter.numel() for parameter in network.parameters()))
-    return Continuer(network, tokenizer, model)
+    return Continuer(network, tokenizer, model, None if talks is None else talks.template.end_ids), talks

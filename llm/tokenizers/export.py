@@ -11,6 +11,7 @@ import tokenizers
 from llm.errors import UserError
 from llm.tokenizers.base import Tokenizer
 from llm.tokenizers.check import check_texts
+from llm.tokenizers.extended import ExtendedTokenizer
 from llm.tokenizers.folder import FolderTokenizer
 from llm.tokenizers.huggingface import HFTokenizer
 from llm.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -44,19 +45,22 @@ class TokenizerExport:
     notes: list[str]
 
 
-def export_tokenizer(tokenizer: Tokenizer) -> TokenizerExport:
-    """The files of a tokenizer. UserError where it has no such form."""
+def export_tokenizer(tokenizer: Tokenizer, finds_control: bool = False) -> TokenizerExport:
+    """The files of a tokenizer. finds_control: control tokens that a text spells are found in any case, as those that a
+    chat template writes must be. UserError where it has no such form."""
     document, splits = _document(tokenizer)
+    splits = splits and not finds_control
+    base = tokenizer.inner if isinstance(tokenizer, ExtendedTokenizer) else tokenizer
     name_of = {token["id"]: token["content"] for token in document["added_tokens"]}
-    if not isinstance(tokenizer, FolderTokenizer) or tokenizer.document() is None:
+    if not isinstance(base, FolderTokenizer) or base.document() is None:
         before = [name_of[number] for number in tokenizer.begin_ids]
         ids = {name: number for number, name in name_of.items() if name in before}
         document["post_processor"] = template(before, [], ids)
     marks = {"bos_token": name_of.get(tokenizer.bos_id), "eos_token": name_of.get(tokenizer.eos_id)}
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    own = tokenizer.marks if isinstance(tokenizer, FolderTokenizer) else {}
-    if isinstance(tokenizer, FolderTokenizer):
-        settings |= tokenizer.kept_settings()
+    own = base.marks if isinstance(base, FolderTokenizer) else {}
+    if isinstance(base, FolderTokenizer):
+        settings |= base.kept_settings()
     named = {key: name for key, name in {**own, **marks}.items() if name in set(name_of.values())}
     settings |= {**named, "split_special_tokens": splits}
     ends = list(tokenizer.end_ids)
@@ -77,6 +81,10 @@ def export_tokenizer(tokenizer: Tokenizer) -> TokenizerExport:
 def _document(tokenizer: Tokenizer) -> tuple[Component, bool]:
     """The tokenizer.json, but for the begin mark, and whether a prompt that spells special tokens is text: it is where
     they are only the marks around documents."""
+    if isinstance(tokenizer, ExtendedTokenizer):
+        inner, _ = _document(tokenizer.inner)
+        more = [{"id": number, **added(name)} for name, number in tokenizer.added.items()]
+        return {**inner, "added_tokens": [*inner["added_tokens"], *more]}, False
     if isinstance(tokenizer, FolderTokenizer):
         document, splits = tokenizer.document(), tokenizer.splits_special
         if document is None:

@@ -29,6 +29,7 @@ from llm.tokenizers.tokenizer_json import added, adds_prefix, template
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "generation_config.json", "chat_template.jinja",
+    "chat_template.json",
 )  # fmt: skip
 COPY = "original"
 """Folder in which a run keeps the files of such a tokenizer."""

@@ -18,6 +18,7 @@ from llm.plan.workload import ZERO3_DEFAULTS, OptimizerGroup, Workload
 from llm.pretrained import args_of
 from llm.tokenizer import load_tokenizer
 from llm.tokenizers.folder import notes_of
+from llm.train.chat import run_tokenizer
 from llm.train.config import RunConfig
 from llm.train.config.length import default_warmup
 from llm.train.disk import checkpoints_at_once, room
@@ -25,7 +26,7 @@ from llm.train.freezing import parameter_table
 from llm.train.notes import config_notes
 from llm.train.optimizer import parameter_groups
 from llm.train.preflight import ALONE
-from llm.train.settle import encode_prompts, objectives_in
+from llm.train.settle import encode_prompts, objectives_in, with_vocabulary
 
 REPLICA: tuple[Dimension, ...] = ("tensor", "context", "data", "pipeline")
 EXPERTS: tuple[Dimension, ...] = ("expert", "expert_data")
@@ -112,16 +113,14 @@ def _notes(config: RunConfig) -> list[str]:
         found += [f"note: {line}" for line in notes_of(load_tokenizer(config.tokenizer))]
     prompts: list[list[int]] = []
     with suppress(UserError):  # --dry_run=config has no need of the tokenizer's file
-        prompts = encode_prompts(config, load_tokenizer(config.tokenizer), ALONE)
+        prompts = encode_prompts(config, run_tokenizer(config)[0], ALONE)
     return found + config_notes(config, prompts)
 
 
 def _with_vocabulary(config: RunConfig) -> RunConfig:
-    if config.model.vocab_size != -1:
+    if config.model.vocab_size != -1 and not config.chat.add_tokens:
         return config
-    vocab_size = load_tokenizer(config.tokenizer).vocab_size
-    model = config.model.model_copy(update={"vocab_size": vocab_size})
-    return config.model_copy(update={"model": model})
+    return with_vocabulary(config, run_tokenizer(config)[0])
 
 
 def _grid(layout: Layout) -> Iterator[str]:

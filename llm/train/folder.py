@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import yaml
 
 from llm.atomic import write_unless_same
-from llm.checkpoint.run_folder import save_tokenizer
+from llm.checkpoint.run_folder import save_template, save_tokenizer
 from llm.train.curves import CurveSink, TensorBoard, WeightsAndBiases
 from llm.train.log import RunLog
 from llm.train.run import Run
@@ -19,6 +19,7 @@ def open_log(run: Run, step: int, notes: Sequence[str]) -> RunLog:
     descriptions: tuple[Callable[[], str | None], ...] = (
         lambda: write_unless_same(folder / "config.yaml", text.encode()),
         lambda: save_tokenizer(run.tokenizer, folder),
+        lambda: None if run.template is None else save_template(run.template.source, folder),
     )
     lines = [*notes, *(_describe(run, step, write) for write in descriptions)]
     curves: list[CurveSink] = []

@@ -22,7 +22,8 @@ from llm.parallel.launch.world import World
 from llm.parallel.precision import check_precision
 from llm.paths import refuse_unwritable
 from llm.tasks.rows import asked_of
-from llm.tokenizer import Tokenizer, load_tokenizer
+from llm.tokenizer import Tokenizer
+from llm.train.chat import run_tokenizer
 from llm.train.config import RunConfig
 from llm.train.resume.choose import checkpoint_to_continue, refuse_another_run
 from llm.train.settle import (
@@ -47,7 +48,7 @@ class UnstartedRun:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The run's tokenizer; UserError where its file is missing or no such file."""
-        return load_tokenizer(self.config.tokenizer)
+        return run_tokenizer(self.config)[0]
 
     @cached_property
     def settled(self) -> RunConfig:

@@ -18,7 +18,9 @@ from llm.parallel.engine.engine import Engine
 from llm.parallel.grid import Grid, make_grid
 from llm.parallel.launch.world import World
 from llm.tasks import Task, task_named
-from llm.tokenizer import Tokenizer, load_tokenizer
+from llm.tokenizer import Tokenizer
+from llm.tokenizers.chat import ChatTemplate
+from llm.train.chat import run_tokenizer
 from llm.train.config import RunConfig, accumulation_steps, check_layout
 from llm.train.freezing import parameter_table
 from llm.train.optimizer import make_optimizer
@@ -46,6 +48,8 @@ class Run:
     world: World
     grid: Grid
     tokenizer: Tokenizer
+    template: ChatTemplate | None
+    """By which conversations are written, where the run has some."""
     prompts: list[list[int]]
     """Those of the samples, in tokens."""
     store: CheckpointStore
@@ -79,7 +83,7 @@ def build_run(config: RunConfig, folder: Path, world: World) -> Run:
     """The run of a config with its files in `folder` (collective); UserError on all ranks where it cannot be."""
     grid = make_grid(world, check_layout(config, world.size))
     all_or_none(lambda: objectives_in(config), world)
-    tokenizer: Tokenizer = all_or_none(lambda: load_tokenizer(config.tokenizer), world)
+    tokenizer, template = all_or_none(lambda: run_tokenizer(config), world)
     prompts = encode_prompts(config, tokenizer, world)
     settled = with_vocabulary(config, tokenizer)
     all_or_none(lambda: check_layout(settled, world.size), world)
@@ -107,6 +111,7 @@ def build_run(config: RunConfig, folder: Path, world: World) -> Run:
         world=world,
         grid=grid,
         tokenizer=tokenizer,
+        template=template,
         prompts=prompts,
         store=store,
         task=task,

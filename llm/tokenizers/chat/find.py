@@ -11,6 +11,7 @@ from llm.tokenizers.base import Tokenizer
 from llm.tokenizers.chat.render import Renderer
 from llm.tokenizers.chat.template import PROBES, ChatTemplate, names_of_marks
 from llm.tokenizers.extended import ExtendedTokenizer
+from llm.tokenizers.folder import COPY
 
 OWN = Path(__file__).parent / "templates"
 FILE = "chat_template.jinja"
@@ -73,8 +74,16 @@ def template_in(folder: Path) -> Source | None:
     """The template that lies beside a tokenizer: a file of its own, else in tokenizer_config.json; where there are
     several, the one named default. `folder`: or a file in it, as a tokenizer's path may be."""
     folder = folder if folder.is_dir() else folder.parent
-    if (file := folder / FILE).is_file():
-        return Source(_text(file), f"the chat template {file}")
+    kept = folder.parent if folder.name == COPY and (folder.parent / "config.json").is_file() else folder  # a run's
+    for file in (kept / FILE, folder / FILE):
+        if file.is_file():
+            return Source(_text(file), f"the chat template {file}")
+    if folder != kept or not (folder / COPY).is_dir():
+        return _in_settings(folder)
+    return template_in(folder / COPY)
+
+
+def _in_settings(folder: Path) -> Source | None:
     for name in ("chat_template.json", "tokenizer_config.json"):
         if (file := folder / name).is_file():
             found = read_json(file).get("chat_template")
@@ -118,6 +127,3 @@ def _written(source: Source, tokenizer: Tokenizer) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def save_template(template: ChatTemplate, folder: Path) -> None:
-    """Keep a template beside the tokenizer in `folder`."""
-    (folder / FILE).write_text(template.source, encoding="utf-8")

@@ -1,0 +1,64 @@
+"""A conversation with a model: what was said so far as a prompt, and the answer as it is made."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from llm.data.conversation import Message, read_conversation
+from llm.errors import UserError
+from llm.generation.prompts import PromptRow
+from llm.generation.sampling import Sampling
+from llm.generation.terminal import show_prompt
+from llm.generation.text import Continuer
+from llm.tokenizers.chat import ChatTemplate
+
+HINT = "a message a line; ctrl-C ends an answer, ctrl-D the conversation"
+
+
+class Chat:
+    """How conversations become prompts. system: what the system says where a conversation has no such message."""
+
+    def __init__(self, template: ChatTemplate, system: str | None) -> None:
+        self.template, self.system = template, system
+
+    def ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+        """The prompt for the assistant's next turn. UserError saying why there is none."""
+        return self.template.prompt_ids([*self._system(messages), *messages], tools)
+
+    def _system(self, messages: Sequence[Message]) -> list[Message]:
+        if self.system is None or (messages and messages[0]["role"] == "system"):
+            return []
+        return [{"role": "system", "content": self.system}]
+
+    def row_ids(self, row: PromptRow) -> list[int]:
+        """The prompt for the answer to a row of a file: its messages, or its prompt as what the user says."""
+        if row.column == "prompt":
+            return self.ids([{"role": "user", "content": row.text}])
+        found = read_conversation(row.columns)
+        return self.ids(found.messages, found.tools)
+
+    def made_of(self) -> dict[str, str]:
+        """What decides the prompts, by the name that a message gives it."""
+        return {"the chat template": self.template.fingerprint, "--system": str(self.system)}
+
+
+class Talk:
+    """One conversation, which remembers what was said."""
+
+    def __init__(self, continuer: Continuer, chat: Chat, sampling: Sampling, max_new_tokens: int) -> None:
+        self.continuer, self.chat = continuer, chat
+        self.sampling, self.max_new_tokens = sampling, max_new_tokens
+        self.messages: list[Message] = []
+
+    def say(self, text: str, name: str = "the message", place: int = 0) -> None:
+        """Write the answer to what the user says; an answer that is broken off counts as far as it went. UserError
+        where there can be none, as when the context is full; then nothing was said."""
+        asked: list[Message] = [*self.messages, {"role": "user", "content": text}]
+        try:
+            prompt = self.continuer.prompt_of(self.chat.ids(asked), "the conversation", str(place))
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+        parts: list[str] = []
+        try:
+            show_prompt(self.continuer, prompt, self.sampling, self.max_new_tokens, heard=parts.append)
+        finally:
+            self.messages = [*asked, {"role": "assistant", "content": "".join(parts)}]
