@@ -154,7 +154,9 @@ class Packed:
         ]
         dropped = [entry for entry in self.shortened if not entry.kept]
         cut = [entry for entry in self.shortened if entry.kept]
-        for done, entries in (("left out", dropped), ("cut at the end of a turn", cut)):
+        bare = sum(not self.source.sample(entry.item).weights[1 : entry.kept].any() for entry in cut)
+        at_turn = "cut at the end of a turn" + (f", {bare:,} of them with no target left" if bare else "")
+        for done, entries in (("left out", dropped), (at_turn, cut)):
             if entries:
                 lines.append(
                     f"{self.given}: {len(entries):,} {what} {done}, longer than a row of train.seq_len={self.seq_len}: "

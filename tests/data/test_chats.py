@@ -136,8 +136,12 @@ def test_a_weight_in_an_answer_that_is_compared_is_refused_by_row(tmp_path: Path
 
 def test_a_conversation_is_cut_after_the_last_turn_that_fits(tmp_path: Path) -> None:
     turns = [{"role": role, "content": "x" * 3} for role in ("user", "assistant") * 3]
-    source = rows_of(tmp_path, [{"messages": turns}], "chat", max_length="cut")  # 1 + 6 x 5 tokens, 17 fit
-    assert text(source.read(0, 0).tokens) == "<uxxx>axxx>uxxx" and "16 kept" in "\n".join(source.notes())
+    long = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x" * 20}]
+    rows = [{"messages": turns}, {"messages": long}]
+    source = rows_of(tmp_path, rows, "chat", max_length="cut")  # 1 + 6 x 5 tokens, 17 fit
+    assert sorted(text(source.read(k, 0).tokens) for k in range(2)) == ["<uq", "<uxxx>axxx>uxxx"]
+    (note,) = [note for note in source.notes() if "samples cut" in note]
+    assert "2 samples cut at the end of a turn, 1 of them with no target left" in note and "16 kept" in note
 
 
 def test_a_conversation_is_known_by_its_content_in_any_spelling(tmp_path: Path) -> None:
