@@ -3,6 +3,7 @@
 Shapes: R rows, D model width, F expert width, E groups (experts).
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -145,14 +146,16 @@ class _GroupByGroup(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
         x_RD, gate_RF, up_RF, *weights = ctx.saved_tensors
-        grad_x_RD, grad_weights = torch.empty_like(x_RD), [torch.empty_like(w) for w in weights]
+        trained = any(ctx.needs_input_grad[1:4])
+        grad_x_RD, grad_weights = torch.empty_like(x_RD), [torch.empty_like(w) if trained else None for w in weights]
         by_row = (x_RD, gate_RF, up_RF, grad_RD.contiguous(), grad_x_RD)
         if in_one_product(x_RD, ctx.sizes):
             rows = (tensor.unflatten(0, (-1, ctx.sizes[0])) for tensor in by_row)
             _swiglu_backward(torch.bmm, *rows, *weights, *grad_weights)
         else:
             cut = (tensor.split(ctx.sizes) for tensor in by_row)
-            for tensors in zip(*cut, *weights, *grad_weights, strict=True):
+            parts = (itertools.repeat(None) if grad is None else grad for grad in grad_weights)
+            for tensors in zip(*cut, *weights, *parts, strict=False):
                 _swiglu_backward(torch.mm, *tensors)
         return grad_x_RD, *grad_weights, None
 
@@ -160,17 +163,20 @@ class _GroupByGroup(torch.autograd.Function):
 def _swiglu_backward(
     product: Callable[..., Tensor],
     x: Tensor, gate: Tensor, up: Tensor, grad: Tensor, grad_x: Tensor,
-    w1: Tensor, w2: Tensor, w3: Tensor, grad_w1: Tensor, grad_w2: Tensor, grad_w3: Tensor,
+    w1: Tensor, w2: Tensor, w3: Tensor,
+    grad_w1: Tensor | None, grad_w2: Tensor | None, grad_w3: Tensor | None,
 ) -> None:  # fmt: skip
-    """Write the gradients of (silu(x w1) * (x w3)) w2 into the four `grad_` tensors; gate = x w1, up = x w3. `product`
-    is torch.mm for an expert, torch.bmm for a stack of experts."""
+    """Write the gradients of (silu(x w1) * (x w3)) w2 into the four `grad_` tensors, or where the weights do not train
+    into grad_x alone; gate = x w1, up = x w3. `product` is torch.mm for an expert, torch.bmm for a stack of experts."""
     act = F.silu(gate)
-    product((act * up).mT, grad, out=grad_w2)  # of no rows, it is 0
+    if grad_w2 is not None:
+        product((act * up).mT, grad, out=grad_w2)  # of no rows, it is 0
     grad_hidden = product(grad, w2.mT)
     grad_up = act.mul_(grad_hidden)
     grad_gate = torch.ops.aten.silu_backward(grad_hidden.mul_(up), gate)
-    product(x.mT, grad_gate, out=grad_w1)
-    product(x.mT, grad_up, out=grad_w3)
+    if grad_w1 is not None and grad_w3 is not None:
+        product(x.mT, grad_gate, out=grad_w1)
+        product(x.mT, grad_up, out=grad_w3)
     product(grad_gate, w1.mT, out=grad_x)
     grad_x += product(grad_up, w3.mT)
 

@@ -27,6 +27,8 @@ from tools import convert
 pytestmark = pytest.mark.distributed
 
 STEPS, HALF = 6, 3
+LOW_RANK = {"dropout": 0.0, "token_rows": None}
+"""Adapters alone."""
 EVERYWHERE = ["wq", "wk", "wv", "wo", "w1", "w2", "w3", "experts", "tok_embeddings", "output"]
 
 
@@ -74,7 +76,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lora")
     write_text(folder, documents=80)
     base = item(folder, "base", train={"steps": 1})
-    perform(folder, [base, adapted(folder, "one"), adapted(folder, "plain", lora={"dropout": 0.0})], nproc=1)
+    plain = [adapted(folder, "plain", lora={"dropout": 0.0}), adapted(folder, "low rank", lora=LOW_RANK)]
+    perform(folder, [base, adapted(folder, "one"), *plain], nproc=1)
     cut = {"parallel": {"tensor": 2}, "micro": 8}
     resumed = {"checkpoint": half_of(folder, "tensor")}
     items = [adapted(folder, "data"), adapted(folder, "tensor", **cut), adapted(folder, "again", **cut, **resumed)]
@@ -254,10 +257,10 @@ def read_all(source: AdapterSource, args: ModelArgs) -> dict[str, torch.Tensor]:
 
 
 def test_an_adapter_goes_out_to_peft_and_comes_in_again_with_its_base(runs: Path, tmp_path: Path) -> None:
-    convert.main(["export", str(runs / "plain"), str(tmp_path / "peft"), "--format=peft", "--quiet"])
-    ours, theirs = adapter_of(runs / "plain"), adapter_of(tmp_path / "peft")
+    convert.main(["export", str(runs / "low rank"), str(tmp_path / "peft"), "--format=peft", "--quiet"])
+    ours, theirs = adapter_of(runs / "low rank"), adapter_of(tmp_path / "peft")
     assert (theirs.lora, theirs.origin) == (ours.lora, ours.origin)
-    model, again = LLM.from_pretrained(runs / "plain"), LLM.from_pretrained(tmp_path / "peft")
+    model, again = LLM.from_pretrained(runs / "low rank"), LLM.from_pretrained(tmp_path / "peft")
     held, found = (read_all(source, model.args) for source in (ours, theirs))
     assert held.keys() == found.keys() and all(torch.equal(held[name], found[name]) for name in held)
     ids = torch.arange(40)[None]
@@ -266,13 +269,13 @@ def test_an_adapter_goes_out_to_peft_and_comes_in_again_with_its_base(runs: Path
 
 @pytest.mark.full
 def test_a_run_begins_with_an_adapter_of_peft_as_with_our_own_on_two_ranks(runs: Path, tmp_path: Path) -> None:
-    convert.main(["export", str(runs / "plain"), str(tmp_path / "peft"), "--format=peft", "--quiet"])
+    convert.main(["export", str(runs / "low rank"), str(tmp_path / "peft"), "--format=peft", "--quiet"])
     sections: dict[str, Any] = {"parallel": {"tensor": 2}, "micro": 8}
-    sources = {"own": runs / "plain", "foreign": tmp_path / "peft"}
+    sources = {"own": runs / "low rank", "foreign": tmp_path / "peft"}
     items = [
-        adapted(runs, name, lora={"dropout": 0.0, "init_from": str(source)}, **sections)
+        adapted(runs, name, lora={**LOW_RANK, "init_from": str(source)}, **sections)
         for name, source in sources.items()
     ]
     perform(runs, items, nproc=2)
     assert without_timing(metrics(runs / "own")) == without_timing(metrics(runs / "foreign"))
-    assert metrics(runs / "own")[0]["loss"] < metrics(runs / "plain")[0]["loss"]
+    assert metrics(runs / "own")[0]["loss"] < metrics(runs / "low rank")[0]["loss"]

@@ -99,6 +99,16 @@ def test_the_hand_written_backwards_are_the_derivatives(apply):
     assert torch.autograd.gradcheck(through_experts, (x[0, :, :4].clone().requires_grad_(), *weights))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_that_do_not_train_pass_on_the_same_gradient_and_make_none_of_their_own(dtype):
+    moe, x = layer(dtype), torch.randn(1, 40, 16, dtype=dtype, requires_grad=True)
+    (expected,) = torch.autograd.grad(moe(x, context(x))[0].float().sum(), x, retain_graph=True)
+    moe.experts.requires_grad_(False)
+    moe(x, context(x))[0].float().sum().backward()
+    assert torch.equal(x.grad, expected)
+    assert all(parameter.grad is None for parameter in moe.experts.parameters())
+
+
 def test_the_router_learns_from_the_task_and_from_both_losses():
     for changes in (dict(), dict(aux_alpha=0.1), dict(z_alpha=0.1)):
         moe = layer(shared=False, **changes)
