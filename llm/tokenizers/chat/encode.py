@@ -17,6 +17,10 @@ Span = tuple[int, int]
 """Characters from, to."""
 
 
+LONGEST_DROPPED = 256
+"""Bytes in a row that a tokenizer may drop from a text without the place of its ids being lost."""
+
+
 class ChatEncoder:
     """Encodes what templates render."""
 
@@ -67,18 +71,51 @@ class ChatEncoder:
                 at = found.end()
         return places
 
-    def spans(self, text: str, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The bytes of the text, from and to, that each id stands for. UserError where the tokenizer changed the text,
-        so that nobody can tell."""
+    def spans(
+        self, text: str, ids: NDArray[np.int64], typed: Sequence[Span] = ()
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The bytes of the text, from and to, that each id stands for; `typed` as it was encoded."""
         sizes = self._bytes[ids]
         more = int(sizes.sum()) - len(text.encode())
-        if more == 1:  # the space that some put before a text
-            controls = np.isin(ids, list(self.controls.values()))
-            sizes[int(np.argmin(controls))] -= 1
+        if more == 1 and not self._is_control(ids).all():  # the space that some put before a text
+            sizes[int(np.argmin(self._is_control(ids)))] -= 1
         elif more:
-            raise UserError("the tokenizer changes its text, so that what is trained of it cannot be told")
+            return self._found_spans(text, ids, typed)
         ends = np.cumsum(sizes)
         return ends - sizes, ends
+
+    def _is_control(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        return np.isin(ids, list(self.controls.values()))
+
+    def _found_spans(
+        self, text: str, ids: NDArray[np.int64], typed: Sequence[Span]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """`spans` where the tokenizer changed the text, as by dropping blanks: control tokens stand where the text has
+        them, and between them the ids are looked for in their order. UserError where not all control tokens are there.
+        """
+        places = [span for _, span in self.control_places(text, typed)]
+        (at,) = np.nonzero(self._is_control(ids))
+        if len(at) != len(places):
+            raise UserError("the tokenizer changes its text, so that what is trained of it cannot be told")
+        ends = np.zeros(len(ids), dtype=np.int64)
+        begin, done = 0, 0
+        for number, (start, end) in zip([*at.tolist(), len(ids)], [*places, (len(text), len(text))], strict=True):
+            base = len(text[:done].encode())
+            ends[begin:number] = [base + place for place in self._ends_in(text[done:start].encode(), ids[begin:number])]
+            if number < len(ids):
+                ends[number] = len(text[:end].encode())
+            begin, done = number + 1, end
+        return np.concatenate(([0], ends[:-1])), ends
+
+    def _ends_in(self, part: bytes, ids: NDArray[np.int64]) -> list[int]:
+        """Where each id ends in a part of a text that it has at least something of; the last one where the part does."""
+        found, done = [], 0
+        for size, number in zip(self._bytes[ids].tolist(), ids.tolist(), strict=True):
+            piece = self.tokenizer.decode_bytes([number]) or b" "
+            place = part.find(piece.strip() or piece, done, done + 2 * size + LONGEST_DROPPED)
+            done = min(len(part), done + size if place < 0 else place + len(piece.strip() or piece))
+            found.append(done)
+        return [*found[:-1], len(part)] if found else []
 
 
 def checked(text: str) -> str:

@@ -84,7 +84,7 @@ class ChatTemplate:
             return completion_sample(found, self.encoder)
         rendered = self._rendered(found)
         ids = self.encoder.encode(rendered.text, rendered.typed)
-        starts, ends = self.encoder.spans(rendered.text, ids)
+        starts, ends = self.encoder.spans(rendered.text, ids, rendered.typed)
         bytes_at = _Bytes(rendered.text)
         weights = np.zeros(len(ids), dtype=np.float32)
         if train_on == "all":
