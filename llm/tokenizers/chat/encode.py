@@ -108,7 +108,7 @@ class ChatEncoder:
         return np.concatenate(([0], ends[:-1])), ends
 
     def _ends_in(self, part: bytes, ids: NDArray[np.int64]) -> list[int]:
-        """Where each id ends in a part of a text that it has at least something of; the last one where the part does."""
+        """Where each id ends in a part of a text, of which each has something; the last one ends with it."""
         found, done = [], 0
         for size, number in zip(self._bytes[ids].tolist(), ids.tolist(), strict=True):
             piece = self.tokenizer.decode_bytes([number]) or b" "

@@ -125,5 +125,3 @@ def _written(source: Source, tokenizer: Tokenizer) -> list[str]:
         except UserError:  # not every template takes every conversation
             continue
     return list(dict.fromkeys(found))
-
-

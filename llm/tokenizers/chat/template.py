@@ -149,16 +149,14 @@ class ChatTemplate:
         if self._has_blocks:
             turns = self._by_blocks(blocks, assistants, ends)
         else:
-            turns = [self._by_marks(i, messages, tools, text, said, ends) for i in assistants]
+            turns = [self._by_marks(i, found, text, said, ends) for i in assistants]
         message_ends = {turn.message: turn.span[1] for turn in turns}
         for i, place in said.items():
             if i not in message_ends and (end := _end_after(place, _next(said, place, len(text)), ends)) is not None:
                 message_ends[i] = end
         return _Rendered(text, typed, turns, message_ends)
 
-    def _places(
-        self, messages: list[Message], tools: list[Any], text: str, marks: Sequence[str]
-    ) -> dict[int, int]:
+    def _places(self, messages: list[Message], tools: list[Any], text: str, marks: Sequence[str]) -> dict[int, int]:
         """Where in the text the content of each message begins; of those of which a mark shows it. A template may look
         at the beginning of what is said, so that a mark there changes what it renders: then only the assistant's
         messages get one."""
@@ -186,11 +184,9 @@ class ChatTemplate:
                 raise UserError(f"{self.name}: its generation block of answer {place} does not end with an end mark")
         return [_Turn(message, span) for message, span in zip(assistants, spans, strict=True)]
 
-    def _by_marks(
-        self, message: int, messages: list[Message], tools: list[Any], text: str, said: dict[int, int], ends: list[Span]
-    ) -> _Turn:
+    def _by_marks(self, message: int, found: Conversation, text: str, said: dict[int, int], ends: list[Span]) -> _Turn:
         place = said.get(message)
-        start = self._start(message, messages, tools, text, place)
+        start = self._start(message, found, text, place)
         if start is None:
             raise UserError(f"{self.name}: where answer {message + 1} begins cannot be seen in what it renders")
         end = _end_after(start, _next(said, start if place is None else place, len(text)), ends)
@@ -198,11 +194,9 @@ class ChatTemplate:
             raise UserError(f"{self.name}: message {message + 1}, an answer, does not end with an end mark")
         return _Turn(message, (start, end))
 
-    def _start(
-        self, number: int, messages: list[Message], tools: list[Any], text: str, place: int | None
-    ) -> int | None:
+    def _start(self, number: int, found: Conversation, text: str, place: int | None) -> int | None:
         """Where an answer begins: where the prompt for it ends, or else where its content begins."""
-        message = messages[number]
+        message = found.messages[number]
         blanks = ""
         if place is not None:
             content = message["content"]
@@ -212,7 +206,7 @@ class ChatTemplate:
             if plain and self._header and text[: place - len(blanks)].endswith(self._header):
                 return place - len(blanks)
         try:
-            prompt = self._prompt(messages[:number], tools)[0] if number else ""
+            prompt = self._prompt(found.messages[:number], found.tools)[0] if number else ""
         except UserError:  # a template that wants an answer, or a question, there
             prompt = ""
         if prompt and text.startswith(prompt) and (place is None or len(prompt) <= place):
