@@ -34,7 +34,7 @@ from llm.errors import UserError
 
 PARTS = 1024
 """Weights are kept in this part of 1."""
-SHARD_TOKENS = 1 << 24
+SHARD_TOKENS = 1 << 22
 
 
 class SampleManifest(BaseModel):

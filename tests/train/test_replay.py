@@ -29,6 +29,7 @@ from llm.train.replay import check_replay
 from llm.train.replay.records import compare, read_metrics, strict
 from llm.train.replay.spans import Span, by_loss, score_spans, span_gradient_norm
 from tests.data.helpers import LM, labels_of, mixture_of
+from tests.data.sample_helpers import asked_for, packed, random_rows, write_rows
 
 SEQ_LEN = 40
 CPU = torch.device("cpu")
@@ -141,6 +142,20 @@ def test_a_span_is_scored_as_if_it_stood_alone_and_all_add_up_to_the_batch(model
             assert span.loss_sum == pytest.approx(float(alone.loss_sum), rel=1e-5, abs=1e-6)
             assert span.n_targets == int(alone.n_targets)
     assert math.fsum(span.loss_sum for *_, span in found) == pytest.approx(together, rel=1e-6)
+
+
+def test_samples_that_share_a_row_are_spans_with_their_file_and_row(model: LLM, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", random_rows(30, longest=SEQ_LEN))
+    rows = packed(path, asked_for(tmp_path, SEQ_LEN))
+    mixture = Mixture([("samples", rows, 1.0)], SEQ_LEN, seed=1)
+    asked = np.arange(rows.n_rows, rows.n_rows + 6)  # of the second epoch
+    found = [span for _, _, span in scored(model, mixture, batch_of(mixture, asked))]
+    _, numbers, epochs = mixture.locate(asked)
+    held = [item for k, epoch in zip(numbers, epochs, strict=True) for item in rows.items(int(k), int(epoch)).tolist()]
+    assert sorted(span.document for span in found) == sorted(held) and len(held) > 6
+    for span in found:
+        assert (span.file, span.file_row) == (path, span.document + 1)
+        assert span.n_tokens == span.document_tokens - 1 and span.first_token == 0
 
 
 def test_the_gradient_of_a_span_is_its_part_of_the_batchs_and_leaves_no_trace(model: LLM, mixture: Mixture) -> None:

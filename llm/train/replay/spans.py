@@ -72,7 +72,7 @@ def score_spans(
     mixture: Mixture, tokenizer: Tokenizer, nll_BT: Tensor, batch: Batch, targets: Targets
 ) -> list[tuple[int, int, Span]]:
     """(begin, end, span) of every span of a document in a batch; begin and end count its flattened tokens. Rows that
-    are not there have none.
+    are not there have none, nor has what fills a row up.
 
     A row is `train.seq_len` tokens of its source, however the batch cuts it.
     """
@@ -81,12 +81,13 @@ def score_spans(
     tokens_N, labels_N = batch.inputs.tokens.reshape(-1), targets.labels.reshape(-1)
     weight_N = targets.weight_of_each().reshape(-1)
     nll_N = nll_BT.reshape(-1).double().cpu()
+    holds_data_N = torch.ones_like(labels_N, dtype=torch.bool) if batch.valid is None else batch.valid.reshape(-1)
     found = []
     bounds = batch.inputs.cu_seqlens.tolist()
     for start, stop in zip(bounds, bounds[1:], strict=False):
         b, column = divmod(start, seq_len)
         number, source_row = int(rows.source[b]), int(rows.row[b])
-        if number < 0:
+        if number < 0 or not holds_data_N[start]:
             continue
         place = mixture.sources[number].origin(source_row, int(rows.epoch[b]), column)
         span = Span(
