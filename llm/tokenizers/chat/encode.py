@@ -96,7 +96,7 @@ class ChatEncoder:
         places = [span for _, span in self.control_places(text, typed)]
         (at,) = np.nonzero(self._is_control(ids))
         if len(at) != len(places):
-            raise UserError("the tokenizer changes its text, so that what is trained of it cannot be told")
+            raise UserError("the tokenizer changes its text, so that what is trained of it cannot be known")
         ends = np.zeros(len(ids), dtype=np.int64)
         begin, done = 0, 0
         for number, (start, end) in zip([*at.tolist(), len(ids)], [*places, (len(text), len(text))], strict=True):
