@@ -45,7 +45,9 @@ LOWER = ("tok_embeddings.*", "layers.0.*", "layers.1.attention.w[qo].*", "layers
 SCATTERED = ("*_norm.*", "*.wk.*", "*.router.*", "*.experts.*", "norm.*")
 """Frozen: gradients pass through."""
 LORA: dict[str, Any] = {"lora": {"rank": 3}}
-EVERYWHERE: dict[str, Any] = {"lora": {"rank": 3, "targets": ["wk", "wo", "w2", "experts", "tok_embeddings"]}}
+EVERYWHERE: dict[str, Any] = {
+    "lora": {"rank": 3, "targets": ["wk", "wo", "w2", "experts", "tok_embeddings"], "token_rows": [20, 40]}
+}
 DROPPED: dict[str, Any] = {"lora": {"rank": 3, "dropout": 0.5}}
 UPPER = ("layers.[12].*", "norm.*", "output.*")
 ON_TWO_RANKS = [
