@@ -114,7 +114,8 @@ def tokenizer_folder(path: Path) -> Path:
 def chat_template_of(path: str | Path, tokenizer: Tokenizer, choice: str = "auto") -> ChatTemplate:
     """The chat template that belongs to a model, or another `choice` (llm.tokenizers.chat.find); UserError when there
     is none that can be used with its tokenizer."""
-    folder = Path(path) if is_foreign(Path(path)) else run_tokenizer_config(path)[1]
+    path = tokenizer_folder(Path(path))
+    folder = path if is_foreign(path) or is_peft(path) else run_tokenizer_config(path)[1]
     return open_template(choice, tokenizer, folder)
 
 

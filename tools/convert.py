@@ -244,7 +244,8 @@ def _export_adapter(src: Path, dst: Path, family: str | None, dtype: torch.dtype
     else:
         target = transformers_family(base)
     extra = kept_files(checkpoint, _tokenizer_or_note(src), target.name)
-    files = {name: content for name, content in extra.files.items() if not name.endswith("config.json")}
+    of_model = ("config.json", "generation_config.json")
+    files = {name: content for name, content in extra.files.items() if name not in of_model}
     weights = CheckpointWeights(checkpoint, average)
     rows_of = unmerged_weights(checkpoint) if args.lora.token_rows is not None else None
     notes = write_peft(

@@ -394,6 +394,11 @@ def _told(tensors: Mapping[str, Tensor], dtype: torch.dtype, tell: Callable[[int
 def _notes(lora: LoraArgs, sites: list[peft.Site], origin: Origin) -> Iterator[str]:
     if lora.dropout and any(site.stacked for site in sites):
         yield f"lora_dropout is 0 and not {lora.dropout}: PEFT has none beside stacked experts"
+    if any(site.pairs[0].twin for site in sites):
+        yield (
+            "table and head are one matrix, to which PEFT's merge_and_unload adds the adapter twice; --format=hf "
+            "writes base and adapter as one model"
+        )
     if not isinstance(origin, Taken) or not (Path(origin.path) / "config.json").is_file():
         yield "PEFT needs the base as a Hugging Face folder: export that too, and load the adapter onto it"
 

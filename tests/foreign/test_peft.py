@@ -17,12 +17,18 @@ from llm.errors import UserError
 from llm.foreign.family import family_named
 from llm.layers.lora import adapters_in
 from llm.parameters import ParameterTable
-from llm.pretrained import adapter_of
+from llm.pretrained import adapter_of, chat_template_of, tokenizer_folder
 from llm.safetensors_file import SafetensorsFile, write_tensors
+from llm.tokenizer import ByteTokenizer
 from tests.foreign.models import TABLE, config_of, logits_of, reference, tokens
 
 EVERYWHERE = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "experts", "tok_embeddings", "output")
 USUAL = EVERYWHERE[:8]
+# of PEFT: what it says of a tied table, and that patterns of parameters "match no module", though it uses them
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The following .* keys did not match:RuntimeWarning"),
+]
 QUICK = {
     ("llama", "one kv head, tied"), ("llama4_text", "top 2, every second layer, ratio 1"),
     ("gpt_neox", "a quarter rotated"),
@@ -248,3 +254,24 @@ def test_a_folder_whose_base_is_not_here_says_so(folder: Path) -> None:
     change(folder, base_model_name_or_path="somebody/model")
     with pytest.raises(UserError, match=r"its base, base_model_name_or_path=somebody/model, is no folder here"):
         LLM.from_pretrained(folder)
+
+
+def test_tokenizer_and_chat_template_of_an_adapter_are_those_beside_it_or_of_its_base(folder: Path) -> None:
+    base = folder.parent / "base"
+    base.mkdir()
+    change(folder, base_model_name_or_path=str(base))
+    assert tokenizer_folder(folder) == base
+    (folder / "tokenizer.json").write_text("{}")
+    assert tokenizer_folder(folder) == folder
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    with pytest.raises(UserError, match=r"chat_template\.jinja"):  # which it finds, and which has no end mark
+        chat_template_of(folder, ByteTokenizer())
+
+
+def test_a_tied_table_comes_with_a_word_on_how_to_merge_it(tmp_path: Path) -> None:
+    model = adapted(args_of("llama", "one kv head, tied"))
+    notes = write_peft(
+        tmp_path / "adapter", model.args, ModuleWeights(model), family_named("llama"), dtype=torch.float32,
+        origin=Taken("base", "digest"), extra_files={},
+    )  # fmt: skip
+    assert any("merge_and_unload adds the adapter twice" in note for note in notes)
