@@ -175,7 +175,7 @@ class PeftFolder:
         """What the rows that train whole add to those of the base; nothing in a matrix that is not named."""
         assert adapted.lora is not None and adapted.lora.token_rows is not None
         if base is None:
-            raise ValueError("rows that train whole are told from those of the base, which is not given")
+            raise ValueError("rows that train whole are known by those of the base, which is not given")
         (first, end), held = adapted.lora.token_rows, self.file.shapes()
         found = {}
         for name, key in _token_tables(family, adapted):
