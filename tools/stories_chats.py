@@ -70,8 +70,10 @@ def prepare(
 
 
 def cut_story(story: str, sentences: int) -> tuple[str, str, str] | None:
-    """The first sentence of a story, the `sentences` after it, and as many more; None where it is shorter."""
-    found = [sentence.strip() for sentence in SENTENCE_END.split(story) if sentence.strip()]
+    """The first sentence of a story, the `sentences` after it, and as many more, each blank being one space; None where
+    it is shorter.
+    """
+    found = [" ".join(sentence.split()) for sentence in SENTENCE_END.split(story) if sentence.strip()]
     if len(found) < 1 + 2 * sentences:
         return None
     return found[0], " ".join(found[1 : 1 + sentences]), " ".join(found[1 + sentences : 1 + 2 * sentences])

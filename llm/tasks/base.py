@@ -97,8 +97,10 @@ class Task(ABC):
         context: int,
         temperature: float,
         seed: int,
+        end_ids: Sequence[int] | None = None,
     ) -> list[str]:
-        """What the model makes of each prompt, as text; drawn by the seed."""
+        """What the model makes of each prompt, as text; drawn by the seed. end_ids: what ends one; None: what ends a
+        text of the tokenizer."""
 
 
 TASKS: dict[str, Task] = {}

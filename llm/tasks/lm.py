@@ -63,6 +63,7 @@ class LanguageModelling(Task):
         context: int,
         temperature: float,
         seed: int,
+        end_ids: Sequence[int] | None = None,
     ) -> list[str]:
         try:
             found = generate(
@@ -70,7 +71,7 @@ class LanguageModelling(Task):
                 prompts,
                 max_new_tokens=[min(most_tokens, context - len(ids)) for ids in prompts],
                 temperature=temperature,
-                stop_ids=tokenizer.end_ids,
+                stop_ids=tokenizer.end_ids if end_ids is None else end_ids,
                 seed=seed,
                 n_ids=tokenizer.vocab_size,
             )

@@ -23,6 +23,7 @@ from llm.parallel.precision import check_precision
 from llm.paths import refuse_unwritable
 from llm.tasks.rows import asked_of
 from llm.tokenizer import Tokenizer
+from llm.tokenizers.chat import ChatTemplate
 from llm.train.chat import run_tokenizer
 from llm.train.config import RunConfig
 from llm.train.resume.choose import checkpoint_to_continue, refuse_another_run
@@ -46,9 +47,18 @@ class UnstartedRun:
     run_dir: Path
 
     @cached_property
+    def _tokenizer(self) -> tuple[Tokenizer, ChatTemplate | None]:
+        return run_tokenizer(self.config)
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """The run's tokenizer; UserError where its file is missing or no such file."""
-        return run_tokenizer(self.config)[0]
+        return self._tokenizer[0]
+
+    @property
+    def template(self) -> ChatTemplate | None:
+        """Of a run on conversations."""
+        return self._tokenizer[1]
 
     @cached_property
     def settled(self) -> RunConfig:
@@ -86,7 +96,7 @@ def _objectives(run: UnstartedRun) -> None:
 
 
 def _tokenizer(run: UnstartedRun) -> None:
-    encode_prompts(run.config, run.tokenizer, ALONE)
+    encode_prompts(run.config, run.tokenizer, ALONE, run.template)
     with_vocabulary(run.config, run.tokenizer)
 
 

@@ -84,7 +84,7 @@ def build_run(config: RunConfig, folder: Path, world: World) -> Run:
     grid = make_grid(world, check_layout(config, world.size))
     all_or_none(lambda: objectives_in(config), world)
     tokenizer, template = all_or_none(lambda: run_tokenizer(config), world)
-    prompts = encode_prompts(config, tokenizer, world)
+    prompts = encode_prompts(config, tokenizer, world, template)
     settled = with_vocabulary(config, tokenizer)
     all_or_none(lambda: check_layout(settled, world.size), world)
     kept = config.checkpoint

@@ -1,4 +1,4 @@
-"""Text samples during training: continuations of `eval.prompts`."""
+"""Text samples during training: continuations of `eval.prompts`, in a run on conversations answers to them."""
 
 from llm.generation.text import context_length
 from llm.parallel.collectives import main_decides
@@ -18,7 +18,7 @@ def sample(run: Run, step: int, log: RunLog | None, requests: Requests) -> None:
         texts = main_decides(lambda: [] if requests.stop else continuations(run, step), run.world)
     if log and texts:
         for prompt, text in zip(run.config.eval.prompts, texts, strict=True):
-            log.sample(step, prompt, prompt + text)
+            log.sample(step, prompt, prompt + text if run.template is None else f"{prompt}\n-> {text}")
 
 
 def continuations(run: Run, step: int) -> list[str]:
@@ -32,4 +32,5 @@ def continuations(run: Run, step: int) -> list[str]:
         context=context_length(run.config.model),
         temperature=settings.temperature,
         seed=step,
+        end_ids=None if run.template is None else tuple(run.template.end_ids),
     )

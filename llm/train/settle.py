@@ -15,6 +15,7 @@ from llm.parallel.collectives import agreed_error, all_or_none, main_decides
 from llm.parallel.launch.world import World
 from llm.tasks import RowsWanted, task_named
 from llm.tokenizer import Tokenizer
+from llm.tokenizers.chat import ChatTemplate
 from llm.tokenizers.extended import ExtendedTokenizer
 from llm.train.config import RunConfig, Section
 from llm.train.config.length import default_warmup
@@ -127,15 +128,26 @@ def settle_length(
     return config.model_copy(update={"train": train, "optim": optim})
 
 
-def encode_prompts(config: RunConfig, tokenizer: Tokenizer, world: World) -> list[list[int]]:
-    """`eval.prompts` as token ids, each begun as the tokenizer begins a text. UserError where the tokenizer cannot say
-    one, or where samples are asked for and one leaves no room for a token behind it.
+def said_by_user(text: str) -> dict[str, str]:
+    """A message."""
+    return {"role": "user", "content": text}
+
+
+def encode_prompts(
+    config: RunConfig, tokenizer: Tokenizer, world: World, template: ChatTemplate | None = None
+) -> list[list[int]]:
+    """`eval.prompts` as token ids, each begun as the tokenizer begins a text, or with a template the user's turn of a
+    conversation. UserError where the tokenizer cannot say one, or where samples are asked for and one leaves no room
+    for a token behind it.
     """
     context = context_length(config.model)
 
     def encode() -> list[list[int]]:
         try:
-            prompts = [tokenizer.prompt_ids(text) for text in config.eval.prompts]
+            prompts = [
+                tokenizer.prompt_ids(text) if template is None else template.prompt_ids([said_by_user(text)])
+                for text in config.eval.prompts
+            ]
         except UserError as error:
             raise UserError(f"eval.prompts: {error}") from None
         for i, ids in enumerate(prompts):

@@ -50,7 +50,7 @@ def show_row(mixture: Mixture, i: int, tokenizer: Tokenizer) -> Iterator[str]:
         f"=== row {i + 1}: row {k + 1} of {mixture.names[number]} in pass {epoch + 1}; {n:,} of {room:,} positions used"
         f"{filled}; {_count(len(row.starts), 'sample')}, {_count(int((labels >= 0).sum()), 'target')}"
     )
-    names = _names(tokenizer)
+    names = {number: name for name, number in tokenizer.control_tokens.items()}
     for start, end in zip(row.starts.tolist(), [*row.starts[1:].tolist(), n], strict=True):
         place = mixture.sources[number].origin(k, epoch, start)
         part = f", from token {place.offset + 1}" if place.offset else ""
@@ -88,11 +88,6 @@ def _text(ids: list[int], tokenizer: Tokenizer, names: Mapping[int, str]) -> str
             plain.append(number)
     text = "".join([*parts, tokenizer.decode(plain)])
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-
-
-def _names(tokenizer: Tokenizer) -> dict[int, str]:
-    """Of control tokens."""
-    return {tokenizer.bos_id: "<bos>", tokenizer.eos_id: "<eos>"}
 
 
 def _side(row: Row, start: int) -> str:
