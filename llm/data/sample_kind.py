@@ -181,7 +181,7 @@ class _Reader:
                     trained += any(bool(sample.weights[1:].any()) for sample in item.samples)
                     yield item
             if items and not trained and (self.split is None or self.split.part == "train"):
-                raise UserError(f"{where}: none of its {count(items, 'row')} has a token to train on")
+                raise UserError(f"{where}: no token to train on in its {count(items, 'row')}")
             before += file.status.st_size
 
     def _item(self, file: InputFile, row: RawRow, where: str) -> StoredItem | None:

@@ -1,6 +1,7 @@
 """Rows of conversations, completions and preferences as samples: what a template writes, and what is plain text."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from llm.data.sample import Sample
 from llm.data.sources import SourceSpec
 from llm.errors import UserError
 from llm.tasks import RowsWanted, task_named
-from llm.tokenizer import ByteTokenizer, TokenizerConfig, load_tokenizer
+from llm.tokenizer import ByteTokenizer, Tokenizer, TokenizerConfig, load_tokenizer
 from llm.tokenizers.chat import open_template
 from llm.train.preflight import ALONE
 from tests.data.sample_helpers import asked_for, chat, opened, write_rows
@@ -236,6 +237,12 @@ def test_the_template_is_asked_for_as_the_config_says(monkeypatch: pytest.Monkey
     assert seen == [("chatml", tokenizer, Path("folder/of/it"), True)]
 
 
+@lru_cache
+def gpt2_with_chatml() -> Tokenizer:
+    plain = load_tokenizer(TokenizerConfig(kind="hf", path=str(SHARED / "data/tokenizers/gpt2/tokenizer.json")))
+    return open_template("chatml", plain, None, add_tokens=True).tokenizer
+
+
 @needs_shared
 @pytest.mark.parametrize("files", [["alpaca_en_demo.json"], ["v1_sft_demo.jsonl"], None])
 def test_real_chats_fill_their_rows_to_the_last_hundredth(
@@ -244,8 +251,7 @@ def test_real_chats_fill_their_rows_to_the_last_hundredth(
     """At most 1 % or one row more than their tokens need; gpt2's tokens, control tokens of ChatML added."""
     monkeypatch.undo()
     folder = SHARED / "data" / "sft"
-    plain = load_tokenizer(TokenizerConfig(kind="hf", path=str(SHARED / "data/tokenizers/gpt2/tokenizer.json")))
-    tokenizer = open_template("chatml", plain, None, add_tokens=True).tokenizer
+    tokenizer = gpt2_with_chatml()
     path = folder if files is None else folder / files[0]
     for seq_len in (1024, 4096):
         options = chat(template="chatml", add_tokens=True)

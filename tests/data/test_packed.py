@@ -238,7 +238,7 @@ def test_a_file_without_a_token_to_train_on_is_refused_and_a_row_without_one_cou
     found = opened(str(tmp_path / "in"), asked_for(tmp_path))["data.train"]
     assert any("2 of 6 tokens are trained on (33.3%); 1 row without any" in note for note in found.notes)
     write_rows(tmp_path / "in" / "b.jsonl", [none, none])
-    with pytest.raises(UserError, match=r"b\.jsonl: none of its 2 rows has a token to train on"):
+    with pytest.raises(UserError, match=r"b\.jsonl: no token to train on in its 2 rows"):
         opened(str(tmp_path / "in"), asked_for(tmp_path))
 
 
