@@ -1,6 +1,7 @@
 """Preferences: TRL's sigmoid loss, its gradient, what it says besides, and what it counts."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ from torch import Tensor
 from llm import LLM, ModelArgs
 from llm.batch import IGNORE, Batch, Targets
 from llm.datatypes import TransformerInput
+from llm.errors import UserError
 from llm.objectives import Objectives
 from llm.tasks import REFERENCE, task_named
 from llm.tasks.dpo import Preference
+from llm.train.config import validate
+from tests.distributed.harness import tiny_config
 
 ARGS = ModelArgs(dim=16, n_layers=2, n_heads=2, ffn_hidden=24, vocab_size=50, max_seq_len=40)
 ANSWERS = [[(9, 4), (7, 3)], [(5, 1), (11, 6), (4, 2), (8, 5)]]
@@ -124,6 +128,21 @@ def test_a_batch_without_a_pair_has_the_loss_0_and_no_gradient() -> None:
     found.total.backward()
     assert objectives.count([batch]).main == 0 and float(found.total.detach()) == 0
     assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "said"), [("lm", "preference", "set task=dpo"), ("dpo", "chat", "trains on kind preference")]
+)
+def test_preferences_go_with_their_task_alone(task: str, kind: str, said: str, tmp_path: Path) -> None:
+    source = {"path": str(tmp_path / "rows.jsonl"), "kind": kind}
+    raw = {**tiny_config(tmp_path, data={"train": [source], "valid": None}), "task": task}
+    with pytest.raises(UserError, match=f"data.train.0.kind={kind}: .*{said}"):
+        validate(raw, "config")
+
+
+def test_options_of_preferences_are_refused_where_another_task_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="dpo.beta=0.3: is for task=dpo"):
+        validate({**tiny_config(tmp_path), "dpo": {"beta": 0.3}}, "config")
 
 
 def test_the_task_takes_its_options_and_its_validation_is_a_mean_over_pairs() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from llm import LLM, ModelArgs
+from llm.pretrained import chat_template_of, tokenizer_of
 from tests.data.sample_helpers import write_rows
 from tests.distributed.harness import TINY_MODEL, metrics, run, tiny_config, without_timing
 from tests.distributed.pool import run_job
@@ -27,6 +28,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 QUICK = [("sft", "tensor"), ("dpo", "data")]
 KEYS = {
     "sft": ("loss", "lm_loss", "grad_norm", "loss/first", "loss/second", "valid_loss", "valid_target_share"),
+    "chat": ("loss", "lm_loss", "grad_norm", "valid_loss", "valid_target_share"),
     "dpo": ("loss", "dpo_loss", "dpo_margin", "dpo_accuracy", "grad_norm", "valid_loss", "valid_margin"),
 }
 
@@ -48,9 +50,20 @@ def rows(folder: Path) -> None:
         write_rows(folder / f"{name}.jsonl", [{"one": text(), "other": text()} for _ in range(count)])
 
 
+def chats(folder: Path) -> None:
+    draw = random.Random(6)
+
+    def turn(role: str) -> dict[str, str]:
+        return {"role": role, "content": "".join(draw.choices("abcdefgh", k=draw.randint(1, 3)))}
+
+    for name, count in (("chats", 40), ("valid_chats", 8)):
+        write_rows(folder / f"{name}.jsonl", [{"messages": [turn("user"), turn("assistant")]} for _ in range(count)])
+
+
 def config_of(folder: Path, task: str, **sections: Any) -> dict[str, Any]:
     kind, trained, held = {
         "sft": ("byte_samples", ["first", "second"], "valid"),
+        "chat": ("chat", ["chats"], "valid_chats"),
         "dpo": ("byte_pairs", ["pairs"], "valid_pairs"),
     }[task]
     sources = [{"path": str(folder / f"{name}.jsonl"), "kind": kind} for name in trained]
@@ -63,6 +76,9 @@ def config_of(folder: Path, task: str, **sections: Any) -> dict[str, Any]:
         checkpoint={"interval": SAVED, "keep": 4},
         eval={"interval": SAVED, "at_start": True},
     )
+    if task == "chat":
+        raw["chat"] = {"template": "chatml", "add_tokens": True}
+        raw["eval"] |= {"sample_interval": STEPS, "sample_tokens": 4, "prompts": ["abc"]}
     raw |= {"task": "dpo" if task == "dpo" else "lm", "extensions": ["tests/data/sample_helpers.py"]}
     return {**raw, **{name: {**raw.get(name, {}), **section} for name, section in sections.items()}}
 
@@ -72,6 +88,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data, weights to begin with, and the runs of one process."""
     folder = tmp_path_factory.mktemp("finetune")
     rows(folder)
+    chats(folder)
     LLM(ModelArgs.model_validate(MODEL), seed=3).save_pretrained(folder / "weights")
     perform(folder, [[f"{task}/one", config_of(folder, task)] for task in KEYS], 1)
     return folder
@@ -143,6 +160,14 @@ def test_before_the_first_update_a_model_is_its_own_reference(folder: Path) -> N
     start, first = metrics(folder / "dpo" / "one")[:2]
     assert first["dpo_loss"] == pytest.approx(0.693147, rel=1e-5) and start["valid_loss"] == pytest.approx(0.693147)
     assert first["dpo_margin"] == pytest.approx(0, abs=1e-5)
+
+
+def test_a_run_on_chats_samples_answers_and_keeps_its_template_and_added_tokens(folder: Path) -> None:
+    run_dir = folder / "chat" / "one"
+    assert "prompt 'abc' ---\nabc\n-> " in (run_dir / "log.txt").read_text()
+    template, model = chat_template_of(run_dir, tokenizer_of(run_dir)), LLM.from_pretrained(run_dir)
+    assert {"<|im_start|>", "<|im_end|>"} <= template.tokenizer.control_tokens.keys()
+    assert model.args.vocab_size == template.tokenizer.vocab_size == 258 + 2
 
 
 def test_training_lowers_the_loss_and_widens_the_margin(folder: Path) -> None:

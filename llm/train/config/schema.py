@@ -115,6 +115,7 @@ class RunConfig(Section):
             raise ValueError(f"eval.patience={self.eval.patience} needs held-out text: set data.valid")
         self._keys_are_known()
         self._rows_can_be_cut()
+        self._kinds_suit_the_task()
         for key, value in self.dpo.model_dump().items():
             if self.task != "dpo" and value != DpoConfig.model_fields[key].default:
                 raise ValueError(f"dpo.{key}={value}: is for task=dpo, and task={self.task}; set that, or leave it out")
@@ -138,6 +139,16 @@ class RunConfig(Section):
             model = self.model.model_copy(update={"lora": asked})
             object.__setattr__(self, "model", model)  # frozen for all others
         return self
+
+    def _kinds_suit_the_task(self) -> None:
+        valid = self.data.valid
+        for key, data in (("train", self.data.train), ("valid", None if isinstance(valid, float) else valid)):
+            for i, spec in enumerate([] if data is None else source_specs(data)):
+                given = f"data.{key}.{i}.kind={spec.kind}"
+                if self.task == "lm" and spec.kind == "preference":
+                    raise ValueError(f"{given}: preferences are compared, not learned by heart; set task=dpo")
+                if self.task == "dpo" and spec.kind in ("text", "chat", "completion"):
+                    raise ValueError(f"{given}: task=dpo trains on kind preference (prompt, chosen, rejected)")
 
     def _rows_can_be_cut(self) -> None:
         kinds = [spec.kind for spec in source_specs(self.data.train) if spec.kind != "text"]
