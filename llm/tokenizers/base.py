@@ -21,6 +21,11 @@ from llm.tokenizers.parts import PART_CHARACTERS
 TokenIds = Sequence[int] | np.ndarray
 TokenizerKind = Literal["sentencepiece", "tiktoken", "hf", "bytes", "characters"]
 
+ENDS_A_TURN = (
+    "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eom|>", "<end_of_turn>", "<|end|>", "</s>", "<eos>"
+)  # fmt: skip
+"""Marks that end a turn of a conversation, and begin no text."""
+
 META_SPACE = "\u2581"  # SentencePiece writes a space as this character, and so cannot tell the two apart
 META_SPACE_UTF8 = META_SPACE.encode()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from llm.errors import UserError
-from llm.tokenizers.base import TokenIds, Tokenizer, TokenizerConfig
+from llm.tokenizers.base import ENDS_A_TURN, TokenIds, Tokenizer, TokenizerConfig
 
 
 class ExtendedTokenizer(Tokenizer):
@@ -39,7 +39,7 @@ class ExtendedTokenizer(Tokenizer):
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        return self.inner.end_ids
+        return (*self.inner.end_ids, *(number for name, number in self.added.items() if name in ENDS_A_TURN))
 
     def prompt_ids(self, text: str) -> list[int]:
         first, *rest = self._splitter.split(text)

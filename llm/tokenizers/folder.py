@@ -20,7 +20,7 @@ import tokenizers
 
 from llm.errors import NoTokenizer, UserError
 from llm.tokenizers.auto import CLASSES, TAKEN_AS_THEY_STAND, Settled, class_name, read_json, settle
-from llm.tokenizers.base import TableTokenizer, Tokenizer, TokenizerConfig
+from llm.tokenizers.base import ENDS_A_TURN, TableTokenizer, Tokenizer, TokenizerConfig
 from llm.tokenizers.files import open_file
 from llm.tokenizers.huggingface import BOS_NAMES, EOS_NAMES, SERVES_AS_BOTH, HFTokenizer, is_byte_level
 from llm.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -33,20 +33,6 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 COPY = "original"
 """Folder in which a run keeps the files of such a tokenizer."""
-ENDS_A_TURN = (
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|eot|>",
-    "<|eom|>",
-    "<end_of_turn>",
-    "<|end|>",
-    "</s>",
-    "<eos>",
-)
-"""Marks that must not begin a text."""
-
-
 LOSSY = "its tokenizer normalises text, so that what is decoded may differ from what was encoded"
 
 

@@ -113,7 +113,8 @@ def _notes(config: RunConfig) -> list[str]:
         found += [f"note: {line}" for line in notes_of(load_tokenizer(config.tokenizer))]
     prompts: list[list[int]] = []
     with suppress(UserError):  # --dry_run=config has no need of the tokenizer's file
-        prompts = encode_prompts(config, run_tokenizer(config)[0], ALONE)
+        tokenizer, template = run_tokenizer(config)
+        prompts = encode_prompts(config, tokenizer, ALONE, template)
     return found + config_notes(config, prompts)
 
 

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from llm.data.conversation import Completion, Conversation, Message, Preference, Trained
 from llm.data.sample import Sample
 from llm.errors import UserError
-from llm.tokenizers.base import Tokenizer
+from llm.tokenizers.base import ENDS_A_TURN, Tokenizer
 from llm.tokenizers.chat.encode import ChatEncoder, Span, checked
 from llm.tokenizers.chat.render import Renderer, strings, taken_out, unused
 from llm.tokenizers.extended import ExtendedTokenizer
-from llm.tokenizers.folder import ENDS_A_TURN, FolderTokenizer
+from llm.tokenizers.folder import FolderTokenizer
 
 TrainOn = Literal["assistant", "last", "all"]
 
