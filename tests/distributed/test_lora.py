@@ -223,9 +223,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "usual": {"lora": {"targets": None, "rslora": True}},
     "tied": TIED,
     "output-weighted": {"model": {"moe": MIXTRAL}},
+    "int8": {"lora": {"base": "int8"}},
     "sgd": {"optim": {"name": "sgd", "lr": 0.5, "min_lr": 0.1}},
     "muon": {"optim": {"name": "muon"}},
     "bf16": {"train": {"precision": "bf16"}, **TIED},
+    "bf16 int8": {"train": {"precision": "bf16"}, "lora": {"base": "int8"}},
     "bf16 selective": {"train": {"precision": "bf16", "activation_checkpointing": "selective"}},
 }
 
