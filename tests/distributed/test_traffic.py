@@ -48,6 +48,7 @@ LORA: dict[str, Any] = {"lora": {"rank": 3}}
 EVERYWHERE: dict[str, Any] = {
     "lora": {"rank": 3, "targets": ["wk", "wo", "w2", "experts", "tok_embeddings"], "token_rows": [20, 40]}
 }
+INT8: dict[str, Any] = {"lora": {"rank": 3, "base": "int8"}}
 DROPPED: dict[str, Any] = {"lora": {"rank": 3, "dropout": 0.5}}
 UPPER = ("layers.[12].*", "norm.*", "output.*")
 ON_TWO_RANKS = [
@@ -119,6 +120,11 @@ MORE_ON_TWO_RANKS = [
     ),
     *(case("tensor", tensor=2, micro=4, sequence_parallel=cut, **EVERYWHERE) for cut in (True, False)),
     *(case("data expert", expert=2, precision="bf16", recompute=again, **LORA) for again in ("none", "full")),
+    *(case("data", zero_stage=stage, precision="bf16", **INT8) for stage in (1, 2, 3)),
+    case("data", zero_stage=3, deepspeed=fetching(100, 0, 1500), **INT8),
+    case("tensor", tensor=2, micro=4, **INT8),
+    case("data expert", expert=2, recompute="full", **INT8),
+    case("pipeline", pipeline=2, **INT8),
     *(case("data expert", expert=2, recompute=again, **DROPPED) for again in ("none", "full")),
     *(case("pipeline", pipeline=2, model={"tie_embeddings": tied}, **EVERYWHERE) for tied in (True, False)),
     case("data", zero_stage=1, precision="bf16", optim={"name": "muon", "ema_decay": 0.9}, **EVERYWHERE),
@@ -213,7 +219,7 @@ def check(case: Case, found: dict[str, Any]) -> None:
     assert sorted(found["sent"]) == case["along"], case
     for along, (predicted, counted) in found["sent"].items():
         assert predicted == counted, (case, along)
-    for part in ("parameters", "masters", "optimizer", "ema"):
+    for part in ("parameters", "int8", "masters", "optimizer", "ema"):
         for predicted, measured in found["memory"]:
             assert predicted[part] == measured[part], (case, part)
     gradients = [(predicted["gradients"], measured["gradients"]) for predicted, measured in found["memory"]]

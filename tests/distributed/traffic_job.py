@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from llm.adapters.int8 import int8_weights
 from llm.boxes import box_shape
 from llm.parallel.collectives import gather_json
 from llm.parallel.engine import deepspeed_private as private
@@ -105,6 +106,7 @@ def measure(engine: Engine) -> dict[str, int]:
     weights = _bytes(parameters)
     return {
         "parameters": weights,
+        "int8": sum(weight.nbytes for _, weight in int8_weights(model)),
         "masters": _bytes([*parameters, *flats]) - weights,
         "optimizer": _bytes(state),
         "ema": _bytes(engine.state.averages.flats),
