@@ -35,7 +35,7 @@ def replica_of(args: ModelArgs, precision: str = "fp32") -> Replica:
 
 def loss_of(replica: Replica, ids: torch.Tensor) -> float:
     batch = Batch(TransformerInput(ids[:, :-1].clamp(min=0)), {"lm": Targets(ids[:, 1:])})
-    loss_sum, counts, _ = replica.sum_losses(LM.main, iter([batch]), lambda batch: [LM.main.count(batch)])
+    loss_sum, _, counts = replica.sum_losses(LM.main, iter([batch]), lambda batch: [LM.main.count(batch)])
     return loss_sum / counts[0]
 
 
