@@ -51,17 +51,17 @@ def spoil(engine: Engine, kind: str | None, rank: int) -> None:
     tokens: list[torch.Tensor] = []  # of the micro-batch, while its step is made
     bad = False  # whether it is the one whose forward is being made
 
-    def spoiled_step(batch: Any, *args: Any) -> Any:
+    def spoiled_step(batch: Any, *args: Any, **kwargs: Any) -> Any:
         if batch.first_row == (BAD_STEP - 1) * batch.n_rows and engine.world.rank == rank:
             tokens.append(batch.micro_batches[-1].inputs.tokens)
-        result = step(batch, *args)
+        result = step(batch, *args, **kwargs)
         tokens.clear()
         return result
 
-    def watching_context(self: LLM, inputs: Any, *args: Any) -> Any:  # once in every forward, of every stage
+    def watching_context(self: LLM, inputs: Any, *args: Any, **kwargs: Any) -> Any:  # once in every forward, of every stage
         nonlocal bad
         bad = bool(tokens) and torch.equal(inputs.tokens, tokens[0])
-        return context(self, inputs, *args)
+        return context(self, inputs, *args, **kwargs)
 
     def spoiled_loss(self: LLM, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = loss_sum(self, *args, **kwargs)
