@@ -58,7 +58,7 @@ def spoil(engine: Engine, kind: str | None, rank: int) -> None:
         tokens.clear()
         return result
 
-    def watching_context(self: LLM, inputs: Any, *args: Any, **kwargs: Any) -> Any:  # once in every forward, of every stage
+    def watching_context(self: LLM, inputs: Any, *args: Any, **kwargs: Any) -> Any:  # once in every forward
         nonlocal bad
         bad = bool(tokens) and torch.equal(inputs.tokens, tokens[0])
         return context(self, inputs, *args, **kwargs)
