@@ -35,6 +35,7 @@ from llm.parallel.launch import local
 from llm.parallel.layout import Layout
 from llm.parallel.validate import divisors
 from llm.paths import PathText, refuse_existing
+from llm.tasks import task_named
 from llm.tokenizer import load_tokenizer
 from llm.train.config import RunConfig, check_layout, load_config, validate
 from tools.diff import every_difference
@@ -99,6 +100,8 @@ def layouts(
     stages = [1, 2, 3] if zero is None else zero
     check_flags(nproc, steps, stages, json)
     run = prepared(load_config(config), precision, seed)
+    if task_named(run.task).compares_with_start:
+        raise UserError(f"{config}: task={run.task} compares with sums that only a run makes")
     check_data(run.data.train)
     load_tokenizer(run.tokenizer)
     if shrink:

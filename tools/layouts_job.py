@@ -78,11 +78,11 @@ def train(config: RunConfig, mixture: Mixture, grid: Grid, steps: int) -> list[d
     )
     rows = []
     with loader:
-        for _ in range(steps):
+        for step in range(1, steps + 1):
             batch = all_or_none(loader.next, grid.world)
             mine = [count * grid.reports_loss for count in batch.counts.values()]
             counts = batch.counts.with_values(sum_over_ranks(mine, grid.world))
-            result = engine.step(batch, counts, config.optim.lr)
+            result = engine.step(batch, counts, config.optim.lr, number=step)
             rows.append(
                 {
                     "loss": result.loss,
