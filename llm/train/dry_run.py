@@ -16,6 +16,7 @@ from llm.parallel.stages import bubble
 from llm.plan import memory, traffic
 from llm.plan.workload import ZERO3_DEFAULTS, OptimizerGroup, Workload
 from llm.pretrained import args_of
+from llm.tasks import task_named
 from llm.tokenizer import load_tokenizer
 from llm.tokenizers.folder import notes_of
 from llm.train.chat import run_tokenizer
@@ -37,6 +38,7 @@ SHOWN = 4
 def workload(config: RunConfig, layout: Layout) -> Workload:
     """The config as llm/parallel predicts from it. Precision `auto` counts as bf16; model.vocab_size must be set."""
     args, train, sources = config.model, config.train, source_specs(config.data.train)
+    objectives = objectives_in(config)
     model, table = LLM(args, device="meta"), parameter_table(config)
     names = {}
     for name, parameter in model.named_parameters():
@@ -58,7 +60,7 @@ def workload(config: RunConfig, layout: Layout) -> Workload:
         groups=groups,
         micro_batch_size=train.micro_batch_size,
         seq_len=train.seq_len,
-        losses=len(objectives_in(config).weights) + (len(sources) if len(sources) > 1 else 0),
+        losses=len(objectives.weights) + len(objectives.measured) + (len(sources) if len(sources) > 1 else 0),
         accumulation=train.global_batch_size // (train.micro_batch_size * layout.data),
         offload_optimizer=config.parallel.offload_optimizer,
         recompute=train.activation_checkpointing,
@@ -97,6 +99,9 @@ def _lines(config: RunConfig, layout: Layout, run_dir: Path | None) -> Iterator[
     if config.optim.warmup_steps is None and config.train.steps is not None:
         steps = default_warmup(config.train.steps, config.optim.decay_steps)
         yield f"optim.warmup_steps=null is {_count(steps, 'step')} of train.steps={config.train.steps}"
+    if task_named(config.task).compares_with_start:
+        more = "the output matrix is passed once more, without a gradient, and all data once before the first step"
+        yield f"task={config.task}: {more}; what follows is without it"
     if config.train.objectives:
         yield "what train.objectives keep and send, beyond a sum each, is theirs to know; what follows is without it"
     yield from _memory(work, config.checkpoint.asynchronous)
