@@ -211,7 +211,8 @@ def plant_in_training(killer: Killer) -> None:
     def replica(original: Callable[..., None], made: Replica, *args: Any) -> None:
         original(made, *args)
         for parameter in made.model.parameters():
-            parameter.register_hook(lambda _: killer.here("backward", killer.step))
+            if parameter.requires_grad:  # what is frozen has no gradient
+                parameter.register_hook(lambda _: killer.here("backward", killer.step))
 
     def sync(original: Callable[..., None], path: Path) -> None:
         original(path)
