@@ -1,5 +1,5 @@
 """Is a run that is killed the run that nobody touched? `python tools/campaign.py --config C --nproc 4 --kills 30` shows
-it for a run config: the first steps of a run are trained twice, once in peace, and once under SIGKILLs.
+it for a run config: the first steps of a run are trained twice, once undisturbed, and once under SIGKILLs.
 
 Kills come by progress, not by the clock: at a step, a byte of a file, between two lines of a commit. Each takes one
 rank, torchrun alone, or all at once, and the run comes back by `torchrun --max-restarts` or by the same command. After
