@@ -170,6 +170,7 @@ def plant_in_training(killer: Killer) -> None:
     from llm.checkpoint import assemble
     from llm.model import LLM
     from llm.parallel.replica import Replica
+    from llm.train import folder
     from llm.train.trainer import Trainer
 
     trained = False
@@ -219,7 +220,15 @@ def plant_in_training(killer: Killer) -> None:
         if path.name.startswith(".config.yaml."):
             killer.here("run folder")
 
+    def write(original: Callable[..., None], target: Path, content: bytes) -> None:
+        # a run that goes on has the same config, and leaves the file as it is: then nothing could be interrupted
+        if killer.waits_at("run folder", killer.step):
+            atomic.write_file(target, content)
+        else:
+            original(target, content)
+
     wrap(atomic, "sync", sync)
+    wrap(folder, "write_unless_same", write)
     wrap(Trainer, "__init__", build)
     wrap(assemble, "_do", read)
     wrap(Trainer, "resume", resume)
