@@ -9,6 +9,7 @@ RUNTIME = [
     "fire>=0.7",
     "jinja2>=3.1.6",
     "numpy>=2.0",
+    "pillow>=11",
     "pyarrow>=16",
     "pydantic>=2.7",
     "pyyaml>=6.0",

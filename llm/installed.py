@@ -8,7 +8,7 @@ import os
 import sys
 
 OLDEST = (3, 11)
-PACKAGES = ("torch", "numpy", "pydantic", "yaml", "tqdm", "safetensors", "sentencepiece", "pyarrow")
+PACKAGES = ("torch", "numpy", "PIL", "pydantic", "yaml", "tqdm", "safetensors", "sentencepiece", "pyarrow")
 
 
 def problem() -> "str | None":
