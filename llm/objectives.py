@@ -46,6 +46,9 @@ class Objective(Named):
     """What it says besides its loss, each as a mean over the same count: `NAME_MEASURE` in metrics.jsonl, and in a
     validation, where it is the main objective, `valid_MEASURE`."""
 
+    head_calls: int = 1
+    """How often a training micro-batch passes the output matrix, once of them with a gradient."""
+
     def n_targets(self, batch: Batch) -> int:
         """How many targets the batch has, for the metrics; on the CPU."""
         return int(self.count(batch))

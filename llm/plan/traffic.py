@@ -83,7 +83,7 @@ def _tensor(work: Workload) -> Iterator[Sent]:
     per_edge = (t - 1) * work.tokens * args.dim * BYTES[work.precision]
     yield Sent("tensor", "activations", times * edges * per_edge)
     yield Sent("tensor", "activations", times * mean_squares * 2 * (t - 1) * work.tokens * FLOAT32)
-    yield Sent("tensor", "loss", times * (t - 1) * t * 2 * work.tokens * FLOAT32)
+    yield Sent("tensor", "loss", times * work.head_calls * (t - 1) * t * 2 * work.tokens * FLOAT32)
     sizes = {name: numel for kind in work.kinds for name, numel in kind.sizes.items()}
     summed = (name for name, row in work.table.items() if row.trainable and is_partial(row, layout))
     partial = sum(sizes[name] for name in summed)

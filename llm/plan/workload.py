@@ -81,6 +81,8 @@ class Workload:
     """Micro-batches of a step."""
     losses: int = 3
     """Sums of a step: of its objectives, and where there are several sources, of each."""
+    head_calls: int = 1
+    """How often a micro-batch passes the output matrix: see llm.objectives.Objective."""
     offload_optimizer: bool = False
     recompute: Recompute = "none"
     ema: bool = False

@@ -54,7 +54,8 @@ def events(work: Workload) -> Iterator[Event]:
     for spec in specs:
         yield from _forward(args, spec)
     yield from _call("norm")
-    yield from _call(head)
+    for _ in range(work.head_calls):
+        yield from _call(head)
     yield Event("", "release")
     flow = work.flow
     yield from _around(head, flow[HEAD])

@@ -37,6 +37,7 @@ class Preference(Objective):
 
     name = "dpo"
     measures = ("margin", "accuracy")
+    head_calls = 2
 
     def __init__(self, beta: float = 0.1, label_smoothing: float = 0.0) -> None:
         self.beta, self.label_smoothing = beta, label_smoothing

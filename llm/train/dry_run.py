@@ -61,6 +61,7 @@ def workload(config: RunConfig, layout: Layout) -> Workload:
         micro_batch_size=train.micro_batch_size,
         seq_len=train.seq_len,
         losses=len(objectives.weights) + len(objectives.measured) + (len(sources) if len(sources) > 1 else 0),
+        head_calls=objectives.main.head_calls,
         accumulation=train.global_batch_size // (train.micro_batch_size * layout.data),
         offload_optimizer=config.parallel.offload_optimizer,
         recompute=train.activation_checkpointing,
@@ -100,8 +101,7 @@ def _lines(config: RunConfig, layout: Layout, run_dir: Path | None) -> Iterator[
         steps = default_warmup(config.train.steps, config.optim.decay_steps)
         yield f"optim.warmup_steps=null is {_count(steps, 'step')} of train.steps={config.train.steps}"
     if task_named(config.task).compares_with_start:
-        more = "the output matrix is passed once more, without a gradient, and all data once before the first step"
-        yield f"task={config.task}: {more}; what follows is without it"
+        yield f"task={config.task}: all data is read once more, before the first step; what follows is of a step"
     if config.train.objectives:
         yield "what train.objectives keep and send, beyond a sum each, is theirs to know; what follows is without it"
     yield from _memory(work, config.checkpoint.asynchronous)

@@ -14,6 +14,8 @@ from tests.machine import has
 pytestmark = pytest.mark.distributed
 
 Case = dict[str, Any]
+OTHER = ("model", "optim", "deepspeed", "lora", "task")
+"""Keys of a case that are no part of `parallel`."""
 
 
 def case(
@@ -27,7 +29,7 @@ def case(
 ) -> Case:
     """`along`: the dimensions that must send something. Keys of `parallel` stand for themselves."""
     train = {"micro_batch_size": micro, "precision": precision, "activation_checkpointing": recompute, "freeze": freeze}
-    other = {name: sections.pop(name) for name in ("model", "optim", "deepspeed", "lora") if name in sections}
+    other = {name: sections.pop(name) for name in OTHER if name in sections}
     return {"along": along.split(), "train": train, "parallel": sections, **other}
 
 
@@ -50,6 +52,7 @@ EVERYWHERE: dict[str, Any] = {
 }
 INT8: dict[str, Any] = {"lora": {"rank": 3, "base": "int8"}}
 DROPPED: dict[str, Any] = {"lora": {"rank": 3, "dropout": 0.5}}
+PAIRS: dict[str, Any] = {"task": "dpo"}
 UPPER = ("layers.[12].*", "norm.*", "output.*")
 ON_TWO_RANKS = [
     case("tensor", tensor=2, micro=4, freeze=LOWER),
@@ -128,6 +131,12 @@ MORE_ON_TWO_RANKS = [
     *(case("data expert", expert=2, recompute=again, **DROPPED) for again in ("none", "full")),
     *(case("pipeline", pipeline=2, model={"tie_embeddings": tied}, **EVERYWHERE) for tied in (True, False)),
     case("data", zero_stage=1, precision="bf16", optim={"name": "muon", "ema_decay": 0.9}, **EVERYWHERE),
+    case("tensor", tensor=2, micro=4, **PAIRS),
+    *(
+        case("data", zero_stage=3, deepspeed=fetching(*options), **PAIRS)
+        for options in ((0, 0, 0), (500, 3000, 2000), (100, 0, 1500))
+    ),
+    *(case("pipeline", pipeline=2, model={"tie_embeddings": tied}, **PAIRS) for tied in (True, False)),
     case("data", zero_stage=0),
     case("data", zero_stage=2),
     case("data", zero_stage=1, precision="bf16", optim={"ema_decay": 0.9}),

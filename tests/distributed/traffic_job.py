@@ -3,14 +3,16 @@
 import json
 import math
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llm.adapters.int8 import int8_weights
+from llm.batch import Batch
 from llm.boxes import box_shape
+from llm.data.packed import PAIR
 from llm.parallel.collectives import gather_json
 from llm.parallel.engine import deepspeed_private as private
 from llm.parallel.engine.engine import Engine
@@ -20,6 +22,8 @@ from llm.parallel.launch import process
 from llm.parallel.launch.world import World
 from llm.parallel.traffic_counter import TrafficCounter
 from llm.plan import memory, traffic
+from llm.plan.workload import Workload
+from llm.tasks.base import REFERENCE
 from llm.train.config import check_layout, validate
 from llm.train.dry_run import workload
 from llm.train.run import build_engine
@@ -47,6 +51,9 @@ def compare(case: dict[str, Any], world: World) -> dict[str, Any]:
     sections["train"] = {"seq_len": SEQ_LEN, "global_batch_size": ROWS, "precision": "fp32", **sections["train"]}
     raw = tiny_config(Path("unused"), **sections)
     raw["model"] = {**ODD_MODEL, **case.get("model", {})}
+    if case.get("task") == "dpo":
+        pairs = [{"path": "unused.jsonl", "kind": "preference"}]
+        raw |= {"task": "dpo", "data": {**raw["data"], "train": pairs, "valid": pairs}}
     config = validate(raw, "case")
     layout = check_layout(config, world.size)
     work = workload(config, layout)
@@ -56,11 +63,11 @@ def compare(case: dict[str, Any], world: World) -> dict[str, Any]:
     moved = engine.replica.to_device  # called at the beginning of each micro-batch
     engine.replica.to_device = lambda batch: (kept.append(measure(engine)), moved(batch))[1]  # type: ignore[method-assign]
     for step in range(SETTLING_STEPS):
-        take_step(engine, step, work.accumulation)
+        take_step(engine, step, work)
     counter = TrafficCounter(layout)
     kept.clear()
     with counter:
-        take_step(engine, SETTLING_STEPS, work.accumulation)
+        take_step(engine, SETTLING_STEPS, work)
     counted = counter.total(world)
     predicted = {along: sum(purposes.values()) for along, purposes in traffic.predict(work).items()}
     sizes = {along: [predicted.get(along, 0), counted.get(along, 0)] for along in predicted | counted}
@@ -80,9 +87,22 @@ def compare(case: dict[str, Any], world: World) -> dict[str, Any]:
     }
 
 
-def take_step(engine: Engine, step: int, accumulation: int) -> None:
-    batch = cut_batch(step, engine.grid, accumulation)
+def take_step(engine: Engine, step: int, work: Workload) -> None:
+    batch = cut_batch(step, engine.grid, work.accumulation)
+    if engine.objectives.main.name == "dpo":
+        micro_batches = [as_pairs(micro_batch) for micro_batch in batch.micro_batches]
+        others = {name: count for name, count in batch.counts.objectives.items() if name != "lm"}
+        counts = replace(batch.counts, objectives={"dpo": ROWS, **others})
+        batch = replace(batch, micro_batches=micro_batches, counts=counts)
     assert engine.step(batch, batch.counts, lr=1e-3).skipped is None
+
+
+def as_pairs(batch: Batch) -> Batch:
+    """Its rows as pairs of their first half and their second one, which the reference model finds equally likely."""
+    pair = torch.ones(batch.inputs.tokens.shape)
+    pair[:, SEQ_LEN // 2 :] = -1
+    values = {PAIR: pair, REFERENCE: torch.zeros_like(pair)}
+    return replace(batch, targets={"dpo": batch.targets["lm"]}, values=values)
 
 
 def measure(engine: Engine) -> dict[str, int]:
