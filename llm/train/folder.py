@@ -27,7 +27,14 @@ def open_log(run: Run, step: int, notes: Sequence[str]) -> RunLog:
         curves.append(TensorBoard(folder, step + 1))
     if config.log.wandb:
         curves.append(WeightsAndBiases(folder, config.model_dump(mode="json"), resumed=step > 0))
-    log = RunLog(folder, first_step=step + 1, steps=run.steps, interval=config.log.interval, curves=curves)
+    log = RunLog(
+        folder,
+        first_step=step + 1,
+        steps=run.steps,
+        interval=config.log.interval,
+        curves=curves,
+        measures=run.engine.objectives.measured,
+    )
     for line in filter(None, lines):
         log.say(line)
     log.say(

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -26,9 +26,18 @@ class RunLog:
     """Screen, log.txt and metrics.jsonl of one run folder, and curves, from step `first_step` on."""
 
     def __init__(
-        self, run_dir: Path, *, first_step: int, steps: int, interval: int, curves: Sequence[CurveSink] = ()
+        self,
+        run_dir: Path,
+        *,
+        first_step: int,
+        steps: int,
+        interval: int,
+        curves: Sequence[CurveSink] = (),
+        measures: Collection[str] = (),
     ) -> None:
+        """measures: fields of a row that objectives add, beside their losses."""
         self.steps = steps
+        self._measures = measures
         self.interval = interval
         self._text, self._metrics = LineFile(run_dir / "log.txt"), LineFile(run_dir / "metrics.jsonl")
         self._screen_channel = Channel("the screen", "lines")
@@ -76,7 +85,7 @@ class RunLog:
         """
         step = row["step"]
         self._pass_on(self._metrics_channel.send(lambda: self._metrics.write(json.dumps(row))))
-        named = {curve_of(key): value for key, value in row.items() if value is not None}
+        named = {curve_of(key, self._measures): value for key, value in row.items() if value is not None}
         points = {name: value for name, value in named.items() if name is not None}
         self._draw(lambda sink: sink.numbers(step, points))
         if self._bar is not None:

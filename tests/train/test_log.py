@@ -53,9 +53,9 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def write_steps(run_dir: Path, first: int, last: int, loss: float = 2.0) -> None:
     sink = WeightsAndBiases(run_dir, {"train": {"seed": 0}})
-    log = RunLog(run_dir, first_step=first, steps=9, interval=100, curves=[sink])
+    log = RunLog(run_dir, first_step=first, steps=9, interval=100, curves=[sink], measures=["dpo_margin"])
     for step in range(first, last + 1):
-        log.step({**ROW, "step": step, "loss": loss})
+        log.step({**ROW, "step": step, "loss": loss, "dpo_margin": 0.25})
     log.sample(last, "a", "<b>text")
     log.close()
 
@@ -67,6 +67,7 @@ def test_wandb_gets_every_step_under_the_names_of_the_curves(tmp_path: Path, wan
     points = wandb.points[run.options["id"]]
     assert list(points) == [1, 2, 3]
     assert points[2]["train/loss"] == 2.0 and points[2]["optim/lr"] == 0.1
+    assert points[2]["train/dpo_margin"] == 0.25, "a measure of an objective"
     assert "throughput/mfu" not in points[2], "null is no point"
     assert points[3]["sample"] == ("html", "<pre>&lt;b&gt;text</pre>")
 
