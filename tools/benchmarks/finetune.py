@@ -10,7 +10,6 @@ turns of the assistant are trained with their end mark. The peers' processes nee
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -52,6 +51,7 @@ from llm.train.optimizer import make_optimizer
 from tools.benchmarks.finetune_peer import ROWS, Clock
 from tools.benchmarks.harness import RESULTS, Bar, Spread, table, write_result
 from tools.benchmarks.memory import ENVIRONMENT
+from tools.benchmarks.own_process import OwnProcess
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
@@ -206,42 +206,14 @@ def steps(contestant: str, folder: PathText, keep_memory: bool = False) -> None:
         clock.targets += counts.targets
 
 
-class Apart:
-    """A contestant in a process of its own; leaving the context ends it."""
-
-    def __init__(self, name: str, folder: Path, measured: bool = False) -> None:
-        """measured: give memory that is freed back at once, so that what is resident is in use."""
-        self.name, self.words = name, tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed on leaving)
-        command = [str(PEERS), str(Path(__file__).with_name("finetune_peer.py")), name, str(folder)]
-        if name == OURS:
-            command = [sys.executable, __file__, "steps", f"--contestant={name}", f"--folder={folder}"]
-            command += [] if measured else ["--keep_memory"]
-        environment = {**alone(), **(ENVIRONMENT if measured else {}), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.words, text=True
-        )
-
-    def ask(self, line: object) -> Any:
-        """An answer. UserError with the last words of a process that ended."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        try:
-            self.process.stdin.write(f"{line}\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # its answer is missing, too
-        answer = self.process.stdout.readline()
-        if not answer:
-            self.words.seek(0)
-            raise UserError(f"{self.name} ended with {self.process.wait()}: {self.words.read().splitlines()[-1:]}")
-        return json.loads(answer)
-
-    def __enter__(self) -> "Apart":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.process.kill()
-        self.process.communicate()
-        self.words.close()
+def apart(name: str, folder: Path, measured: bool = False) -> OwnProcess:
+    """A contestant. measured: it gives memory that is freed back at once, so that what is resident is in use."""
+    command = [str(PEERS), str(Path(__file__).with_name("finetune_peer.py")), name, str(folder)]
+    if name == OURS:
+        command = [sys.executable, __file__, "steps", f"--contestant={name}", f"--folder={folder}"]
+        command += [] if measured else ["--keep_memory"]
+    environment = {**alone(), **(ENVIRONMENT if measured else {}), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return OwnProcess(name, command, environment)
 
 
 @dataclass(frozen=True)
@@ -258,7 +230,7 @@ def measure(folder: Path, rounds: int) -> dict[str, Measured]:
     names = [OURS, *TRL, PLAIN]
     speeds: dict[str, list[float]] = {name: [] for name in names}
     with ExitStack() as ends, tqdm(total=(rounds + 1) * len(names), disable=not sys.stderr.isatty()) as bar:
-        contestants = [ends.enter_context(Apart(name, folder)) for name in names]
+        contestants = [ends.enter_context(apart(name, folder)) for name in names]
         for number in range(rounds + 1):
             for contestant in contestants if number % 2 == 0 else reversed(contestants):
                 seconds, targets = contestant.ask(BLOCK if number else 1)
@@ -270,7 +242,7 @@ def measure(folder: Path, rounds: int) -> dict[str, Measured]:
 
 def peak_of(name: str, folder: Path) -> int:
     """Bytes resident at most in some steps after the first ones, above what was there before the model was made."""
-    with Apart(name, folder, measured=True) as contestant:
+    with apart(name, folder, measured=True) as contestant:
         for line in (2, "mark", 2):
             contestant.ask(line)
         return int(contestant.ask("peak"))

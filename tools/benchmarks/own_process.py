@@ -29,16 +29,19 @@ class OwnProcess:
 
     def step(self) -> float:
         """One step's loss. UserError with the last words of a process that ended."""
-        return self._ask(1)[2]
+        return float(self.ask(1)[2])
 
     def timed(self, block: int) -> tuple[float, float]:
         """Seconds of `block` steps, by the clock and of a core, as the process itself counts them."""
-        return self._ask(block)[:2]
+        seconds, cpu_seconds, _ = self.ask(block)
+        return seconds, cpu_seconds
 
-    def _ask(self, block: int) -> tuple[float, float, float]:
+    def ask(self, line: object) -> Any:
+        """The answer to a line: of `serve`, seconds by the clock and of a core, and the last loss. UserError with the
+        last words of a process that ended."""
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
-            self.process.stdin.write(f"{block}\n")
+            self.process.stdin.write(f"{line}\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             pass  # its answer is missing, too
@@ -46,8 +49,7 @@ class OwnProcess:
         if not answer:
             self.words.seek(0)
             raise UserError(f"{self.name} ended with {self.process.wait()}: {self.words.read().splitlines()[-1:]}")
-        seconds, cpu_seconds, loss = json.loads(answer)
-        return seconds, cpu_seconds, loss
+        return json.loads(answer)
 
     def __enter__(self) -> "OwnProcess":
         return self
