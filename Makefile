@@ -3,6 +3,7 @@
 # make test       all tests but the long ones;   make test-full   every test;   make test-slice   this commit's share of
 #                 the long ones, which .ci/run runs too (SLICE=N another share)
 # make lint       style and types
+# make vision-reference   what the image processor of transformers makes of generated pictures, again
 #
 # TORCH is what pip installs as torch. Left empty, it is version 2.13.0, the CPU build where pip's index offers one by that name.
 # A user with GPUs gives the build of their CUDA version:  make pretrain TORCH="torch==2.13.0 --index-url URL_OF_THE_CUDA_BUILDS"
@@ -17,12 +18,13 @@ CONFIG ?= configs/pretrain/quickstart.yaml
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 BIN := .venv/bin
 PEERS := .venv-peers
+VISION := .venv-vision
 RUNTIME := .venv/.runtime-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 INSTALL_TORCH = $(if $(TORCH),$(1)/pip install -q $(TORCH),\
     $(1)/pip install -q torch==2.13.0+cpu 2>/dev/null || $(1)/pip install -q torch==2.13.0)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: pretrain pretrain-long layouts test test-slice test-full lint setup clean
+.PHONY: pretrain pretrain-long layouts test test-slice test-full vision-reference lint setup clean
 
 setup: $(RUNTIME)
 
@@ -48,6 +50,18 @@ $(PEERS)/.made: .venv/.dev requirements-peers.txt constraints.txt
 	$(call INSTALL_TORCH,$(PEERS)/bin)
 	$(PEERS)/bin/pip install -q -r requirements-peers.txt -c constraints.txt
 	touch $@
+
+# torchvision, without which that processor is not, must not be in .venv: pip's index offers it built for CUDA alone, and
+# beside a CPU build of torch it breaks `import transformers` (tests/vision/reference.py does what that takes)
+$(VISION)/.made: requirements-vision.txt constraints.txt
+	$(PYTHON) -m venv $(VISION)
+	$(call INSTALL_TORCH,$(VISION)/bin)
+	$(VISION)/bin/pip install -q -r requirements-vision.txt -c constraints.txt
+	$(VISION)/bin/pip install -q --no-deps torchvision==0.28.0
+	touch $@
+
+vision-reference: $(VISION)/.made
+	$(VISION)/bin/python -m tests.vision.reference
 
 pretrain: $(RUNTIME)
 	$(BIN)/python tools/quickstart.py prepare
@@ -81,4 +95,4 @@ lint: .venv/.dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv $(PEERS) build *.egg-info
+	rm -rf .venv $(PEERS) $(VISION) build *.egg-info
