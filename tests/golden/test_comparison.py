@@ -197,5 +197,6 @@ def test_a_missing_file_or_layout_fails_rather_than_skips(tmp_path: Path) -> Non
 
 
 def test_every_file_of_the_folder_is_of_a_config() -> None:
-    for kind in ("json", "yaml"):
-        assert {path.stem for path in FOLDER.glob(f"*.{kind}")} == set(CONFIGS)
+    others = {"json": {"tiles"}, "yaml": set()}  # digests of pictures, which tests/vision compares
+    for kind in others:
+        assert {path.stem for path in FOLDER.glob(f"*.{kind}")} - others[kind] == set(CONFIGS)
