@@ -67,6 +67,17 @@ def open_image(source: Path | bytes, limits: ImageLimits = ImageLimits()) -> Ima
             raise UserError(f"cannot be decoded: {error}") from None
 
 
+def file_under(root: Path, name: str) -> Path:
+    """The file of that name in a folder or below it. UserError where the name, or a link on its way, leads out."""
+    try:
+        found, folder = (root / name).resolve(), root.resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"image {name!r} is no path: {error}") from None
+    if not found.is_relative_to(folder):
+        raise UserError(f"image {name!r} is outside image_root {root}")
+    return found
+
+
 @contextmanager
 def _stream(source: Path | bytes, max_bytes: int) -> Iterator[BinaryIO]:
     if isinstance(source, bytes):

@@ -1,5 +1,6 @@
 """What a model with vision reads of a picture: tiles of pixels, and the token ids that stand for it in a text."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,3 +40,19 @@ def image_text(grid: Grid, vision: "VisionArgs", tokenizer: Tokenizer) -> list[i
     row = [*tile, *([marks.tile_x_separator, *tile] * (columns - 1)), marks.tile_y_separator]
     tiles = row * rows if rows * columns > 1 else []
     return [marks.image_start, *tiles, marks.image, *tile, marks.image_end]
+
+
+def filled(ids: Sequence[int], grids: Sequence[Grid], vision: "VisionArgs", tokenizer: Tokenizer) -> list[int]:
+    """The ids with each `<|image|>`, which stands for one image, replaced by the `image_text` of its grid, in their
+    order. UserError on more or fewer of them than grids, and as of `image_text`.
+    """
+    marks = ImageTokens.of(tokenizer)
+    places = [place for place, number in enumerate(ids) if number == marks.image]
+    if len(places) != len(grids):
+        raise UserError(f"has {len(places)} placeholders for {len(grids)} images")
+    found: list[int] = []
+    begin = 0
+    for place, grid in zip(places, grids, strict=True):
+        found += [*ids[begin:place], *image_text(grid, vision, tokenizer)]
+        begin = place + 1
+    return [*found, *ids[begin:]]

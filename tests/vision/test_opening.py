@@ -13,7 +13,7 @@ from PIL import Image
 
 from llm.errors import UserError
 from tests.vision.pictures import levels, picture
-from vision.opening import FORMATS, ImageLimits, open_image
+from vision.opening import FORMATS, ImageLimits, file_under, open_image
 
 RED, GREEN, BLUE, WHITE, GREY = (255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255), (128, 128, 128)
 
@@ -175,6 +175,18 @@ def test_too_many_bytes_or_pixels_are_refused_with_both_numbers(tmp_path):
         open_image(png_header(100_000, 100_000))
     with pytest.raises(ValueError, match="max_pixels=200000000 is not from 1 to"):
         ImageLimits(max_pixels=200_000_000)
+
+
+def test_a_name_that_leads_out_of_the_root_is_refused(tmp_path):
+    root = tmp_path / "images"
+    (root / "a").mkdir(parents=True)
+    (root / "out").symlink_to(tmp_path)
+    assert file_under(root, "a/../a/1.png") == (root / "a" / "1.png").resolve()
+    for name in ("../1.png", "a/../../1.png", "/etc/passwd", "out/1.png"):
+        with pytest.raises(UserError, match=f"image '{name}' is outside image_root "):
+            file_under(root, name)
+    with pytest.raises(UserError, match="is no path: "):
+        file_under(root, "a\0b")
 
 
 BOMBS = """

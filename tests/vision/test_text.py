@@ -7,7 +7,7 @@ import pytest
 from llm.errors import UserError
 from llm.tokenizers.extended import ExtendedTokenizer
 from llm.tokenizers.simple import ByteTokenizer
-from vision.preprocess import image_text
+from vision.preprocess import filled, image_text
 from vision.tokens import NAMES, ImageTokens
 
 TOKENIZER = ExtendedTokenizer(ByteTokenizer(), list(NAMES.values()))
@@ -41,3 +41,12 @@ def test_another_slot_in_the_model_than_in_the_tokenizer_is_refused():
     assert image_text((1, 1), model(MARKS.patch), TOKENIZER)
     with pytest.raises(UserError, match=f"patch_token_id=3 is not the id of .* {MARKS.patch}"):
         image_text((1, 1), model(3), TOKENIZER)
+
+
+def test_each_placeholder_becomes_the_text_of_its_image():
+    ids = [7, MARKS.image, 8, MARKS.image]
+    expected = [7, *image_text((1, 2), model(), TOKENIZER), 8, *image_text((1, 1), model(), TOKENIZER)]
+    assert filled(ids, [(1, 2), (1, 1)], model(), TOKENIZER) == expected
+    for grids in ([(1, 1)], [(1, 1)] * 3):
+        with pytest.raises(UserError, match=f"has 2 placeholders for {len(grids)} images"):
+            filled(ids, grids, model(), TOKENIZER)
