@@ -2,7 +2,6 @@
 rest alike.
 """
 
-import json
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from llm.checkpoint.frozen import frozen_in
 from llm.checkpoint.reader import resolve
 from llm.errors import UserError
 from llm.pretrained import taken_from
-from tests.distributed.harness import metrics, tiny_config, without_timing, write_text
-from tests.distributed.pool import run_job
+from tests.distributed.harness import metrics, without_timing, write_text
+from tests.distributed.runs import LAYOUTS, Runs, perform
 from tests.machine import has
 
 pytestmark = pytest.mark.distributed
@@ -24,23 +23,8 @@ pytestmark = pytest.mark.distributed
 FROZEN = ("tok_embeddings.*", "layers.[01].*", "*.ffn_norm.*", "layers.3.*.experts.*", "layers.2.attention.w[qk].*")
 """The lower layers, and of the others norms (partial sums under TP), experts and single matrices."""
 STEPS, HALF = 4, 2
-
-
-def item(folder: Path, name: str, *, micro: int = 4, **sections: Any) -> dict[str, Any]:
-    """A run as moves_job.py reads it, with a checkpoint at its half."""
-    train = {"steps": STEPS, "micro_batch_size": micro, "freeze": FROZEN, **sections.pop("train", {})}
-    sections["model"] = {**tiny_config(folder)["model"], **sections.get("model", {})}
-    sections.setdefault("checkpoint", {})
-    sections["checkpoint"] = {"interval": HALF, **sections["checkpoint"]}
-    sections["optim"] = {"warmup_steps": 1, "ema_decay": 0.9, **sections.get("optim", {})}
-    return {"name": name, "config": tiny_config(folder, train=train, **sections)}
-
-
-def perform(folder: Path, items: list[dict[str, Any]], nproc: int, timeout: float = 240) -> None:
-    file = folder / f"plan{nproc}.json"
-    file.write_text(json.dumps(items))
-    done = run_job("tests/distributed/moves_job.py", str(file), str(folder), nproc=nproc, timeout=timeout)
-    assert done.returncode == 0, done.stderr
+RUNS = Runs(STEPS, HALF, {"train": {"freeze": FROZEN}})
+item, half_of, assert_alike = RUNS.item, RUNS.half_of, RUNS.assert_alike
 
 
 def parameters(path: Path) -> dict[str, torch.Tensor]:
@@ -51,25 +35,17 @@ def is_frozen(name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in FROZEN)
 
 
-def assert_alike(folder: Path, name: str, reference: str, rel: float) -> None:
-    rows, expected = metrics(folder / name), metrics(folder / reference)
-    assert len(rows) == len(expected) == STEPS
-    for row, right in zip(rows, expected, strict=True):
-        for key in ("loss", "grad_norm"):
-            assert row[key] == pytest.approx(right[key], rel=rel), (name, row["step"], key)
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, a run on one process that begins with its weights, one of two tensor-parallel ranks, and what continues
     the latter from its half."""
     folder = tmp_path_factory.mktemp("freeze")
     write_text(folder, documents=80)
-    begin = {"model": {"init_from": str(folder / "base")}}
+    begin: dict[str, Any] = {"model": {"init_from": str(folder / "base")}}
     base = item(folder, "base", train={"steps": 1, "freeze": []})
     perform(folder, [base, item(folder, "one", **begin)], nproc=1)
-    half = {"checkpoint": {"resume": str(folder / "two" / "checkpoints" / f"step_{HALF:08d}")}}
-    two = {"parallel": {"tensor": 2}, "micro": 8, **begin}
+    half: dict[str, Any] = {"checkpoint": half_of(folder, "two")}
+    two: dict[str, Any] = {"parallel": {"tensor": 2}, "micro": 8, **begin}
     perform(folder, [item(folder, "two", **two), item(folder, "again", **two, **half)], nproc=2)
     return folder
 
@@ -113,12 +89,13 @@ def test_a_run_without_its_origin_names_the_folder_that_is_gone(runs: Path) -> N
 def test_a_moved_origin_is_given_by_init_from_and_frozen_parameters_may_be_trained_again(tmp_path: Path) -> None:
     write_text(tmp_path, documents=80)
     base = item(tmp_path, "base", train={"steps": 1, "freeze": []})
-    whole = {"model": {"init_from": str(tmp_path / "base")}}
+    whole: dict[str, Any] = {"model": {"init_from": str(tmp_path / "base")}}
     perform(tmp_path, [base, item(tmp_path, "one", **whole)], nproc=1)
     (tmp_path / "base").rename(tmp_path / "moved")
-    half = {"resume": str(tmp_path / "one" / "checkpoints" / f"step_{HALF:08d}")}
-    moved = {"model": {"init_from": str(tmp_path / "moved")}}
-    thawed = {"checkpoint": {**half, "allow_changes": ["train.freeze"]}, "train": {"freeze": FROZEN[1:]}}
+    half = half_of(tmp_path, "one")
+    moved: dict[str, Any] = {"model": {"init_from": str(tmp_path / "moved")}}
+    changes: dict[str, Any] = {**half, "allow_changes": ["train.freeze"]}
+    thawed: dict[str, Any] = {"checkpoint": changes, "train": {"freeze": FROZEN[1:]}}
     runs = [item(tmp_path, "again", **moved, checkpoint=half), item(tmp_path, "thawed", **moved, **thawed)]
     perform(tmp_path, runs, nproc=1)
     assert without_timing(metrics(tmp_path / "again")) == without_timing(metrics(tmp_path / "one"))[HALF:]
@@ -129,26 +106,6 @@ def test_a_moved_origin_is_given_by_init_from_and_frozen_parameters_may_be_train
     assert 0 < (before - after).abs().max() < 0.01  # two small steps of AdamW away from where they were
 
 
-LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
-    1: {"one process": {}},
-    2: {
-        "ZeRO-1": {},
-        "ZeRO-2": {"parallel": {"zero_stage": 2}},
-        "ZeRO-2 offload": {"parallel": {"zero_stage": 2, "offload_optimizer": True}},
-        "ZeRO-3": {"parallel": {"zero_stage": 3}},
-        "ZeRO-3 recomputed": {"parallel": {"zero_stage": 3}, "train": {"activation_checkpointing": "full"}},
-        "tensor": {"parallel": {"tensor": 2}, "micro": 8},
-        "tensor whole": {"parallel": {"tensor": 2, "sequence_parallel": False}, "micro": 8},
-        "pipeline": {"parallel": {"pipeline": 2}},
-        "dualpipev": {"parallel": {"pipeline": 2, "pipeline_schedule": "dualpipev"}, "micro": 2},
-        "expert": {"parallel": {"expert": 2}},
-    },
-    4: {
-        "tensor x pipeline": {"parallel": {"tensor": 2, "pipeline": 2}, "micro": 8},
-        "tensor x expert": {"parallel": {"tensor": 2, "expert": 2}},
-        "tensor x ZeRO-3": {"parallel": {"tensor": 2, "zero_stage": 3}},
-    },
-}
 SETTINGS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "muon": {"optim": {"name": "muon"}},

@@ -1,6 +1,5 @@
 """Runs that train adapters: alike on every layout, continued bitwise, with a base that stays what it was."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from llm.pretrained import AdapterSource, adapter_of, taken_from, unmerged_weigh
 from llm.train.config import load_config, validate
 from llm.train.dry_run import workload
 from tests.distributed.harness import metrics, tiny_config, without_timing, write_config, write_text
-from tests.distributed.pool import run_job
+from tests.distributed.runs import LAYOUTS, Runs, perform
 from tests.machine import has
 from tools import convert
 
@@ -32,14 +31,9 @@ LOW_RANK = {"dropout": 0.0, "token_rows": None}
 EVERYWHERE = ["wq", "wk", "wv", "wo", "w1", "w2", "w3", "experts", "tok_embeddings", "output"]
 
 
-def item(folder: Path, name: str, *, micro: int = 4, **sections: Any) -> dict[str, Any]:
-    """A run as moves_job.py reads it, with a checkpoint at its half. The learning rate is high, so that B, which begins
-    at 0, soon lets A learn too."""
-    train = {"steps": STEPS, "micro_batch_size": micro, **sections.pop("train", {})}
-    sections["model"] = {**tiny_config(folder)["model"], **sections.get("model", {})}
-    sections["checkpoint"] = {"interval": HALF, **sections.get("checkpoint", {})}
-    sections["optim"] = {"lr": 1e-2, "warmup_steps": 1, "ema_decay": 0.9, **sections.get("optim", {})}
-    return {"name": name, "config": tiny_config(folder, train=train, **sections)}
+RUNS = Runs(STEPS, HALF, {"optim": {"lr": 1e-2}})
+"""The learning rate is high, so that B, which begins at 0, soon lets A learn too."""
+item, half_of, assert_alike = RUNS.item, RUNS.half_of, RUNS.assert_alike
 
 
 def adapted(folder: Path, name: str, **sections: Any) -> dict[str, Any]:
@@ -48,25 +42,6 @@ def adapted(folder: Path, name: str, **sections: Any) -> dict[str, Any]:
     lora |= sections.pop("lora", {})
     model = {"init_from": str(folder / "base"), **sections.pop("model", {})}
     return item(folder, name, model=model, lora=lora, **sections)
-
-
-def perform(folder: Path, items: list[dict[str, Any]], nproc: int, timeout: float = 240) -> None:
-    file = folder / f"plan{nproc}.json"
-    file.write_text(json.dumps(items))
-    done = run_job("tests/distributed/moves_job.py", str(file), str(folder), nproc=nproc, timeout=timeout)
-    assert done.returncode == 0, done.stderr
-
-
-def half_of(folder: Path, name: str) -> dict[str, Any]:
-    return {"resume": str(folder / name / "checkpoints" / f"step_{HALF:08d}")}
-
-
-def assert_alike(folder: Path, name: str, reference: str, rel: float, first: int = 0) -> None:
-    rows, expected = metrics(folder / name), metrics(folder / reference)[first:]
-    assert len(rows) == len(expected) == STEPS - first
-    for row, right in zip(rows, expected, strict=True):
-        for key in ("loss", "grad_norm"):
-            assert row[key] == pytest.approx(right[key], rel=rel), (name, row["step"], key)
 
 
 @pytest.fixture(scope="module")
@@ -192,27 +167,7 @@ def test_a_model_with_new_tokens_goes_on_with_the_rows_that_it_began_with(tmp_pa
     assert table.shape == (270, 32) and len(before) < 260
 
 
-LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
-    1: {"one process": {}},
-    2: {
-        "ZeRO-1": {},
-        "ZeRO-2": {"parallel": {"zero_stage": 2}},
-        "ZeRO-2 offload": {"parallel": {"zero_stage": 2, "offload_optimizer": True}},
-        "ZeRO-3": {"parallel": {"zero_stage": 3}},
-        "ZeRO-3 recomputed": {"parallel": {"zero_stage": 3}, "train": {"activation_checkpointing": "full"}},
-        "tensor": {"parallel": {"tensor": 2}, "micro": 8},
-        "tensor whole": {"parallel": {"tensor": 2, "sequence_parallel": False}, "micro": 8},
-        "pipeline": {"parallel": {"pipeline": 2}},
-        "dualpipev": {"parallel": {"pipeline": 2, "pipeline_schedule": "dualpipev"}, "micro": 2},
-        "expert": {"parallel": {"expert": 2}},
-    },
-    4: {
-        "tensor x pipeline": {"parallel": {"tensor": 2, "pipeline": 2}, "micro": 8},
-        "tensor x expert": {"parallel": {"tensor": 2, "expert": 2}},
-        "tensor x ZeRO-3": {"parallel": {"tensor": 2, "zero_stage": 3}},
-        "four tensor": {"parallel": {"tensor": 4}, "micro": 16},
-    },
-}
+FOUR_TENSOR = {"four tensor": {"parallel": {"tensor": 4}, "micro": 16}}
 MIXTRAL = {
     "n_experts": 4, "top_k": 2, "hidden": 24, "interleave": 2, "score": "softmax", "apply": "output", "renorm": True,
     "shared": False,
@@ -240,7 +195,7 @@ def test_every_layout_trains_adapters_alike(tmp_path: Path, setting: str) -> Non
     if half_precision and not has("bf16"):
         pytest.skip("this device has no bf16 arithmetic")
     write_text(tmp_path, documents=80)
-    for ranks, layouts in LAYOUTS.items():
+    for ranks, layouts in (LAYOUTS | {4: LAYOUTS[4] | FOUR_TENSOR}).items():
         model = chosen.get("model", {})
         items = [item(tmp_path, "base", train={"steps": 1}, model=model)] if ranks == 1 else []
         for name, layout in layouts.items():

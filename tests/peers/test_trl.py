@@ -138,7 +138,8 @@ def test_the_loss_of_pairs_is_that_of_dpotrainer(tmp_path: Path, beta: float) ->
     template = make(tmp_path, "llama3")
     (tmp_path / "dpo.json").write_text(json.dumps({"beta": beta}))
     found = in_trl("dpo", tmp_path, PAIRS)
-    pairs = [template.pair(read_preference(row)) for row in PAIRS]
+    parts = [read_preference(row) for row in PAIRS]
+    pairs = [(template.sample(pair.chosen), template.sample(pair.rejected)) for pair in parts]
     assert [[sample.tokens.tolist() for sample in pair] for pair in pairs] == found["ids"]
     model, reference = (LLM.from_pretrained(tmp_path / name) for name in ("model", "reference"))
     packed = rows_of(tmp_path, pairs, model.args.vocab_size, reference)

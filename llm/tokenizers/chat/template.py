@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from llm.data.conversation import Completion, Conversation, Message, Preference, Trained
+from llm.data.conversation import Completion, Conversation, Message, Trained
 from llm.data.sample import Sample
 from llm.errors import UserError
 from llm.tokenizers.base import ENDS_A_TURN, Tokenizer
@@ -98,10 +98,6 @@ class ChatTemplate:
         weights[:1] = 0
         cuts = {int(np.searchsorted(ends, bytes_at(place), side="right")) for place in rendered.message_ends.values()}
         return Sample(ids, weights, np.array(sorted({*cuts, len(ids)} - {0}), dtype=np.int64))
-
-    def pair(self, found: Preference, train_on: TrainOn = "assistant") -> tuple[Sample, Sample]:
-        """The samples of the better and the worse answer."""
-        return self.sample(found.chosen, train_on), self.sample(found.rejected, train_on)
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Ids of a conversation up to where the assistant's next turn begins."""
