@@ -9,8 +9,9 @@ from llm.args.lora import LoraArgs
 from llm.args.model import Activation, ModelArgs
 from llm.args.moe import MoEArgs
 from llm.args.rope import RopeScaling
+from llm.args.vision import VisionArgs
 
 __all__ = [
     "Activation", "AttentionSpec", "Ffn", "LayerSpec", "LoraArgs", "Mask", "ModelArgs", "MoEArgs", "QKNorm",
-    "RopeScaling",
+    "RopeScaling", "VisionArgs",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ from llm.args.layers import MIXERS, PATTERN_ALIASES, LayerSpec, NormsSpec, QKNor
 from llm.args.lora import LoraArgs
 from llm.args.moe import MoEArgs
 from llm.args.rope import RopeScaling
+from llm.args.vision import VisionArgs
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
@@ -103,6 +104,8 @@ class ModelArgs(Group):
     """Divide the initial wo and w2 by sqrt(2 n_layers)."""
     moe: MoEArgs | None = None
     """Mixture of experts; unset = every layer is dense."""
+    vision: VisionArgs | None = Field(None, exclude_if=lambda vision: vision is None)
+    """A tower that reads pictures; unset = text alone, and then no key in what is written."""
     lora: LoraArgs | None = None
     """Low-rank adapters beside the weights; unset = none. In a run config the section `lora` sets it."""
 
