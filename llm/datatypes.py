@@ -28,6 +28,9 @@ class TransformerInput:
     cu_seqlens: Tensor | None = None
     """(S + 1,) integers on the CPU: document boundaries in the flattened B*T tokens, from 0 to B*T, every row start
     among them. None = one document a row."""
+    images: Tensor | None = None
+    """(n, 3, S, S), the tiles of all images in the order of their slots in the flattened tokens: uint8 levels, or
+    floats as the tower reads them. None = no images."""
 
     def check_tokens(self, vocab_size: int | None = None) -> None:
         """Raise ValueError unless tokens is a (B, T) int64 tensor with at least one token, with ids below `vocab_size`:

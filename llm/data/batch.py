@@ -1,6 +1,6 @@
 """Micro-batches: rows side by side, boundaries of documents and samples beside them.
 
-Shapes: B rows, T tokens of a row.
+Shapes: B rows, T tokens of a row, S pixels a side of a tile.
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def collate(
 ) -> Batch:
     """Rows side by side, each filled up to `seq_len` positions with tokens `fill` without labels, in a segment of their
     own; None stands for a row that is not there. The batch has the targets and values of these names, whichever rows
-    have them.
+    have them. Its images are those of the rows, (n, 3, S, S), in the order of their slots; None where no row has any.
 
     `sequence_len`, a divisor of seq_len, cuts each row into sequences of that many tokens, in order: the tensors are
     then (rows x seq_len / sequence_len, sequence_len). Labels stay: the last token of a sequence still predicts the
@@ -72,14 +72,16 @@ def collate(
                 weights.setdefault(name, np.ones(shape, dtype=np.float32))[b, :n] = of_row.weights
         for name, number in row.values.items():
             numbers[name][b, :n] = number
+    images = [row.images for row in rows if row is not None and row.images is not None]
     short = np.flatnonzero(n_filled < seq_len)
     cu_seqlens = np.unique(np.concatenate([*bounds, short * seq_len + n_filled[short]])).astype(np.int32)
 
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).view(-1, width)
 
+    tiles = torch.from_numpy(np.concatenate(images)) if images else None
     return Batch(
-        TransformerInput(tensor(tokens_BT), cu_seqlens=torch.from_numpy(cu_seqlens)),
+        TransformerInput(tensor(tokens_BT), cu_seqlens=torch.from_numpy(cu_seqlens), images=tiles),
         {name: Targets(tensor(labels[name]), tensor(weights[name]) if name in weights else None) for name in targets},
         None if not len(short) else tensor(np.arange(seq_len) < n_filled[:, None]),
         values={name: tensor(number) for name, number in numbers.items()},

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from llm.data.order import ORDER_VERSION, permute, round_keys
-from llm.data.rows import Row, RowSource
+from llm.data.rows import Row, RowSource, tiles_of
 from llm.errors import UserError
 
 CYCLE = 4096
@@ -89,6 +89,10 @@ class Mixture:
     def read(self, source: int, row: int, epoch: int) -> Row | None:
         """A row by what `locate` says of it; None where the source's number is negative: a row that is not there."""
         return self.sources[source].read(row, epoch) if source >= 0 else None
+
+    def tiles(self, source: int, row: int, epoch: int) -> int:
+        """Tiles of the images in a row, by what `locate` says of it; 0 of a row that is not there."""
+        return tiles_of(self.sources[source], row, epoch) if source >= 0 else 0
 
     def state(self, consumed: int, earlier_rows: int = 0) -> dict:
         """What a checkpoint keeps, the same on every rank and layout. earlier_rows: read of other data before this."""

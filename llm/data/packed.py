@@ -3,7 +3,7 @@
 A sample of n tokens takes n - 1 positions: its last token is only a label. A pair is one item, its two samples side by
 side in one row.
 
-Shapes: T row length, n positions in use.
+Shapes: T row length, n positions in use, S pixels a side of a tile.
 """
 
 from collections.abc import Iterator
@@ -68,6 +68,7 @@ class Packed:
         kept = source.lengths().reshape(-1, self._each)
         self.shortened = self._fitted(kept, max_length)
         self._kept, self.max_length = kept, max_length
+        self._tiles = self._tiles_kept(kept)
         self._items = np.flatnonzero(kept[:, 0])
         if not len(self._items):
             raise UserError(f"{self.given}: none of its samples fits into a row of train.seq_len={seq_len}")
@@ -102,7 +103,7 @@ class Packed:
         return (self._items[:, None] * self._each + np.arange(self._each)).reshape(-1)
 
     def read(self, k: int, epoch: int) -> Row:
-        tokens, labels, weights, starts = [], [], [], []
+        tokens, labels, weights, starts, images = [], [], [], [], []
         values: dict[str, list[NDArray]] = {name: [] for name in self.values}
         at = 0
         for p, item in enumerate(self.items(k, epoch).tolist(), 1):
@@ -116,6 +117,8 @@ class Packed:
                 weights.append(of_label)
                 starts.append(at)
                 at += len(label)
+                if sample.images is not None and (n_tiles := int(self._tiles[item, i])):
+                    images.append(sample.images[:n_tiles])
                 for name, parts in values.items():
                     part = np.full(len(label), (p, -p)[i] if name == PAIR else 0, np.float32)
                     if name in self._numbers and of_label.any():
@@ -128,7 +131,12 @@ class Packed:
             {self.target: RowTargets(np.concatenate(labels), None if plain else weight)},
             np.array(starts, dtype=np.int64),
             {name: np.concatenate(parts) for name, parts in values.items()},
+            np.concatenate(images) if images else None,
         )
+
+    def tiles(self, k: int, epoch: int) -> int:
+        """Tiles of the images in row k, without reading them."""
+        return int(self._tiles[self.items(k, epoch)].sum())
 
     def origin(self, k: int, epoch: int, position: int) -> TokenOrigin:
         at = 0
@@ -190,6 +198,18 @@ class Packed:
                 f"drop or cut"
             )
         return found
+
+    def _tiles_kept(self, kept: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(items, samples an item) tiles of what is kept of each sample; a cut lies between turns, never in an image.
+        """
+        tiles = self.source.tiles().reshape(kept.shape)
+        images = self.source.manifest.images
+        if images is not None:
+            for entry in self.shortened:
+                tokens = self.source.sample(entry.item).tokens[: entry.kept]
+                slots = int(np.count_nonzero(tokens == images.patch_token_id))
+                tiles[entry.item] = slots // images.tokens_per_tile
+        return tiles
 
     def _listed(self, entries: list[Shortened]) -> str:
         parts = []

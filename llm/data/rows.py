@@ -1,11 +1,11 @@
 """What a row of training data is, whatever it was made of, and what a source of rows can do.
 
-Shapes: T positions of a row, n of them in use.
+Shapes: T positions of a row, n of them in use; S pixels a side of a tile.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,8 @@ class Row:
     """Positions at which a document or sample begins, ascending, the first 0; none sees another."""
     values: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     """(n,) each: further numbers of each position, by name."""
+    images: NDArray[np.uint8] | None = None
+    """(tiles, 3, S, S), in the order of their slots among the tokens; None without images."""
 
 
 @dataclass(frozen=True)
@@ -81,3 +83,16 @@ class RowSource(Protocol):
 
     def described(self) -> str:
         """What it is called by its user and holds, in words, as `(chats.jsonl) has 120 samples`."""
+
+
+@runtime_checkable
+class WithImages(Protocol):
+    """What a source of rows can do besides, where rows of it may have images."""
+
+    def tiles(self, k: int, epoch: int) -> int:
+        """Tiles of row k in a pass over the source, without reading them."""
+
+
+def tiles_of(rows: RowSource, k: int, epoch: int) -> int:
+    """Tiles of the images in a row of any source."""
+    return rows.tiles(k, epoch) if isinstance(rows, WithImages) else 0

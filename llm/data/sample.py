@@ -1,6 +1,6 @@
 """A sample: what trains as a whole, as a conversation does, in tokens.
 
-Shapes: n tokens.
+Shapes: n tokens; S pixels a side of a tile.
 """
 
 from dataclasses import dataclass
@@ -19,3 +19,5 @@ class Sample:
     """(n,): factor of each token's loss as a target, from 0, which is none. The first token is never a target."""
     turn_ends: NDArray[np.int64]
     """Numbers of tokens after which it may be cut, ascending: the ends of whole turns; the last is n."""
+    images: NDArray[np.uint8] | None = None
+    """(tiles, 3, S, S): the tiles of its images, in the order of their slots among the tokens; None without images."""

@@ -2,14 +2,16 @@
 weights of the targets beside them. Made once from raw rows, whatever the length of the rows that a run packs them into.
 
 A shard has the columns tokens, weights (in 1,024ths, so that their sums are exact), turn_ends, name (file and row) and
-digest (of the content that the sample was made from). An item is what is packed as one: a sample, or the samples of a
+digest (of the content that the sample was made from); where rows may have images, tiles (bytes of (n, 3, S, S)) and
+tiles_crc32 too, so that a sample is checked without reading the others. An item is what is packed as one: a sample, or the samples of a
 pair, which follow one another.
 
-Shapes: n tokens of a sample.
+Shapes: n tokens of a sample, S pixels a side of a tile.
 """
 
 import hashlib
 import json
+import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -28,13 +30,32 @@ from llm.data.documents import split_key
 from llm.data.found import Found
 from llm.data.rows import Origin
 from llm.data.sample import Sample
-from llm.data.shards import Shard, ShardEntry, check_content, check_size, damaged, lengths, text_digests, write_batch
+from llm.data.shards import Shard, ShardEntry, check_content, check_size, damaged, large_sizes, lengths, text_digests, write_batch
 from llm.data.source import MANIFEST, SHARDS, FolderEntry, TokenizerEntry
 from llm.errors import UserError
 
 PARTS = 1024
 """Weights are kept in this part of 1."""
 SHARD_TOKENS = 1 << 22
+SHARD_TILE_BYTES = 1 << 27
+"""A shard is closed where its tiles have grown to this: so much of them is in memory while they are written."""
+
+
+class ImagesEntry(BaseModel):
+    """What the manifest says of images."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image_size: int
+    """S"""
+    tokens_per_tile: int
+    patch_token_id: int
+    """The token of a slot."""
+    tiles: int = 0
+    dropped: int = 0
+    """Rows that were left out for an image that is missing or broken (data.bad_images=drop)."""
+    dropped_first: tuple[str, ...] = ()
+    """The first of them, and what is wrong with each."""
 
 
 class SampleManifest(BaseModel):
@@ -59,15 +80,20 @@ class SampleManifest(BaseModel):
     """Where the names of the samples start from."""
     found: Found | None = None
     """What the files held and what was left out."""
+    images: ImagesEntry | None = None
+    """None where rows have no images: the fingerprint is then that of a manifest which knows of none."""
 
     def fingerprint(self) -> str:
         """Hex digest of everything but `folders` and `found`: the same samples give the same one, wherever they lay."""
-        return digest_of(self.model_dump(mode="json", exclude={"folders", "found"}))
+        return digest_of(self.model_dump(mode="json", exclude={"folders", "found", *self._absent()}))
 
     def serialized(self) -> bytes:
         """The content of manifest.json: the fields, and a digest of all of them."""
-        fields = self.model_dump(mode="json")
+        fields = self.model_dump(mode="json", exclude=self._absent())
         return (json.dumps({**fields, "digest": digest_of(fields), "fingerprint": self.fingerprint()}) + "\n").encode()
+
+    def _absent(self) -> set[str]:
+        return {"images"} if self.images is None else set()
 
 
 def digest_of(value: object) -> str:
@@ -93,17 +119,21 @@ def write_samples(
     tokenizer: TokenizerEntry,
     output: Path,
     found: Callable[[], Found],
+    images: Callable[[], ImagesEntry] | None = None,
 ) -> bool:
     """Write a new folder of samples, whole or not at all; False, and nothing is left, where there are no items.
 
-    FileExistsError when `output` exists. found: asked for what the files held, when all items have been read.
+    FileExistsError when `output` exists. found: asked for what the files held, when all items have been read; images:
+    asked before, and then again, where samples may have images. ValueError where the slots of a sample are not those of
+    its tiles.
     """
-    totals = _Totals()
+    asked = None if images is None else images()
+    totals = _Totals(asked)
     with suppress(_NoItems), new_directory(output) as folder:
         (folder / SHARDS).mkdir()
         entries: list[ShardEntry] = []
         for shard in _shards(totals.counted(items)):
-            entries.append(_write_shard(folder / SHARDS / f"{len(entries):05d}.arrow", shard, tokenizer.vocab_size))
+            entries.append(_write_shard(folder / SHARDS / f"{len(entries):05d}.arrow", shard, tokenizer.vocab_size, asked))
         if not entries:
             raise _NoItems
         manifest = SampleManifest(
@@ -117,6 +147,7 @@ def write_samples(
             shards=tuple(entries),
             folders=tuple(FolderEntry(path=path, documents=count) for path, count in totals.folders),
             found=found(),
+            images=None if images is None else images().model_copy(update={"tiles": totals.tiles}),
         )
         (folder / MANIFEST).write_bytes(manifest.serialized())
         return True
@@ -128,8 +159,9 @@ class _NoItems(Exception):
 
 
 class _Totals:
-    def __init__(self) -> None:
-        self.trained = self.without_target = 0
+    def __init__(self, images: ImagesEntry | None) -> None:
+        self.images = images
+        self.trained = self.without_target = self.tiles = 0
         self.folders: list[tuple[str, int]] = []
 
     def counted(self, items: Iterable[StoredItem]) -> Iterator[StoredItem]:
@@ -137,26 +169,39 @@ class _Totals:
             trained = sum(int(np.count_nonzero(sample.weights[1:])) for sample in item.samples)
             self.trained += trained
             self.without_target += not trained
+            self.tiles += sum(_tiles(sample, self.images) for sample in item.samples)
             if not self.folders or self.folders[-1][0] != item.folder:
                 self.folders.append((item.folder, 0))
             self.folders[-1] = (item.folder, self.folders[-1][1] + len(item.samples))
             yield item
 
 
+def _tiles(sample: Sample, images: ImagesEntry | None) -> int:
+    """Tiles of a sample. ValueError where its slots are not theirs."""
+    tiles = 0 if sample.images is None else len(sample.images)
+    slots = 0 if images is None else int(np.count_nonzero(sample.tokens == images.patch_token_id))
+    if tiles and images is None:
+        raise ValueError("a sample has images, and nothing is known of them")
+    if images is not None and slots != tiles * images.tokens_per_tile:
+        raise ValueError(f"{slots} slots for {tiles} tiles of {images.tokens_per_tile} each")
+    return tiles
+
+
 def _shards(items: Iterable[StoredItem]) -> Iterator[list[StoredItem]]:
     shard: list[StoredItem] = []
-    size = 0
+    size = tile_bytes = 0
     for item in items:
         shard.append(item)
         size += sum(len(sample.tokens) for sample in item.samples)
-        if size >= SHARD_TOKENS:
+        tile_bytes += sum(0 if sample.images is None else sample.images.nbytes for sample in item.samples)
+        if size >= SHARD_TOKENS or tile_bytes >= SHARD_TILE_BYTES:
             yield shard
-            shard, size = [], 0
+            shard, size, tile_bytes = [], 0, 0
     if shard:
         yield shard
 
 
-def _write_shard(path: Path, items: list[StoredItem], vocab_size: int) -> ShardEntry:
+def _write_shard(path: Path, items: list[StoredItem], vocab_size: int, images: ImagesEntry | None) -> ShardEntry:
     samples = [sample for item in items for sample in item.samples]
     of_sample = [item for item in items for _ in item.samples]
     weights = np.concatenate([_parts(sample.weights) for sample in samples])
@@ -165,16 +210,18 @@ def _write_shard(path: Path, items: list[StoredItem], vocab_size: int) -> ShardE
     tokens_dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
     sizes = [len(sample.tokens) for sample in samples]
     turn_ends = np.concatenate([sample.turn_ends for sample in samples])
-    batch = pa.RecordBatch.from_arrays(
-        [
-            _lists(tokens.astype(tokens_dtype), sizes),
-            _lists(weights.astype(weights_dtype), sizes),
-            _lists(turn_ends.astype(np.int32), [len(sample.turn_ends) for sample in samples]),
-            pa.array([item.key for item in of_sample], pa.large_string()),
-            pa.array([item.digest for item in of_sample], pa.binary(16)),
-        ],
-        names=["tokens", "weights", "turn_ends", "name", "digest"],
-    )
+    columns: dict[str, pa.Array] = {
+        "tokens": _lists(tokens.astype(tokens_dtype), sizes),
+        "weights": _lists(weights.astype(weights_dtype), sizes),
+        "turn_ends": _lists(turn_ends.astype(np.int32), [len(sample.turn_ends) for sample in samples]),
+        "name": pa.array([item.key for item in of_sample], pa.large_string()),
+        "digest": pa.array([item.digest for item in of_sample], pa.binary(16)),
+    }
+    if images is not None:
+        tiles = [b"" if sample.images is None else sample.images.tobytes() for sample in samples]
+        columns["tiles"] = pa.array(tiles, pa.large_binary())
+        columns["tiles_crc32"] = pa.array([zlib.crc32(content) for content in tiles], pa.uint32())
+    batch = pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
     return write_batch(path, batch, len(tokens), text_bytes=0)
 
 
@@ -224,6 +271,14 @@ class SampleSource:
         """Tokens of each sample, (samples,)."""
         return np.concatenate([lengths(self.shard_path(entry), entry) for entry in self.manifest.shards])
 
+    def tiles(self) -> NDArray[np.int64]:
+        """Tiles of each sample, (samples,)."""
+        images = self.manifest.images
+        if images is None:
+            return np.zeros(self.n_samples, dtype=np.int64)
+        sizes = [large_sizes(self.shard_path(entry), entry, "tiles") for entry in self.manifest.shards]
+        return np.concatenate(sizes) // (3 * images.image_size**2)
+
     def sample(self, number: int) -> Sample:
         """Sample `number` of 0..n_samples-1. UserError naming the shard when it is damaged."""
         place, inside = self._place(number)
@@ -233,6 +288,7 @@ class SampleSource:
             tokens=shard.tokens[start:stop].astype(np.int64),
             weights=shard.weights[start:stop].astype(np.float32) / np.float32(PARTS),
             turn_ends=shard.turn_ends[shard.first_turn[inside] : shard.first_turn[inside + 1]].astype(np.int64),
+            images=None if shard.tiles is None else shard.tiles.of(inside),
         )
 
     def origin(self, number: int) -> Origin:
@@ -271,6 +327,7 @@ class SampleSource:
         mapped = _Mapped(
             shard, shard.tokens, shard.starts, weights.values.to_numpy(), turns.values.to_numpy(),
             turns.offsets.to_numpy(),
+            None if self.manifest.images is None else _Tiles(shard, self.manifest.images.image_size),
         )  # fmt: skip
         self._mapped[place] = mapped
         return mapped
@@ -286,6 +343,26 @@ class _Mapped:
     weights: NDArray
     turn_ends: NDArray[np.int32]
     first_turn: NDArray[np.int64]
+    tiles: "_Tiles | None"
+
+
+class _Tiles:
+    """The tiles of a shard's samples: mapped, so that those of other samples stay on disk."""
+
+    def __init__(self, shard: Shard, side: int) -> None:
+        self._path, self._side = shard.path, side
+        self._offsets, self._content = shard.large_column("tiles")
+        self._crc32: NDArray[np.uint32] = shard.column("tiles_crc32").to_numpy()
+        self._is_checked = np.zeros(len(self._crc32), dtype=bool)
+
+    def of(self, sample: int) -> NDArray[np.uint8] | None:
+        """(n, 3, S, S), None without images. UserError naming the shard where they are damaged."""
+        content = self._content[self._offsets[sample] : self._offsets[sample + 1]]
+        if not self._is_checked[sample]:
+            if zlib.crc32(content.data) != self._crc32[sample] or len(content) % (3 * self._side**2):
+                raise damaged(self._path, f"the tiles of sample {sample} differ from their crc32")
+            self._is_checked[sample] = True
+        return content.reshape(-1, 3, self._side, self._side) if len(content) else None
 
 
 def _read_manifest(path: Path) -> SampleManifest:

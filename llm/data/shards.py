@@ -117,6 +117,11 @@ class Shard:
         """A column. UserError naming the shard when it is damaged."""
         return _checked_column(self.path, self._entry, name)
 
+    def large_column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """A column of bytes (offsets (n_documents + 1,) int64, content (bytes,) uint8), mapped and unread: whoever
+        reads a part of it checks that part. UserError naming the shard when the offsets cannot be true."""
+        return _large_column(self.path, self._entry, name)
+
 
 def text_digests(path: Path, entry: ShardEntry) -> np.ndarray:
     """Digests of the texts of a shard, (n_documents, 16) uint8, without looking at its tokens. UserError naming the
@@ -136,6 +141,25 @@ def lengths(path: Path, entry: ShardEntry) -> np.ndarray:
     if len(found) != entry.documents or int(found.min(initial=0)) < 0 or int(found.sum()) != entry.tokens:
         raise damaged(path, "its number of documents or tokens differs from the manifest's")
     return found
+
+
+def large_sizes(path: Path, entry: ShardEntry, name: str) -> np.ndarray:
+    """Bytes of each document in a column of bytes, (n_documents,) int64, without looking at them. UserError naming the
+    shard when they cannot be true."""
+    return np.diff(_large_column(path, entry, name)[0])
+
+
+def _large_column(path: Path, entry: ShardEntry, name: str) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        column = _read_batch(path).column(name)
+        offsets = np.frombuffer(column.buffers()[1], np.int64, len(column) + 1)
+        content = np.frombuffer(column.buffers()[2] or b"", np.uint8)
+    except (pa.ArrowException, KeyError, ValueError) as error:
+        raise damaged(path, str(error)) from None
+    rising = len(offsets) == entry.documents + 1 and offsets[0] == 0 and bool((np.diff(offsets) >= 0).all())
+    if not rising or int(offsets[-1]) > len(content):
+        raise damaged(path, f"where the {name} of its documents begin cannot be true")
+    return offsets, content
 
 
 def text_sizes(path: Path, entry: ShardEntry) -> np.ndarray:
@@ -195,7 +219,7 @@ def column_crc32(column: pa.Array) -> int:
     parts: list[np.ndarray]
     if pa.types.is_large_list(column.type):
         parts = [column.offsets.to_numpy(), column.values.to_numpy()]
-    elif pa.types.is_large_string(column.type):
+    elif pa.types.is_large_string(column.type) or pa.types.is_large_binary(column.type):
         offsets = np.frombuffer(column.buffers()[1], dtype=np.int64, count=len(column) + 1)
         parts = [offsets, np.frombuffer(column.buffers()[2] or b"", dtype=np.uint8, count=int(offsets[-1]))]
     elif pa.types.is_fixed_size_binary(column.type):
