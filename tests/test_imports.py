@@ -14,8 +14,9 @@ ROOMS = (
     "args", "init", "kernels", "datatypes", "layers", "parameters", "flops", "recompute", "batch", "cache",
     "conveniences", "model", "compile", "generation.sampling", "generate", "objectives", "surgery",
     # files, and many ranks
-    "adapters.int8", "tokenizers", "tokenizer", "data.json_rows", "data.sample", "data.conversation",
-    "tokenizers.chat", "data", "parallel", "plan", "checkpoint", "foreign", "adapters", "pretrained",
+    "adapters.int8", "tokenizers", "tokenizer", "data.json_rows", "data.sample", "data.image_source",
+    "data.conversation", "tokenizers.chat", "data", "parallel", "plan", "checkpoint", "foreign", "adapters",
+    "pretrained",
     # what users ask for
     "generation", "tasks", "extensions", "cli", "train", "jobs",
 )  # fmt: skip

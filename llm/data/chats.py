@@ -7,7 +7,7 @@ prompt and the first of the completion are one token, that token too.
 
 import json
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from llm.data.conversation import (
     read_conversation,
     read_preference,
 )
+from llm.data.images import ImageReader, digests, filled
 from llm.data.kinds import Asked, register
 from llm.data.sample import Sample
 from llm.data.sample_kind import Content, SampleKind, first_row
@@ -35,7 +36,9 @@ from llm.tokenizers.chat.template import completion_sample
 
 
 class Chats(SampleKind):
-    """What the three have in common."""
+    """What the three have in common. has_images: whether a row may have any."""
+
+    has_images = False
 
     def encoder(self, files: SourceFiles, asked: Asked) -> "ChatEncoder":
         """A template is opened where the first row is no plain text; all rows are of one form."""
@@ -54,6 +57,7 @@ class Chats(SampleKind):
 
 class Chat(Chats):
     name = "chat"
+    has_images = True
 
     def parts(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[Trained, ...]:
         return (read_conversation(row, columns),)
@@ -100,14 +104,42 @@ def template_of(asked: Asked) -> ChatTemplate:
 class ChatEncoder:
     """Reads rows by a kind; template: None where they are plain texts."""
 
-    def __init__(self, kind: Chats, files: SourceFiles, asked: Asked, template: ChatTemplate | None) -> None:
-        self.kind, self.columns, self.asked, self.template = kind, files.spec.columns, asked, template
-        self.fingerprint: object = [asked.chat.train_on, None if template is None else template.fingerprint]
+    def __init__(
+        self,
+        kind: Chats,
+        files: SourceFiles,
+        asked: Asked,
+        template: ChatTemplate | None,
+        images: ImageReader | None = None,
+    ) -> None:
+        self.kind, self.files, self.asked, self.template, self.images = kind, files, asked, template, images
+        if images is None and asked.vision is not None and kind.has_images:
+            self.images = ImageReader(asked.vision, asked.tokenizer, asked.images)
+        made_with = [asked.chat.train_on, None if template is None else template.fingerprint]
+        self.fingerprint: object = made_with if self.images is None else [*made_with, self.images.fingerprint]
+
+    def beside(self, folder: Path) -> "ChatEncoder":
+        """The same for rows of a file in this folder."""
+        if self.images is None:
+            return self
+        return ChatEncoder(self.kind, self.files, self.asked, self.template, self.images.beside(folder))
 
     def read(self, row: Mapping[str, Any]) -> Content:
-        parts = self.kind.parts(row, self.columns)
-        known_by = json.dumps([asdict(part) for part in parts], sort_keys=True)
-        return Content(known_by.encode(), lambda: tuple(self._sample(part) for part in parts))
+        parts = self.kind.parts(row, self.files.spec.columns)
+        sources = [source for part in parts if isinstance(part, Conversation) for source in part.images]
+        if sources and self.images is None:
+            raise UserError("has images, which a model without vision cannot read (model.vision)")
+        contents = [] if self.images is None else self.images.contents(sources)
+        known_by = json.dumps([_known(part, contents) for part in parts], sort_keys=True)
+
+        def samples() -> tuple[Sample, ...]:
+            found = tuple(self._sample(part) for part in parts)
+            if self.images is None:
+                return found
+            (sample,) = found  # of one conversation, as only the kind chat has images
+            return (filled(sample, self.images.cut(contents, sources), self.images.marks.image),)
+
+        return Content(known_by.encode(), samples)
 
     def _sample(self, part: Trained) -> Sample:
         train_on = self.asked.chat.train_on
@@ -116,6 +148,14 @@ class ChatEncoder:
         if self.template is None:
             raise UserError("has messages, where the first row of its source has a prompt that is plain text")
         return self.template.sample(part, train_on)
+
+
+def _known(part: Trained, contents: Sequence[bytes]) -> dict[str, Any]:
+    """What a part says, its images by their digests."""
+    fields = asdict(part)
+    if fields.pop("images", ()):
+        fields["images"] = digests(contents)
+    return fields
 
 
 def plain_sample(tokenizer: Tokenizer, part: Completion, whole: bool) -> Sample:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from llm.data.image_source import ImageSource, source_of
 from llm.data.json_rows import called
 from llm.errors import UserError
 
@@ -23,6 +24,14 @@ SHAREGPT_ROLES = {
 }  # fmt: skip
 CALL = "function_call"
 """ShareGPT's role of the turn in which the assistant calls a tool: its value is the call in JSON."""
+PLACEHOLDER = "<image>"
+"""Where an image stands in what is said, in rows that have a column of images."""
+IMAGE_PARTS = ("image", "image_url")
+"""Types of parts that are images."""
+IMAGE_FROM = ("image", "image_url", "path", "url", "bytes", "value")
+"""Keys of such a part under which the image, or its path, stands; a part without takes the next of the column."""
+SOURCE = "source"
+"""Where a part keeps the image while a row is read."""
 THINKING = ("reasoning_content", "thinking", "reasoning")
 """Keys of a message under which its reasoning stands; templates read the first."""
 
@@ -32,11 +41,14 @@ class Conversation:
     """Messages as chat templates take them, and what is said about training on them."""
 
     messages: tuple[Message, ...]
-    """Each with `role` and, unless it only calls tools, `content`, a text."""
+    """Each with `role` and, unless it only calls tools, `content`: a text, or with images a list of parts {type: text,
+    text} and {type: image}."""
     weights: tuple[float | None, ...]
     """Of each message: the factor of its targets' loss; None where the row says nothing, which is 1."""
     tools: tuple[dict[str, Any], ...] = ()
     """Schemas of the functions that the assistant may call."""
+    images: tuple[ImageSource, ...] = ()
+    """Where the images are, in the order of their parts."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +99,12 @@ class _Fields:
 
 
 def read_conversation(row: Mapping[str, Any], columns: Mapping[str, str] | None = None) -> Conversation:
-    """The conversation of a row of kind chat. columns: our names of columns to the file's."""
+    """The conversation of a row of kind chat. columns: our names of columns to the file's.
+
+    Images are parts of a content in parts, or stand in the column images (or image) and where `<image>` is said. In a
+    row that has neither, `<image>` is text like any other; so it is in a row whose contents have parts of images.
+    """
     fields = _Fields(row, columns or {})
-    _refuse_images(fields)
     if fields.has("messages"):
         messages, where = fields.get("messages"), fields.name("messages")
     elif fields.has("conversations"):
@@ -101,30 +116,31 @@ def read_conversation(row: Mapping[str, Any], columns: Mapping[str, str] | None 
     found = _alpaca(fields) if messages is None else _messages(messages, where)
     if fields.has("system") and fields.text("system") and found.messages[0]["role"] != "system":
         found = _joined(_said("system", fields.text("system")), found)
-    return replace(found, tools=_tools(fields))
+    return _with_images(replace(found, tools=_tools(fields)), fields)
 
 
 def read_completion(row: Mapping[str, Any], columns: Mapping[str, str] | None = None) -> Trained:
     """The prompt and completion of a row: two texts, or messages of which those of the completion train."""
     fields = _Fields(row, columns or {})
-    _refuse_images(fields)
+    _refuse_images(fields, "completion")
     if not fields.has("prompt") or not fields.has("completion"):
         raise fields.refuse("prompt and completion")
-    return _with_tools(_answered(fields, "prompt", "completion"), fields)
+    return _without_images(_with_tools(_answered(fields, "prompt", "completion"), fields), "completion")
 
 
 def read_preference(row: Mapping[str, Any], columns: Mapping[str, str] | None = None) -> Preference:
     """The two answers of a row of kind preference. Without a prompt, chosen and rejected are whole conversations, and
     what they begin with alike is the prompt."""
     fields = _Fields(row, columns or {})
-    _refuse_images(fields)
+    _refuse_images(fields, "preference")
     if not fields.has("chosen") or not fields.has("rejected"):
         raise fields.refuse("chosen and rejected")
     if fields.has("prompt"):
         chosen, rejected = (_answered(fields, "prompt", name) for name in ("chosen", "rejected"))
     else:
         chosen, rejected = _without_prompt(fields)
-    return Preference(_with_tools(chosen, fields), _with_tools(rejected, fields))
+    chosen, rejected = (_without_images(_with_tools(found, fields), "preference") for found in (chosen, rejected))
+    return Preference(chosen, rejected)
 
 
 def _answered(fields: _Fields, prompt: str, answer: str) -> Trained:
@@ -235,8 +251,10 @@ def _message(item: Mapping[str, Any], name: str) -> Message:
 
 
 def _from_parts(parts: list[Any], name: str) -> Message:
-    """Content in parts: the texts follow one another; what was thought and which tools are called stand beside."""
-    texts: list[str] = []
+    """Content in parts: the texts follow one another, as one text unless images stand between them; what was thought
+    and which tools are called stand beside.
+    """
+    said: list[dict[str, Any]] = []
     thoughts: list[str] = []
     calls: list[dict[str, Any]] = []
     for number, part in enumerate(parts, 1):
@@ -245,18 +263,26 @@ def _from_parts(parts: list[Any], name: str) -> Message:
             raise UserError(f"{what} is {called(part)}, where an object with type and text must be")
         kind = part.get("type")
         given = next((part[key] for key in (str(kind), "text", "value") if part.get(key) is not None), None)
-        if kind in ("image", "image_url", "video", "audio"):
-            raise UserError(f"{what} is of type {kind}, which a model without vision cannot read")
-        if kind not in ("text", "thinking", "reasoning", "tool_call"):
-            raise UserError(f"{what}: unknown type {kind!r}; known are text, thinking, reasoning, tool_call")
-        if kind == "tool_call":
+        if kind in ("video", "audio"):
+            raise UserError(f"{what} is of type {kind}, which no model here can read")
+        if kind not in ("text", "thinking", "reasoning", "tool_call", *IMAGE_PARTS):
+            raise UserError(f"{what}: unknown type {kind!r}; known are text, image, thinking, reasoning, tool_call")
+        if kind in IMAGE_PARTS:
+            place = next((part[key] for key in IMAGE_FROM if part.get(key) is not None), None)
+            said.append({"type": "image", SOURCE: None if place is None else source_of(place, what)})
+        elif kind == "tool_call":
             calls += _calls(given, what)
         elif not isinstance(given, str):
             raise UserError(f"{what} has no text")
+        elif kind == "text" and said and said[-1]["type"] == "text":
+            said[-1] = _text_part(said[-1]["text"] + given)
+        elif kind == "text":
+            said.append(_text_part(given))
         else:
-            (texts if kind == "text" else thoughts).append(given)
+            thoughts.append(given)
+    has_images = any(part["type"] == "image" for part in said)
     return {
-        "content": "".join(texts),
+        "content": said if has_images else "".join(part["text"] for part in said),
         **({"reasoning_content": "".join(thoughts)} if thoughts else {}),
         **({"tool_calls": calls} if calls else {}),
     }
@@ -299,11 +325,75 @@ def _tools(fields: _Fields) -> tuple[dict[str, Any], ...]:
     return tuple(plain(tool) for tool in tools)
 
 
-def _refuse_images(fields: _Fields) -> None:
-    """A row with images is refused; in one without, <image> is text like any other."""
-    images = fields.get("images")
-    if images is not None and not (isinstance(images, list) and not images):
-        raise UserError(f"has images (column {fields.name('images')}), which a model without vision cannot read")
+def _text_part(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def _column_images(fields: _Fields) -> list[ImageSource]:
+    """The images of a row that stand in a column of their own."""
+    for field in ("images", "image"):
+        given = fields.get(field)
+        if given is None or given in ("", []):
+            continue
+        if field == "image" and not isinstance(given, list):
+            return [source_of(given, f"its {fields.name(field)}")]
+        if isinstance(given, str) and not given.lstrip().startswith("["):  # of a file without lists
+            return [source_of(given, f"its {fields.name(field)}")]
+        entries = _listed(given, fields.name(field))
+        return [source_of(entry, f"entry {i} of its {fields.name(field)}") for i, entry in enumerate(entries, 1)]
+    return []
+
+
+def _with_images(found: Conversation, fields: _Fields) -> Conversation:
+    """The conversation with its images in their places. UserError where there are more or fewer places than images."""
+    given = _column_images(fields)
+    messages = found.messages
+    if given and not any(_image_parts(message) for message in messages):
+        messages = tuple(_at_placeholders(message) for message in messages)
+    places = [part for message in messages for part in _image_parts(message)]
+    bare = sum(part.get(SOURCE) is None for part in places)
+    if bare != len(given):
+        what = "part of an image that names none" if any(SOURCE in part for part in places) else PLACEHOLDER
+        raise UserError(f"has {len(given)} image{'' if len(given) == 1 else 's'} in its columns, and {bare} x {what}")
+    from_column = iter(given)
+    images = tuple(next(from_column) if part.get(SOURCE) is None else part[SOURCE] for part in places)
+    return replace(found, messages=tuple(map(_without_sources, messages)), images=images)
+
+
+def _image_parts(message: Message) -> list[dict[str, Any]]:
+    content = message.get("content")
+    return [part for part in content if part["type"] == "image"] if isinstance(content, list) else []
+
+
+def _at_placeholders(message: Message) -> Message:
+    """The message with parts of images where its text has placeholders."""
+    content = message.get("content")
+    if not isinstance(content, str) or PLACEHOLDER not in content:
+        return message
+    parts: list[dict[str, Any]] = []
+    for number, text in enumerate(content.split(PLACEHOLDER)):
+        parts += [{"type": "image"}] if number else []
+        parts += [_text_part(text)] if text else []
+    return {**message, "content": parts}
+
+
+def _without_sources(message: Message) -> Message:
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    return {**message, "content": [{key: part[key] for key in part if key != SOURCE} for part in content]}
+
+
+def _refuse_images(fields: _Fields, kind: str) -> None:
+    """UserError for a row with a column of images; in one without, <image> is text like any other."""
+    if _column_images(fields):
+        raise UserError(f"has images, which rows of kind {kind} cannot; those of kind chat and image_text can")
+
+
+def _without_images(found: Trained, kind: str) -> Trained:
+    if isinstance(found, Conversation) and any(_image_parts(message) for message in found.messages):
+        raise UserError(f"has images, which rows of kind {kind} cannot; those of kind chat and image_text can")
+    return found
 
 
 def plain(value: Any) -> Any:

@@ -10,16 +10,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from llm.data.images import ImageOptions
 from llm.data.rows import RowSource
 from llm.data.sources import SourceFiles, SourceSpec
 from llm.data.split import Split
 from llm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llm.args.vision import VisionArgs
 
 PackingName = Literal["best_fit", "concat", "none"]
 
@@ -59,6 +63,10 @@ class Asked:
     tokenizer_path: str | None = None
     """Where the tokenizer came from, with its template."""
     threads: int = 1
+    vision: "VisionArgs | None" = None
+    """How the run's model reads images; None: it cannot."""
+    images: ImageOptions = ImageOptions()
+    """Which of them are read."""
 
 
 @dataclass(frozen=True)

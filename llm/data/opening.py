@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import llm.data.captions
 import llm.data.chats
 import llm.data.text  # noqa: F401  (they register their kinds)
 from llm.data.documents import option

@@ -5,19 +5,20 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from llm.atomic import write_file
 from llm.data.build import progress
 from llm.data.documents import option
 from llm.data.formats import shown
 from llm.data.found import Inventory, count, found_lines, listed
+from llm.data.images import BrokenImage, ImageReader
 from llm.data.json_rows import called
 from llm.data.kinds import Asked, Kind, Opened, PackingName, cached
 from llm.data.listing import InputFile, Listing
 from llm.data.packed import Packed
 from llm.data.sample import Sample
-from llm.data.samples import SampleSource, StoredItem, write_samples
+from llm.data.samples import ImagesEntry, SampleSource, StoredItem, write_samples
 from llm.data.source import MANIFEST, TokenizerEntry
 from llm.data.sources import SourceFiles
 from llm.data.split import Split, text_digest
@@ -29,6 +30,10 @@ from llm.tokenizer import Tokenizer
 SAMPLES_VERSION = 1  # raise it when the same rows, template and tokenizer would give other samples
 VERIFY_TOKENS = 1 << 26
 """Samples of up to so many tokens are verified whole before the run begins; others shard by shard."""
+VERIFY_BYTES = 1 << 30
+"""The same for what their files take, where images do."""
+DROPPED_FIRST = 5
+"""Rows left out for their images that a message lists."""
 
 
 class Content(NamedTuple):
@@ -47,6 +52,17 @@ class Encoder(Protocol):
 
     def read(self, row: Mapping[str, Any]) -> Content:
         """What a row says. UserError, without file and row, saying what is wrong with it."""
+
+
+@runtime_checkable
+class ImageEncoder(Encoder, Protocol):
+    """Makes samples of rows that may have images."""
+
+    images: ImageReader | None
+    """None where there are none after all."""
+
+    def beside(self, folder: Path) -> "Encoder":
+        """The same for rows of a file in this folder."""
 
 
 class SampleKind(Kind):
@@ -95,15 +111,16 @@ class SampleKind(Kind):
         inventory = Inventory()
         listing = _listing(files)
         with suppress(FileExistsError), progress(f"encoding {target.name}", listing.bytes) as move:
-            stored = _Reader(files, encoder, asked.split, inventory).items(move)
+            reader = _Reader(files, encoder, asked, inventory)
             made_with = _entry(asked.tokenizer)
             what = (self.name, self.samples_per_item, made_with, target)
-            if not write_samples(stored, *what, found=lambda: inventory.found([listing])):
+            images = None if reader.images is None else reader.images_entry
+            if not write_samples(reader.items(move), *what, found=lambda: inventory.found([listing]), images=images):
                 raise files.nothing(asked.split, "row")
 
     def look(self, files: SourceFiles, asked: Asked) -> None:
         refuse_unwritable(asked.cache_dir, f"data.cache_dir={asked.cache_dir}")
-        reader = _Reader(files, self.encoder(files, asked), asked.split, Inventory())
+        reader = _Reader(files, self.encoder(files, asked), asked, Inventory())
         if next(reader.items(lambda done: None), None) is None:
             raise files.nothing(asked.split, "row")
 
@@ -124,7 +141,7 @@ class SampleKind(Kind):
             given=files.given,
             notes=tuple(notes),
             digests=source.digests,
-            verify=source.verify if source.manifest.tokens <= VERIFY_TOKENS else None,
+            verify=source.verify if _is_soon_verified(source) else None,
         )
 
     def _rows(self, files: SourceFiles, asked: Asked, source: SampleSource) -> Packed:
@@ -160,8 +177,18 @@ class SampleKind(Kind):
 class _Reader:
     """The items of a source, in the order of its files."""
 
-    def __init__(self, files: SourceFiles, encoder: Encoder, split: Split | None, inventory: Inventory) -> None:
-        self.listing, self.encoder, self.split, self.inventory = _listing(files), encoder, split, inventory
+    def __init__(self, files: SourceFiles, encoder: Encoder, asked: Asked, inventory: Inventory) -> None:
+        self.listing, self.encoder, self.split, self.inventory = _listing(files), encoder, asked.split, inventory
+        self.images = encoder.images if isinstance(encoder, ImageEncoder) else None
+        self.drops = asked.images.bad == "drop"
+        self.dropped: list[str] = []
+        """Each row left out for its images, and what is wrong with it."""
+
+    def images_entry(self) -> ImagesEntry:
+        """What is known of the images so far."""
+        assert self.images is not None
+        first = tuple(self.dropped[:DROPPED_FIRST])
+        return self.images.entry().model_copy(update={"dropped": len(self.dropped), "dropped_first": first})
 
     def items(self, move: Callable[[int], None]) -> Iterator[StoredItem]:
         """All items on this side of the split; `move` gets the bytes of all files read so far. UserError naming file
@@ -172,8 +199,9 @@ class _Reader:
             self.inventory.begin_file(file)
             where = f"{self.listing.key}={shown(file.path)}"
             items = trained = 0
+            encoder = self.encoder.beside(file.path.parent) if isinstance(self.encoder, ImageEncoder) else self.encoder
             for row in raw_rows(file, where):
-                item = self._item(file, row, f"{where}, {row.place}")
+                item = self._item(encoder, file, row, f"{where}, {row.place}")
                 move(before + row.consumed)
                 if item is not None:
                     self.inventory.add(is_empty=False)
@@ -184,11 +212,11 @@ class _Reader:
                 raise UserError(f"{where}: no token to train on in its {count(items, 'row')}")
             before += file.status.st_size
 
-    def _item(self, file: InputFile, row: RawRow, where: str) -> StoredItem | None:
+    def _item(self, encoder: Encoder, file: InputFile, row: RawRow, where: str) -> StoredItem | None:
         if not isinstance(row.value, Mapping):
             raise UserError(f"{where}: is {called(row.value)}, where an object with columns must be")
         try:
-            content = self.encoder.read(row.value)
+            content = encoder.read(row.value)
             digest = text_digest(content.known_by)
             if self.split is not None and not self.split.keeps(digest):
                 return None
@@ -197,9 +225,20 @@ class _Reader:
                 raise UserError("has no tokens")
         except UnicodeEncodeError:
             raise UserError(f"{where}: a text of it has a lone surrogate, which is no character") from None
+        except BrokenImage as error:
+            if not self.drops:
+                hint = "data.bad_images=drop leaves such rows out"
+                raise UserError(f"{where}: {error}; {hint}") from None
+            self.dropped.append(f"{where}: {error}")
+            return None
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         return StoredItem(samples, f"{file.name}:{row.number}", str(file.folder.absolute()), digest)
+
+
+def _is_soon_verified(source: SampleSource) -> bool:
+    manifest = source.manifest
+    return manifest.tokens <= VERIFY_TOKENS and sum(entry.file_bytes for entry in manifest.shards) <= VERIFY_BYTES
 
 
 def _list_of(rows: Packed) -> Path:
@@ -243,6 +282,15 @@ def _notes(files: SourceFiles, source: SampleSource, split: Split | None) -> Ite
         found = now if manifest.found is None else manifest.found.model_copy(update=update)
         yield from found_lines(files.given, found, source.n_items, option(files.key, "separator"), noun="row")
         yield from files.warnings()
+    if manifest.images is not None:
+        images = manifest.images
+        yield f"{files.given}: images cut into {count(images.tiles, 'tile')} of {images.tokens_per_tile} tokens each"
+        if images.dropped:
+            more = "; ..." if images.dropped > len(images.dropped_first) else ""
+            yield (
+                f"{files.given}: {count(images.dropped, 'row')} left out for an image that is missing or broken "
+                f"(data.bad_images=drop): {'; '.join(images.dropped_first)}{more}"
+            )
     none = f"; {count(manifest.without_target, 'row')} without any" if manifest.without_target else ""
     yield (
         f"{files.given}: {manifest.trained:,} of {count(manifest.tokens, 'token')} are trained on "

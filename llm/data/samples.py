@@ -3,8 +3,8 @@ weights of the targets beside them. Made once from raw rows, whatever the length
 
 A shard has the columns tokens, weights (in 1,024ths, so that their sums are exact), turn_ends, name (file and row) and
 digest (of the content that the sample was made from); where rows may have images, tiles (bytes of (n, 3, S, S)) and
-tiles_crc32 too, so that a sample is checked without reading the others. An item is what is packed as one: a sample, or the samples of a
-pair, which follow one another.
+tiles_crc32 too, so that a sample is checked without reading the others. An item is what is packed as one: a sample, or
+the samples of a pair, which follow one another.
 
 Shapes: n tokens of a sample, S pixels a side of a tile.
 """
@@ -30,7 +30,17 @@ from llm.data.documents import split_key
 from llm.data.found import Found
 from llm.data.rows import Origin
 from llm.data.sample import Sample
-from llm.data.shards import Shard, ShardEntry, check_content, check_size, damaged, large_sizes, lengths, text_digests, write_batch
+from llm.data.shards import (
+    Shard,
+    ShardEntry,
+    check_content,
+    check_size,
+    damaged,
+    large_sizes,
+    lengths,
+    text_digests,
+    write_batch,
+)
 from llm.data.source import MANIFEST, SHARDS, FolderEntry, TokenizerEntry
 from llm.errors import UserError
 
@@ -84,16 +94,16 @@ class SampleManifest(BaseModel):
     """None where rows have no images: the fingerprint is then that of a manifest which knows of none."""
 
     def fingerprint(self) -> str:
-        """Hex digest of everything but `folders` and `found`: the same samples give the same one, wherever they lay."""
-        return digest_of(self.model_dump(mode="json", exclude={"folders", "found", *self._absent()}))
+        """Hex digest of everything but `folders`, `found` and which rows were dropped: the same samples give the same
+        one, wherever they lay.
+        """
+        images = True if self.images is None else {"dropped", "dropped_first"}
+        return digest_of(self.model_dump(mode="json", exclude={"folders": True, "found": True, "images": images}))
 
     def serialized(self) -> bytes:
         """The content of manifest.json: the fields, and a digest of all of them."""
-        fields = self.model_dump(mode="json", exclude=self._absent())
+        fields = self.model_dump(mode="json", exclude={"images"} if self.images is None else None)
         return (json.dumps({**fields, "digest": digest_of(fields), "fingerprint": self.fingerprint()}) + "\n").encode()
-
-    def _absent(self) -> set[str]:
-        return {"images"} if self.images is None else set()
 
 
 def digest_of(value: object) -> str:
@@ -133,7 +143,8 @@ def write_samples(
         (folder / SHARDS).mkdir()
         entries: list[ShardEntry] = []
         for shard in _shards(totals.counted(items)):
-            entries.append(_write_shard(folder / SHARDS / f"{len(entries):05d}.arrow", shard, tokenizer.vocab_size, asked))
+            path = folder / SHARDS / f"{len(entries):05d}.arrow"
+            entries.append(_write_shard(path, shard, tokenizer.vocab_size, asked))
         if not entries:
             raise _NoItems
         manifest = SampleManifest(

@@ -34,6 +34,8 @@ class Chat:
         if row.column == "prompt":
             return self.ids([{"role": "user", "content": row.text}])
         found = read_conversation(row.columns)
+        if found.images:
+            raise UserError("has images, which a model without vision cannot read")
         return self.ids(found.messages, found.tools)
 
     def made_of(self) -> dict[str, str]:

@@ -91,12 +91,16 @@ def asked_for(folder: Path, seq_len: int = 64, **more: Any) -> Asked:
 
 
 def opened(
-    path: str, asked: Asked, kind: str = "byte_samples", valid: str | float | None = None
+    path: str,
+    asked: Asked,
+    kind: str = "byte_samples",
+    valid: str | float | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> dict[str, Opened]:
     """The source of a path by role, prepared and opened."""
     found = {}
     held = [SourceSpec(path=valid, kind=kind)] if isinstance(valid, str) else valid
-    for role, side in sides([SourceSpec(path=path, kind=kind)], held).items():
+    for role, side in sides([SourceSpec(path=path, kind=kind, columns=dict(columns or {}))], held).items():
         of_side = Asked(**{**vars(asked), "split": side.split, "held_out": role == "data.valid"})
         check_rows(side, of_side.cache_dir)
         prepare_rows(side, of_side)

@@ -31,6 +31,8 @@ VERSION = 1  # raise it when the same template, tokenizer and conversation would
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 MORE_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|END_OF_TURN_TOKEN|>", "<|return|>", "<|call|>")
 """Marks that end a turn, beside ENDS_A_TURN and those that end a generation."""
+IMAGE = "<|image|>"
+"""The control token that an image is in a rendered text; what somebody typed stays text."""
 OPENS, CLOSES, BEGINS, ENDS = range(4)
 """Which mark stands for what: around a typed control token; around a generation block."""
 PROBES: tuple[tuple[Message, ...], ...] = tuple(
@@ -79,7 +81,9 @@ class ChatTemplate:
         self.end_ids = self._probed()
 
     def sample(self, found: Trained, train_on: TrainOn = "assistant") -> Sample:
-        """The sample of a conversation, or of a completion, which has no template. UserError saying what is wrong."""
+        """The sample of a conversation, or of a completion, which has no template: one token, IMAGE, for each image.
+        UserError saying what is wrong.
+        """
         if isinstance(found, Completion):
             return completion_sample(found, self.encoder)
         rendered = self._rendered(found)
@@ -100,7 +104,7 @@ class ChatTemplate:
         return Sample(ids, weights, np.array(sorted({*cuts, len(ids)} - {0}), dtype=np.int64))
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        """Ids of a conversation up to where the assistant's next turn begins."""
+        """Ids of a conversation up to where the assistant's next turn begins: one, IMAGE, for each image."""
         text, typed = self._prompt(messages, tools)
         ids: list[int] = self.encoder.encode(text, typed).tolist()
         return ids or [self.tokenizer.bos_id]
@@ -110,6 +114,7 @@ class ChatTemplate:
     ) -> tuple[str, list[Span]]:
         marks = unused([self.source, *strings(messages), *strings(tools)], 2)
         asked, schemas = self._wrapped((list(messages), list(tools)), marks)
+        asked = [in_one_text(message) for message in asked]
         return self._without_marks(self._renderer.render(asked, schemas, generation), marks)[:2]
 
     def _wrapped(self, value: Any, marks: Sequence[str]) -> Any:
@@ -136,6 +141,7 @@ class ChatTemplate:
         n = len(found.messages)
         marks = unused([self.source, *strings(found.messages), *strings(found.tools)], 4 + n)
         messages, tools = self._wrapped((list(found.messages), list(found.tools)), marks)
+        messages = [in_one_text(message) for message in messages]
         around = (marks[BEGINS], marks[ENDS]) if self._has_blocks else ("", "")
         text, typed, blocks = self._without_marks(self._renderer.render(messages, tools, False, around), marks)
         checked(text)
@@ -192,7 +198,7 @@ class ChatTemplate:
 
     def _start(self, number: int, found: Conversation, text: str, place: int | None) -> int | None:
         """Where an answer begins: where the prompt for it ends, or else where its content begins."""
-        message = found.messages[number]
+        message = in_one_text(found.messages[number])
         blanks = ""
         if place is not None:
             content = message["content"]
@@ -291,6 +297,14 @@ def names_of_marks(tokenizer: Tokenizer) -> dict[str, str]:
         return dict(inner.marks)
     name_of = {number: name for name, number in tokenizer.control_tokens.items()}
     return {key: name_of[i] for key, i in (("bos_token", inner.bos_id), ("eos_token", inner.eos_id)) if i in name_of}
+
+
+def in_one_text(message: Message) -> Message:
+    """The message as templates take it: a content in parts as one text, with IMAGE where images stand."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    return {**message, "content": "".join(IMAGE if part["type"] == "image" else part["text"] for part in content)}
 
 
 def _marked(message: Message, mark: str) -> Message:
