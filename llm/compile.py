@@ -14,11 +14,12 @@ import torch
 
 from llm.errors import UserError
 from llm.kernels.graph_breaks import keep_graph_breaks
+from llm.layers.block import Block
 from llm.model import LLM
 
 
 def compile_blocks(model: LLM, backend: str = "inductor") -> None:
-    """Compile the model's blocks, at their first use; modules and names of parameters stay.
+    """Compile the model's blocks, the vision tower's too, at their first use; modules and names of parameters stay.
 
     Results differ from uncompiled ones by rounding. Forwards without gradients (validation, generation) run uncompiled:
     their shapes change too often. Raises UserError where this machine has no compiler for the code of the graphs.
@@ -26,8 +27,9 @@ def compile_blocks(model: LLM, backend: str = "inductor") -> None:
     if backend == "inductor":
         check_compiler(next(model.parameters()).device.type)
     keep_graph_breaks()
-    for name, block in model.layers.named_children():
-        model.compiled[f"layers.{name}"] = torch.compile(block, backend=backend)
+    for name, module in model.named_modules():
+        if isinstance(module, Block):
+            model.compiled[name] = torch.compile(module, backend=backend)
 
 
 def check_compiler(device_type: str) -> None:

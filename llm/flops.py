@@ -1,4 +1,5 @@
-"""Floating-point operations of a model, unit by unit: one token, forward and backward.
+"""Floating-point operations of a model, unit by unit: one token, forward and backward. Those of a vision tower are
+shared out among the tokens.
 
 Counted as in PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): 6 for each parameter that a token meets in a
 matrix product or norm, and what a layer's mixer adds to that. Attention adds 12 times the width of its heads times the
@@ -8,25 +9,56 @@ it counts 4.
 """
 
 from collections import Counter
+from fractions import Fraction
 
 from llm.args import ModelArgs
 from llm.layers.mixers import MIXERS
+from llm.layers.parameter import VISION, ParamInfo
 from llm.parameters import ParameterTable
+from vision.encoder import layer_args
+
+TEXT_PER_SLOT = 3
+"""Tokens of text for each that an image takes, where nothing is known of the data."""
 
 
-def unit_flops(args: ModelArgs, seq_len: int) -> dict[str, int]:
+def unit_flops(args: ModelArgs, seq_len: int, tiles_per_token: Fraction | None = None) -> dict[str, int]:
     """Of each unit (`ParamInfo.unit`) but the token table, on sequences of `seq_len`; args must have a vocabulary. A
     table copies rows, which is no arithmetic; where it is the output matrix, too, that work is the output's.
+
+    tiles_per_token: of images, for the vision tower; by default a quarter of all tokens stand for images.
     """
     found: Counter[str] = Counter()
     for row in ParameterTable.of(args).values():
-        frozen = args.lora is not None and row.kind != "adapter"
-        found["output" if row.unit == "tok_embeddings" else row.unit] += (4 if frozen else 6) * row.active_numel
+        if row.unit != VISION:
+            found["output" if row.unit == "tok_embeddings" else row.unit] += _product(args, row)
+    if args.vision is not None:
+        usual = Fraction(1, (1 + TEXT_PER_SLOT) * args.vision.tokens_per_tile)
+        found[VISION] = round(tile_flops(args) * (usual if tiles_per_token is None else tiles_per_token))
     for spec in args.layer_specs():
         found[f"layers.{spec.index}"] += MIXERS[spec.mixer.name].flops(args, spec, seq_len)
     return dict(found)
 
 
-def token_flops(args: ModelArgs, seq_len: int) -> int:
+def token_flops(args: ModelArgs, seq_len: int, tiles_per_token: Fraction | None = None) -> int:
     """Of the whole model."""
-    return sum(unit_flops(args, seq_len).values())
+    return sum(unit_flops(args, seq_len, tiles_per_token).values())
+
+
+def tile_flops(args: ModelArgs) -> int:
+    """Of a tile in the vision tower and its projection; 0 without."""
+    vision = args.vision
+    if vision is None:
+        return 0
+    places, slots, total = vision.grid**2 + 1, vision.tokens_per_tile, 0
+    for name, row in ParameterTable.of(args).items():
+        if row.unit == VISION:
+            after = "adapter." in name or name.startswith("vision_projection.")
+            total += _product(args, row) * (slots if after else places - ("patch." in name))
+    tower = layer_args(vision)
+    return total + sum(places * MIXERS["attn"].flops(tower, spec, places) for spec in tower.layer_specs())
+
+
+def _product(args: ModelArgs, row: ParamInfo) -> int:
+    """Of one vector that meets a parameter."""
+    frozen = args.lora is not None and row.kind != "adapter"
+    return (4 if frozen else 6) * row.active_numel

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llm.args import ModelArgs
 from llm.args.layers import attention_specs
+from llm.args.lora import adapter, vision_adapters
 from llm.cache import Cache
 from llm.conveniences import Conveniences
 from llm.datatypes import LossSum, RouterStats, TransformerInput, TransformerOutput
@@ -29,18 +30,26 @@ from llm.layers.masks import AttentionMasks, document_lengths, starts
 from llm.layers.moe import EXPERT_WEIGHTS, Experts, MoE, routing_shape
 from llm.layers.norm import make_norm
 from llm.layers.output import HeadTargets, Output
+from llm.layers.parameter import VISION
 from llm.layers.region import InRegion
 from llm.parameters import ParameterTable
 from llm.recompute import Recompute, recomputed
+from vision.adapter import Projection
+from vision.encoder import Tower
+from vision.merge import blank, merged, slots_of, tiles_of
 
+TOWER = "vision_embeddings"
 EMBEDDING, NORM, OUTPUT = "tok_embeddings", "norm", "output"
 Losses = Callable[[Tensor], Mapping[str, LossSum]]
 """Makes losses of final hidden states (B, T, D), by name, the main one first."""
 
 
 def unit_names(args: ModelArgs) -> tuple[str, ...]:
-    """The units of a model, in the order in which vectors pass them: the first parts of the names of parameters."""
-    return (EMBEDDING, *(f"layers.{spec.index}" for spec in args.layer_specs()), NORM, OUTPUT)
+    """The units of a model, in the order in which vectors pass them: the first parts of the names of parameters, but
+    `vision`, whose vectors the token table's take up.
+    """
+    layers = (f"layers.{spec.index}" for spec in args.layer_specs())
+    return (*[VISION] * (args.vision is not None), EMBEDDING, *layers, NORM, OUTPUT)
 
 
 class LLM(Conveniences, InRegion):
@@ -63,6 +72,11 @@ class LLM(Conveniences, InRegion):
         super().__init__()
         if args.vocab_size < 1:
             raise ValueError("model.vocab_size is not set; give the number of tokens of the tokenizer")
+        if args.vision is not None and not 0 <= args.vision.patch_token_id < args.vocab_size:
+            raise ValueError(
+                f"model.vision.patch_token_id={args.vision.patch_token_id} must be a token, the tokenizer's <|patch|>; "
+                f"model.vocab_size={args.vocab_size}"
+            )
         self.args = args
         self.specs = args.layer_specs()
         self.units = tuple(name for name in unit_names(args) if units is None or name in units)
@@ -73,6 +87,10 @@ class LLM(Conveniences, InRegion):
         """Blocks as llm/compile.py compiled them, by the name of the unit, for forwards with gradients."""
         self.output: Output | None = None
         with torch.device(device or torch.get_default_device()):
+            if args.vision is not None and VISION in self.units:
+                self.vision_embeddings = Tower(args.vision, vision_adapters(args.lora))
+                lora = adapter(args.lora, "vision_projection")
+                self.vision_projection = Projection(args.vision.output_dim, args.dim, lora)
             if args.tie_embeddings and not {EMBEDDING, OUTPUT}.isdisjoint(self.units):
                 tied = TiedEmbedding(args.vocab_size, args.dim, args.logit_softcap, args.lora)
                 self.tok_embeddings: Embedding = tied
@@ -162,14 +180,19 @@ class LLM(Conveniences, InRegion):
                 x = self.embed(inputs, ctx)
             elif unit == NORM:
                 x = self.finish(x, ctx)  # type: ignore[arg-type]  # a block or the caller made it
-            elif unit != OUTPUT:
-                compiled = self.compiled.get(unit) if torch.is_grad_enabled() else None
-                block = self.get_submodule(unit) if compiled is None else compiled
-                x, layer_stats = recomputed(self.activation_checkpointing, block, x, ctx)
+            elif unit not in (VISION, OUTPUT):
+                assert x is not None
+                x, layer_stats = self._through(unit, x, ctx)
                 if layer_stats is not None:
                     stats.append(layer_stats)
         assert x is not None
         return x, stats
+
+    def _through(self, name: str, x: Tensor, ctx: Context) -> tuple[Tensor, RouterStats | None]:
+        """What the block of this name makes of x, compiled and recomputed as the model is to."""
+        compiled = self.compiled.get(name) if torch.is_grad_enabled() else None
+        block = self.get_submodule(name) if compiled is None else compiled
+        return recomputed(self.activation_checkpointing, block, x, ctx)
 
     def finish(self, x: Tensor, ctx: Context) -> Tensor:
         """Final hidden states (B, T, D) of what the last layer made."""
@@ -177,12 +200,39 @@ class LLM(Conveniences, InRegion):
         return hidden.view(*ctx.shape, -1)
 
     def embed(self, inputs: TransformerInput, ctx: Context) -> Tensor:
-        """Token vectors."""
-        x_BTD = self.region.leave(self.tok_embeddings(inputs.tokens), ctx.cut_sequence)
+        """Token vectors, and in the slots of images the tower's. Both are terms of one sum over the ranks."""
+        x_BTD = self.tok_embeddings(inputs.tokens)
+        if self.args.vision is not None:
+            x_BTD = self._with_images(x_BTD, inputs, ctx)
+        x_BTD = self.region.leave(x_BTD, ctx.cut_sequence)
         if self.args.embed_scale is None:
             return x_BTD
         # rounded on the host: a number made on a GPU would make the host wait for it
         return x_BTD * torch.tensor(self.args.embed_scale, dtype=x_BTD.dtype, device="cpu").item()
+
+    def _with_images(self, x_BTD: Tensor, inputs: TransformerInput, ctx: Context) -> Tensor:
+        """Token vectors with those of images in their slots. Where the tower or its projection trains and there are no
+        images, a blank tile, whose vectors go nowhere, gives each rank the same work and gradients.
+        """
+        vision, tower, projection = self.args.vision, self.vision_embeddings, self.vision_projection
+        assert vision is not None
+        tiles, grad = tiles_of(inputs, vision), torch.is_grad_enabled()
+        tower_trains, projection_trains = (
+            grad and any(p.requires_grad for p in part.parameters()) for part in (tower, projection)
+        )
+        on_cpu = inputs.tokens.device.type == "cpu"
+        if tiles is None and not (tower_trains or projection_trains):
+            if on_cpu and ctx.states is None:  # a text that goes on may have made the token by itself
+                slots_of(inputs.tokens, 0, vision)
+            return x_BTD
+        slots_K = slots_of(inputs.tokens, 0 if tiles is None else len(tiles), vision)
+        keys_K = None if tiles is None or ctx.keys_N is None else ctx.keys_N[slots_K]
+        with nullcontext() if tower_trains else torch.no_grad():
+            seen = tower(blank(vision, x_BTD.device) if tiles is None else tiles, self._through_tower, keys_K)
+        return merged(x_BTD, slots_K, projection(seen.flatten(0, 1), keys_K)[: len(slots_K)])
+
+    def _through_tower(self, name: str, x: Tensor, ctx: Context) -> tuple[Tensor, RouterStats | None]:
+        return self._through(f"{TOWER}.{name}", x, ctx)
 
     def context(
         self,
@@ -194,6 +244,8 @@ class LLM(Conveniences, InRegion):
         """What the layers share in one forward over these inputs, which are checked before the cache changes."""
         args, device = self.args, inputs.tokens.device
         inputs.check_tokens(args.vocab_size)
+        if inputs.images is not None and args.vision is None:
+            raise ValueError("inputs.images are given, but the model has no vision tower (model.vision)")
         if expert_counts is not None and expert_counts.shape != routing_shape(args):
             raise ValueError(
                 f"expert counts must have shape {routing_shape(args)} (MoE layers, experts); "

@@ -9,12 +9,15 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from llm.args import ModelArgs
+from llm.args.lora import adapter, vision_adapters
 from llm.boxes import Box
 from llm.layers.block import Block
 from llm.layers.embedding import Embedding
 from llm.layers.norm import norm_rows
 from llm.layers.output import Output
-from llm.layers.parameter import ParamInfo, Rows, in_unit, weights
+from llm.layers.parameter import VISION, ParamInfo, Rows, in_unit, of_unit, under, weights
+from vision.adapter import Projection
+from vision.encoder import Tower
 
 
 class ParameterTable(Mapping[str, ParamInfo]):
@@ -29,7 +32,7 @@ class ParameterTable(Mapping[str, ParamInfo]):
         tied, size, std = args.tie_embeddings, (args.vocab_size, args.dim), weights(args)
         table = Embedding.declare(*size, std, tied, args.lora)
         head = Output.declare_head(args.dim, args.vocab_size, std, args.lora)
-        rows = in_unit("tok_embeddings", table)
+        rows = vision_rows(args) | in_unit("tok_embeddings", table)
         for spec in args.layer_specs():
             rows |= in_unit(f"layers.{spec.index}", Block.declare(args, spec))
         rows |= in_unit("norm", norm_rows(args, args.dim))
@@ -78,3 +81,12 @@ class ParameterTable(Mapping[str, ParamInfo]):
                 for name, row in self.items()
             }
         )
+
+
+def vision_rows(args: ModelArgs) -> Rows:
+    """Of the tower and its projection; none without."""
+    if args.vision is None:
+        return {}
+    tower = Tower.declare(args.vision, vision_adapters(args.lora))
+    projection = Projection.declare_onto(args.vision.output_dim, args.dim, adapter(args.lora, "vision_projection"))
+    return of_unit(VISION, under("vision_embeddings", tower) | under("vision_projection", projection))

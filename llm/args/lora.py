@@ -7,6 +7,8 @@ from pydantic import BeforeValidator, Field, field_validator
 
 from llm.args.group import Group
 
+OF_VISION = "vision."
+"""Begins what `lora.targets` calls a weight of the vision tower."""
 DEFAULT_TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "experts")
 
 
@@ -22,8 +24,9 @@ class LoraArgs(Group):
     alpha: float = Field(32.0, gt=0)
     """The adapter's product is multiplied by alpha / rank."""
     targets: Annotated[tuple[str, ...] | None, BeforeValidator(_names)] = None
-    """What gets adapters: wq, wk, wv, wo, w1, w2, w3 (a shared expert's too), experts, tok_embeddings, output; unset =
-    the first seven and experts, as far as the model has them."""
+    """What gets adapters: wq, wk, wv, wo, w1, w2, w3 (a shared expert's too), experts, tok_embeddings, output; of the
+    vision tower vision.wq and so on, vision.fc1, vision.fc2, and vision_projection; unset = the first seven and
+    experts, as far as the model has them."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the inputs of adapters that is set to 0 in training, in attention, feed-forwards and experts."""
     base: Literal["float", "int8"] = "float"
@@ -60,3 +63,11 @@ def adapter(lora: LoraArgs | None, target: str) -> LoraArgs | None:
     if lora is None:
         return None
     return lora if target in (DEFAULT_TARGETS if lora.targets is None else lora.targets) else None
+
+
+def vision_adapters(lora: LoraArgs | None) -> LoraArgs | None:
+    """The adapters of the vision tower, whose targets are there called as those of any layer; None where it has none.
+    """
+    named = () if lora is None else (lora.targets or ())
+    targets = tuple(name.removeprefix(OF_VISION) for name in named if name.startswith(OF_VISION))
+    return lora.model_copy(update={"targets": targets}) if lora is not None and targets else None

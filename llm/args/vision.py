@@ -44,9 +44,19 @@ class VisionArgs(Group):
         return self.image_size // self.patch_size
 
     @property
+    def ffn_width(self) -> int:
+        """Hidden width of the encoder's feed-forward."""
+        return int(self.dim * self.mlp_ratio)
+
+    @property
+    def shuffled_side(self) -> int:
+        """Patches along a side of those that become one vector."""
+        return round(1 / self.pixel_shuffle_ratio)
+
+    @property
     def tokens_per_tile(self) -> int:
         """Vectors, and so tokens, of a tile."""
-        return round(self.grid * self.pixel_shuffle_ratio) ** 2
+        return (self.grid // self.shuffled_side) ** 2
 
     @model_validator(mode="after")
     def _check(self) -> "VisionArgs":

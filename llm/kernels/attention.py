@@ -62,6 +62,14 @@ def masked_attention(
     return (capped.softmax(-1) @ v).flatten(1, 2).to(q_BHTd.dtype)
 
 
+def full_attention(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, scores: Scores = PLAIN) -> Tensor:
+    """Attention of each token of a row to all tokens of it; (B, T, H, d)."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHd, k_BTKd, v_BTKd))
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # its backward in bf16 is slow
+        q, k, v = q.float(), k.float(), v.float()
+    return masked_attention(q, k, v, None, scores).transpose(1, 2).to(q_BTHd.dtype)
+
+
 class _ToSlots(torch.autograd.Function):
     """x[token_of_slot]. Nothing reads padding, so its gradient is exactly 0, and going back is a plain selection, not a
     scattered sum."""

@@ -16,6 +16,10 @@ from llm.init import Constant, Draw, Normal
 ParameterKind = Literal["matrix", "expert", "norm", "router", "embedding", "head", "bias", "adapter"]
 
 
+VISION = "vision"
+"""The unit of the vision tower and of its projection."""
+
+
 @dataclass(frozen=True)
 class ParamInfo:
     """One parameter of a model."""
@@ -40,7 +44,8 @@ class ParamInfo:
     active: float = 1.0
     """Share of it that a token meets in a product or norm: of experts, those that it visits; of a table, nothing."""
     unit: str = ""
-    """The part of the model that it belongs to, which no pipeline cuts: tok_embeddings, layers.N, norm or output."""
+    """The part of the model that it belongs to, which no pipeline cuts: vision, tok_embeddings, layers.N, norm or
+    output."""
     trainable: bool = True
     may_be_int8: bool = False
     """Whether its module can compute with an Int8Weight in its place, which sums over dimension 1."""
@@ -86,9 +91,14 @@ def under(name: str, rows: Rows) -> Rows:
     return {f"{name}.{own}": row for own, row in rows.items()}
 
 
+def of_unit(unit: str, rows: Rows) -> Rows:
+    """Rows that are a unit of the model's."""
+    return {name: replace(row, unit=unit) for name, row in rows.items()}
+
+
 def in_unit(name: str, rows: Rows) -> Rows:
-    """The rows of a unit of the model."""
-    return {own: replace(row, unit=name) for own, row in under(name, rows).items()}
+    """The rows of a unit of the model that is one module."""
+    return of_unit(name, under(name, rows))
 
 
 ZEROS = Constant(0.0)
