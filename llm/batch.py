@@ -97,17 +97,32 @@ class Batch:
             inputs.tokens.to(device),
             position.to(device) if isinstance(position, Tensor) else position,
             inputs.cu_seqlens,
+            None if inputs.images is None else inputs.images.to(device),
         )
         targets = {name: targets.to(device) for name, targets in self.targets.items()}
         values = {name: value.to(device) for name, value in self.values.items()}
         return Batch(moved, targets, None if self.valid is None else self.valid.to(device), self.rows, values)
 
-    def span(self, first: int, end: int) -> "Batch":
-        """Some of the flattened tokens as one row, which is one document."""
-        inputs = TransformerInput(self.inputs.tokens.reshape(1, -1)[:, first:end])
+    def span(self, first: int, end: int, patch_token: int | None = None) -> "Batch":
+        """Some of the flattened tokens as one row, which is one document, with the images whose slots, tokens equal to
+        `patch_token`, are among them. ValueError where an image's are not all.
+        """
+        tokens = self.inputs.tokens.reshape(1, -1)
+        images = None if patch_token is None else self._images_of(tokens[0] == patch_token, first, end)
+        inputs = TransformerInput(tokens[:, first:end], images=images)
         values = {name: value.reshape(1, -1)[:, first:end] for name, value in self.values.items()}
         targets = {name: targets.span(first, end) for name, targets in self.targets.items()}
         return Batch(inputs, targets, values=values)
+
+    def _images_of(self, is_slot_N: Tensor, first: int, end: int) -> Tensor | None:
+        images = self.inputs.images
+        if images is None:
+            return None
+        of_tile = int(is_slot_N.sum()) // len(images)
+        (start, cut), (stop, cut_too) = (divmod(int(is_slot_N[:place].sum()), of_tile) for place in (first, end))
+        if cut or cut_too:
+            raise ValueError(f"tokens {first} to {end} of a batch begin or end inside an image")
+        return images[start:stop] if stop > start else None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from llm.batch import IGNORE, Batch, Counts, Targets
+from llm.data.balance import Tiles
 from llm.data.rows import Row
 from llm.datatypes import TransformerInput
 
@@ -27,6 +28,8 @@ class StepBatch:
     n_rows: int
     wait_s: float
     passed_over: tuple[tuple[int, int], ...] = ()
+    tiles: Tiles | None = None
+    """Of the whole step; None where its rows have none."""
 
     @property
     def is_passed_over(self) -> bool:

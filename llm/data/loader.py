@@ -1,9 +1,10 @@
 """The training loader: one thread that reads ahead.
 
 Rows have one global order (`mixture`). Step s of global batch G covers rows [c, c + G), where c counts the rows
-consumed before; micro-batch m of data-parallel rank d takes the b rows from c + m D b + d b on. So what a step contains
-does not depend on the number of ranks D or on b, and a checkpoint needs no more than c. Tensor-parallel and pipeline
-ranks of one data-parallel rank ask with the same d and get the same rows.
+consumed before; micro-batch m of data-parallel rank d takes the b rows from c + m D b + d b on, or where rows have
+images those that llm/data/balance.py deals to it. So what a step contains does not depend on the number of ranks D or
+on b, and a checkpoint needs no more than c. Tensor-parallel and pipeline ranks of one data-parallel rank ask with the
+same d and get the same rows.
 
 A run may pass over ranges of rows. In a step that has other rows too, rows of such a range are padding without labels
 (a row that is not there), so that the step is one of its other rows; a step that lies within them is marked as a whole.
@@ -22,6 +23,7 @@ from types import TracebackType
 import numpy as np
 
 from llm.batch import Batch, Counts, Rows
+from llm.data.balance import dealt
 from llm.data.batch import StepBatch, collate
 from llm.data.mixture import Mixture
 from llm.data.ranges import Range, within
@@ -137,16 +139,19 @@ class TrainLoader:
         sequence_len = in_force(self.mixture.seq_len, self._seq_len_schedule, seen)
         passed_over = within(self._passed_over, first_row, first_row + n_rows)
         b, rank, ranks = self._part
-        mine = np.arange(first_row, first_row + n_rows).reshape(-1, ranks, b)[:, rank].reshape(-1)
-        place = self.mixture.locate(mine)
+        every = np.arange(first_row, first_row + n_rows)
+        place = self.mixture.locate(every)
         if passed_over != [(first_row, first_row + n_rows)]:
             for first, end in passed_over:
                 for numbers in place:
-                    numbers[(first <= mine) & (mine < end)] = -1
+                    numbers[(first <= every) & (every < end)] = -1
         sources, rows, epochs = place
+        listed = zip(*(numbers.tolist() for numbers in place), strict=True)
+        tiles_R = np.array([self.mixture.tiles(*row) for row in listed], dtype=np.int64)
+        dealt_rows, tiles = dealt(tiles_R, ranks, b)
         micro_batches = [
-            self._read(Rows(*(numbers[m : m + b] for numbers in (sources, rows, mine, epochs))), sequence_len)
-            for m in range(0, len(mine), b)
+            self._read(Rows(*(numbers[mine] for numbers in (sources, rows, every, epochs))), sequence_len)
+            for mine in dealt_rows[:, rank]
         ]
         return StepBatch(
             passed_over=tuple(passed_over),
@@ -155,6 +160,7 @@ class TrainLoader:
             first_row=first_row,
             n_rows=n_rows,
             wait_s=0.0,
+            tiles=tiles if tiles.total else None,
         )
 
     def _read(self, rows: Rows, sequence_len: int) -> Batch:

@@ -1,7 +1,7 @@
 """Which layers each stage of a pipeline has: consecutive ones, cut so that the slowest stage is as fast as can be.
 
 A stage costs what its arithmetic for a token does (llm/flops.py). The embedding is a copy of a row and weighs nearly
-nothing: 6 for each of its elements.
+nothing: 6 for each of its elements. A vision tower lies beside it and weighs what llm/flops.py says of a token.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from itertools import accumulate
 
 from llm.args import ModelArgs
 from llm.flops import unit_flops
-from llm.layers.parameter import ParamInfo
+from llm.layers.parameter import VISION, ParamInfo
 from llm.parallel.layout import PipelineSchedule
 
 
@@ -23,6 +23,8 @@ class Stage:
     layers: range
     share: float
     """Its part of the model's work; 1 / count where all have as much."""
+    vision: bool = False
+    """Whether the model has a vision tower, which is the first stage's."""
 
     @property
     def first(self) -> bool:
@@ -38,7 +40,8 @@ class Stage:
     def units(self) -> tuple[str, ...]:
         """The units of the model (ParamInfo.unit) that are its own, in their order."""
         layers = (f"layers.{number}" for number in self.layers)
-        return (*["tok_embeddings"] * self.first, *layers, *["norm", "output"] * self.last)
+        first = [*[VISION] * self.vision, "tok_embeddings"] * self.first
+        return (*first, *layers, *["norm", "output"] * self.last)
 
     def owns(self, row: ParamInfo) -> bool:
         """Whether this parameter is one of the stage's own: a tied table is the first stage's."""
@@ -49,11 +52,12 @@ def split(args: ModelArgs, stages: int, seq_len: int | None = None) -> list[Stag
     """The stages of a model, each with one layer at least. ValueError where it has fewer layers."""
     flops = unit_flops(args, seq_len or args.max_seq_len)
     weights = [flops[f"layers.{spec.index}"] for spec in args.layer_specs()]
-    weights[0] += 6 * args.dim
+    weights[0] += 6 * args.dim + flops.get(VISION, 0)
     weights[-1] += flops["output"]
     bounds, total = balanced(weights, stages), sum(weights)
     ends = list(zip(bounds, bounds[1:], strict=False))
-    return [Stage(i, stages, range(a, b), sum(weights[a:b]) / total) for i, (a, b) in enumerate(ends)]
+    vision = args.vision is not None
+    return [Stage(i, stages, range(a, b), sum(weights[a:b]) / total, vision) for i, (a, b) in enumerate(ends)]
 
 
 def balanced(weights: Sequence[int], parts: int) -> list[int]:

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from llm.boxes import share_of
 from llm.kernels.graph_breaks import graph_break
+from llm.layers.parameter import VISION
 from llm.layers.region import Region
 from llm.parallel.grid import Group
 from llm.parallel.layout import Layout
@@ -179,8 +180,11 @@ class _JoinVocabulary(torch.autograd.Function):
 
 
 def is_partial(row: ParamInfo, layout: Layout) -> bool:
-    """Whether tensor-parallel ranks hold the parameter alike, and each makes one term of its gradient."""
-    return layout.tensor > 1 and row.cut(layout.tensor) is None and (row.in_region or layout.sequence_parallel)
+    """Whether tensor-parallel ranks hold the parameter alike, and each makes one term of its gradient. Tokens of the
+    vision tower are never cut: outside of its regions every rank has them all.
+    """
+    cut = layout.sequence_parallel and row.unit != VISION
+    return layout.tensor > 1 and row.cut(layout.tensor) is None and (row.in_region or cut)
 
 
 def sum_each(parameter: Tensor, group: Group) -> None:

@@ -4,12 +4,15 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from llm.args import LoraArgs, ModelArgs
+from llm.args.lora import OF_VISION
 from llm.checkpoint.frozen import Origin, Taken
 from llm.errors import UserError
 from llm.layers.lora import adapters_in
 from llm.parameters import ParameterTable
 from llm.train.config import RunConfig
 
+TOWER = "vision_embeddings"
+"""What names of the vision tower's parameters begin with; its projection's is a name of its own."""
 NEAREST = 3
 """Names that a line proposes."""
 
@@ -50,8 +53,9 @@ def check_targets(args: ModelArgs, lora: LoraArgs) -> None:
 
 
 def _target(weight: str) -> str:
-    """What `lora.targets` calls a weight: wq for layers.0.attention.wq.weight."""
-    return weight.split(".")[-2]
+    """What `lora.targets` calls a weight: wq for layers.0.attention.wq.weight, vision.wq for one of the tower."""
+    parts = weight.split(".")
+    return f"{OF_VISION}{parts[-2]}" if parts[0] == TOWER else parts[-2]
 
 
 def frozen_notes(table: ParameterTable, origin: Origin | None) -> list[str]:

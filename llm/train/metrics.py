@@ -12,6 +12,8 @@
 | loss_scale | of fp16; else null |
 | lr | learning rate of the step, before optim.lr_factors |
 | batch_size, seq_len, targets | rows of the step, tokens of a sequence, labels that counted |
+| tiles | of images in the step; this and the next two only where there are any |
+| tile_imbalance, tile_imbalance_in_order | most tiles of a data-parallel rank over their mean; were rows not moved |
 | routing_checksum | of how many tokens each expert got; equal on every layout |
 | expert_load, expert_rank_load | most tokens of an expert, of a rank's experts, over an even share; none are dropped |
 | tokens_per_s, tokens_per_s_per_device | of the whole job, of one of its ranks |
@@ -28,6 +30,7 @@ from typing import Any
 import torch
 
 from llm.args import ModelArgs
+from llm.data.balance import Tiles
 from llm.data.batch import StepBatch
 from llm.flops import token_flops
 from llm.parallel.engine.step import StepResult
@@ -81,8 +84,19 @@ class StepMetrics:
             "memory_gb": peak_memory_gb(self.world.device),
             **{key: _finite(value) for key, value in result.measures.items()},
             **{f"loss/{source}": _finite(value) for source, value in result.source_losses.items()},
+            **_of_tiles(batch.tiles),
             **({"rows_passed_over": [list(rows) for rows in batch.passed_over]} if batch.passed_over else {}),
         }
+
+
+def _of_tiles(tiles: Tiles | None) -> dict[str, float]:
+    if tiles is None:
+        return {}
+    return {
+        "tiles": tiles.total,
+        "tile_imbalance": Tiles.imbalance(tiles.dealt),
+        "tile_imbalance_in_order": Tiles.imbalance(tiles.in_order),
+    }
 
 
 def named_losses(result: StepResult) -> dict[str, float]:

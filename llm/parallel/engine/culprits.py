@@ -75,19 +75,27 @@ def find_culprits(
     stage = max(broken, default=replica.stages[-1].number)
     if grid.pipeline.size > 1:
         who = f"{who} ({stage_name(grid.layout, stage)})"
-    micro_batches = len(batch.micro_batches)
-    rows = batch.n_rows // (micro_batches * ranks)
-    firsts = [batch.first_row + (m * ranks + data_rank) * rows for m in range(micro_batches)]
+    named_rows = [_named(batch, m, data_rank, ranks) for m in range(len(batch.micro_batches))]
     mine = [
-        f"{who}: loss of rows {first} to {first + rows - 1} is {float(loss)}"
-        for first, loss in zip(firsts, losses, strict=False)
+        f"{who}: loss of rows {rows} is {float(loss)}"
+        for rows, loss in zip(named_rows, losses, strict=False)
         if not bool(loss.isfinite())
     ]
     if not mine and broken:
-        named = ", ".join(f"{first} to {first + rows - 1}" for first in firsts)
+        named = ", ".join(named_rows)
         mine.append(f"{who}: a gradient of rows {named} is not finite")
     gathered = [(at, lines) for at, lines in gather_json([stage, mine], grid.world) if lines]
     behind = max((at for at, _ in gathered), default=0)  # the backward brings it to every stage before
     found = list(dict.fromkeys(line for at, lines in gathered if at == behind for line in lines))
     losses_bad = [line for line in found if ": loss" in line]  # a bad loss poisons every rank's last backward
     return losses_bad or found or ["no rank alone: the sum of their gradients is not finite"]
+
+
+def _named(batch: StepBatch, m: int, data_rank: int, ranks: int) -> str:
+    """The rows of a micro-batch, in words: in the order of the data where the batch does not say."""
+    rows = batch.micro_batches[m].rows
+    if rows is not None and batch.tiles is not None:
+        return ", ".join(map(str, rows.global_row.tolist()))
+    size = batch.n_rows // (len(batch.micro_batches) * ranks)
+    first = batch.first_row + (m * ranks + data_rank) * size
+    return f"{first} to {first + size - 1}"

@@ -118,7 +118,8 @@ def span_gradient_norm(
     The span is a row of its own here: in the batch it sees no other document either, and its positions begin with 0.
     torch.autograd.grad leaves DeepSpeed's gradient buffers and hooks alone.
     """
-    alone = batch.span(start, stop).to(device)
+    vision = model.args.vision
+    alone = batch.span(start, stop, None if vision is None else vision.patch_token_id).to(device)
     loss = model(alone.inputs, losses=Objectives([objective]).losses_of(model, alone)).loss_sum
     gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
     return math.sqrt(sum(float(g.double().square().sum()) for g in gradients if g is not None)) / weight
