@@ -25,16 +25,24 @@ class Conveniences(nn.Module):
     _tokenizer: "Tokenizer | None" = None
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32, *, average: bool = False) -> "LLM":
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        dtype: torch.dtype = torch.float32,
+        *,
+        average: bool = False,
+        text_only: bool = False,
+    ) -> "LLM":
         """The model of a run folder (its newest checkpoint), a `checkpoints` folder, a checkpoint, a model folder, or a
         foreign folder of a known family (Hugging Face or Meta), in `dtype`.
 
-        average: the moving average of its weights, which a run with optim.ema_decay keeps. One process, no launcher.
+        average: the moving average of its weights, which a run with optim.ema_decay keeps. text_only: leave out the
+        vision tower of a foreign folder. One process, no launcher.
         Raises UserError naming the file when something is missing or damaged.
         """
         from llm.pretrained import load_model  # files know models, not the reverse
 
-        model = load_model(path, dtype, average)
+        model = load_model(path, dtype, average, text_only)
         model.origin = Path(path)
         return model
 

@@ -49,25 +49,27 @@ def log_note(line: str) -> None:
     LOG.warning("note: %s", line)
 
 
-def read_foreign(path: Path, tell: Tell | None = log_note) -> ForeignModel:
-    """The model in a foreign folder; `tell` gets a line for everything that the folder leaves open or says twice;
-    None where the same folder is read again by what tells it."""
-    source = open_foreign(path)
+def read_foreign(path: Path, tell: Tell | None = log_note, text_only: bool = False) -> ForeignModel:
+    """The model in a foreign folder, text_only: without its vision tower; `tell` gets a line for everything that the
+    folder leaves open or says twice; None where the same folder is read again by what tells it."""
+    source = open_foreign(path, text_only=text_only)
     if tell is not None:
         for line in source.warnings:
             tell(f"{path}: {line}")
     return source
 
 
-def load_model(path: str | Path, dtype: torch.dtype, average: bool = False) -> LLM:
+def load_model(path: str | Path, dtype: torch.dtype, average: bool = False, text_only: bool = False) -> LLM:
     """See LLM.from_pretrained."""
     path = Path(path)
+    if text_only and not is_foreign(path):
+        raise UserError(f"{path}: text_only is of foreign folders; of one of ours all is read")
     if average and (is_foreign(path) or is_peft(path)):
         raise UserError(f"{path}: holds no averaged weights")
     if is_peft(path):
         return _filled(*weights_of(path), dtype)
     if is_foreign(path):
-        source = read_foreign(path)
+        source = read_foreign(path, text_only=text_only)
         weights = source.weights()
         weights.check_twins()
         return _filled(source.args, weights, dtype)

@@ -37,11 +37,14 @@ from llm.checkpoint.model_folder import write_model_folder
 from llm.checkpoint.run_folder import load_checkpoint, model_args
 from llm.checkpoint.weights import CheckpointWeights
 from llm.cli import run_cli
+from llm.datatypes import TransformerInput
 from llm.errors import UserError
+from llm.foreign import processor
 from llm.foreign.export import choose_family, export_hf, export_meta, fitting_family, meaning
 from llm.foreign.extra import kept_files
 from llm.foreign.files import is_foreign, open_foreign
 from llm.foreign.finite import FiniteWeights
+from llm.foreign.probes import ROW, picture_rows, random_rows, without_slots
 from llm.foreign.reference import compare_with, open_reference
 from llm.malloc import give_back_freed
 from llm.paths import PathText, check_free
@@ -74,7 +77,7 @@ def import_(
     family: read it as this family, whatever its config says
     dtype: of the weights written: float32, bfloat16 or float16; default: the file's own
     set: keys of ModelArgs that hold instead of what the config says, as rope_scaling.factor=32
-    text_only: leave out what a multimodal model has beside its text model
+    text_only: leave out the vision tower of a multimodal model
     allow_nonfinite: take weights with NaN or infinite values too
     quiet: no progress bar
     """
@@ -96,12 +99,17 @@ def import_(
             dtype=chosen,
             source={"family": source.family.name, "path": str(Path(src).resolve())},
             tokenizer=tokenizer,
-            keep={name: Path(src) / name for name in TOKENIZER_FILES if (Path(src) / name).is_file()},
+            keep={name: Path(src) / name for name in _kept_names(source.args) if (Path(src) / name).is_file()},
             tell=bar.update,
         )
     for line in weights.found.values():
         print(f"note: {line}")
     print(f"{src}: {source.family.name}, {_parameters(source.args):,} parameters, written to {dst} as {_name(chosen)}")
+
+
+def _kept_names(args: ModelArgs) -> tuple[str, ...]:
+    """Files beside weights that an export gives back."""
+    return TOKENIZER_FILES if args.vision is None else (*TOKENIZER_FILES, *processor.FILES)
 
 
 def _overrides(pairs: list[str]) -> dict[str, Any]:
@@ -200,7 +208,7 @@ def export(
     target_family = choose_family(args, format, family) if family else fitting_family(args, format, came_from)
     weights = checkpoint_weights(checkpoint, average)
     chosen = asked or DTYPES[checkpoint.dtype()]
-    extra = kept_files(checkpoint, _tokenizer_or_note(Path(src)), target_family.name if format == "hf" else None)
+    extra = kept_files(checkpoint, args, _tokenizer_or_note(Path(src)), target_family.name if format == "hf" else None)
     total = _parameters(args) * chosen.itemsize
     with tqdm(total=total, unit="B", unit_scale=True, disable=quiet or not sys.stderr.isatty()) as bar:
         if format == "hf":
@@ -243,8 +251,8 @@ def _export_adapter(src: Path, dst: Path, family: str | None, dtype: torch.dtype
         target = choose_family(args.merged, "hf", family)
     else:
         target = transformers_family(base)
-    extra = kept_files(checkpoint, _tokenizer_or_note(src), target.name)
-    of_model = ("config.json", "generation_config.json")
+    extra = kept_files(checkpoint, args, _tokenizer_or_note(src), target.name)
+    of_model = ("config.json", "generation_config.json", *processor.FILES)
     files = {name: content for name, content in extra.files.items() if name not in of_model}
     weights = CheckpointWeights(checkpoint, average)
     rows_of = unmerged_weights(checkpoint) if args.lora.token_rows is not None else None
@@ -256,13 +264,14 @@ def _export_adapter(src: Path, dst: Path, family: str | None, dtype: torch.dtype
     print(f"{src}: its adapter written to {dst} for {target.name}, {_name(dtype)}")
 
 
-def inspect(src: PathText, family: str | None = None) -> None:
+def inspect(src: PathText, family: str | None = None, text_only: bool = False) -> None:
     """Say what a foreign folder is, from its config and the headers of its files.
 
     src: folder with config.json or params.json
     family: read it as this family, whatever its config says
+    text_only: without the vision tower of a multimodal model
     """
-    source = open_foreign(Path(src), family, text_only=True)
+    source = open_foreign(Path(src), family, text_only=text_only)
     for line in source.warnings:
         print(f"note: {line}")
     print(f"family      {source.family.name} ({source.family.format})")
@@ -314,8 +323,9 @@ def verify(
         raise UserError(f"vocabularies differ: {first.args.vocab_size} in {a}, {second.args.vocab_size} in {b}")
     largest = worst = torch.zeros((), dtype=torch.float64)
     kl, agree, seen = 0.0, 0, 0
-    for row in _rows(a, b, text, tokens, first.args.vocab_size):
-        x, y = (model(row[None]).logits[0].double() for model in (first, second))
+    for row, tiles in _rows(a, b, text, tokens, first.args, second.args):
+        given = TransformerInput(row[None], images=tiles)
+        x, y = (model(given).logits[0].double() for model in (first, second))
         largest, worst = largest.maximum(x.abs().max()), worst.maximum((x - y).abs().max())  # NaN if any is
         p, q = x.log_softmax(-1), y.log_softmax(-1)
         kl += float((p.exp() * (p - q)).sum())
@@ -356,15 +366,20 @@ def _content(text: str) -> str:
         raise UserError(f"--text={text}: {error}") from None
 
 
-def _rows(a: str, b: str, text: str | None, tokens: int, vocab_size: int) -> list[Tensor]:
+def _rows(
+    a: str, b: str, text: str | None, tokens: int, first: ModelArgs, second: ModelArgs
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Rows of ids, and of tiles where both models read such."""
     if text is None:
-        ids = torch.randint(vocab_size, (tokens,), generator=torch.Generator().manual_seed(0))
+        rows = list(random_rows(first if first.vision is not None else second, tokens))
     else:
         tokenizer = _either_tokenizer(a, b)
         ids = torch.tensor(tokenizer.prompt_ids(_content(text)[: 16 * tokens])[:tokens])
-        if int(ids.max()) >= vocab_size:
-            raise UserError(f"--text={text}: its tokens go beyond the vocabulary of {vocab_size}")
-    return list(ids.split(256))
+        if int(ids.max()) >= first.vocab_size:
+            raise UserError(f"--text={text}: its tokens go beyond the vocabulary of {first.vocab_size}")
+        rows = [without_slots(first, without_slots(second, row)) for row in ids.split(ROW)]
+    alike = first.vision is not None and first.vision == second.vision
+    return [*((row, None) for row in rows), *(picture_rows(first) if alike else ())]
 
 
 def _either_tokenizer(a: str, b: str) -> Tokenizer:

@@ -26,6 +26,7 @@ from llm.paths import check_free
 from llm.safetensors_file import write_tensors
 
 CHUNK_BYTES = 8 << 20
+ENDS = ("bos_token_id", "eos_token_id")
 Tell = Callable[[int], object]
 PREFERRED = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "llama4_text", "olmo2", "gemma", "gemma2")
 """Families in the order in which they are tried for a model that names none."""
@@ -43,6 +44,8 @@ def choose_family(args: ModelArgs, format: str, name: str | None = None) -> Fami
     order = [key for key in PREFERRED if key in known] + [key for key in known if key not in PREFERRED]
     reasons = []
     for key in order:
+        if known[key].needs_tower and args.vision is None:
+            continue
         try:
             written_config(known[key], args)
         except UserError as error:
@@ -97,6 +100,9 @@ def meaning(args: ModelArgs, settled_by_weights: bool = False) -> dict[str, Any]
     for i, spec in enumerate(specs):
         same = spec.attention and dataclasses.replace(spec.attention, scale=None, temperature=False)
         found[f"layer {i}"] = dataclasses.replace(spec, mixer=same or spec.mixer)
+    if args.vision is not None:
+        unsaid = {"max_tiles", "patch_token_id"} if settled_by_weights else {"max_tiles"}  # of the images, not of it
+        found["vision"] = args.vision.model_dump(exclude=unsaid)
     attention = attention_specs(specs)
     if any(spec.temperature for spec in attention):
         found["temperature"] = [spec.temperature for spec in attention], args.floor_scale, args.attn_scale
@@ -147,6 +153,8 @@ class Rotated:
         norms = ("attention.q_norm", "attention.k_norm")
         if not module.endswith(("attention.wq", "attention.wk", *norms)) or name.endswith(LORA_A):
             return False
+        if not name.startswith("layers."):  # of a vision tower, which rotates pairs everywhere
+            return False
         attention = self.args.layer_specs()[int(name.split(".")[1])].attention
         return attention is not None and attention.rope
 
@@ -188,6 +196,8 @@ def export_hf(
     buffer = torch.empty(max(prod(shape) for shape in shapes.values()), dtype=dtype)
     name = str(dtype).removeprefix("torch.")
     config |= {"dtype": name, "torch_dtype": name, **extra_config}
+    if isinstance(text := config.get("text_config"), dict):
+        text |= {key: extra_config[key] for key in ENDS if key in extra_config}
     check_free(target)
     with new_directory(target) as folder:
         files: dict[str, str] = {}
@@ -222,7 +232,7 @@ def export_meta(
         weights = Rotated(weights, args)
         args = args.model_copy(update={"rope_interleaved": True})
     config = written_config(family, args)
-    for name, number in (("heads", args.n_heads), ("feed-forward width", args.ffn_width())):
+    for name, number in _cut_numbers(args):
         if number % shards:
             raise UserError(f"--shards={shards} does not divide the {name}, {number}")
     if args.kv_heads % shards and shards % args.kv_heads:
@@ -242,6 +252,16 @@ def export_meta(
             del held, out
         _write_json(folder / "params.json", config)
         _write_extra(folder, extra_files)
+
+
+def _cut_numbers(args: ModelArgs) -> Iterator[tuple[str, int]]:
+    """What every part of Meta's has an equal share of, for messages."""
+    yield "heads", args.n_heads
+    yield "feed-forward width", args.ffn_width()
+    if args.vision is not None:
+        yield "heads of the vision tower", args.vision.n_heads
+        yield "width of the vision tower's output", args.vision.output_dim
+        yield "width of the model", args.dim
 
 
 def _by_key(pairs: Any) -> dict[str, list[BoxPair]]:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llm.args import ModelArgs
 from llm.checkpoint.model_folder import KEPT
 from llm.checkpoint.reader import Checkpoint
 from llm.checkpoint.run_folder import TEMPLATE_FILE, run_tokenizer_config
 from llm.errors import NoTokenizer, UserError
+from llm.foreign import processor
 from llm.tokenizer import Tokenizer
 from llm.tokenizers.chat.find import template_in
 from llm.tokenizers.export import export_tokenizer, exported_as_it_came
@@ -27,8 +29,8 @@ class Extra:
     notes: list[str] = field(default_factory=list)
 
 
-def kept_files(checkpoint: Checkpoint, tokenizer: Tokenizer | None, family: str | None) -> Extra:
-    """Files that came with the model, and its tokenizer in the form that others read.
+def kept_files(checkpoint: Checkpoint, args: ModelArgs, tokenizer: Tokenizer | None, family: str | None) -> Extra:
+    """Files that came with the model, its tokenizer in the form that others read, and how pictures become tiles.
 
     family: as which family of Hugging Face's format it is written, whose tokenizer files are then such that
     AutoTokenizer gives this tokenizer's ids; None for Meta's format, which gets the tokenizer's own file.
@@ -37,6 +39,9 @@ def kept_files(checkpoint: Checkpoint, tokenizer: Tokenizer | None, family: str 
     kept = checkpoint.path / KEPT
     if kept.is_dir():
         found.files = {file.name: file for file in sorted(kept.iterdir()) if file.is_file()}
+    came = {name: found.files.pop(name) for name in processor.FILES if name in found.files}
+    if args.vision is not None and family is not None:
+        found.files |= processor.files_of(args, came)
     if tokenizer is None:
         if not any(name.startswith("tokenizer") for name in found.files):
             found.notes.append("written without a tokenizer, as there is none")
@@ -66,6 +71,8 @@ def kept_files(checkpoint: Checkpoint, tokenizer: Tokenizer | None, family: str 
     if family is not None and template is not None:
         found.files[TEMPLATE_FILE] = template.encode()
     found.files.setdefault("generation_config.json", _json(found.config))
+    if args.vision is not None and family is not None:
+        found.config = {**found.config, **processor.marks_of(tokenizer)}
     if not any(name.startswith("tokenizer.") for name in found.files) or tokenizer.kind == "sentencepiece":
         found.files |= {name: content for name, content in own_files(tokenizer).items() if name not in found.files}
     return found

@@ -2,9 +2,9 @@
 what ModelArgs say.
 
 Adding a family is adding one file to llm/foreign/families, or calling `register` from an extension. In a table `{i}`
-stands for a layer and `{e}` for an expert; rows whose parameters a model does not have do not count for it, and of
-several rows for the same parameter the first one holds whose tensors are there. What a family must do beside that is
-done by the knobs of ModelArgs.
+stands for a layer, `{j}` for one of the vision tower, and `{e}` for an expert; rows whose parameters a model does not
+have do not count for it, and of several rows for the same parameter the first one holds whose tensors are there. What a
+family must do beside that is done by the knobs of ModelArgs.
 """
 
 import importlib
@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from math import prod
 from typing import Any
+
+from torch import Tensor
 
 from llm.args import ModelArgs
 from llm.boxes import box_shape, share_of, whole
@@ -43,11 +45,29 @@ class Row:
     transform: Transform = "same"
     bias: bool = False
     """Whether the row holds for the biases of the same modules too, if there are any."""
+    cut: int | None = None
+    """The dimension that several files cut, where it is not the one that ours are cut at."""
+    ffn: str = ""
+    """The feed-forward (dense, moe) of the layers that are written so; empty = of all layers. Read it is anywhere."""
 
 
-def row(theirs: str, *ours: str, transform: Transform = "same", bias: bool = False) -> Row:
+def row(
+    theirs: str, *ours: str, transform: Transform = "same", bias: bool = False, cut: int | None = None, ffn: str = ""
+) -> Row:
     """A row of a table."""
-    return Row(theirs, ours, transform, bias)
+    return Row(theirs, ours, transform, bias, cut, ffn)
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A foreign tensor that is computed from another one, which older files have in its place."""
+
+    name: str
+    """Of the tensor of the table."""
+    source: str
+    """Of the tensor that files have. It holds where they have both."""
+    compute: Callable[[Tensor], Tensor]
+    """From source to name, of the same shape and in float32."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +86,20 @@ class Family:
     """What stands before the names of a block, an attention and a feed-forward: ours -> theirs."""
     drop: tuple[str, ...] = DROP
     tower: tuple[str, ...] = ()
-    """Names of what a multimodal model has beside its text model, which alone is read."""
+    """Patterns of the names of what a multimodal model has beside its text model."""
+    needs_tower: bool = False
+    """Whether what is written must have the tower."""
+    computed: tuple[Computed, ...] = ()
     format: str = "hf"
     """hf or meta: how its files are laid out."""
     architecture: str = ""
     """What Hugging Face calls the class of its language models."""
 
-    def dropped(self, key: str) -> bool:
-        """Whether a foreign tensor is one that no text model needs."""
-        return self.of_tower(key) or any(re.fullmatch(pattern, key) for pattern in self.drop)
+    def dropped(self, key: str, args: ModelArgs) -> bool:
+        """Whether a foreign tensor is one that a model with these args does not need: one of the tower, where that is
+        left out, or a buffer that no model needs."""
+        without_tower = args.vision is None and self.of_tower(key)
+        return without_tower or any(re.fullmatch(pattern, key) for pattern in self.drop)
 
     def of_tower(self, key: str) -> bool:
         """Whether a foreign tensor belongs to what reads other than text."""
@@ -86,7 +111,7 @@ class Family:
             yield entry
             if entry.bias:
                 ours = tuple(f"{name.removesuffix('.weight')}.bias" for name in entry.ours)
-                yield Row(f"{entry.theirs.removesuffix('.weight')}.bias", ours, entry.transform)
+                yield Row(f"{entry.theirs.removesuffix('.weight')}.bias", ours, entry.transform, ffn=entry.ffn)
 
 
 @dataclass(frozen=True)
@@ -137,7 +162,7 @@ def match(
     used: set[tuple[int, str]] = set()
     incomplete: dict[str, str] = {}
     for entry, layer in _instances(family, args):
-        names = [name.format(i=layer) for name in entry.ours]
+        names = [name.format(i=layer, j=layer) for name in entry.ours]
         twin = names == ["output.weight"] and "output.weight" not in ours  # of a tied table, if it is there
         names = ["tok_embeddings.weight"] if twin else names
         if any(name not in ours for name in names) or (not twin and filled & set(names)):
@@ -159,7 +184,7 @@ def match(
         held[pair.name] += 0 if pair.twin else prod(box_shape(pair.mine))
     missing += [f"parts of {name}" for name in ours if name in filled and held[name] != prod(ours[name])]
     missing += [f"{key} of part {shard}" for shard, key in sorted(used - theirs.keys())]
-    unknown = sorted({key for shard, key in theirs.keys() - used if not family.dropped(key)})
+    unknown = sorted({key for shard, key in theirs.keys() - used if not family.dropped(key, args)})
     expected = foreign_shapes(pairs)
     misshapen = [
         f"has {key} of shape {theirs[shard, key]}, not {shape}"
@@ -174,9 +199,12 @@ def export_pairs(family: Family, args: ModelArgs, ours: Mapping[str, Shape], sha
     pairs: list[BoxPair] = []
     table = ParameterTable.of(args)
     filled: set[str] = set()
+    specs = args.layer_specs()
     for entry, layer in _instances(family, args):
-        names = [name.format(i=layer) for name in entry.ours]
+        names = [name.format(i=layer, j=layer) for name in entry.ours]
         if any(name not in ours for name in names) or filled & set(names):
+            continue
+        if entry.ffn and entry.ffn != specs[layer].ffn:
             continue
         pairs += _cut(entry, _keys(entry, layer, args), names, args, table, ours, {}, shards, False)
         filled |= set(names)
@@ -191,7 +219,7 @@ def spellings(family: Family, args: ModelArgs) -> Iterator[tuple[BoxPair, ...]]:
     table = ParameterTable.of(args)
     ours = table.shapes
     for entry, layer in _instances(family, args):
-        names = [name.format(i=layer) for name in entry.ours]
+        names = [name.format(i=layer, j=layer) for name in entry.ours]
         twin = names == ["output.weight"] and "output.weight" not in ours
         names = ["tok_embeddings.weight"] if twin else names
         if all(name in ours for name in names):
@@ -199,22 +227,23 @@ def spellings(family: Family, args: ModelArgs) -> Iterator[tuple[BoxPair, ...]]:
 
 
 def _instances(family: Family, args: ModelArgs) -> Iterator[tuple[Row, int]]:
-    """Rows of the model as a whole, then those of each layer."""
+    """Rows of the model as a whole, then those of each layer, then those of each layer of the vision tower."""
     rows = list(family.expanded())
-    yield from ((entry, 0) for entry in rows if "{i}" not in entry.theirs)
-    for layer in range(args.n_layers):
-        yield from ((entry, layer) for entry in rows if "{i}" in entry.theirs)
+    yield from ((entry, 0) for entry in rows if "{i}" not in entry.theirs and "{j}" not in entry.theirs)
+    for mark, n_layers in (("{i}", args.n_layers), ("{j}", args.vision.n_layers if args.vision is not None else 0)):
+        for layer in range(n_layers):
+            yield from ((entry, layer) for entry in rows if mark in entry.theirs)
 
 
 def _keys(entry: Row, layer: int, args: ModelArgs) -> list[str]:
     experts = range(args.moe.n_experts if args.moe is not None else 0) if "{e}" in entry.theirs else (0,)
-    return [entry.theirs.format(i=layer, e=expert) for expert in experts]
+    return [entry.theirs.format(i=layer, j=layer, e=expert) for expert in experts]
 
 
 def own_names(family: Family, args: ModelArgs) -> set[str]:
     """Names of foreign tensors that ours do not have, be they enough to fill a parameter or not."""
     entries = list(_instances(family, args))
-    ours = {name.format(i=layer) for entry, layer in entries for name in entry.ours}
+    ours = {name.format(i=layer, j=layer) for entry, layer in entries for name in entry.ours}
     return {key for entry, layer in entries for key in _keys(entry, layer, args)} - ours
 
 
@@ -232,7 +261,7 @@ def _cut(
     found: list[BoxPair] = []
     for shard in range(shards):
         their = theirs.get((shard, keys[0]))
-        parts = [_part(args, table, name, ours[name], their, shard, shards) for name in names]
+        parts = [_part(args, table, name, ours[name], their, shard, shards, entry.cut) for name in names]
         if twin:
             parts = [FilePart(part.name, part.box, True) for part in parts]
         found += TRANSFORMS[entry.transform](keys, parts, args.head_width, shard)
@@ -240,14 +269,23 @@ def _cut(
 
 
 def _part(
-    args: ModelArgs, table: ParameterTable, name: str, shape: Shape, their: Shape | None, shard: int, shards: int
+    args: ModelArgs,
+    table: ParameterTable,
+    name: str,
+    shape: Shape,
+    their: Shape | None,
+    shard: int,
+    shards: int,
+    cut: int | None,
 ) -> FilePart:
-    """What one of several files of tensor-parallel ranks has of a parameter. Where heads of keys and values are fewer
-    than files, neighbouring ones hold the same one."""
+    """What one of several files of tensor-parallel ranks has of a parameter: a share along `cut`, or as ours are cut.
+    Where heads of keys and values are fewer than files, neighbouring ones hold the same one."""
     if shards == 1:
         return FilePart(name, whole(shape))
+    if cut is not None:
+        return FilePart(name, tuple(share_of(n, shard, shards) if i == cut else (0, n) for i, n in enumerate(shape)))
     module = name.rpartition(".")[0]
-    if args.kv_heads < shards and module.endswith(("attention.wk", "attention.wv")):
+    if name.startswith("layers.") and args.kv_heads < shards and module.endswith(("attention.wk", "attention.wv")):
         head = shard * args.kv_heads // shards
         rows = (head * args.head_width, (head + 1) * args.head_width)
         return FilePart(name, (rows, *whole(shape[1:])), twin=shard * args.kv_heads % shards != 0)

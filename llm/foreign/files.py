@@ -16,9 +16,10 @@ from torch import Tensor
 
 from llm.args import ModelArgs
 from llm.errors import UserError
+from llm.foreign import processor
 from llm.foreign.family import Family, Match, families, family_named, match
 from llm.foreign.load import ForeignWeights
-from llm.foreign.stored import Stored
+from llm.foreign.stored import Stored, StoredComputed
 from llm.foreign.transforms import BoxPair, Shape
 from llm.foreign.weight_files import WeightFiles, hugging_face_files, meta_files, read_json
 from llm.parameters import ParameterTable
@@ -126,7 +127,8 @@ def open_foreign(
     else:
         raise UserError(f"{path}: holds neither config.json nor params.json")
     notes += found_files.notes
-    shards = found_files.shards
+    shards = [_with_computed(chosen, shard) for shard in found_files.shards]
+    notes += _about_computed(chosen, found_files.shards[0])
     files = Files(str(path), {(i, key): file for i, shard in enumerate(shards) for key, file in shard.items()})
     shapes = files.shapes()
     try:
@@ -138,6 +140,10 @@ def open_foreign(
         raise UserError(str(error).replace("config.json", str(path / named), 1)) from None
     except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
         raise UserError(f"{path}: its config makes no sense to {chosen.name}: {type(error).__name__} {error}") from None
+    notes += _settle_tower(chosen, read, files, path, text_only)
+    if read.get("vision") is not None:
+        given = (overrides or {}).get("vision")
+        notes += processor.settle(read["vision"], path, read["vocab_size"], given if isinstance(given, dict) else {})
     args = _model_args(path, {**read, **_merged(read, overrides or {})})
     found = match(chosen, args, ParameterTable.of(args).shapes, shapes, len(shards))
     used = {(pair.shard, pair.key) for pair in found.pairs}
@@ -146,7 +152,6 @@ def open_foreign(
     notes += said
     found = replace(found, unknown=tuple(key for key in found.unknown if key not in nobodys))
     found.check(str(path))
-    notes += _about_tower(chosen, config, path, files, text_only)
     if chosen.format == "hf":
         notes += _about_dtype(config, own)
     dropped = sorted({key for shard, key in shapes.keys() - used})
@@ -172,7 +177,7 @@ def _refuse_other_inputs(family: Family, config: Mapping[str, Any], path: Path) 
     if named and not family.tower:
         raise UserError(
             f"{path / 'config.json'}: {named[0]} makes it a multimodal model, which {family.name} is not; "
-            f"of those only the text model of llama4 is read"
+            f"of those only llama4 is read"
         )
 
 
@@ -201,23 +206,44 @@ def _of_base_model(family: Family, files: WeightFiles) -> tuple[Family, list[str
     return replace(family, rows=rows), [f"names of tensors lack {prefix!r}, as of a model saved without its head"]
 
 
-def _about_tower(
-    family: Family, config: Mapping[str, Any], path: Path, files: Files, text_only: bool
+def _with_computed(family: Family, shard: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The tensors of one file, what the family computes in place of what it is computed from."""
+    found = dict(shard)
+    for computed in family.computed:
+        if computed.source in found:
+            found[computed.name] = StoredComputed(found.pop(computed.source), computed)
+    return found
+
+
+def _about_computed(family: Family, shard: Mapping[str, Stored]) -> Iterator[str]:
+    """A line for each tensor that is computed from an older one."""
+    for computed in family.computed:
+        if computed.source in shard:
+            both = f"; that there is {computed.name} too is passed over" if computed.name in shard else ""
+            yield f"{computed.source} is resampled as Meta's own code does it{both}"
+
+
+def _settle_tower(
+    family: Family, read: dict[str, Any], files: Files, path: Path, text_only: bool
 ) -> Iterator[str]:
-    """A line about what a multimodal model has beside its text model. UserError unless that may be left out."""
+    """Take `vision` out of what a config says where the tower is not there, or is not asked for; lines that say so.
+    UserError where there is one of which the config says nothing."""
     tower = {(shard, key) for shard, key in files.shapes() if family.of_tower(key)}
     if not tower:
-        if config.get("vision_config"):
-            yield "config.json: vision_config, but no weights of a vision tower: it is the text model alone"
+        if read.pop("vision", None) is not None:
+            yield "its config describes a vision tower, but there are no weights of one: it is the text model alone"
         return
     prefixes = " and ".join(dict.fromkeys(key.partition(".")[0] for _, key in sorted(tower)))
     said = f"{len(tower)} tensors of {prefixes}, {files.nbytes(tower) / 1e9:.3g} GB"
-    if not text_only:
+    if text_only:
+        read.pop("vision", None)
+        yield f"text_only: {said}, are left out; images cannot be read"
+    elif read.get("vision") is None:
+        where = "params.json: vision_args" if family.format == "meta" else "config.json: vision_config"
         raise UserError(
-            f"{path}: a multimodal model, of which only the text model is read: {said}, would be lost; "
-            f"tools/convert.py import {path} DST --text_only takes the text model"
+            f"{path / where} is missing, and there are {said}; the text model alone is taken by "
+            f"tools/convert.py import {path} DST --text_only"
         )
-    yield f"text_only: {said}, are left out; images cannot be read"
 
 
 def _about_dtype(config: Mapping[str, Any], files: Files) -> Iterator[str]:

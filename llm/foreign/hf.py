@@ -173,7 +173,7 @@ def rope_args(
 ) -> dict[str, Any]:
     """rope_theta, rope_pct and rope_scaling, as transformers takes them: `rope_scaling` where there is one, else
     `rope_parameters`; what the chosen one lacks comes from beside it, by `names`, else from the defaults given."""
-    groups = {key: _one_spelling(config.get(key)) for key in ("rope_scaling", "rope_parameters")}
+    groups = {key: one_spelling(config.get(key)) for key in ("rope_scaling", "rope_parameters")}
     if any(isinstance(value, dict) for group in groups.values() for value in group.values()):
         raise UserError("config.json: rope_parameters differ between kinds of layers, which is not supported")
     chosen = next((key for key, group in groups.items() if group), "rope_parameters")
@@ -199,7 +199,7 @@ def rope_args(
     return args
 
 
-def _one_spelling(params: Config | None) -> dict[str, Any]:
+def one_spelling(params: Config | None) -> dict[str, Any]:
     """A group of RoPE's numbers, without what is null, whose kind is called rope_type and not type."""
     found = {key: value for key, value in (params or {}).items() if value is not None}
     if "type" in found:

@@ -14,7 +14,7 @@ from llm.args import ModelArgs
 from llm.boxes import Box, box_shape, whole
 from llm.checkpoint.weights import boxed
 from llm.errors import UserError
-from llm.foreign.family import Family, Match, Row, best_match, families, match, own_names
+from llm.foreign.family import Family, Match, best_match, families, match, own_names
 from llm.foreign.transforms import BoxPair, Shape
 from llm.layers.foreign_names import translate_with
 
@@ -47,6 +47,15 @@ class StateDict:
 
     def read(self, pair: BoxPair, out: Tensor) -> None:
         out.copy_(pair.to_mine(boxed(self._tensors[pair.key], pair.theirs)))
+
+
+def with_computed(tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
+    """Tensors in memory by the names of a family's table: what that computes in place of what it is computed from."""
+    found = dict(tensors)
+    for computed in family.computed:
+        if computed.source in found:
+            found[computed.name] = computed.compute(found.pop(computed.source))
+    return found
 
 
 class ForeignWeights:
@@ -127,18 +136,20 @@ def translate(module: nn.Module, args: ModelArgs, place: str, state: Mapping[str
     if not others:
         return None
     ours = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    source = StateDict(state, f"the state dict of {type(module).__name__}")
+    name = f"the state dict of {type(module).__name__}"
     local = [part for family in families().values() if (part := _of(family, place)) is not None]
-    matches = [match(part, args, ours, source.shapes()) for part in local]
+    sources = {part.name: StateDict(with_computed(state, part), name) for part in local}
+    matches = [match(part, args, ours, sources[part.name].shapes()) for part in local]
     foreign = [
         found for found in matches if others & ({pair.key for pair in found.pairs} | own_names(found.family, args))
     ]
     if not foreign:
         if len(others) == len(state):
-            raise UserError(f"{source.name}: none of its {len(state)} tensors is a parameter, as {min(state)}")
-        needless = {key for key in others if any(part.dropped(key) for part in local)}
+            raise UserError(f"{name}: none of its {len(state)} tensors is a parameter, as {min(state)}")
+        needless = {key for key in others if any(part.dropped(key, args) for part in local)}
         return {key: tensor for key, tensor in state.items() if key not in needless} if needless else None
-    weights = ForeignWeights(source, best_match(foreign))
+    best = best_match(foreign)
+    weights = ForeignWeights(sources[best.family.name], best)
     weights.check_twins()
     return {
         name: weights.read(name, whole(shape), torch.empty_like(parameters[name], device="cpu"))
@@ -152,7 +163,12 @@ def _of(family: Family, place: str) -> Family | None:
         return None
     theirs = family.containers[place]
     rows = tuple(
-        Row(entry.theirs.removeprefix(theirs), tuple(name.removeprefix(place) for name in entry.ours), entry.transform)
+        replace(
+            entry,
+            theirs=entry.theirs.removeprefix(theirs),
+            ours=tuple(name.removeprefix(place) for name in entry.ours),
+            bias=False,
+        )
         for entry in family.expanded()
         if entry.theirs.startswith(theirs) and all(name.startswith(place) for name in entry.ours)
     )

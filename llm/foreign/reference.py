@@ -15,15 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm.datatypes import TransformerInput
 from llm.errors import UserError
+from llm.foreign.probes import ROW, picture_rows, random_rows, without_slots
 from llm.generate import generate
 from llm.model import LLM
 from llm.tokenizer import Tokenizer
 from llm.tokenizers.check import check_texts, compare
 
 TEXTS = 1000
-ROW = 256
-"""Tokens of a row of logits."""
+Row = tuple[Tensor, Tensor | None]
+"""Ids, and the tiles for their slots."""
 PROMPTS = ("", "Once upon a time", "def f(x):\n", " 1 + 1 =")
 NEW_TOKENS = 24
 SAMPLING: dict[str, Any] = dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "typical_p")) | {"do_sample": False}
@@ -68,7 +70,7 @@ def open_reference(folder: Path) -> Reference:
         raise UserError(f"{folder}: holds no config.json, so transformers cannot read it")
     loaded: Any
     try:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded = _class_of(transformers, folder).from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, local_files_only=True
         )
     except Exception as error:  # the library raises what it likes
@@ -88,6 +90,13 @@ def open_reference(folder: Path) -> Reference:
     return Reference(folder, model.eval(), tokenizer, tuple(problems))
 
 
+def _class_of(transformers: Any, folder: Path) -> Any:
+    """Which class of the library reads a model: one with a vision tower is another than one of text alone."""
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    both = hasattr(config, "vision_config")
+    return transformers.AutoModelForImageTextToText if both else transformers.AutoModelForCausalLM
+
+
 @torch.no_grad()
 def compare_with(
     model: LLM, tokenizer: Tokenizer | None, theirs: Reference, text: str | None, tokens: int, tolerance: float
@@ -103,7 +112,8 @@ def compare_with(
         found.differences.append(f"vocabularies: {model.args.vocab_size} tokens here, {vocabulary} there")
         return found
     _compare_ids(found, tokenizer, theirs, text)
-    rows = list(_rows(tokenizer, text, tokens, vocabulary))
+    rows: list[Row] = [(ids, None) for ids in _rows(model, tokenizer, text, tokens)]
+    rows += picture_rows(model.args)
     if tokenizer is not None and max(tokenizer.end_ids, default=0) >= vocabulary:
         found.differences.append(f"the tokenizer has ids beyond the vocabulary of {vocabulary}")
     largest = _compare_logits(found, model, theirs, rows, tolerance)
@@ -133,10 +143,10 @@ def _compare_ids(found: Verdict, tokenizer: Tokenizer | None, theirs: Reference,
         found.differences.append(f"what ends a generation: ids {tokenizer.end_ids} here, {ends} there")
 
 
-def _rows(tokenizer: Tokenizer | None, text: str | None, tokens: int, vocabulary: int) -> Iterator[Tensor]:
+def _rows(model: LLM, tokenizer: Tokenizer | None, text: str | None, tokens: int) -> Iterator[Tensor]:
     """Rows of ids: of the text, or of texts of our own, and as many at random, which visit all of the table."""
-    generator = torch.Generator().manual_seed(0)
-    yield from torch.randint(vocabulary, (tokens,), generator=generator).split(ROW)
+    vocabulary = model.args.vocab_size
+    yield from random_rows(model.args, tokens)
     if tokenizer is None:
         return
     left = tokens
@@ -146,25 +156,30 @@ def _rows(tokenizer: Tokenizer | None, text: str | None, tokens: int, vocabulary
         except UserError:  # a text that this tokenizer cannot write
             continue
         left -= len(ids)
-        yield from (row for row in torch.tensor(ids, dtype=torch.long).split(ROW) if len(row))
+        rows = without_slots(model.args, torch.tensor(ids, dtype=torch.long)).split(ROW)
+        yield from (row for row in rows if len(row))
         if left <= 0:
             return
 
 
 def _compare_logits(
-    found: Verdict, model: LLM, theirs: Reference, rows: Sequence[Tensor], tolerance: float
+    found: Verdict, model: LLM, theirs: Reference, rows: Sequence[Row], tolerance: float
 ) -> float:
     """The largest logit."""
     largest = worst = torch.zeros((), dtype=torch.float64)
     kl, agree, seen = 0.0, 0, 0
-    for row in rows:
-        x, y = model(row[None]).logits[0].double(), theirs.model(row[None]).logits[0].double()
+    for row, tiles in rows:
+        x = model(TransformerInput(row[None], images=tiles)).logits[0].double()
+        extra = {} if tiles is None else {"pixel_values": tiles}
+        y = theirs.model(row[None], **extra).logits[0].double()
         largest, worst = largest.maximum(x.abs().max()), worst.maximum((x - y).abs().max())  # NaN if any is
         p, q = x.log_softmax(-1), y.log_softmax(-1)
         kl += float((p.exp() * (p - q)).sum())
         agree += int((x.argmax(-1) == y.argmax(-1)).sum())
         seen += len(row)
     relative = worst / largest.clamp(min=1e-30)
+    if any(tiles is not None for _, tiles in rows):
+        found.lines.append(f"rows with images          {sum(tiles is not None for _, tiles in rows)} of {len(rows)}")
     found.lines.append(f"largest logit difference  {worst:.3e} ({relative:.3e} of the largest logit)")
     found.lines.append(f"KL divergence             {kl / seen:.3e} nats a token")
     found.lines.append(f"greedy agreement          {agree} of {seen}")

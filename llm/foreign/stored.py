@@ -12,8 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from llm.boxes import whole
 from llm.checkpoint.weights import boxed
 from llm.errors import DamagedFile, UserError
+from llm.foreign.family import Computed
 from llm.foreign.transforms import BoxPair, Shape
 from llm.safetensors_file import DTYPES, Entry, SafetensorsFile, TensorFile, Unread
 
@@ -61,6 +63,30 @@ class StoredSafetensors:
 
     def read(self, pair: BoxPair, out: Tensor) -> None:
         self._file.read(pair.key, pair.theirs, pair.to_theirs(out))
+
+
+class StoredComputed:
+    """A tensor that is computed, whole, from one of a file whenever it is read: for small ones."""
+
+    def __init__(self, file: Stored, computed: Computed) -> None:
+        self.path = file.path
+        self._file = file
+        self._computed = computed
+
+    def shapes(self) -> dict[str, Shape]:
+        return {self._computed.name: self._file.shapes()[self._computed.source]}
+
+    def dtype(self, key: str) -> torch.dtype | None:
+        return self._file.dtype(self._computed.source)
+
+    def described(self, key: str) -> tuple[str, int]:
+        return self._file.described(self._computed.source)
+
+    def read(self, pair: BoxPair, out: Tensor) -> None:
+        source, shape = self._computed.source, self._file.shapes()[self._computed.source]
+        all_of_it = torch.empty(shape)
+        self._file.read(BoxPair(source, pair.shard, whole(shape), pair.name, whole(shape)), all_of_it)
+        out.copy_(pair.to_mine(boxed(self._computed.compute(all_of_it), pair.theirs)))
 
 
 class StoredPickle:

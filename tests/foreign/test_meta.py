@@ -342,7 +342,7 @@ def test_rotation_is_turned_for_hugging_face_where_it_has_to_be(family, changes,
 )
 def test_what_meta_s_params_cannot_say_is_refused(changes, named):
     with pytest.raises(UserError, match=f"a meta_llama config cannot say .*{named}"):
-        choose_family(ModelArgs.model_validate(LLAMA | changes), "meta")
+        choose_family(ModelArgs.model_validate(LLAMA | changes), "meta", "meta_llama")
 
 
 @pytest.mark.parametrize(

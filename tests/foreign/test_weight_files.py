@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from llm import LLM
-from llm.errors import UserError
 from llm.foreign.files import open_foreign
 from tests.foreign.folders import refused, tensors_of
 from tests.foreign.models import logits_of, reference, tokens, transformers
@@ -297,53 +296,6 @@ def test_what_a_config_says_beside_the_numbers_is_noted(keys, said, folder, capl
     file.write_text(json.dumps(json.loads(file.read_text()) | keys))
     LLM.from_pretrained(folder)
     assert said in caplog.text and len(caplog.records) == 1
-
-
-@pytest.fixture(scope="module")
-def multimodal(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    text = dict(
-        vocab_size=97, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, head_dim=8,
-        intermediate_size=40, intermediate_size_mlp=64, num_local_experts=2, attention_chunk_size=8, pad_token_id=0,
-    )  # fmt: skip
-    vision = dict(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4,
-        vision_output_dim=16, projector_input_dim=16, projector_output_dim=16,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    config = transformers.Llama4Config(text_config=text, vision_config=vision)
-    folder = tmp_path_factory.mktemp("multimodal") / "a"
-    transformers.Llama4ForConditionalGeneration(config).save_pretrained(folder)
-    return folder
-
-
-def test_a_multimodal_model_is_refused_with_what_would_be_lost(multimodal, tmp_path, capsys):
-    tower = {key: t for key, t in tensors_of(multimodal).items() if not key.startswith("language_model.")}
-    line = refused(capsys, "import", multimodal, tmp_path / "b")
-    size = sum(tensor.nbytes for tensor in tower.values()) / 1e9
-    assert f"{len(tower)} tensors of multi_modal_projector and vision_model, {size:.3g} GB, would be lost" in line
-    assert f"tools/convert.py import {multimodal} DST --text_only" in line
-    with pytest.raises(UserError, match="--text_only"):
-        LLM.from_pretrained(multimodal)
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_text_model_of_a_multimodal_one_is_taken_when_asked_for_and_said(multimodal, tmp_path, capsys):
-    convert.main(["import", str(multimodal), str(tmp_path / "b"), "--text_only"])
-    said = capsys.readouterr().out
-    assert "note: text_only: " in said and "images cannot be read" in said
-    model = transformers.Llama4ForConditionalGeneration.from_pretrained(multimodal).eval()
-    check_equal(tmp_path / "b", model.language_model)
-    convert.main(["inspect", str(multimodal)])
-    said = capsys.readouterr().out
-    assert "note: text_only: " in said and "not read    " in said and "vision_model." not in said.split("not read")[0]
-
-
-def test_a_multimodal_config_whose_tower_is_not_there_is_the_text_model(multimodal, tmp_path, caplog):
-    folder = Path(shutil.copytree(multimodal, tmp_path / "a"))
-    text = {key: tensor for key, tensor in tensors_of(folder).items() if key.startswith("language_model.")}
-    put(folder / "model.safetensors", text)
-    LLM.from_pretrained(folder)
-    assert "vision_config, but no weights of a vision tower" in caplog.text
 
 
 def planted(key: str, *values: float) -> Callable[[Path], None]:

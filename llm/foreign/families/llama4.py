@@ -1,4 +1,4 @@
-"""The text model of Llama 4 as Hugging Face writes it, alone or inside the multimodal one."""
+"""Llama 4 as Hugging Face writes it: the text model alone, or with the vision tower."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ from llm.args import ModelArgs
 from llm.args.layers import attention_specs
 from llm.errors import UserError
 from llm.foreign import hf
+from llm.foreign.families import llama4_vision
 from llm.foreign.family import Family, Row, Warn, row
 
 OURS = "layers.{i}"
@@ -127,10 +128,33 @@ def write_config(args: ModelArgs) -> dict[str, Any]:
     return written
 
 
+def read_multimodal(config: hf.Config, warn: Warn) -> dict[str, Any]:
+    """Of a config without `vision_config`, its text model's."""
+    vision = {"vision": llama4_vision.read_hf(config, warn)} if config.get("vision_config") else {}
+    return read_config(config, warn) | vision
+
+
+def write_multimodal(args: ModelArgs) -> dict[str, Any]:
+    if args.vision is None:
+        raise UserError("a llama4 config is of a model with vision; that of its text model alone is llama4_text")
+    text = write_config(args)
+    del text["architectures"]
+    return {
+        "architectures": ["Llama4ForConditionalGeneration"],
+        "model_type": "llama4",
+        "text_config": text,
+        "tie_word_embeddings": args.tie_embeddings,
+        **llama4_vision.write_hf(args),
+    }
+
+
 TABLE = rows("")
-INSIDE = rows("language_model.")
+WITH_VISION = (*rows("language_model."), *llama4_vision.hf_rows())
 CONTAINERS = hf.containers("model.layers.{i}", "self_attn", "feed_forward")
 FAMILIES = (
     Family("llama4_text", TABLE, read_config, write_config, CONTAINERS, architecture="Llama4ForCausalLM"),
-    Family("llama4", INSIDE, read_config, None, {"": ""}, tower=VISION),
-)
+    Family(
+        "llama4", WITH_VISION, read_multimodal, write_multimodal, {"": ""}, tower=VISION, needs_tower=True,
+        architecture="Llama4ForConditionalGeneration",
+    ),
+)  # fmt: skip
