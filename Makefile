@@ -2,6 +2,7 @@
 # make layouts    compare every layout of NPROC processes with one process:  make layouts NPROC=4 CONFIG=my.yaml
 # make test       all tests but the long ones;   make test-full   every test;   make test-slice   this commit's share of
 #                 the long ones, which .ci/run runs too (SLICE=N another share)
+# make layouts-vision   compare every layout of a model with a vision tower with one process, on rows with and without images
 # make lint       style and types
 # make vision-reference   what the image processor of transformers makes of generated pictures, again
 #
@@ -24,7 +25,7 @@ INSTALL_TORCH = $(if $(TORCH),$(1)/pip install -q $(TORCH),\
     $(1)/pip install -q torch==2.13.0+cpu 2>/dev/null || $(1)/pip install -q torch==2.13.0)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: pretrain pretrain-long layouts test test-slice test-full vision-reference lint setup clean
+.PHONY: pretrain pretrain-long layouts layouts-vision test test-slice test-full vision-reference lint setup clean
 
 setup: $(RUNTIME)
 
@@ -78,6 +79,9 @@ ifeq ($(CONFIG),configs/pretrain/quickstart.yaml)
 	$(BIN)/python tools/quickstart.py prepare
 endif
 	$(BIN)/python tools/layouts.py --config $(CONFIG) --nproc $(NPROC) --shrink
+
+layouts-vision: .venv/.dev
+	$(BIN)/python -m pytest tests/distributed/test_vision_layouts.py
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -m "not full and not distributed" --budget units $(SIDE_BY_SIDE)

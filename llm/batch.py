@@ -4,7 +4,7 @@ Shapes: B rows of the tensors, T tokens of a row, R rows of the data: B, or fewe
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -102,6 +102,10 @@ class Batch:
         targets = {name: targets.to(device) for name, targets in self.targets.items()}
         values = {name: value.to(device) for name, value in self.values.items()}
         return Batch(moved, targets, None if self.valid is None else self.valid.to(device), self.rows, values)
+
+    def without_images(self) -> "Batch":
+        """The same without images, for what follows the token vectors."""
+        return self if self.inputs.images is None else replace(self, inputs=replace(self.inputs, images=None))
 
     def span(self, first: int, end: int, patch_token: int | None = None) -> "Batch":
         """Some of the flattened tokens as one row, which is one document, with the images whose slots, tokens equal to

@@ -83,6 +83,8 @@ class LLM(Conveniences, InRegion):
         accept_foreign_names(self, args, "")
         self.activation_checkpointing: Recompute = "none"
         """What the forwards to come forget and their backwards recompute, to save memory: see llm/recompute.py."""
+        self.gathers_weights = False
+        """Whether ranks with other rows gather weights together in a forward (ZeRO-3), so that all must do it alike."""
         self.compiled: dict[str, Callable[..., Any]] = {}
         """Blocks as llm/compile.py compiled them, by the name of the unit, for forwards with gradients."""
         self.output: Output | None = None
@@ -211,8 +213,9 @@ class LLM(Conveniences, InRegion):
         return x_BTD * torch.tensor(self.args.embed_scale, dtype=x_BTD.dtype, device="cpu").item()
 
     def _with_images(self, x_BTD: Tensor, inputs: TransformerInput, ctx: Context) -> Tensor:
-        """Token vectors with those of images in their slots. Where the tower or its projection trains and there are no
-        images, a blank tile, whose vectors go nowhere, gives each rank the same work and gradients.
+        """Token vectors with those of images in their slots. Where the tower or its projection trains, or weights are
+        gathered, and there are no images, a blank tile, whose vectors go nowhere, gives each rank the same work and
+        gradients. Rows that continue a cache are those of all ranks.
         """
         vision, tower, projection = self.args.vision, self.vision_embeddings, self.vision_projection
         assert vision is not None
@@ -221,7 +224,8 @@ class LLM(Conveniences, InRegion):
             grad and any(p.requires_grad for p in part.parameters()) for part in (tower, projection)
         )
         on_cpu = inputs.tokens.device.type == "cpu"
-        if tiles is None and not (tower_trains or projection_trains):
+        together = self.gathers_weights and ctx.states is None
+        if tiles is None and not (tower_trains or projection_trains or together):
             if on_cpu and ctx.states is None:  # a text that goes on may have made the token by itself
                 slots_of(inputs.tokens, 0, vision)
             return x_BTD

@@ -79,7 +79,7 @@ class Tower(nn.Module):
         patch = Linear.declare(3 * vision.patch_size**2, vision.dim, False, places, tensor_dim=None)["weight"]
         rows = {"class_embedding": learned}
         rows["pos_embedding"] = replace(learned, shape=(vision.grid**2 + 1, vision.dim))
-        rows["patch.weight"] = replace(patch, in_region=False)
+        rows["patch.weight"] = replace(patch, in_region=False, may_be_int8=False)
         rows |= under("norm_pre", norm_rows(args, vision.dim))
         for spec in args.layer_specs():
             rows |= under(f"layers.{spec.index}", Block.declare(args, spec))

@@ -82,8 +82,8 @@ class Replica:
         return owns.index(True) if any(owns) else len(owns) - 1  # the last stage's copy of a tied table
 
     def to_device(self, batch: Batch) -> Batch:
-        """The batch on the model's device."""
-        return batch.to(self.world.device)
+        """The batch on the model's device; its images only where the tower is."""
+        return (batch if self.stages[0].first else batch.without_images()).to(self.world.device)
 
     def through_stage(
         self,

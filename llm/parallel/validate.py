@@ -38,10 +38,20 @@ class Needs:
 
     @cached_property
     def widths(self) -> tuple[tuple[str, int], ...]:
-        """(key, hidden width) of the kinds of feed-forward that the model has."""
+        """(key, size) of what tensor parallelism cuts evenly: hidden widths of the kinds of feed-forward that the model
+        has, and of a vision tower its heads too."""
         kinds = {spec.ffn for spec in self.args.layer_specs()}
         dense = (("model.ffn_hidden", self.args.ffn_width()),) if "dense" in kinds else ()
-        return dense + ((("model.moe.hidden", self.args.moe_width()),) if "moe" in kinds else ())
+        widths = dense + ((("model.moe.hidden", self.args.moe_width()),) if "moe" in kinds else ())
+        vision = self.args.vision
+        if vision is None:
+            return widths
+        return (
+            *widths,
+            ("model.vision.n_heads", vision.n_heads),
+            ("model.vision.dim * mlp_ratio", vision.ffn_width),
+            ("model.vision.output_dim", vision.output_dim),
+        )
 
     @cached_property
     def n_experts(self) -> int:

@@ -25,6 +25,7 @@
 
 import math
 import resource
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ import torch
 from llm.args import ModelArgs
 from llm.data.balance import Tiles
 from llm.data.batch import StepBatch
-from llm.flops import token_flops
+from llm.flops import tile_flops, token_flops
 from llm.parallel.engine.step import StepResult
 from llm.parallel.launch.world import World
 from llm.train.peaks import peak_flops
@@ -45,13 +46,19 @@ class StepMetrics:
         self.world = world
         self._args = args
         self._flops: dict[int, int] = {}  # of a token, by the length of its sequence
+        self._tile_flops = tile_flops(args)
         self.peak = peak_flops(configured_peak, world.device)
 
     def flops(self, seq_len: int) -> int:
-        """Of a token in a sequence of `seq_len`, forward and backward."""
+        """Of a token in a sequence of `seq_len`, forward and backward, images aside."""
         if seq_len not in self._flops:
-            self._flops[seq_len] = token_flops(self._args, seq_len)
+            self._flops[seq_len] = token_flops(self._args, seq_len, tiles_per_token=Fraction(0))
         return self._flops[seq_len]
+
+    def _flops_of(self, result: StepResult, batch: StepBatch) -> int:
+        """Of a step, with the tiles that were read in it."""
+        tiles = 0 if batch.tiles is None else batch.tiles.total
+        return result.counts.tokens * self.flops(batch.micro_batches[0].seq_len) + tiles * self._tile_flops
 
     def row(
         self, result: StepResult, batch: StepBatch, *, step: int, tokens: int, epoch: float, lr: float, seconds: float
@@ -78,7 +85,7 @@ class StepMetrics:
             "targets": result.counts.targets,
             "tokens_per_s": n_tokens / seconds,
             "tokens_per_s_per_device": per_device,
-            "mfu": None if self.peak is None else per_device * self.flops(seq_len) / self.peak,
+            "mfu": None if self.peak is None else self._flops_of(result, batch) / seconds / self.world.size / self.peak,
             "step_time_s": seconds,
             "data_wait_s": batch.wait_s,
             "memory_gb": peak_memory_gb(self.world.device),

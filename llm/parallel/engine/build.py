@@ -36,6 +36,7 @@ def build_replica(
     values = seed if precision == "fp32" else None
     storage: Storage = Partitioned(DTYPES[precision], grid.reduce.handle) if zero_stage == 3 else Whole()
     replica = Replica.build(args, values, grid, storage=storage, seq_len=seq_len, table=table)
+    replica.model.gathers_weights = zero_stage == 3
     if values is None:
         draw(frozen_parameters(replica.model), replica.table, grid, storage, seed)
     fill_int8(replica.model, replica.table, grid, drawn(replica.table, seed))
