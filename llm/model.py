@@ -20,6 +20,7 @@ from llm.cache import Cache
 from llm.conveniences import Conveniences
 from llm.datatypes import LossSum, RouterStats, TransformerInput, TransformerOutput
 from llm.init import initialise
+from llm.kernels.norms import rms_normalise
 from llm.layers.block import Block
 from llm.layers.context import Context, angles, temperature
 from llm.layers.dropout import key_of
@@ -94,16 +95,16 @@ class LLM(Conveniences, InRegion):
                 lora = adapter(args.lora, "vision_projection")
                 self.vision_projection = Projection(args.vision.output_dim, args.dim, lora)
             if args.tie_embeddings and not {EMBEDDING, OUTPUT}.isdisjoint(self.units):
-                tied = TiedEmbedding(args.vocab_size, args.dim, args.logit_softcap, args.lora)
+                tied = TiedEmbedding(args.vocab_size, args.dim, args.logit_softcap, args.lora, args.logit_scale)
                 self.tok_embeddings: Embedding = tied
             elif EMBEDDING in self.units:
                 self.tok_embeddings = Embedding(args.vocab_size, args.dim, args.lora)
             blocks = (Block(args, spec) if f"layers.{spec.index}" in self.units else None for spec in self.specs)
             self.layers = nn.ModuleList(blocks)  # type: ignore[arg-type]  # None keeps the others' numbers
             if NORM in self.units:
-                self.norm = make_norm(args, args.dim)
+                self.norm = make_norm(args, args.dim, last=True)
             if OUTPUT in self.units and not args.tie_embeddings:
-                self.output = Output(args.dim, args.vocab_size, args.logit_softcap, args.lora)
+                self.output = Output(args.dim, args.vocab_size, args.logit_softcap, args.lora, args.logit_scale)
         for name, module in self.named_modules():
             if isinstance(module, Adapted):
                 module.site = key_of(name)
@@ -207,10 +208,10 @@ class LLM(Conveniences, InRegion):
         if self.args.vision is not None:
             x_BTD = self._with_images(x_BTD, inputs, ctx)
         x_BTD = self.region.leave(x_BTD, ctx.cut_sequence)
-        if self.args.embed_scale is None:
-            return x_BTD
-        # rounded on the host: a number made on a GPU would make the host wait for it
-        return x_BTD * torch.tensor(self.args.embed_scale, dtype=x_BTD.dtype, device="cpu").item()
+        if self.args.embed_scale is not None:
+            # rounded on the host: a number made on a GPU would make the host wait for it
+            x_BTD = x_BTD * torch.tensor(self.args.embed_scale, dtype=x_BTD.dtype, device="cpu").item()
+        return rms_normalise(x_BTD, self.args.norm_eps) if self.args.embed_norm else x_BTD
 
     def _with_images(self, x_BTD: Tensor, inputs: TransformerInput, ctx: Context) -> Tensor:
         """Token vectors with those of images in their slots. Where the tower or its projection trains, or weights are

@@ -35,7 +35,7 @@ class ParameterTable(Mapping[str, ParamInfo]):
         rows = vision_rows(args) | in_unit("tok_embeddings", table)
         for spec in args.layer_specs():
             rows |= in_unit(f"layers.{spec.index}", Block.declare(args, spec))
-        rows |= in_unit("norm", norm_rows(args, args.dim))
+        rows |= in_unit("norm", norm_rows(args, args.dim, last=True))
         return cls(rows if tied else rows | in_unit("output", head))
 
     def __getitem__(self, name: str) -> ParamInfo:

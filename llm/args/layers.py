@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Mask = Literal["full", "chunk", "window"]
 Ffn = Literal["dense", "moe", "none"]
-QKNorm = Literal["l2", "head", "full"]
+QKNorm = Literal["l2", "plain", "head", "full"]
 
 PATTERN_ALIASES = {"alternating": ["ssm", "attn"]}
 PLANNED = ("ssm", "routed", "none")
@@ -57,6 +57,7 @@ class AttentionSpec(MixerSpec):
     rope: bool
     qk_norm: QKNorm | None
     temperature: bool
+    gate: bool = False  # of what it makes of the values
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,7 @@ def resolve_attention(args: "ModelArgs", item: LayerItem) -> AttentionSpec:
         rope=rope,
         qk_norm=args.qk_norm if rope or args.qk_norm != "l2" else None,
         temperature=args.attn_temperature_tuning and not rope,
+        gate=args.attn_gate,
     )
 
 

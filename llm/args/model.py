@@ -17,6 +17,11 @@ from llm.args.vision import VisionArgs
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
+def unset(value: object) -> bool:
+    """Whether a key is as if it were not there, and is left out of what is written: of keys younger than the files."""
+    return value is None or value is False
+
+
 class ModelArgs(Group):
     """The architecture of one model. Checked at construction; a ValueError names the key and what is possible."""
 
@@ -64,10 +69,17 @@ class ModelArgs(Group):
     """RMS norms multiply with the weight before the cast back from float32 (OLMo 2)."""
     norm_place: Literal["pre", "post", "sandwich"] = "pre"
     """Norms before attention and feed-forward, after them and before the sum (OLMo 2), or both (Gemma 2)."""
+    final_norm_plain: bool = Field(False, exclude_if=unset)
+    """The norm after the last layer multiplies with the weight where the others multiply with 1 + weight."""
+    post_norm_eps: float | None = Field(None, gt=0, exclude_if=unset)
+    """Added to the mean square in norms after attention and feed-forward; unset = norm_eps."""
+    embed_norm: bool = Field(False, exclude_if=unset)
+    """An RMS norm without weights of token vectors, those of images included."""
     parallel_residual: bool = False
     """Attention and feed-forward read the same x, each through its own norm (GPT-NeoX)."""
     qk_norm: QKNorm | None = None
-    """l2: each head after RoPE, without weights, on RoPE layers; head, full: before RoPE, each head or all as one."""
+    """Each head, without weights: l2 after RoPE, on RoPE layers; plain before it, on all. With weights, before RoPE:
+    head each head, full all of them as one."""
     rope_theta: float = Field(5e5, gt=0)
     """RoPE base."""
     rope_interleaved: bool = True
@@ -86,6 +98,10 @@ class ModelArgs(Group):
     """Factor on attention scores; unset = 1 / sqrt(width of a head)."""
     attn_softcap: float | None = Field(None, gt=0)
     """Attention scores s become cap tanh(s / cap)."""
+    attn_gate: bool = Field(False, exclude_if=unset)
+    """Multiply what attention makes of the values with the sigmoid of another product, wg x."""
+    logit_scale: float | None = Field(None, gt=0, exclude_if=unset)
+    """Factor on logits, before the cap."""
     logit_softcap: float | None = Field(None, gt=0)
     """Logits z become cap tanh(z / cap)."""
     embed_scale: float | None = Field(None, gt=0)
@@ -104,7 +120,7 @@ class ModelArgs(Group):
     """Divide the initial wo and w2 by sqrt(2 n_layers)."""
     moe: MoEArgs | None = None
     """Mixture of experts; unset = every layer is dense."""
-    vision: VisionArgs | None = Field(None, exclude_if=lambda vision: vision is None)
+    vision: VisionArgs | None = Field(None, exclude_if=unset)
     """A tower that reads pictures; unset = text alone, and then no key in what is written."""
     lora: LoraArgs | None = None
     """Low-rank adapters beside the weights; unset = none. In a run config the section `lora` sets it."""
@@ -135,6 +151,10 @@ class ModelArgs(Group):
             raise ValueError(f"model.parallel_residual needs model.norm_place=pre; got {self.norm_place}")
         if self.norm == "layer" and (self.norm_offset or self.norm_fp32_weight):
             raise ValueError("model.norm_offset and norm_fp32_weight are of RMS norms; leave them out with norm=layer")
+        if self.final_norm_plain and not self.norm_offset:
+            raise ValueError("model.final_norm_plain is of models with norm_offset; leave it out")
+        if self.post_norm_eps is not None and self.norm_place == "pre":
+            raise ValueError(f"model.post_norm_eps={self.post_norm_eps} is of norms that norm_place=pre does not have")
         if self.moe is not None and any(not 0 <= i < self.n_layers for i in self.moe.dense_layers):
             raise ValueError(
                 f"model.moe.dense_layers={list(self.moe.dense_layers)}: layers are 0 to {self.n_layers - 1}"

@@ -94,6 +94,9 @@ def meaning(args: ModelArgs, settled_by_weights: bool = False) -> dict[str, Any]
     if not settled_by_weights:
         found |= {"vocab_size": args.vocab_size, "tie_embeddings": args.tie_embeddings}
     found["norm_fp32_weight"] = args.norm_fp32_weight or args.norm_offset
+    found |= {key: getattr(args, key) for key in ("final_norm_plain", "embed_norm")}
+    found["logit_scale"] = args.logit_scale or 1.0
+    found["post_norm_eps"] = None if args.norm_place == "pre" else args.post_norm_eps or args.norm_eps
     found["embed_scale"] = None if args.embed_scale is None else round(args.embed_scale, 4)
     scale = args.head_width**-0.5 if args.score_scale is None else args.score_scale
     found["score_scale"] = round(scale, 8)

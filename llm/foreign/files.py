@@ -140,7 +140,7 @@ def open_foreign(
         raise UserError(str(error).replace("config.json", str(path / named), 1)) from None
     except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
         raise UserError(f"{path}: its config makes no sense to {chosen.name}: {type(error).__name__} {error}") from None
-    notes += _settle_tower(chosen, read, files, path, text_only)
+    notes += _settle_tower(chosen, config, read, files, path, text_only)
     if read.get("vision") is not None:
         given = (overrides or {}).get("vision")
         notes += processor.settle(read["vision"], path, read["vocab_size"], given if isinstance(given, dict) else {})
@@ -224,13 +224,13 @@ def _about_computed(family: Family, shard: Mapping[str, Stored]) -> Iterator[str
 
 
 def _settle_tower(
-    family: Family, read: dict[str, Any], files: Files, path: Path, text_only: bool
+    family: Family, config: Mapping[str, Any], read: dict[str, Any], files: Files, path: Path, text_only: bool
 ) -> Iterator[str]:
     """Take `vision` out of what a config says where the tower is not there, or is not asked for; lines that say so.
     UserError where there is one of which the config says nothing."""
     tower = {(shard, key) for shard, key in files.shapes() if family.of_tower(key)}
     if not tower:
-        if read.pop("vision", None) is not None:
+        if read.pop("vision", None) is not None or config.get("vision_config"):
             yield "its config describes a vision tower, but there are no weights of one: it is the text model alone"
         return
     prefixes = " and ".join(dict.fromkeys(key.partition(".")[0] for _, key in sorted(tower)))
@@ -240,10 +240,10 @@ def _settle_tower(
         yield f"text_only: {said}, are left out; images cannot be read"
     elif read.get("vision") is None:
         where = "params.json: vision_args" if family.format == "meta" else "config.json: vision_config"
-        raise UserError(
-            f"{path / where} is missing, and there are {said}; the text model alone is taken by "
-            f"tools/convert.py import {path} DST --text_only"
-        )
+        why = f"{path / where} is missing, and there are {said}"
+        if config.get("vision_config"):
+            why = f"{path}: the vision tower of {family.name} is not read: {said}, would be lost"
+        raise UserError(f"{why}; the text model alone is taken by tools/convert.py import {path} DST --text_only")
 
 
 def _about_dtype(config: Mapping[str, Any], files: Files) -> Iterator[str]:

@@ -1,9 +1,11 @@
 """Grouped-query self-attention (Ainslie et al. 2023, arXiv:2305.13245) with the additions of Llama 4 and others.
 
 On RoPE layers queries and keys are rotated. qk_norm RMS-normalises them: "l2" each head without weights, after that
-(Llama 4); before it, "head" each head with one weight for all (Qwen 3), and "full" all heads of a token as one (OLMo
-2). Scores are scaled, and capped where attn_softcap says so (Gemma 2). On NoPE layers with temperature tuning, queries
-at position p are multiplied by 1 + attn_scale ln(1 + floor((p + 1) / floor_scale)).
+(Llama 4); before it, "plain" each head without weights, on layers without RoPE too (Muse Glimmer), "head" each head
+with one weight for all (Qwen 3), and "full" all heads of a token as one (OLMo 2). Scores are scaled, and capped where
+attn_softcap says so (Gemma 2). On NoPE layers with temperature tuning, queries at position p are multiplied by
+1 + attn_scale ln(1 + floor((p + 1) / floor_scale)). With a gate, what each head makes of the values is multiplied with
+the sigmoid of wg x, element by element, before wo (Qiu et al. 2025, arXiv:2505.06708).
 
 Shapes: B batch, T tokens, D model width, H query heads, K kv heads, d head width.
 """
@@ -41,6 +43,7 @@ class Attention(nn.Module, InRegion):
         self.wq = Linear(args.dim, queries, args.qkv_bias, adapter(args.lora, "wq"))
         self.wk = Linear(args.dim, keys, args.qkv_bias, adapter(args.lora, "wk"))
         self.wv = Linear(args.dim, keys, args.qkv_bias, adapter(args.lora, "wv"))
+        self.wg = Linear(args.dim, queries, False, adapter(args.lora, "wg")) if self.spec.gate else None
         self.wo = Linear(queries, args.dim, args.o_bias, adapter(args.lora, "wo"))
         self.kv_heads = args.kv_heads
         self.q_norm, self.k_norm = (head_norm(args, self.spec, heads) for heads in (args.n_heads, args.kv_heads))
@@ -54,6 +57,9 @@ class Attention(nn.Module, InRegion):
         for name, (heads, width) in (("wq", queries), ("wk", keys), ("wv", keys)):
             lora = adapter(args.lora, name)
             rows |= under(name, Linear.declare(dim, width, args.qkv_bias, std, tensor_dim=0, grain=heads, lora=lora))
+        if attention_spec(spec).gate:
+            lora = adapter(args.lora, "wg")
+            rows |= under("wg", Linear.declare(dim, queries[1], False, std, tensor_dim=0, grain=queries[0], lora=lora))
         residual, lora = weights(args, writes_residual=True), adapter(args.lora, "wo")
         out = Linear.declare(queries[1], dim, args.o_bias, residual, tensor_dim=1, grain=args.n_heads, lora=lora)
         rows |= under("wo", out)
@@ -83,6 +89,8 @@ class Attention(nn.Module, InRegion):
         q, k, v = (w(x, ctx.keys_N).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.spec.qk_norm == "plain":
+            q, k = (rms_normalise(y, self.norm_eps) for y in (q, k))
         if self.spec.rope:
             assert ctx.rotation_BT1m is not None
             q, k = (rotate(y, ctx.rotation_BT1m, self.interleaved) for y in (q, k))
@@ -91,8 +99,10 @@ class Attention(nn.Module, InRegion):
         if self.spec.temperature:
             q = (q * ctx.temperature_BT11).to(q.dtype)
         assert ctx.attend is not None
-        out = self.wo(attended(ctx.attend, self.layer, self.spec, q, k, v).flatten(-2), ctx.keys_N)
-        return self.region.leave(out, ctx.cut_sequence)
+        made = attended(ctx.attend, self.layer, self.spec, q, k, v).flatten(-2)
+        if self.wg is not None:
+            made = made * self.wg(x, ctx.keys_N).sigmoid()
+        return self.region.leave(self.wo(made, ctx.keys_N), ctx.cut_sequence)
 
 
 def head_norm(args: ModelArgs, spec: AttentionSpec, n_heads: int) -> nn.Module | None:

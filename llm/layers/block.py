@@ -28,12 +28,12 @@ class Block(nn.Module):
         self.attention_norm = make_norm(args, args.dim) if before else None
         self.attention = MIXERS[spec.mixer.name](args, spec)
         accept_foreign_names(self.attention, args, "layers.{i}.attention.")
-        self.attention_post_norm = make_norm(args, args.dim) if after else None
+        self.attention_post_norm = make_norm(args, args.dim, args.post_norm_eps) if after else None
         if spec.ffn != "none":
             self.ffn_norm = make_norm(args, args.dim) if before else None
             self.feed_forward = FEED_FORWARDS[spec.ffn].build(args, spec)
             accept_foreign_names(self.feed_forward, args, "layers.{i}.feed_forward.")
-            self.ffn_post_norm = make_norm(args, args.dim) if after else None
+            self.ffn_post_norm = make_norm(args, args.dim, args.post_norm_eps) if after else None
 
     @staticmethod
     def declare(args: ModelArgs, spec: LayerSpec) -> Rows:

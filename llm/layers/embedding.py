@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from llm.args.lora import LoraArgs, adapter
 from llm.init import Draw
 from llm.layers.lora import VocabularyAdapted, adapter_rows, token_row_rows
-from llm.layers.output import HeadTargets, adapter_of, head_weight, predict
+from llm.layers.output import HeadTargets, adapter_of, head_weight, predict, scaled
 from llm.layers.parameter import ParamInfo, Rows
 from llm.layers.region import VocabularyShare
 
@@ -49,13 +49,18 @@ class TiedEmbedding(Embedding):
     returns."""
 
     def __init__(
-        self, vocab_size: int, dim: int, softcap: float | None = None, lora: LoraArgs | None = None
+        self,
+        vocab_size: int,
+        dim: int,
+        softcap: float | None = None,
+        lora: LoraArgs | None = None,
+        scale: float | None = None,
     ) -> None:
         super().__init__(vocab_size, dim, lora)
-        self.softcap = softcap
+        self.softcap, self.scale_of_logits = softcap, scale
 
     def forward(self, x: Tensor, targets: HeadTargets | None = None) -> Tensor:
         if x.is_floating_point():
-            weight = head_weight(self, self.vocabulary)
+            weight, x = head_weight(self, self.vocabulary), scaled(x, self.scale_of_logits)
             return predict(x, weight, targets, self.vocabulary, self.softcap, adapter_of(self, x))
         return super().forward(x)

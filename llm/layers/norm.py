@@ -57,18 +57,23 @@ class LayerNorm(nn.Module):
         return layer_normalise(x, self.weight, self.bias, self.eps)
 
 
-def make_norm(args: ModelArgs, dim: int) -> nn.Module:
-    """The norm over `dim` values that the args ask for."""
+def make_norm(args: ModelArgs, dim: int, eps: float | None = None, last: bool = False) -> nn.Module:
+    """The norm over `dim` values that the args ask for. eps: instead of theirs. last: it follows the last layer."""
+    eps = args.norm_eps if eps is None else eps
     if args.norm == "layer":
-        return LayerNorm(dim, args.norm_eps)
+        return LayerNorm(dim, eps)
     if args.norm_offset or args.norm_fp32_weight:
-        return WideRMSNorm(dim, args.norm_eps, args.norm_offset)
-    return RMSNorm(dim, args.norm_eps)
+        return WideRMSNorm(dim, eps, _offset(args, last))
+    return RMSNorm(dim, eps)
 
 
-def norm_rows(args: ModelArgs, dim: int, in_region: bool = False) -> Rows:
+def _offset(args: ModelArgs, last: bool) -> bool:
+    return args.norm_offset and not (last and args.final_norm_plain)
+
+
+def norm_rows(args: ModelArgs, dim: int, in_region: bool = False, last: bool = False) -> Rows:
     """Of what `make_norm` makes: whole on every tensor-parallel rank."""
-    weight = ParamInfo((dim,), "norm", Constant(0.0 if args.norm_offset else 1.0), in_region=in_region)
+    weight = ParamInfo((dim,), "norm", Constant(0.0 if _offset(args, last) else 1.0), in_region=in_region)
     bias = {"bias": replace(weight, init=ZEROS)} if args.norm == "layer" else {}
     return {"weight": weight, **bias}
 

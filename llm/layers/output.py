@@ -35,13 +35,18 @@ class Output(VocabularyAdapted):
     vocabulary: VocabularyShare | None = None
 
     def __init__(
-        self, dim: int, vocab_size: int, softcap: float | None = None, lora: LoraArgs | None = None
+        self,
+        dim: int,
+        vocab_size: int,
+        softcap: float | None = None,
+        lora: LoraArgs | None = None,
+        scale: float | None = None,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, dim))
         self.add_adapter(adapter(lora, "output"), dim, vocab_size)
         self.add_token_rows(lora, dim)
-        self.softcap = softcap
+        self.softcap, self.scale_of_logits = softcap, scale
 
     @staticmethod
     def declare_head(dim: int, vocab_size: int, init: Draw, lora: LoraArgs | None = None) -> Rows:
@@ -50,8 +55,13 @@ class Output(VocabularyAdapted):
         return {"weight": weight} | adapter_rows(weight, adapter(lora, "output")) | token_row_rows(weight, lora)
 
     def forward(self, hidden_BTD: Tensor, targets: HeadTargets | None = None) -> Tensor:
-        weight = head_weight(self, self.vocabulary)
+        weight, hidden_BTD = head_weight(self, self.vocabulary), scaled(hidden_BTD, self.scale_of_logits)
         return predict(hidden_BTD, weight, targets, self.vocabulary, self.softcap, adapter_of(self, hidden_BTD))
+
+
+def scaled(hidden_BTD: Tensor, scale: float | None) -> Tensor:
+    """What gives logits times a factor."""
+    return hidden_BTD if scale is None else hidden_BTD * scale
 
 
 def head_weight(head: VocabularyAdapted, vocabulary: VocabularyShare | None) -> Tensor:

@@ -75,7 +75,8 @@ class _Walk:
         q, k, v = (self.call(f"{module}.{name}", x) for name in QKV)
         if "q_norm" in names:
             q, k = self.call(f"{module}.q_norm", q), self.call(f"{module}.k_norm", k)
-        return self.call(f"{module}.wo", q or k or v)
+        gate = "wg" in names and self.call(f"{module}.wg", x)
+        return self.call(f"{module}.wo", q or k or v or gate)
 
     def _feed_forward(self, module: str, spec: LayerSpec, x: bool) -> bool:
         if spec.ffn != "moe":
@@ -98,7 +99,7 @@ def attention_modules(args: ModelArgs, spec: LayerSpec) -> tuple[str, ...]:
         rows = MIXERS[spec.mixer.name].declare(args, spec)
         return tuple(dict.fromkeys(name.rpartition(".")[0] for name in rows))
     norms = ("q_norm", "k_norm") if spec.attention.qk_norm in ("head", "full") else ()
-    return (*QKV, *norms, "wo")
+    return (*QKV, *norms, *(("wg",) if spec.attention.gate else ()), "wo")
 
 
 def feed_forward_modules(args: ModelArgs, spec: LayerSpec) -> tuple[str, ...]:
