@@ -33,6 +33,11 @@ GEMMA2 = {
     "layer_pattern": ["attn:window", "attn:full"],
 }  # fmt: skip
 OLMO2 = {"norm_fp32_weight": True, "norm_place": "post", "qk_norm": "full", "qkv_bias": True, "n_kv_heads": 1}
+MUSE = {
+    "norm_offset": True, "final_norm_plain": True, "norm_place": "sandwich", "post_norm_eps": 1e-3, "embed_norm": True,
+    "qk_norm": "plain", "attn_gate": True, "logit_scale": 0.7, "logit_softcap": 5.0, "score_scale": 0.6,
+    "sliding_window": 9, "layer_pattern": ["attn:full:nope", "attn:window"],
+}  # fmt: skip
 MODELS: dict[str, Case] = {
     "top2": {"model": WIDE, "first": 300},
     "top1 tied": {"model": {**WIDE, "moe": {**TINY_MODEL["moe"], "top_k": 1}}, "tied": True, "first": 300},
@@ -43,6 +48,7 @@ MODELS: dict[str, Case] = {
     "neox": {"model": {**WIDE, **NEOX}, "first": 600},
     "gemma2": {"model": {**WIDE, **GEMMA2}, "tied": True, "first": 300},
     "olmo2": {"model": {**WIDE, **OLMO2}, "first": 400},
+    "muse": {"model": {**WIDE, **MUSE}, "first": 300},
     "small weights": {},  # init_std=0.02, for what rounds too much to compare choices
 }
 """`first` is the first batch of data in whose 20 steps no choice comes near a tie."""
@@ -59,6 +65,7 @@ ON_TWO_RANKS: list[Case] = [
     {"expert": 2, "accumulation": 2},
     {"expert": 2, "of": "top1 tied", "optimizer": "sgd", "stage": 2},
     {"tensor": 2, "of": "neox", "recompute": "selective"},
+    {"tensor": 2, "of": "muse"},
     {"pipeline": 2, "accumulation": 4},
     {"pipeline": 2, "of": "top1 tied", "optimizer": "sgd", "accumulation": 2, "recompute": "full"},
     {"pipeline": 2, "pipeline_schedule": "dualpipev", "of": "top1 tied", "accumulation": 4},
@@ -125,7 +132,7 @@ def more_pipelines() -> dict[int, list[Case]]:
     """Pipelines of both schedules with other models, optimizers and precisions."""
     layouts = {2: [{"pipeline": 2}], 4: [{"pipeline": 2, "tensor": 2}, {"pipeline": 2}, {"pipeline": 4}]}
     others: list[Case] = [
-        *({"of": of} for of in ("one kv head", "neox", "gemma2", "olmo2")),
+        *({"of": of} for of in ("one kv head", "neox", "gemma2", "olmo2", "muse")),
         {"optimizer": "muon"},
         {"offload": True},
         {"precision": "bf16", "of": "small weights"},
@@ -154,7 +161,7 @@ def extras() -> dict[int, list[Case]]:
         4: [
             *(
                 {**layout, "of": of, "optimizer": optimizer}
-                for of, optimizer in product(("neox", "gemma2", "olmo2"), OPTIMIZERS)
+                for of, optimizer in product(("neox", "gemma2", "olmo2", "muse"), OPTIMIZERS)
                 for layout in (both, {"tensor": 4}, {"tensor": 2, "stage": 3}, {"expert": 4, "stage": 2})
             ),
             {**both, "of": "neox", "recompute": "full", "sequence_parallel": False},
