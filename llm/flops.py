@@ -11,7 +11,7 @@ it counts 4.
 from collections import Counter
 from fractions import Fraction
 
-from llm.args import ModelArgs
+from llm.args import ModelArgs, VisionArgs
 from llm.layers.mixers import MIXERS
 from llm.layers.parameter import VISION, ParamInfo
 from llm.parameters import ParameterTable
@@ -32,8 +32,8 @@ def unit_flops(args: ModelArgs, seq_len: int, tiles_per_token: Fraction | None =
         if row.unit != VISION:
             found["output" if row.unit == "tok_embeddings" else row.unit] += _product(args, row)
     if args.vision is not None:
-        usual = Fraction(1, (1 + TEXT_PER_SLOT) * args.vision.tokens_per_tile)
-        found[VISION] = round(tile_flops(args) * (usual if tiles_per_token is None else tiles_per_token))
+        tiles = usual_tiles(args.vision) if tiles_per_token is None else tiles_per_token
+        found[VISION] = round(tile_flops(args) * tiles)
     for spec in args.layer_specs():
         found[f"layers.{spec.index}"] += MIXERS[spec.mixer.name].flops(args, spec, seq_len)
     return dict(found)
@@ -42,6 +42,11 @@ def unit_flops(args: ModelArgs, seq_len: int, tiles_per_token: Fraction | None =
 def token_flops(args: ModelArgs, seq_len: int, tiles_per_token: Fraction | None = None) -> int:
     """Of the whole model."""
     return sum(unit_flops(args, seq_len, tiles_per_token).values())
+
+
+def usual_tiles(vision: VisionArgs) -> Fraction:
+    """Tiles of images for each token, where nothing is known of the data."""
+    return Fraction(1, (1 + TEXT_PER_SLOT) * vision.tokens_per_tile)
 
 
 def tile_flops(args: ModelArgs) -> int:

@@ -91,7 +91,7 @@ class Tower(nn.Module):
         """(n, tokens_per_tile, O) of float tiles (n, 3, S, S). keys_K: of the vectors that it makes (see
         `Context.keys_N`)."""
         vision = self.vision
-        patches = self.patch(unfolded(tiles.to(self.patch.weight.dtype), vision.patch_size))
+        patches = self.patch(unfolded(tiles.to(self.class_embedding.dtype), vision.patch_size))
         x = torch.cat([patches, self.class_embedding.expand(len(tiles), 1, -1)], dim=1) + self.pos_embedding
         x, ctx = self.norm_pre(x), self._context(x, keys_K)
         for layer in range(vision.n_layers):

@@ -9,12 +9,17 @@ from typing import NamedTuple
 from llm.args import LayerSpec, ModelArgs
 from llm.layers.mixers import MIXERS
 from llm.parameters import ParameterTable
+from vision.encoder import layer_args
 
 QKV = ("wq", "wk", "wv")
 ROUTED = ("router", "experts")
 GATED, PLAIN = ("w1", "w3", "w2"), ("w1", "w2")
+ADAPTER = ("fc1", "fc2")
 HEAD = "head"
 """The output, or the table that stands for it."""
+VECTORS = "vectors"
+"""Token vectors, with those of images among them."""
+TOWER, PROJECTION = "vision_embeddings", "vision_projection"
 
 
 class Flow(NamedTuple):
@@ -31,6 +36,10 @@ def gradient_flow(args: ModelArgs, table: ParameterTable, starts: Collection[int
     gradient back."""
     walk = _Walk(args, table)
     x = walk.call("tok_embeddings", False)
+    if args.vision is not None:
+        seen = _Walk(layer_args(args.vision), table, walk.found, f"{TOWER}.").tower()
+        x = walk.call(PROJECTION, seen) or x
+    walk.found[VECTORS] = Flow(False, x)
     for spec in args.layer_specs():
         x = walk.layer(spec, x or spec.index in starts)
     x = walk.call("norm", x)
@@ -42,18 +51,32 @@ def gradient_flow(args: ModelArgs, table: ParameterTable, starts: Collection[int
 class _Walk:
     """Through the modules in the order of their calls; each method returns whether its result has a gradient."""
 
-    def __init__(self, args: ModelArgs, table: ParameterTable) -> None:
-        self.args = args
+    def __init__(
+        self, args: ModelArgs, table: ParameterTable, found: dict[str, Flow] | None = None, prefix: str = ""
+    ) -> None:
+        """found: what is known already. prefix: what the names of layers begin with."""
+        self.args, self.prefix = args, prefix
         self.training = {name.rpartition(".")[0] for name, row in table.items() if row.trainable}
-        self.found: dict[str, Flow] = {}
+        self.found: dict[str, Flow] = {} if found is None else found
 
     def call(self, module: str, before: bool) -> bool:
         after = before or module in self.training
         self.found[module] = Flow(before, after)
         return after
 
+    def tower(self) -> bool:
+        """The vision tower, whose args these are."""
+        x = self.call(f"{TOWER}.patch", False) or TOWER in self.training  # vectors of its own for the places
+        x = self.call(f"{TOWER}.norm_pre", x)
+        for spec in self.args.layer_specs():
+            x = self.layer(spec, x)
+        x = self.call(f"{TOWER}.norm", x)
+        after = self._linears(f"{TOWER}.adapter", ADAPTER, x)
+        self.found[f"{TOWER}.adapter"], self.found[TOWER] = Flow(x, after), Flow(False, after)
+        return after
+
     def layer(self, spec: LayerSpec, x: bool) -> bool:
-        block = f"layers.{spec.index}"
+        block = f"{self.prefix}layers.{spec.index}"
         mid = self._part(block, "attention", "attention", spec, x) or x
         y = mid
         if spec.ffn != "none":

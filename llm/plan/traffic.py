@@ -17,7 +17,7 @@ from typing import NamedTuple
 from llm.args.lora import adapter
 from llm.parallel.tensor import is_partial
 from llm.parallel.traffic_counter import Along, dimension_names
-from llm.plan.gradient_flow import HEAD
+from llm.plan.gradient_flow import HEAD, PROJECTION, TOWER, VECTORS
 from llm.plan.workload import BYTES, OptimizerGroup, RankKind, Workload
 from llm.plan.zero3_gathers import auxiliary_losses, gathers, norms_around
 
@@ -79,9 +79,10 @@ def _tensor(work: Workload) -> Iterator[Sent]:
             edges += enters + leaves
             mean_squares += means
     # out of the embedding, into the head
-    edges += 2 + (flow["tok_embeddings"].after + flow[HEAD].before if cut else 2 * flow[HEAD].before)
+    edges += 2 + (flow[VECTORS].after + flow[HEAD].before if cut else 2 * flow[HEAD].before)
     per_edge = (t - 1) * work.tokens * args.dim * BYTES[work.precision]
     yield Sent("tensor", "activations", times * edges * per_edge)
+    yield Sent("tensor", "activations", round(times * (t - 1) * BYTES[work.precision] * _tower_numbers(work)))
     yield Sent("tensor", "activations", times * mean_squares * 2 * (t - 1) * work.tokens * FLOAT32)
     yield Sent("tensor", "loss", times * work.head_calls * (t - 1) * t * 2 * work.tokens * FLOAT32)
     sizes = {name: numel for kind in work.kinds for name, numel in kind.sizes.items()}
@@ -89,6 +90,24 @@ def _tensor(work: Workload) -> Iterator[Sent]:
     partial = sum(sizes[name] for name in summed)
     sums = times if work.stage >= 2 else times // work.accumulation
     yield Sent("tensor", "gradients", sums * 2 * (t - 1) * FLOAT32 * partial)
+
+
+def _tower_numbers(work: Workload) -> float:
+    """Numbers that pass the edges of the vision tower's regions in a micro-batch, whose tokens no rank has alone: as
+    they leave, and the gradients of what enters.
+    """
+    vision, flow = work.args.vision, work.flow
+    if vision is None:
+        return 0
+    edges = 0
+    for layer in range(vision.n_layers):
+        block = f"{TOWER}.layers.{layer}"
+        edges += sum(2 + 2 * flow[f"{block}.{region}"].before for region in ("attention", "feed_forward"))
+        edges += 2 * (work.recompute != "none" and flow[block].after)  # the last leave makes nothing that is needed
+    patches, slots = vision.grid**2, vision.tokens_per_tile
+    adapter = 2 * flow[f"{TOWER}.adapter"].before * patches * vision.dim + 2 * slots * vision.output_dim
+    projection = 2 * flow[PROJECTION].before * slots * vision.output_dim
+    return work.tiles_of_micro_batch * (edges * (patches + 1) * vision.dim + adapter + projection)
 
 
 def _pipeline(work: Workload) -> Iterator[Sent]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from llm.adapters.int8 import SUMMED
 from llm.args import ModelArgs
 from llm.boxes import box_shape
+from llm.flops import usual_tiles
 from llm.parallel.engine.options import ZERO3_SUB_GROUP
 from llm.parallel.layout import Layout
 from llm.parallel.stages import Stage, split
@@ -86,6 +87,9 @@ class Workload:
     offload_optimizer: bool = False
     recompute: Recompute = "none"
     ema: bool = False
+    tiles: float | None = None
+    """Tiles of images on which a micro-batch's vision tower works, in the mean; None = as many as a quarter of its
+    tokens stand for, as llm/flops.py assumes."""
     zero: Mapping[str, Any] = field(default_factory=dict)
     """Options passed through to DeepSpeed's `zero_optimization`."""
 
@@ -104,6 +108,14 @@ class Workload:
     def tokens(self) -> int:
         """Tokens of a micro-batch."""
         return self.micro_batch_size * self.seq_len
+
+    @property
+    def tiles_of_micro_batch(self) -> float:
+        """See `tiles`; 0 without a tower, and never less than the one that is blank."""
+        vision = self.args.vision
+        if vision is None:
+            return 0
+        return max(1.0, float(self.tokens * usual_tiles(vision))) if self.tiles is None else self.tiles
 
     @property
     def n_parameters(self) -> int:

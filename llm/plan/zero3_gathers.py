@@ -15,8 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from llm.args import LayerSpec, ModelArgs
-from llm.plan.gradient_flow import HEAD, Flow, attention_modules, feed_forward_modules
+from llm.plan.gradient_flow import ADAPTER, HEAD, PROJECTION, TOWER, Flow, attention_modules, feed_forward_modules
 from llm.plan.workload import Workload
+from vision.encoder import layer_args
 
 Decisions = dict[tuple[str, int], set[str]]
 """What is let go of when a module ends at a step."""
@@ -51,6 +52,9 @@ def events(work: Workload) -> Iterator[Event]:
     specs = args.layer_specs()
     yield Event("", "fetch")
     yield from _call("tok_embeddings")
+    if args.vision is not None:
+        yield from _within(TOWER, _tower(layer_args(args.vision)))
+        yield from _call(PROJECTION)
     for spec in specs:
         yield from _forward(args, spec)
     yield from _call("norm")
@@ -62,7 +66,31 @@ def events(work: Workload) -> Iterator[Event]:
     yield from _around("norm", flow["norm"])
     for spec in reversed(specs):
         yield from _backward(args, spec, full, flow)
+    if args.vision is not None:  # its call came later than that of the table
+        yield from _around(PROJECTION, flow[PROJECTION])
+        yield from _around(TOWER, flow[TOWER], _tower_backward(layer_args(args.vision), full, flow))
     yield from _around("tok_embeddings", flow["tok_embeddings"])
+
+
+def _tower(args: ModelArgs) -> Iterator[Event]:
+    """The inside of the vision tower, whose args these are."""
+    for name in ("patch", "norm_pre"):
+        yield from _call(f"{TOWER}.{name}")
+    for spec in args.layer_specs():
+        yield from _forward(args, spec, f"{TOWER}.")
+    yield from _call(f"{TOWER}.norm")
+    yield from _within(f"{TOWER}.adapter", _linears(f"{TOWER}.adapter", ADAPTER))
+
+
+def _tower_backward(args: ModelArgs, recompute: bool, flow: Mapping[str, Flow]) -> Iterator[Event]:
+    adapter = f"{TOWER}.adapter"
+    inside = (event for fc in reversed(ADAPTER) for event in _around(f"{adapter}.{fc}", flow[f"{adapter}.{fc}"]))
+    yield from _around(adapter, flow[adapter], inside)
+    yield from _around(f"{TOWER}.norm", flow[f"{TOWER}.norm"])
+    for spec in reversed(args.layer_specs()):
+        yield from _backward(args, spec, recompute, flow, f"{TOWER}.")
+    for name in ("norm_pre", "patch"):
+        yield from _around(f"{TOWER}.{name}", flow[f"{TOWER}.{name}"])
 
 
 def _call(module: str) -> Iterator[Event]:
@@ -102,8 +130,8 @@ def auxiliary_losses(args: ModelArgs) -> int:
     return 0 if moe is None else (moe.balance == "lag" and moe.aux_alpha > 0) + (moe.z_alpha > 0)
 
 
-def _forward(args: ModelArgs, spec: LayerSpec) -> Iterator[Event]:
-    block = f"layers.{spec.index}"
+def _forward(args: ModelArgs, spec: LayerSpec, prefix: str = "") -> Iterator[Event]:
+    block = f"{prefix}layers.{spec.index}"
     before, after = norms_around(args)
 
     def part(short: str, module: str, inner: tuple[str, ...]) -> Iterator[Event]:
@@ -121,13 +149,15 @@ def _forward(args: ModelArgs, spec: LayerSpec) -> Iterator[Event]:
     yield from _within(block, parts())
 
 
-def _backward(args: ModelArgs, spec: LayerSpec, recompute: bool, flow: Mapping[str, Flow]) -> Iterator[Event]:
+def _backward(
+    args: ModelArgs, spec: LayerSpec, recompute: bool, flow: Mapping[str, Flow], prefix: str = ""
+) -> Iterator[Event]:
     """A module with several results is fetched once for each that has a gradient."""
-    block, attention = f"layers.{spec.index}", f"layers.{spec.index}.attention"
-    ffn = f"{block}.feed_forward"
+    block = f"{prefix}layers.{spec.index}"
+    attention, ffn = f"{block}.attention", f"{block}.feed_forward"
     losses = auxiliary_losses(args) if spec.ffn == "moe" and flow[f"{ffn}.router"].after else 0
     yield from (Event(block, "fetch") for _ in range(flow[block].after + losses))
-    repeat = _repetition(args, spec) if recompute else iter(())
+    repeat = _repetition(args, spec, prefix) if recompute else iter(())
     before, after = norms_around(args)
     if spec.ffn != "none":
         if after:
@@ -163,11 +193,11 @@ def repeats_after_experts(args: ModelArgs) -> bool:
     return moe is not None and (auxiliary_losses(args) > 0 or (moe.apply == "output" and not moe.shared))
 
 
-def _repetition(args: ModelArgs, spec: LayerSpec) -> Iterator[Event]:
+def _repetition(args: ModelArgs, spec: LayerSpec, prefix: str) -> Iterator[Event]:
     """The forward again, up to the last thing that the backward needs: where that is made inside the last module's
     call, the call does not end.
     """
-    again = list(_forward(args, spec))
+    again = list(_forward(args, spec, prefix))
     last = max(i for i, event in enumerate(again) if event.what == "fetch")
     after_call = spec.ffn == "moe" and repeats_after_experts(args)
     yield from again[: last + 2 if after_call else last + 1]

@@ -8,6 +8,8 @@ from typing import Any
 
 from llm.data.sources import source_specs
 from llm.errors import UserError
+from llm.flops import tile_flops, token_flops, usual_tiles
+from llm.layers.parameter import VISION
 from llm.model import LLM
 from llm.parallel.engine.deepspeed_private import mark
 from llm.parallel.grid import stage_name
@@ -104,6 +106,7 @@ def _lines(config: RunConfig, layout: Layout, run_dir: Path | None) -> Iterator[
         yield f"task={config.task}: all data is read once more, before the first step; what follows is of a step"
     if config.train.objectives:
         yield "what train.objectives keep and send, beyond a sum each, is theirs to know; what follows is without it"
+    yield from _vision(work)
     yield from _memory(work, config.checkpoint.asynchronous)
     yield from _disk(config, memory.checkpoint_bytes(work), run_dir)
     yield from _traffic(work)
@@ -160,6 +163,25 @@ def _pipeline(work: Workload) -> Iterator[str]:
         f"a rank waits {formula} = {bubble(ranks, micro_batches, layout.pipeline_schedule):.1%} of a step of "
         f"m={micro_batches} micro-batches on S={ranks} ranks ({layout.pipeline_schedule}), and all for the one with "
         f"{stage_name(layout, *slowest)}, which has {shares[slowest] * ranks:.2f} times the mean work"
+    )
+
+
+def _vision(work: Workload) -> Iterator[str]:
+    vision = work.args.vision
+    if vision is None:
+        return
+    rows = [row for row in work.table.values() if row.unit == VISION]
+    trained = sum(row.numel for row in rows if row.trainable)
+    share = tile_flops(work.args) * usual_tiles(vision) / token_flops(work.args, work.seq_len)
+    yield ""
+    yield f"vision tower and projection: {sum(row.numel for row in rows):,} parameters, of which {trained:,} train"
+    yield (
+        f"  a tile of {vision.image_size} x {vision.image_size} pixels is {_count(vision.tokens_per_tile, 'token')} "
+        f"and {tile_flops(work.args) / 1e9:,.3g} GFLOP, forward and backward"
+    )
+    yield (
+        f"  counted as if a quarter of all tokens stood for images: {work.tiles_of_micro_batch:,.1f} tiles a "
+        f"micro-batch, {float(share):.1%} of the model's arithmetic"
     )
 
 

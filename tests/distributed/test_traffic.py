@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.pool import run_job
+from tests.distributed.vision_job import VISION
 from tests.machine import has
 
 pytestmark = pytest.mark.distributed
@@ -53,6 +54,11 @@ EVERYWHERE: dict[str, Any] = {
 INT8: dict[str, Any] = {"lora": {"rank": 3, "base": "int8"}}
 DROPPED: dict[str, Any] = {"lora": {"rank": 3, "dropout": 0.5}}
 PAIRS: dict[str, Any] = {"task": "dpo"}
+SEEING: dict[str, Any] = {"model": {"vision": VISION}}
+TOWER, TEXT = ("vision_embeddings.*",), ("tok_embeddings.*", "layers.*", "norm.*", "output.*")
+ON_TOWER: dict[str, Any] = {
+    **SEEING, "lora": {"rank": 3, "targets": ["wk", "vision.wq", "vision.w2", "vision.fc1", "vision_projection"]}
+}  # fmt: skip
 UPPER = ("layers.[12].*", "norm.*", "output.*")
 ON_TWO_RANKS = [
     case("tensor", tensor=2, micro=4, freeze=LOWER),
@@ -67,6 +73,8 @@ ON_TWO_RANKS = [
     case("data expert", expert=2, precision="bf16", recompute="full"),
     case("pipeline", pipeline=2),
     case("pipeline", pipeline=2, precision="bf16", model={"tie_embeddings": True}, optim={"ema_decay": 0.9}),
+    case("tensor", tensor=2, micro=4, **SEEING),
+    case("data", zero_stage=3, deepspeed=fetching(100, 900, 800), **SEEING),
 ]
 ON_FOUR_RANKS = [
     case("data expert tensor world", tensor=2, expert=2),
@@ -132,6 +140,23 @@ MORE_ON_TWO_RANKS = [
     *(case("pipeline", pipeline=2, model={"tie_embeddings": tied}, **EVERYWHERE) for tied in (True, False)),
     case("data", zero_stage=1, precision="bf16", optim={"name": "muon", "ema_decay": 0.9}, **EVERYWHERE),
     case("tensor", tensor=2, micro=4, **PAIRS),
+    *(
+        case("tensor", tensor=2, micro=4, sequence_parallel=cut, freeze=freeze, recompute=again, **SEEING)
+        for cut in (True, False)
+        for freeze in ((), TOWER, TEXT, TEXT + TOWER, (*TOWER, "vision_projection.*"))
+        for again in ("none", "full")
+    ),
+    case("tensor", tensor=2, micro=4, **ON_TOWER),
+    *(
+        case("data", zero_stage=3, freeze=freeze, deepspeed=fetching(*options), **SEEING)
+        for freeze in ((), TOWER, TEXT, TEXT + TOWER, ("vision_embeddings.layers.0.*", "vision_embeddings.[cp]*"))
+        for options in ((0, 0, 0), (500, 3000, 2000), (100, 0, 1500))
+    ),
+    case("data", zero_stage=3, recompute="full", deepspeed=fetching(50, 900, 800), **SEEING),
+    case("data", zero_stage=3, deepspeed=fetching(50, 900, 800), **ON_TOWER),
+    *(case("data", zero_stage=stage, precision=bits, **SEEING) for stage, bits in ((1, "bf16"), (2, "fp32"))),
+    *(case("pipeline", pipeline=2, model={"tie_embeddings": tied, "vision": VISION}) for tied in (True, False)),
+    case("data expert", expert=2, freeze=TOWER, **SEEING),
     *(
         case("data", zero_stage=3, deepspeed=fetching(*options), **PAIRS)
         for options in ((0, 0, 0), (500, 3000, 2000), (100, 0, 1500))

@@ -13,6 +13,7 @@ from llm.adapters.int8 import int8_weights
 from llm.batch import Batch
 from llm.boxes import box_shape
 from llm.data.packed import PAIR
+from llm.layers.parameter import VISION
 from llm.parallel.collectives import gather_json
 from llm.parallel.engine import deepspeed_private as private
 from llm.parallel.engine.engine import Engine
@@ -27,6 +28,7 @@ from llm.tasks.base import REFERENCE
 from llm.train.config import check_layout, validate
 from llm.train.dry_run import workload
 from llm.train.run import build_engine
+from tests.distributed import vision_job
 from tests.distributed.engine_job import ROWS, SEQ_LEN, cut_batch
 from tests.distributed.harness import TINY_MODEL, tiny_config
 
@@ -57,6 +59,8 @@ def compare(case: dict[str, Any], world: World) -> dict[str, Any]:
     config = validate(raw, "case")
     layout = check_layout(config, world.size)
     work = workload(config, layout)
+    if work.args.vision is not None:
+        work = replace(work, tiles=tiles_of(SETTLING_STEPS, work))
     grid = make_grid(world, layout)
     engine = build_engine(config, grid)
     kept: list[dict[str, int]] = []
@@ -88,13 +92,21 @@ def compare(case: dict[str, Any], world: World) -> dict[str, Any]:
 
 
 def take_step(engine: Engine, step: int, work: Workload) -> None:
-    batch = cut_batch(step, engine.grid, work.accumulation)
+    cut = cut_batch if work.args.vision is None else vision_job.cut_batch
+    batch = cut(step, engine.grid, work.accumulation)
     if engine.objectives.main.name == "dpo":
         micro_batches = [as_pairs(micro_batch) for micro_batch in batch.micro_batches]
         others = {name: count for name, count in batch.counts.objectives.items() if name != "lm"}
         counts = replace(batch.counts, objectives={"dpo": ROWS, **others})
         batch = replace(batch, micro_batches=micro_batches, counts=counts)
     assert engine.step(batch, batch.counts, lr=1e-3).skipped is None
+
+
+def tiles_of(step: int, work: Workload) -> float:
+    """Tiles of a micro-batch in the mean, the blank ones among them that stand in for images."""
+    tiles = torch.tensor(vision_job.TILES[step % 2]).view(-1, work.micro_batch_size).sum(1)
+    trains = any(row.trainable for row in work.table.values() if row.unit == VISION)
+    return float(tiles.clamp(min=1 if trains or work.stage == 3 else 0).float().mean())
 
 
 def as_pairs(batch: Batch) -> Batch:
