@@ -26,9 +26,10 @@ def refused_changes(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[s
 def changes(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """(value in `saved`, value now) of every key that differs, by name.
 
-    A key that `saved` does not have, because it was written before the key existed, stands at its default.
+    A key that either does not have, because it was written before the key existed or is left out at its default, stands
+    at that.
     """
-    flat_saved, flat_now = _flatten(_completed(saved, RunConfig)), _flatten(now)
+    flat_saved, flat_now = (_flatten(_completed(config, RunConfig)) for config in (saved, now))
     pairs = {key: (flat_saved.get(key), flat_now.get(key)) for key in sorted(flat_saved.keys() | flat_now.keys())}
     return {key: (was, value) for key, (was, value) in pairs.items() if was != value}
 
@@ -39,7 +40,7 @@ def is_among(key: str, keys: tuple[str, ...]) -> bool:
 
 
 def _completed(saved: dict[str, Any], schema: type[BaseModel]) -> dict[str, Any]:
-    """`saved` with the schema's default for every key that it lacks."""
+    """A config with the schema's default for every key that it lacks."""
     filled = dict(saved)
     for name, info in schema.model_fields.items():
         inner = section_of(info.annotation)
