@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llm.args import ModelArgs
 from llm.args.layers import attention_specs
-from llm.args.lora import adapter, vision_adapters
+from llm.args.lora import TOWER, adapter, vision_adapters
 from llm.cache import Cache
 from llm.conveniences import Conveniences
 from llm.datatypes import LossSum, RouterStats, TransformerInput, TransformerOutput
@@ -39,7 +39,6 @@ from vision.adapter import Projection
 from vision.encoder import Tower
 from vision.merge import blank, merged, slots_of, tiles_of
 
-TOWER = "vision_embeddings"
 EMBEDDING, NORM, OUTPUT = "tok_embeddings", "norm", "output"
 Losses = Callable[[Tensor], Mapping[str, LossSum]]
 """Makes losses of final hidden states (B, T, D), by name, the main one first."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from llm.adapters import peft
 from llm.adapters.merge import refuse_incomplete
 from llm.args import LoraArgs, ModelArgs
-from llm.args.lora import DEFAULT_TARGETS
+from llm.args.lora import DEFAULT_TARGETS, target_of
 from llm.atomic import new_directory
 from llm.boxes import Box, whole
 from llm.checkpoint.frozen import Origin, Taken, origin_of
@@ -140,13 +140,13 @@ class PeftFolder:
             raise UserError(f"not an adapter of this {family.name} model, which has no place for {_some(unknown)}")
         if args.tie_embeddings:
             self._check_twin(factors, twin)
-        targets = {_target(name) for name in factors}
+        targets = {target_of(name) for name in factors}
         if not targets:
             raise UserError("it holds no low-rank adapter")
         lora = LoraArgs(
             rank=self.rank,
             alpha=self.alpha,
-            targets=tuple(target for target in TARGETS if target in targets),
+            targets=tuple(sorted(targets, key=_place)),
             dropout=self.config.get("lora_dropout") or 0.0,
             rslora=bool(self.config.get("use_rslora")),
             token_rows=span,
@@ -235,10 +235,9 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def _target(name: str) -> str:
-    """What `lora.targets` calls one of our weights."""
-    parts = name.split(".")
-    return "experts" if "experts" in parts else parts[-2]
+def _place(target: str) -> tuple[int, str]:
+    """The order of targets: those of the text model as they are listed, then the vision tower's."""
+    return TARGETS.index(target) if target in TARGETS else len(TARGETS), target
 
 
 def _ours(names: AdapterNames, factors: peft.Factors) -> dict[str, Tensor]:

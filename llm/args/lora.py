@@ -7,6 +7,8 @@ from pydantic import BeforeValidator, Field, field_validator
 
 from llm.args.group import Group
 
+TOWER = "vision_embeddings"
+"""Begins the names of the vision tower's parameters; those of its projection are names of their own."""
 OF_VISION = "vision."
 """Begins what `lora.targets` calls a weight of the vision tower."""
 DEFAULT_TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "experts")
@@ -71,3 +73,12 @@ def vision_adapters(lora: LoraArgs | None) -> LoraArgs | None:
     named = () if lora is None else (lora.targets or ())
     targets = tuple(name.removeprefix(OF_VISION) for name in named if name.startswith(OF_VISION))
     return lora.model_copy(update={"targets": targets}) if lora is not None and targets else None
+
+
+def target_of(name: str) -> str:
+    """What `lora.targets` calls a weight of a model: wq for layers.0.attention.wq.weight, experts for one of a stack,
+    vision.wq for one of the vision tower.
+    """
+    parts = name.split(".")
+    module = "experts" if "experts" in parts else parts[-2]
+    return f"{OF_VISION}{module}" if parts[0] == TOWER else module

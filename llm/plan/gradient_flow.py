@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from llm.args import LayerSpec, ModelArgs
+from llm.args.lora import TOWER
 from llm.layers.mixers import MIXERS
 from llm.parameters import ParameterTable
 from vision.encoder import layer_args
@@ -19,7 +20,7 @@ HEAD = "head"
 """The output, or the table that stands for it."""
 VECTORS = "vectors"
 """Token vectors, with those of images among them."""
-TOWER, PROJECTION = "vision_embeddings", "vision_projection"
+PROJECTION = "vision_projection"
 
 
 class Flow(NamedTuple):

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from itertools import chain, pairwise
 from typing import NamedTuple
 
-from llm.args.lora import adapter
+from llm.args.lora import TOWER, adapter
 from llm.parallel.tensor import is_partial
 from llm.parallel.traffic_counter import Along, dimension_names
-from llm.plan.gradient_flow import HEAD, PROJECTION, TOWER, VECTORS
+from llm.plan.gradient_flow import HEAD, PROJECTION, VECTORS
 from llm.plan.workload import BYTES, OptimizerGroup, RankKind, Workload
 from llm.plan.zero3_gathers import auxiliary_losses, gathers, norms_around
 

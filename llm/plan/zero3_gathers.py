@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from llm.args import LayerSpec, ModelArgs
-from llm.plan.gradient_flow import ADAPTER, HEAD, PROJECTION, TOWER, Flow, attention_modules, feed_forward_modules
+from llm.args.lora import TOWER
+from llm.plan.gradient_flow import ADAPTER, HEAD, PROJECTION, Flow, attention_modules, feed_forward_modules
 from llm.plan.workload import Workload
 from vision.encoder import layer_args
 

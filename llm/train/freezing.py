@@ -4,15 +4,13 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from llm.args import LoraArgs, ModelArgs
-from llm.args.lora import OF_VISION
+from llm.args.lora import target_of
 from llm.checkpoint.frozen import Origin, Taken
 from llm.errors import UserError
 from llm.layers.lora import adapters_in
 from llm.parameters import ParameterTable
 from llm.train.config import RunConfig
 
-TOWER = "vision_embeddings"
-"""What names of the vision tower's parameters begin with; its projection's is a name of its own."""
 NEAREST = 3
 """Names that a line proposes."""
 
@@ -40,9 +38,9 @@ def parameter_table(config: RunConfig) -> ParameterTable:
 
 def check_targets(args: ModelArgs, lora: LoraArgs) -> None:
     """UserError naming a target that is the name of no weight that could have an adapter."""
-    named = dict.fromkeys(_target(name) for name in ParameterTable.of(args.merged) if "." in name)
+    named = dict.fromkeys(target_of(name) for name in ParameterTable.of(args.merged) if "." in name)
     everything = args.model_copy(update={"lora": lora.model_copy(update={"targets": tuple(named)})})
-    possible = dict.fromkeys(_target(name) for name in adapters_in(ParameterTable.of(everything)))
+    possible = dict.fromkeys(target_of(name) for name in adapters_in(ParameterTable.of(everything)))
     for target in lora.targets or ():
         if target not in possible:
             raise UserError(f"lora.targets: no weight of this model is named {target!r}; it has {', '.join(possible)}")
@@ -50,12 +48,6 @@ def check_targets(args: ModelArgs, lora: LoraArgs) -> None:
         raise UserError(f"lora.token_rows={list(lora.token_rows)}: the vocabulary has {args.vocab_size:,} tokens")
     if not adapters_in(ParameterTable.of(args)):
         raise UserError(f"lora.targets: this model has none of the usual ones; it has {', '.join(possible) or 'none'}")
-
-
-def _target(weight: str) -> str:
-    """What `lora.targets` calls a weight: wq for layers.0.attention.wq.weight, vision.wq for one of the tower."""
-    parts = weight.split(".")
-    return f"{OF_VISION}{parts[-2]}" if parts[0] == TOWER else parts[-2]
 
 
 def frozen_notes(table: ParameterTable, origin: Origin | None) -> list[str]:

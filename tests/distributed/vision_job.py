@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from llm.args.lora import TOWER
 from llm.batch import Batch
 from llm.data.batch import StepBatch
 from llm.datatypes import TransformerInput
-from llm.model import TOWER
 from llm.parallel.engine.engine import Engine
 from llm.parallel.grid import Grid, make_grid
 from llm.parallel.launch import process

@@ -52,6 +52,32 @@ def test_a_target_that_names_nothing_is_refused_also_among_good_ones(targets: An
         parameter_table(config({"targets": targets}, **model))
 
 
+VISION = {"image_size": 8, "patch_size": 2, "dim": 16, "n_layers": 2, "n_heads": 2, "output_dim": 16,
+          "patch_token_id": 63}  # fmt: skip
+
+
+def test_usual_targets_are_the_text_models_and_those_of_the_tower_are_named_vision() -> None:
+    usual = parameter_table(config({}, vision=VISION))
+    assert {row.unit for row in usual.values() if row.trainable} == {f"layers.{i}" for i in range(4)}
+    named = parameter_table(config({"targets": ["vision.wq", "vision.w2", "vision.fc1"]}, vision=VISION))
+    trained = {name.rpartition(".")[0] for name, row in named.items() if row.trainable}
+    layers = [f"vision_embeddings.layers.{i}" for i in range(2)]
+    assert trained == {
+        *(f"{layer}.{module}" for layer in layers for module in ("attention.wq", "feed_forward.w2")),
+        "vision_embeddings.adapter.fc1",
+    }
+    projection = parameter_table(config({"targets": "wq,vision_projection"}, vision=VISION))
+    trained = {name for name, row in projection.items() if row.trainable and row.unit == "vision"}
+    assert trained == {"vision_projection.lora_a", "vision_projection.lora_b"}
+
+
+@pytest.mark.parametrize("target", ["vision.w3", "vision.patch", "vision.norm", "vision.vision_projection"])
+def test_a_target_that_the_tower_has_not_is_refused_and_its_own_are_listed(target: str) -> None:
+    line = rf"^lora\.targets: no weight of this model is named '{target}'; it has .*vision\.wq.*vision_projection.*"
+    with pytest.raises(UserError, match=line):
+        parameter_table(config({"targets": ["wq", target]}, vision=VISION))
+
+
 def test_freeze_names_further_parameters_that_stay() -> None:
     raw = tiny_config(Path("unused"), train={"freeze": ["layers.[01].*"]})
     raw["model"] = {**raw["model"], "vocab_size": 64}
