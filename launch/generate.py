@@ -4,6 +4,7 @@
     python launch/generate.py --model runs/quickstart                                  # reads prompts from the terminal
     python launch/generate.py --model runs/quickstart --prompts in.jsonl --output out.jsonl
     python launch/generate.py --model runs/chat --chat --system "Answer in one sentence."
+    python launch/generate.py --model runs/vision --image dog.jpg --prompt "<image>What is this?"
 
 --model is a run folder (its newest checkpoint), a checkpoint or `checkpoints` folder, a model folder that
 tools/convert.py made, or a foreign one (Hugging Face or Meta) as it is.

@@ -36,14 +36,18 @@ class Verbatim(str):
     """Annotation of a text taken as it stands, in which "None" is a word."""
 
 
+Repeated = typing.Annotated[tuple[str, ...], "repeated"]
+"""Annotation of a flag that may be given several times: its values, each taken as it stands, in their order."""
+
+
 def run_cli(
     function: Callable[..., object], /, argv: Sequence[str] | None = None, **commands: Callable[..., object]
 ) -> None:
     """Run `function` with the flags of the command line, or one of `commands` when the line begins with its name.
 
     Parameters are given by name (`--name=value`, `--name value`) or by place. Annotations decide how a value is read:
-    str, PathText, int, float, bool, `list[str]` (separated by commas) and any of them `| None`. Exits with 2 and one
-    line on bad input. Every command takes `--extensions`, which are run first (llm/extensions.py).
+    str, PathText, int, float, bool, `list[str]` (separated by commas), Repeated and any but that `| None`. Exits with 2
+    and one line on bad input. Every command takes `--extensions`, which are run first (llm/extensions.py).
     """
     line = list(sys.argv[1:] if argv is None else argv)
     if line and line[0] in commands:
@@ -53,12 +57,13 @@ def run_cli(
         if any(word in HELP for word in line):
             print(describe(function, commands))
         else:
-            values, flags = split(with_values(line, function))
+            repeated, once = taken_out(with_values(line, function), function)
+            values, flags = split(once)
             extensions = flags.pop("extensions", "")
             if extensions is None:
                 raise UserError("--extensions has no value; give Python files, separated by commas")
             load_extensions(convert("--extensions", extensions, list[str]))
-            function(**bind(function, values, flags))
+            function(**bind(function, values, flags), **repeated)
 
     run_or_stop(job)
 
@@ -137,6 +142,23 @@ def with_values(line: Sequence[str], function: Callable[..., object]) -> list[st
             word += "=" + words.pop(0)
         joined.append(word)
     return joined
+
+
+def taken_out(line: Sequence[str], function: Callable[..., object]) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+    """(values of the flags that may be given several times, by parameter, the rest of the line)."""
+    parameters = {_flag_of(name): name for name, hint in _hints(function).items() if hint == Repeated}
+    found: dict[str, tuple[str, ...]] = {}
+    rest = []
+    for word in line:
+        name = _flag_name(word)
+        if name not in parameters:
+            rest.append(word)
+            continue
+        _, equals, value = word.partition("=")
+        if not value:
+            raise UserError(f"--{name} has no value; one that looks like a flag is given as --{name}=VALUE")
+        found[parameters[name]] = (*found.get(parameters[name], ()), value)
+    return found, rest
 
 
 def split(line: Sequence[str]) -> tuple[list[str], dict[str, str | None]]:
@@ -223,6 +245,8 @@ def convert(name: str, text: str, kind: Any) -> Any:
         if text in ("None", "none", "null") and inner is not Verbatim:
             return None
         kind = inner
+    if kind == Repeated:
+        return (text,)
     if typing.get_origin(kind) is typing.Annotated:
         value, checks = convert(name, text, kind.__origin__), kind.__metadata__
         try:

@@ -24,8 +24,11 @@ from llm.model import LLM
 class Decoder(Protocol):
     """Rows of tokens that grow, and what a model makes of them."""
 
-    def logits(self, tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> Tensor:
-        """Float32 logits (B, V) of the token after these, with which the rows go on; both (B, T)."""
+    def logits(
+        self, tokens: NDArray[np.int64], positions: NDArray[np.int64], images: Tensor | None = None
+    ) -> Tensor:
+        """Float32 logits (B, V) of the token after these, with which the rows go on; both (B, T). images: uint8 tiles
+        (n, 3, S, S) that fill the slots among the tokens."""
 
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows alone."""
@@ -40,8 +43,11 @@ class Cached:
         self._device = next(model.parameters()).device
 
     @torch.no_grad()
-    def logits(self, tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> Tensor:
-        inputs = TransformerInput(torch.from_numpy(tokens).to(self._device), torch.from_numpy(positions))
+    def logits(
+        self, tokens: NDArray[np.int64], positions: NDArray[np.int64], images: Tensor | None = None
+    ) -> Tensor:
+        tiles = None if images is None else images.to(self._device)
+        inputs = TransformerInput(torch.from_numpy(tokens).to(self._device), torch.from_numpy(positions), images=tiles)
         hidden = self._model(inputs, cache=self._cache, return_hidden=True).hidden
         return self._model.logits(hidden[:, -1:])[:, 0]
 
@@ -61,15 +67,19 @@ def generate(
     stop_ids: Collection[int] = (),
     seed: int = 0,
     n_ids: int | None = None,
+    images: Sequence[Tensor | None] | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt, at most max_new_tokens (of all rows, or of each); a stop token ends its row and is
     kept as the row's last.
 
-    Sampling says what the settings mean; `n_ids` and errors are as of `stream`.
+    Sampling says what the settings mean; `n_ids`, `images` and errors are as of `stream`.
     """
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
     new_tokens: list[list[int]] = [[] for _ in prompts]
-    for row, token in stream(model, prompts, sampling, max_new_tokens=max_new_tokens, stop_ids=stop_ids, n_ids=n_ids):
+    made = stream(
+        model, prompts, sampling, max_new_tokens=max_new_tokens, stop_ids=stop_ids, n_ids=n_ids, images=images
+    )
+    for row, token in made:
         new_tokens[row].append(token)
     return new_tokens
 
@@ -83,6 +93,7 @@ def stream(
     stop_ids: Collection[int] = (),
     n_ids: int | None = None,
     keys: Sequence[str] | None = None,
+    images: Sequence[Tensor | None] | None = None,
 ) -> Iterator[tuple[int, int]]:
     """(row, token) of each new token as it is made, step by step.
 
@@ -90,6 +101,7 @@ def stream(
         max_new_tokens: for all rows, or of each.
         n_ids: ids from here on are never chosen: rows of the table that the tokenizer has no token for.
         keys: what a row's random numbers depend on beside the seed; default: its number among the prompts.
+        images: of each prompt, the tiles that fill its slots, in their order: uint8 (n, 3, S, S), or floats.
 
     Raises ValueError for an empty prompt or a setting out of range, NonFiniteLogits (a FloatingPointError) where the
     model's logits are not finite.
@@ -97,7 +109,10 @@ def stream(
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     _check(prompts, limits)
     keys = [str(row) for row in range(len(prompts))] if keys is None else keys
-    return _stream(model, prompts, sampling, limits, frozenset(stop_ids), n_ids, keys)
+    tiles = [of_row for of_row in images or () if of_row is not None]
+    return _stream(
+        model, prompts, sampling, limits, frozenset(stop_ids), n_ids, keys, torch.cat(tiles) if tiles else None
+    )
 
 
 def _stream(
@@ -108,13 +123,14 @@ def _stream(
     stop_ids: frozenset[int],
     n_ids: int | None,
     keys: Sequence[str],
+    images: Tensor | None,
 ) -> Iterator[tuple[int, int]]:
     tokens, positions = _left_padded(prompts)
     decoder = Cached(model, tokens.shape[1] + max(limits)) if isinstance(model, LLM) else model
     active, going = list(range(len(prompts))), list(range(len(prompts)))
     seen_BV: Tensor | None = None
     for step in range(max(limits)):
-        logits_BV = decoder.logits(tokens, positions)[:, :n_ids]
+        logits_BV = decoder.logits(tokens, positions, images if step == 0 else None)[:, :n_ids]
         _check_finite(logits_BV, active, step)
         if sampling.repetition_penalty != 1:
             if seen_BV is None:

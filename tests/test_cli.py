@@ -9,7 +9,7 @@ from typing import Literal, TextIO
 import pytest
 from pydantic import BaseModel
 
-from llm.cli import EXIT_UNREAD, run_cli, split
+from llm.cli import EXIT_UNREAD, Repeated, run_cli, split
 from llm.errors import UserError
 from llm.paths import PathText
 
@@ -101,6 +101,21 @@ def test_a_bad_line_stops_before_the_job(
     assert stopped.value.code == 2
     assert not calls
     assert last_line(capsys).startswith(f"error: {message}")
+
+
+def test_a_flag_that_may_be_given_several_times_keeps_its_values_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+    calls = []
+
+    def show(word: str, picture: Repeated = ()) -> None:
+        calls.append((word, picture))
+
+    run_cli(show, argv=["--picture", "a,b.png", "hello", "--picture=--c.png", "--picture", "a,b.png"])
+    run_cli(show, argv=["hello"])
+    run_cli(show, argv=["hello", "a.png"])
+    assert calls == [("hello", ("a,b.png", "--c.png", "a,b.png")), ("hello", ()), ("hello", ("a.png",))]
+    with pytest.raises(SystemExit):
+        run_cli(show, argv=["hello", "--picture"])
+    assert last_line(capsys).startswith("error: --picture has no value")
 
 
 def test_help_prints_docstring_and_flags_and_runs_nothing(job: Job, capsys: pytest.CaptureFixture[str]) -> None:

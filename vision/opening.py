@@ -46,7 +46,11 @@ class ImageLimits:
             raise ValueError(f"max_image_bytes={self.max_bytes} is less than 1")
 
 
-def open_image(source: Path | bytes, limits: ImageLimits = ImageLimits()) -> Image.Image:
+LIMITS = ImageLimits()
+"""Where nothing else is said."""
+
+
+def open_image(source: Path | bytes, limits: ImageLimits = LIMITS) -> Image.Image:
     """The picture in mode RGB, turned as its EXIF data say, of an animation the first frame. UserError, without the
     name of the file, where it is missing, larger than the limits, of another format or damaged.
     """

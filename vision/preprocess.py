@@ -49,10 +49,14 @@ def filled(ids: Sequence[int], grids: Sequence[Grid], vision: "VisionArgs", toke
     marks = ImageTokens.of(tokenizer)
     places = [place for place, number in enumerate(ids) if number == marks.image]
     if len(places) != len(grids):
-        raise UserError(f"has {len(places)} placeholders for {len(grids)} images")
+        raise UserError(f"has {_counted(len(places), 'placeholder')} for {_counted(len(grids), 'image')}")
     found: list[int] = []
     begin = 0
     for place, grid in zip(places, grids, strict=True):
         found += [*ids[begin:place], *image_text(grid, vision, tokenizer)]
         begin = place + 1
     return [*found, *ids[begin:]]
+
+
+def _counted(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -54,13 +54,18 @@ class Task:
 
 
 def complete_file(
-    continuer: Continuer, prompts: Path, output: Path, settings: BatchSettings, chat: Chat | None = None
+    continuer: Continuer,
+    prompts: Path,
+    output: Path,
+    settings: BatchSettings,
+    chat: Chat | None = None,
+    image_root: Path | None = None,
 ) -> None:
-    """Write the completion of each prompt of a file, or the answer to each conversation. UserError, before any work,
-    names what is wrong with the files."""
+    """Write the completion of each prompt of a file, or the answer to each conversation. image_root: where the paths of
+    images begin; None = the folder of the file. UserError, before any work, names what is wrong with the files."""
     rows, content = read_prompts(prompts, chat is not None)
-    tasks = _tasks(continuer, prompts, rows, settings, chat)
-    made_of = _made_of(continuer, content, settings) | ({} if chat is None else chat.made_of())
+    tasks = _tasks(continuer, prompts, rows, settings, chat, prompts.parent if image_root is None else image_root)
+    made_of = _made_of(continuer, content, settings) | ({} if chat is None else chat.made_of()) | _images_of(tasks)
     with _own_file(output, made_of) as file:
         done = _check_done(output, file, tasks, settings.num_samples)
         _report(f"{output}: {done} of {len(tasks)} completions are there already" if done else "")
@@ -88,7 +93,12 @@ def _report(line: str) -> None:
 
 
 def _tasks(
-    continuer: Continuer, path: Path, rows: Sequence[PromptRow], settings: BatchSettings, chat: Chat | None
+    continuer: Continuer,
+    path: Path,
+    rows: Sequence[PromptRow],
+    settings: BatchSettings,
+    chat: Chat | None,
+    image_root: Path,
 ) -> list[Task]:
     """Every line to write, in order; rows whose prompt cannot be taken are refused together."""
     tasks, faults = [], []
@@ -96,15 +106,20 @@ def _tasks(
         name = f"the prompt in {path} row {row.number}"
         try:
             if chat is None:
-                prompt = continuer.prompt(row.text, name, str(place))
+                pictures = continuer.pictures.under(image_root, row.images)
+                prompt = continuer.prompt(row.text, name, str(place), pictures)
             else:
-                prompt = continuer.prompt_of(chat.row_ids(row), name, str(place))
+                said = chat.row(row)
+                pictures = continuer.pictures.under(image_root, said.images)
+                ids = chat.ids(said.messages, said.tools)
+                ids = continuer.pictures.filled(ids, pictures, continuer.tokenizer)
+                prompt = continuer.prompt_of(ids, name, str(place), pictures)
         except UserError as error:
             faults.append((row.number, str(error).removeprefix(name).lstrip(": ")))
             continue
         for sample in range(settings.num_samples):
             key = f"{place}.sample{sample}" if sample else str(place)
-            tasks.append(Task(row, sample, Prompt(prompt.ids, name, key)))
+            tasks.append(Task(row, sample, replace(prompt, key=key)))
     refuse(path, faults)
     return tasks
 
@@ -174,6 +189,13 @@ def _made_of(continuer: Continuer, content: bytes, settings: BatchSettings) -> d
         "--stop": str(settings.stop).lower(),
         **{f"--{name}": str(value) for name, value in vars(sampling).items()},
     }
+
+
+def _images_of(tasks: Sequence[Task]) -> dict[str, str]:
+    """What the images of the prompts show, where there are any."""
+    digests = [picture.digest for task in tasks for picture in task.prompt.pictures]
+    content = hashlib.blake2b("".join(digests).encode(), digest_size=16)
+    return {"the images": content.hexdigest()} if digests else {}
 
 
 def weights_digest(model: nn.Module) -> str:

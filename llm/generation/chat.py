@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from llm.data.conversation import Message, read_conversation
+from llm.data.conversation import Conversation, Message, read_conversation
 from llm.errors import UserError
+from llm.generation.pictures import Picture, placed
 from llm.generation.prompts import PromptRow
 from llm.generation.sampling import Sampling
 from llm.generation.terminal import show_prompt
@@ -29,34 +30,47 @@ class Chat:
             return []
         return [{"role": "system", "content": self.system}]
 
-    def row_ids(self, row: PromptRow) -> list[int]:
-        """The prompt for the answer to a row of a file: its messages, or its prompt as what the user says."""
-        if row.column == "prompt":
-            return self.ids([{"role": "user", "content": row.text}])
-        found = read_conversation(row.columns)
-        if found.images:
-            raise UserError("has images, which a model without vision cannot read")
-        return self.ids(found.messages, found.tools)
+    def row(self, row: PromptRow) -> Conversation:
+        """What is said in a row of a file: its messages, or its prompt as what the user says."""
+        return read_conversation(row.columns) if row.column == "messages" else said_first(row.text, row.images)
 
     def made_of(self) -> dict[str, str]:
         """What decides the prompts, by the name that a message gives it."""
         return {"the chat template": self.template.fingerprint, "--system": str(self.system)}
 
 
-class Talk:
-    """One conversation, which remembers what was said."""
+def said_first(text: str, images: Sequence[str] = ()) -> Conversation:
+    """A conversation that a user begins, with images where the text says `<image>`, or before it. UserError on more or
+    fewer of these than images."""
+    content = placed(text, len(images)) if images else text
+    return read_conversation({"messages": [{"role": "user", "content": content}], "images": list(images) or None})
 
-    def __init__(self, continuer: Continuer, chat: Chat, sampling: Sampling, max_new_tokens: int) -> None:
-        self.continuer, self.chat = continuer, chat
+
+class Talk:
+    """One conversation, which remembers what was said. pictures: the images that go with what is said first."""
+
+    def __init__(
+        self,
+        continuer: Continuer,
+        chat: Chat,
+        sampling: Sampling,
+        max_new_tokens: int,
+        pictures: Sequence[Picture] = (),
+    ) -> None:
+        self.continuer, self.chat, self.pictures = continuer, chat, tuple(pictures)
         self.sampling, self.max_new_tokens = sampling, max_new_tokens
         self.messages: list[Message] = []
 
     def say(self, text: str, name: str = "the message", place: int = 0) -> None:
         """Write the answer to what the user says; an answer that is broken off counts as far as it went. UserError
         where there can be none, as when the context is full; then nothing was said."""
-        asked: list[Message] = [*self.messages, {"role": "user", "content": text}]
         try:
-            prompt = self.continuer.prompt_of(self.chat.ids(asked), "the conversation", str(place))
+            if self.messages:
+                asked: list[Message] = [*self.messages, {"role": "user", "content": text}]
+            else:
+                asked = list(said_first(text, [picture.name for picture in self.pictures]).messages)
+            ids = self.continuer.pictures.filled(self.chat.ids(asked), self.pictures, self.continuer.tokenizer)
+            prompt = self.continuer.prompt_of(ids, "the conversation", str(place), self.pictures)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
         parts: list[str] = []

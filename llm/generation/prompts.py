@@ -1,4 +1,7 @@
-"""Files of prompts: JSONL with `prompt`, a JSON list, or plain text with a line a prompt."""
+"""Files of prompts: JSONL with `prompt`, a JSON list, or plain text with a line a prompt.
+
+A row in JSON may have `images`: paths of images, one for each `<image>` in its text.
+"""
 
 import gzip
 import json
@@ -26,6 +29,8 @@ class PromptRow:
     """line of the file, or place in a JSON list, from 1"""
     column: str = "prompt"
     """what is continued: `prompt` or `messages`"""
+    images: tuple[str, ...] = ()
+    """paths of its images, as they stand there"""
 
 
 def read_prompts(path: Path, chat: bool = False) -> tuple[list[PromptRow], bytes]:
@@ -132,9 +137,19 @@ def _checked(values: list[tuple[int, Any]], chat: bool) -> tuple[list[PromptRow]
             faults.append((number, f"has no {wanted} (its columns: {columns})"))
         elif not isinstance(value["prompt"], str):
             faults.append((number, f"`prompt` is {_kind(value['prompt'])}, not a text"))
+        elif (images := _paths(value.get("images"))) is None:
+            faults.append((number, "`images` is no list of paths"))
         else:
-            rows.append(PromptRow(value["prompt"], value, number))
+            rows.append(PromptRow(value["prompt"], value, number, images=images))
     return rows, faults
+
+
+def _paths(images: Any) -> tuple[str, ...] | None:
+    """The paths of a row's images; None where they are something else."""
+    listed = [] if images is None else [images] if isinstance(images, str) else images
+    if not isinstance(listed, list) or not all(isinstance(path, str) for path in listed):
+        return None
+    return tuple(listed)
 
 
 def _kind(value: Any) -> str:

@@ -1,10 +1,11 @@
 """Continuations on the screen as they are made: of one prompt, of a terminal's lines, or of a pipe's."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
 from llm.errors import UserError
+from llm.generation.pictures import Picture
 from llm.generation.sampling import Sampling
 from llm.generation.text import Continuer, Prompt
 
@@ -25,13 +26,14 @@ def show(
     num_samples: int = 1,
     name: str = "--prompt",
     place: int = 0,
+    pictures: Sequence[Picture] = (),
 ) -> None:
     """Write the continuation of a text, or several one after the other, each under a line that numbers it. `place`: of
-    the prompt among others, which its random numbers depend on."""
+    the prompt among others, which its random numbers depend on. pictures: the images that it has."""
     for sample in range(num_samples):
         if num_samples > 1:
             write(f"--- {sample + 1} of {num_samples}\n")
-        prompt = continuer.prompt(text, name, f"{place}.sample{sample}" if sample else str(place))
+        prompt = continuer.prompt(text, name, f"{place}.sample{sample}" if sample else str(place), pictures)
         show_prompt(continuer, prompt, sampling, max_new_tokens, stop)
 
 

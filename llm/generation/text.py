@@ -8,9 +8,11 @@ from typing import Literal
 from llm.args import ModelArgs
 from llm.errors import UserError
 from llm.generate import stream
+from llm.generation.pictures import Picture, Pictures
 from llm.generation.sampling import NonFiniteLogits, Sampling
 from llm.model import LLM
 from llm.tokenizer import Tokenizer
+from vision.opening import LIMITS, ImageLimits
 
 FinishReason = Literal["stop", "length", "context"]
 """Why a text ended: an end mark, max_new_tokens, or the model's context."""
@@ -69,6 +71,8 @@ class Prompt:
     """for errors"""
     key: str
     """what its random numbers depend on beside the seed"""
+    pictures: tuple[Picture, ...] = ()
+    """whose tiles fill the slots among the ids"""
 
 
 @dataclass(frozen=True)
@@ -84,18 +88,28 @@ class Completion:
 class Continuer:
     """A model with its tokenizer. `name` is the model's in errors."""
 
-    def __init__(self, model: LLM, tokenizer: Tokenizer, name: str, end_ids: Sequence[int] | None = None) -> None:
-        """end_ids: what ends a text; None = what the tokenizer says."""
+    def __init__(
+        self,
+        model: LLM,
+        tokenizer: Tokenizer,
+        name: str,
+        end_ids: Sequence[int] | None = None,
+        limits: ImageLimits = LIMITS,
+    ) -> None:
+        """end_ids: what ends a text; None = what the tokenizer says. limits: of the images of prompts."""
         self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.pictures = Pictures(model.args.vision, name, limits)
         self.end_ids = tokenizer.end_ids if end_ids is None else tuple(end_ids)
         self.context = context_length(model.args)
 
-    def prompt(self, text: str, name: str = "the prompt", key: str = "0") -> Prompt:
-        """The ids of a text. UserError where it cannot be encoded, has ids that the model lacks, or fills the
-        context."""
+    def prompt(
+        self, text: str, name: str = "the prompt", key: str = "0", pictures: Sequence[Picture] = ()
+    ) -> Prompt:
+        """The ids of a text, and of the images that stand in it where it says `<image>`, or before it. UserError where
+        it cannot be encoded, has ids that the model lacks, or fills the context."""
         try:
             text.encode()  # not every library says what is wrong with half a character
-            ids = self.tokenizer.prompt_ids(text)
+            ids = self.pictures.prompt_ids(text, pictures, self.tokenizer)
         except UnicodeEncodeError as error:
             broken = error.object[error.start]
             raise UserError(
@@ -104,10 +118,15 @@ class Continuer:
             ) from None
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
-        return self.prompt_of(ids, name, key)
+        return self.prompt_of(ids, name, key, pictures)
 
-    def prompt_of(self, ids: list[int], name: str, key: str = "0") -> Prompt:
-        """A prompt in tokens. UserError where it has ids that the model lacks, or fills the context."""
+    def prompt_of(self, ids: list[int], name: str, key: str = "0", pictures: Sequence[Picture] = ()) -> Prompt:
+        """A prompt in tokens, with the slots of its images. UserError where it has ids that the model lacks, other
+        slots, or fills the context."""
+        try:
+            self.pictures.check_slots(ids, pictures)
+        except UserError as error:
+            raise UserError(f"{name} {error}") from None
         rows = self.model.args.vocab_size
         if max(ids) >= rows:
             raise UserError(
@@ -119,7 +138,7 @@ class Continuer:
                 f"{name} has {len(ids)} tokens; the context of {self.name} is {self.context} tokens (max_seq_len), "
                 f"prompt and continuation together: shorten it to {self.context - 1} or fewer"
             )
-        return Prompt(ids, name, key)
+        return Prompt(ids, name, key, tuple(pictures))
 
     def limits(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[int]:
         """Most new tokens of each prompt: max_new_tokens, or fewer where the context ends before."""
@@ -143,6 +162,7 @@ class Continuer:
             stop_ids=end_ids,
             n_ids=self.tokenizer.vocab_size,
             keys=[prompt.key for prompt in prompts],
+            images=[self.pictures.tiles(prompt.pictures) for prompt in prompts],
         )
         try:
             for row, token in made:

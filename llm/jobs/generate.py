@@ -1,10 +1,11 @@
 """The command launch/generate.py: from flags to texts."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from llm import LLM
-from llm.cli import Verbatim
+from llm.cli import Repeated, Verbatim
 from llm.errors import UserError
 from llm.generation.batch import BatchSettings, complete_file
 from llm.generation.chat import HINT, Chat, Talk
@@ -14,6 +15,7 @@ from llm.generation.terminal import converse, show
 from llm.generation.text import Continuer
 from llm.paths import PathText
 from llm.pretrained import chat_template_of, tokenizer_of
+from vision.opening import LIMITS, ImageLimits
 
 
 def continue_prompt(
@@ -37,6 +39,10 @@ def continue_prompt(
     chat: bool = False,
     system: Verbatim | None = None,
     chat_template: PathText = "auto",
+    image: Repeated = (),
+    image_root: PathText | None = None,
+    max_pixels: int = LIMITS.max_pixels,
+    max_image_bytes: int = LIMITS.max_bytes,
 ) -> None:
     """Print the continuation of a prompt as it is made, or write those of a file of prompts; or talk.
 
@@ -52,7 +58,8 @@ def continue_prompt(
     average: use the moving average of the weights, of a run with optim.ema_decay
     repetition_penalty: above 1 makes tokens of prompt and continuation less likely to come again
     num_samples: continuations of each prompt
-    prompts: file of prompts: JSONL with `prompt`, whose other columns are kept, or plain text with a line a prompt
+    prompts: file of prompts: JSONL with `prompt`, whose other columns are kept, or plain text with a line a prompt; a
+        row may have `images`, a list of paths
     output: JSONL file for their completions, in order; the same command goes on where a killed one stopped
     batch_tokens: tokens of prompts and continuations computed at once, with --prompts
     dtype: auto = what the run was trained in, or the folder's weights are in, where the device is fast at it: a GPU
@@ -62,21 +69,30 @@ def continue_prompt(
     system: what the system says first, with --chat
     chat_template: with --chat: auto = the one that came with the model, or llama3, llama4, chatml, gemma, mistral, or
         the path of a .jinja file
+    image: file of an image, for a model with vision; given again for more. The first `<image>` of the prompt stands
+        for the first one; they stand before a prompt without; with --chat they go with what is said first
+    image_root: folder in which the images of --prompts lie; default: the folder of that file
+    max_pixels: an image of more pixels is refused
+    max_image_bytes: an image whose file is larger is refused
     threads: of a CPU; default: OMP_NUM_THREADS, else the physical cores, or 1 for a model of up to 32M parameters
     """
     try:
         sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+        limits = ImageLimits(max_pixels, max_image_bytes)
     except ValueError as error:
         raise UserError(f"--{error}") from None
     _check(prompt, max_new_tokens, num_samples, prompts, output, batch_tokens, sampling)
+    _check_images(image, image_root, prompt, prompts, chat)
     _check_chat(chat, system, chat_template, num_samples if prompts is None else 1, stop)
-    continuer, talks = _open(model, average, dtype, threads, chat_template if chat else None, system)
+    continuer, talks = _open(model, average, dtype, threads, chat_template if chat else None, system, limits)
     if prompts is not None and output is not None:
         settings = BatchSettings(sampling, max_new_tokens, num_samples, stop, batch_tokens)
-        complete_file(continuer, Path(prompts), Path(output), settings, talks)
+        root = None if image_root is None else Path(image_root)
+        complete_file(continuer, Path(prompts), Path(output), settings, talks, root)
         return
+    pictures = [continuer.pictures.look(Path(path).expanduser(), f"--image={path}") for path in image]
     if talks is not None:
-        talk = Talk(continuer, talks, sampling, max_new_tokens)
+        talk = Talk(continuer, talks, sampling, max_new_tokens, pictures)
         if prompt is not None:
             talk.say(prompt, "--prompt")
         else:
@@ -84,7 +100,7 @@ def continue_prompt(
         return
     show_one = partial(show, continuer, sampling=sampling, max_new_tokens=max_new_tokens, stop=stop)
     if prompt is not None:
-        show_one(prompt, num_samples=num_samples)
+        show_one(prompt, num_samples=num_samples, pictures=pictures)
     else:
         converse(lambda text, name, place: show_one(text, num_samples=num_samples, name=name, place=place))
 
@@ -133,8 +149,28 @@ def _check_chat(chat: bool, system: str | None, template: str, num_samples: int,
         raise UserError("--stop=false does not go with --chat: an answer ends with its end mark")
 
 
+def _check_images(
+    image: Sequence[str], image_root: str | None, prompt: str | None, prompts: str | None, chat: bool
+) -> None:
+    """UserError where flags about images do not go with the others."""
+    if image and prompts is not None:
+        raise UserError("--image does not go with --prompts, whose rows have `images`")
+    if image and prompt is None and not chat:
+        raise UserError("--image goes with --prompt or --chat")
+    if image_root is not None and prompts is None:
+        raise UserError("--image_root goes with --prompts; --image is a path as it stands")
+    if image_root is not None and not Path(image_root).is_dir():
+        raise UserError(f"--image_root={image_root}: no such folder")
+
+
 def _open(
-    model: str, average: bool, dtype: Dtype, threads: int | None, template: str | None, system: str | None
+    model: str,
+    average: bool,
+    dtype: Dtype,
+    threads: int | None,
+    template: str | None,
+    system: str | None,
+    limits: ImageLimits,
 ) -> tuple[Continuer, Chat | None]:
     """The model with its tokenizer; `template` None = it does not talk."""
     where = device()
@@ -143,4 +179,4 @@ def _open(
     set_threads(threads, 0)
     network = LLM.from_pretrained(model, dtype_for(Path(model), dtype, where), average=average).to(where)
     set_threads(threads, sum(parameter.numel() for parameter in network.parameters()))
-    return Continuer(network, tokenizer, model, None if talks is None else talks.template.end_ids), talks
+    return Continuer(network, tokenizer, model, None if talks is None else talks.template.end_ids, limits), talks

@@ -237,9 +237,12 @@ class _Rows:
         self._replica = replica
         self._caches = [Cache(replica.model.args) for _ in replica.stages]
 
-    def logits(self, tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> Tensor:
+    def logits(
+        self, tokens: NDArray[np.int64], positions: NDArray[np.int64], images: Tensor | None = None
+    ) -> Tensor:
         device = self._replica.world.device
-        inputs = TransformerInput(torch.from_numpy(tokens).to(device), torch.from_numpy(positions))
+        tiles = None if images is None else images.to(device)
+        inputs = TransformerInput(torch.from_numpy(tokens).to(device), torch.from_numpy(positions), images=tiles)
         return self._replica.logits(inputs, self._caches)
 
     def keep(self, rows: list[int]) -> None:

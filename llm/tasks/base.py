@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from llm.batch import Batch
 from llm.data.heldout import HeldOut
 from llm.data.kinds import ChatOptions, PackingName
@@ -98,9 +100,10 @@ class Task(ABC):
         temperature: float,
         seed: int,
         end_ids: Sequence[int] | None = None,
+        images: Sequence[Tensor | None] | None = None,
     ) -> list[str]:
         """What the model makes of each prompt, as text; drawn by the seed. end_ids: what ends one; None: what ends a
-        text of the tokenizer."""
+        text of the tokenizer. images: of each prompt, the tiles that fill its slots."""
 
 
 TASKS: dict[str, Task] = {}

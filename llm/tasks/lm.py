@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llm.batch import Batch, Targets
 from llm.generate import Decoder, generate
@@ -64,6 +65,7 @@ class LanguageModelling(Task):
         temperature: float,
         seed: int,
         end_ids: Sequence[int] | None = None,
+        images: Sequence[Tensor | None] | None = None,
     ) -> list[str]:
         try:
             found = generate(
@@ -74,6 +76,7 @@ class LanguageModelling(Task):
                 stop_ids=tokenizer.end_ids if end_ids is None else end_ids,
                 seed=seed,
                 n_ids=tokenizer.vocab_size,
+                images=images,
             )
         except FloatingPointError as error:  # on all ranks alike; whether such a run goes on is the guard's to say
             return [f" ({error})"] * len(prompts)

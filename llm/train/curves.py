@@ -10,6 +10,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from llm.atomic import write_file
 from llm.errors import UserError
 from llm.train.reporting import Opened
@@ -54,6 +56,9 @@ class CurveSink(Protocol):
     def text(self, step: int, name: str, text: str) -> None:
         """A text sample."""
 
+    def images(self, step: int, name: str, tiles: Tensor) -> None:
+        """The images of a text sample: uint8 (n, 3, S, S)."""
+
     def close(self) -> None:
         """Flush."""
 
@@ -84,6 +89,9 @@ class TensorBoard:
     def text(self, step: int, name: str, text: str) -> None:
         self._next_step = step + 1  # the numbers of this step are there
         self._board.use(lambda board: board.add_text(name, text, step))
+
+    def images(self, step: int, name: str, tiles: Tensor) -> None:
+        self._board.use(lambda board: board.add_images(name, tiles, step))
 
     def close(self) -> None:
         self._board.close()
@@ -138,6 +146,12 @@ class WeightsAndBiases:
 
         page = wandb.Html(f"<pre>{html.escape(text)}</pre>")
         self._run.use(lambda run: run.log({name: page}, step=step))
+
+    def images(self, step: int, name: str, tiles: Tensor) -> None:
+        import wandb
+
+        pictures = [wandb.Image(tile.permute(1, 2, 0).numpy()) for tile in tiles]
+        self._run.use(lambda run: run.log({f"{name}_images": pictures}, step=step))
 
     def close(self) -> None:
         self._run.close()

@@ -29,7 +29,8 @@ from llm.train.freezing import parameter_table
 from llm.train.notes import config_notes
 from llm.train.optimizer import parameter_groups
 from llm.train.preflight import ALONE
-from llm.train.settle import encode_prompts, objectives_in, with_vocabulary
+from llm.train.prompts import encode_prompts
+from llm.train.settle import objectives_in, with_vocabulary
 
 REPLICA: tuple[Dimension, ...] = ("tensor", "context", "data", "pipeline")
 EXPERTS: tuple[Dimension, ...] = ("expert", "expert_data")
@@ -122,7 +123,7 @@ def _notes(config: RunConfig) -> list[str]:
     prompts: list[list[int]] = []
     with suppress(UserError):  # --dry_run=config has no need of the tokenizer's file
         tokenizer, template = run_tokenizer(config)
-        prompts = encode_prompts(config, tokenizer, ALONE, template)
+        prompts = encode_prompts(config, tokenizer, ALONE, template).ids
     return found + config_notes(config, prompts)
 
 

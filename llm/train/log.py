@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from llm import screen
@@ -104,10 +105,13 @@ class RunLog:
         self._draw(lambda sink: sink.numbers(0, points))
         self.say(validation_line(row))
 
-    def sample(self, step: int, prompt: str, text: str) -> None:
-        """A text sample, on the screen, in log.txt and beside the curves."""
+    def sample(self, step: int, prompt: str, text: str, images: Tensor | None = None) -> None:
+        """A text sample, on the screen, in log.txt and beside the curves; there also the images that it is about, uint8
+        tiles (n, 3, S, S)."""
         self.say(f"--- sample at step {step}, prompt {prompt!r} ---\n{text}\n---")
         self._draw(lambda sink: sink.text(step, "sample", text))
+        if images is not None:
+            self._draw(lambda sink: sink.images(step, "sample", images))
 
     def _draw(self, action: Callable[[CurveSink], None]) -> None:
         self._pass_on(*(channel.send(partial(action, sink)) for sink, channel in self._curves))

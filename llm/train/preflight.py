@@ -26,9 +26,9 @@ from llm.tokenizer import Tokenizer
 from llm.tokenizers.chat import ChatTemplate
 from llm.train.chat import run_tokenizer
 from llm.train.config import RunConfig
+from llm.train.prompts import encode_prompts
 from llm.train.resume.choose import checkpoint_to_continue, refuse_another_run
 from llm.train.settle import (
-    encode_prompts,
     objectives_in,
     rows_wanted,
     settle_precision,

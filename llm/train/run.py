@@ -25,9 +25,9 @@ from llm.train.config import RunConfig, accumulation_steps, check_layout
 from llm.train.freezing import parameter_table
 from llm.train.optimizer import make_optimizer
 from llm.train.progress import Progress
+from llm.train.prompts import SamplePrompts, encode_prompts
 from llm.train.resume.choose import refuse_another_run
 from llm.train.settle import (
-    encode_prompts,
     objectives_in,
     rows_wanted,
     settle_length,
@@ -50,8 +50,8 @@ class Run:
     tokenizer: Tokenizer
     template: ChatTemplate | None
     """By which conversations are written, where the run has some."""
-    prompts: list[list[int]]
-    """Those of the samples, in tokens."""
+    prompts: SamplePrompts
+    """Those of the samples."""
     store: CheckpointStore
     task: Task
     mixture: Mixture

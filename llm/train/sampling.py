@@ -17,8 +17,8 @@ def sample(run: Run, step: int, log: RunLog | None, requests: Requests) -> None:
     else:
         texts = main_decides(lambda: [] if requests.stop else continuations(run, step), run.world)
     if log and texts:
-        for prompt, text in zip(run.config.eval.prompts, texts, strict=True):
-            log.sample(step, prompt, prompt + text if run.template is None else f"{prompt}\n-> {text}")
+        for prompt, text, images in zip(run.config.eval.prompts, texts, run.prompts.images, strict=True):
+            log.sample(step, prompt, prompt + text if run.template is None else f"{prompt}\n-> {text}", images)
 
 
 def continuations(run: Run, step: int) -> list[str]:
@@ -27,7 +27,8 @@ def continuations(run: Run, step: int) -> list[str]:
     return run.task.sample(
         run.engine.replica.decoder(),
         run.tokenizer,
-        run.prompts,
+        run.prompts.ids,
+        images=run.prompts.images,
         most_tokens=settings.sample_tokens,
         context=context_length(run.config.model),
         temperature=settings.temperature,

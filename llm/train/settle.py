@@ -9,13 +9,11 @@ from typing import Any
 from llm.checkpoint.reader import newest_valid, resolve
 from llm.checkpoint.store import CheckpointStore
 from llm.errors import UserError
-from llm.generation.text import context_length
 from llm.objectives import Objectives, objectives_of
-from llm.parallel.collectives import agreed_error, all_or_none, main_decides
+from llm.parallel.collectives import agreed_error, main_decides
 from llm.parallel.launch.world import World
 from llm.tasks import RowsWanted, task_named
 from llm.tokenizer import Tokenizer
-from llm.tokenizers.chat import ChatTemplate
 from llm.tokenizers.extended import ExtendedTokenizer
 from llm.train.config import RunConfig, Section
 from llm.train.config.length import default_warmup
@@ -126,39 +124,6 @@ def settle_length(
         assert train.steps is not None
         optim = optim.model_copy(update={"warmup_steps": default_warmup(train.steps, optim.decay_steps)})
     return config.model_copy(update={"train": train, "optim": optim})
-
-
-def said_by_user(text: str) -> dict[str, str]:
-    """A message."""
-    return {"role": "user", "content": text}
-
-
-def encode_prompts(
-    config: RunConfig, tokenizer: Tokenizer, world: World, template: ChatTemplate | None = None
-) -> list[list[int]]:
-    """`eval.prompts` as token ids, each begun as the tokenizer begins a text, or with a template the user's turn of a
-    conversation. UserError where the tokenizer cannot say one, or where samples are asked for and one leaves no room
-    for a token behind it.
-    """
-    context = context_length(config.model)
-
-    def encode() -> list[list[int]]:
-        try:
-            prompts = [
-                tokenizer.prompt_ids(text) if template is None else template.prompt_ids([said_by_user(text)])
-                for text in config.eval.prompts
-            ]
-        except UserError as error:
-            raise UserError(f"eval.prompts: {error}") from None
-        for i, ids in enumerate(prompts):
-            if config.eval.sample_interval is not None and len(ids) >= context:
-                raise UserError(
-                    f"eval.prompts.{i} has {len(ids):,} tokens, and the context of {context:,} (model.max_seq_len) no "
-                    f"room for one behind them; give a shorter prompt, or eval.sample_interval=null"
-                )
-        return prompts
-
-    return all_or_none(encode, world)
 
 
 def rows_wanted(config: RunConfig) -> RowsWanted:

@@ -134,7 +134,7 @@ class Trainer:
         run, progress = self.run, self.progress
         found = [*run.notes, *self.resume()]
         found += frozen_notes(run.engine.replica.table, progress.origin)
-        notes: list[str] | None = found + config_notes(run.config, run.prompts, progress.step, progress.rows)
+        notes: list[str] | None = found + config_notes(run.config, run.prompts.ids, progress.step, progress.rows)
         requests = Requests(run.folder)
         try:
             while notes is not None:

@@ -97,11 +97,27 @@ def test_a_file_of_prompts_becomes_a_file_of_completions(model, tmp_path):
         (["--prompt", "--temperature=1"], "error: --prompt has no value; one that looks like a flag is given as"),
         (["--prompt=caf\udce9"], "error: --prompt=caf"),
         (["--prompt=" + "a" * 99], "error: --prompt has 100 tokens; the context of"),
+        (["--image=a.png"], "error: --image goes with --prompt or --chat"),
+        (["--prompts=b", "--output=c", "--image=a.png"], "error: --prompts=b: no such file"),
+        (["--prompt=a", "--image_root=."], "error: --image_root goes with --prompts"),
+        (["--prompt=a", "--max_pixels=0"], "error: --max_pixels=0 is not from 1 to"),
+        (["--prompt=a", "--image=a.png", "--image=b.png"], "error: --image=a.png is for a model with vision; "),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
 def test_bad_flags_are_one_line(model, capsys, words, message):
     assert refused(capsys, model, *words).startswith(message)
+
+
+def test_a_file_whose_rows_have_images_is_refused_by_row_for_a_model_without_vision(model, tmp_path, capsys):
+    rows = [{"prompt": "a"}, {"prompt": "b", "images": ["1.png"]}, {"prompt": "c", "images": 3}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [f"--prompts={tmp_path / 'in.jsonl'}", f"--output={tmp_path / 'out.jsonl'}"]
+    assert "in.jsonl row 3: `images` is no list of paths" in refused(capsys, model, *words)
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    assert "in.jsonl row 2: image '1.png' is for a model with vision" in refused(capsys, model, *words)
+    assert "--image does not go with --prompts" in refused(capsys, model, *words, "--image=1.png")
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 @pytest.mark.parametrize("words", [[], ["--temperature=0.8"]])

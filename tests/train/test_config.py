@@ -222,6 +222,7 @@ def test_a_checkpoint_written_before_a_key_existed_stands_at_its_default(tmp_pat
         (["--optim.min_lr=1"], {}, "optim.min_lr=1"),
         (["--optim.betas=[1.5, 0.9]"], {}, "optim.betas.0=1.5"),
         ([], {"eval": {"prompts": []}}, "eval.prompts"),
+        ([], {"eval": {"images": ["a.png", "b.png"]}}, "eval.images has 2 entries for 1 eval.prompts"),
         ([], {"deepspeed": {"zero_optimization": {"stage": 3}}}, "deepspeed.zero_optimization.stage"),
         ([], {"deepspeed": {"bf16": {"enabled": True}}}, "deepspeed.bf16"),
         (

@@ -1,6 +1,7 @@
 """What a run reports never ends it: full disks, closed pipes, folders that are gone, threads that die."""
 
 import errno
+import io
 import itertools
 import json
 import os
@@ -9,8 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor
 
 from llm import LLM, ModelArgs, screen
 from llm.train.curves import TensorBoard
@@ -19,6 +23,7 @@ from llm.train.reporting import LineFile, Opened
 from llm.train.trace import Trace
 from tests.train.test_log import ROW
 from tests.train.test_trace import ALONE
+from tests.vision.pictures import levels
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 ALWAYS_FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
@@ -205,6 +210,9 @@ class Faulty:
     def text(self, step: int, name: str, text: str) -> None:
         raise RuntimeError("no network")
 
+    def images(self, step: int, name: str, tiles: Tensor) -> None:
+        raise RuntimeError("no network")
+
     def close(self) -> None:
         raise RuntimeError("no network at all")
 
@@ -219,6 +227,21 @@ def test_a_sink_of_curves_that_raises_is_reported_once(tmp_path: Path) -> None:
     assert said.count("curves cannot be written (RuntimeError: no network)") == 1
     assert "curves: the last 3 points of steps were lost (RuntimeError: no network at all)" in said
     assert steps_of(tmp_path) == [1, 2]
+
+
+def test_tensorboard_shows_the_images_of_a_sample_beside_its_text(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tiles = torch.from_numpy(levels(12, 8, 0)).permute(2, 0, 1)[None]
+    log = RunLog(tmp_path, first_step=1, steps=9, interval=100, curves=[TensorBoard(tmp_path, 1)])
+    log.sample(2, "<image>a", "b", tiles)
+    log.sample(2, "c", "d")
+    log.close()
+    found = EventAccumulator(str(tmp_path / "tb"), size_guidance={"images": 0})
+    found.Reload()
+    (image,) = found.Images("sample")
+    assert image.step == 2
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(image.encoded_image_string))), levels(12, 8, 0))
 
 
 def test_tensorboard_goes_on_in_a_new_file_after_its_thread_has_died(

@@ -48,5 +48,5 @@ def test_each_placeholder_becomes_the_text_of_its_image():
     expected = [7, *image_text((1, 2), model(), TOKENIZER), 8, *image_text((1, 1), model(), TOKENIZER)]
     assert filled(ids, [(1, 2), (1, 1)], model(), TOKENIZER) == expected
     for grids in ([(1, 1)], [(1, 1)] * 3):
-        with pytest.raises(UserError, match=f"has 2 placeholders for {len(grids)} images"):
+        with pytest.raises(UserError, match=f"has 2 placeholders for {len(grids)} image"):
             filled(ids, grids, model(), TOKENIZER)

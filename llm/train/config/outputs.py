@@ -59,6 +59,19 @@ class EvalConfig(Section):
     """Temperature of the samples; 0 = greedy."""
     prompts: Annotated[tuple[str, ...], ONE_TEXT, Field(min_length=1)] = ("",)
     """Prompts of the samples, a list or one text; an empty one starts a document."""
+    images: Annotated[tuple[Annotated[tuple[PathText, ...], ONE_TEXT], ...], ONE_TEXT] = ()
+    """Files of the images of the prompts, in their order: for each a path, or a list of paths, one for each `<image>`
+    in it; before a prompt without."""
+
+    def images_of(self, prompt: int) -> tuple[str, ...]:
+        """The image files of a prompt, by its number."""
+        return self.images[prompt] if prompt < len(self.images) else ()
+
+    @model_validator(mode="after")
+    def _images_have_prompts(self) -> "EvalConfig":
+        if len(self.images) > len(self.prompts):
+            raise ValueError(f"eval.images has {len(self.images)} entries for {len(self.prompts)} eval.prompts")
+        return self
 
 
 class LogConfig(Section):
