@@ -1,6 +1,7 @@
 """What a path is: `python tools/inspect.py runs/a` lists a run's checkpoints, what is wrong with which, and which one
 a resume would take; `python tools/inspect.py runs/a/checkpoints/step_00000100` lists all about one. `--verify` reads
-every block. Exit status 0: whole; 1: damaged; 2: bad input. The work is done in tools/inspection.py.
+every block. `python tools/inspect.py runs/cache/NAME --show 3 --images DIR` shows samples of data.cache_dir, and writes
+the tiles of their images. Exit status 0: whole; 1: damaged; 2: bad input. The work is done in tools/inspection.py.
 """
 
 import sys

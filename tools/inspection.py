@@ -35,6 +35,7 @@ from llm.paths import PathText
 from llm.train.config import RunConfig
 from llm.train.config.explain import section_of
 from llm.train.config.yaml_file import read_yaml
+from tools.inspection_samples import sample_lines, samples_in
 from tools.inspection_text import SHOWN, checkpoint_lines, run_lines
 
 CHECKPOINTS = "checkpoints"
@@ -46,17 +47,34 @@ Report = dict[str, Any]
 
 
 def inspect(
-    path: PathText, verify: bool = False, data: bool = False, tensors: bool = False, json: bool = False
+    path: PathText,
+    verify: bool = False,
+    data: bool = False,
+    tensors: bool = False,
+    json: bool = False,
+    show: int | None = None,
+    images: PathText | None = None,
 ) -> None:
-    """Say what a run folder, its checkpoints or one checkpoint hold, and whether they are whole.
+    """Say what a run folder, its checkpoints or one checkpoint hold, and whether they are whole; or show samples.
 
-    path: a run folder, its `checkpoints` folder, a checkpoint folder, or a checkpoint's manifest.json
+    path: a run folder, its `checkpoints` folder, a checkpoint folder, or a checkpoint's manifest.json; with --show a
+        folder of samples
     verify: read every block of every fragment against its digest, and name each damaged one
     data: also which rows of which files were read how often (of a run: for the checkpoint that a resume would take)
     tensors: also every tensor with its shape, kinds, dtype and fragments (likewise)
     json: print one JSON object, which has everything in full
+    show: so many samples of a folder of data.cache_dir
+    images: with --show, folder to write the tiles of their images into, as the model sees them
     """
     place = Path(path)
+    if show is not None:
+        if show < 1:
+            raise UserError(f"--show={show} must be at least 1")
+        for line in sample_lines(samples_in(place), show, None if images is None else Path(images)):
+            print(_printable(line))
+        return
+    if images is not None:
+        raise UserError("--images goes with --show, which says of how many samples")
     folder = checkpoints_in(place)
     if folder is None:
         report = checkpoint_report(*looked_at(as_checkpoint(place), verify), tensors=tensors, data=data)
@@ -67,11 +85,16 @@ def inspect(
         lines = run_lines(report, details=tensors or data)
     if json:
         print(json_format.dumps(report, indent=1))
-    else:  # what a file says is not to steer a terminal
-        print("\n".join("".join(c if c.isprintable() else "\ufffd" for c in line) for line in lines))
+    else:
+        print("\n".join(map(_printable, lines)))
     if not whole:
         sys.stdout.flush()
         raise SystemExit(1)
+
+
+def _printable(line: str) -> str:
+    """What a file says is not to steer a terminal."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in line)
 
 
 def checkpoints_in(place: Path) -> Path | None:
