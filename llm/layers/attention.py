@@ -99,10 +99,15 @@ class Attention(nn.Module, InRegion):
         if self.spec.temperature:
             q = (q * ctx.temperature_BT11).to(q.dtype)
         assert ctx.attend is not None
-        made = attended(ctx.attend, self.layer, self.spec, q, k, v).flatten(-2)
+        made = self._attended(ctx.attend, q, k, v).flatten(-2)
         if self.wg is not None:
             made = made * self.wg(x, ctx.keys_N).sigmoid()
         return self.region.leave(self.wo(made, ctx.keys_N), ctx.cut_sequence)
+
+    @graph_break
+    def _attended(self, attend: Attend, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
+        """What it does follows the documents of a batch; a graph with a layer's number would be that layer's alone."""
+        return attend(self.layer, self.spec, q_BTHd, k_BTKd, v_BTKd)
 
 
 def head_norm(args: ModelArgs, spec: AttentionSpec, n_heads: int) -> nn.Module | None:
@@ -122,14 +127,6 @@ def head_norm_rows(args: ModelArgs, spec: AttentionSpec, n_heads: int) -> Rows:
         weight = norm_rows(args, n_heads * args.head_width, in_region=True)["weight"]
         return {"weight": replace(weight, tensor_dim=0, grain=n_heads)}
     return {}
-
-
-@graph_break
-def attended(
-    attend: Attend, layer: int, spec: AttentionSpec, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor
-) -> Tensor:
-    """attend(...), whose operations follow the documents of a batch."""
-    return attend(layer, spec, q_BTHd, k_BTKd, v_BTKd)
 
 
 def attention_spec(spec: LayerSpec) -> AttentionSpec:

@@ -114,6 +114,18 @@ def test_compiled_adapters_drop_what_eager_ones_drop_and_layers_alike_share_grap
 
 
 @pytest.mark.full
+def test_layers_alike_share_graphs_however_many_they_are(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)  # else the rest run uncompiled
+    model = llama4(n_layers=10, nope_layer_interval=None)
+    compile_blocks(model, "aot_eager")
+    found = []
+    for units in (model.units[:2], model.units):
+        model(packed(3, 24, 0), return_hidden=True, units=units)
+        found.append(graphs())
+    assert found[0] == found[1] > 0
+
+
+@pytest.mark.full
 def test_twenty_batches_compile_once_for_their_shape_and_once_for_all_others():
     eager, compiled = (llama4(**EVERYTHING) for _ in range(2))
     compile_blocks(compiled, "aot_eager")
