@@ -97,7 +97,7 @@ class Batch:
             inputs.tokens.to(device),
             position.to(device) if isinstance(position, Tensor) else position,
             inputs.cu_seqlens,
-            None if inputs.images is None else inputs.images.to(device),
+            inputs.images_on(device),
         )
         targets = {name: targets.to(device) for name, targets in self.targets.items()}
         values = {name: value.to(device) for name, value in self.values.items()}
@@ -122,6 +122,8 @@ class Batch:
         images = self.inputs.images
         if images is None:
             return None
+        if not isinstance(images, Tensor):
+            raise ValueError("images of a native vision tower cannot be cut with their batch")
         of_tile = int(is_slot_N.sum()) // len(images)
         (start, cut), (stop, cut_too) = (divmod(int(is_slot_N[:place].sum()), of_tile) for place in (first, end))
         if cut or cut_too:

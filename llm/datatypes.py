@@ -28,9 +28,16 @@ class TransformerInput:
     cu_seqlens: Tensor | None = None
     """(S + 1,) integers on the CPU: document boundaries in the flattened B*T tokens, from 0 to B*T, every row start
     among them. None = one document a row."""
-    images: Tensor | None = None
+    images: Tensor | Sequence[Tensor] | None = None
     """(n, 3, S, S), the tiles of all images in the order of their slots in the flattened tokens: uint8 levels, or
-    floats as the tower reads them. None = no images."""
+    floats as the tower reads them; where model.vision.kind is native, the images, (3, H, W) each, whose sides patches
+    and the vectors that they make divide. None = no images."""
+
+    def images_on(self, device: torch.device) -> Tensor | Sequence[Tensor] | None:
+        """The images on a device."""
+        if self.images is None or isinstance(self.images, Tensor):
+            return None if self.images is None else self.images.to(device)
+        return [image.to(device) for image in self.images]
 
     def check_tokens(self, vocab_size: int | None = None) -> None:
         """Raise ValueError unless tokens is a (B, T) int64 tensor with at least one token, with ids below `vocab_size`:

@@ -50,15 +50,15 @@ def usual_tiles(vision: VisionArgs) -> Fraction:
 
 
 def tile_flops(args: ModelArgs) -> int:
-    """Of a tile in the vision tower and its projection; 0 without."""
+    """Of a tile, or a native picture of the size of a window, in the vision tower and its projection; 0 without."""
     vision = args.vision
     if vision is None:
         return 0
-    places, slots, total = vision.grid**2 + 1, vision.tokens_per_tile, 0
+    places, slots, total = vision.places, vision.tokens_per_tile, 0
     for name, row in ParameterTable.of(args).items():
         if row.unit == VISION:
             after = "adapter." in name or name.startswith("vision_projection.")
-            total += _product(args, row) * (slots if after else places - ("patch." in name))
+            total += _product(args, row) * (slots if after else vision.grid**2 if "patch." in name else places)
     tower = layer_args(vision)
     return total + sum(places * MIXERS["attn"].flops(tower, spec, places) for spec in tower.layer_specs())
 

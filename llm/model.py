@@ -37,7 +37,8 @@ from llm.parameters import ParameterTable
 from llm.recompute import Recompute, recomputed
 from vision.adapter import Projection
 from vision.encoder import Tower
-from vision.merge import blank, merged, slots_of, tiles_of
+from vision.merge import blank, images_of, merged, slots_of
+from vision.native import NativeTower
 
 EMBEDDING, NORM, OUTPUT = "tok_embeddings", "norm", "output"
 Losses = Callable[[Tensor], Mapping[str, LossSum]]
@@ -90,7 +91,8 @@ class LLM(Conveniences, InRegion):
         self.output: Output | None = None
         with torch.device(device or torch.get_default_device()):
             if args.vision is not None and VISION in self.units:
-                self.vision_embeddings = Tower(args.vision, vision_adapters(args.lora))
+                tower = NativeTower if args.vision.kind == "native" else Tower
+                self.vision_embeddings = tower(args.vision, vision_adapters(args.lora))
                 lora = adapter(args.lora, "vision_projection")
                 self.vision_projection = Projection(args.vision.output_dim, args.dim, lora)
             if args.tie_embeddings and not {EMBEDDING, OUTPUT}.isdisjoint(self.units):
@@ -214,26 +216,26 @@ class LLM(Conveniences, InRegion):
 
     def _with_images(self, x_BTD: Tensor, inputs: TransformerInput, ctx: Context) -> Tensor:
         """Token vectors with those of images in their slots. Where the tower or its projection trains, or weights are
-        gathered, and there are no images, a blank tile, whose vectors go nowhere, gives each rank the same work and
+        gathered, and there are no images, a blank one, whose vectors go nowhere, gives each rank the same work and
         gradients. Rows that continue a cache are those of all ranks.
         """
         vision, tower, projection = self.args.vision, self.vision_embeddings, self.vision_projection
         assert vision is not None
-        tiles, grad = tiles_of(inputs, vision), torch.is_grad_enabled()
+        images, grad = images_of(inputs, vision), torch.is_grad_enabled()
         tower_trains, projection_trains = (
             grad and any(p.requires_grad for p in part.parameters()) for part in (tower, projection)
         )
         on_cpu = inputs.tokens.device.type == "cpu"
         together = self.gathers_weights and ctx.states is None
-        if tiles is None and not (tower_trains or projection_trains or together):
+        if images is None and not (tower_trains or projection_trains or together):
             if on_cpu and ctx.states is None:  # a text that goes on may have made the token by itself
-                slots_of(inputs.tokens, 0, vision)
+                slots_of(inputs.tokens, None, vision)
             return x_BTD
-        slots_K = slots_of(inputs.tokens, 0 if tiles is None else len(tiles), vision)
-        keys_K = None if tiles is None or ctx.keys_N is None else ctx.keys_N[slots_K]
+        slots_K = slots_of(inputs.tokens, images, vision)
+        keys_K = None if images is None or ctx.keys_N is None else ctx.keys_N[slots_K]
         with nullcontext() if tower_trains else torch.no_grad():
-            seen = tower(blank(vision, x_BTD.device) if tiles is None else tiles, self._through_tower, keys_K)
-        return merged(x_BTD, slots_K, projection(seen.flatten(0, 1), keys_K)[: len(slots_K)])
+            seen = tower(blank(vision, x_BTD.device) if images is None else images, self._through_tower, keys_K)
+        return merged(x_BTD, slots_K, projection(seen.flatten(0, -2), keys_K)[: len(slots_K)])
 
     def _through_tower(self, name: str, x: Tensor, ctx: Context) -> tuple[Tensor, RouterStats | None]:
         return self._through(f"{TOWER}.{name}", x, ctx)

@@ -17,7 +17,7 @@ from llm.layers.norm import norm_rows
 from llm.layers.output import Output
 from llm.layers.parameter import VISION, ParamInfo, Rows, in_unit, of_unit, under, weights
 from vision.adapter import Projection
-from vision.encoder import Tower
+from vision.encoder import Encoder
 
 
 class ParameterTable(Mapping[str, ParamInfo]):
@@ -87,6 +87,6 @@ def vision_rows(args: ModelArgs) -> Rows:
     """Of the tower and its projection; none without."""
     if args.vision is None:
         return {}
-    tower = Tower.declare(args.vision, vision_adapters(args.lora))
+    tower = Encoder.declare(args.vision, vision_adapters(args.lora))
     projection = Projection.declare_onto(args.vision.output_dim, args.dim, adapter(args.lora, "vision_projection"))
     return of_unit(VISION, under("vision_embeddings", tower) | under("vision_projection", projection))

@@ -28,12 +28,11 @@ def shuffled(patches: Tensor, side: int) -> Tensor:
 
 
 class Adapter(nn.Module, InRegion):
-    """gelu(fc2(gelu(fc1 x))) of what `shuffled` makes."""
+    """gelu(fc2(gelu(fc1 x))) of vectors that are several patches side by side."""
 
     def __init__(self, vision: VisionArgs, lora: LoraArgs | None) -> None:
         super().__init__()
-        self.side = vision.shuffled_side
-        self.fc1 = Linear(self.side**2 * vision.dim, vision.output_dim, lora=adapter(lora, "fc1"))
+        self.fc1 = Linear(vision.shuffled_side**2 * vision.dim, vision.output_dim, lora=adapter(lora, "fc1"))
         self.fc2 = Linear(vision.output_dim, vision.output_dim, lora=adapter(lora, "fc2"))
 
     @staticmethod
@@ -44,9 +43,9 @@ class Adapter(nn.Module, InRegion):
         down = Linear.declare(width, width, False, init, tensor_dim=1, lora=adapter(lora, "fc2"))
         return under("fc1", up) | under("fc2", down)
 
-    def forward(self, patches: Tensor, keys_N: Tensor | None = None) -> Tensor:
-        """Of (n, G^2, C), (n, (G / s)^2, O). keys_N: of the vectors that it makes (see Context.keys_N)."""
-        x = self.region.enter(shuffled(patches, self.side), False)
+    def forward(self, x: Tensor, keys_N: Tensor | None = None) -> Tensor:
+        """Of (..., s^2 C), (..., O). keys_N: see `Context.keys_N`."""
+        x = self.region.enter(x, False)
         y = self.fc2(F.gelu(self.fc1(x, keys_N)), keys_N)
         return F.gelu(self.region.leave(y, False))
 

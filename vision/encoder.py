@@ -11,9 +11,11 @@ width of the encoder, O width of the adapter's output, H heads, d head width.
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from llm.args import AttentionSpec, ModelArgs, VisionArgs
 from llm.args.lora import LoraArgs
@@ -27,15 +29,22 @@ from llm.layers.linear import Linear
 from llm.layers.masks import scores_of
 from llm.layers.norm import make_norm, norm_rows
 from llm.layers.parameter import ParamInfo, Rows, under
-from vision.adapter import Adapter
-from vision.patches import angles, unfolded
+from vision.adapter import Adapter, shuffled
+from vision.patches import angles, places, unfolded
 
+FULL_EVERY = 4
+"""Of the layers of a native tower each so many-th, and the last, sees a picture as a whole."""
 Through = Callable[[str, Tensor, Context], tuple[Tensor, RouterStats | None]]
 """Runs a layer of the tower, by its name in the tower, compiled or recomputed as the model wants it."""
 
 
 def layer_args(vision: VisionArgs, lora: LoraArgs | None = None) -> ModelArgs:
     """Those of a text model with the tower's layers."""
+    windows: dict[str, Any] = {}
+    if vision.kind == "native":
+        full = [(i + 1) % FULL_EVERY == 0 or i == vision.n_layers - 1 for i in range(vision.n_layers)]
+        pattern = ["attn:full" if everything else "attn:window" for everything in full]
+        windows = {"layer_pattern": pattern, "sliding_window": vision.grid**2, "rope_interleaved": False}
     return ModelArgs(
         dim=vision.dim,
         n_layers=vision.n_layers,
@@ -50,20 +59,22 @@ def layer_args(vision: VisionArgs, lora: LoraArgs | None = None) -> ModelArgs:
         norm_eps=vision.norm_eps,
         rope_theta=vision.rope_theta,
         lora=lora,
+        **windows,
     )
 
 
-class Tower(nn.Module):
-    """See the top of this file. With tensor parallelism its layers are cut by heads and widths as the text model's are,
-    and what lies between them is whole on every rank."""
+class Encoder(nn.Module):
+    """What the towers have in common: their parameters. With tensor parallelism the layers are cut by heads and widths
+    as the text model's are, and what lies between them is whole on every rank."""
 
     def __init__(self, vision: VisionArgs, lora: LoraArgs | None = None) -> None:
         """lora: its targets are names within the tower."""
         super().__init__()
         self.vision, args = vision, layer_args(vision, lora)
-        self.class_embedding = nn.Parameter(torch.empty(vision.dim))
-        self.pos_embedding = nn.Parameter(torch.empty(vision.grid**2 + 1, vision.dim))
-        self.patch = Linear(3 * vision.patch_size**2, vision.dim)
+        if vision.kind == "tiles":
+            self.class_embedding = nn.Parameter(torch.empty(vision.dim))
+        self.pos_embedding = nn.Parameter(torch.empty(vision.places, vision.dim))
+        self.patch = Linear(vision.patch_width, vision.dim)
         self.norm_pre = make_norm(args, vision.dim)
         self.layers = nn.ModuleList(Block(args, spec) for spec in args.layer_specs())
         self.norm = make_norm(args, vision.dim)
@@ -74,18 +85,22 @@ class Tower(nn.Module):
         """What the parameters are: see llm/layers/parameter.py. A matrix begins with the variance 1 / n_in: with one
         value for all, as the text model has, small towers were measured to stay blind.
         """
-        args, places = layer_args(vision, lora), Normal(1 / math.sqrt(vision.dim))
-        learned = ParamInfo((vision.dim,), "embedding", places, in_region=False, active=0.0)
-        patch = Linear.declare(3 * vision.patch_size**2, vision.dim, False, places, tensor_dim=None)["weight"]
-        rows = {"class_embedding": learned}
-        rows["pos_embedding"] = replace(learned, shape=(vision.grid**2 + 1, vision.dim))
+        args, draw = layer_args(vision, lora), Normal(1 / math.sqrt(vision.dim))
+        learned = ParamInfo((vision.dim,), "embedding", draw, in_region=False, active=0.0)
+        patch = Linear.declare(vision.patch_width, vision.dim, False, draw, tensor_dim=None)["weight"]
+        rows = {"class_embedding": learned} if vision.kind == "tiles" else {}
+        rows["pos_embedding"] = replace(learned, shape=(vision.places, vision.dim))
         rows["patch.weight"] = replace(patch, in_region=False, may_be_int8=False)
         rows |= under("norm_pre", norm_rows(args, vision.dim))
         for spec in args.layer_specs():
             rows |= under(f"layers.{spec.index}", Block.declare(args, spec))
         rows |= under("norm", norm_rows(args, vision.dim))
-        rows |= under("adapter", Adapter.declare(vision, places, lora))
+        rows |= under("adapter", Adapter.declare(vision, draw, lora))
         return {name: replace(row, init=_begins(row)) for name, row in rows.items()}
+
+
+class Tower(Encoder):
+    """See the top of this file."""
 
     def forward(self, tiles: Tensor, through: Through, keys_K: Tensor | None = None) -> Tensor:
         """(n, tokens_per_tile, O) of float tiles (n, 3, S, S). keys_K: of the vectors that it makes (see
@@ -96,17 +111,18 @@ class Tower(nn.Module):
         x, ctx = self.norm_pre(x), self._context(x, keys_K)
         for layer in range(vision.n_layers):
             x, _ = through(f"layers.{layer}", x, ctx)
-        vectors: Tensor = self.adapter(self.norm(x)[:, :-1], keys_K)
+        vectors: Tensor = self.adapter(shuffled(self.norm(x)[:, :-1], vision.shuffled_side), keys_K)
         return vectors
 
     def _context(self, x_nLC: Tensor, keys_K: Tensor | None) -> Context:
         """What the layers share; no rank has tokens of its own: tiles are few, and their tokens odd in number."""
         vision, (n_tiles, length, _) = self.vision, x_nLC.shape
+        where_2L = pad(places(vision.grid, vision.grid, x_nLC.device), (0, 1))
         return Context(
             shape=(n_tiles, length),
             attend=_attend,
-            rotation_BT1m=angles(vision.grid, vision.dim // vision.n_heads, vision.rope_theta, x_nLC.device),
-            keys_N=None if keys_K is None else _spread(keys_K[:: vision.tokens_per_tile], length),
+            rotation_BT1m=angles(where_2L, vision.dim // vision.n_heads, vision.rope_theta),
+            keys_N=None if keys_K is None else spread(keys_K[:: vision.tokens_per_tile], length),
         )
 
 
@@ -114,7 +130,7 @@ def _attend(layer: int, spec: AttentionSpec, q_BTHd: Tensor, k_BTKd: Tensor, v_B
     return full_attention(q_BTHd, k_BTKd, v_BTKd, scores_of(spec))
 
 
-def _spread(keys_n: Tensor, length: int) -> Tensor:
+def spread(keys_n: Tensor, length: int) -> Tensor:
     """A key for each place of each tile, of a key for each tile."""
     return with_numbers(keys_n[:, None], torch.arange(length, device=keys_n.device)).flatten()
 

@@ -1,7 +1,9 @@
 """Where the vectors of images stand: each takes the place of one token, in order.
 
-Shapes: B rows, T tokens, N = B * T, n tiles, S pixels a side, K slots, D width of the text model.
+Shapes: B rows, T tokens, n tiles, S pixels a side, H x W of a picture, K slots, D width of the text model.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,34 +12,66 @@ from llm.args import VisionArgs
 from llm.datatypes import TransformerInput
 from vision.levels import normalised
 
+Images = Tensor | Sequence[Tensor]
+"""Tiles (n, 3, S, S), or, for a native tower, pictures (3, H, W)."""
 
-def tiles_of(inputs: TransformerInput, vision: VisionArgs) -> Tensor | None:
-    """The tiles (n, 3, S, S) as the tower reads them; None without images. ValueError on another shape or dtype."""
-    images, side = inputs.images, vision.image_size
+
+def images_of(inputs: TransformerInput, vision: VisionArgs) -> Images | None:
+    """The images as the tower reads them; None without. ValueError on another shape or dtype."""
+    images = inputs.images
     if images is None or not len(images):
         return None
-    if images.ndim != 4 or images.shape[1:] != (3, side, side):
+    if vision.kind == "native":
+        return [_read(image, vision) for image in images]
+    side = vision.image_size
+    if not isinstance(images, Tensor) or images.shape[1:] != (3, side, side):
         raise ValueError(
-            f"images must be tiles (n, 3, {side}, {side}), as model.vision.image_size says; got {tuple(images.shape)}"
+            f"images must be tiles (n, 3, {side}, {side}), as model.vision.image_size says; got {_shapes(images)}"
         )
+    return _floats(images)
+
+
+def _read(image: Tensor, vision: VisionArgs) -> Tensor:
+    unit = vision.patch_size * vision.shuffled_side
+    if image.ndim != 3 or len(image) != 3 or any(side == 0 or side % unit for side in image.shape[1:]):
+        raise ValueError(
+            f"images must be (3, H, W) with sides that {unit} divides (model.vision.patch_size times the patches of a "
+            f"vector); got {tuple(image.shape)}"
+        )
+    return _floats(image)
+
+
+def _floats(images: Tensor) -> Tensor:
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise ValueError(f"images must be uint8 levels or floats; got {images.dtype}")
     return normalised(images) if images.dtype == torch.uint8 else images
 
 
-def blank(vision: VisionArgs, device: torch.device) -> Tensor:
-    """One grey tile, for a forward whose ranks must all do the tower's work."""
+def _shapes(images: Images) -> str:
+    return str(tuple(images.shape)) if isinstance(images, Tensor) else str([tuple(image.shape) for image in images])
+
+
+def blank(vision: VisionArgs, device: torch.device) -> Images:
+    """One grey image, as small as can be, for a forward whose ranks must all do the tower's work."""
+    if vision.kind == "native":
+        side = vision.patch_size * vision.shuffled_side
+        return [torch.zeros(3, side, side, device=device)]
     return torch.zeros(1, 3, vision.image_size, vision.image_size, device=device)
 
 
-def slots_of(tokens_BT: Tensor, n_tiles: int, vision: VisionArgs) -> Tensor:
+def slots_of(tokens_BT: Tensor, images: Images | None, vision: VisionArgs) -> Tensor:
     """Where vectors of images stand in the flattened tokens, (K,) int64. ValueError where there are more or fewer than
-    the tiles fill."""
+    the images fill."""
     slots = (tokens_BT.flatten() == vision.patch_token_id).nonzero().flatten()
-    expected = n_tiles * vision.tokens_per_tile
+    images = () if images is None else images
+    if vision.kind == "native":
+        what, unit = "images", (vision.patch_size * vision.shuffled_side) ** 2
+        expected = sum(image.shape[1] * image.shape[2] // unit for image in images)
+    else:
+        what, expected = "tiles of images", len(images) * vision.tokens_per_tile
     if len(slots) != expected:
         raise ValueError(
-            f"{n_tiles} tiles of images fill {expected} slots, but the tokens have {len(slots)} of id "
+            f"{len(images)} {what} fill {expected} slots, but the tokens have {len(slots)} of id "
             f"{vision.patch_token_id} (model.vision.patch_token_id)"
         )
     return slots

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
+from llm.errors import UserError
 from vision.colours import rgb
 from vision.resize import resized
 
@@ -28,8 +29,11 @@ Grid = tuple[int, int]
 
 def cut(image: Image.Image, vision: "VisionArgs") -> tuple[NDArray[np.uint8], Grid]:
     """(tiles uint8 (n, 3, S, S), grid) of a picture of any mode: the grid's tiles row by row, then, where there are
-    several, the whole picture. UserError on a mode whose colours are not known (see vision/colours.py).
+    several, the whole picture. UserError on a mode whose colours are not known (see vision/colours.py), and for a
+    tower that reads no tiles.
     """
+    if vision.kind != "tiles":
+        raise UserError(f"model.vision.kind={vision.kind} reads images whole; only LLM.forward takes such yet")
     height, width = image.height, image.width
     if not height or not width:
         raise ValueError(f"an image of {width} x {height} pixels has nothing to cut")

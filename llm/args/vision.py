@@ -1,4 +1,4 @@
-"""The vision tower of a model: from square tiles of pictures to vectors in the place of token vectors."""
+"""The vision tower of a model: from pictures to vectors in the place of token vectors."""
 
 from typing import Literal
 
@@ -8,13 +8,14 @@ from llm.args.group import Group
 
 
 class VisionArgs(Group):
-    """The tower of Llama 4: patches, a class token, an encoder, and an adapter that makes one vector of several
-    patches. The defaults are the released one's."""
+    """Patches, an encoder, and an adapter that makes one vector of several patches. The defaults are those of the
+    released Llama 4."""
 
-    kind: Literal["tiles"] = "tiles"
-    """tiles: pictures are cut into squares of image_size."""
+    kind: Literal["tiles", "native"] = "tiles"
+    """tiles: pictures are cut into squares of image_size, each with a class token (Llama 4). native: pictures of any
+    size, with windows of image_size in all layers but each fourth and the last (Muse Glimmer)."""
     image_size: int = Field(336, gt=0)
-    """Side of a tile in pixels."""
+    """Side of a tile or window in pixels."""
     patch_size: int = Field(14, gt=0)
     """Side of a patch in pixels; divides image_size."""
     dim: int = Field(1408, gt=0)
@@ -40,13 +41,23 @@ class VisionArgs(Group):
 
     @property
     def grid(self) -> int:
-        """Patches along a side of a tile."""
+        """Patches along a side of a tile or window."""
         return self.image_size // self.patch_size
+
+    @property
+    def places(self) -> int:
+        """Places that have a learned vector: those of the grid, and the class token's."""
+        return self.grid**2 + (self.kind == "tiles")
+
+    @property
+    def patch_width(self) -> int:
+        """Values of a patch: native ones are of two frames, which a still shows twice."""
+        return 3 * self.patch_size**2 * (2 if self.kind == "native" else 1)
 
     @property
     def ffn_width(self) -> int:
         """Hidden width of the encoder's feed-forward."""
-        return int(self.dim * self.mlp_ratio)
+        return round(self.dim * self.mlp_ratio)
 
     @property
     def shuffled_side(self) -> int:
@@ -55,7 +66,7 @@ class VisionArgs(Group):
 
     @property
     def tokens_per_tile(self) -> int:
-        """Vectors, and so tokens, of a tile."""
+        """Vectors, and so tokens, of a tile, or of a picture of that size."""
         return (self.grid // self.shuffled_side) ** 2
 
     @model_validator(mode="after")

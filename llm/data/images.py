@@ -64,9 +64,11 @@ class ImageReader:
         self, vision: "VisionArgs", tokenizer: Tokenizer, options: ImageOptions, folder: Path | None = None
     ) -> None:
         """folder: where relative paths begin if `data.image_root` names no other. UserError where the tokenizer lacks
-        the tokens of images, or there is no such root.
+        the tokens of images, there is no such root, or the tower reads no tiles.
         """
         self.vision, self.tokenizer, self.options = vision, tokenizer, options
+        if vision.kind != "tiles":
+            raise UserError(f"model.vision.kind={vision.kind} reads images whole; rows with images hold tiles")
         self.marks = ImageTokens.of(tokenizer)
         self.root = folder if options.root is None else Path(options.root)
         if options.root is not None and not Path(options.root).is_dir():

@@ -18,7 +18,7 @@ CHATML = ("<|im_start|>", "<|im_end|>")
 TOKENIZER = ExtendedTokenizer(ByteTokenizer(), [*CHATML, *NAMES.values()])
 MARKS = ImageTokens.of(TOKENIZER)
 SIDE, SLOTS = 8, 4
-VISION: Any = SimpleNamespace(image_size=SIDE, tokens_per_tile=SLOTS, max_tiles=4, patch_token_id=-1)
+VISION: Any = SimpleNamespace(kind="tiles", image_size=SIDE, tokens_per_tile=SLOTS, max_tiles=4, patch_token_id=-1)
 ONE_TILE, THREE_TILES = (SIDE, SIDE), (2 * SIDE, SIDE)
 """Width and height of pictures that become so many tiles."""
 

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from llm.errors import UserError
 from tests.shared import SHARED, needs_shared
 from tests.vision.pictures import levels, picture
 from tests.vision.reference import FILE, Case, cases, digest, name, number, sizes
@@ -20,7 +21,7 @@ GOLDEN = json.loads(FILE.read_text())
 
 
 def model(side: int, max_tiles: int = 16) -> SimpleNamespace:
-    return SimpleNamespace(image_size=side, max_tiles=max_tiles)
+    return SimpleNamespace(kind="tiles", image_size=side, max_tiles=max_tiles)
 
 
 def becomes_one_pixel_wide(case: Case) -> bool:
@@ -70,6 +71,11 @@ def test_tiles_are_normalised_between_minus_one_and_one():
 def test_an_empty_picture_is_refused():
     with pytest.raises(ValueError, match="0 x 5 pixels"):
         cut(Image.new("RGB", (0, 5)), model(28))
+
+
+def test_a_tower_that_reads_pictures_whole_gets_no_tiles():
+    with pytest.raises(UserError, match="model.vision.kind=native reads images whole"):
+        cut(picture(5, 5, 0), SimpleNamespace(kind="native"))
 
 
 def by_pillow(image: Image.Image, side: int, grid: Grid) -> NDArray[np.uint8]:
