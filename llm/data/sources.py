@@ -35,7 +35,7 @@ class SourceSpec(BaseModel):
     text_field: str = "text"
     """column of JSON, CSV, Parquet and Arrow rows that holds the text"""
     kind: str = Field(default="text", min_length=1)
-    """what its rows are: text | chat | completion | preference, or a kind that an extension adds"""
+    """what its rows are: text | chat | completion | preference | image_text, or a kind that an extension adds"""
     columns: dict[str, str] = {}
     """of other kinds than text: our names of columns -> the file's, as {messages: dialog}"""
     separator: str | None = Field(default=None, min_length=1)

@@ -11,8 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
+from llm.args import VisionArgs
 from llm.batch import Batch
 from llm.data.heldout import HeldOut
+from llm.data.images import ImageOptions
 from llm.data.kinds import ChatOptions, PackingName
 from llm.data.mixture import Mixture
 from llm.data.sources import DataSpec
@@ -47,6 +49,10 @@ class RowsWanted:
     """The section `chat`."""
     tokenizer_path: str | None = None
     """Where the tokenizer came from, with its template."""
+    vision: VisionArgs | None = None
+    """How the model reads images; None: it cannot."""
+    images: ImageOptions = ImageOptions()
+    """Which of them are read."""
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,8 @@ def asked_of(wanted: RowsWanted, tokenizer: Tokenizer, role: str, side: Side) ->
         packing=wanted.packing,
         chat=wanted.chat,
         tokenizer_path=wanted.tokenizer_path,
+        vision=wanted.vision,
+        images=wanted.images,
     )
 
 

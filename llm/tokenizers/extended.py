@@ -71,3 +71,12 @@ class ExtendedTokenizer(Tokenizer):
 
     def save(self, directory: Path) -> TokenizerConfig:
         return self.inner.save(directory).model_copy(update={"added_tokens": self.names})
+
+
+def with_tokens(tokenizer: Tokenizer, names: Sequence[str]) -> Tokenizer:
+    """The tokenizer with these control tokens too, behind those that it was given before."""
+    if not names:
+        return tokenizer
+    if isinstance(tokenizer, ExtendedTokenizer):
+        return ExtendedTokenizer(tokenizer.inner, [*tokenizer.names, *names])
+    return ExtendedTokenizer(tokenizer, names)

@@ -19,6 +19,7 @@ from llm.train.config import RunConfig, Section
 from llm.train.config.length import default_warmup
 from llm.train.precision import faster_precision
 from llm.train.schedule import epoch_rows, steps_between
+from vision.tokens import NAMES
 
 
 def objectives_in(config: RunConfig) -> Objectives:
@@ -68,8 +69,10 @@ def _saved(config: RunConfig, store: CheckpointStore, world: World, section: str
 
 def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
     """The config with the tokenizer's vocabulary where `model.vocab_size` leaves it open (-1), or where chat.add_tokens
-    has added tokens for which the model has no rows. Rows of added tokens train whole beside adapters.
+    has added tokens for which the model has no rows. Rows of added tokens train whole beside adapters. Where
+    `model.vision.patch_token_id` leaves the token of a slot open, it is the tokenizer's.
     """
+    config = _with_slot(config, tokenizer)
     args = config.model
     new = _added_tokens(config, tokenizer)
     if new is not None:
@@ -93,7 +96,22 @@ def _added_tokens(config: RunConfig, tokenizer: Tokenizer) -> tuple[int, int] | 
     where it has added none."""
     if not isinstance(tokenizer, ExtendedTokenizer) or tokenizer.names == config.tokenizer.added_tokens:
         return None
-    return tokenizer.inner.vocab_size, tokenizer.vocab_size
+    return tokenizer.inner.vocab_size + len(config.tokenizer.added_tokens), tokenizer.vocab_size
+
+
+def _with_slot(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
+    vision = config.model.vision
+    if vision is None:
+        return config
+    slot = tokenizer.control_tokens.get(NAMES["patch"])
+    if vision.patch_token_id not in (-1, slot) and slot is not None:
+        raise agreed_error(
+            f"model.vision.patch_token_id={vision.patch_token_id}: the tokenizer's {NAMES['patch']} is {slot}; use -1"
+        )
+    if vision.patch_token_id != -1 or slot is None:
+        return config
+    filled = config.model.model_copy(update={"vision": vision.model_copy(update={"patch_token_id": slot})})
+    return config.model_copy(update={"model": filled})
 
 
 def settle_rows(config: RunConfig) -> tuple[RunConfig, str]:
@@ -138,4 +156,6 @@ def rows_wanted(config: RunConfig) -> RowsWanted:
         packing=config.data.packing,
         chat=config.chat,
         tokenizer_path=config.tokenizer.path,
+        vision=config.model.vision,
+        images=config.data.images,
     )

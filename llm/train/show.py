@@ -1,11 +1,11 @@
 """The first rows of a run as the model will see them: text, which of its tokens train, how much of a row is filled up.
 
-A token is written as its text, a control token as its name or <number>; what trains stands in brackets, with its weight
-where that is not 1.
+A token is written as its text, a control token as its name or <number>, an image as the grid of its tiles; what trains
+stands in brackets, with its weight where that is not 1.
 """
 
 from collections.abc import Iterator, Mapping
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from llm.tokenizer import Tokenizer
 from llm.train.config import RunConfig
 from llm.train.preflight import ALONE, UnstartedRun, preflight
 from llm.train.run import rows_wanted
+from vision.tokens import NAMES, ImageTokens
 
 OPEN, CLOSE = "\u27e6", "\u27e7"
 """Around what trains."""
@@ -46,9 +47,10 @@ def show_row(mixture: Mixture, i: int, tokenizer: Tokenizer) -> Iterator[str]:
     weight = (labels >= 0).astype(np.float32) if weights is None else np.where(labels >= 0, weights, 0)
     n, room = len(row.tokens), mixture.seq_len
     filled = f", {room - n:,} filled up" if n < room else ""
+    images = "" if row.images is None else f", {_count(len(row.images), 'tile')}"
     yield (
         f"=== row {i + 1}: row {k + 1} of {mixture.names[number]} in pass {epoch + 1}; {n:,} of {room:,} positions used"
-        f"{filled}; {_count(len(row.starts), 'sample')}, {_count(int((labels >= 0).sum()), 'target')}"
+        f"{filled}; {_count(len(row.starts), 'sample')}, {_count(int((labels >= 0).sum()), 'target')}{images}"
     )
     names = {number: name for name, number in tokenizer.control_tokens.items()}
     for start, end in zip(row.starts.tolist(), [*row.starts[1:].tolist(), n], strict=True):
@@ -79,7 +81,14 @@ def _text(ids: list[int], tokenizer: Tokenizer, names: Mapping[int, str]) -> str
     parts: list[str] = []
     plain: list[int] = []
     known = tokenizer.token_bytes()
-    for number in ids:
+    begin, end = (tokenizer.control_tokens.get(NAMES[mark], -1) for mark in ("image_start", "image_end"))
+    left = iter(ids)
+    for number in left:
+        if number == begin:
+            inside = list(takewhile(lambda other: other != end, left))
+            parts += [tokenizer.decode(plain), _image(inside, tokenizer)]
+            plain = []
+            continue
         control = number in names or number >= len(known) or not known[number]
         if control:
             parts += [tokenizer.decode(plain), names.get(number, f"<{number}>")]
@@ -88,6 +97,15 @@ def _text(ids: list[int], tokenizer: Tokenizer, names: Mapping[int, str]) -> str
             plain.append(number)
     text = "".join([*parts, tokenizer.decode(plain)])
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def _image(ids: list[int], tokenizer: Tokenizer) -> str:
+    """What stands for an image, from its first mark to its last, in words."""
+    count = {name: ids.count(number) for name, number in vars(ImageTokens.of(tokenizer)).items()}
+    rows = count["tile_y_separator"]
+    columns = count["tile_x_separator"] // max(1, rows) + 1
+    tiles = f"{rows} x {columns} tiles and the whole" if rows else "1 tile"
+    return f"[image: {tiles}, {_count(count['patch'], 'slot')}]"
 
 
 def _side(row: Row, start: int) -> str:

@@ -25,6 +25,7 @@ def asked(number: int) -> list[list[object]]:
         [f"is there a {colour} shape in picture {number}?", "yes", number],
         ["what color is the shape?", colour, number],
         ["what shape does the image contain?", "circle", number],
+        *([f"is there no {COLOURS[i]} shape?", "no", number] for i in range(3)),
     ]
 
 
@@ -77,12 +78,24 @@ def test_a_training_row_is_a_picture_with_all_its_questions_and_no_picture_is_on
         number = int(re.findall(r"\d+", row["images"][0])[0])
         said = [turn["content"].removeprefix("<image>") for turn in row["messages"]]
         assert said == [text for question, answer, _ in asked(number) for text in (question, answer)]
-        assert [turn["content"].count("<image>") for turn in row["messages"]] == [1, 0, 0, 0, 0, 0]
+        assert [turn["content"].count("<image>") for turn in row["messages"]] == [1, *[0] * 11]
+
+
+def test_questions_alone_are_the_open_ones_and_a_third_of_the_others_and_none_of_held_out_pictures(
+    prepared: Path,
+) -> None:
+    held_out = {row["images"][0] for row in rows(prepared, "valid")}
+    found = rows(prepared, "train_single")
+    assert not held_out & {row["images"][0] for row in found}
+    assert all(len(row["messages"]) == 2 and row["messages"][0]["content"].startswith("<image>") for row in found)
+    kinds = [kind_of(row["messages"][1]["content"]) for row in found]
+    n = N["train"] - len(held_out)
+    assert {kind: kinds.count(kind) for kind in kinds} == {"shape": n, "colour": n, "yes/no": 2 * n}
 
 
 def test_permuted_questions_are_the_same_about_other_pictures(prepared: Path) -> None:
     test, permuted = rows(prepared, "test"), rows(prepared, "test_permuted")
-    assert len(test) == N["test"] * 3
+    assert len(test) == N["test"] * 6
     for a, b in zip(test, permuted, strict=True):
         assert (a["messages"], a["answer"]) == (b["messages"], b["answer"])
         assert a["images"] != b["images"]

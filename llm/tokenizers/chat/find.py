@@ -10,7 +10,7 @@ from llm.tokenizers.auto import read_json
 from llm.tokenizers.base import Tokenizer
 from llm.tokenizers.chat.render import Renderer
 from llm.tokenizers.chat.template import PROBES, ChatTemplate, names_of_marks
-from llm.tokenizers.extended import ExtendedTokenizer
+from llm.tokenizers.extended import with_tokens
 from llm.tokenizers.folder import COPY
 
 OWN = Path(__file__).parent / "templates"
@@ -51,7 +51,7 @@ def open_template(
             f"{source.name} writes control tokens that the tokenizer lacks: {', '.join(missing)}; "
             f"chat.add_tokens=true adds them to it, or choose another template (chat.template)"
         )
-    return ChatTemplate(source.text, source.name, ExtendedTokenizer(tokenizer, missing) if missing else tokenizer)
+    return ChatTemplate(source.text, source.name, with_tokens(tokenizer, missing))
 
 
 def find_source(choice: str, folder: str | Path | None) -> Source:

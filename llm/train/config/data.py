@@ -1,15 +1,19 @@
 """The section `data`: training and held-out text."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from llm.data.images import ImageOptions
 from llm.data.kinds import PackingName
 from llm.data.mixture import mixture_problem
 from llm.data.sources import SourceSpec, source_specs
 from llm.paths import PathText
 from llm.train.config.data_keys import as_sources
 from llm.train.config.section import Section
+from vision.opening import MOST_PIXELS, ImageLimits
+
+LIMITS = ImageLimits()
 
 
 class DataConfig(Section):
@@ -29,6 +33,14 @@ class DataConfig(Section):
     (concat); null: as is best for the kind."""
     cache_dir: PathText = "runs/cache"
     """Where raw text and samples are kept as token shards after their first use."""
+    image_root: PathText | None = None
+    """The folder that paths of images begin at, and may not lead out of; null: that of the file of the row."""
+    max_pixels: int = Field(default=LIMITS.max_pixels, gt=0, le=MOST_PIXELS)
+    """Most pixels of an image, width times height."""
+    max_image_bytes: int = Field(default=LIMITS.max_bytes, gt=0)
+    """Most bytes of an image's file."""
+    bad_images: Literal["error", "drop"] = "error"
+    """A row with an image that is missing, broken or too large: stop, or leave the row out and count it."""
 
     @field_validator("train", "valid", mode="before")
     @classmethod
@@ -42,3 +54,8 @@ class DataConfig(Section):
         if problem is not None:
             raise ValueError(problem)
         return self
+
+    @property
+    def images(self) -> ImageOptions:
+        """What is said of images."""
+        return ImageOptions(self.image_root, ImageLimits(self.max_pixels, self.max_image_bytes), self.bad_images)
