@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 from llm.args import ModelArgs
 from llm.errors import UserError
 from llm.generate import stream
@@ -162,7 +164,7 @@ class Continuer:
             stop_ids=end_ids,
             n_ids=self.tokenizer.vocab_size,
             keys=[prompt.key for prompt in prompts],
-            images=[self.pictures.tiles(prompt.pictures) for prompt in prompts],
+            images=[self._tiles(prompt) for prompt in prompts],
         )
         try:
             for row, token in made:
@@ -181,6 +183,12 @@ class Continuer:
                 f"logits are not finite (NaN or infinite): the weights hold such values, or the model's values are "
                 f"beyond the range of {str(next(self.model.parameters()).dtype).removeprefix('torch.')}"
             ) from None
+
+    def _tiles(self, prompt: Prompt) -> Tensor | None:
+        try:
+            return self.pictures.tiles(prompt.pictures)
+        except UserError as error:  # of a file that was there when the prompt was read
+            raise UserError(f"{prompt.name}: {error}") from None
 
     @staticmethod
     def _finish(ended: bool, count: int, limit: int, max_new_tokens: int) -> FinishReason | None:

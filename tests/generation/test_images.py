@@ -12,6 +12,7 @@ from llm import LLM
 from llm.args import VisionArgs
 from llm.cli import run_cli
 from llm.datatypes import TransformerInput
+from llm.errors import UserError
 from llm.generate import Cached, generate
 from llm.generation.chat import Chat, Talk
 from llm.generation.sampling import Sampling
@@ -114,6 +115,19 @@ def test_another_image_gives_another_text(model, images):
         cached = Cached(model)
         logits.append(cached.logits(np.array([ids]), np.arange(len(ids))[None], tiles))
     assert not torch.equal(*logits)
+
+
+def test_an_image_that_changes_or_goes_before_its_prompt_is_continued_is_named_with_it(model, images):
+    continuer = Continuer(model, TOKENIZER, "m")
+    prompt = continuer.prompt("a", "the prompt in row 3", pictures=continuer.pictures.under(images, ["small.png"]))
+    continuer = Continuer(model, TOKENIZER, "m")  # which has not kept the tiles
+    picture(*SEES["wide"]).save(images / "small.png")
+    with pytest.raises(UserError, match="the prompt in row 3: image 'small.png' has changed since"):
+        continuer.complete([prompt], GREEDY, 2)
+    (images / "small.png").unlink()
+    continuer = Continuer(model, TOKENIZER, "m")
+    with pytest.raises(UserError, match="the prompt in row 3: image 'small.png' does not exist"):
+        continuer.complete([prompt], GREEDY, 2)
 
 
 def run(folder: Path, *words: str) -> None:
