@@ -14,7 +14,6 @@ from llm.parallel.launch.world import World
 from llm.tokenizer import Tokenizer
 from llm.tokenizers.chat import ChatTemplate
 from llm.train.config import RunConfig
-from vision.opening import LIMITS
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ def encode_prompts(
 
 def _encoded(config: RunConfig, tokenizer: Tokenizer, template: ChatTemplate | None) -> SamplePrompts:
     given = config.eval
-    pictures = Pictures(config.model.vision, "the model", LIMITS)
+    pictures = Pictures(config.model.vision, "the model", config.data.images.limits)
     prompts: list[list[int]] = []
     images: list[Tensor | None] = []
     for i, text in enumerate(given.prompts):

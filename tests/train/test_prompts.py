@@ -25,10 +25,11 @@ TEMPLATE = (
 )
 
 
-def config(folder: Path, images: object, prompts: list[str], vision: bool = True) -> RunConfig:
+def config(folder: Path, images: object, prompts: list[str], vision: bool = True, **data: int) -> RunConfig:
     tower = {"image_size": 8, "patch_size": 2, "dim": 16, "n_layers": 1, "n_heads": 2, "output_dim": 16}
     raw = tiny_config(
         folder,
+        data=data,
         model={"vision": tower, "vocab_size": 264} if vision else {},
         tokenizer={"kind": "bytes", "added_tokens": list(NAMES.values())},
         eval={"prompts": prompts, "images": images, "sample_interval": 5},
@@ -77,6 +78,9 @@ def test_in_a_run_on_conversations_the_images_are_the_users(tmp_path: Path) -> N
 def test_what_is_wrong_with_an_image_is_named_by_its_key(tmp_path: Path) -> None:
     picture(5, 5).save(tmp_path / "a.png")
     there, missing = str(tmp_path / "a.png"), str(tmp_path / "no.png")
+    with pytest.raises(UserError, match="has 5 x 5 pixels, more than max_pixels=24"):
+        few = config(tmp_path, [there], ["a"], max_pixels=24)
+        encode_prompts(few, load_tokenizer(few.tokenizer), ALONE)
     for images, prompt, vision, line in (
         ([there], "<image><image>", True, "eval.prompts: has 2 placeholders for 1 image"),
         ([missing], "a", True, f"eval.images.0: {missing} does not exist"),
