@@ -9,7 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from llm import LLM, ModelArgs
 from llm.data.batch import collate
 from llm.data.images import ImageOptions
 from llm.data.packed import Packed
@@ -95,6 +97,23 @@ def test_packed_and_unpacked_rows_hold_the_same_samples_with_the_same_tiles(tmp_
     together = rows_of(path, asked_with_vision(tmp_path))
     alone = rows_of(path, asked_with_vision(tmp_path, packing="none"))
     assert samples_of(together) == samples_of(together, epoch=1) == samples_of(alone)
+
+
+def test_packed_and_unpacked_rows_have_the_same_loss(tmp_path: Path) -> None:
+    """1e-5 of the sum: float32 products over rows of other lengths."""
+    path = mixed(tmp_path)
+    tower = {"image_size": SIDE, "patch_size": 2, "dim": 16, "n_layers": 1, "n_heads": 2, "output_dim": 16}
+    args = {"dim": 16, "n_layers": 2, "n_heads": 2, "ffn_hidden": 32, "vocab_size": TOKENIZER.vocab_size}
+    model = LLM(ModelArgs.model_validate({**args, "vision": {**tower, "patch_token_id": MARKS.patch}}), seed=3)
+
+    def loss(packing: str) -> float:
+        rows = rows_of(path, asked_with_vision(tmp_path, packing=packing))
+        batches = (collate([rows.read(k, 0)], 128) for k in range(rows.n_rows))
+        with torch.no_grad():
+            found = [model(batch.inputs, labels=batch.targets["lm"].labels).loss_sum for batch in batches]
+        return float(sum(found))
+
+    assert loss("none") == pytest.approx(loss("best_fit"), rel=1e-5)
 
 
 def test_tiles_of_a_batch_are_those_of_its_images_in_the_order_of_the_slots(tmp_path: Path) -> None:
