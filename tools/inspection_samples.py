@@ -51,5 +51,5 @@ def _described(sample: Sample, images: ImagesEntry | None) -> str:
     if images is not None:
         n_tiles = 0 if sample.images is None else len(sample.images)
         slots = int(np.count_nonzero(sample.tokens == images.patch_token_id))
-        parts += [f"{n_tiles:,} tiles", f"{slots:,} slots"]
+        parts += [f"{n_tiles:,} tile{'' if n_tiles == 1 else 's'}", f"{slots:,} slots"]
     return ", ".join(parts)
