@@ -107,7 +107,7 @@ def _tower_numbers(work: Workload) -> float:
     patches, slots = vision.grid**2, vision.tokens_per_tile
     adapter = 2 * flow[f"{TOWER}.adapter"].before * patches * vision.dim + 2 * slots * vision.output_dim
     projection = 2 * flow[PROJECTION].before * slots * vision.output_dim
-    return work.tiles_of_micro_batch * (edges * (patches + 1) * vision.dim + adapter + projection)
+    return work.tiles_of_micro_batch * (edges * vision.places * vision.dim + adapter + projection)
 
 
 def _pipeline(work: Workload) -> Iterator[Sent]:

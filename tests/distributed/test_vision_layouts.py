@@ -11,6 +11,7 @@ import pytest
 from tests.distributed.pool import run_job
 from tests.distributed.runs import LAYOUTS
 from tests.distributed.test_zero import BF16, BF16_MEAN, FP32
+from tests.distributed.vision_job import VISION
 from tests.machine import has
 
 pytestmark = pytest.mark.distributed
@@ -41,6 +42,7 @@ SETTINGS: dict[str, Case] = {
     "bf16": {"train": {"precision": "bf16"}},
     "bf16, selective": {"train": {"precision": "bf16", "activation_checkpointing": "selective"}},
     "compiled": {"train": {"compile": True}},
+    "native": {"model": {"vision": {**VISION, "kind": "native", "image_size": 4}}},
 }
 
 

@@ -37,8 +37,9 @@ TILES = ([3, 1, 0, 0, 0, 1, 0, 0], [1, 0, 3, 1, 0, 0, 0, 0])
 in odd ones with one."""
 
 
-def cut_batch(step: int, grid: Grid, accumulation: int) -> StepBatch:
-    """This rank's part of a step: rows of text, in which images of random levels stand."""
+def cut_batch(step: int, grid: Grid, accumulation: int, kind: str = "tiles") -> StepBatch:
+    """This rank's part of a step: rows of text, in which images of random levels stand, as a tower of this kind takes
+    them."""
     cut, tiles = text_batch(step, grid, accumulation), TILES[step % 2]
     draw = torch.Generator().manual_seed(1000 + step)
     levels = torch.randint(0, 256, (ROWS, max(tiles), 3, SIDE, SIDE), generator=draw, dtype=torch.uint8)
@@ -50,8 +51,9 @@ def cut_batch(step: int, grid: Grid, accumulation: int) -> StepBatch:
         for place, number in enumerate(numbers):
             for image in range(tiles[number]):  # one after the other, from the second document on
                 tokens[place, 20 + 7 * image : 20 + 7 * image + SLOTS] = PATCH
-        images = torch.cat([levels[number, : tiles[number]] for number in numbers])
-        inputs = TransformerInput(tokens, cu_seqlens=batch.inputs.cu_seqlens, images=images if len(images) else None)
+        found = torch.cat([levels[number, : tiles[number]] for number in numbers])
+        images = None if not len(found) else found if kind == "tiles" else list(found)
+        inputs = TransformerInput(tokens, cu_seqlens=batch.inputs.cu_seqlens, images=images)
         micro_batches.append(Batch(inputs, batch.targets, rows=batch.rows))
     return StepBatch(micro_batches, cut.counts, cut.first_row, cut.n_rows, 0.0)
 
@@ -85,7 +87,7 @@ def train(case: dict[str, Any], world: World) -> list[dict[str, Any]]:
     engine, accumulation = build(case, world)
     rows = []
     for step in range(case.get("steps", 4)):
-        batch = cut_batch(step, engine.grid, accumulation)
+        batch = cut_batch(step, engine.grid, accumulation, engine.model.args.vision.kind)
         scored = held_out_loss(engine, batch)
         result = engine.step(batch, batch.counts, lr=1e-3, number=step + 1)
         rows.append(
