@@ -1,13 +1,14 @@
 """The tokens of images in a run: added to its tokenizer on request, known to its model, shown as grids; and where a
 loader goes on among rows with images."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from llm.batch import Counts
+from llm.batch import Batch, Counts
 from llm.data.loader import TrainLoader
 from llm.data.mixture import Mixture
 from llm.errors import UserError
@@ -80,10 +81,13 @@ def test_an_image_is_shown_as_its_grid(tmp_path: Path) -> None:
 def test_a_loader_that_goes_on_reads_the_images_of_one_that_never_stopped(tmp_path: Path) -> None:
     mixture = Mixture([("rows", rows(tmp_path), 1.0)], 128, seed=0)
 
-    def steps(start: int, count: int) -> list[list[torch.Tensor | None]]:
-        options: dict[str, Any] = {"seq_len": 128, "global_batch_size": 4, "micro_batch_size": 2, "dp_rank": 0, "dp_size": 1}
-        with TrainLoader(mixture, **options, count=lambda batches: Counts(0, 0, {}, {}), start_row=start) as loader:
-            return [[batch.inputs.images for batch in loader.next().micro_batches] for _ in range(count)]
+    def count(batches: Sequence[Batch]) -> Counts:
+        return Counts(0, 0, {}, {})
+
+    def steps(start: int, n: int) -> list[list[torch.Tensor | None]]:
+        sizes: dict[str, Any] = {"seq_len": 128, "global_batch_size": 4, "micro_batch_size": 2}
+        with TrainLoader(mixture, **sizes, dp_rank=0, dp_size=1, count=count, start_row=start) as loader:
+            return [[batch.inputs.images for batch in loader.next().micro_batches] for _ in range(n)]
 
     whole, later = steps(0, 5), steps(8, 3)
     for one, other in zip((image for step in whole[2:] for image in step), (i for s in later for i in s), strict=True):
