@@ -105,7 +105,7 @@ class ModelArgs(Group):
     logit_softcap: float | None = Field(None, gt=0)
     """Logits z become cap tanh(z / cap)."""
     embed_scale: float | None = Field(None, gt=0)
-    """Factor on token vectors, rounded to their dtype."""
+    """Factor on token vectors, those of images included, rounded to their dtype."""
     attn_temperature_tuning: bool = False
     """Scale queries of NoPE layers with the logarithm of the position."""
     floor_scale: int = Field(8192, gt=0)
