@@ -78,11 +78,16 @@ def write_file(target: Path, content: bytes) -> None:
 
 
 def write_unless_same(target: Path, content: bytes) -> None:
-    """`write_file`, where the file does not have this content: one that does stays, also on a disk that is full."""
+    """`write_file`, where the file does not have this content: one that does stays, also on a disk that is full. What
+    killed processes left behind is cleared in either case."""
+    same = False
     with suppress(OSError):
-        if target.read_bytes() == content:
-            return
-    write_file(target, content)
+        same = target.read_bytes() == content
+    if same:
+        with suppress(OSError):
+            _remove_abandoned(target.absolute())
+    else:
+        write_file(target, content)
 
 
 def _temporary_prefix(target: Path) -> str:

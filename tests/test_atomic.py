@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from llm import atomic
-from llm.atomic import new_directory, write_file
+from llm.atomic import new_directory, write_file, write_unless_same
 
 # Writes a folder under the given name, says so, and waits to be killed.
 KILLED = """
@@ -84,6 +84,17 @@ def test_what_a_killed_process_left_is_cleared(other: subprocess.Popen, tmp_path
         pass
     write_file(tmp_path / "file", b"mine")
     assert names(tmp_path) == ["file", "source"]
+
+
+def test_it_is_cleared_where_the_file_need_not_be_written_too(other: subprocess.Popen, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    other.kill()
+    other.wait()
+    assert any(name.startswith(".file.") for name in names(tmp_path))
+    before = (tmp_path / "file").stat().st_mtime_ns
+    write_unless_same(tmp_path / "file", b"content")
+    assert not any(name.startswith(".file.") for name in names(tmp_path))
+    assert (tmp_path / "file").stat().st_mtime_ns == before
 
 
 def test_without_flock_nothing_is_taken_for_abandoned(
