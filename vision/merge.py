@@ -61,7 +61,11 @@ def blank(vision: VisionArgs, device: torch.device) -> Images:
 
 def slots_of(tokens_BT: Tensor, images: Images | None, vision: VisionArgs) -> Tensor:
     """Where vectors of images stand in the flattened tokens, (K,) int64. ValueError where there are more or fewer than
-    the images fill."""
+    the images fill, or, on a CPU, one of a video.
+    """
+    video = vision.video_token_id
+    if video is not None and tokens_BT.device.type == "cpu" and bool((tokens_BT == video).any()):
+        raise ValueError(f"token {video} stands for a video (model.vision.video_token_id), and only images are read")
     slots = (tokens_BT.flatten() == vision.patch_token_id).nonzero().flatten()
     images = () if images is None else images
     if vision.kind == "native":

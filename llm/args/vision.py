@@ -32,6 +32,8 @@ class VisionArgs(Group):
     """Side of the grid of vectors, in sides of the grid of patches."""
     patch_token_id: int = -1
     """Token whose places the vectors take; -1 = the tokenizer's `<|patch|>`."""
+    video_token_id: int | None = Field(None, exclude_if=lambda token: token is None)
+    """Token whose places vectors of videos take, which are not read: it is refused."""
     max_tiles: int = Field(16, gt=0)
     """Most tiles of a picture, beside the one that shows all of it."""
     norm_eps: float = Field(1e-5, gt=0)

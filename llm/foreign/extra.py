@@ -71,7 +71,7 @@ def kept_files(checkpoint: Checkpoint, args: ModelArgs, tokenizer: Tokenizer | N
     if family is not None and template is not None:
         found.files[TEMPLATE_FILE] = template.encode()
     found.files.setdefault("generation_config.json", _json(found.config))
-    if args.vision is not None and family is not None:
+    if args.vision is not None and args.vision.kind == "tiles" and family is not None:
         found.config = {**found.config, **processor.marks_of(tokenizer)}
     if not any(name.startswith("tokenizer.") for name in found.files) or tokenizer.kind == "sentencepiece":
         found.files |= {name: content for name, content in own_files(tokenizer).items() if name not in found.files}

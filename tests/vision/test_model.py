@@ -186,6 +186,13 @@ def test_images_for_a_model_without_a_tower_are_refused() -> None:
         model(vision=None)(mixed())
 
 
+def test_a_token_of_a_video_is_refused() -> None:
+    inputs, video = mixed(), VOCAB - 1
+    inputs.tokens[1, -1] = video
+    with pytest.raises(ValueError, match=f"token {video} stands for a video"):
+        model(vision={**args(VISION, 1, 2).vision.model_dump(), "video_token_id": video})(inputs)
+
+
 def test_a_slot_must_be_a_token() -> None:
     with pytest.raises(ValueError, match=f"model.vision.patch_token_id=-1 must be a token.*vocab_size={VOCAB}"):
         model(vision=VISION)

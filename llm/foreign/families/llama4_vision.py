@@ -138,7 +138,7 @@ def write_hf(args: ModelArgs) -> dict[str, Any]:
             "num_hidden_layers": vision.n_layers,
             "num_attention_heads": vision.n_heads,
             "num_channels": 3,
-            "intermediate_size": round(vision.mlp_ratio * vision.dim),
+            "intermediate_size": vision.ffn_width,
             "vision_output_dim": vision.output_dim,
             "image_size": vision.image_size,
             "patch_size": vision.patch_size,

@@ -1,5 +1,5 @@
-"""The text model of Muse Glimmer: a window in most layers, every fourth from the end without RoPE and with all in
-sight; a gate on the attention's output, norms without weights of token vectors, queries and keys.
+"""Muse Glimmer, text alone or with the vision tower: a window in most layers, every fourth from the end without RoPE
+and with all in sight; a gate on the attention's output, norms without weights of token vectors, queries and keys.
 """
 
 from typing import Any
@@ -8,6 +8,7 @@ from llm.args import ModelArgs
 from llm.args.layers import attention_specs
 from llm.errors import UserError
 from llm.foreign import hf
+from llm.foreign.families import muse_vision
 from llm.foreign.family import Family, Row, Warn, row
 
 DEFAULTS: dict[str, Any] = {
@@ -106,11 +107,40 @@ def write_config(args: ModelArgs) -> dict[str, Any]:
     }
 
 
+def read_multimodal(config: hf.Config, warn: Warn) -> dict[str, Any]:
+    """Of a config without `vision_config`, its text model's."""
+    vision = {"vision": muse_vision.read(config, warn)} if config.get("vision_config") else {}
+    return read_config(config, warn) | vision
+
+
+def write_multimodal(args: ModelArgs) -> dict[str, Any]:
+    if args.vision is None:
+        raise UserError("a muse_glimmer config is of a model with vision; its text model's is muse_glimmer_text")
+    text = write_config(args)
+    del text["architectures"]
+    return {
+        "architectures": ["MuseGlimmerForConditionalGeneration"],
+        "model_type": "muse_glimmer",
+        "text_config": text,
+        "tie_word_embeddings": args.tie_embeddings,
+        **muse_vision.write(args),
+    }
+
+
 CONTAINERS = hf.containers("model.layers.{i}", "self_attn", "mlp")
 INSIDE = hf.containers("model.language_model.layers.{i}", "self_attn", "mlp")
 FAMILIES = (
     Family(
         "muse_glimmer_text", rows("model"), read_config, write_config, CONTAINERS, architecture="MuseGlimmerTextModel"
     ),
-    Family("muse_glimmer", rows("model.language_model"), read_config, None, INSIDE, tower=VISION),
+    Family(
+        "muse_glimmer",
+        (*rows("model.language_model"), *muse_vision.rows()),
+        read_multimodal,
+        write_multimodal,
+        INSIDE,
+        tower=VISION,
+        needs_tower=True,
+        architecture="MuseGlimmerForConditionalGeneration",
+    ),
 )
