@@ -98,7 +98,7 @@ class Scripted:
     def __init__(self, *steps):
         self.steps, self.made, self.rows = [torch.tensor(step) for step in steps], 0, None
 
-    def logits(self, tokens, positions):
+    def logits(self, tokens, positions, images=None):
         self.rows = list(range(len(tokens))) if self.rows is None else self.rows
         self.made += 1
         return self.steps[self.made - 1][self.rows]
