@@ -48,7 +48,7 @@ MODELS: dict[str, Case] = {
     "neox": {"model": {**WIDE, **NEOX}, "first": 600},
     "gemma2": {"model": {**WIDE, **GEMMA2}, "tied": True, "first": 300},
     "olmo2": {"model": {**WIDE, **OLMO2}, "first": 400},
-    "muse": {"model": {**WIDE, **MUSE}, "first": 300},
+    "muse": {"model": {**WIDE, **MUSE}, "first": 0},
     "small weights": {},  # init_std=0.02, for what rounds too much to compare choices
 }
 """`first` is the first batch of data in whose 20 steps no choice comes near a tie."""
