@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def write_text(folder: Path, documents: int = 400) -> None:
 def tiny_config(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
     """A run config over the text in `folder`; each section given is merged over the default one."""
     config: dict[str, Any] = {
-        "model": TINY_MODEL,
+        "model": deepcopy(TINY_MODEL),  # which a test may change
         "tokenizer": {"kind": "bytes"},
         "data": {
             "train": str(folder / "train.jsonl"),
