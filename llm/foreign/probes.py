@@ -24,17 +24,21 @@ def random_rows(args: ModelArgs, tokens: int) -> Iterator[Tensor]:
 
 
 def without_slots(args: ModelArgs, ids: Tensor) -> Tensor:
-    """Ids with others in the place of slots, which no image is there for."""
+    """Ids with others in the place of slots, which no image is there for, and of videos, which are not read."""
     if args.vision is None:
         return ids
-    slot = args.vision.patch_token_id
-    return ids.where(ids != slot, (slot + 1) % args.vocab_size)
+    tokens = (args.vision.patch_token_id, args.vision.video_token_id)
+    taken = [token for token in tokens if token is not None]
+    other = next(i for i in range(args.vocab_size) if i not in taken)
+    for token in taken:
+        ids = ids.where(ids != token, other)
+    return ids
 
 
 def picture_rows(args: ModelArgs) -> Iterator[tuple[Tensor, Tensor]]:
-    """(ids (T,), tiles (n, 3, S, S)) of a model with vision: text around the slots of random tiles."""
+    """(ids (T,), tiles (n, 3, S, S)) of a model that reads tiles: text around the slots of random ones."""
     vision = args.vision
-    if vision is None:
+    if vision is None or vision.kind != "tiles":
         return
     generator = torch.Generator().manual_seed(0)
     for n_tiles in TILES:

@@ -39,6 +39,8 @@ TOKENS = {
 def settle(vision: dict[str, Any], path: Path, vocab_size: int, given: Mapping[str, Any]) -> Iterator[str]:
     """Put into keys of VisionArgs what a folder's processor and tokenizer say of them: most tiles of a picture, the id
     of a slot. Lines on what a processor does otherwise than ours. given: keys that are settled otherwise."""
+    if vision.get("kind") == "native":  # pictures are not made into tiles
+        return
     file, image, both = _settings(path)
     if image.get("max_patches") is not None:
         vision["max_tiles"] = image["max_patches"]
@@ -89,9 +91,12 @@ def _slot_of_tokenizer(vision: dict[str, Any], path: Path, vocab_size: int) -> I
 
 
 def files_of(args: ModelArgs, kept: Mapping[str, bytes | Path]) -> dict[str, bytes | Path]:
-    """The two files for a model with vision: those that came with it where they say what it is, else new ones."""
+    """The two files for a model with vision: those that came with it where they say what it is, else new ones, of a
+    model that reads tiles."""
     assert args.vision is not None
-    vision = args.vision
+    vision, came = args.vision, {name: kept[name] for name in FILES if name in kept}
+    if vision.kind == "native":
+        return came
     size = {"height": vision.image_size, "width": vision.image_size}
     image = {
         "image_processor_type": "Llama4ImageProcessorFast",  # transformers 4 has no other; 5 reads it too
@@ -106,7 +111,6 @@ def files_of(args: ModelArgs, kept: Mapping[str, bytes | Path]) -> dict[str, byt
         "pixel_shuffle_ratio": vision.pixel_shuffle_ratio,
         **TOKENS,
     }
-    came = {name: kept[name] for name in FILES if name in kept}
     read = {name: json.loads(c.read_bytes() if isinstance(c, Path) else c) for name, c in came.items()}
     said = read.get(BOTH, {}).get("image_processor") or read.get(IMAGE, {})
     if said.get("max_patches") == vision.max_tiles and _same(said.get("size"), size):

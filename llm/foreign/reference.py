@@ -178,6 +178,8 @@ def _compare_logits(
         agree += int((x.argmax(-1) == y.argmax(-1)).sum())
         seen += len(row)
     relative = worst / largest.clamp(min=1e-30)
+    if model.args.vision is not None and model.args.vision.kind == "native":
+        found.lines.append("rows with images          none: pictures of native sizes are not compared")
     if any(tiles is not None for _, tiles in rows):
         found.lines.append(f"rows with images          {sum(tiles is not None for _, tiles in rows)} of {len(rows)}")
     found.lines.append(f"largest logit difference  {worst:.3e} ({relative:.3e} of the largest logit)")
