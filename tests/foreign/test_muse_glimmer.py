@@ -179,6 +179,25 @@ def test_what_the_tower_cannot_follow_is_refused_by_key(group, key, value, relea
         open_foreign(folder)
 
 
+def test_its_own_processor_s_files_come_back_and_no_others_are_made(released, tmp_path):
+    folder = Path(shutil.copytree(released, tmp_path / "a"))
+    convert.main(["import", str(folder), str(tmp_path / "ours")])
+    convert.main(["export", str(tmp_path / "ours"), str(tmp_path / "bare")])
+    assert not list((tmp_path / "bare").glob("*processor*"))
+    (folder / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 3136}, "resample": 3}')
+    assert not open_foreign(folder).warnings
+    convert.main(["import", str(folder), str(tmp_path / "with")])
+    convert.main(["export", str(tmp_path / "with"), str(tmp_path / "back")])
+    (file,) = (tmp_path / "back").glob("*processor*")
+    assert file.read_bytes() == (folder / file.name).read_bytes()
+
+
+def test_verify_compares_its_text_and_says_that_images_are_not(released, capsys):
+    convert.main(["verify", str(released), "--with=transformers", "--tokens=300"])
+    said = capsys.readouterr().out
+    assert "rows with images          none" in said and "equal in transformers" in said
+
+
 def test_a_tower_that_is_not_whole_is_refused_by_name(released, tmp_path):
     folder = Path(shutil.copytree(released, tmp_path / "a"))
     state = tensors_of(folder)
