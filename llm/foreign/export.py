@@ -141,7 +141,7 @@ class Rotated:
     args: ModelArgs
 
     def read(self, name: str, box: Box, out: Tensor) -> Tensor:
-        if not self._moves(name):
+        if not laid_out_by_rope(self.args, name):
             return self.weights.read(name, box, out)
         width, order = self.args.head_width, self._order()
         first, last = box[0]
@@ -151,22 +151,25 @@ class Rotated:
         moved = heads.unflatten(0, (-1, width))[:, order].flatten(0, 1)
         return out.copy_(moved[first - low : last - low])
 
-    def _moves(self, name: str) -> bool:
-        module = name.rpartition(".")[0]
-        norms = ("attention.q_norm", "attention.k_norm")
-        if not module.endswith(("attention.wq", "attention.wk", *norms)) or name.endswith(LORA_A):
-            return False
-        if not name.startswith("layers."):  # of a vision tower, which rotates pairs everywhere
-            return False
-        attention = self.args.layer_specs()[int(name.split(".")[1])].attention
-        return attention is not None and attention.rope
-
     def _order(self) -> Tensor:
         """Which row of a head becomes which."""
         rotated, width = self.args.rotated_width, self.args.head_width
         pairs = torch.arange(rotated)
         order = pairs.view(-1, 2) if self.args.rope_interleaved else pairs.view(2, -1)
         return torch.cat([order.t().reshape(-1), torch.arange(rotated, width)])
+
+
+def laid_out_by_rope(args: ModelArgs, name: str) -> bool:
+    """Whether rows of a parameter stand inside each head as rope_interleaved says: those of queries and keys that RoPE
+    turns."""
+    module = name.rpartition(".")[0]
+    norms = ("attention.q_norm", "attention.k_norm")
+    if not module.endswith(("attention.wq", "attention.wk", *norms)) or name.endswith(LORA_A):
+        return False
+    if not name.startswith("layers."):  # of a vision tower, which rotates pairs everywhere
+        return False
+    attention = args.layer_specs()[int(name.split(".")[1])].attention
+    return attention is not None and attention.rope
 
 
 def export_hf(
