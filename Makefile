@@ -19,6 +19,7 @@ CONFIG ?= configs/pretrain/quickstart.yaml
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 BIN := .venv/bin
 PEERS := .venv-peers
+HARNESS := .venv-eval
 VISION := .venv-vision
 RUNTIME := .venv/.runtime-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 INSTALL_TORCH = $(if $(TORCH),$(1)/pip install -q $(TORCH),\
@@ -50,6 +51,14 @@ $(PEERS)/.made: .venv/.dev requirements-peers.txt constraints.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(call INSTALL_TORCH,$(PEERS)/bin)
 	$(PEERS)/bin/pip install -q -r requirements-peers.txt -c constraints.txt
+	touch $@
+
+# lm-eval with the model of `transformers` that it drives, and what Lattice itself needs: long tests of evaluation compare
+# the two there
+$(HARNESS)/.made: .venv/.dev requirements-eval.txt constraints.txt
+	$(PYTHON) -m venv $(HARNESS)
+	$(call INSTALL_TORCH,$(HARNESS)/bin)
+	$(HARNESS)/bin/pip install -q -r requirements-eval.txt -c constraints.txt
 	touch $@
 
 # torchvision, without which that processor is not, must not be in .venv: pip's index offers it built for CUDA alone, and
@@ -90,7 +99,7 @@ test: .venv/.dev
 test-slice: .venv/.dev
 	$(BIN)/python -m tests.slices $(if $(SLICE),--number $(SLICE))
 
-test-full: .venv/.dev $(PEERS)/.made
+test-full: .venv/.dev $(PEERS)/.made $(HARNESS)/.made
 	$(BIN)/python -m pytest -m "not distributed" $(SIDE_BY_SIDE)
 	$(BIN)/python -m pytest -m distributed
 
@@ -99,4 +108,4 @@ lint: .venv/.dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv $(PEERS) $(VISION) build *.egg-info
+	rm -rf .venv $(PEERS) $(HARNESS) $(VISION) build *.egg-info

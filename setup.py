@@ -31,7 +31,7 @@ setup(
     install_requires=RUNTIME,
     extras_require={
         "dev": ["pytest>=8", "ruff>=0.8", "mypy>=1.13", "transformers>=5.0", "types-PyYAML", "types-tqdm"],
-        "eval": ["lm-eval>=0.4.9"],  # harness of the evaluation suites
+        "eval": ["lm-eval>=0.4.13,<0.5"],  # llm/evaluate/lm_eval.py
         "wandb": ["wandb>=0.17"],  # log.wandb
         "gpu": ["nvidia-ml-py>=12"],  # names the GPU and its power cap in benchmark results
     },
