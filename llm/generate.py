@@ -125,7 +125,7 @@ def _stream(
     keys: Sequence[str],
     images: Tensor | None,
 ) -> Iterator[tuple[int, int]]:
-    tokens, positions = _left_padded(prompts)
+    tokens, positions = left_padded(prompts)
     decoder = Cached(model, tokens.shape[1] + max(limits)) if isinstance(model, LLM) else model
     active, going = list(range(len(prompts))), list(range(len(prompts)))
     seen_BV: Tensor | None = None
@@ -173,7 +173,7 @@ def _seen(logits_BV: Tensor, prompts: Sequence[Sequence[int]]) -> Tensor:
     return seen_BV
 
 
-def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Tokens and positions, (B, T): prompts end together, so that the last column has every row's next-token logits."""
     longest = max(len(prompt) for prompt in prompts)
     tokens = np.zeros((len(prompts), longest), dtype=np.int64)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llm.errors import UserError
 from llm.generation.pictures import Picture
 from llm.generation.sampling import Sampling
 from llm.generation.text import FinishReason
@@ -66,6 +67,15 @@ class Continued:
 
 
 Answer = Scored | Continued
+
+
+class NonFinite(UserError):
+    """A model's logits hold NaN or infinity, so that no answer made of them means anything."""
+
+    def __init__(self, index: int, message: str) -> None:
+        """index: of the request, among those given."""
+        super().__init__(message)
+        self.index = index
 
 
 def digest(request: Request) -> str:
