@@ -108,6 +108,11 @@ class Tokenizer(Protocol):
         return (self.bos_id,)
 
     @property
+    def after_ids(self) -> tuple[int, ...]:
+        """What it puts after a prompt by itself, as few do."""
+        return ()
+
+    @property
     def end_ids(self) -> tuple[int, ...]:
         """Every id that ends a generation, `eos_id` first."""
         return (self.eos_id,)

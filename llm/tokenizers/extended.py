@@ -38,6 +38,10 @@ class ExtendedTokenizer(Tokenizer):
         return self.inner.begin_ids
 
     @property
+    def after_ids(self) -> tuple[int, ...]:
+        return self.inner.after_ids
+
+    @property
     def end_ids(self) -> tuple[int, ...]:
         return (*self.inner.end_ids, *(number for name, number in self.added.items() if name in ENDS_A_TURN))
 

@@ -134,6 +134,7 @@ class FolderTokenizer(TableTokenizer):
             if self._marks[0] not in names:
                 raise UserError(f"{self._path}: tokenizer.bos={self._marks[0]} is not among its added tokens")
             self._begin_ids = (names[self._marks[0]],)
+        self._after_ids = tuple(around[1]) if self._marks[0] is None else ()
         if around[1]:
             self.notes.append("its tokenizer puts an end mark after every prompt, as its files say (add_eos_token)")
         may_begin = [names.get(marks.get("bos_token", "")), *_ids(stated.get("bos_token_id"))]
@@ -157,6 +158,10 @@ class FolderTokenizer(TableTokenizer):
     @property
     def begin_ids(self) -> tuple[int, ...]:
         return self._begin_ids
+
+    @property
+    def after_ids(self) -> tuple[int, ...]:
+        return self._after_ids
 
     @property
     def end_ids(self) -> tuple[int, ...]:

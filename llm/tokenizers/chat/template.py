@@ -109,6 +109,12 @@ class ChatTemplate:
         ids: list[int] = self.encoder.encode(text, typed).tolist()
         return ids or [self.tokenizer.bos_id]
 
+    def prompt_text(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> tuple[str, list[Span]]:
+        """The text whose ids `prompt_ids` gives, and where it spells control tokens that are none."""
+        return self._prompt(messages, tools)
+
     def _prompt(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], generation: bool = True
     ) -> tuple[str, list[Span]]:
