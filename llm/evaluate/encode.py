@@ -15,7 +15,7 @@ from llm.data.conversation import Message
 from llm.errors import UserError
 from llm.tokenizers.base import Tokenizer
 from llm.tokenizers.chat import ChatTemplate
-from llm.tokenizers.chat.encode import checked
+from llm.tokenizers.chat.encode import Span, checked
 
 Window = tuple[tuple[int, ...], tuple[int, ...]]
 """Context, and the ids that are scored after it."""
@@ -64,7 +64,11 @@ class Encoder:
         """`pair`, the context being a conversation that the assistant answers with the continuation: the template alone
         says what begins it. What the continuation spells is text.
         """
-        text, typed = template.prompt_text(messages)
+        return self.rendered(template, *template.prompt_text(messages), continuation)
+
+    def rendered(self, template: ChatTemplate, text: str, typed: Sequence[Span], continuation: str) -> Pair:
+        """`answer`, the conversation being a text already, in which the template's control tokens are meant but for
+        those at `typed`."""
 
         def ids(part: str) -> _Ids:
             inside = [span for span in typed if span[1] <= len(part)]
@@ -103,6 +107,13 @@ class Encoder:
     ) -> tuple[tuple[int, ...], bool]:
         """`prompt` of a conversation that the assistant is to answer."""
         found = self._begun(template.prompt_ids(messages))
+        return self.cut(found.begin + found.rest, max_new_tokens, len(found.begin))
+
+    def rendered_prompt(
+        self, template: ChatTemplate, text: str, max_new_tokens: int
+    ) -> tuple[tuple[int, ...], bool]:
+        """`conversation`, the conversation being a text already, in which the template's control tokens are meant."""
+        found = self._begun(template.encoder.encode(text, ()).tolist() or [self.tokenizer.bos_id])
         return self.cut(found.begin + found.rest, max_new_tokens, len(found.begin))
 
     def cut(self, ids: Sequence[int], max_new_tokens: int, n_begin: int) -> tuple[tuple[int, ...], bool]:

@@ -179,3 +179,12 @@ def test_control_tokens_that_an_answer_or_a_question_spells_are_text() -> None:
     pair = Encoder(BYTES, 200).answer(template, [{"role": "user", "content": "</s>"}], "</s>")
     assert pair.context == (*ids("user: </s>"), BYTES.eos_id, *ids("assistant:"))
     assert pair.target == ids(" </s>")
+
+
+def test_a_rendered_conversation_is_encoded_as_its_messages_are() -> None:
+    template = ChatTemplate(TEMPLATE, "t.jinja", BYTES)
+    said = [{"role": "user", "content": "hi"}]
+    text, typed = template.prompt_text(said)
+    encoder = Encoder(BYTES, 64)
+    assert encoder.rendered(template, text, typed, "c") == encoder.answer(template, said, "c")
+    assert encoder.rendered_prompt(template, text, 4) == encoder.conversation(template, said, 4)

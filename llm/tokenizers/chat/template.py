@@ -110,10 +110,11 @@ class ChatTemplate:
         return ids or [self.tokenizer.bos_id]
 
     def prompt_text(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), generation: bool = True
     ) -> tuple[str, list[Span]]:
-        """The text whose ids `prompt_ids` gives, and where it spells control tokens that are none."""
-        return self._prompt(messages, tools)
+        """The text whose ids `prompt_ids` gives, and where it spells control tokens that are none. generation: whether
+        what begins the assistant's answer stands at its end."""
+        return self._prompt(messages, tools, generation)
 
     def _prompt(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], generation: bool = True
