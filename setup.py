@@ -27,7 +27,7 @@ setup(
     description="Distributed training of large transformer models: one model, any layout, one answer",
     python_requires=">=3.11",
     packages=find_packages(include=["llm", "llm.*", "vision", "vision.*", "launch", "launch.*", "tools", "tools.*"]),
-    package_data={"llm.tokenizers.chat": ["templates/*.jinja"]},
+    package_data={"llm.tokenizers.chat": ["templates/*.jinja"], "llm.evaluate": ["*.css"]},
     install_requires=RUNTIME,
     extras_require={
         "dev": ["pytest>=8", "ruff>=0.8", "mypy>=1.13", "transformers>=5.0", "types-PyYAML", "types-tqdm"],
