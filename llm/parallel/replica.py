@@ -168,15 +168,26 @@ class Replica:
         """
         found = self._through_stages([inputs], caches=caches)
         logits_BV = self.model.logits(_hidden(found[0])[:, -1:])[:, 0] if found else None
+        shape = len(inputs.tokens), self.model.args.vocab_size
+        return self.from_last_stage(logits_BV, shape, torch.float32)
+
+    @torch.no_grad()
+    def hidden(self, inputs: Sequence[TransformerInput]) -> list[Tensor]:
+        """Final hidden states (B, T, D) of each input, where this rank has the last stage, elsewhere nothing
+        (collective). Of a pipeline, the stages work at the same time on different inputs.
+        """
+        return [_hidden(out) for out in self._through_stages(inputs)]
+
+    def from_last_stage(self, made: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """What the rank with the last stage has made, on all ranks of the replica (collective)."""
         if self.grid.pipeline.size == 1:
-            assert logits_BV is not None
-            return logits_BV
-        if logits_BV is None:
-            shape = len(inputs.tokens), self.model.args.vocab_size
-            logits_BV = torch.empty(shape, device=self.world.device)
+            assert made is not None
+            return made
+        if made is None:
+            made = torch.empty(tuple(shape), dtype=dtype, device=self.world.device)
         last = self.grid.layout.holder(self.grid.layout.stages - 1)
-        dist.broadcast(logits_BV, self.grid.pipeline.ranks[last], group=self.grid.pipeline.handle)
-        return logits_BV
+        dist.broadcast(made, self.grid.pipeline.ranks[last], group=self.grid.pipeline.handle)
+        return made
 
     def decoder(self) -> Decoder:
         """What continues prompts with the present weights; used by all ranks together, where one has not all of them.

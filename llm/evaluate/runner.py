@@ -1,0 +1,123 @@
+"""Answers to all requests of an evaluation, dealt over the replicas of a model.
+
+Who answers what follows from the requests alone, and so does each answer; only how long it takes depends on the ranks.
+"""
+
+import heapq
+import time
+from collections.abc import Collection, Iterator, Sequence
+
+from llm.evaluate.continuing import continue_
+from llm.evaluate.requests import Answer, Continue, Request, Score
+from llm.evaluate.scoring import Scorer
+from llm.generation.pictures import Pictures
+from llm.parallel.collectives import gather_json
+from llm.parallel.replica import Replica
+from llm.tokenizers.base import Tokenizer
+
+AT_ONCE = 256
+"""Answers of Continue requests that are handed on together, at most."""
+
+
+class Runner:
+    """Answers requests on the ranks of a replica, which is one of several where the model's ranks read other rows."""
+
+    def __init__(
+        self,
+        replica: Replica,
+        tokenizer: Tokenizer,
+        batch_tokens: int,
+        end_ids: Collection[int],
+        pictures: Pictures,
+    ) -> None:
+        """batch_tokens: that go through the model together. end_ids: tokens that end an answer."""
+        self._replica, self._tokenizer, self._batch_tokens = replica, tokenizer, batch_tokens
+        self._end_ids, self._pictures = end_ids, pictures
+        self._requests = self._tokens = self._filled = 0
+        self._seconds = 0.0
+
+    def answers(self, requests: Sequence[Request], done: frozenset[int]) -> Iterator[list[tuple[int, Answer]]]:
+        """Answers by the requests' places, some at a time, of those of the requests that are not done and that fall to
+        this replica (collective). requests: all of the evaluation, as how some are computed follows from all.
+
+        Raises ValueError for a request that no answer can be made to, NonFinite where the model's logits are not
+        finite.
+        """
+        started = time.perf_counter()
+        for answers in self._all(requests, done):
+            self._requests += len(answers)
+            self._seconds += time.perf_counter() - started
+            yield answers
+            started = time.perf_counter()
+        self._seconds += time.perf_counter() - started
+
+    def _all(self, requests: Sequence[Request], done: frozenset[int]) -> Iterator[list[tuple[int, Answer]]]:
+        scores = {i: request for i, request in enumerate(requests) if isinstance(request, Score)}
+        yield from self._scores(scores, done)
+        yield from self._continued({i: r for i, r in enumerate(requests) if isinstance(r, Continue) and i not in done})
+
+    def _scores(self, requests: dict[int, Score], done: frozenset[int]) -> Iterator[list[tuple[int, Answer]]]:
+        scorer = Scorer(self._replica, requests, self._pictures)
+        mine = self._mine({i: scorer.cost(i) for i in requests if i not in done})
+        batches = scorer.batches(mine, self._batch_tokens)
+        self._tokens += sum(batch.tokens for batch in batches)
+        self._filled += sum(map(scorer.filled, batches))
+        for answers in scorer.answers(batches, self._most(len(batches))):
+            yield [*answers]
+
+    def _continued(self, requests: dict[int, Continue]) -> Iterator[list[tuple[int, Answer]]]:
+        mine = self._mine({i: len(request.prompt) + request.max_new_tokens for i, request in requests.items()})
+        made: list[tuple[int, Answer]] = []
+        asked = [requests[i] for i in mine]
+        for place, answer in continue_(
+            self._replica, self._tokenizer, self._end_ids, asked, self._batch_tokens, self._pictures
+        ):
+            made.append((mine[place], answer))
+            self._tokens += len(asked[place].prompt) + answer.tokens
+            if len(made) == AT_ONCE:
+                yield made
+                made = []
+        if made:
+            yield made
+
+    def _mine(self, costs: dict[int, int]) -> list[int]:
+        """Which fall to this replica."""
+        rows = self._replica.grid.rows
+        return dealt(costs, rows.size)[rows.rank]
+
+    def _most(self, forwards: int) -> int:
+        """How many forwards this rank must make, of which it needs so many itself (collective where ranks that read
+        other rows must make theirs together)."""
+        grid = self._replica.grid
+        if grid.expert.size == 1 and not self._replica.model.gathers_weights:
+            return forwards
+        return max(gather_json(forwards, grid.world))
+
+    def statistics(self) -> dict[str, float]:
+        """Of all answers so far, over all ranks (collective)."""
+        grid = self._replica.grid
+        mine = [self._requests, self._tokens, self._filled, self._seconds] if grid.replica.rank == 0 else None
+        rows = [row for row in gather_json(mine, grid.world) if row is not None]
+        requests, tokens, filled, _ = (sum(column) for column in zip(*rows, strict=True))
+        seconds = [row[3] for row in rows]
+        slowest = max(seconds)
+        return {
+            "requests": requests,
+            "tokens": tokens,
+            "seconds": slowest,
+            "requests_per_second": requests / slowest if slowest else 0.0,
+            "tokens_per_second": tokens / slowest if slowest else 0.0,
+            "padding": filled / (tokens + filled) if tokens else 0.0,
+            "imbalance": slowest * len(seconds) / sum(seconds) if slowest else 1.0,
+        }
+
+
+def dealt(costs: dict[int, int], ranks: int) -> list[list[int]]:
+    """Which of several things each of so many ranks gets: the dearest first, each to whom has least so far."""
+    found: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [(0, rank) for rank in range(ranks)]
+    for thing in sorted(costs, key=lambda thing: (-costs[thing], thing)):
+        load, rank = heapq.heappop(loads)
+        found[rank].append(thing)
+        heapq.heappush(loads, (load + costs[thing], rank))
+    return found
