@@ -8,7 +8,7 @@ Shapes: B batch, T new tokens, S remembered slots, H query heads, K kv heads, d 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -19,12 +19,28 @@ from llm.args import AttentionSpec, Mask, ModelArgs
 from llm.args.layers import attention_specs
 from llm.kernels.attention import masked_attention
 from llm.layers.context import LayerState, State
-from llm.layers.masks import AttentionMasks, scores_of
+from llm.layers.masks import Attend, AttentionMasks, scores_of
 
 Ints = NDArray[np.int64]
 MaskKind = tuple[Mask, int | None]  # of an AttentionSpec: mask and span
 QUERY_BLOCK = 256  # queries masked at a time, so that no (T, S) mask of a long continuation exists
 SPARE_SLOTS = 64
+
+
+class Remembered(Protocol):
+    """What a model needs of whatever keeps keys, values and states of rows that it continues."""
+
+    def first_positions(self, n_rows: int) -> Ints:
+        """(B,) where rows continue by default."""
+
+    def extend(self, positions_BT: Ints, document_starts: Ints, device: torch.device) -> Attend:
+        """Make room for new tokens at these positions (negative = padding), and attend to them and to earlier ones."""
+
+    def state(self, layer: int, make: Callable[[], State]) -> State:
+        """What a layer with a state remembers (llm/layers/context.py), made when first asked for."""
+
+    def forget(self) -> None:
+        """Drop what no later token can see. Called after each forward."""
 
 
 class Cache:

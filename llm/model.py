@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from llm.args import ModelArgs
 from llm.args.layers import attention_specs
 from llm.args.lora import TOWER, adapter, vision_adapters
-from llm.cache import Cache
+from llm.cache import Remembered
 from llm.conveniences import Conveniences
 from llm.datatypes import LossSum, RouterStats, TransformerInput, TransformerOutput
 from llm.init import initialise
@@ -118,7 +118,7 @@ class LLM(Conveniences, InRegion):
         inputs: TransformerInput | Tensor,
         *,
         labels: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: Remembered | None = None,
         return_hidden: bool = False,
         losses: Losses | None = None,
         x: Tensor | None = None,
@@ -243,7 +243,7 @@ class LLM(Conveniences, InRegion):
     def context(
         self,
         inputs: TransformerInput,
-        cache: Cache | None = None,
+        cache: Remembered | None = None,
         expert_counts: Tensor | None = None,
         keys_N: Tensor | None = None,
     ) -> Context:

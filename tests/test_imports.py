@@ -11,7 +11,7 @@ ROOMS = (
     # what anything may use
     "errors", "installed", "malloc", "signals", "environment", "paths", "screen", "atomic", "boxes", "safetensors_file",
     # what a model is, and the model
-    "args", "init", "kernels", "datatypes", "layers", "parameters", "flops", "recompute", "batch", "cache",
+    "args", "init", "kernels", "datatypes", "layers", "parameters", "flops", "recompute", "batch", "cache", "row_cache",
     "conveniences", "model", "compile", "generation.sampling", "generate", "objectives", "surgery",
     # files, and many ranks
     "adapters.int8", "tokenizers", "tokenizer", "data.json_rows", "data.sample", "data.image_source",

@@ -17,11 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llm.args import ModelArgs
 from llm.evaluate.endings import AnswerText
 from llm.evaluate.requests import Continue, Continued, NonFinite
-from llm.generate import left_padded
+from llm.evaluate.running import Rows, open_rows
 from llm.generation.pictures import Pictures
-from llm.generation.sampling import Sampling, penalised, sample
+from llm.generation.sampling import penalised, sample
 from llm.generation.text import FinishReason, context_length
 from llm.init import uniform
 from llm.parallel.replica import Replica
@@ -29,6 +30,8 @@ from llm.tokenizers.base import Tokenizer
 
 MOST_ROWS = 64
 """That decode together: beyond it a step takes as much longer as it has more rows."""
+JOIN_AT_ONCE = 8
+"""Rows join where they then are one of so many, or the last."""
 DRAWS = 64
 """Random numbers of a row that are made at a time."""
 
@@ -42,26 +45,55 @@ def continue_(
     requests: Sequence[Continue],
     batch_tokens: int,
     pictures: Pictures,
+    together: Callable[[bool], bool] | None = None,
 ) -> Iterator[tuple[int, Continued]]:
     """(index, answer) of each request as it is done; on all ranks of the replica alike (collective).
 
     Args:
         end_ids: tokens that end an answer.
         batch_tokens: of the rows that decode together, prompts and most new tokens; one row may have more.
+        together: where a forward needs ranks that have other requests: asked before each with whether this rank has
+            any left, whether one of all has. One that has none then computes a token that nobody reads.
 
     Raises ValueError for a request that no answer can be made to, NonFinite where the model's logits are not finite,
     UserError where an image is no longer what it was.
     """
-    context = context_length(replica.model.args)
+    args = replica.model.args
     for index, request in enumerate(requests):
-        _check(request, index, context, replica.model.args.vocab_size)
-    waiting = deque(sorted(range(len(requests)), key=lambda index: (-len(requests[index].prompt), index)))
-    while waiting:
-        rows = [
-            _Row.of(index, requests[index], tokenizer, context)
-            for index in _admitted(waiting, requests, batch_tokens, context)
-        ]
-        yield from _to_the_end(replica, tokenizer, frozenset(end_ids), rows, pictures)
+        _check(request, index, context_length(args), args.vocab_size)
+    n_ids = min(tokenizer.vocab_size, args.vocab_size)
+    batch = _Batch(open_rows(replica), n_ids, frozenset(end_ids), pictures)
+    order = sorted(range(len(requests)), key=lambda index: (-len(requests[index].prompt), index))
+    waiting = deque(_Row.of(index, requests[index], tokenizer, args) for index in order)
+    while True:
+        busy = bool(waiting or batch.rows)
+        if not (busy if together is None else together(busy)):
+            return
+        if not busy:
+            open_rows(replica).join([[tokenizer.bos_id]], [None])
+        elif joining := _joining(waiting, batch, batch_tokens):
+            yield from batch.join(joining)
+        else:
+            yield from batch.step()
+
+
+def _joining(waiting: deque["_Row"], batch: "_Batch", batch_tokens: int) -> list["_Row"]:
+    """Rows to take in before the next step, taken from those waiting. Each time costs a forward, so not until some
+    find room at once."""
+    there = len(batch.rows)
+    if there and not batch.takes_more:
+        return []
+    width = max((row.width for row in batch.rows), default=0)
+    count = 0
+    for row in waiting:
+        width = max(width, row.width)
+        n_rows = there + count + 1
+        if n_rows > MOST_ROWS or (n_rows > 1 and n_rows * width > batch_tokens):
+            break
+        count += 1
+    if there and count < len(waiting) and count * JOIN_AT_ONCE < there + count:
+        return []
+    return [waiting.popleft() for _ in range(count)]
 
 
 def _check(request: Continue, index: int, context: int, vocab_size: int) -> None:
@@ -78,19 +110,6 @@ def _check(request: Continue, index: int, context: int, vocab_size: int) -> None
         raise ValueError(f"{name}: a stop text is empty")
 
 
-def _admitted(waiting: deque[int], requests: Sequence[Continue], batch_tokens: int, context: int) -> list[int]:
-    """The next requests that decode together, taken from those waiting."""
-    taken: list[int] = []
-    width = 0
-    while waiting and len(taken) < MOST_ROWS:
-        request = requests[waiting[0]]
-        width = max(width, min(context, len(request.prompt) + request.max_new_tokens))
-        if taken and (len(taken) + 1) * width > batch_tokens:
-            break
-        taken.append(waiting.popleft())
-    return taken
-
-
 @dataclass
 class _Row:
     """A request on its way."""
@@ -102,17 +121,27 @@ class _Row:
     text: AnswerText
     key: str
     """what its random numbers depend on beside the seed"""
+    width: int
+    """tokens that it has in the end, unless it ends before"""
     n_tokens: int = 0
     draws: list[float] = field(default_factory=list)
+    seen: NDArray[np.bool_] | None = None
+    """which ids stand in it, where that changes what comes next"""
 
     @classmethod
-    def of(cls, index: int, request: Continue, tokenizer: Tokenizer, context: int) -> "_Row":
+    def of(cls, index: int, request: Continue, tokenizer: Tokenizer, args: ModelArgs) -> "_Row":
         said = hashlib.blake2b(np.array(request.prompt, dtype="<i8").tobytes(), digest_size=16)
         for picture in request.pictures:
             said.update(picture.digest.encode())
         key = f"evaluate.prompt{said.hexdigest()}.sample{request.sample}"
+        context = context_length(args)
         limit = min(request.max_new_tokens, context - len(request.prompt))
-        return cls(index, request, limit, AnswerText(tokenizer, request.prompt, request.stop), key)
+        text = AnswerText(tokenizer, request.prompt, request.stop)
+        row = cls(index, request, limit, text, key, len(request.prompt) + limit)
+        if request.sampling.repetition_penalty != 1:
+            row.seen = np.zeros(args.vocab_size, dtype=bool)
+            row.seen[list(request.prompt)] = True
+        return row
 
     def draw(self) -> float:
         """The random number of its next token."""
@@ -124,6 +153,8 @@ class _Row:
     def push(self, token: int, end_ids: frozenset[int]) -> FinishReason | None:
         """Add a token; why the answer ends with it."""
         self.n_tokens += 1
+        if self.seen is not None:
+            self.seen[token] = True
         if token in end_ids:
             return "stop"
         self.text.push(token)
@@ -139,31 +170,53 @@ class _Row:
         return Continued(text, self.n_tokens, "stop" if self.text.stopped else reason)
 
 
-def _to_the_end(
-    replica: Replica, tokenizer: Tokenizer, end_ids: frozenset[int], rows: list[_Row], pictures: Pictures
-) -> Iterator[tuple[int, Continued]]:
-    """The answers of rows that begin together."""
-    decoder = replica.decoder()
-    tokens, positions = left_padded([row.request.prompt for row in rows])
-    images = pictures.tiles([picture for row in rows for picture in row.request.pictures])
-    chooser = Chooser(min(tokenizer.vocab_size, replica.model.args.vocab_size))
-    chooser.join([row.request for row in rows])
-    while rows:
-        logits_BV = decoder.logits(tokens, positions, images)[:, : tokenizer.vocab_size]
-        _check_finite(logits_BV, rows)
-        chosen = chooser(logits_BV, [row.request.sampling for row in rows], [row.draw for row in rows])
-        going = []
-        for place, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
-            reason = row.push(token, end_ids)
+class _Batch:
+    """The rows that run together."""
+
+    def __init__(self, model: Rows, n_ids: int, end_ids: frozenset[int], pictures: Pictures) -> None:
+        """n_ids: ids from here on are never chosen."""
+        self._model, self._n_ids, self._end_ids, self._pictures = model, n_ids, end_ids, pictures
+        self._newest: Ints = np.zeros(0, dtype=np.int64)  # token of each row
+        self.rows: list[_Row] = []
+
+    @property
+    def takes_more(self) -> bool:
+        """Whether rows can join while others run."""
+        return self._model.joins
+
+    def join(self, rows: list[_Row]) -> list[tuple[int, Continued]]:
+        """Take in rows with their first new tokens; the answers of those that end with them."""
+        tiles = [self._pictures.tiles(row.request.pictures) for row in rows]
+        logits_BV = self._model.join([row.request.prompt for row in rows], tiles)
+        there, newest = self.rows, self._newest
+        self.rows = [*there, *rows]
+        return self._push(len(there), np.concatenate([newest, self._chosen(logits_BV, rows)]))
+
+    def step(self) -> list[tuple[int, Continued]]:
+        """Add a token to each row; the answers of those that end with it."""
+        positions = np.array([row.width - row.limit + row.n_tokens - 1 for row in self.rows])
+        return self._push(0, self._chosen(self._model.step(self._newest, positions), self.rows))
+
+    def _push(self, first: int, newest: Ints) -> list[tuple[int, Continued]]:
+        """Give each row from `first` on its token."""
+        going, answers = list(range(first)), []
+        for place in range(first, len(self.rows)):
+            row = self.rows[place]
+            reason = row.push(int(newest[place]), self._end_ids)
             if reason is None:
                 going.append(place)
             else:
-                yield row.index, row.answer(reason)
-        if 0 < len(going) < len(rows):
-            decoder.keep(going)
-            chooser.keep(going)
-        rows = [rows[place] for place in going]
-        tokens, positions, images = chosen[going, None], positions[going, -1:] + 1, None
+                answers.append((row.index, row.answer(reason)))
+        if answers:
+            self._model.keep(going)
+        self.rows, self._newest = [self.rows[place] for place in going], newest[going]
+        return answers
+
+    def _chosen(self, logits_BV: Tensor, rows: Sequence[_Row]) -> Ints:
+        logits_BV = logits_BV[:, : self._n_ids]
+        if not logits_BV.sum().isfinite():  # by a sum, as looking at each takes longer than choosing one
+            _check_finite(logits_BV, rows)
+        return choose(logits_BV, rows)
 
 
 def _check_finite(logits_BV: Tensor, rows: Sequence[_Row]) -> None:
@@ -171,55 +224,30 @@ def _check_finite(logits_BV: Tensor, rows: Sequence[_Row]) -> None:
     if not finite_BV.all():
         bad = int((~finite_BV).any(-1).int().argmax())
         count, of = int((~finite_BV[bad]).sum()), finite_BV.shape[-1]
-        raise NonFinite(
-            rows[bad].index, f"at new token {rows[bad].n_tokens + 1}, {count} of {of} logits are not finite"
-        )
+        number = rows[bad].n_tokens + 1
+        raise NonFinite(rows[bad].index, f"at new token {number}, {count} of {of} logits are not finite")
 
 
-class Chooser:
-    """Which token comes next in each of several rows with settings of their own."""
-
-    def __init__(self, n_ids: int) -> None:
-        """n_ids: of the vocabulary."""
-        self._n_ids = n_ids
-        self._seen: list[NDArray[np.bool_] | None] = []  # of each row with a penalty, which ids stand in it
-
-    def join(self, requests: Sequence[Continue]) -> None:
-        """Take in rows, after those there."""
-        for request in requests:
-            seen = None
-            if request.sampling.repetition_penalty != 1:
-                seen = np.zeros(self._n_ids, dtype=bool)
-                seen[[token for token in request.prompt if token < self._n_ids]] = True
-            self._seen.append(seen)
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows alone."""
-        self._seen = [self._seen[row] for row in rows]
-
-    def __call__(
-        self, logits_BV: Tensor, settings: Sequence[Sampling], draws: Sequence[Callable[[], float]]
-    ) -> Ints:
-        """A token for each row, (B,). draws: of each row, called where it samples."""
-        logits_BV = self._penalised(logits_BV, settings)
-        chosen = logits_BV.argmax(-1).cpu().numpy()
-        kinds: dict[tuple[float, int | None, float | None], list[int]] = {}
-        for row, setting in enumerate(settings):
-            if setting.temperature > 0:
-                kinds.setdefault((setting.temperature, setting.top_k, setting.top_p), []).append(row)
-        for kind, rows in kinds.items():
-            chosen[rows] = sample(logits_BV[rows], np.array([draws[row]() for row in rows]), *kind)
-        for row, seen in enumerate(self._seen):
-            if seen is not None:
-                seen[chosen[row]] = True
-        return chosen
-
-    def _penalised(self, logits_BV: Tensor, settings: Sequence[Sampling]) -> Tensor:
-        with_penalty = [row for row, seen in enumerate(self._seen) if seen is not None]
-        if not with_penalty:
-            return logits_BV
+def choose(logits_BV: Tensor, rows: Sequence[_Row]) -> Ints:
+    """The next token of each row by its own settings, (B,)."""
+    seen_of = {place: row.seen for place, row in enumerate(rows) if row.seen is not None}
+    if seen_of:
         logits_BV = logits_BV.clone()
-        for row in with_penalty:
-            seen_1V = torch.from_numpy(self._seen[row])[None].to(logits_BV.device)
-            logits_BV[row : row + 1] = penalised(logits_BV[row : row + 1], seen_1V, settings[row].repetition_penalty)
-        return logits_BV
+    for place, seen in seen_of.items():
+        seen_V = torch.from_numpy(seen[: logits_BV.shape[1]]).to(logits_BV.device)
+        logits_BV[place] = penalised(logits_BV[place], seen_V, rows[place].request.sampling.repetition_penalty)
+    chosen = likeliest(logits_BV)
+    alike: dict[tuple[float, int | None, float | None], list[int]] = {}
+    for place, row in enumerate(rows):
+        setting = row.request.sampling
+        if setting.temperature > 0:
+            alike.setdefault((setting.temperature, setting.top_k, setting.top_p), []).append(place)
+    for settings, places in alike.items():
+        chosen[places] = sample(logits_BV[places], np.array([rows[place].draw() for place in places]), *settings)
+    return chosen
+
+
+def likeliest(logits_BV: Tensor) -> Ints:
+    """The first of the largest logits of each row, (B,). numpy is faster at it on a CPU."""
+    on_cpu = logits_BV.device.type == "cpu"
+    return logits_BV.numpy().argmax(-1) if on_cpu else logits_BV.argmax(-1).cpu().numpy()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llm.args import ModelArgs
 from llm.batch import Batch
-from llm.cache import Cache
+from llm.cache import Cache, Remembered
 from llm.datatypes import LossSum, TransformerInput, TransformerOutput
 from llm.generate import Decoder
 from llm.layers.moe import routing_shape
@@ -91,7 +91,7 @@ class Replica:
         x: Tensor | None,
         inputs: TransformerInput,
         losses: Losses | None = None,
-        cache: Cache | None = None,
+        cache: Remembered | None = None,
         keys_N: Tensor | None = None,
     ) -> TransformerOutput:
         """What stage `phase` of this rank (0 or 1) makes of what the stage before it made: losses, else hidden states.
@@ -162,13 +162,18 @@ class Replica:
             yield from zip(chunk, found or [None] * len(chunk), strict=True)
 
     @torch.no_grad()
-    def logits(self, inputs: TransformerInput, caches: Sequence[Cache]) -> Tensor:
+    def logits(
+        self, inputs: TransformerInput, caches: Sequence[Remembered], at: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """Float32 logits (B, V) of each row's last token, on all ranks of the replica (collective). The tokens continue
-        the rows of the caches, one for each stage of this rank.
+        the rows of the caches, one for each stage of this rank. at: rows and columns (B,) of other tokens instead.
         """
         found = self._through_stages([inputs], caches=caches)
-        logits_BV = self.model.logits(_hidden(found[0])[:, -1:])[:, 0] if found else None
-        shape = len(inputs.tokens), self.model.args.vocab_size
+        logits_BV = None
+        if found:
+            hidden_BTD = _hidden(found[0])
+            logits_BV = self.model.logits(hidden_BTD[:, -1:] if at is None else hidden_BTD[at][:, None])[:, 0]
+        shape = len(inputs.tokens if at is None else at[0]), self.model.args.vocab_size
         return self.from_last_stage(logits_BV, shape, torch.float32)
 
     @torch.no_grad()
@@ -199,7 +204,7 @@ class Replica:
         self,
         inputs: Sequence[TransformerInput],
         losses: Sequence[Losses] | None = None,
-        caches: Sequence[Cache] | None = None,
+        caches: Sequence[Remembered] | None = None,
     ) -> list[TransformerOutput]:
         """What the last stage makes of each input, where it is; elsewhere nothing (collective)."""
         self.model.eval()

@@ -1,0 +1,131 @@
+"""Rows that run through a replica together and join and leave while others go on: see llm/row_cache.py.
+
+A CPU's kernels for products follow the number of rows where these are few, and work through a tensor by vectors, with
+another exp for what is left at its end. So rows are filled up with padding to numbers with which a row's bits are the
+same whatever the others are.
+
+Shapes: B rows, T tokens, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llm.args.layers import attention_specs
+from llm.datatypes import TransformerInput
+from llm.generate import left_padded
+from llm.kernels.grouped import FEWEST_ROWS
+from llm.parallel.replica import Replica
+from llm.row_cache import RowCache, rounded
+
+Ints = NDArray[np.int64]
+ROWS_ARE_MULTIPLES = 8
+"""Of which, on a CPU: with it, and widths that are multiples of 4, no vector is cut."""
+
+
+class Rows(Protocol):
+    """Rows of tokens that a model continues, each for as long as it likes."""
+
+    joins: bool
+    """Whether rows can join while others go on."""
+
+    def join(self, prompts: Sequence[Sequence[int]], images: Sequence[Tensor | None]) -> Tensor:
+        """Take in rows after those there, the longest first. Float32 logits (n, V) of the token after each prompt.
+        images: of each, the tiles that fill its slots."""
+
+    def step(self, tokens_B: Ints, positions_B: Ints) -> Tensor:
+        """Add a token to each row, at these positions. Float32 logits (B, V) of the next."""
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone, in their order."""
+
+
+def open_rows(replica: Replica) -> Rows:
+    """No rows yet."""
+    args = replica.model.args
+    return ApartRows(replica) if len(attention_specs(args.layer_specs())) == args.n_layers else TogetherRows(replica)
+
+
+class ApartRows:
+    """Rows whose bits are those that they have alone."""
+
+    joins = True
+
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
+        self._caches = [RowCache(replica.model.args) for _ in replica.stages]
+        vision = replica.model.args.vision
+        self._filler = 1 if vision is not None and vision.patch_token_id == 0 else 0  # no slot of an image
+        parameter = next(replica.model.parameters())
+        on_cpu, half = replica.world.device.type == "cpu", parameter.dtype.itemsize == 2
+        self._multiple = (FEWEST_ROWS if half else ROWS_ARE_MULTIPLES) if on_cpu else 1
+        self._fewest = FEWEST_ROWS if on_cpu else 1
+
+    def join(self, prompts: Sequence[Sequence[int]], images: Sequence[Tensor | None]) -> Tensor:
+        found = []
+        lengths = rounded(np.array([len(prompt) for prompt in prompts]))
+        for length, group in groupby(range(len(prompts)), lambda row: int(lengths[row])):
+            found.append(self._prefill(length, [(prompts[row], images[row]) for row in group]))
+        return torch.cat(found)
+
+    def _prefill(self, length: int, given: Sequence[tuple[Sequence[int], Tensor | None]]) -> Tensor:
+        tokens_BT = np.full((len(given), length), self._filler, dtype=np.int64)
+        for row, (prompt, _) in enumerate(given):
+            tokens_BT[row, : len(prompt)] = prompt
+        tiles = [of_row for _, of_row in given if of_row is not None]
+        rows_B = np.minimum(np.arange(self._filled(len(given))), len(given) - 1)
+        last_B = np.array([len(prompt) - 1 for prompt, _ in given])[rows_B]
+        positions_T = torch.arange(length, device="cpu")
+        logits = self._forward(tokens_BT, positions_T, torch.cat(tiles) if tiles else None, (rows_B, last_B))
+        return logits[: len(given)]
+
+    def step(self, tokens_B: Ints, positions_B: Ints) -> Tensor:
+        padding = self._filled(len(tokens_B)) - len(tokens_B)
+        tokens_B1, positions_B1 = (
+            np.pad(numbers, (0, padding), constant_values=filler)[:, None]
+            for numbers, filler in ((tokens_B, self._filler), (positions_B, -1))
+        )
+        return self._forward(tokens_B1, torch.from_numpy(positions_B1))[: len(tokens_B)]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        for cache in self._caches:
+            cache.keep(rows)
+
+    def _filled(self, rows: int) -> int:
+        """With how many rows a model computes these."""
+        return max(self._fewest, -(-rows // self._multiple) * self._multiple)
+
+    def _forward(
+        self, tokens_BT: Ints, positions: Tensor, images: Tensor | None = None, at: tuple[Ints, Ints] | None = None
+    ) -> Tensor:
+        device = self._replica.world.device
+        tiles = None if images is None else images.to(device)
+        inputs = TransformerInput(torch.from_numpy(tokens_BT).to(device), positions, images=tiles)
+        places = None if at is None else (torch.from_numpy(at[0]).to(device), torch.from_numpy(at[1]).to(device))
+        return self._replica.logits(inputs, self._caches, places)
+
+
+class TogetherRows:
+    """Rows that begin together, for models some of whose layers keep a state that others cannot join. Their last bits
+    may follow their neighbours."""
+
+    joins = False
+
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
+
+    def join(self, prompts: Sequence[Sequence[int]], images: Sequence[Tensor | None]) -> Tensor:
+        self._decoder = self._replica.decoder()
+        tiles = [of_row for of_row in images if of_row is not None]
+        return self._decoder.logits(*left_padded(prompts), torch.cat(tiles) if tiles else None)
+
+    def step(self, tokens_B: Ints, positions_B: Ints) -> Tensor:
+        return self._decoder.logits(tokens_B[:, None], positions_B[:, None])
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self._decoder.keep(list(rows))
