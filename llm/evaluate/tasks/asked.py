@@ -1,0 +1,88 @@
+"""What a model is asked of a document: description, examples and prompt as one text, or as a conversation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llm.data.conversation import Message
+from llm.errors import UserError
+from llm.evaluate.encode import Encoder, Pair
+from llm.generation.chat import said_first
+from llm.generation.pictures import Picture, Pictures
+from llm.tokenizers.chat import ChatTemplate
+
+JOINT = " "
+"""Between a prompt and what follows it; with a chat template nothing."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How documents are put to a model."""
+
+    encoder: Encoder
+    chat: ChatTemplate | None = None
+    """prompts are what a user says, answers what the assistant does"""
+    pictures: Pictures | None = None
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt with its answer."""
+
+    prompt: str
+    answer: str
+
+
+class Asked:
+    """Prompts with what stands before them."""
+
+    def __init__(self, setting: Setting, description: str, examples: Sequence[Example], delimiter: str) -> None:
+        self._setting, self._description, self._delimiter = setting, description, delimiter
+        self._examples = list(examples)
+
+    def text(self, prompt: str) -> str:
+        """All that is read before the answer."""
+        if self._setting.chat is not None:
+            return self._setting.chat.prompt_text(self._messages(prompt))[0]
+        examples = [f"{example.prompt}{JOINT}{example.answer}{self._delimiter}" for example in self._examples]
+        return "".join([self._description, *examples, prompt])
+
+    def pair(self, prompt: str, answer: str) -> Pair:
+        """The prompt's ids, and those of an answer to it. UserError as of the encoder."""
+        encoder, chat = self._setting.encoder, self._setting.chat
+        if chat is not None:
+            return encoder.answer(chat, self._messages(prompt), answer)
+        return encoder.pair(self.text(prompt), JOINT + answer)
+
+    def prompt(self, prompt: str, max_new_tokens: int) -> tuple[tuple[int, ...], bool]:
+        """The prompt's ids, and whether it was cut on the left. UserError where there is no room for an answer."""
+        encoder, chat = self._setting.encoder, self._setting.chat
+        if chat is not None:
+            return encoder.conversation(chat, self._messages(prompt), max_new_tokens)
+        return encoder.prompt(self.text(prompt), max_new_tokens)
+
+    def with_pictures(self, prompt: str, pictures: Sequence[Picture], max_new_tokens: int) -> tuple[int, ...]:
+        """The prompt's ids with the slots of its images. UserError where images and text do not fit: nothing is cut."""
+        encoder, chat, reader = self._setting.encoder, self._setting.chat, self._setting.pictures
+        assert reader is not None
+        if chat is not None:
+            asked = said_first(prompt, [picture.name for picture in pictures]).messages
+            ids = reader.filled(chat.prompt_ids([*self._system(), *asked]), pictures, encoder.tokenizer)
+        else:
+            ids = reader.prompt_ids(self.text(prompt), pictures, encoder.tokenizer)
+        reader.check_slots(ids, pictures)
+        if len(ids) + max_new_tokens > encoder.context_length:
+            raise UserError(
+                f"its {len(ids):,} tokens and {max_new_tokens} new ones do not fit into the model's context of "
+                f"{encoder.context_length:,}, and a prompt with images is not cut"
+            )
+        return tuple(ids)
+
+    def _system(self) -> list[Message]:
+        return [{"role": "system", "content": self._description.strip()}] if self._description.strip() else []
+
+    def _messages(self, prompt: str) -> list[Message]:
+        said: list[Message] = self._system()
+        for example in self._examples:
+            said.append({"role": "user", "content": example.prompt})
+            said.append({"role": "assistant", "content": example.answer})
+        return [*said, {"role": "user", "content": prompt}]
