@@ -205,7 +205,7 @@ class EvalTask(ABC):
         own = self.examples is None
         possible = len(pool) - own
         if possible < self.k:
-            raise UserError(f"fewshot.k={self.k}: there are only {possible:,} rows to take examples from")
+            raise UserError(f"fewshot.k={self.k}: there are {possible:,} rows to take examples from")
         if shots.draw == "first":
             taken = [other for other in pool[: self.k + 1] if not (own and other.number == row.number)][: self.k]
         else:

@@ -6,7 +6,6 @@ from typing import Any, cast
 
 from pydantic import model_validator
 
-from llm.data.json_rows import called
 from llm.errors import UserError
 from llm.evaluate.requests import Answer, Score, Scored
 from llm.evaluate.tasks.asked import Asked, Example, Setting
@@ -14,7 +13,7 @@ from llm.evaluate.tasks.base import Document, EvalTask, Measures, Metric
 from llm.evaluate.tasks.config import FewshotConfig
 from llm.evaluate.tasks.metrics import highest, normalised
 from llm.evaluate.tasks.rows import EvalRow, as_json
-from llm.evaluate.tasks.template import Template, as_text
+from llm.evaluate.tasks.template import Template, as_text, kind_of
 
 METRICS = ("acc", "acc_norm", "acc_bytes")
 Texts = str | tuple[str, ...]
@@ -134,7 +133,7 @@ class ChoiceTask(EvalTask):
         if isinstance(self._several, Template):
             value = self._several.value(row.columns)
             if not isinstance(value, list | tuple):
-                raise UserError(f"{self._key} is {called(value)}, not a list")
+                raise UserError(f"{self._key} is {kind_of(value)}, not a list")
         else:
             value = [template.text(row.columns) for template in self._several]
         texts = [as_text(item, f"{self._key}.{i}") for i, item in enumerate(value)]
@@ -152,7 +151,7 @@ class ChoiceTask(EvalTask):
         if isinstance(gold, float) and gold.is_integer():
             gold = int(gold)
         if not isinstance(gold, int) or isinstance(gold, bool):
-            raise UserError(f"gold is {called(gold)}, not the place of one of its {self._key}, or its text")
+            raise UserError(f"gold is {kind_of(gold)}, not the place of one of its {self._key}, or its text")
         if not 0 <= gold < len(texts):
             raise UserError(f"gold={gold} is out of range: it has {len(texts)} {self._key}, counted from 0")
         return gold

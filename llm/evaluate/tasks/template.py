@@ -88,7 +88,12 @@ def as_text(value: Any, key: str) -> str:
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
-    raise UserError(f"{key} is {called(value)}, not a text")
+    raise UserError(f"{key} is {kind_of(value)}, not a text")
+
+
+def kind_of(value: Any) -> str:
+    """What a value is called in a message."""
+    return "a text" if isinstance(value, str) else called(value)
 
 
 def _only_expression(parsed: nodes.Template) -> nodes.Expr | None:
