@@ -93,11 +93,11 @@ class Batch:
         """The same on a device; boundaries of documents stay on the CPU, where the masks are made."""
         inputs = self.inputs
         position = inputs.tokens_position
-        moved = TransformerInput(
-            inputs.tokens.to(device),
-            position.to(device) if isinstance(position, Tensor) else position,
-            inputs.cu_seqlens,
-            inputs.images_on(device),
+        moved = replace(
+            inputs,
+            tokens=inputs.tokens.to(device),
+            tokens_position=position.to(device) if isinstance(position, Tensor) else position,
+            images=inputs.images_on(device),
         )
         targets = {name: targets.to(device) for name, targets in self.targets.items()}
         values = {name: value.to(device) for name, value in self.values.items()}

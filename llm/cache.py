@@ -19,7 +19,7 @@ from llm.args import AttentionSpec, Mask, ModelArgs
 from llm.args.layers import attention_specs
 from llm.kernels.attention import masked_attention
 from llm.layers.context import LayerState, State
-from llm.layers.masks import Attend, AttentionMasks, scores_of
+from llm.layers.masks import Attend, AttentionMasks, scores_of, visible
 
 Ints = NDArray[np.int64]
 MaskKind = tuple[Mask, int | None]  # of an AttentionSpec: mask and span
@@ -152,15 +152,6 @@ class CachedAttention:
     def _mask(self, key: MaskKind, query_BT: Ints, device: torch.device) -> Tensor | None:
         seen = visible(query_BT, self._memories[key].positions_BS, *key)
         return None if seen.all() else torch.from_numpy(seen[:, None]).to(device)
-
-
-def visible(query_BT: Ints, key_BS: Ints, mask: Mask, span: int | None) -> NDArray[np.bool_]:
-    """Whether each query sees each key, by position; (B, T, S). Padding sees padding, as no query may see nothing."""
-    query, key = query_BT[:, :, None], key_BS[:, None, :]
-    seen = (key <= query) & (key >= 0)
-    if span is not None:
-        seen &= key // span == query // span if mask == "chunk" else key > query - span
-    return np.where(query < 0, key < 0, seen)
 
 
 class _Memory:

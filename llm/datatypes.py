@@ -32,6 +32,9 @@ class TransformerInput:
     """(n, 3, S, S), the tiles of all images in the order of their slots in the flattened tokens: uint8 levels, or
     floats as the tower reads them; where model.vision.kind is native, the images, (3, H, W) each, whose sides patches
     and the vectors that they make divide. None = no images."""
+    parents: Tensor | None = None
+    """(S,) integers on the CPU: of each document of cu_seqlens, the one before it that it goes on from, whose tokens it
+    sees, and what those see; -1 = none. Its positions go on too. Without tokens_position, and for attention alone."""
 
     def images_on(self, device: torch.device) -> Tensor | Sequence[Tensor] | None:
         """The images on a device."""
@@ -60,15 +63,31 @@ class TransformerInput:
         self.check_tokens()
         n_rows, row_length = self.tokens.shape
         starts = self._document_starts()
+        if self.parents is not None and (self.cu_seqlens is None or self.tokens_position is not None):
+            raise ValueError("parents are of documents that cu_seqlens bounds, whose positions follow from them")
         if isinstance(self.tokens_position, Tensor):
             positions = self._given_positions(self.tokens_position)
         elif self.tokens_position is None and self.cu_seqlens is not None:
             lengths = np.diff(np.append(starts, self.tokens.numel()))
-            positions = (np.arange(self.tokens.numel()) - np.repeat(starts, lengths)).reshape(n_rows, row_length)
+            firsts = starts - self._first_positions(lengths)
+            positions = (np.arange(self.tokens.numel()) - np.repeat(firsts, lengths)).reshape(n_rows, row_length)
         else:
             positions = self._counted_from(self.tokens_position, first_position_B)
         self._check_rising(positions, starts)
         return positions, starts
+
+    def _first_positions(self, lengths_S: Ints) -> Ints:
+        """Of each document: where its parent's end."""
+        found = np.zeros(len(lengths_S), dtype=np.int64)
+        if self.parents is not None:
+            parents_S = self.parents.numpy()
+            if len(parents_S) != len(found) or (parents_S >= np.arange(len(found))).any():
+                raise ValueError(
+                    f"parents must name, for each of the {len(found)} documents, one that comes before it, or be -1"
+                )
+            for document in np.flatnonzero(parents_S >= 0).tolist():
+                found[document] = found[parents_S[document]] + lengths_S[parents_S[document]]
+        return found
 
     def _document_starts(self) -> Ints:
         n_tokens, row_length = self.tokens.numel(), self.tokens.shape[1]

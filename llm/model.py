@@ -22,12 +22,13 @@ from llm.datatypes import LossSum, RouterStats, TransformerInput, TransformerOut
 from llm.init import initialise
 from llm.kernels.norms import rms_normalise
 from llm.layers.block import Block
+from llm.layers.branches import BranchMasks
 from llm.layers.context import Context, angles, temperature
 from llm.layers.dropout import key_of
 from llm.layers.embedding import Embedding, TiedEmbedding
 from llm.layers.foreign_names import accept_foreign_names
 from llm.layers.lora import Adapted
-from llm.layers.masks import AttentionMasks, document_lengths, starts
+from llm.layers.masks import Attend, AttentionMasks, document_lengths, starts
 from llm.layers.moe import EXPERT_WEIGHTS, Experts, MoE, routing_shape
 from llm.layers.norm import make_norm
 from llm.layers.output import HeadTargets, Output
@@ -268,13 +269,23 @@ class LLM(Conveniences, InRegion):
         attention = attention_specs(self.specs)
         stateful = len(attention) < len(self.specs)
         padded = (args.moe is not None or stateful) and (positions_BT < 0).any()
+        if inputs.parents is not None and (stateful or lengths is not None or cache is not None):
+            raise ValueError(
+                "inputs.parents are for attention alone, without a cache, and not for dynamic RoPE, which turns by the "
+                "length of the whole document"
+            )
+        attend: Attend
+        if cache is not None:
+            attend = cache.extend(positions_BT, document_starts, device)
+        elif inputs.parents is None:
+            attend = AttentionMasks(attention, positions_BT, document_starts, device)
+        else:
+            attend = BranchMasks(attention, positions_BT, document_starts, inputs.parents.numpy(), device)
         n_rows, row_length = inputs.tokens.shape
         return Context(
             shape=(n_rows, row_length),
             starts_BT=torch.from_numpy(starts(positions_BT, document_starts)).to(device) if stateful else None,
-            attend=AttentionMasks(attention, positions_BT, document_starts, device)
-            if cache is None
-            else cache.extend(positions_BT, document_starts, device),
+            attend=attend,
             states=cache,
             rotation_BT1m=angles(args, positions, lengths) if any(spec.rope for spec in attention) else None,
             temperature_BT11=temperature(args, positions) if any(spec.temperature for spec in attention) else None,

@@ -15,6 +15,10 @@ from llm.parallel.collectives import gather_json
 from llm.parallel.replica import Replica
 from llm.tokenizers.base import Tokenizer
 
+PARTS = 8
+"""Into at least so many for each rank are requests cut that all have tokens in common, so that they can be dealt."""
+LEAST_PART = 512
+"""Tokens up to which they are not: each part computes what it has in common with the others again."""
 AT_ONCE = 256
 """Answers of Continue requests that are handed on together, at most."""
 
@@ -58,8 +62,11 @@ class Runner:
 
     def _scores(self, requests: dict[int, Score], done: frozenset[int]) -> Iterator[list[tuple[int, Answer]]]:
         scorer = Scorer(self._replica, requests, self._pictures)
-        mine = self._mine({i: scorer.cost(i) for i in requests if i not in done})
-        batches = scorer.batches(mine, self._batch_tokens)
+        left = [i for i in requests if i not in done]
+        share = scorer.cost(left) // (PARTS * self._replica.grid.rows.size)
+        families = scorer.families(left, min(self._batch_tokens, max(share, LEAST_PART)))
+        mine = self._mine({number: scorer.cost(family) for number, family in enumerate(families)})
+        batches = scorer.batches([families[number] for number in sorted(mine)], self._batch_tokens)
         self._tokens += sum(batch.tokens for batch in batches)
         self._filled += sum(map(scorer.filled, batches))
         for answers in scorer.answers(batches, self._most(len(batches))):
@@ -81,7 +88,7 @@ class Runner:
             yield made
 
     def _mine(self, costs: dict[int, int]) -> list[int]:
-        """Which fall to this replica."""
+        """Which of things with these costs fall to this replica."""
         rows = self._replica.grid.rows
         return dealt(costs, rows.size)[rows.rank]
 

@@ -1,7 +1,9 @@
-"""Answers to Score requests: the tokens of a batch in one row, each request a document of it, so nothing is padded.
+"""Answers to Score requests: the tokens of a batch in one row, each piece of a request a document of it. So nothing is
+padded, and what requests have in common is computed once.
 
-An answer is a function of its request: documents do not see each other, and the kernels of a token's row do not depend
-on how many rows there are once these are not few and come to a multiple of ALIGNED.
+An answer is a function of its request and of what all requests of the evaluation have in common with it: documents see
+only what they go on from, and the kernels of a token's row do not depend on how many rows there are once these are not
+few and come to a multiple of ALIGNED.
 
 Shapes: N tokens of a batch, n targets, D model width.
 """
@@ -14,10 +16,12 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from llm.args import ModelArgs
 from llm.datatypes import TransformerInput
 from llm.evaluate.head import target_scores
 from llm.evaluate.requests import NonFinite, Score, Scored
-from llm.generation.pictures import Pictures
+from llm.evaluate.sharing import Forest, Tokens
+from llm.generation.pictures import Picture, Pictures
 from llm.generation.text import context_length
 from llm.parallel.replica import EVALUATED_AT_ONCE, Replica
 
@@ -25,9 +29,9 @@ ALIGNED = 32
 """Tokens of a batch come to a multiple of it: torch works through a tensor by vectors, and what is left at its end by
 single numbers with other bits. With another multiple, or none, answers of a model with experts depended on their
 neighbours (measured on AVX-512)."""
-FILLED = 3
-"""At least so many tokens at the end of a batch are nobody's: two documents of unequal length, so that attention is
-never that of equal ones, which takes other shapes."""
+FILLED = 6
+"""At least so many tokens of a batch are nobody's: at its begin documents of one token and of two, so that attention is
+never that of equal ones, which takes other shapes; and some at its end, as ALIGNED says."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,10 @@ class ScoreBatch:
 
     indices: tuple[int, ...]
     """of the requests"""
+    pieces: tuple[int, ...]
+    """of their tokens; those that begin sequences come first, and each after the one that it goes on from"""
     tokens: int
-    """theirs"""
+    """of the pieces"""
 
 
 def score(
@@ -49,7 +55,7 @@ def score(
     NonFinite where the model's logits are not finite, UserError where an image is no longer what it was.
     """
     scorer = Scorer(replica, dict(enumerate(requests)), pictures)
-    for answers in scorer.answers(scorer.batches(range(len(requests)), batch_tokens)):
+    for answers in scorer.answers(scorer.batches(scorer.families(range(len(requests)), batch_tokens), batch_tokens)):
         yield from answers
 
 
@@ -59,30 +65,56 @@ class Scorer:
     def __init__(self, replica: Replica, requests: dict[int, Score], pictures: Pictures) -> None:
         """requests: by their numbers among all requests. ValueError for one that no answer can be made to."""
         self._replica, self._requests, self._pictures = replica, requests, pictures
-        context, vocab_size = context_length(replica.model.args), replica.model.args.vocab_size
+        args = replica.model.args
         for index, request in requests.items():
-            _check(request, index, context, vocab_size)
-        vision = replica.model.args.vision
+            _check(request, index, context_length(args), args.vocab_size)
+        vision = args.vision
         slots = () if vision is None else (vision.patch_token_id, vision.video_token_id)
         self._filler = next(token for token in range(3) if token not in slots)
+        self._numbers = {index: number for number, index in enumerate(requests)}
+        self._indices = list(requests)
+        self._forest = Forest([_tokens(request, slots) for request in requests.values()], share=_shares(args))
 
-    def cost(self, index: int) -> int:
-        """Tokens that a request's answer takes."""
-        request = self._requests[index]
-        return len(request.context) + len(request.target) - 1
+    def families(self, wanted: Sequence[int], limit: int) -> list[list[int]]:
+        """The wanted requests, those together that have tokens in common, in parts of no more than `limit` tokens but
+        for single requests; the longest first."""
+        by_root: dict[int, list[int]] = {}
+        for index in wanted:
+            by_root.setdefault(self._path(index)[0], []).append(index)
+        found = []
+        for indices in by_root.values():
+            indices.sort(key=lambda index: (self._path(index), index))  # those with most in common are neighbours
+            part: list[int] = []
+            pieces: set[int] = set()
+            tokens = 0
+            for index in indices:
+                new = set(self._path(index)) - pieces
+                if part and tokens + self._count(new) > limit:
+                    found.append(part)
+                    part, pieces, tokens, new = [], set(), 0, set(self._path(index))
+                part.append(index)
+                pieces |= new
+                tokens += self._count(new)
+            found.append(part)
+        return sorted(found, key=lambda family: (-max(map(self._length, family)), family))
 
-    def batches(self, wanted: Sequence[int], batch_tokens: int) -> list[ScoreBatch]:
-        """Batches of the wanted requests, the longest first."""
+    def cost(self, indices: Sequence[int]) -> int:
+        """Tokens that are computed for these requests together."""
+        return self._count({piece for index in indices for piece in self._path(index)})
+
+    def batches(self, families: Sequence[Sequence[int]], batch_tokens: int) -> list[ScoreBatch]:
+        """Batches of whole families, in their order."""
         found: list[ScoreBatch] = []
         taken: list[int] = []
         tokens = 0
-        for index in sorted(wanted, key=lambda index: (-self.cost(index), index)):
-            if taken and tokens + self.cost(index) > batch_tokens:
-                found.append(ScoreBatch(tuple(taken), tokens))
+        for family in families:
+            cost = self.cost(family)
+            if taken and tokens + cost > batch_tokens:
+                found.append(self._batch(taken))
                 taken, tokens = [], 0
-            taken.append(index)
-            tokens += self.cost(index)
-        return [*found, ScoreBatch(tuple(taken), tokens)] if taken else found
+            taken += family
+            tokens += cost
+        return [*found, self._batch(taken)] if taken else found
 
     @staticmethod
     def filled(batch: ScoreBatch) -> int:
@@ -92,7 +124,7 @@ class Scorer:
     def answers(self, batches: Sequence[ScoreBatch], forwards: int = 0) -> Iterator[list[tuple[int, Scored]]]:
         """Those of one batch after the other (collective). forwards: so many at least, where other ranks make so many
         with this one."""
-        idle = [ScoreBatch((), 0)] * (forwards - len(batches))
+        idle = [ScoreBatch((), (), 0)] * (forwards - len(batches))
         ranks = self._replica.grid.pipeline.size
         every, at_once = [*batches, *idle], EVALUATED_AT_ONCE * ranks if ranks > 1 else 1
         for first in range(0, len(every), at_once):
@@ -102,32 +134,53 @@ class Scorer:
                 if batch.indices:
                     yield self._scored(batch, hidden[number] if hidden else None)
 
+    def _path(self, index: int) -> list[int]:
+        return self._forest.path(self._numbers[index])
+
+    def _length(self, index: int) -> int:
+        return len(self._requests[index].context) + len(self._requests[index].target) - 1
+
+    def _count(self, pieces: set[int]) -> int:
+        return sum(len(self._forest.pieces[piece]) for piece in pieces)
+
+    def _batch(self, indices: Sequence[int]) -> ScoreBatch:
+        pieces = list(dict.fromkeys(piece for index in indices for piece in self._path(index)))
+        pieces.sort(key=lambda piece: self._forest.pieces[piece].parent >= 0)  # stable: parents stay before the others
+        return ScoreBatch(tuple(indices), tuple(pieces), self._count(set(pieces)))
+
     def _inputs(self, batch: ScoreBatch) -> TransformerInput:
-        asked = [self._requests[index] for index in batch.indices]
-        documents = [[*request.context, *request.target][:-1] for request in asked]
-        documents += [[self._filler], [self._filler] * (self.filled(batch) - 1)]
-        ends = torch.tensor([0, *accumulate(map(len, documents))])
-        tiles = None
-        if self._replica.stages[0].first:
-            tiles = self._pictures.tiles([picture for request in asked for picture in request.pictures])
+        filler = self._filler
+        documents: list[tuple[int, ...]] = [(filler,), (filler,) * 2]
+        parents = [-1, -1]
+        numbers = {}
+        pictures: list[Picture] = []
+        for piece in batch.pieces:
+            stands = self._forest.pieces[piece]
+            request = self._requests[self._indices[stands.owner]]
+            numbers[piece] = len(documents)
+            documents.append((*request.context, *request.target)[stands.start : stands.end])
+            parents.append(numbers[stands.parent] if stands.parent >= 0 else -1)
+            pictures += request.pictures if stands.start == 0 else ()
+        documents.append((filler,) * (self.filled(batch) - 3))
+        parents.append(-1)
+        first = self._replica.stages[0].first
+        tiles = self._pictures.tiles(pictures) if first else None
         device = self._replica.world.device
-        tokens = torch.tensor([token for document in documents for token in document], device=device)[None]
-        return TransformerInput(tokens, cu_seqlens=ends, images=None if tiles is None else tiles.to(device))
+        return TransformerInput(
+            torch.tensor([token for document in documents for token in document], device=device)[None],
+            cu_seqlens=torch.tensor([0, *accumulate(map(len, documents))]),
+            images=None if tiles is None else tiles.to(device),
+            parents=torch.tensor(parents) if max(parents) >= 0 else None,
+        )
 
     def _scored(self, batch: ScoreBatch, hidden_1ND: Tensor | None) -> list[tuple[int, Scored]]:
         asked = [self._requests[index] for index in batch.indices]
         lengths = [len(request.target) for request in asked]
         made = None
         if hidden_1ND is not None:
-            places: list[int] = []
-            first = 0
-            for request in asked:
-                last = first + len(request.context) - 1  # of the context: it predicts the target's first
-                first = last + len(request.target)
-                places += range(last, first)
             device = hidden_1ND.device
             targets = torch.tensor([token for request in asked for token in request.target], device=device)
-            hidden = hidden_1ND[0].index_select(0, torch.tensor(places, device=device))
+            hidden = hidden_1ND[0].index_select(0, torch.tensor(self._places(batch), device=device))
             made = torch.stack([x.double() for x in target_scores(self._replica.model, hidden, targets)])
         rows = self._replica.from_last_stage(made, (3, sum(lengths)), torch.float64).cpu()
         answers = []
@@ -139,6 +192,21 @@ class Scorer:
             answers.append((index, Scored(math.fsum(logprobs), all(greedy))))
         return answers
 
+    def _places(self, batch: ScoreBatch) -> list[int]:
+        """Where in the row of a batch the tokens stand that come before targets."""
+        starts = {}
+        at = 3
+        for piece in batch.pieces:
+            starts[piece] = at - self._forest.pieces[piece].start
+            at += len(self._forest.pieces[piece])
+        found: list[int] = []
+        for index in batch.indices:
+            first = len(self._requests[index].context) - 1
+            for piece in self._path(index):
+                stands = self._forest.pieces[piece]
+                found += range(starts[piece] + max(first, stands.start), starts[piece] + stands.end)
+        return found
+
 
 def _check(request: Score, index: int, context: int, vocab_size: int) -> None:
     ids = (*request.context, *request.target)
@@ -148,3 +216,18 @@ def _check(request: Score, index: int, context: int, vocab_size: int) -> None:
         raise ValueError(f"request {index}: its {len(ids)} tokens but the last are more than the context of {context}")
     if not 0 <= min(ids) <= max(ids) < vocab_size:
         raise ValueError(f"request {index}: token ids must lie between 0 and {vocab_size - 1}")
+
+
+def _tokens(request: Score, slots: Sequence[int | None]) -> Tokens:
+    ids = (*request.context, *request.target)[:-1]
+    if not request.pictures:
+        return Tokens(ids)
+    last = max((place for place, token in enumerate(ids) if token in slots), default=-1)
+    return Tokens(ids, " ".join(picture.digest for picture in request.pictures), last + 1)
+
+
+def _shares(args: ModelArgs) -> bool:
+    """Whether a model's tokens can go on from others of the same batch: if nothing but attention looks back, and RoPE
+    does not turn by the length of a whole sequence."""
+    dynamic = args.rope_scaling is not None and args.rope_scaling.kind == "dynamic"
+    return not dynamic and all(spec.attention is not None for spec in args.layer_specs())

@@ -4,7 +4,7 @@ Every mask of the model is "causal within a segment": documents for global layer
 multiples of the chunk length for chunked layers; and in documents, a window may look back only so far. So no (B, T, T)
 mask is ever built.
 
-Shapes: B batch, T tokens, N = B*T, H query heads, K kv heads, d head width, S segments.
+Shapes: B batch, T tokens, N = B*T, H query heads, K kv heads, d head width, S segments, or keys of a cache.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llm.args import AttentionSpec
+from llm.args import AttentionSpec, Mask
 from llm.kernels.attention import causal_attention
 from llm.kernels.scores import Scores
 from llm.kernels.segments import Ints, Segments
@@ -73,6 +73,15 @@ def _check_consecutive(positions_BT: Ints, document_starts: Ints) -> None:
             f"sliding windows need consecutive positions inside a document; row {row} has "
             f"{positions_BT[row, column - 1]} then {positions_BT[row, column]} at token {column}"
         )
+
+
+def visible(query_BT: Ints, key_BS: Ints, mask: Mask, span: int | None) -> NDArray[np.bool_]:
+    """Whether each query sees each key, by position; (B, T, S). Padding sees padding, as no query may see nothing."""
+    query, key = query_BT[:, :, None], key_BS[:, None, :]
+    seen = (key <= query) & (key >= 0)
+    if span is not None:
+        seen &= key // span == query // span if mask == "chunk" else key > query - span
+    return np.where(query < 0, key < 0, seen)
 
 
 def document_lengths(positions_BT: Ints, document_starts: Ints) -> Ints:

@@ -7,7 +7,7 @@ import torch
 
 from llm import LLM
 from llm.evaluate.requests import NonFinite, Score, Scored
-from llm.evaluate.scoring import score
+from llm.evaluate.scoring import Scorer, score
 from tests.evaluate.replicas import pictures_of, replica_of
 from tests.model.models import MOE, VOCAB, llama4
 
@@ -22,15 +22,16 @@ LENGTHS = (1, 2, 3, 5, 8, 9, 16, 21, 33, 64)
 
 
 def requests_of(n: int, seed: int = 0) -> list[Score]:
-    """Lone ones, and choices that follow one context."""
+    """Lone ones, and choices that follow one context; the second half of all after the same examples."""
     draw = random.Random(seed)
 
     def ids(length: int) -> tuple[int, ...]:
         return tuple(draw.randrange(VOCAB) for _ in range(length))
 
-    found = []
+    found: list[Score] = []
+    examples = ids(50)
     while len(found) < n:
-        context = ids(draw.choice(LENGTHS))
+        context = (examples if 2 * len(found) > n else ()) + ids(draw.choice(LENGTHS))
         found += [Score(context, ids(draw.choice(LENGTHS[:6]))) for _ in range(draw.choice((1, 4)))]
     return found[:n]
 
@@ -69,6 +70,27 @@ def test_no_answer_depends_on_the_size_of_a_batch(kind, dtype):
     expected = answers(model, requests)
     for batch_tokens in (1, 100, 10**6):
         assert answers(model, requests, batch_tokens) == expected
+
+
+def test_what_requests_have_in_common_is_computed_once():
+    draw = random.Random(0)
+    contexts = [tuple(draw.randrange(VOCAB) for _ in range(30)) for _ in range(10)]
+    requests = [Score(context, (draw.randrange(VOCAB), 1, choice)) for context in contexts for choice in range(4)]
+    model = llama4()
+    scorer = Scorer(replica_of(model), dict(enumerate(requests)), pictures_of(model))
+    for limit in (1, 10**6):
+        batches = scorer.batches(scorer.families(range(40), limit), limit)
+        assert sorted(index for batch in batches for index in batch.indices) == list(range(40))
+    assert sum(batch.tokens for batch in batches) == 10 * (30 + 4 * 2)
+
+
+def test_answers_that_are_there_already_change_no_other():
+    model, requests = llama4(), requests_of(40)
+    expected = answers(model, requests)
+    scorer = Scorer(replica_of(model), dict(enumerate(requests)), pictures_of(model))
+    left = list(range(1, 40, 3))
+    found = dict(pair for some in scorer.answers(scorer.batches(scorer.families(left, 200), 200)) for pair in some)
+    assert found == {index: expected[index] for index in left}
 
 
 def test_logits_that_are_not_finite_are_refused():
