@@ -11,9 +11,17 @@ from torch import nn
 from llm.errors import NoTokenizer
 
 if TYPE_CHECKING:
+    from os import PathLike
+
+    from PIL.Image import Image
+
     from llm.args import ModelArgs
     from llm.model import LLM
     from llm.tokenizer import Tokenizer
+
+
+Images = Sequence["str | PathLike[str] | bytes | Image"]
+"""Of a text: files, what files hold, or images of Pillow."""
 
 
 class Conveniences(nn.Module):
@@ -72,6 +80,7 @@ class Conveniences(nn.Module):
         self,
         text: str | Sequence[str],
         *,
+        images: "Images | Sequence[Images] | None" = None,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         top_k: int | None = None,
@@ -83,8 +92,14 @@ class Conveniences(nn.Module):
         """The continuation of a text, or of each of several in one batch: what comes after it, with its first space.
 
         An empty text begins a document; `stop` ends at an end mark; llm/generation/sampling.py says what the other
-        settings mean. A continuation ends where the context (args.max_seq_len) does. Raises ValueError for a setting
-        out of range, UserError where there is no tokenizer, a text fills the context, or logits are not finite.
+        settings mean. A continuation ends where the context (args.max_seq_len) does.
+
+        images: those of the text, of a model with vision: paths, what files hold as bytes, or images of Pillow; of
+        several texts a list of these for each. The first `<image>` of a text stands for the first one; they stand
+        before a text without.
+        Raises ValueError for a setting out of range and for images that are none, UserError where there is no
+        tokenizer, an image cannot be read, placeholders are more or fewer than images, a text fills the context, or
+        logits are not finite.
         """
         from llm.generation.sampling import Sampling
         from llm.generation.text import Continuer
@@ -99,7 +114,13 @@ class Conveniences(nn.Module):
             )
         continuer = Continuer(cast("LLM", self), tokenizer, name)
         texts = [text] if isinstance(text, str) else list(text)
-        prompts = [continuer.prompt(one, f"prompt {i + 1}", str(i)) for i, one in enumerate(texts)]
+        given = _images_of(None if isinstance(text, str) else len(texts), images)
+        names = [f"prompt {i + 1}" for i in range(len(texts))]
+        pictures = [continuer.pictures.given(of, name) for of, name in zip(given, names, strict=True)]
+        prompts = [
+            continuer.prompt(one, name, str(i), seen)
+            for i, (one, name, seen) in enumerate(zip(texts, names, pictures, strict=True))
+        ]
         found = [done.text for done in continuer.complete(prompts, sampling, max_new_tokens, stop)] if prompts else []
         return found[0] if isinstance(text, str) else found
 
@@ -112,3 +133,22 @@ class Conveniences(nn.Module):
 
         dtype = next(self.parameters()).dtype
         write_model_folder(Path(path), self.args, ModuleWeights(self), dtype=dtype, tokenizer=tokenizer)
+
+
+def _images_of(texts: int | None, images: object) -> list[Sequence[object]]:
+    """The images of each of so many texts; None = of a single one, whose list it is. ValueError where they are no
+    lists."""
+    if images is None:
+        return [()] * (1 if texts is None else texts)
+    whole = _listed(images, "images")
+    if texts is None:
+        return [whole]
+    if len(whole) != texts:
+        raise ValueError(f"images has lists for {len(whole)} texts of {texts}; give one for each, which may be empty")
+    return [_listed(found, f"images of prompt {number}") for number, found in enumerate(whole, 1)]
+
+
+def _listed(images: object, name: str) -> Sequence[object]:
+    if isinstance(images, str | bytes) or not isinstance(images, Sequence):
+        raise ValueError(f"{name}: a {type(images).__name__} is no list of images")
+    return images

@@ -50,17 +50,28 @@ LIMITS = ImageLimits()
 """Where nothing else is said."""
 
 
-def open_image(source: Path | bytes, limits: ImageLimits = LIMITS) -> Image.Image:
-    """The picture in mode RGB, turned as its EXIF data say, of an animation the first frame. UserError, without the
-    name of the file, where it is missing, larger than the limits, of another format or damaged.
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A picture that the caller has opened, as it stands: of an animation, the frame that it is at."""
+
+    image: Image.Image
+
+
+Source = Path | bytes | Opened
+"""A file, what a file holds, or neither."""
+
+
+def open_image(source: Source, limits: ImageLimits = LIMITS) -> Image.Image:
+    """The picture in mode RGB, turned as its EXIF data say, of an animation in a file the first frame. UserError,
+    without the name of the file, where it is missing, larger than the limits, of another format or damaged.
     """
     with _stream(source, limits.max_bytes) as stream:
         try:
+            if isinstance(stream, Opened):
+                _check_size(stream.image, limits)
+                return rgb(ImageOps.exif_transpose(stream.image))
             with Image.open(stream, formats=FORMATS) as image:
-                if image.width * image.height > limits.max_pixels:
-                    raise UserError(
-                        f"has {image.width} x {image.height} pixels, more than max_pixels={limits.max_pixels}"
-                    )
+                _check_size(image, limits)
                 ImageOps.exif_transpose(image, in_place=True)  # decodes it first
                 return rgb(image)
         except Image.DecompressionBombError:
@@ -82,8 +93,16 @@ def file_under(root: Path, name: str) -> Path:
     return found
 
 
+def _check_size(image: Image.Image, limits: ImageLimits) -> None:
+    if image.width * image.height > limits.max_pixels:
+        raise UserError(f"has {image.width} x {image.height} pixels, more than max_pixels={limits.max_pixels}")
+
+
 @contextmanager
-def _stream(source: Path | bytes, max_bytes: int) -> Iterator[BinaryIO]:
+def _stream(source: Source, max_bytes: int) -> Iterator[BinaryIO | Opened]:
+    if isinstance(source, Opened):
+        yield source
+        return
     if isinstance(source, bytes):
         _check(len(source), max_bytes)
         yield io.BytesIO(source)

@@ -6,18 +6,20 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from os import PathLike
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from llm.args.vision import VisionArgs
 from llm.data.conversation import PLACEHOLDER
 from llm.errors import UserError
 from llm.tokenizers.base import Tokenizer
-from vision.opening import ImageLimits, file_under, open_image
+from vision.opening import ImageLimits, Opened, Source, file_under, open_image
 from vision.preprocess import filled
 from vision.tiles import Grid, cut, n_tiles
 from vision.tokens import NAMES
@@ -30,7 +32,7 @@ KEPT = 32
 class Picture:
     """An image of a prompt."""
 
-    source: Path | bytes
+    source: Source
     name: str
     """for errors"""
     grid: Grid
@@ -46,12 +48,20 @@ class Pictures:
         self._vision, self._model, self._limits = vision, model, limits
         self._cut = lru_cache(KEPT)(self._cut_source)
 
-    def look(self, source: Path | bytes, name: str) -> Picture:
+    def look(self, source: Source, name: str) -> Picture:
         """An image, which is decoded and cut once. UserError, which begins with its name, where that cannot be."""
         if self._vision is None:
             raise UserError(f"{name} is for a model with vision; {self._model} reads text only (model.vision)")
         tiles, grid = self._tiles(source, name)
         return Picture(source, name, grid, hashlib.blake2b(tiles.tobytes(), digest_size=16).hexdigest())
+
+    def given(self, sources: Sequence[object], prompt: str) -> list[Picture]:
+        """Images that a program has: paths, what files hold, or what Pillow has opened. UserError as of `look`,
+        ValueError on anything else; both begin with the prompt's name."""
+        try:
+            return [self.look(*_given(source, number)) for number, source in enumerate(sources, 1)]
+        except (UserError, ValueError) as error:
+            raise type(error)(f"{prompt}: {error}") from None
 
     def under(self, root: Path, sources: Sequence[str | bytes]) -> list[Picture]:
         """Images by their paths in a folder, or as they are in files. UserError as of `look`, and where a path leads
@@ -99,15 +109,26 @@ class Pictures:
             if ids.count(self._vision.patch_token_id) != slots:
                 raise UserError(f"spells {NAMES['patch']} itself, which stands for parts of images alone")
 
-    def _tiles(self, source: Path | bytes, name: str) -> tuple[NDArray[np.uint8], Grid]:
+    def _tiles(self, source: Source, name: str) -> tuple[NDArray[np.uint8], Grid]:
         try:
             return self._cut(source)
         except UserError as error:
             raise UserError(f"{name} {error}") from None
 
-    def _cut_source(self, source: Path | bytes) -> tuple[NDArray[np.uint8], Grid]:
+    def _cut_source(self, source: Source) -> tuple[NDArray[np.uint8], Grid]:
         assert self._vision is not None
         return cut(open_image(source, self._limits), self._vision)
+
+
+def _given(source: object, number: int) -> tuple[Source, str]:
+    """What an image is read from, and its name for errors."""
+    if isinstance(source, str | PathLike):
+        return Path(source).expanduser(), f"image {str(source)!r}"
+    if isinstance(source, bytes):
+        return source, f"image {number}"
+    if isinstance(source, Image.Image):
+        return Opened(source), f"image {number}"
+    raise ValueError(f"image {number} has type {type(source).__name__}; give a path, bytes, or an image of Pillow")
 
 
 def placed(text: str, n_images: int) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from launch.generate import continue_prompt
 from llm import LLM
@@ -128,6 +129,43 @@ def test_an_image_that_changes_or_goes_before_its_prompt_is_continued_is_named_w
     continuer = Continuer(model, TOKENIZER, "m")
     with pytest.raises(UserError, match="the prompt in row 3: image 'small.png' does not exist"):
         continuer.complete([prompt], GREEDY, 2)
+
+
+def test_generate_takes_paths_bytes_and_pictures_of_pillow_as_the_command_takes_files(model, images, tmp_path):
+    text, settings = "a<image>b<image>", {"max_new_tokens": 4, "stop": False}
+    wide, small = images / "wide.png", images / "small.png"
+    expected = TOKENIZER.decode(by_hand(model, PROMPTS[text], 4))
+    assert model.generate(text, images=[wide, str(small)], **settings) == expected
+    with Image.open(small) as opened:
+        assert model.generate(text, images=[wide.read_bytes(), opened], **settings) == expected
+    upright = picture(*SEES["small"], 1)
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    turned.getexif()[0x0112] = 6
+    assert model.generate(text, images=[wide, turned], **settings) == expected
+    together = model.generate([text, "ab"], images=[[wide, small], []], **settings)
+    assert together == [expected, model.generate("ab", **settings)]
+
+
+def test_what_is_wrong_with_images_given_to_generate_is_said_with_the_prompt(model, images):
+    small = images / "small.png"
+    for given, error, line in (
+        ([images / "no.png"], UserError, f"^prompt 1: image '{images}/no.png' does not exist"),
+        ([small, small.read_bytes()[:40]], UserError, "^prompt 1: image 2 (is no picture|cannot be decoded)"),
+        ([small, small], UserError, "^prompt 1: has 1 placeholder for 2 images"),
+        ([Image.new("F", (2, 2))], UserError, "^prompt 1: image 1 has floats as pixels"),
+        ([3], ValueError, "^prompt 1: image 1 has type int; give a path, bytes, or"),
+        (str(small), ValueError, "^images: a str is no list of images"),
+    ):
+        with pytest.raises(error, match=line):
+            model.generate("<image>", images=given)
+    with pytest.raises(ValueError, match="^images has lists for 1 texts of 2"):
+        model.generate(["a", "b"], images=[[small]])
+    with pytest.raises(ValueError, match="^images of prompt 2: a PosixPath is no list"):
+        model.generate(["a", "b"], images=[[], small])
+    blind = llama4(0, vocab_size=TOKENIZER.vocab_size, tie_embeddings=False)
+    blind.tokenizer = TOKENIZER
+    with pytest.raises(UserError, match="^prompt 1: image .* is for a model with vision; this model reads text only"):
+        blind.generate("a", images=[small])
 
 
 def run(folder: Path, *words: str) -> None:
