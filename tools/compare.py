@@ -22,7 +22,7 @@ from llm.evaluate.ranking import column, metrics_in
 from llm.evaluate.report import write_report
 from llm.paths import PathText
 
-OF_A_TASK = ("kind", "version", "digest", "n", "num_fewshot", "fewshot", "fewshot_seed", "partial")
+OF_A_TASK = ("kind", "version", "task_digest", "n", "num_fewshot", "fewshot_seed", "partial")
 """What two results of one task have in common, where it was done the same way."""
 
 

@@ -22,7 +22,7 @@ def run_lines(report: Report, details: bool) -> Iterator[str]:
     for entry in entries:
         marks = []
         if best.get("step") is not None and best["step"] == entry["step"]:
-            marks.append(f"the best, validation loss {best['valid_loss']:.4f}")
+            marks.append("the best, {} {}".format(*_best(best)))
         if resume and resume["path"] == entry["path"]:
             marks.append("a resume takes this one")
         name = PurePath(entry["path"]).name if entry["step"] is None else f"step {entry['step']}"
@@ -32,7 +32,8 @@ def run_lines(report: Report, details: bool) -> Iterator[str]:
             yield f"  {size}, {_position(entry)}; written by {entry['written_by']}"
         yield from _problems(entry)
     if best.get("step") is not None and best["step"] not in [entry["step"] for entry in entries]:
-        yield f"the best validation loss, {best['valid_loss']:.4f}, was at step {best['step']}, which is not kept"
+        name, value = _best(best)
+        yield f"the best {name}, {value}, was at step {best['step']}, which is not kept"
     if entries and not resume:
         yield "no valid checkpoint: a resume would stop and say so"
     for name in report["set_aside"]:
@@ -65,7 +66,8 @@ def checkpoint_lines(report: Report) -> Iterator[str]:
         what = f"{frozen['parameters']:,} parameters in {_count(frozen['tensors'], 'tensor')} that do not train"
         yield f"not in it: {what}, {place}{gone}"
     if best.get("step") is not None:
-        yield f"best validation loss so far: {best['valid_loss']:.4f} at step {best['step']}"
+        name, value = _best(best)
+        yield f"best {name} so far: {value} at step {best['step']}"
     if report["passed_over"]:
         yield f"steps whose rows were passed over: {', '.join(map(str, report['passed_over']))}"
     if report["rows_passed_over"]:
@@ -147,6 +149,12 @@ def _position(entry: Report) -> str:
     unknown = "an unknown number of"
     tokens, rows = (unknown if n is None else f"{n:,}" for n in (entry["tokens"], entry["rows"]))
     return f"{tokens} tokens and {rows} rows seen"
+
+
+def _best(best: Report) -> tuple[str, str]:
+    """What a run follows, and the best of it."""
+    metric = best.get("metric")
+    return ("validation loss", f"{best['valid_loss']:.4f}") if metric is None else (metric, f"{best['score']:.4f}")
 
 
 def _recorded(last: Report | None) -> str:

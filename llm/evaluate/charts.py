@@ -145,7 +145,7 @@ def whiskers(values: Sequence[tuple[float | None, float | None]]) -> str:
     if not there:
         return ""
     low, high = min(v - 2 * e for v, e in there), max(v + 2 * e for v, e in there)
-    if low >= 0 and high <= 1:
+    if all(0 <= v <= 1 for v, _ in there):
         low, high = 0.0, 1.0
     elif low == high or len(there) == 1:
         return ""  # there is nothing to compare it with

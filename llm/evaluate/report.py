@@ -81,6 +81,7 @@ def _results(outputs: Sequence[Output], names: Sequence[str]) -> str:
             values.append(found.get(metric, (None, None)))
         numbers = [value for value, _ in values if value is not None]
         best = (min if ranking.lower_is_better(metric) else max)(numbers, default=None)
+        best = None if len(set(numbers)) == 1 else best
         cells = "".join(
             f'<td class="num{" best" if keys and value is not None and value == best else ""}">'
             f"{_with_error(value_of(output, task, metric))}</td>"

@@ -19,11 +19,17 @@ def markdown(outputs: Sequence[Output], steps: Sequence[int] | None = None) -> s
     lines = ["# Evaluation", ""]
     lines += _table(["", *_MODEL], [[name, *_described(output)] for name, output in zip(names, outputs, strict=True)])
     lines += ["", "## Results", "", "Value \u00b1 one standard error; n = documents.", ""]
-    rows = []
-    for task, metric in rows_of(outputs):
-        cells = [value_of(output, task, metric) for output in outputs]
-        rows.append([task + mark_of(outputs, task), metric, *cells, counted(outputs, task)])
-    lines += _table(["task", "metric", *names, "n"], rows)
+    every = rows_of(outputs)
+    if steps is None:
+        head = ["task", "metric", *names, "n"]
+        rows = [
+            [task + mark_of(outputs, task), m, *(value_of(of, task, m) for of in outputs), counted(outputs, task)]
+            for task, m in every
+        ]
+    else:
+        head = ["", *(f"{task}{mark_of(outputs, task)} {metric}" for task, metric in every)]
+        rows = [[name, *(value_of(of, *row) for row in every)] for name, of in zip(names, outputs, strict=True)]
+    lines += _table(head, rows)
     if any(mark_of(outputs, task) for task in tasks_of(outputs)):
         lines += ["", "\\* partial: only the first documents were read (`--limit`)"]
     lines += ["", "## Tasks", ""]

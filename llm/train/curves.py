@@ -27,8 +27,8 @@ CURVES = {
     "data_wait_s": "throughput/data_wait_s",
     "memory_gb": "memory/peak_gb",
 }
-"""Fields of a row that are drawn, and under which name; beside them what a validation says, and the losses and measures
-of objectives and sources."""
+"""Fields of a row that are drawn, and under which name; beside them what a validation says, the metrics of tasks, and
+the losses and measures of objectives and sources."""
 WANDB_ID = "wandb_id"
 """File in the run folder with the identity of the run at Weights & Biases."""
 
@@ -37,6 +37,8 @@ def curve_of(field: str, measures: Collection[str] = ()) -> str | None:
     """The name under which a field of a row is drawn; None where it is not. measures: fields of objectives."""
     if field in measures:
         return f"train/{field}"
+    if field.startswith("eval/"):
+        return None if field.endswith("_stderr") else field
     if field.startswith("valid_"):
         return f"val/{field.removeprefix('valid_')}"
     if field.startswith("loss/") or (field.endswith("_loss") and field not in CURVES):

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from llm.paths import free_space
+from llm.train.best import VALID_LOSS
 from llm.train.config import RunConfig
 
 
@@ -13,11 +14,12 @@ def checkpoints_at_once(config: RunConfig) -> int:
     that stay for good.
     """
     own, steps = config.checkpoint, config.train.steps
-    best = own.keep_best and config.data.valid is not None
+    followed = config.eval.interval if config.eval.best == VALID_LOSS else config.eval.interval_of_tasks
+    best = own.keep_best and (config.data.valid is not None or config.eval.best != VALID_LOSS)
     if steps is None:
         return own.keep + best + 1
     planned = {*range(own.interval, steps + 1, own.interval), steps}
-    possible = planned | {*(range(config.eval.interval, steps + 1, config.eval.interval) if best else ())}
+    possible = planned | {*(range(followed, steps + 1, config.eval.interval) if best else ())}
     for_good = {step for step in possible if own.keep_every and step % own.keep_every == 0}
     kept = max(len(for_good.union(sorted(saved)[-own.keep :])) for saved in (planned, possible))
     return min(kept + best + 1, len(possible))

@@ -25,6 +25,7 @@ from llm.train.chat import run_tokenizer
 from llm.train.config import RunConfig
 from llm.train.config.length import default_warmup
 from llm.train.disk import checkpoints_at_once, room
+from llm.train.evaluation import open_run_tasks, opening_lines
 from llm.train.freezing import parameter_table
 from llm.train.notes import config_notes
 from llm.train.optimizer import parameter_groups
@@ -110,6 +111,9 @@ def _lines(config: RunConfig, layout: Layout, run_dir: Path | None) -> Iterator[
     yield from _vision(work)
     yield from _memory(work, config.checkpoint.asynchronous)
     yield from _disk(config, memory.checkpoint_bytes(work), run_dir)
+    if run_dir is not None:
+        tokenizer, template = run_tokenizer(config)
+        yield from opening_lines(config, open_run_tasks(config, tokenizer, template))
     yield from _traffic(work)
 
 

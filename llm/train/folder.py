@@ -7,6 +7,7 @@ import yaml
 from llm.atomic import write_unless_same
 from llm.checkpoint.run_folder import save_template, save_tokenizer
 from llm.train.curves import CurveSink, TensorBoard, WeightsAndBiases
+from llm.train.evaluation import opening_lines
 from llm.train.log import RunLog
 from llm.train.run import Run
 
@@ -44,6 +45,8 @@ def open_log(run: Run, step: int, notes: Sequence[str]) -> RunLog:
     )
     if run.held_out is not None:
         log.say(f"a validation reads {run.held_out.described()} ({run.rows_reason})")
+    for line in opening_lines(run.config, run.tasks):
+        log.say(line)
     return log
 
 

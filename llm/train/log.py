@@ -95,15 +95,17 @@ class RunLog:
                 self._bar.set_postfix_str(f"loss {_number(row, 'loss', '.4f')}")
         if step % self.interval == 0 or step in (self._first_step, self.steps):
             self.say(self._line(row))
-        if "valid_loss" in row:
-            self.say(validation_line(row))
+        for line in measured_lines(row):
+            self.say(line)
 
     def first(self, row: dict[str, Any]) -> None:
         """Record a validation before the first step: row 0, which has nothing of a step."""
         self._pass_on(self._metrics_channel.send(lambda: self._metrics.write(json.dumps(row))))
-        points = {name: value for key, value in row.items() if (name := curve_of(key)) is not None}
+        named = {curve_of(key): value for key, value in row.items() if value is not None}
+        points = {name: value for name, value in named.items() if name is not None}
         self._draw(lambda sink: sink.numbers(0, points))
-        self.say(validation_line(row))
+        for line in measured_lines(row):
+            self.say(line)
 
     def sample(self, step: int, prompt: str, text: str, images: Tensor | None = None) -> None:
         """A text sample, on the screen, in log.txt and beside the curves; there also the images that it is about, uint8
@@ -145,6 +147,19 @@ SAID = {
     "valid_target_share": ("share of targets", ".1%"),
 }
 """How some fields of a validation read; the others read as they are called."""
+
+
+def measured_lines(row: dict[str, Any]) -> list[str]:
+    """What a validation and the tasks found, if the row has them: a line each."""
+    tasks: dict[str, list[str]] = {}
+    for key, value in row.items():
+        if key.startswith("eval/") and not key.endswith("_stderr"):
+            task, _, metric = key.removeprefix("eval/").rpartition("/")
+            error = row.get(f"{key}_stderr")
+            said = "no value" if value is None else f"{value:.4f}" + ("" if error is None else f" +- {error:.4f}")
+            tasks.setdefault(task, []).append(f"{metric} {said}")
+    lines = [f"step {row['step']}: {task}: {', '.join(metrics)}" for task, metrics in tasks.items()]
+    return [validation_line(row), *lines] if "valid_loss" in row else lines
 
 
 def validation_line(row: dict[str, Any]) -> str:

@@ -20,6 +20,8 @@
 | mfu | share of the device's peak that the model's own arithmetic took (llm/flops.py); null where none is known |
 | step_time_s, data_wait_s | seconds of the step, and of them waiting for data |
 | rows_passed_over | ranges [first row, end row) of the step that were not trained on; only where there are any |
+| valid_loss, valid_ppl, ... | what a validation says of the held-out rows, at the steps that have one |
+| eval/TASK/METRIC, ..._stderr | what eval.tasks say, and the standard errors; null where a metric has no value |
 | memory_gb | peak of rank 0 since it began, GiB: allocated on its GPU, or of the whole process on a CPU |
 """
 

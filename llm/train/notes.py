@@ -5,6 +5,7 @@ refused, as the run is a sound one without.
 from collections.abc import Iterator, Sequence
 
 from llm.generation.text import context_length
+from llm.train.best import VALID_LOSS
 from llm.train.config import RunConfig, Section
 from llm.train.config.length import cut_short
 from llm.train.schedule import steps_between
@@ -26,11 +27,16 @@ def config_notes(config: RunConfig, prompts: Sequence[Sequence[int]] = (), step:
 def _without_effect(config: RunConfig) -> Iterator[str]:
     """Keys that were given and decide nothing, as another one is not."""
     if config.data.valid is None:
-        keys = [*_given(config.eval, "eval", "interval", "rows", "batches")]
+        of_tasks = bool(config.eval.tasks) and config.eval.tasks_interval is None
+        keys = [*_given(config.eval, "eval", *([] if of_tasks else ["interval"]), "rows", "batches")]
         best = config.checkpoint.keep_best and "keep_best" in config.checkpoint.model_fields_set
-        keys += ["checkpoint.keep_best"] if best else []
+        keys += ["checkpoint.keep_best"] if best and config.eval.best == VALID_LOSS else []
         if keys:
             yield f"note: without held-out text (data.valid) there is no validation: {_of(keys)} no effect"
+    if not config.eval.tasks:
+        keys = [*_given(config.eval, "eval", "tasks_interval", "tasks_limit", "apply_chat_template")]
+        if keys:
+            yield f"note: without eval.tasks the model is evaluated on none: {_of(keys)} no effect"
     if config.eval.sample_interval is None:
         keys = [*_given(config.eval, "eval", "prompts", "sample_tokens", "temperature")]
         if keys:

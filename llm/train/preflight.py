@@ -131,6 +131,13 @@ def _data_is_readable(run: UnstartedRun) -> None:
         look_at_rows(side, asked_of(rows_wanted(run.config), run.tokenizer, role, side))
 
 
+def _tasks(run: UnstartedRun) -> None:
+    if run.config.eval.tasks:
+        from llm.train.evaluation import open_run_tasks  # imports what computes answers
+
+        open_run_tasks(run.settled, run.tokenizer, run.template)
+
+
 def _machine(run: UnstartedRun) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if run.config.train.compile:
@@ -152,6 +159,7 @@ CHECKS: tuple[Callable[[UnstartedRun], None], ...] = (
     _checkpoint,
     _weights,
     _data_is_readable,
+    _tasks,
     _machine,
 )
 """In the order in which a run meets them; what costs least first. (The config itself and its layout come before.)"""

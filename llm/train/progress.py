@@ -1,12 +1,10 @@
 """Where a run stands: what its checkpoints record beside weights and optimizer state."""
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
 from llm.checkpoint.frozen import Origin
-from llm.data.heldout import HeldOut
-from llm.train.best import Best, best_on
+from llm.train.best import Best, Followed, best_on
 from llm.train.config import GuardConfig
 from llm.train.guard import Guard
 from llm.train.resume.skipped_steps import SkippedSteps
@@ -34,9 +32,9 @@ class Progress:
     """Digest of the reference sums that the run trains against; None where it does not."""
 
     @classmethod
-    def new(cls, config: GuardConfig, held_out: HeldOut | None) -> "Progress":
+    def new(cls, config: GuardConfig, followed: Followed | None) -> "Progress":
         """Before the first step."""
-        best, _ = best_on(held_out, {})
+        best, _ = best_on(followed, {})
         return cls(Guard(config), best)
 
     @property
@@ -48,7 +46,7 @@ class Progress:
         """For the checkpoint; the rows stand there with their data."""
         return {
             "tokens": self.tokens,
-            "best": dataclasses.asdict(self.best),
+            "best": self.best.state(),
             "guard": self.guard.state(),
             "skip_steps": self.skipped.state(),
             **({} if self.reference is None else {"reference": self.reference}),

@@ -20,8 +20,10 @@ from llm.parallel.launch.world import World
 from llm.tasks import Task, task_named
 from llm.tokenizer import Tokenizer
 from llm.tokenizers.chat import ChatTemplate
+from llm.train.best import Followed
 from llm.train.chat import run_tokenizer
 from llm.train.config import RunConfig, accumulation_steps, check_layout
+from llm.train.evaluation import RunTasks, followed_in, open_run_tasks
 from llm.train.freezing import parameter_table
 from llm.train.optimizer import make_optimizer
 from llm.train.progress import Progress
@@ -56,6 +58,10 @@ class Run:
     task: Task
     mixture: Mixture
     held_out: HeldOut | None
+    tasks: RunTasks
+    """`eval.tasks`, with what they ask"""
+    followed: Followed | None
+    """What says which checkpoint is the best"""
     engine: Engine
     epochs: float | None
     """`train.epochs` as it was given."""
@@ -103,6 +109,7 @@ def build_run(config: RunConfig, folder: Path, world: World) -> Run:
     settled, rows_reason = settle_rows(settled)
     task = task_named(settled.task)
     rows = task.open_rows(rows_wanted(settled), tokenizer, world)
+    tasks = all_or_none(lambda: open_run_tasks(settled, tokenizer, template), world)
     engine = build_engine(settled, grid)
     engine.before_change = store.wait_for_copy
     return Run(
@@ -117,6 +124,8 @@ def build_run(config: RunConfig, folder: Path, world: World) -> Run:
         task=task,
         mixture=rows.train,
         held_out=rows.valid,
+        tasks=tasks,
+        followed=followed_in(settled, rows.valid, tasks),
         engine=engine,
         epochs=config.train.epochs,
         notes=rows.notes,

@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from llm.tokenizers.folder import notes_of
 from llm.train import reference
 from llm.train.config import RunConfig
 from llm.train.config.length import misfit, untraced
+from llm.train.evaluation import evaluate
 from llm.train.folder import open_log
 from llm.train.freezing import frozen_notes
 from llm.train.guard import part_passed_over, rows_and_size
@@ -62,7 +64,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, run_dir: Path, world: World) -> None:
         self.run = build_run(config, run_dir, world)
-        self.progress = Progress.new(config.guard, self.run.held_out)
+        self.progress = Progress.new(config.guard, self.run.followed)
         self.progress.origin = Seed(self.run.config.train.seed)
         self.run.settle(self.progress)
         self.restorer = Restorer(self.run, self.progress)
@@ -232,10 +234,7 @@ class Trainer:
         if progress.step >= steps:
             return f"the run is at step {progress.step} of train.steps={steps}"
         if best.exhausted(patience):
-            return (
-                f"stopped early at step {progress.step} of train.steps={steps}, after {best.since} validations "
-                f"(eval.patience={patience}) without a loss below the {best.valid_loss:.4f} of step {best.step}"
-            )
+            return f"stopped early at step {progress.step} of train.steps={steps}, after {best.gave_up(patience)}"
         return None
 
     def loader(self) -> TrainLoader:
@@ -295,14 +294,15 @@ class Trainer:
     ) -> str | None:
         """Validate, record, save and sample, each when its time has come; why the run ends here, or None."""
         run, step, config = self.run, self.progress.step, self.run.config
-        new_best = False
-        if run.held_out and (step == run.steps or step % config.eval.interval == 0):
-            found = self._validation(requests)
+        for due, measure, what in (
+            (run.held_out and self._is_due(config.eval.interval), self._validation, "validation"),
+            (run.tasks.opened and self._is_due(config.eval.interval_of_tasks), self._evaluation, "evaluation"),
+        ):
+            found = measure(requests) if due else {}
             if found is None:
-                notes = [*notes, f"step {step}: validation given up, as the run is to stop"]
-            else:
-                row.update(found)
-                new_best = self.progress.best.update(found["valid_loss"], step)
+                notes = [*notes, f"step {step}: {what} given up, as the run is to stop"]
+            row.update(found or {})
+        new_best = self._new_best(row)
         end = self._end()
         if log:
             for line in notes:
@@ -316,16 +316,31 @@ class Trainer:
 
 
     def _validate_first(self, log: RunLog | None, requests: Requests) -> None:
-        """What the weights that the run begins with give on the held-out rows: row 0 of metrics.jsonl, and the first
-        that later validations are compared with (collective).
+        """What the weights that the run begins with give on the held-out rows and the tasks: row 0 of metrics.jsonl,
+        and the first that later validations are compared with (collective).
         """
-        found = self._validation(requests)
-        if found is not None:
-            self.progress.best.update(found["valid_loss"], 0)
-            if log:
-                log.first({"step": 0, **found})
+        found: dict[str, float | None] = {**(self._validation(requests) or {}), **(self._evaluation(requests) or {})}
+        self._new_best(found)
+        if log and found:
+            log.first({"step": 0, **found})
 
-    def _validation(self, requests: Requests) -> dict[str, float] | None:
+    def _is_due(self, interval: int) -> bool:
+        return self.progress.step == self.run.steps or self.progress.step % interval == 0
+
+    def _new_best(self, row: Mapping[str, Any]) -> bool:
+        """Whether what the run follows was measured at this step, and is the best so far."""
+        best = self.progress.best
+        return best.metric in row and best.update(row[best.metric], self.progress.step)
+
+    def _evaluation(self, requests: Requests) -> dict[str, float | None] | None:
+        """What eval.tasks say, None where there are none or the run is to stop (collective)."""
+        run = self.run
+        if not run.tasks.opened:
+            return None
+        asked = (run.engine.replica, run.tasks, run.tokenizer, run.template, run.config)
+        return evaluate(*asked, lambda: bool(requests.stop))
+
+    def _validation(self, requests: Requests) -> dict[str, float | None] | None:
         """What a validation says, None where there are no held-out rows or the run is to stop (collective). UserError
         where its loss is not finite.
         """
@@ -338,7 +353,7 @@ class Trainer:
             raise agreed_error(
                 f"step {self.progress.step}: valid_loss is {found['valid_loss']}; the last checkpoint is intact"
             )
-        return found
+        return None if found is None else {**found}
 
 
 def _raise(error: Exception | None) -> None:

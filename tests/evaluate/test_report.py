@@ -99,7 +99,9 @@ def test_checkpoints_are_drawn_against_their_steps(tmp_path: Path) -> None:
     assert "Score against step" in text and len(re.findall("<polyline", text)) == 2  # acc and acc_norm
     assert "step 20" in text and "partial" in text and not Tags(text).open
     write_markdown(outputs, tmp_path / "results.md", steps=[10, 20])
-    assert "| task\\* | acc |" in (tmp_path / "results.md").read_text()
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    assert "|  | task\\* acc | task\\* acc_norm |" in lines
+    assert [line.split(" | ")[0] for line in lines if line.startswith("| step")][-2:] == ["| step 10", "| step 20"]
 
 
 def test_a_table_in_markdown_is_not_broken_by_names(tmp_path: Path) -> None:

@@ -114,3 +114,19 @@ def test_a_step_that_was_passed_over_is_not_said_to_have_no_finite_loss(
     first, second = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert first.count("not computed") == 2 and "not finite" not in first
     assert second.count("not finite") == 2
+
+
+def test_what_tasks_found_is_a_line_each_and_a_curve_but_for_the_standard_errors(tmp_path: Path, wandb: Any) -> None:
+    sink = WeightsAndBiases(tmp_path, {})
+    log = RunLog(tmp_path, first_step=1, steps=9, interval=100, curves=[sink])
+    found = {"eval/arc/acc": 0.5, "eval/arc/acc_stderr": 0.05, "eval/arc/acc_norm": None, "eval/wiki/ppl": 7.25}
+    log.first({"step": 0, **found})
+    log.step({**ROW, "step": 1, "valid_loss": 2.0, **found})
+    log.close()
+    points = wandb.points[wandb.runs[0].options["id"]]
+    for step in (0, 1):
+        drawn = {key: value for key, value in points[step].items() if key.startswith("eval/")}
+        assert drawn == {"eval/arc/acc": 0.5, "eval/wiki/ppl": 7.25}
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert lines[:2] == ["step 0: arc: acc 0.5000 +- 0.0500, acc_norm no value", "step 0: wiki: ppl 7.2500"]
+    assert lines[-3:] == ["step 1: validation loss 2.0000", *(line.replace("step 0", "step 1") for line in lines[:2])]

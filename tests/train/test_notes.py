@@ -83,3 +83,16 @@ def test_the_dry_run_says_them_too(tmp_path: Path) -> None:
 def test_a_resolved_config_says_no_more_than_the_one_it_came_from(tmp_path: Path) -> None:
     config = validate(tiny_config(tmp_path), "config")
     assert config_notes(validate(config.model_dump(mode="json"), "again")) == config_notes(config) == []
+
+
+def test_keys_of_tasks_without_tasks_and_intervals_of_tasks_without_held_out_text(tmp_path: Path) -> None:
+    (line,) = notes(tmp_path, eval={"tasks_limit": 3, "apply_chat_template": True})
+    assert line == (
+        "note: without eval.tasks the model is evaluated on none: eval.tasks_limit and eval.apply_chat_template "
+        "have no effect"
+    )
+    tasks = {"tasks": ["a.yaml"], "best": "eval/a/acc", "interval": 7, "patience": 3}
+    keep = {"keep_best": True}
+    assert notes(tmp_path, data={"valid": None}, eval=tasks, checkpoint=keep) == [], "the interval of the tasks"
+    (line,) = notes(tmp_path, data={"valid": None}, eval={**tasks, "tasks_interval": 2}, checkpoint=keep)
+    assert line.endswith("eval.interval has no effect")

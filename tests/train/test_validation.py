@@ -32,6 +32,26 @@ def test_it_survives_a_checkpoint_also_one_from_before_patience() -> None:
     assert Best(**{"valid_loss": 1.0, "step": 1}) == Best(1.0, 1, 0)
 
 
+def test_a_metric_of_a_task_may_rise_or_fall_and_without_a_value_is_not_better() -> None:
+    rising, falling = Best(metric="eval/arc/acc", higher_is_better=True), Best(metric="eval/wiki/ppl")
+    seen = [(rising.update(v, i), falling.update(v, i)) for i, v in enumerate([0.5, None, 0.7, 0.5, 0.7, 0.4])]
+    assert seen == [
+        (True, True), (False, False), (True, False), (False, False), (False, False), (False, True)
+    ]  # fmt: skip
+    assert (rising.score, rising.step, rising.since) == (0.7, 2, 3) and rising.valid_loss is None
+    assert "3 validations (eval.patience=3) without eval/arc/acc above the 0.7000 of step 2" in rising.gave_up(3)
+    assert "without eval/wiki/ppl below the 0.4000 of step 5" in falling.gave_up(3)
+    assert "without a value of eval/arc/acc" in Best(metric="eval/arc/acc", since=2).gave_up(2)
+
+
+def test_a_checkpoint_says_what_is_followed_where_that_is_not_the_loss() -> None:
+    assert Best(valid_loss=1.0, step=3).state() == {
+        "valid_loss": 1.0, "step": 3, "since": 0, "rows": None, "held_out": None
+    }  # fmt: skip
+    followed = Best(step=3, metric="eval/arc/acc", score=0.5, higher_is_better=True)
+    assert Best(**followed.state()) == followed
+
+
 class Rows(NamedTuple):
     """What Best asks of held-out rows."""
 
@@ -60,6 +80,17 @@ def test_other_held_out_rows_begin_best_and_patience_anew_and_say_so() -> None:
     assert on(Best(rows=8, held_out="a"), Rows(8, "b"))[1] == [
         "changed: a validation reads other rows now: 8 rows -> 8 of 99 held-out rows"
     ]
+
+
+def test_another_metric_begins_best_and_patience_anew_and_says_so() -> None:
+    before = Best(valid_loss=1.0, step=7, since=5, rows=8, held_out="a")
+    fresh, (line,) = before.on(cast(HeldOut, Rows(9, "b")), "eval/arc/acc", higher_is_better=True)
+    assert fresh == Best(rows=9, held_out="b", metric="eval/arc/acc", higher_is_better=True)
+    assert line.startswith("changed: eval.best valid_loss -> eval/arc/acc; the best validation loss so far, 1.0000")
+    fresh.update(0.5, 9)
+    assert fresh.on(cast(HeldOut, Rows(9, "b")), "eval/arc/acc", True) == (fresh, [])
+    _, (line,) = fresh.on(cast(HeldOut, Rows(8, "a")))
+    assert "eval.best eval/arc/acc -> valid_loss; the best eval/arc/acc so far, 0.5000 of step 9" in line
 
 
 def test_a_best_from_before_rows_were_kept_counts_no_more() -> None:

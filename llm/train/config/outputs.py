@@ -1,6 +1,7 @@
 """The sections `checkpoint`, `eval` and `log`: what a run saves, measures and reports, and when."""
 
 import importlib.util
+import re
 import sys
 from typing import Annotated, Literal
 
@@ -9,6 +10,17 @@ from pydantic import Field, model_validator
 from llm.paths import PathText
 from llm.train.config.section import BY_COMMAS, ONE_TEXT, Count, Section
 
+TASK_METRIC = r"eval/(?P<task>.+)/(?P<metric>[^/]+)"
+"""Name of a field of metrics.jsonl that has a task's metric."""
+
+
+def metric_of_task(field: str) -> tuple[str, str]:
+    """Task and metric of such a field. ValueError where it is none."""
+    found = re.fullmatch(TASK_METRIC, field)
+    if found is None:
+        raise ValueError(f"{field}: expected eval/TASK/METRIC")
+    return found["task"], found["metric"]
+
 
 class CheckpointConfig(Section):
     interval: int = Field(100, ge=1)
@@ -16,7 +28,7 @@ class CheckpointConfig(Section):
     keep: int = Field(3, ge=1)
     """Newest checkpoints that stay."""
     keep_best: bool = True
-    """Also keep the checkpoint with the lowest validation loss (saved when it is reached)."""
+    """Also keep the checkpoint with the lowest validation loss, or the best eval.best (saved when it is reached)."""
     keep_every: int | None = Field(None, ge=1)
     """Checkpoints of every so many steps stay for good; a multiple of checkpoint.interval; null = none."""
     asynchronous: bool = True
@@ -51,6 +63,18 @@ class EvalConfig(Section):
     """Older name for rows: so many times train.global_batch_size rows; null without eval.rows = all."""
     patience: int | None = Field(None, ge=1)
     """End the run after this many validations without a new best; null = never."""
+    best: str = "valid_loss"
+    """The field of metrics.jsonl that checkpoint.keep_best and eval.patience follow: valid_loss, or eval/TASK/METRIC of
+    one of eval.tasks."""
+    tasks: Annotated[tuple[PathText, ...], BY_COMMAS] = ()
+    """Tasks that the model is evaluated on in between, as launch/evaluate.py --tasks takes them: paths of YAML files,
+    or names of those in configs/evaluate/; with eval.at_start before the first step too."""
+    tasks_interval: int | None = Field(None, ge=1)
+    """Steps between evaluations on eval.tasks; the last step always gets one; null = eval.interval."""
+    tasks_limit: int | None = Field(None, ge=1)
+    """Documents of each of eval.tasks that are read, the first ones; null = all."""
+    apply_chat_template: bool = False
+    """Write the prompts of eval.tasks as the turns of a conversation, as the run's chat template does."""
     sample_interval: int | None = Field(None, ge=1)
     """Steps between text samples; null = none."""
     sample_tokens: int = Field(128, ge=1)
@@ -63,9 +87,24 @@ class EvalConfig(Section):
     """Files of the images of the prompts, in their order: for each a path, or a list of paths, one for each `<image>`
     in it; before a prompt without."""
 
+    @property
+    def interval_of_tasks(self) -> int:
+        """Steps between evaluations on eval.tasks."""
+        return self.interval if self.tasks_interval is None else self.tasks_interval
+
     def images_of(self, prompt: int) -> tuple[str, ...]:
         """The image files of a prompt, by its number."""
         return self.images[prompt] if prompt < len(self.images) else ()
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> "EvalConfig":
+        if self.best == "valid_loss":
+            return self
+        if not re.fullmatch(TASK_METRIC, self.best):
+            raise ValueError(f"eval.best={self.best}: expected valid_loss, or eval/TASK/METRIC of one of eval.tasks")
+        if not self.tasks:
+            raise ValueError(f"eval.best={self.best} is of a task, and eval.tasks has none")
+        return self
 
     @model_validator(mode="after")
     def _images_have_prompts(self) -> "EvalConfig":

@@ -111,7 +111,7 @@ class RunConfig(Section):
     def _consistent(self) -> "RunConfig":
         if self.train.seq_len > self.model.max_seq_len:
             raise ValueError(f"train.seq_len={self.train.seq_len} is above model.max_seq_len={self.model.max_seq_len}")
-        if self.eval.patience is not None and self.data.valid is None:
+        if self.eval.patience is not None and self.data.valid is None and self.eval.best == "valid_loss":
             raise ValueError(f"eval.patience={self.eval.patience} needs held-out text: set data.valid")
         self._keys_are_known()
         self._rows_can_be_cut()

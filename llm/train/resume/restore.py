@@ -127,7 +127,7 @@ class Restorer:
         progress.earlier_rows = meta["data"].get("earlier_rows", 0)
         progress.tokens = meta["tokens"]
         progress.reference = meta.get("reference")
-        progress.best, other_rows = best_on(run.held_out, meta["best"])
+        progress.best, other_rows = best_on(run.followed, meta["best"])
         progress.guard.load(guard_state(meta, progress.step))
         progress.skipped.load(meta, progress.step)
         # a checkpoint from before rows were kept does not tell
