@@ -174,4 +174,6 @@ class Encoder:
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
     """How many ids both begin with."""
     n = min(len(one), len(other))
+    if one[:n] == other[:n]:
+        return n
     return next((i for i in range(n) if one[i] != other[i]), n)

@@ -14,6 +14,10 @@ from llm.tokenizers.simple import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
 BOS = TOKENIZER.bos_id
+TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 
 
 def ids(text: str) -> tuple[int, ...]:

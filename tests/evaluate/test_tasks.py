@@ -14,6 +14,7 @@ from llm.generation.sampling import Sampling
 from llm.tokenizers.chat import ChatTemplate
 from tests.evaluate.tasks import (
     BOS,
+    TEMPLATE,
     TOKENIZER,
     contexts,
     documents,
@@ -125,12 +126,6 @@ def test_limit_takes_the_first_rows_and_marks_the_result_partial(tmp_path: Path)
     found = result(made(tmp_path, ROWS, TaskOptions(limit=2), **CHOICE), [scored(-1.0, -2.0)] * 2)
     assert (found["n"], found["partial"]) == (2, True)
     assert "partial" not in result(made(tmp_path, ROWS, TaskOptions(limit=6), **CHOICE), [scored(-1.0, -2.0)] * 6)
-
-
-TEMPLATE = (
-    "{% for message in messages %}{{ message.role }}: {{ message.content }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
 
 
 def test_with_a_chat_template_examples_are_turns_and_nothing_joins_prompt_and_answer(tmp_path: Path) -> None:

@@ -102,6 +102,7 @@ class EvalTask(ABC):
         self.partial = False
         """whether `limit` left rows out, known when documents were read"""
         self._examples: list[EvalRow] | None = None
+        self._made: dict[int, Example] = {}
 
     def settle(self) -> None:  # noqa: B027 - a kind may have nothing to settle
         """Compile templates, check what keys say together. UserError naming the key."""
@@ -212,11 +213,11 @@ class EvalTask(ABC):
             draw = np.random.default_rng([shots.seed, row.number])
             places = draw.choice(possible, size=self.k, replace=False).tolist()
             taken = [pool[place + (own and place >= row.number - 1)] for place in places]
-        examples = []
         for other in taken:
-            with self._naming(other):
-                examples.append(self.example(other))
-        return examples
+            if other.number not in self._made:
+                with self._naming(other):
+                    self._made[other.number] = self.example(other)
+        return [self._made[other.number] for other in taken]
 
     def template(self, source: str, key: str) -> Template:
         """One of the task's templates. UserError naming its key."""
