@@ -96,6 +96,8 @@ def test_a_template_that_reaches_out_or_fails_is_refused_at_the_first_row(
         (CHOICE | {"prompt": "{% include 'x' %}{{ open('x') }}{% endfor %}"}, "prompt: not a template"),
         (CHOICE | {"data": {"path": "no.jsonl"}}, "data.path=no.jsonl: no such file or directory"),
         (CHOICE | {"data": {"path": []}}, "data.path"),
+        (CHOICE | {"data": {"path": "rows.jsonl", "split": "x"}}, "data.split: "),
+        (CHOICE | {"data": {"path": "rows.jsonl", "split": "("}}, "data.split: not a regular expression"),
         (CHOICE | {"fewshot": {"k": 1, "path": "no.jsonl"}}, "fewshot.path=no.jsonl: no such file or directory"),
         (CHOICE | {"fewshot": {"k": -1}}, "fewshot.k=-1: input should be greater than or equal to 0"),
         (GENERATE | {"extract": "("}, "extract: not a regular expression"),

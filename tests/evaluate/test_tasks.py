@@ -183,6 +183,15 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     assert [targets(document) for document in documents(task)] == [["one\n\ntwo\n"]]
 
 
+def test_a_text_file_is_cut_where_split_matches_and_keeps_its_blanks(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(" \n = A = \none\n = = B = = \n = C = \ntwo\n")
+    task = made(tmp_path, [], kind="perplexity", data={"path": "a.txt", "split": r"(?m)^(?= = [^=\n]+ = $)"})
+    assert [targets(d) for d in documents(task)] == [[" \n = A = \none\n = = B = = \n"], [" = C = \ntwo\n"]]
+    (tmp_path / "a.txt").write_text("one---two---  ")
+    task = made(tmp_path, [], kind="perplexity", data={"path": "a.txt", "split": "-+"})
+    assert [targets(d) for d in documents(task)] == [["one"], ["two  "]]
+
+
 GENERATE: dict[str, Any] = {"kind": "generate", "prompt": "{{ q }}", "gold": "{{ a }}", "max_new_tokens": 8}
 
 

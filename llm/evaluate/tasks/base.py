@@ -81,7 +81,10 @@ class EvalTask(ABC):
         self.file, self.options = file, options
         self.config = checked(content, self.schema, file)
         self.name, self.version = self.config.name, self.config.version
-        self.rows = Rows(self._found(self.config.data.path, "data.path"), "data.path")
+        data = self.config.data
+        places = self._found(data.path, "data.path")
+        with self._naming_file():
+            self.rows = Rows(places, "data.path", data.split)
         self.examples: Rows | None = None
         """what examples are taken from, where that is not the task's own data"""
         self.k = 0
@@ -224,7 +227,7 @@ class EvalTask(ABC):
         return Template(source, key)
 
     def _digest(self) -> str:
-        said = self.config.model_dump(mode="json", exclude={"data", "fewshot"})
+        said = self.config.model_dump(mode="json", exclude={"data": {"path"}, "fewshot": True})
         shots = None
         if isinstance(self.config, FewshotConfig) and self.k:
             shots = self.config.fewshot.model_dump(mode="json", exclude={"path", "k"}) | {"k": self.k}

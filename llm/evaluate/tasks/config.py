@@ -47,6 +47,8 @@ class Data(Section):
     path: Paths = Field(min_length=1)
     """a file, a folder or a list of them, relative to the task file, then to the working directory, then to each
     folder of --data_dir"""
+    split: str | None = None
+    """regular expression at which a text file is cut into rows, what it matches left out; null: a file is one row"""
 
 
 class Fewshot(Section):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -32,9 +33,16 @@ class EvalRow:
 class Rows:
     """The rows behind paths, in their order."""
 
-    def __init__(self, paths: Sequence[Path], key: str) -> None:
-        """UserError naming `key` where there is nothing to read."""
+    def __init__(self, paths: Sequence[Path], key: str, split: str | None = None) -> None:
+        """split: regular expression at which text files are cut. UserError naming `key` where there is nothing to read.
+        """
         self.files: list[InputFile] = [file for path in paths for file in list_input(path, key).files]
+        try:
+            self._split = None if split is None else re.compile(split)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise UserError(f"data.split: not a regular expression ({error})") from None
+        if split is not None and (with_rows := [file for file in self.files if file.type.has_rows]):
+            raise UserError(f"data.split: {with_rows[0].path} has rows; only text files are cut")
 
     def digest(self) -> str:
         """Of the files' contents."""
@@ -54,7 +62,7 @@ class Rows:
     def _all(self) -> Iterator[EvalRow]:
         number = 0
         for file in self.files:
-            for place, value in _values(file):
+            for place, value in _values(file, self._split):
                 number += 1
                 where = f"{file.path} row {place}"
                 if not isinstance(value, dict):
@@ -63,7 +71,7 @@ class Rows:
                 yield EvalRow(number, where, file.path.name.partition(".")[0], value)
 
 
-def _values(file: InputFile) -> Iterator[tuple[int, Any]]:
+def _values(file: InputFile, split: re.Pattern[str] | None) -> Iterator[tuple[int, Any]]:
     if file.type.has_rows:
         for raw in raw_rows(file, str(file.path)):
             yield raw.number, raw.value
@@ -73,10 +81,27 @@ def _values(file: InputFile) -> Iterator[tuple[int, Any]]:
         with opened(file.path, file.type.compression) as (stream, _):
             content = stream.read()
     try:
-        yield 1, {"text": content.decode("utf-8-sig")}
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(f"{file.path} row 1: not UTF-8 (line {line})") from None
+    for number, part in enumerate([text] if split is None else _parts(text, split), 1):
+        yield number, {"text": part}
+
+
+def _parts(text: str, split: re.Pattern[str]) -> list[str]:
+    """A text cut where a pattern matches; blanks alone are no part, and stand before the next one, or after the last.
+    """
+    places = [0, *(place for match in split.finditer(text) for place in match.span()), len(text)]
+    parts, blanks = [], ""
+    for begin, end in zip(places[::2], places[1::2], strict=True):
+        part = blanks + text[begin:end]
+        blanks = "" if part.strip() else part
+        if not blanks:
+            parts.append(part)
+    if blanks and parts:
+        parts[-1] += blanks
+    return [part for part in parts if part]
 
 
 def _refuse_halves(value: Any, where: str) -> None:
