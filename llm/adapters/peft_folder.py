@@ -112,6 +112,12 @@ class PeftFolder:
             raise UserError(f"{self.path}: {error}") from None
         adapted = args.model_copy(update={"lora": lora})
         names = adapters_in(ParameterTable.of(adapted))
+        if left := factors.keys() - names.keys():
+            keys = [site.key for row in peft.sites_of(family, args) for site in row if not left.isdisjoint(site.names)]
+            raise UserError(
+                f"{self.path}: it has adapters of {_some(list(dict.fromkeys(keys)))}, which can have none here; PEFT's "
+                f"merge_and_unload makes one model of it and its base"
+            )
         tensors: dict[str, Tensor] = {}
         for name in names.keys() & factors.keys():
             tensors |= _ours(names[name], factors[name])
@@ -344,7 +350,7 @@ def write_peft(
         described = {key: (dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
         metadata = {"format": "pt", BASE: json.dumps(origin.to_json())}
         write_tensors(folder / WEIGHTS, described, _told(tensors, dtype, tell), metadata)
-        config = _config(args.lora, family, sites, set(factors), origin)
+        config = _config(args, family, sites, set(factors), origin)
         if args.lora.token_rows is not None:
             modules = (key.removesuffix(f".{peft.TOKEN_ROWS}").rpartition(".")[2] for key in tables)
             config["trainable_token_indices"] = {name: list(range(*args.lora.token_rows)) for name in modules}
@@ -403,13 +409,15 @@ def _notes(lora: LoraArgs, sites: list[peft.Site], origin: Origin) -> Iterator[s
 
 
 def _config(
-    lora: LoraArgs, family: Family, sites: list[peft.Site], adapted: set[str], origin: Origin
+    args: ModelArgs, family: Family, sites: list[peft.Site], adapted: set[str], origin: Origin
 ) -> dict[str, Any]:
+    lora = args.lora
+    assert lora is not None
+    held = {site.module for row in peft.sites_of(family, args) for site in row}
+    chosen = {site.module for site in sites}
     modules, parameters, ranks, alphas = set[str](), set[str](), dict[str, int](), dict[str, float]()
     for site in sites:
-        name = re.sub(r"^.*?\.\d+\.", "", site.module)
-        if name == site.module:  # table and head are in no layer
-            name = name.rpartition(".")[2]
+        name = _called(site.module, held, chosen)
         if family.name in MISTAKEN and not site.stacked and ".feed_forward." in site.names[0]:
             parameters.add(f"{name}.weight")
         else:
@@ -435,6 +443,16 @@ def _config(
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
     }
+
+
+def _called(module: str, held: set[str], chosen: set[str]) -> str:
+    """The end of a module's name by which PEFT finds what has adapters: that of its place in any layer; or, where
+    others end so too and have none, as those of a vision tower, the whole."""
+    name = re.sub(r"^.*?\.\d+\.", "", module)
+    if name == module:  # table and head are in no layer
+        name = name.rpartition(".")[2]
+    found = {other for other in held if f".{other}".endswith(f".{name}")}
+    return name if found <= chosen else module
 
 
 def _number(value: float) -> float:
