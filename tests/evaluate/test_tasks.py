@@ -9,7 +9,7 @@ import pytest
 
 from llm.evaluate.encode import Encoder
 from llm.evaluate.requests import Continue
-from llm.evaluate.tasks import TaskOptions, open_tasks
+from llm.evaluate.tasks import TaskOptions, open_task, open_tasks
 from llm.generation.sampling import Sampling
 from llm.tokenizers.chat import ChatTemplate
 from tests.evaluate.tasks import (
@@ -26,6 +26,7 @@ from tests.evaluate.tasks import (
     targets,
     text_of,
 )  # fmt: skip
+from tests.shared import SHARED, needs_shared
 
 CHOICE: dict[str, Any] = {"kind": "multiple_choice", "prompt": "Q: {{ q }}", "choices": "{{ c }}", "gold": "{{ g }}"}
 ROWS = [{"q": f"q{i}", "c": [f"a{i}", f"bb{i}"], "g": i % 2} for i in range(6)]
@@ -251,6 +252,23 @@ def test_a_prompt_too_long_to_leave_room_is_cut_on_the_left_and_counted(tmp_path
     (document,) = documents(task, context=12)
     assert text_of(document.requests[0].prompt) == "fgh"  # type: ignore[union-attr]
     assert document.counts["truncated"] == 1
+
+
+def test_a_task_without_a_name_is_called_as_its_file(tmp_path: Path) -> None:
+    assert made(tmp_path, ROWS, name=None, **CHOICE).name == "t"
+
+
+SHARED_TASKS = ("arc_easy", "hellaswag", "piqa", "winogrande", "lambada", "gsm8k", "wikitext")
+
+
+@needs_shared
+@pytest.mark.parametrize("name", SHARED_TASKS)
+def test_a_shipped_task_reads_the_file_that_it_is_for(name: str) -> None:
+    data = SHARED / "data"
+    task = open_task(name, TaskOptions(limit=3, data_dirs=(data / "eval", data / "text/wikitext-2")))
+    found = documents(task, context=4096)
+    assert len(found) == 3 and all(document.requests for document in found)
+    assert not any(document.counts.get("truncated") for document in found if task.kind == "multiple_choice")
 
 
 def test_a_group_opens_its_tasks_once_and_reports_the_mean_of_what_they_share(tmp_path: Path) -> None:

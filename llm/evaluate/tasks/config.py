@@ -70,7 +70,7 @@ class TaskConfig(Section):
     """Keys of every kind of task."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=100)
-    """what results call it"""
+    """what results call it; the file's name by default"""
     kind: str
     version: int | str = 1
     """raise it when the same answers would count otherwise"""
@@ -106,7 +106,7 @@ def read_task_file(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise UserError(f"{file}: a task is a mapping of keys (name, kind, data, ...)")
-    return content
+    return {"name": file.stem, **content}
 
 
 def checked(content: dict[str, Any], schema: type[Schema], file: Path) -> Schema:
