@@ -53,6 +53,7 @@ class Encoder:
         self.tokenizer, self.context_length = tokenizer, context_length
         self._first = tuple(tokenizer.begin_ids) or (tokenizer.bos_id,)
         self._context_ids = lru_cache(KEPT)(self._ids)
+        self._chat_context_ids = lru_cache(KEPT)(self._chat_ids)
 
     def pair(self, context: str, continuation: str) -> Pair:
         """A continuation after a context; "" as context is what begins a text. Blanks at the end of the context are
@@ -69,13 +70,19 @@ class Encoder:
     def rendered(self, template: ChatTemplate, text: str, typed: Sequence[Span], continuation: str) -> Pair:
         """`answer`, the conversation being a text already, in which the template's control tokens are meant but for
         those at `typed`."""
+        spans = tuple(typed)
+        return self._pair(
+            text,
+            continuation,
+            lambda part: self._chat_context_ids(template, part, spans, len(text)),
+            lambda part: self._chat_ids(template, part, spans, len(text)),
+        )
 
-        def ids(part: str) -> _Ids:
-            inside = [span for span in typed if span[1] <= len(part)]
-            said = [span for _, span in template.encoder.control_places(part, inside) if span[1] > len(text)]
-            return self._begun(template.encoder.encode(part, [*inside, *said]).tolist())
-
-        return self._pair(text, continuation, ids, ids)
+    def _chat_ids(self, template: ChatTemplate, part: str, typed: tuple[Span, ...], until: int) -> _Ids:
+        """Ids of some of a conversation and its answer, which begins at character `until`."""
+        inside = [span for span in typed if span[1] <= len(part)]
+        said = [span for _, span in template.encoder.control_places(part, inside) if span[1] > until]
+        return self._begun(template.encoder.encode(part, [*inside, *said]).tolist())
 
     def _pair(
         self, context: str, continuation: str, ids_of_context: Callable[[str], _Ids], ids: Callable[[str], _Ids]

@@ -9,6 +9,7 @@ from llm.evaluate.encode import Encoder, Pair
 from llm.generation.chat import said_first
 from llm.generation.pictures import Picture, Pictures
 from llm.tokenizers.chat import ChatTemplate
+from llm.tokenizers.chat.encode import Span
 
 JOINT = " "
 """Between a prompt and what follows it; with a chat template nothing."""
@@ -38,11 +39,13 @@ class Asked:
     def __init__(self, setting: Setting, description: str, examples: Sequence[Example], delimiter: str) -> None:
         self._setting, self._description, self._delimiter = setting, description, delimiter
         self._examples = list(examples)
+        self._rendered: dict[str, tuple[str, list[Span]]] = {}
+        """conversations by their prompts, as each choice asks for its own again"""
 
     def text(self, prompt: str) -> str:
         """All that is read before the answer."""
         if self._setting.chat is not None:
-            return self._setting.chat.prompt_text(self._messages(prompt))[0]
+            return self._conversation(self._setting.chat, prompt)[0]
         examples = [f"{example.prompt}{JOINT}{example.answer}{self._delimiter}" for example in self._examples]
         return "".join([self._description, *examples, prompt])
 
@@ -50,7 +53,7 @@ class Asked:
         """The prompt's ids, and those of an answer to it. UserError as of the encoder."""
         encoder, chat = self._setting.encoder, self._setting.chat
         if chat is not None:
-            return encoder.answer(chat, self._messages(prompt), answer)
+            return encoder.rendered(chat, *self._conversation(chat, prompt), answer)
         return encoder.pair(self.text(prompt), JOINT + answer)
 
     def prompt(self, prompt: str, max_new_tokens: int) -> tuple[tuple[int, ...], bool]:
@@ -76,6 +79,11 @@ class Asked:
                 f"{encoder.context_length:,}, and a prompt with images is not cut"
             )
         return tuple(ids)
+
+    def _conversation(self, chat: ChatTemplate, prompt: str) -> tuple[str, list[Span]]:
+        if prompt not in self._rendered:
+            self._rendered[prompt] = chat.prompt_text(self._messages(prompt))
+        return self._rendered[prompt]
 
     def _system(self) -> list[Message]:
         return [{"role": "system", "content": self._description.strip()}] if self._description.strip() else []
