@@ -46,7 +46,8 @@ class Plain(LM):
     @torch.no_grad()
     def score(self, context: list[int], target: list[int]) -> tuple[float, bool]:
         assert context and target and len(context) + len(target) <= self.context + 1
-        logits = self.model(torch.tensor([(context + target)[:-1]])).logits[0, -len(target) :].double()
+        row = torch.tensor([(context + target)[:-1]])
+        logits = self.model(row, logits_to_keep=len(target)).logits[0].double()
         wanted = torch.tensor(target)
         found = logits.log_softmax(-1)[torch.arange(len(target)), wanted].sum()
         return float(found), bool((logits.argmax(-1) == wanted).all())
@@ -95,7 +96,7 @@ class Plain(LM):
             before = self.tokenizer.decode(ids, skip_special_tokens=True)
             text = ""
             while len(made) < settings["max_gen_toks"]:
-                token = int(self.model(torch.tensor([ids + made])).logits[0, -1].argmax())
+                token = int(self.model(torch.tensor([ids + made]), logits_to_keep=1).logits[0, -1].argmax())
                 if token == self.tokenizer.eos_token_id:
                     break
                 made.append(token)

@@ -123,7 +123,8 @@ def write(folder: Path) -> None:
     for line in lines:
         title = line.startswith(" = ") and not line.startswith(" = = ")
         pages = [*pages, line] if title or not pages else [*pages[:-1], pages[-1] + line]
-    (folder / "wiki.jsonl").write_text("".join(json.dumps({"page": page}) + "\n" for page in pages if page.strip()))
+    rows = [{"page": page[:3000]} for page in pages if page.strip()]  # several windows of each model's context
+    (folder / "wiki.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in ("theirs", "ours"):
         (folder / name).mkdir()
     for name, suite in SUITES.items():
