@@ -110,7 +110,7 @@ def tokenizer_folder(path: Path) -> Path:
     """Where the tokenizer of a model lies: of an adapter of PEFT beside it, or with its base."""
     if not is_peft(path) or any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return path
-    return tokenizer_folder(_base_of(open_peft(path)))
+    return tokenizer_folder(base_of(open_peft(path)))
 
 
 def chat_template_of(path: str | Path, tokenizer: Tokenizer, choice: str = "auto") -> ChatTemplate:
@@ -143,7 +143,7 @@ def args_of(path: str | Path, tell: Tell | None = log_note) -> ModelArgs:
     """What the model is, from its config and the headers of its files. `tell`: see read_foreign."""
     path = Path(path)
     if is_peft(path):
-        return args_of(_base_of(open_peft(path)), tell)
+        return args_of(base_of(open_peft(path)), tell)
     return read_foreign(path, tell).args if is_foreign(path) else load_checkpoint(path)[1]
 
 
@@ -151,7 +151,7 @@ def dtype_of(path: str | Path) -> torch.dtype:
     """What the model was made for: of a run the precision that it was trained in, else the dtype of its weights."""
     path = Path(path)
     if is_peft(path):
-        return dtype_of(_base_of(open_peft(path)))
+        return dtype_of(base_of(open_peft(path)))
     if is_foreign(path):
         found = read_foreign(path, None).files.dtype()
         return found if found in (torch.bfloat16, torch.float16) else torch.float32
@@ -173,7 +173,7 @@ def weights_of(path: str | Path, tell: Tell | None = log_note) -> tuple[ModelArg
     return args, checkpoint_weights(checkpoint)
 
 
-def _base_of(folder: PeftFolder) -> Path:
+def base_of(folder: PeftFolder) -> Path:
     """The base of an adapter of PEFT. UserError where it is nowhere here."""
     if folder.local_base is None:
         named = f"base_model_name_or_path={folder.base}" if folder.base else "which it does not name"
@@ -185,7 +185,7 @@ def _base_of(folder: PeftFolder) -> Path:
 
 def _with_base(folder: PeftFolder, tell: Tell | None) -> tuple[ModelArgs, Weights]:
     """The model that an adapter of PEFT and its base make together."""
-    base = _base_of(folder)
+    base = base_of(folder)
     args, weights = weights_of(base, tell)
     adapted, tensors = folder.adapter(args, transformers_family(base), weights)
     if isinstance(folder.origin, Taken):
@@ -255,7 +255,7 @@ def adapter_of(path: str | Path, base: str | Path | None = None) -> AdapterSourc
 
 
 def _peft_adapter(folder: PeftFolder, base: str | Path | None) -> AdapterSource:
-    where = _base_of(folder) if base is None else base
+    where = base_of(folder) if base is None else base
     args, weights = weights_of(where, None)
     adapted, tensors = folder.adapter(args, transformers_family(where), weights)
     assert adapted.lora is not None
@@ -300,7 +300,7 @@ def taken_from(path: str | Path) -> Taken:
     path = Path(path)
     if is_peft(path):
         folder = open_peft(path)
-        content = f"{_file_digest(folder.file.path)}\n{taken_from(_base_of(folder)).digest}"
+        content = f"{_file_digest(folder.file.path)}\n{taken_from(base_of(folder)).digest}"
         return Taken(str(path.resolve()), hashlib.sha256(content.encode()).hexdigest()[:32])
     if not is_foreign(path):
         checkpoint = resolve(path)

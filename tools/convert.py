@@ -3,6 +3,7 @@
     python tools/convert.py import SRC DST              a Hugging Face or Meta folder as a model folder of ours
     python tools/convert.py export SRC DST --format hf  a run, checkpoint or model folder of ours as a foreign one
     python tools/convert.py export SRC DST --format peft    the adapter of a run or checkpoint, for PEFT
+                                                        (with --format hf SRC may be such an adapter: DST is the whole)
     python tools/convert.py inspect SRC                 what a foreign folder is; reads no weights
     python tools/convert.py verify A B --text FILE      whether two models, of ours or foreign, say the same
     python tools/convert.py verify A --with transformers    whether that library reads A, or its export, as we do
@@ -17,7 +18,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -29,26 +30,34 @@ from tqdm import tqdm
 
 from llm import LLM
 from llm.adapters.merge import refuse_incomplete
-from llm.adapters.peft_folder import write_peft
+from llm.adapters.peft_folder import is_peft, open_peft, write_peft
 from llm.args import ModelArgs
 from llm.checkpoint.fragments import DTYPES
 from llm.checkpoint.frozen import Taken, frozen_in
 from llm.checkpoint.model_folder import write_model_folder
 from llm.checkpoint.run_folder import load_checkpoint, model_args
-from llm.checkpoint.weights import CheckpointWeights
+from llm.checkpoint.weights import CheckpointWeights, Weights
 from llm.cli import run_cli
 from llm.datatypes import TransformerInput
 from llm.errors import UserError
 from llm.foreign import processor
 from llm.foreign.export import choose_family, export_hf, export_meta, fitting_family, meaning
-from llm.foreign.extra import kept_files
+from llm.foreign.extra import BESIDE, Beside, kept_files
 from llm.foreign.files import is_foreign, open_foreign
 from llm.foreign.finite import FiniteWeights
 from llm.foreign.probes import ROW, picture_rows, random_rows, without_slots
 from llm.foreign.reference import compare_with, open_reference
 from llm.malloc import give_back_freed
 from llm.paths import PathText, check_free
-from llm.pretrained import checkpoint_weights, tokenizer_of, transformers_family, unmerged_weights
+from llm.pretrained import (
+    base_of,
+    checkpoint_weights,
+    read_foreign,
+    tokenizer_of,
+    transformers_family,
+    unmerged_weights,
+    weights_of,
+)
 from llm.tokenizer import Tokenizer
 from llm.tokenizers.folder import TOKENIZER_FILES, notes_of
 
@@ -109,7 +118,7 @@ def import_(
 
 def _kept_names(args: ModelArgs) -> tuple[str, ...]:
     """Files beside weights that an export gives back."""
-    return TOKENIZER_FILES if args.vision is None else (*TOKENIZER_FILES, *processor.FILES)
+    return TOKENIZER_FILES if args.vision is None else BESIDE
 
 
 def _overrides(pairs: list[str]) -> dict[str, Any]:
@@ -182,7 +191,7 @@ def export(
 ) -> None:
     """Write a model of ours as a foreign folder.
 
-    src: run folder, checkpoint, or model folder
+    src: run folder, checkpoint, model folder, or an adapter of PEFT, which is added to its base
     dst: folder to make
     format: hf (for transformers and what reads its files), meta (consolidated.NN.pth), or peft (the adapter alone)
     family: as which family; default: the one that it came from, else the first that can say what the model is
@@ -203,12 +212,12 @@ def export(
     if format == "peft":
         _export_adapter(Path(src), Path(dst), family, asked or torch.float32, average)
         return
-    checkpoint, args = load_checkpoint(src)
-    came_from = checkpoint.meta.get("source", {}).get("family")
-    target_family = choose_family(args, format, family) if family else fitting_family(args, format, came_from)
-    weights = checkpoint_weights(checkpoint, average)
-    chosen = asked or DTYPES[checkpoint.dtype()]
-    extra = kept_files(checkpoint, args, _tokenizer_or_note(Path(src)), target_family.name if format == "hf" else None)
+    model = _adapted(Path(src), average) if is_peft(Path(src)) else _trained(src, average)
+    args, weights = model.args, model.weights
+    target_family = choose_family(args, format, family) if family else fitting_family(args, format, model.family)
+    chosen = asked or model.dtype
+    as_family = target_family.name if format == "hf" else None
+    extra = kept_files(model.beside, args, _tokenizer_or_note(Path(src)), as_family)
     total = _parameters(args) * chosen.itemsize
     with tqdm(total=total, unit="B", unit_scale=True, disable=quiet or not sys.stderr.isatty()) as bar:
         if format == "hf":
@@ -239,8 +248,44 @@ def export(
     print(f"{src}: written to {dst} as {target_family.name}, {_name(chosen)}")
 
 
+class Exported(NamedTuple):
+    """A model to write."""
+
+    args: ModelArgs
+    weights: Weights
+    family: str | None
+    """That it came from."""
+    dtype: torch.dtype
+    """In which its weights are kept."""
+    beside: Beside
+
+
+def _trained(src: str, average: bool) -> Exported:
+    """The model of a run, checkpoint or model folder."""
+    checkpoint, args = load_checkpoint(src)
+    family, dtype = checkpoint.meta.get("source", {}).get("family"), DTYPES[checkpoint.dtype()]
+    return Exported(args, checkpoint_weights(checkpoint, average), family, dtype, Beside.checkpoint(checkpoint))
+
+
+def _adapted(src: Path, average: bool) -> Exported:
+    """The model that an adapter of PEFT and its base make together."""
+    if average:
+        raise UserError(f"{src}: holds no averaged weights")
+    args, weights = weights_of(src)
+    base = base_of(open_peft(src))
+    own = Beside.foreign(src)
+    if is_foreign(base):
+        source = read_foreign(base, None)
+        beside = own.over(Beside.foreign(base))
+        return Exported(args, weights, source.family.name, _kept(source.files.dtype()), beside)
+    model = _trained(str(base), average=False)
+    return Exported(args, weights, model.family, model.dtype, own.over(model.beside))
+
+
 def _export_adapter(src: Path, dst: Path, family: str | None, dtype: torch.dtype, average: bool) -> None:
     """Write the adapter of a run or checkpoint as PEFT reads it."""
+    if is_peft(src):
+        raise UserError(f"{src}: is an adapter of PEFT already; --format=hf writes it and its base as one model")
     checkpoint, _ = load_checkpoint(src)
     args, frozen = model_args(checkpoint), frozen_in(checkpoint)
     if args.lora is None or frozen is None:
@@ -251,7 +296,7 @@ def _export_adapter(src: Path, dst: Path, family: str | None, dtype: torch.dtype
         target = choose_family(args.merged, "hf", family)
     else:
         target = transformers_family(base)
-    extra = kept_files(checkpoint, args, _tokenizer_or_note(src), target.name)
+    extra = kept_files(Beside.checkpoint(checkpoint), args, _tokenizer_or_note(src), target.name)
     of_model = ("config.json", "generation_config.json", *processor.FILES)
     files = {name: content for name, content in extra.files.items() if name not in of_model}
     weights = CheckpointWeights(checkpoint, average)

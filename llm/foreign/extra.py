@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,11 @@ from llm.tokenizer import Tokenizer
 from llm.tokenizers.chat.find import template_in
 from llm.tokenizers.export import export_tokenizer, exported_as_it_came
 from llm.tokenizers.extended import ExtendedTokenizer
-from llm.tokenizers.folder import FolderTokenizer
+from llm.tokenizers.folder import TOKENIZER_FILES, FolderTokenizer
+
+OF_MODEL = ("generation_config.json", *processor.FILES)
+"""Files that a model has whatever its tokenizer is."""
+BESIDE = (*TOKENIZER_FILES, *processor.FILES)
 
 
 @dataclass
@@ -29,16 +34,42 @@ class Extra:
     notes: list[str] = field(default_factory=list)
 
 
-def kept_files(checkpoint: Checkpoint, args: ModelArgs, tokenizer: Tokenizer | None, family: str | None) -> Extra:
+@dataclass(frozen=True)
+class Beside:
+    """What lies beside the weights of a model."""
+
+    files: Mapping[str, Path]
+    """Those that came with it, by name."""
+    template: str | None
+    """Its chat template."""
+
+    @classmethod
+    def checkpoint(cls, checkpoint: Checkpoint) -> "Beside":
+        kept = checkpoint.path / KEPT
+        files = {file.name: file for file in sorted(kept.iterdir()) if file.is_file()} if kept.is_dir() else {}
+        return cls(files, _template_beside(checkpoint))
+
+    @classmethod
+    def foreign(cls, folder: Path) -> "Beside":
+        """Of a foreign folder, or of an adapter's alone."""
+        source = template_in(folder)
+        files = {name: folder / name for name in BESIDE if (folder / name).is_file()}
+        return cls(files, None if source is None else source.text)
+
+    def over(self, base: "Beside") -> "Beside":
+        """What lies beside an adapter, with what its base has and it has not: a tokenizer is of one of both alone."""
+        own = any(name.startswith("tokenizer.") for name in self.files)
+        theirs = {name: file for name, file in base.files.items() if not own or name in OF_MODEL}
+        return Beside({**theirs, **self.files}, self.template or base.template)
+
+
+def kept_files(beside: Beside, args: ModelArgs, tokenizer: Tokenizer | None, family: str | None) -> Extra:
     """Files that came with the model, its tokenizer in the form that others read, and how pictures become tiles.
 
     family: as which family of Hugging Face's format it is written, whose tokenizer files are then such that
     AutoTokenizer gives this tokenizer's ids; None for Meta's format, which gets the tokenizer's own file.
     """
-    found = Extra()
-    kept = checkpoint.path / KEPT
-    if kept.is_dir():
-        found.files = {file.name: file for file in sorted(kept.iterdir()) if file.is_file()}
+    found = Extra(dict(beside.files))
     came = {name: found.files.pop(name) for name in processor.FILES if name in found.files}
     if args.vision is not None and family is not None:
         found.files |= processor.files_of(args, came)
@@ -48,7 +79,7 @@ def kept_files(checkpoint: Checkpoint, args: ModelArgs, tokenizer: Tokenizer | N
         return found
     ends = list(tokenizer.end_ids)
     found.config = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
-    template = _template_beside(checkpoint)
+    template = beside.template
     if family is not None and not exported_as_it_came(tokenizer, found.files, family):
         try:
             export = export_tokenizer(tokenizer, finds_control=template is not None)
