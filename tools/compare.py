@@ -3,7 +3,7 @@ launch/evaluate.py.
 
 Both models have answered the same documents, so they are compared document by document: the mean difference (B less A)
 with its standard error, a 95% interval by bootstrap, and the probability of a difference as large where neither is
-better. Tasks or documents that are not the same are refused.
+better. Of perplexities the logarithms are compared. Tasks or documents that are not the same are refused.
 """
 
 import math
@@ -18,8 +18,9 @@ from llm.cli import run_cli
 from llm.errors import UserError
 from llm.evaluate.outputs import Output, Sample
 from llm.evaluate.paired import Paired, paired
-from llm.evaluate.ranking import column, metrics_in
+from llm.evaluate.ranking import comparable, metrics_in
 from llm.evaluate.report import write_report
+from llm.evaluate.results_md import fixed
 from llm.paths import PathText
 
 OF_A_TASK = ("kind", "version", "task_digest", "n", "num_fewshot", "fewshot_seed", "partial")
@@ -39,7 +40,8 @@ def compare(a: Output, b: Output) -> tuple[dict[str, dict[str, Paired]], list[st
         found[task] = {}
         for metric in dict.fromkeys([*metrics_in(first), *metrics_in(second)]):
             try:
-                found[task][metric] = paired(column(first, metric), column(second, metric))
+                name, numbers = comparable(first, metric)
+                found[task][name] = paired(numbers, comparable(second, metric)[1])
             except ValueError as error:
                 notes.append(f"{task}: {metric} is not compared: {error}")
     return found, notes
@@ -66,8 +68,8 @@ def lines(found: Mapping[str, Mapping[str, Paired]]) -> Iterator[str]:
         for metric, of in metrics.items():
             low, high = of.interval
             stderr = "-" if math.isnan(of.stderr) else f"{of.stderr:.4f}"
-            numbers = (f"{of.first:.4f}", f"{of.second:.4f}", f"{of.difference:+.4f}", stderr)
-            interval = f"{low:+.4f} to {high:+.4f}"
+            numbers = (fixed(of.first), fixed(of.second), f"{of.difference:+.4f}", stderr)
+            interval = f"{low:+.4f} to {high:+.4f}" if of.n > 1 else "-"
             rows.append((task, metric, f"{of.n:,}", *numbers, interval, _p(of.p), str(of.better), str(of.worse)))
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     for row in rows:

@@ -33,6 +33,15 @@ def metrics_in(samples: Sequence[Sample]) -> list[str]:
     return list(names)
 
 
+def comparable(samples: Sequence[Sample], metric: str) -> tuple[str, NDArray[np.float64]]:
+    """A metric of each document with what to call it, so that differences and means of it mean something: of a
+    perplexity its logarithm, as a single text that was a surprise outweighs all others."""
+    values = column(samples, metric)
+    if not metric.endswith(("ppl", "perplexity")):
+        return metric, values
+    return f"ln {metric}", np.log(np.where(values > 0, values, np.nan))
+
+
 def is_binary(values: NDArray[np.float64]) -> bool:
     """Whether a metric says right or wrong."""
     there = values[~np.isnan(values)]

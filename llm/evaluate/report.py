@@ -13,7 +13,7 @@ import numpy as np
 
 from llm.atomic import write_file
 from llm.evaluate import charts, ranking
-from llm.evaluate.documents_html import document_html, shown
+from llm.evaluate.documents_html import document_html, shown, text_html
 from llm.evaluate.outputs import Output, Sample, facts_of, metrics_of, names_of
 from llm.evaluate.results_md import counted, mark_of, rows_of, tasks_of, value_of
 
@@ -159,22 +159,26 @@ def _task(place: int, task: str, outputs: Sequence[Output], names: Sequence[str]
     done = [(output, name) for output, name in zip(outputs, names, strict=True) if task in output.results]
     if not done:
         return "".join(parts)
-    facts = ", ".join(f"{shown(key)} {_fact(value)}" for key, value in facts_of(done[0][0].results[task]))
+    found = dict(facts_of(done[0][0].results[task]))
+    template = found.pop("prompt", None)
+    facts = ", ".join(f"{shown(key.replace('_', ' '))} {_fact(value)}" for key, value in found.items())
     parts.append(f'<p class="soft">{facts}</p>')
+    if template is not None:
+        parts.append(f'<details class="soft"><summary>prompt</summary>{text_html(str(template))}</details>')
     samples = [(output.samples(task), name) for output, name in done if output.has_samples(task)]
-    samples = [(found, name) for found, name in samples if ranking.metrics_in(found)]
+    samples = [(lines, name) for lines, name in samples if ranking.metrics_in(lines)]
     if not samples:
         return "".join(parts)
     metric = ranking.metrics_in(samples[0][0])[0]
     several = len(done) > 1
     figures = []
-    for found, name in samples:
-        figures += _histograms(found, metric, f"{name}: " if several else "")
+    for lines, name in samples:
+        figures += _histograms(lines, metric, f"{name}: " if several else "")
     parts.append(f'<div class="charts">{"".join(figures)}</div>')
-    for found, name in samples[1:]:
-        parts += _differences(samples[0], (found, name), metric, roots)
-    for found, name in samples:
-        listed = _worst_and_best(found, metric, roots)
+    for lines, name in samples[1:]:
+        parts += _differences(samples[0], (lines, name), metric, roots)
+    for lines, name in samples:
+        listed = _worst_and_best(lines, metric, roots)
         parts.append(f"<details><summary>documents of {shown(name)}</summary>{listed}</details>" if several else listed)
     return "".join(parts)
 
@@ -182,10 +186,10 @@ def _task(place: int, task: str, outputs: Sequence[Output], names: Sequence[str]
 def _histograms(samples: Sequence[Sample], metric: str, title: str) -> list[str]:
     figures = []
     for name in ranking.metrics_in(samples):
-        values = ranking.column(samples, name)
-        there = values[~np.isnan(values)]
-        if there.size and not ranking.is_binary(values) and np.isfinite(there).all():
-            figures.append(_figure(f"{title}{name} of each document", charts.histogram([("", there)], name)))
+        label, values = ranking.comparable(samples, name)
+        there = values[np.isfinite(values)]
+        if there.size > 1 and not ranking.is_binary(values):
+            figures.append(_figure(f"{title}{label} of each document", charts.histogram([("", there)], label)))
     sure, values = ranking.sureness(samples), ranking.column(samples, metric)
     if sure is not None:
         label, by = sure

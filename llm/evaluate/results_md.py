@@ -1,5 +1,6 @@
 """results.md: the table of an evaluation for people, with standard errors; of several, side by side."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def markdown(outputs: Sequence[Output], steps: Sequence[int] | None = None) -> s
     lines += ["", "## Tasks", ""]
     for task in tasks_of(outputs):
         facts = next(dict(facts_of(output.results[task])) for output in outputs if task in output.results)
-        lines.append(f"- {_cell(task)}: " + ", ".join(f"{_cell(key)} {_cell(value)}" for key, value in facts.items()))
+        lines.append(f"- {_cell(task)}: " + ", ".join(f"{_cell(key)} {_fact(value)}" for key, value in facts.items()))
     return "\n".join(lines) + "\n"
 
 
@@ -72,8 +73,15 @@ def value_of(output: Output, task: str, metric: str) -> str:
     """A cell: the value and its standard error."""
     for name, value, error in metrics_of(output.results.get(task, {})):
         if name == metric and value is not None:
-            return f"{value:.4f}" + ("" if error is None else f" \u00b1 {error:.4f}")
+            return fixed(value) + ("" if error is None else f" \u00b1 {fixed(error)}")
     return "-"
+
+
+def fixed(value: float) -> str:
+    """A number for a table: four places, fewer of a large one."""
+    if abs(value) < 1000:
+        return f"{value:.4f}"
+    return f"{value:,.1f}" if abs(value) < 1e8 else f"{value:.3e}"
 
 
 def counted(outputs: Sequence[Output], task: str) -> str:
@@ -86,6 +94,11 @@ def counted(outputs: Sequence[Output], task: str) -> str:
 def mark_of(outputs: Sequence[Output], task: str) -> str:
     """A star where not all documents of the task were read."""
     return "*" if any(output.results.get(task, {}).get("partial") for output in outputs) else ""
+
+
+def _fact(value: object) -> str:
+    is_prose = isinstance(value, str) and len(value.split()) > 1
+    return _cell(json.dumps(value, ensure_ascii=False) if is_prose else value)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:

@@ -89,3 +89,12 @@ def test_a_metric_that_one_of_them_lacks_is_said(tmp_path: Path) -> None:
     found, notes = compare(Output.read(a), Output.read(b))
     assert list(found["arc"]) == ["acc"]
     assert notes == ["arc: acc_norm is not compared: no document has a number in both"]
+
+
+def test_perplexities_are_compared_by_their_logarithms(tmp_path: Path) -> None:
+    a, b = (
+        write_output(tmp_path / name, {"wiki": [{"doc": i, "metrics": {"word_ppl": math.exp(x)}} for i, x in of]})
+        for name, of in (("a", enumerate([1.0, 40.0])), ("b", enumerate([1.5, 39.5])))
+    )
+    found = compare(Output.read(a), Output.read(b))[0]["wiki"]["ln word_ppl"]
+    assert found.first == pytest.approx(20.5) and found.difference == pytest.approx(0, abs=1e-9)
