@@ -20,7 +20,7 @@ from torch import Tensor
 from llm.args import AttentionSpec, Mask, ModelArgs
 from llm.args.layers import attention_specs
 from llm.cache import visible
-from llm.kernels.attention import masked_attention
+from llm.kernels.attention import attend_few
 from llm.layers.context import State
 from llm.layers.masks import AttentionMasks, scores_of
 
@@ -57,6 +57,7 @@ class RowCache:
             raise ValueError("a layer without attention keeps a state of its own, which rows cannot join")
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
         self._shape = (0, 0)  # places and slots of each buffer
+        self._expected = 0
         self._places: Ints = np.zeros(0, dtype=np.int64)  # of each row, rising
         self._positions: Ints = np.zeros(0, dtype=np.int64)  # of each row's newest key
 
@@ -72,6 +73,10 @@ class RowCache:
     def state(self, layer: int, make: Callable[[], State]) -> State:
         """None has one: the constructor refuses such models."""
         raise ValueError(f"layer {layer} keeps a state, which rows that come and go cannot have")
+
+    def expect(self, tokens: int) -> None:
+        """Rows may have so many in the end: buffers that are made anew have room for them."""
+        self._expected = tokens
 
     def extend(self, positions_BT: Ints, document_starts: Ints, device: torch.device) -> "_Joining | _Going":
         """Make room for new rows, or for one token more of each."""
@@ -108,7 +113,8 @@ class RowCache:
         if first + new <= places and length <= slots:
             return first
         if 3 * (there + new) > 2 * places or length > slots:  # so that half as many can join before the next copy
-            places, slots = max(places, 3 * (there + new) // 2), max(self._needed_slots(), length)
+            places = max(places, 3 * (there + new) // 2)
+            slots = max(self._needed_slots(), length, int(rounded(np.array(max(self._expected, 1)))))
         self._lay_out(places, slots)
         return there
 
@@ -129,7 +135,10 @@ class RowCache:
     @staticmethod
     def _empty(like_PKSd: Tensor, places: int, slots: int) -> Tensor:
         """Of zeros, as what a mask hides must be finite all the same."""
-        return like_PKSd.new_zeros(places, like_PKSd.shape[1], slots, like_PKSd.shape[3])
+        shape = places, like_PKSd.shape[1], slots, like_PKSd.shape[3]
+        if like_PKSd.device.type == "cpu" and like_PKSd.dtype == torch.float32:
+            return torch.from_numpy(np.zeros(shape, dtype=np.float32))  # takes memory only where it is written
+        return like_PKSd.new_zeros(shape)
 
     def buffers(self, layer: int, k_BTKd: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, (places, K, slots, d). Half precision is kept as float32 on a CPU, where its
@@ -170,24 +179,33 @@ class _Going:
 
     def __init__(self, cache: RowCache, places_B: Ints, positions_B: Ints, device: torch.device) -> None:
         self._cache, self._places, self._positions, self._device = cache, places_B, positions_B, device
-        self._new = torch.from_numpy(places_B).to(device), torch.from_numpy(positions_B).to(device)
+        self._new: tuple[tuple[int, ...], Tensor] | None = None
         self._runs: dict[tuple[Mask, int | None], list[_Run]] = {}
 
     def __call__(
         self, layer: int, spec: AttentionSpec, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor
     ) -> Tensor:
         there, (keys, values) = len(self._places), self._cache.buffers(layer, k_BTKd)
-        places, slots = self._new
+        written = self._written(keys)
         for buffer, new in zip((keys, values), (k_BTKd, v_BTKd), strict=True):
-            buffer[places, :, slots] = new[:there, 0].to(buffer.dtype)
+            buffer.view(-1, buffer.shape[-1]).index_copy_(0, written, new[:there, 0].flatten(0, 1).to(buffer.dtype))
         # the query heads of a kv head as if they were so many queries: no key is copied for each of them
         q_BKGd = q_BTHd[:there, 0].to(keys.dtype).unflatten(1, (k_BTKd.shape[2], -1))
         scores, out = scores_of(spec), torch.zeros_like(q_BTHd)
         for run in self._runs_of(spec):
             k, v = (buffer[run.places, :, run.slots] for buffer in (keys, values))
-            made = masked_attention(q_BKGd[run.rows], k, v, run.seen_B11S, scores)
-            out[run.rows, 0] = made.flatten(1, 2).to(out.dtype)
+            out[run.rows, 0] = attend_few(q_BKGd[run.rows], k, v, run.seen_B11S, scores).flatten(1, 2).to(out.dtype)
         return out
+
+    def _written(self, keys_PKSd: Tensor) -> Tensor:
+        """Where the new keys lie among all, (B K,)."""
+        shape = tuple(keys_PKSd.shape)
+        if self._new is None or self._new[0] != shape:
+            _, n_heads, n_slots, _ = shape
+            heads_BK = self._places[:, None] * n_heads + np.arange(n_heads)
+            slots = torch.from_numpy((heads_BK * n_slots + self._positions[:, None]).reshape(-1))
+            self._new = shape, slots.to(self._device)
+        return self._new[1]
 
     def _runs_of(self, spec: AttentionSpec) -> list[_Run]:
         kind = spec.mask, spec.span

@@ -28,7 +28,7 @@ from llm.init import uniform
 from llm.parallel.replica import Replica
 from llm.tokenizers.base import Tokenizer
 
-MOST_ROWS = 64
+MOST_ROWS = 128
 """That decode together: beyond it a step takes as much longer as it has more rows."""
 JOIN_AT_ONCE = 8
 """Rows join where they then are one of so many, or the last."""
@@ -70,7 +70,7 @@ def continue_(
         if not (busy if together is None else together(busy)):
             return
         if not busy:
-            open_rows(replica).join([[tokenizer.bos_id]], [None])
+            open_rows(replica).join([[tokenizer.bos_id]], [None], 1)
         elif joining := _joining(waiting, batch, batch_tokens):
             yield from batch.join(joining)
         else:
@@ -187,8 +187,9 @@ class _Batch:
     def join(self, rows: list[_Row]) -> list[tuple[int, Continued]]:
         """Take in rows with their first new tokens; the answers of those that end with them."""
         tiles = [self._pictures.tiles(row.request.pictures) for row in rows]
-        logits_BV = self._model.join([row.request.prompt for row in rows], tiles)
         there, newest = self.rows, self._newest
+        width = max(row.width for row in [*there, *rows])
+        logits_BV = self._model.join([row.request.prompt for row in rows], tiles, width)
         self.rows = [*there, *rows]
         return self._push(len(there), np.concatenate([newest, self._chosen(logits_BV, rows)]))
 

@@ -34,9 +34,11 @@ class Rows(Protocol):
     joins: bool
     """Whether rows can join while others go on."""
 
-    def join(self, prompts: Sequence[Sequence[int]], images: Sequence[Tensor | None]) -> Tensor:
+    def join(self, prompts: Sequence[Sequence[int]], images: Sequence[Tensor | None], width: int) -> Tensor:
         """Take in rows after those there, the longest first. Float32 logits (n, V) of the token after each prompt.
-        images: of each, the tiles that fill its slots."""
+
+        images: of each, the tiles that fill its slots. width: tokens that a row may have in the end.
+        """
 
     def step(self, tokens_B: Ints, positions_B: Ints) -> Tensor:
         """Add a token to each row, at these positions. Float32 logits (B, V) of the next."""
@@ -66,7 +68,9 @@ class ApartRows:
         self._multiple = (FEWEST_ROWS if half else ROWS_ARE_MULTIPLES) if on_cpu else 1
         self._fewest = FEWEST_ROWS if on_cpu else 1
 
-    def join(self, prompts: Sequence[Sequence[int]], images: Sequence[Tensor | None]) -> Tensor:
+    def join(self, prompts: Sequence[Sequence[int]], images: Sequence[Tensor | None], width: int) -> Tensor:
+        for cache in self._caches:
+            cache.expect(width)
         found = []
         lengths = rounded(np.array([len(prompt) for prompt in prompts]))
         for length, group in groupby(range(len(prompts)), lambda row: int(lengths[row])):
@@ -119,7 +123,7 @@ class TogetherRows:
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
 
-    def join(self, prompts: Sequence[Sequence[int]], images: Sequence[Tensor | None]) -> Tensor:
+    def join(self, prompts: Sequence[Sequence[int]], images: Sequence[Tensor | None], width: int) -> Tensor:
         self._decoder = self._replica.decoder()
         tiles = [of_row for of_row in images if of_row is not None]
         return self._decoder.logits(*left_padded(prompts), torch.cat(tiles) if tiles else None)
