@@ -86,7 +86,7 @@ class Asked:
         return self._rendered[prompt]
 
     def _system(self) -> list[Message]:
-        return [{"role": "system", "content": self._description.strip()}] if self._description.strip() else []
+        return [{"role": "system", "content": self._description}] if self._description else []
 
     def _messages(self, prompt: str) -> list[Message]:
         said: list[Message] = self._system()
