@@ -25,22 +25,22 @@ from llm.layers.context import State
 from llm.layers.masks import AttentionMasks, scores_of
 
 Ints = NDArray[np.int64]
-LEAST_SLOTS = 16
+LEAST_SLOTS = 32
 """Keys of short rows are rounded up to a multiple of this, and those of long ones so that an octave has
 STEPS_PER_OCTAVE lengths: few, as each costs a call, and near, as what is beyond a row's end is computed in vain."""
 STEPS_PER_OCTAVE = 4
 
 
-def rounded(lengths: Ints) -> Ints:
-    """Slots for so many keys (at least 1), a function of their number alone."""
-    step = _step(lengths)
+def rounded(lengths: Ints, least: int = LEAST_SLOTS) -> Ints:
+    """Slots for so many keys (at least 1), or the width of a prompt: a function of their number alone."""
+    step = _step(lengths, least)
     return -(-lengths // step) * step
 
 
-def _step(lengths: Ints) -> Ints:
+def _step(lengths: Ints, least: int = LEAST_SLOTS) -> Ints:
     """Of the numbers that these are rounded to."""
     octave = np.ceil(np.log2(lengths)).astype(np.int64)
-    return np.maximum(LEAST_SLOTS, 2**octave // (2 * STEPS_PER_OCTAVE))
+    return np.maximum(least, 2**octave // (2 * STEPS_PER_OCTAVE))
 
 
 class RowCache:
@@ -112,8 +112,8 @@ class RowCache:
         first = int(self._places.max(initial=-1)) + 1
         if first + new <= places and length <= slots:
             return first
-        if 3 * (there + new) > 2 * places or length > slots:  # so that half as many can join before the next copy
-            places = max(places, 3 * (there + new) // 2)
+        if 4 * (there + new) > 3 * places or length > slots:  # so that many can join before rows are copied again
+            places = max(places, 2 * (there + new))
             slots = max(self._needed_slots(), length, int(rounded(np.array(max(self._expected, 1)))))
         self._lay_out(places, slots)
         return there

@@ -25,7 +25,9 @@ from llm.row_cache import RowCache, rounded
 
 Ints = NDArray[np.int64]
 ROWS_ARE_MULTIPLES = 8
-"""Of which, on a CPU: with it, and widths that are multiples of 4, no vector is cut."""
+"""Of which, on a CPU in float32: with it, and widths that are multiples of 4, no vector is cut."""
+TOKENS_ARE_MULTIPLES = 32
+"""The same for numbers of which each token has one, such as the weights of experts."""
 
 
 class Rows(Protocol):
@@ -65,14 +67,20 @@ class ApartRows:
         self._filler = 1 if vision is not None and vision.patch_token_id == 0 else 0  # no slot of an image
         parameter = next(replica.model.parameters())
         on_cpu, half = replica.world.device.type == "cpu", parameter.dtype.itemsize == 2
-        self._multiple = (FEWEST_ROWS if half else ROWS_ARE_MULTIPLES) if on_cpu else 1
-        self._fewest = FEWEST_ROWS if on_cpu else 1
+        args = replica.model.args
+        by_token = args.moe is not None or any(spec.temperature for spec in attention_specs(args.layer_specs()))
+        self._multiple = FEWEST_ROWS if half else ROWS_ARE_MULTIPLES
+        self._fewest = FEWEST_ROWS
+        if by_token:
+            self._multiple = self._fewest = TOKENS_ARE_MULTIPLES
+        if not on_cpu:
+            self._multiple = self._fewest = 1
 
     def join(self, prompts: Sequence[Sequence[int]], images: Sequence[Tensor | None], width: int) -> Tensor:
         for cache in self._caches:
             cache.expect(width)
         found = []
-        lengths = rounded(np.array([len(prompt) for prompt in prompts]))
+        lengths = rounded(np.array([len(prompt) for prompt in prompts]), max(FEWEST_ROWS, self._fewest))
         for length, group in groupby(range(len(prompts)), lambda row: int(lengths[row])):
             found.append(self._prefill(length, [(prompts[row], images[row]) for row in group]))
         return torch.cat(found)
