@@ -48,6 +48,8 @@ class _Save:
     in_background: bool
     give_up: threading.Event
     task: Future[Any]
+    beside: Mapping[str, bytes]
+    """Files that the manifest does not describe, by name."""
     copied: threading.Event
     """The values are needed no more where they were."""
     committing: bool = False
@@ -124,13 +126,15 @@ class CheckpointStore:
         meta: dict[str, Any],
         best_step: int | None = None,
         in_background: bool = True,
+        beside: Mapping[str, bytes] | None = None,
     ) -> None:
         """Begin the checkpoint of `step`, after finishing the one before it (collective).
 
         `shapes` are those of whole parameters. Over all ranks each element of a (name, kind) is owned once.
         In_background copies the values into as much host memory and writes them from there: they must not change
         before `wait_for_copy` has returned. Without it they are written from where they are. best_step: that of the
-        best checkpoint so far, for retention.
+        best checkpoint so far, for retention. beside: small files for the same folder, which the manifest does not
+        describe, by name.
         SaveFailed on every rank where the file system has not the space that all files need together.
         """
         self.finish()
@@ -158,7 +162,7 @@ class CheckpointStore:
             return {"file": outline.name, "is": outline.record.to_json(), "fragments": [f.to_json() for f in fragments]}
 
         task = start_work(write, in_background)
-        self._save = _Save(manifest, best_step, in_background, give_up, task, copied)
+        self._save = _Save(manifest, best_step, in_background, give_up, task, beside or {}, copied)
 
     def wait_for_copy(self) -> None:
         """Return once the values of the save that has been begun may change. What failed meanwhile is reported by
@@ -256,6 +260,8 @@ class CheckpointStore:
         for fault in coverage_faults(shapes, map(Fragment.from_json, rows)):
             raise UserError(f"refusing to commit a checkpoint: {fault}")
         files = {record["file"]: record["is"] for record in records}
+        for name, content in save.beside.items():
+            write_file(work / name, content)
         write_file(work / MANIFEST, seal({**save.manifest, "files": files, "fragments": rows}))
         replaced = self.folder / f"{HIDDEN}replaced-{step:08d}"
         if final.exists():

@@ -9,6 +9,7 @@ import torch
 
 from llm.checkpoint.frozen import Frozen
 from llm.checkpoint.store import SaveFailed
+from llm.evaluate.fingerprint import FILE, fingerprint
 from llm.train.log import RunLog
 from llm.train.progress import Progress
 from llm.train.run import Run
@@ -32,10 +33,13 @@ class Saver:
         self.finish(log)
         run, step = self.run, self.progress.step
         meta, asynchronous = self._meta(), run.config.checkpoint.asynchronous
+        found = fingerprint(run.engine.replica)
+        beside = {} if found is None else {FILE: found.to_bytes()}
 
         def begin() -> int | None:
             owned = run.engine.state.owned_fragments()
-            run.store.begin(step, run.engine.state.shapes, owned, meta, self.progress.best.step, asynchronous)
+            best = self.progress.best.step
+            run.store.begin(step, run.engine.state.shapes, owned, meta, best, asynchronous, beside)
             return None if asynchronous else run.store.finish()
 
         self._attempt(begin, log, last)
