@@ -1,4 +1,5 @@
 # make pretrain   the main job on real text, from nothing to a sampled text
+# make evaluate   score what make pretrain made on held-out text:  make evaluate RUN=my/run TASKS=a,b EVALUATION=folder
 # make layouts    compare every layout of NPROC processes with one process:  make layouts NPROC=4 CONFIG=my.yaml
 # make test       all tests but the long ones;   make test-full   every test;   make test-slice   this commit's share of
 #                 the long ones, which .ci/run runs too (SLICE=N another share)
@@ -14,6 +15,8 @@ NPROC ?= 2
 SLICE ?=
 RUN ?= runs/quickstart
 CONFIG ?= configs/pretrain/quickstart.yaml
+TASKS ?= python_sources
+EVALUATION ?= $(RUN)/evaluation
 
 # unit tests share the cores, file by file; a distributed test has them all
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
@@ -26,7 +29,7 @@ INSTALL_TORCH = $(if $(TORCH),$(1)/pip install -q $(TORCH),\
     $(1)/pip install -q torch==2.13.0+cpu 2>/dev/null || $(1)/pip install -q torch==2.13.0)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: pretrain pretrain-long layouts layouts-vision test test-slice test-full vision-reference lint setup clean
+.PHONY: pretrain pretrain-long evaluate layouts layouts-vision test test-slice test-full vision-reference lint setup clean
 
 setup: $(RUNTIME)
 
@@ -82,6 +85,9 @@ pretrain-long: $(RUNTIME)
 	$(BIN)/python tools/quickstart.py prepare
 	$(BIN)/python launch/pretrain.py --config configs/pretrain/quickstart_long.yaml --run_dir $(RUN)_long --nproc $(NPROC)
 	$(BIN)/python tools/quickstart.py report --run_dir $(RUN)_long
+
+evaluate: $(RUNTIME)
+	$(BIN)/python launch/evaluate.py --model $(RUN) --tasks $(TASKS) --output $(EVALUATION) --nproc $(NPROC)
 
 layouts: $(RUNTIME)
 ifeq ($(CONFIG),configs/pretrain/quickstart.yaml)

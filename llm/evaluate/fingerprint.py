@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from llm.adapters.peft_folder import is_peft
-from llm.adapters.peft_folder import is_peft
 from llm.args import ModelArgs
 from llm.cache import Cache
 from llm.checkpoint.reader import resolve

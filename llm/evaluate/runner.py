@@ -8,7 +8,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 
 from llm.evaluate.continuing import continue_
-from llm.evaluate.requests import Answer, Continue, Request, Score
+from llm.evaluate.requests import Answer, Continue, NonFinite, Request, Score
 from llm.evaluate.scoring import Scorer
 from llm.generation.pictures import Pictures
 from llm.parallel.collectives import gather_json
@@ -73,17 +73,25 @@ class Runner:
             yield [*answers]
 
     def _continued(self, requests: dict[int, Continue]) -> Iterator[list[tuple[int, Answer]]]:
-        mine = self._mine({i: len(request.prompt) + request.max_new_tokens for i, request in requests.items()})
+        """Where ranks must make their forwards together they all make all answers, of which the first hands them on:
+        how many forwards rows take that join and leave is known only once they have been made."""
+        costs = {i: len(request.prompt) + request.max_new_tokens for i, request in requests.items()}
+        mine = sorted(costs, key=lambda i: (-costs[i], i)) if self._in_step else self._mine(costs)
+        hands_on = not self._in_step or self._replica.grid.rows.rank == 0
         made: list[tuple[int, Answer]] = []
         asked = [requests[i] for i in mine]
-        for place, answer in continue_(
-            self._replica, self._tokenizer, self._end_ids, asked, self._batch_tokens, self._pictures
-        ):
-            made.append((mine[place], answer))
-            self._tokens += len(asked[place].prompt) + answer.tokens
-            if len(made) == AT_ONCE:
-                yield made
-                made = []
+        try:
+            for place, answer in continue_(
+                self._replica, self._tokenizer, self._end_ids, asked, self._batch_tokens, self._pictures
+            ):
+                if hands_on:
+                    made.append((mine[place], answer))
+                    self._tokens += len(asked[place].prompt) + answer.tokens
+                if len(made) == AT_ONCE:
+                    yield made
+                    made = []
+        except NonFinite as error:
+            raise NonFinite(mine[error.index], str(error)) from None
         if made:
             yield made
 
@@ -95,10 +103,12 @@ class Runner:
     def _most(self, forwards: int) -> int:
         """How many forwards this rank must make, of which it needs so many itself (collective where ranks that read
         other rows must make theirs together)."""
-        grid = self._replica.grid
-        if grid.expert.size == 1 and not self._replica.model.gathers_weights:
-            return forwards
-        return max(gather_json(forwards, grid.world))
+        return max(gather_json(forwards, self._replica.world)) if self._in_step else forwards
+
+    @property
+    def _in_step(self) -> bool:
+        """Whether ranks that read other rows must make their forwards together with this one."""
+        return self._replica.grid.expert.size > 1 or self._replica.model.gathers_weights
 
     def statistics(self) -> dict[str, float]:
         """Of all answers so far, over all ranks (collective)."""
