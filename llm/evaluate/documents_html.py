@@ -75,14 +75,19 @@ def _responses(sample: Sample) -> str:
         badges = "".join(f'<span class="badge {mark}">{mark}</span>' for mark in marks)
         logprob, tokens = response.get("logprob"), response.get("tokens")
         n_tokens = len(tokens) if isinstance(tokens, list) else tokens
+        if "extracted" in response:
+            taken = response["extracted"]
+            said = "nothing extracted" if taken is None else f"extracted {shown(str(taken))}"
+            badges += f'<span class="badge">{said}</span>'
+        score = f'<td class="num">{"" if logprob is None else f"{logprob:.3f}"}</td>' if scored else ""
         rows.append(
-            f'<tr><td>{text_html(str(response.get("text", "")), "answer")}</td>'
-            f'<td class="num">{"" if logprob is None else f"{logprob:.3f}"}</td>'
+            f'<tr><td>{text_html(str(response.get("text", "")), "answer")}</td>{score}'
             f'<td class="num">{"" if n_tokens is None else n_tokens}</td><td>{badges}</td></tr>'
         )
     if len(responses) > CHOICES:
         rows.append(f'<tr><td colspan="4">... {len(responses) - CHOICES:,} more</td></tr>')
-    head = '<tr><th>answer</th><th class="num">log prob</th><th class="num">tokens</th><th></th></tr>'
+    score = '<th class="num">log prob</th>' if scored else ""
+    head = f'<tr><th>answer</th>{score}<th class="num">tokens</th><th></th></tr>'
     return f'<table class="answers">{head}{"".join(rows)}</table>'
 
 

@@ -188,19 +188,21 @@ def _histograms(samples: Sequence[Sample], metric: str, title: str) -> list[str]
     for name in ranking.metrics_in(samples):
         label, values = ranking.comparable(samples, name)
         there = values[np.isfinite(values)]
-        if there.size > 1 and not ranking.is_binary(values):
+        if len(np.unique(there)) > 1 and not ranking.is_binary(values):
             figures.append(_figure(f"{title}{label} of each document", charts.histogram([("", there)], label)))
     sure, values = ranking.sureness(samples), ranking.column(samples, metric)
     if sure is not None:
         label, by = sure
         known = np.isfinite(by) & ~np.isnan(values)
-        if known.any() and ranking.is_binary(values):
+        if len(np.unique(by[known])) < 2:
+            return figures
+        if ranking.is_binary(values):
             groups = [(f"{metric} 1", by[known & (values == 1)]), (f"{metric} 0", by[known & (values == 0)])]
             key = "".join(
                 f'<span class="key h{i}"></span>{shown(of)} ({len(group):,})' for i, (of, group) in enumerate(groups)
             )
             figures.append(_figure(f"{title}right and wrong", charts.histogram(groups, label), key))
-        elif known.any():
+        else:
             figures.append(_figure(f"{title}{label}", charts.histogram([("", by[known])], label)))
     return figures
 
