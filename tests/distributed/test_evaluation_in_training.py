@@ -12,6 +12,7 @@ import yaml
 from llm.checkpoint.reader import newest_valid
 from tests.distributed.harness import metrics, tiny_config, without_timing, write_text
 from tests.distributed.pool import run_job
+from tools.inspection import inspect
 
 pytestmark = pytest.mark.distributed
 
@@ -124,11 +125,15 @@ def test_a_run_goes_on_as_if_it_had_not_stopped_also_in_what_is_best(folder: Pat
     assert states["with"] == states["cut"] and states["with"]["metric"] == "eval/text/bits_per_byte"
 
 
-def test_the_best_checkpoint_and_patience_are_those_of_the_followed_metric(folder: Path) -> None:
+def test_the_best_checkpoint_and_patience_are_those_of_the_followed_metric(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bits = {row["step"]: row["eval/text/bits_per_byte"] for row in metrics(folder / "with") if of_tasks(row)}
     best = min(bits, key=lambda step: bits[step])
     kept = {int(path.name.split("_")[-1]) for path in (folder / "with" / "checkpoints").iterdir()}
     assert len(set(bits.values())) == 3 and kept == {best, 4} - {0}
+    inspect(str(folder / "with"))
+    assert f"the best, eval/text/bits_per_byte {bits[best]:.4f}" in capsys.readouterr().out
     log = (folder / "early" / "log.txt").read_text()
     assert "stopped early at step 2 of train.steps=9" in log and "without eval/choice/acc above the" in log
 
