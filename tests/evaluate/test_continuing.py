@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from llm import LLM
 from llm.evaluate.continuing import continue_
 from llm.evaluate.requests import Continue, Continued, NonFinite
 from llm.generate import generate
@@ -127,3 +128,21 @@ def test_logits_that_are_not_finite_are_refused_with_the_number_of_the_request()
 def test_what_cannot_be_answered_is_refused_before_any_work(request_, message):
     with pytest.raises(ValueError, match=message):
         answers([Continue((1,), 4), request_])
+
+
+def test_greedy_answers_are_those_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2, bos_token_id=256, eos_token_id=257,
+    )  # fmt: skip
+    peer = transformers.LlamaForCausalLM(config).eval()
+    peer.save_pretrained(tmp_path)
+    asked = prompts(8, seed=4, longest=60)
+    found = answers([Continue(ids, 20) for ids in asked], model=LLM.from_pretrained(tmp_path))
+    for ids, answer in zip(asked, found, strict=True):
+        made = peer.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False, pad_token_id=257)
+        new = made[0, len(ids) :].tolist()
+        assert answer.text == continuation(TOKENIZER, ids, [token for token in new if token != 257])
+        assert answer.tokens == len(new)

@@ -1,0 +1,60 @@
+"""Run under torchrun: the answers to Continue requests on several layouts."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from llm import ModelArgs
+from llm.evaluate.continuing import continue_
+from llm.evaluate.requests import Continue
+from llm.generation.pictures import Pictures
+from llm.generation.sampling import Sampling
+from llm.parallel.collectives import gather_json
+from llm.parallel.grid import make_grid
+from llm.parallel.launch import process
+from llm.parallel.layout import Layout
+from llm.parallel.replica import Replica
+from llm.tokenizer import ByteTokenizer
+from tests.model.models import LLAMA4, MOE
+from vision.opening import LIMITS
+
+LAYOUTS = {"pipeline": {"pipeline": 2}, "tensor": {"tensor": 2}, "expert": {"expert": 2}}
+ARGS = LLAMA4 | dict(vocab_size=272, max_seq_len=64, tie_embeddings=False, moe=MOE | {"top_k": 2})
+REQUESTS = [
+    Continue(tuple(range(40, 44 + 3 * number)), 6 + number, ("e",), Sampling(number % 2 * 0.8, seed=7))
+    for number in range(10)
+]
+BATCH_TOKENS = 200
+
+
+def answers(replica: Replica, together: bool) -> list[dict[str, object]]:
+    """Of this rank, in order; with `together`, a rank that is done goes on with those that are not."""
+    tokenizer = ByteTokenizer()
+    mine = REQUESTS[:: replica.grid.rows.rank + 1]  # with expert parallelism the second rank has fewer
+    made = continue_(
+        replica,
+        tokenizer,
+        tokenizer.end_ids,
+        mine,
+        BATCH_TOKENS,
+        Pictures(None, "model", LIMITS),
+        (lambda busy: max(gather_json(busy, replica.world))) if together else None,
+    )
+    found = dict(made)
+    return [asdict(found[index]) for index in range(len(mine))]
+
+
+def main() -> None:
+    process.quiet_libraries()
+    world = process.start(60, 1)
+    report = {}
+    for name, axes in LAYOUTS.items():
+        replica = Replica.build(ModelArgs.model_validate(ARGS), 0, make_grid(world, Layout(world.size, **axes)))
+        report[name] = gather_json(answers(replica, name == "expert"), world)
+    if world.is_main:
+        Path(sys.argv[1]).write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    process.run(main)
