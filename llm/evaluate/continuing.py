@@ -9,7 +9,7 @@ Shapes: B rows, T longest prompt, V vocabulary.
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -45,15 +45,13 @@ def continue_(
     requests: Sequence[Continue],
     batch_tokens: int,
     pictures: Pictures,
-    together: Callable[[bool], bool] | None = None,
 ) -> Iterator[tuple[int, Continued]]:
-    """(index, answer) of each request as it is done; on all ranks of the replica alike (collective).
+    """(index, answer) of each request as it is done; on all ranks of the replica alike, and where a forward needs ranks
+    of others (expert parallelism, ZeRO-3), on those too (collective).
 
     Args:
         end_ids: tokens that end an answer.
         batch_tokens: of the rows that decode together, prompts and most new tokens; one row may have more.
-        together: where a forward needs ranks that have other requests: asked before each with whether this rank has
-            any left, whether one of all has. One that has none then computes a token that nobody reads.
 
     Raises ValueError for a request that no answer can be made to, NonFinite where the model's logits are not finite,
     UserError where an image is no longer what it was.
@@ -65,16 +63,9 @@ def continue_(
     batch = _Batch(open_rows(replica), n_ids, frozenset(end_ids), pictures)
     order = sorted(range(len(requests)), key=lambda index: (-len(requests[index].prompt), index))
     waiting = deque(_Row.of(index, requests[index], tokenizer, args) for index in order)
-    while True:
-        busy = bool(waiting or batch.rows)
-        if not (busy if together is None else together(busy)):
-            return
-        if not busy:
-            open_rows(replica).join([[tokenizer.bos_id]], [None], 1)
-        elif joining := _joining(waiting, batch, batch_tokens):
-            yield from batch.join(joining)
-        else:
-            yield from batch.step()
+    while waiting or batch.rows:
+        joining = _joining(waiting, batch, batch_tokens)
+        yield from batch.join(joining) if joining else batch.step()
 
 
 def _joining(waiting: deque["_Row"], batch: "_Batch", batch_tokens: int) -> list["_Row"]:

@@ -28,21 +28,11 @@ REQUESTS = [
 BATCH_TOKENS = 200
 
 
-def answers(replica: Replica, together: bool) -> list[dict[str, object]]:
-    """Of this rank, in order; with `together`, a rank that is done goes on with those that are not."""
-    tokenizer = ByteTokenizer()
-    mine = REQUESTS[:: replica.grid.rows.rank + 1]  # with expert parallelism the second rank has fewer
-    made = continue_(
-        replica,
-        tokenizer,
-        tokenizer.end_ids,
-        mine,
-        BATCH_TOKENS,
-        Pictures(None, "model", LIMITS),
-        (lambda busy: max(gather_json(busy, replica.world))) if together else None,
-    )
-    found = dict(made)
-    return [asdict(found[index]) for index in range(len(mine))]
+def answers(replica: Replica) -> list[dict[str, object]]:
+    """In order."""
+    tokenizer, pictures = ByteTokenizer(), Pictures(None, "model", LIMITS)
+    found = dict(continue_(replica, tokenizer, tokenizer.end_ids, REQUESTS, BATCH_TOKENS, pictures))
+    return [asdict(found[index]) for index in range(len(REQUESTS))]
 
 
 def main() -> None:
@@ -51,7 +41,7 @@ def main() -> None:
     report = {}
     for name, axes in LAYOUTS.items():
         replica = Replica.build(ModelArgs.model_validate(ARGS), 0, make_grid(world, Layout(world.size, **axes)))
-        report[name] = gather_json(answers(replica, name == "expert"), world)
+        report[name] = gather_json(answers(replica), world)
     if world.is_main:
         Path(sys.argv[1]).write_text(json.dumps(report))
 
