@@ -140,12 +140,16 @@ class Scorer:
     def _length(self, index: int) -> int:
         return len(self._requests[index].context) + len(self._requests[index].target) - 1
 
+    def _len(self, piece: int) -> int:
+        return len(self._forest.pieces[piece])
+
     def _count(self, pieces: set[int]) -> int:
-        return sum(len(self._forest.pieces[piece]) for piece in pieces)
+        return sum(map(self._len, pieces))
 
     def _batch(self, indices: Sequence[int]) -> ScoreBatch:
         pieces = list(dict.fromkeys(piece for index in indices for piece in self._path(index)))
-        pieces.sort(key=lambda piece: self._forest.pieces[piece].parent >= 0)  # stable: parents stay before the others
+        # stable: parents stay before the others; equal lengths lie together, and are not moved for attention
+        pieces.sort(key=lambda piece: (1, 0) if self._forest.pieces[piece].parent >= 0 else (0, self._len(piece)))
         return ScoreBatch(tuple(indices), tuple(pieces), self._count(set(pieces)))
 
     def _inputs(self, batch: ScoreBatch) -> TransformerInput:

@@ -36,6 +36,8 @@ def causal_attention(
         q, k, v = (x.reshape(-1, segments.common_length, *x.shape[2:]) for x in (q_BTHd, k_BTKd, v_BTKd))
         return _causal(q, k, v, scores).reshape(q_BTHd.shape)
     slots = segments.slots
+    if not torch.is_grad_enabled():
+        return _by_bucket(q_BTHd, k_BTKd, v_BTKd, slots, scores)
     q_slots, k_slots, v_slots = (
         _ToSlots.apply(x.flatten(0, 1), slots).split(slots.sizes) for x in (q_BTHd, k_BTKd, v_BTKd)
     )
@@ -44,6 +46,22 @@ def causal_attention(
         q, k, v = (x.unflatten(0, (-1, length)) for x in bucket)
         outs.append(_causal(q, k, v, scores).flatten(0, 1))
     return _FromSlots.apply(torch.cat(outs), slots).view_as(q_BTHd)
+
+
+def _by_bucket(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, slots: Slots, scores: Scores) -> Tensor:
+    """The same bits without gradients: a bucket's tokens that lie together as they are to be are not moved."""
+    flat = [x.flatten(0, 1) for x in (q_BTHd, k_BTKd, v_BTKd)]
+    out = torch.empty_like(flat[0])
+    for bucket in slots.buckets:
+        if bucket.start is not None:
+            here = slice(bucket.start, bucket.start + len(bucket.token_of_slot))
+            q, k, v = (x[here].unflatten(0, (-1, bucket.length)) for x in flat)
+            out[here] = _causal(q, k, v, scores).flatten(0, 1)
+        else:
+            q, k, v = (x.index_select(0, bucket.token_of_slot).unflatten(0, (-1, bucket.length)) for x in flat)
+            made = _causal(q, k, v, scores).flatten(0, 1)
+            out.index_copy_(0, bucket.tokens, made.index_select(0, bucket.slots))
+    return out.view_as(q_BTHd)
 
 
 def masked_attention(

@@ -5,6 +5,7 @@ Shapes: N tokens of the flattened batch, S segments, P padded slots.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,19 @@ from torch import Tensor
 
 Ints = NDArray[np.int64]
 PADDED_LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128)
+
+
+class Bucket(NamedTuple):
+    """Segments of one padded length."""
+
+    length: int
+    start: int | None
+    """The token from which on they lie one after the other, without padding; None where they do not."""
+    token_of_slot: Tensor
+    """As of Slots, of these alone."""
+    tokens: Tensor
+    slots: Tensor
+    """Their tokens, and the real slot of each among theirs."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +41,21 @@ class Slots:
     """Padded length of each bucket."""
     sizes: list[int]
     """Slots of each bucket."""
+
+    @cached_property
+    def buckets(self) -> list[Bucket]:
+        """The same, bucket by bucket."""
+        found = []
+        first = 0
+        for length, size in zip(self.lengths, self.sizes, strict=True):
+            token_of_slot = self.token_of_slot[first : first + size]
+            place = self.slot_of_token - first
+            tokens = ((place >= 0) & (place < size)).nonzero().flatten()
+            steps = token_of_slot[1:] - token_of_slot[:-1]
+            start = int(token_of_slot[0]) if len(tokens) == size and bool((steps == 1).all()) else None
+            found.append(Bucket(length, start, token_of_slot, tokens, place[tokens]))
+            first += size
+        return found
 
 
 class Segments:
