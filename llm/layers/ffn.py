@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -61,7 +62,10 @@ class FeedForward(nn.Module, InRegion):
     def inside(self, x: Tensor, ctx: Context) -> Tensor:
         """The work between the edges of the region, for a layer that has entered it."""
         y = self.act(self.w1(x, ctx.keys_N))
-        return self.w2(y if self.w3 is None else y * self.w3(x, ctx.keys_N), ctx.keys_N)
+        if self.w3 is not None:
+            up = self.w3(x, ctx.keys_N)
+            y = y * up if torch.is_grad_enabled() else y.mul_(up)  # no backward needs what it was
+        return self.w2(y, ctx.keys_N)
 
 
 def feed_forward_rows(args: ModelArgs) -> Rows:

@@ -74,9 +74,9 @@ def benchmark(
     text: PathText,
     tokenizer: PathText | None = None,
     vocabulary: int = 4096,
-    documents: int = 64,
+    documents: int = 16,
     rounds: int = ROUNDS,
-    batch_tokens: int = 4096,
+    batch_tokens: int = 1024,
     output: str = str(RESULTS),
 ) -> None:
     """Time log-likelihoods in turn with HFLM and write a dated result file.
