@@ -71,9 +71,9 @@ SUITES = {
     "lambada": Suite(
         "eval/lambada_openai.jsonl",
         {
-            "output_type": "loglikelihood",
+            "output_type": "loglikelihood",  # of which lm-eval joins nothing
             "doc_to_text": "{{ context }}",
-            "doc_to_target": "{{ continuation }}",
+            "doc_to_target": " {{ continuation }}",
             "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
         },
         {
