@@ -4,7 +4,7 @@ import difflib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from llm.environment import in_torchrun, rank_or_zero
 from llm.errors import UserError
 from llm.evaluate.evaluation import Model, Settings, checkpoints_of, evaluate, questions
 from llm.evaluate.footprint import report
+from llm.evaluate.harness import check_harness, evaluate_harness
 from llm.evaluate.tasks import TaskOptions, open_tasks
 from llm.extensions import load as load_extensions
 from llm.generation.device import Dtype
@@ -40,10 +41,19 @@ TIMEOUT_S = 3600.0
 
 
 @dataclass(frozen=True)
+class Harness:
+    """Tasks of lm-eval, in place of our own."""
+
+    tasks: tuple[str, ...]
+    include_path: Path | None
+
+
+@dataclass(frozen=True)
 class Flags:
     """The command line, taken apart."""
 
     settings: Settings
+    harness: Harness | None
     threads: int
     nproc: int | None
     dry_run: bool
@@ -51,8 +61,10 @@ class Flags:
 
 def read_flags(
     model: PathText,
-    tasks: tuple[str, ...],
     output: PathText,
+    tasks: tuple[str, ...] = (),
+    lm_eval: tuple[str, ...] = (),
+    include_path: PathText | None = None,
     limit: int | None = None,
     num_fewshot: int | None = None,
     batch_tokens: int = 16384,
@@ -71,6 +83,8 @@ def read_flags(
 
     model: run folder, checkpoint, model folder, or a Hugging Face or Meta folder
     tasks: paths of YAML files, or names of those in configs/evaluate, separated by commas
+    lm_eval: tasks of lm-eval instead, by its names, on the same runner; it comes with `pip install .[eval]`
+    include_path: folder of more YAML files of lm-eval's
     output: folder for results.json and samples/TASK.jsonl; the same command goes on where a killed one stopped
     limit: only the first documents of each task; the results say so
     num_fewshot: examples before each document, in place of the task's own number
@@ -94,11 +108,13 @@ def read_flags(
             raise UserError(f"--{name}={value} must be at least 1")
     if num_fewshot is not None and num_fewshot < 0:
         raise UserError(f"--num_fewshot={num_fewshot} must be at least 0")
-    if not tasks:
+    if not tasks and not lm_eval:
         raise UserError("--tasks names no task; give paths or names, separated by commas")
+    _check_harness(tasks, lm_eval, include_path, {"every_checkpoint": every_checkpoint, "dry_run": dry_run})
     if chat_template != "auto" and not apply_chat_template:
         raise UserError("--chat_template goes with --apply_chat_template")
-    for name, folder in (*(("data_dir", folder) for folder in data_dir), ("image_root", image_root)):
+    named = [("image_root", image_root), ("include_path", include_path)]
+    for name, folder in (*(("data_dir", folder) for folder in data_dir), *named):
         if folder is not None and not Path(folder).expanduser().is_dir():
             raise UserError(f"--{name}={folder}: no such folder")
     options = TaskOptions(
@@ -118,7 +134,21 @@ def read_flags(
         chat_template=chat_template if apply_chat_template else None,
         every_checkpoint=every_checkpoint,
     )
-    return Flags(settings, threads or default_threads(), nproc, dry_run)
+    harness = Harness(lm_eval, None if include_path is None else Path(include_path)) if lm_eval else None
+    return Flags(settings, harness, threads or default_threads(), nproc, dry_run)
+
+
+def _check_harness(
+    tasks: Sequence[str], lm_eval: Sequence[str], include_path: str | None, others: Mapping[str, bool]
+) -> None:
+    """UserError where flags do not go with tasks of lm-eval, or without."""
+    if include_path is not None and not lm_eval:
+        raise UserError("--include_path goes with --lm_eval")
+    if tasks and lm_eval:
+        raise UserError("--tasks and --lm_eval do not go together: one command for each, with an output of its own")
+    for name, given in others.items():
+        if given and lm_eval:
+            raise UserError(f"--{name} goes with --tasks, not with --lm_eval")
 
 
 def default_threads() -> int:
@@ -182,6 +212,8 @@ class Evaluate:
             refuse_unwritable(settings.output, f"--output={settings.output}")
             refuse_if_held(settings.output)
             Model(settings, quiet=True)
+            if self.flags.harness is not None:
+                check_harness(self.flags.harness.tasks, self.flags.harness.include_path)
             open_tasks(settings.tasks, settings.options)
             if settings.every_checkpoint:
                 checkpoints_of(settings.model)
@@ -196,7 +228,11 @@ class Evaluate:
 
     def work(self, world: World) -> None:
         leave_when_asked()
-        evaluate(self.flags.settings, make_grid(world, self.layout))
+        harness, grid = self.flags.harness, make_grid(world, self.layout)
+        if harness is None:
+            evaluate(self.flags.settings, grid)
+        else:
+            evaluate_harness(self.flags.settings, grid, harness.tasks, harness.include_path)
 
 
 def leave_when_asked() -> None:
