@@ -60,6 +60,8 @@ def test_several_prompts_with_one_target_score_the_target_after_each(tmp_path: P
     (document,) = documents(task)
     assert (contexts(document), targets(document)) == (["the cat", "the dog"], [" ran.", " ran."])
     assert task.measure(document, scored(-3.0, -2.0))["acc"] == 1.0
+    found = result(task, [scored(-3.0, -2.0)])
+    assert (found["prompts"], found["target"]) == ("{{ p }}", "{{ t }}")
 
 
 @pytest.mark.parametrize(("gold", "place"), [(1, 1), ("b", 1), ("0", 0), (1.0, 1)])

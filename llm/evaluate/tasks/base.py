@@ -34,6 +34,8 @@ from llm.tokenizers.chat import ChatTemplate
 
 Measures = dict[str, float | None]
 """What a document's answers are worth, by metric; None where that metric says nothing of it."""
+ASKED_BY = ("description", "prompt", "prompts", "target")
+"""Keys that results repeat, as other prompts give other numbers."""
 VERSION = 1  # raise it when the same task file and data would make other requests or results
 
 
@@ -163,8 +165,8 @@ class EvalTask(ABC):
         if self.partial:
             found["partial"] = True
         found |= {"kind": self.kind, "version": self.version, "task_digest": self.digest}
-        if isinstance(self.config, AskingConfig) and self.config.prompt is not None:
-            found["prompt"] = self.config.prompt
+        asked = {key: getattr(self.config, key, None) for key in ASKED_BY}
+        found |= {key: as_json(value) for key, value in asked.items() if value}
         if isinstance(self.config, FewshotConfig):
             found |= {"num_fewshot": self.k, **({"fewshot_seed": self.config.fewshot.seed} if self.k else {})}
         return found
