@@ -84,6 +84,7 @@ def test_a_run_cut_by_zero3_is_the_model_that_its_export_is(folder: Path) -> Non
     plan = [words_of(folder / model, tasks, folder / f"of_{model}", "--dtype=fp32") for model in ("run", "whole")]
     evaluate(folder, "plan_zero3", plan, nproc=2)
     assert content(folder / "of_run") == content(folder / "of_whole")
+    assert json.loads((folder / "of_run" / "run.json").read_text())["fingerprint"].startswith("as saved")
 
 
 def stopped_at(lines: int, words: list[str], output: Path, nproc: int) -> None:
