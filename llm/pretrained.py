@@ -143,7 +143,7 @@ def args_of(path: str | Path, tell: Tell | None = log_note) -> ModelArgs:
     """What the model is, from its config and the headers of its files. `tell`: see read_foreign."""
     path = Path(path)
     if is_peft(path):
-        return args_of(base_of(open_peft(path)), tell)
+        return _base_with(open_peft(path), tell)[0]
     return read_foreign(path, tell).args if is_foreign(path) else load_checkpoint(path)[1]
 
 
@@ -185,12 +185,18 @@ def base_of(folder: PeftFolder) -> Path:
 
 def _with_base(folder: PeftFolder, tell: Tell | None) -> tuple[ModelArgs, Weights]:
     """The model that an adapter of PEFT and its base make together."""
+    args, weights = _base_with(folder, tell)
     base = base_of(folder)
-    args, weights = weights_of(base, tell)
     adapted, tensors = folder.adapter(args, transformers_family(base), weights)
     if isinstance(folder.origin, Taken):
         check_origin(Taken(str(base), folder.origin.digest))
     return args, Merged(Completed(HeldTensors(tensors), ParameterTable.of(args).keys(), weights), adapted)
+
+
+def _base_with(folder: PeftFolder, tell: Tell | None, base: str | Path | None = None) -> tuple[ModelArgs, Weights]:
+    """The base of an adapter of PEFT, with its tokens. base: where it is, if not where the adapter says."""
+    where = base_of(folder) if base is None else base
+    return folder.grown(*weights_of(where, tell), transformers_family(where))
 
 
 def transformers_family(path: str | Path) -> Family:
@@ -256,7 +262,7 @@ def adapter_of(path: str | Path, base: str | Path | None = None) -> AdapterSourc
 
 def _peft_adapter(folder: PeftFolder, base: str | Path | None) -> AdapterSource:
     where = base_of(folder) if base is None else base
-    args, weights = weights_of(where, None)
+    args, weights = _base_with(folder, None, where)
     adapted, tensors = folder.adapter(args, transformers_family(where), weights)
     assert adapted.lora is not None
     origin = folder.origin

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from llm.adapters import peft
 from llm.adapters.merge import refuse_incomplete
+from llm.adapters.saved_tables import added_rows, all_keys, n_tokens, saved_tables, span_of, tables_of
+from llm.adapters.vocabulary import grown
 from llm.args import LoraArgs, ModelArgs
 from llm.args.lora import DEFAULT_TARGETS, target_of
 from llm.atomic import new_directory
@@ -40,6 +42,7 @@ PICKLED = "adapter_model.bin"
 BASE = "lattice.base"
 """Key of the header of the weights' file, with the origin of the base."""
 TARGETS = (*DEFAULT_TARGETS, "tok_embeddings", "output")
+NO_BASE = "rows that train whole are known by those of the base, which is not given"
 SHOWN = 4
 """Names that a line lists."""
 SAME = 1e-6
@@ -54,7 +57,7 @@ DEFAULTS: dict[str, Any] = {
     "r": ANY, "lora_alpha": ANY, "lora_dropout": ANY, "use_rslora": ANY, "rank_pattern": ANY, "alpha_pattern": ANY,
     "target_modules": ANY, "target_parameters": ANY, "exclude_modules": ANY, "layers_to_transform": ANY,
     "layers_pattern": ANY, "ensure_weight_tying": ANY, "init_lora_weights": ANY, "eva_config": ANY,
-    "trainable_token_indices": ANY,
+    "trainable_token_indices": ANY, "modules_to_save": ANY,
 }  # fmt: skip
 """Keys that may be set, and to what; any other may be there if it is off. Which weights have adapters is read from the
 tensors."""
@@ -104,10 +107,12 @@ class PeftFolder:
     ) -> tuple[ModelArgs, dict[str, Tensor]]:
         """The model with adapters, and their tensors, for a base with these args that transformers knows as `family`.
         base: its weights, where rows of tokens train whole. UserError where they are of another base, or not complete.
+        A base with fewer tokens has to be `grown` before.
         """
         args = args.merged
         try:
-            lora, factors = self._read(args, family)
+            tables = self._saved_tables(args, family, base)
+            lora, factors = self._read(args, family, tables)
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from None
         adapted = args.model_copy(update={"lora": lora})
@@ -122,14 +127,35 @@ class PeftFolder:
         for name in names.keys() & factors.keys():
             tensors |= _ours(names[name], factors[name])
         if lora.token_rows is not None:
-            tensors |= self._token_rows(adapted, family, base)
+            tensors |= self._token_rows(adapted, family, base, tables)
         refuse_incomplete(self.path, adapted, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
         return adapted, _laid_out(tensors, args, family, theirs=False)
 
-    def _read(self, args: ModelArgs, family: Family) -> tuple[LoraArgs, dict[str, peft.Factors]]:
+    def grown(self, args: ModelArgs, weights: Weights, family: Family) -> tuple[ModelArgs, Weights]:
+        """A base with as many tokens as the tables that the adapter holds whole."""
+        try:
+            tables, held = tables_of(family, args), self.file.shapes()
+            saved = saved_tables(tables, self.config, held)
+            return grown(args, weights, n_tokens(saved, held, tables, args.vocab_size))
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from None
+
+    def _saved_tables(self, args: ModelArgs, family: Family, base: Weights | None) -> dict[str, Tensor]:
+        """What tables that are held whole add to those of the base."""
+        saved = saved_tables(tables_of(family, args), self.config, self.file.shapes())
+        if not saved:
+            return {}
+        if base is None:
+            raise ValueError(NO_BASE)
+        return added_rows(saved, self._tensor, args, base, bool(self.config.get("ensure_weight_tying")))
+
+    def _read(
+        self, args: ModelArgs, family: Family, tables: Mapping[str, Tensor]
+    ) -> tuple[LoraArgs, dict[str, peft.Factors]]:
         shapes, factors, used = ParameterTable.of(args).shapes, dict[str, peft.Factors](), set[str]()
         twin: dict[str, peft.Factors] = {}
-        held = self.file.shapes().keys()
+        held_shapes = self.file.shapes()
+        held = held_shapes.keys()
         for row in peft.sites_of(family, args):
             wanted = [key for site in row for key in site.tensors]
             if used.isdisjoint(wanted) and not held.isdisjoint(wanted):
@@ -142,6 +168,7 @@ class PeftFolder:
                 used |= set(wanted)
         span = self._token_span(args)
         used |= {key for _, key in _token_tables(family, args)} if span is not None else set()
+        used |= all_keys(saved_tables(tables_of(family, args), self.config, held_shapes))
         if unknown := sorted(held - used):
             raise UserError(f"not an adapter of this {family.name} model, which has no place for {_some(unknown)}")
         if args.tie_embeddings:
@@ -155,7 +182,7 @@ class PeftFolder:
             targets=tuple(sorted(targets, key=_place)),
             dropout=self.config.get("lora_dropout") or 0.0,
             rslora=bool(self.config.get("use_rslora")),
-            token_rows=span,
+            token_rows=span_of(tables) if tables else span,
         )
         return lora, factors
 
@@ -177,11 +204,14 @@ class PeftFolder:
             )
         return span
 
-    def _token_rows(self, adapted: ModelArgs, family: Family, base: Weights | None) -> dict[str, Tensor]:
-        """What the rows that train whole add to those of the base; nothing in a matrix that is not named."""
+    def _token_rows(
+        self, adapted: ModelArgs, family: Family, base: Weights | None, tables: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What the rows that train whole add to those of the base; nothing in a matrix that is not named. tables: what
+        tables that are held whole add to theirs."""
         assert adapted.lora is not None and adapted.lora.token_rows is not None
         if base is None:
-            raise ValueError("rows that train whole are known by those of the base, which is not given")
+            raise ValueError(NO_BASE)
         (first, end), held = adapted.lora.token_rows, self.file.shapes()
         found = {}
         for name, key in _token_tables(family, adapted):
@@ -189,7 +219,9 @@ class PeftFolder:
             if held.get(key, shape) != shape:
                 raise UserError(f"{self.path}: {key} has shape {held[key]}, expected {shape}")
             added = torch.zeros(shape)
-            if key in held:
+            if name in tables:
+                added = tables[name][first:end].clone()
+            elif key in held:
                 added = self._tensor(key) - base.read(name, ((first, end), (0, adapted.dim)), torch.empty(shape))
             found[name.replace("weight", TOKEN_ROWS)] = added
         return found
@@ -382,12 +414,8 @@ def _token_rows(args: ModelArgs, weights: Weights, base: Weights, family: Family
 
 def _token_tables(family: Family, args: ModelArgs) -> list[tuple[str, str]]:
     """Our names of token table and head, unless that is the table, and the key of their rows that train whole."""
-    found = {}
-    for site in (site for row in peft.sites_of(family, args) for site in row):
-        name = site.pairs[0].name
-        if name in ("tok_embeddings.weight", "output.weight") and not site.pairs[0].twin:
-            found[name] = f"{peft.PREFIX}{site.module}.{peft.TOKEN_ROWS}"
-    return list(found.items())
+    tables = (table for table in tables_of(family, args) if not table.twin)
+    return [(table.name, f"{peft.PREFIX}{table.module}.{peft.TOKEN_ROWS}") for table in tables]
 
 
 def _told(tensors: Mapping[str, Tensor], dtype: torch.dtype, tell: Callable[[int], object]) -> Iterator[Tensor]:

@@ -202,7 +202,8 @@ def folder(tmp_path: Path) -> Path:
     ("config", "line"),
     [
         ({"use_dora": True}, r"adapter_config\.json: use_dora=true is not supported"),
-        ({"modules_to_save": ["lm_head"]}, r'modules_to_save=\["lm_head"\] is not supported'),
+        ({"modules_to_save": ["norm"]}, r'modules_to_save=\["norm"\] is not supported; read are embed_tokens and'),
+        ({"modules_to_save": ["lm_head"]}, r"is not complete: it misses base_model\.model\.lm_head\.weight"),
         ({"bias": "all"}, r'bias="all" is not supported'),
         ({"init_lora_weights": "pissa"}, r'init_lora_weights="pissa" changes the weights of the base'),
         ({"peft_type": "IA3"}, r'peft_type="IA3" is not supported'),
