@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.evaluate.suites import MODELS, SUITES, write
+from tests.evaluate.suites import MODELS, SUITES, random_gpt2, write
 from tests.shared import ROOT, needs_shared
 
 HARNESS = ROOT / ".venv-eval" / "bin" / "python"
@@ -138,3 +138,31 @@ def test_torchrun_gives_the_same_answers_on_two_ranks_and_tensor_parallel_ones_t
             cut = found(tmp_path, "tensor", task)
             for one, other in zip(alone, cut, strict=True):
                 assert logprobs(one) == pytest.approx(logprobs(other), rel=1e-5)  # sums over ranks in another order
+
+
+CHAT = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|endoftext|>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_a_chat_template_gives_what_it_gives_on_hflm(tmp_path: Path) -> None:
+    write(tmp_path)
+    model = random_gpt2(tmp_path / "model")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": CHAT}))
+    tasks = ["arc_easy", "gsm8k"]
+    asked = {
+        "model": str(model),
+        "include_path": str(tmp_path / "theirs"),
+        "limit": 8,
+        "chat": True,
+        "runs": [{"name": name, "as": name, "tasks": tasks} for name in ("hflm", "lattice")],
+    }
+    (tmp_path / "asked.json").write_text(json.dumps(asked))
+    run([str(HARNESS), "-m", "tests.evaluate.harness", str(tmp_path)])
+    for mine, other in zip(*(found(tmp_path, name, "arc_easy") for name in ("lattice", "hflm")), strict=True):
+        assert mine["args"] == other["args"] and mine["args"][0][0].endswith("<|endoftext|>[assistant]")
+        assert all(map(close, logprobs(mine), logprobs(other)))
+    for mine, other in zip(*(found(tmp_path, name, "gsm8k") for name in ("lattice", "hflm")), strict=True):
+        assert mine["resps"] == other["resps"]
