@@ -15,7 +15,7 @@ import torch
 
 from llm.checkpoint.lock import run_lock
 from llm.errors import UserError
-from llm.evaluate.evaluation import Settings, described
+from llm.evaluate.evaluation import Settings, described, write_reports
 from llm.evaluate.results import write_results, write_run, write_samples
 from llm.generation.text import context_length
 from llm.parallel.collectives import all_or_none, gather_json
@@ -78,6 +78,7 @@ def evaluate_harness(settings: Settings, grid: Grid, tasks: Sequence[str], inclu
                     "requests": dict(model.statistics),
                 },
             )
+            write_reports(settings, [settings.output])
         gather_json(None, world)
 
 
