@@ -15,7 +15,7 @@ LEAST_TOKENS = 4
 """Of a piece that several go on from."""
 LEAST_SAVED = 0.2
 """Tokens that a common piece saves, of all that it and what goes on from it would be without it. Below, what is saved
-is not worth the attention over a path, whose keys are gathered for each piece that goes on from it (measured)."""
+is not worth the attention over a path, whose keys are gathered for each piece that goes on from it."""
 
 
 @dataclass(frozen=True)
