@@ -6,6 +6,7 @@
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -166,3 +167,44 @@ def test_a_chat_template_gives_what_it_gives_on_hflm(tmp_path: Path) -> None:
         assert all(map(close, logprobs(mine), logprobs(other)))
     for mine, other in zip(*(found(tmp_path, name, "gsm8k") for name in ("lattice", "hflm")), strict=True):
         assert mine["resps"] == other["resps"]
+
+
+def test_our_own_tasks_give_the_same_scores(folder: Path, tmp_path: Path) -> None:
+    tasks = ",".join(str(folder / "ours" / f"{name}.yaml") for name in SUITES)
+    words = [sys.executable, "launch/evaluate.py", "--model", str(folder / "model"), "--tasks", tasks]
+    run([*words, "--output", str(tmp_path / "out"), "--limit", str(LIMIT), "--dtype", "fp32", "--threads", "1"])
+    results = json.loads((tmp_path / "out/results.json").read_text())["results"]
+    theirs = json.loads((folder / "lattice.json").read_text())["results"]
+    for task, suite in SUITES.items():
+        for name, own in suite.metrics.items():
+            assert results[task][own] == pytest.approx(theirs[task][f"{name},none"], rel=1e-5), (task, name)
+        lines = (tmp_path / f"out/samples/{task}.jsonl").read_text().splitlines()
+        for line, sample in zip(map(json.loads, lines), found(folder, "lattice", task), strict=True):
+            answers = line["responses"]
+            if task == "gsm8k":
+                assert [answer["text"] for answer in answers] == sample["resps"]
+            else:
+                assert sum(answer["logprob"] for answer in answers) == pytest.approx(sum(logprobs(sample)), rel=1e-6)
+
+
+def test_lm_eval_of_the_command_gives_the_same_bytes_on_two_ranks_and_goes_on_from_its_journal(
+    folder: Path, tmp_path: Path
+) -> None:
+    tasks = ["--lm_eval", "arc_easy,winogrande,gsm8k,wikitext", "--include_path", str(folder / "theirs")]
+    words = [str(HARNESS), "launch/evaluate.py", "--model", str(folder / "model"), *tasks, "--limit", "5"]
+    words += ["--dtype", "fp32", "--threads", "1"]
+    for nproc in ("1", "2"):
+        run([*words, "--output", str(tmp_path / nproc), "--nproc", nproc])
+    one, two = ((tmp_path / nproc / "results.json").read_bytes() for nproc in ("1", "2"))
+    assert one == two
+    scores = json.loads(one)["results"]
+    theirs = found(folder, "lattice", "arc_easy")[:5]
+    lines = (tmp_path / "1/samples/arc_easy.jsonl").read_text().splitlines()
+    for line, sample in zip(map(json.loads, lines), theirs, strict=True):
+        assert [answer["logprob"] for answer in line["responses"]] == pytest.approx(logprobs(sample), rel=1e-6)
+    assert scores["arc_easy"]["n"] == 5 and scores["arc_easy"]["partial"]
+    (tmp_path / "1/results.json").unlink()
+    run([*words, "--output", str(tmp_path / "1")])
+    assert (tmp_path / "1/results.json").read_bytes() == one
+    requests = json.loads((tmp_path / "1/run.json").read_text())["requests"]
+    assert requests["in_the_journal"] == requests["different"]
