@@ -6,7 +6,7 @@ Positions, documents and caches are arguments of a call; the module keeps nothin
 Shapes: B batch, T tokens, D model width, V vocabulary, E experts, M number of MoE layers.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,36 +14,32 @@ import torch
 from torch import Tensor, nn
 
 from llm.args import ModelArgs
-from llm.args.layers import attention_specs
 from llm.args.lora import TOWER, adapter, vision_adapters
 from llm.cache import Remembered
+from llm.contexts import make_context
 from llm.conveniences import Conveniences
-from llm.datatypes import LossSum, RouterStats, TransformerInput, TransformerOutput
+from llm.datatypes import RouterStats, TransformerInput, TransformerOutput
+from llm.heads import Heads, Losses
 from llm.init import initialise
 from llm.kernels.norms import rms_normalise
 from llm.layers.block import Block
-from llm.layers.branches import BranchMasks
-from llm.layers.context import Context, angles, temperature
+from llm.layers.context import Context
 from llm.layers.dropout import key_of
 from llm.layers.embedding import Embedding, TiedEmbedding
 from llm.layers.foreign_names import accept_foreign_names
 from llm.layers.lora import Adapted
-from llm.layers.masks import Attend, AttentionMasks, document_lengths, starts
-from llm.layers.moe import EXPERT_WEIGHTS, Experts, MoE, routing_shape
+from llm.layers.moe import EXPERT_WEIGHTS, Experts, MoE
 from llm.layers.norm import make_norm
-from llm.layers.output import HeadTargets, Output
+from llm.layers.output import Output
 from llm.layers.parameter import VISION
-from llm.layers.region import InRegion
 from llm.parameters import ParameterTable
 from llm.recompute import Recompute, recomputed
 from vision.adapter import Projection
 from vision.encoder import Tower
-from vision.merge import blank, images_of, merged, slots_of
+from vision.merge import with_images
 from vision.native import NativeTower
 
 EMBEDDING, NORM, OUTPUT = "tok_embeddings", "norm", "output"
-Losses = Callable[[Tensor], Mapping[str, LossSum]]
-"""Makes losses of final hidden states (B, T, D), by name, the main one first."""
 
 
 def unit_names(args: ModelArgs) -> tuple[str, ...]:
@@ -54,7 +50,7 @@ def unit_names(args: ModelArgs) -> tuple[str, ...]:
     return (*[VISION] * (args.vision is not None), EMBEDDING, *layers, NORM, OUTPUT)
 
 
-class LLM(Conveniences, InRegion):
+class LLM(Conveniences, Heads):
     """A causal language model, initialised from (args, seed) alone; works without process groups.
 
     On device="meta" it has shapes but no values. Raises ValueError while args.vocab_size is unset. The region is that
@@ -144,33 +140,7 @@ class LLM(Conveniences, InRegion):
             hidden, stats = self.run(self.units if units is None else units, x, inputs, ctx)
             if cache is not None:
                 cache.forget()
-            return self._results(hidden, stats, inputs, labels, return_hidden, losses)
-
-    def _results(
-        self,
-        hidden: Tensor,
-        stats: list[RouterStats],
-        inputs: TransformerInput,
-        labels: Tensor | None,
-        return_hidden: bool,
-        losses: Losses | None,
-    ) -> TransformerOutput:
-        out = TransformerOutput(hidden=hidden if return_hidden else None)
-        if stats:
-            out.balance_sum, out.z_sum, out.expert_counts = RouterStats.together(stats)
-        if labels is not None:
-            if labels.shape != inputs.tokens.shape:
-                raise ValueError(
-                    f"labels {tuple(labels.shape)} must have the shape of tokens {tuple(inputs.tokens.shape)}"
-                )
-            out.loss_sum = self.loss_sum(hidden, labels)
-            out.n_targets = (labels >= 0).sum()
-        elif losses is not None:
-            out.losses = losses(hidden)
-            out.loss_sum = next(iter(out.losses.values())).total
-        elif not return_hidden:
-            out.logits = self.logits(hidden)
-        return out
+            return self.results(hidden, stats, inputs.tokens, labels, return_hidden, losses)
 
     def run(
         self, units: Sequence[str], x: Tensor | None, inputs: TransformerInput, ctx: Context
@@ -208,35 +178,13 @@ class LLM(Conveniences, InRegion):
         """Token vectors, and in the slots of images the tower's. Both are terms of one sum over the ranks."""
         x_BTD = self.tok_embeddings(inputs.tokens)
         if self.args.vision is not None:
-            x_BTD = self._with_images(x_BTD, inputs, ctx)
+            parts = self.args.vision, self.vision_embeddings, self.vision_projection
+            x_BTD = with_images(x_BTD, inputs, ctx, *parts, self._through_tower, self.gathers_weights)
         x_BTD = self.region.leave(x_BTD, ctx.cut_sequence)
         if self.args.embed_scale is not None:
             # rounded on the host: a number made on a GPU would make the host wait for it
             x_BTD = x_BTD * torch.tensor(self.args.embed_scale, dtype=x_BTD.dtype, device="cpu").item()
         return rms_normalise(x_BTD, self.args.norm_eps) if self.args.embed_norm else x_BTD
-
-    def _with_images(self, x_BTD: Tensor, inputs: TransformerInput, ctx: Context) -> Tensor:
-        """Token vectors with those of images in their slots. Where the tower or its projection trains, or weights are
-        gathered, and there are no images, a blank one, whose vectors go nowhere, gives each rank the same work and
-        gradients. Rows that continue a cache are those of all ranks.
-        """
-        vision, tower, projection = self.args.vision, self.vision_embeddings, self.vision_projection
-        assert vision is not None
-        images, grad = images_of(inputs, vision), torch.is_grad_enabled()
-        tower_trains, projection_trains = (
-            grad and any(p.requires_grad for p in part.parameters()) for part in (tower, projection)
-        )
-        on_cpu = inputs.tokens.device.type == "cpu"
-        together = self.gathers_weights and ctx.states is None
-        if images is None and not (tower_trains or projection_trains or together):
-            if on_cpu and ctx.states is None:  # a text that goes on may have made the token by itself
-                slots_of(inputs.tokens, None, vision)
-            return x_BTD
-        slots_K = slots_of(inputs.tokens, images, vision)
-        keys_K = None if images is None or ctx.keys_N is None else ctx.keys_N[slots_K]
-        with nullcontext() if tower_trains else torch.no_grad():
-            seen = tower(blank(vision, x_BTD.device) if images is None else images, self._through_tower, keys_K)
-        return merged(x_BTD, slots_K, projection(seen.flatten(0, -2), keys_K)[: len(slots_K)])
 
     def _through_tower(self, name: str, x: Tensor, ctx: Context) -> tuple[Tensor, RouterStats | None]:
         return self._through(f"{TOWER}.{name}", x, ctx)
@@ -249,84 +197,10 @@ class LLM(Conveniences, InRegion):
         keys_N: Tensor | None = None,
     ) -> Context:
         """What the layers share in one forward over these inputs, which are checked before the cache changes."""
-        args, device = self.args, inputs.tokens.device
-        inputs.check_tokens(args.vocab_size)
-        if inputs.images is not None and args.vision is None:
-            raise ValueError("inputs.images are given, but the model has no vision tower (model.vision)")
-        if expert_counts is not None and expert_counts.shape != routing_shape(args):
-            raise ValueError(
-                f"expert counts must have shape {routing_shape(args)} (MoE layers, experts); "
-                f"got {tuple(expert_counts.shape)}"
-            )
-        first_position_B = None if cache is None else cache.first_positions(len(inputs.tokens))
-        positions_BT, document_starts = inputs.resolve(first_position_B)
-        lengths: Tensor | None = None
         # a graph is compiled for one row of positions or for one a row, so compiled blocks always get the latter
-        agree = not (self.compiled and torch.is_grad_enabled()) and (positions_BT == positions_BT[:1]).all()
-        if args.rope_scaling is not None and args.rope_scaling.kind == "dynamic":
-            lengths, agree = torch.tensor(document_lengths(positions_BT, document_starts), device=device), False
-        positions = torch.tensor(positions_BT[:1] if agree else positions_BT, device=device)
-        attention = attention_specs(self.specs)
-        stateful = len(attention) < len(self.specs)
-        padded = (args.moe is not None or stateful) and (positions_BT < 0).any()
-        if inputs.parents is not None and (stateful or lengths is not None or cache is not None):
-            raise ValueError(
-                "inputs.parents are for attention alone, without a cache, and not for dynamic RoPE, which turns by the "
-                "length of the whole document"
-            )
-        attend: Attend
-        if cache is not None:
-            attend = cache.extend(positions_BT, document_starts, device)
-        elif inputs.parents is None:
-            attend = AttentionMasks(attention, positions_BT, document_starts, device)
-        else:
-            attend = BranchMasks(attention, positions_BT, document_starts, inputs.parents.numpy(), device)
-        n_rows, row_length = inputs.tokens.shape
-        return Context(
-            shape=(n_rows, row_length),
-            starts_BT=torch.from_numpy(starts(positions_BT, document_starts)).to(device) if stateful else None,
-            attend=attend,
-            states=cache,
-            rotation_BT1m=angles(args, positions, lengths) if any(spec.rope for spec in attention) else None,
-            temperature_BT11=temperature(args, positions) if any(spec.temperature for spec in attention) else None,
-            valid_BT=torch.from_numpy(positions_BT >= 0).to(device) if padded else None,
-            expert_counts=expert_counts,
-            keys_N=keys_N,
-            cut_sequence=self.region.cuts(inputs.tokens.numel()),
-        )
-
-    def logits(self, hidden_BTD: Tensor) -> Tensor:
-        """Float32 logits (B, T, V) of final hidden states."""
-        return self._head(hidden_BTD)
-
-    def loss_sum(
-        self,
-        hidden_BTD: Tensor,
-        labels_BT: Tensor,
-        *,
-        factors_BT: Tensor | None = None,
-        nll_BT: Tensor | None = None,
-    ) -> Tensor:
-        """Sum of the labels' negative log-likelihood in nats given final hidden states, float32 scalar.
-
-        factors_BT: float32, of each label's part; unset = 1. nll_BT: float32, is filled with what each label's is.
-        """
-        return self._head(hidden_BTD, HeadTargets(labels_BT, factors_BT, nll_BT))
-
-    def replicated(self, hidden_BTD: Tensor) -> Tensor:
-        """Final hidden states for what every tensor-parallel rank computes alike: their gradient counts once, where
-        that of `loss_sum` and `logits` is a term of a sum over the ranks.
-        """
-        return self.region.once(hidden_BTD)
-
-    def token_nll(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
-        """Negative log-likelihood in nats of each label given final hidden states, (B, T) float32 without gradient, 0
-        where the label is negative."""
-        return self._head(hidden_BTD, HeadTargets(labels_BT, each=True))
-
-    @property
-    def _head(self) -> nn.Module:
-        return self.tok_embeddings if self.output is None else self.output
+        each_row = bool(self.compiled) and torch.is_grad_enabled()
+        cut_sequence = self.region.cuts(inputs.tokens.numel())
+        return make_context(self.args, self.specs, inputs, cache, expert_counts, keys_N, each_row, cut_sequence)
 
     def moe_layers(self) -> list[MoE]:
         """The MoE feed-forwards, in order."""

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from llm.batch import Batch, Counts, Targets
 from llm.datatypes import LossSum, RouterStats
-from llm.model import LLM, Losses
+from llm.heads import Losses
+from llm.model import LLM
 
 
 class Named(ABC):

@@ -12,7 +12,7 @@ ROOMS = (
     "errors", "installed", "malloc", "signals", "environment", "paths", "screen", "atomic", "boxes", "safetensors_file",
     # what a model is, and the model
     "args", "init", "kernels", "datatypes", "layers", "parameters", "flops", "recompute", "batch", "cache", "row_cache",
-    "conveniences", "model", "compile", "generation.sampling", "generate", "objectives", "surgery",
+    "conveniences", "contexts", "heads", "model", "compile", "generation.sampling", "generate", "objectives", "surgery",
     # files, and many ranks
     "adapters.int8", "tokenizers", "tokenizer", "data.json_rows", "data.sample", "data.image_source",
     "data.conversation", "tokenizers.chat", "data", "parallel", "plan", "checkpoint", "foreign", "adapters",

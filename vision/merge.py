@@ -4,12 +4,15 @@ Shapes: B rows, T tokens, n tiles, S pixels a side, H x W of a picture, K slots,
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm.args import VisionArgs
 from llm.datatypes import TransformerInput
+from llm.layers.context import Context
+from vision.encoder import Through
 from vision.levels import normalised
 
 Images = Tensor | Sequence[Tensor]
@@ -85,3 +88,34 @@ def merged(vectors_BTD: Tensor, slots_K: Tensor, seen_KD: Tensor) -> Tensor:
     """Token vectors with those of images in their slots."""
     flat = vectors_BTD.flatten(0, 1).index_copy(0, slots_K, seen_KD.to(vectors_BTD.dtype))
     return flat.view_as(vectors_BTD)
+
+
+def with_images(
+    x_BTD: Tensor,
+    inputs: TransformerInput,
+    ctx: Context,
+    vision: VisionArgs,
+    tower: nn.Module,
+    projection: nn.Module,
+    through: Through,
+    gathers_weights: bool,
+) -> Tensor:
+    """Token vectors x with those of the inputs' images in their slots. Where the tower or its projection trains, or
+    ranks with other rows gather weights together, and there are no images, a blank one, whose vectors go nowhere, gives
+    each rank the same work and gradients. Rows that continue a cache are those of all ranks.
+    """
+    images, grad = images_of(inputs, vision), torch.is_grad_enabled()
+    tower_trains, projection_trains = (
+        grad and any(p.requires_grad for p in part.parameters()) for part in (tower, projection)
+    )
+    on_cpu = inputs.tokens.device.type == "cpu"
+    together = gathers_weights and ctx.states is None
+    if images is None and not (tower_trains or projection_trains or together):
+        if on_cpu and ctx.states is None:  # a text that goes on may have made the token by itself
+            slots_of(inputs.tokens, None, vision)
+        return x_BTD
+    slots_K = slots_of(inputs.tokens, images, vision)
+    keys_K = None if images is None or ctx.keys_N is None else ctx.keys_N[slots_K]
+    with nullcontext() if tower_trains else torch.no_grad():
+        seen = tower(blank(vision, x_BTD.device) if images is None else images, through, keys_K)
+    return merged(x_BTD, slots_K, projection(seen.flatten(0, -2), keys_K)[: len(slots_K)])

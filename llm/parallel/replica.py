@@ -24,8 +24,9 @@ from llm.batch import Batch
 from llm.cache import Cache, Remembered
 from llm.datatypes import LossSum, TransformerInput, TransformerOutput
 from llm.generate import Decoder
+from llm.heads import Losses
 from llm.layers.moe import routing_shape
-from llm.model import LLM, Losses
+from llm.model import LLM
 from llm.objectives import Objective, Objectives, TokenObjective
 from llm.parallel.build import Storage, build_model
 from llm.parallel.collectives import sum_over_ranks

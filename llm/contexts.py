@@ -1,0 +1,83 @@
+"""The context of a forward: what all of its layers share, made of its inputs.
+
+Shapes: B batch, T tokens, M number of MoE layers, E experts.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llm.args import LayerSpec, ModelArgs
+from llm.args.layers import attention_specs
+from llm.cache import Remembered
+from llm.datatypes import TransformerInput
+from llm.layers.branches import BranchMasks
+from llm.layers.context import Context, angles, temperature
+from llm.layers.masks import Attend, AttentionMasks, document_lengths, starts
+from llm.layers.moe import routing_shape
+
+
+def make_context(
+    args: ModelArgs,
+    specs: Sequence[LayerSpec],
+    inputs: TransformerInput,
+    cache: Remembered | None,
+    expert_counts: Tensor | None,
+    keys_N: Tensor | None,
+    each_row: bool,
+    cut_sequence: bool,
+) -> Context:
+    """What the layers of these specs share in one forward. each_row: positions of each row by itself, also where all
+    rows have the same; for the rest see `LLM.forward` and `Context`.
+
+    Raises ValueError where the inputs do not fit the model or each other, before the cache changes.
+    """
+    _check(args, inputs, expert_counts)
+    device = inputs.tokens.device
+    first_position_B = None if cache is None else cache.first_positions(len(inputs.tokens))
+    positions_BT, document_starts = inputs.resolve(first_position_B)
+    lengths: Tensor | None = None
+    agree = not each_row and (positions_BT == positions_BT[:1]).all()
+    if args.rope_scaling is not None and args.rope_scaling.kind == "dynamic":
+        lengths, agree = torch.tensor(document_lengths(positions_BT, document_starts), device=device), False
+    positions = torch.tensor(positions_BT[:1] if agree else positions_BT, device=device)
+    attention = attention_specs(specs)
+    stateful = len(attention) < len(specs)
+    padded = (args.moe is not None or stateful) and (positions_BT < 0).any()
+    if inputs.parents is not None and (stateful or lengths is not None or cache is not None):
+        raise ValueError(
+            "inputs.parents are for attention alone, without a cache, and not for dynamic RoPE, which turns by the "
+            "length of the whole document"
+        )
+    attend: Attend
+    if cache is not None:
+        attend = cache.extend(positions_BT, document_starts, device)
+    elif inputs.parents is None:
+        attend = AttentionMasks(attention, positions_BT, document_starts, device)
+    else:
+        attend = BranchMasks(attention, positions_BT, document_starts, inputs.parents.numpy(), device)
+    n_rows, row_length = inputs.tokens.shape
+    return Context(
+        shape=(n_rows, row_length),
+        starts_BT=torch.from_numpy(starts(positions_BT, document_starts)).to(device) if stateful else None,
+        attend=attend,
+        states=cache,
+        rotation_BT1m=angles(args, positions, lengths) if any(spec.rope for spec in attention) else None,
+        temperature_BT11=temperature(args, positions) if any(spec.temperature for spec in attention) else None,
+        valid_BT=torch.from_numpy(positions_BT >= 0).to(device) if padded else None,
+        expert_counts=expert_counts,
+        keys_N=keys_N,
+        cut_sequence=cut_sequence,
+    )
+
+
+def _check(args: ModelArgs, inputs: TransformerInput, expert_counts: Tensor | None) -> None:
+    inputs.check_tokens(args.vocab_size)
+    if inputs.images is not None and args.vision is None:
+        raise ValueError("inputs.images are given, but the model has no vision tower (model.vision)")
+    if expert_counts is not None and expert_counts.shape != routing_shape(args):
+        raise ValueError(
+            f"expert counts must have shape {routing_shape(args)} (MoE layers, experts); "
+            f"got {tuple(expert_counts.shape)}"
+        )

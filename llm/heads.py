@@ -1,0 +1,84 @@
+"""What a model makes of its final hidden states: logits, losses, the results of a forward.
+
+Shapes: B batch, T tokens, D model width, V vocabulary.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from llm.datatypes import LossSum, RouterStats, TransformerOutput
+from llm.layers.embedding import Embedding
+from llm.layers.output import HeadTargets, Output
+from llm.layers.region import InRegion
+
+Losses = Callable[[Tensor], Mapping[str, LossSum]]
+"""Makes losses of final hidden states (B, T, D), by name, the main one first."""
+
+
+class Heads(InRegion):
+    """Methods of LLM that read final hidden states."""
+
+    tok_embeddings: Embedding
+    output: Output | None
+    """None where the token table is the output matrix too, or another rank has it."""
+
+    def results(
+        self,
+        hidden_BTD: Tensor,
+        stats: Sequence[RouterStats],
+        tokens_BT: Tensor,
+        labels_BT: Tensor | None = None,
+        return_hidden: bool = False,
+        losses: Losses | None = None,
+    ) -> TransformerOutput:
+        """What a forward over these tokens was asked for, of what its last unit made; stats: of each MoE layer."""
+        out = TransformerOutput(hidden=hidden_BTD if return_hidden else None)
+        if stats:
+            out.balance_sum, out.z_sum, out.expert_counts = RouterStats.together(stats)
+        if labels_BT is not None:
+            if labels_BT.shape != tokens_BT.shape:
+                raise ValueError(
+                    f"labels {tuple(labels_BT.shape)} must have the shape of tokens {tuple(tokens_BT.shape)}"
+                )
+            out.loss_sum = self.loss_sum(hidden_BTD, labels_BT)
+            out.n_targets = (labels_BT >= 0).sum()
+        elif losses is not None:
+            out.losses = losses(hidden_BTD)
+            out.loss_sum = next(iter(out.losses.values())).total
+        elif not return_hidden:
+            out.logits = self.logits(hidden_BTD)
+        return out
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Float32 logits (B, T, V) of final hidden states."""
+        return self._head(hidden_BTD)
+
+    def loss_sum(
+        self,
+        hidden_BTD: Tensor,
+        labels_BT: Tensor,
+        *,
+        factors_BT: Tensor | None = None,
+        nll_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Sum of the labels' negative log-likelihood in nats given final hidden states, float32 scalar.
+
+        factors_BT: float32, of each label's part; unset = 1. nll_BT: float32, is filled with what each label's is.
+        """
+        return self._head(hidden_BTD, HeadTargets(labels_BT, factors_BT, nll_BT))
+
+    def replicated(self, hidden_BTD: Tensor) -> Tensor:
+        """Final hidden states for what every tensor-parallel rank computes alike: their gradient counts once, where
+        that of `loss_sum` and `logits` is a term of a sum over the ranks.
+        """
+        return self.region.once(hidden_BTD)
+
+    def token_nll(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
+        """Negative log-likelihood in nats of each label given final hidden states, (B, T) float32 without gradient, 0
+        where the label is negative."""
+        return self._head(hidden_BTD, HeadTargets(labels_BT, each=True))
+
+    @property
+    def _head(self) -> nn.Module:
+        return self.tok_embeddings if self.output is None else self.output
