@@ -1,15 +1,18 @@
 """What a model makes of its final hidden states: logits, losses, the results of a forward.
 
-Shapes: B batch, T tokens, D model width, V vocabulary.
+Shapes: B batch, T tokens, D model width, V vocabulary, S documents, n outputs of the prediction head.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from llm.datatypes import LossSum, RouterStats, TransformerOutput
+from llm.args import ModelArgs
+from llm.datatypes import LossSum, RouterStats, TransformerInput, TransformerOutput
 from llm.layers.embedding import Embedding
 from llm.layers.output import HeadTargets, Output
+from llm.layers.pooling import pooled
+from llm.layers.prediction import PredictionHead
 from llm.layers.region import InRegion
 
 Losses = Callable[[Tensor], Mapping[str, LossSum]]
@@ -22,6 +25,9 @@ class Heads(InRegion):
     tok_embeddings: Embedding
     output: Output | None
     """None where the token table is the output matrix too, or another rank has it."""
+    prediction: PredictionHead | None
+    """None where the model has no such head, or another rank has it."""
+    args: ModelArgs
 
     def results(
         self,
@@ -78,6 +84,16 @@ class Heads(InRegion):
         """Negative log-likelihood in nats of each label given final hidden states, (B, T) float32 without gradient, 0
         where the label is negative."""
         return self._head(hidden_BTD, HeadTargets(labels_BT, each=True))
+
+    def predictions(self, hidden_BTD: Tensor, inputs: TransformerInput) -> Tensor:
+        """What the prediction head makes of each document of the inputs (`TransformerInput.resolve`), pooled as
+        model.pool says: (S, n) float32, logits or scaled values. With tensor parallelism give it `replicated` hidden
+        states, as all ranks compute it alike. ValueError where the model has no such head.
+        """
+        if self.prediction is None:
+            raise ValueError("model.n_prediction=0: the model has no prediction head")
+        found: Tensor = self.prediction(pooled(hidden_BTD, *inputs.resolve(), self.args.pool))
+        return found
 
     @property
     def _head(self) -> nn.Module:

@@ -32,6 +32,7 @@ from llm.layers.moe import EXPERT_WEIGHTS, Experts, MoE
 from llm.layers.norm import make_norm
 from llm.layers.output import Output
 from llm.layers.parameter import VISION
+from llm.layers.prediction import PredictionHead
 from llm.parameters import ParameterTable
 from llm.recompute import Recompute, recomputed
 from vision.adapter import Projection
@@ -86,6 +87,7 @@ class LLM(Conveniences, Heads):
         self.compiled: dict[str, Callable[..., Any]] = {}
         """Blocks as llm/compile.py compiled them, by the name of the unit, for forwards with gradients."""
         self.output: Output | None = None
+        self.prediction: PredictionHead | None = None
         with torch.device(device or torch.get_default_device()):
             if args.vision is not None and VISION in self.units:
                 tower = NativeTower if args.vision.kind == "native" else Tower
@@ -103,6 +105,8 @@ class LLM(Conveniences, Heads):
                 self.norm = make_norm(args, args.dim, last=True)
             if OUTPUT in self.units and not args.tie_embeddings:
                 self.output = Output(args.dim, args.vocab_size, args.logit_softcap, args.lora, args.logit_scale)
+            if OUTPUT in self.units and args.n_prediction:
+                self.prediction = PredictionHead(args.dim, args.n_prediction)
         for name, module in self.named_modules():
             if isinstance(module, Adapted):
                 module.site = key_of(name)

@@ -16,6 +16,7 @@ from llm.layers.embedding import Embedding
 from llm.layers.norm import norm_rows
 from llm.layers.output import Output
 from llm.layers.parameter import VISION, ParamInfo, Rows, in_unit, of_unit, under, weights
+from llm.layers.prediction import PREDICTION, PredictionHead
 from vision.adapter import Projection
 from vision.encoder import Encoder
 
@@ -36,7 +37,10 @@ class ParameterTable(Mapping[str, ParamInfo]):
         for spec in args.layer_specs():
             rows |= in_unit(f"layers.{spec.index}", Block.declare(args, spec))
         rows |= in_unit("norm", norm_rows(args, args.dim, last=True))
-        return cls(rows if tied else rows | in_unit("output", head))
+        rows |= {} if tied else in_unit("output", head)
+        if args.n_prediction:
+            rows |= of_unit("output", under(PREDICTION, PredictionHead.declare(args)))
+        return cls(rows)
 
     def __getitem__(self, name: str) -> ParamInfo:
         """Raises KeyError naming the parameter where no module declares it."""
@@ -65,10 +69,12 @@ class ParameterTable(Mapping[str, ParamInfo]):
         return {name: row.box(tensor, expert) for name, row in self.items()}
 
     def adapters_alone(self, int8: bool = False) -> "ParameterTable":
-        """The table with `trainable` off for all but adapters, and `int8` on for the others where that can be."""
+        """The table with `trainable` off for all but adapters and what trains beside them, and `int8` on for the others where that can be."""
         return ParameterTable(
             {
-                name: row if row.kind == "adapter" else replace(row, trainable=False, int8=int8 and row.may_be_int8)
+                name: row
+                if row.kind == "adapter" or row.beside_adapters
+                else replace(row, trainable=False, int8=int8 and row.may_be_int8)
                 for name, row in self.items()
             }
         )

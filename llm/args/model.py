@@ -118,6 +118,14 @@ class ModelArgs(Group):
     """Standard deviation of initial weights."""
     init_depth_scale: bool = False
     """Divide the initial wo and w2 by sqrt(2 n_layers)."""
+    n_prediction: int = Field(0, ge=0, le=1 << 20, exclude_if=lambda n: n == 0)
+    """Outputs of a head that predicts labels or values of a document: classes, labels or values; 0 = no such head."""
+    prediction: Literal["classification", "regression", "multilabel"] = Field(
+        "classification", exclude_if=lambda kind: kind == "classification"
+    )
+    """What the head predicts: one of the classes, values, or labels that are there or not, each for itself."""
+    pool: Literal["mean", "first", "last"] = Field("mean", exclude_if=lambda pool: pool == "mean")
+    """What of a document the head reads: the mean of its tokens' vectors, or the vector of the first or last one."""
     moe: MoEArgs | None = None
     """Mixture of experts; unset = every layer is dense."""
     vision: VisionArgs | None = Field(None, exclude_if=unset)
@@ -158,6 +166,11 @@ class ModelArgs(Group):
         if self.moe is not None and any(not 0 <= i < self.n_layers for i in self.moe.dense_layers):
             raise ValueError(
                 f"model.moe.dense_layers={list(self.moe.dense_layers)}: layers are 0 to {self.n_layers - 1}"
+            )
+        if self.n_prediction == 1 and self.prediction == "classification":
+            raise ValueError(
+                "model.n_prediction=1: a classification has 2 classes or more; of one value set "
+                "model.prediction=regression, of one label that is there or not multilabel"
             )
         self.layer_specs()
         return self

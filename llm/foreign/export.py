@@ -103,6 +103,8 @@ def meaning(args: ModelArgs, settled_by_weights: bool = False) -> dict[str, Any]
     for i, spec in enumerate(specs):
         same = spec.attention and dataclasses.replace(spec.attention, scale=None, temperature=False)
         found[f"layer {i}"] = dataclasses.replace(spec, mixer=same or spec.mixer)
+    if args.n_prediction:
+        found |= {key: getattr(args, key) for key in ("n_prediction", "prediction", "pool")}
     if args.vision is not None:
         unsaid = {"max_tiles", "patch_token_id"} if settled_by_weights else {"max_tiles"}  # of the images, not of it
         found["vision"] = args.vision.model_dump(exclude=unsaid)

@@ -47,6 +47,8 @@ class ParamInfo:
     """The part of the model that it belongs to, which no pipeline cuts: vision, tok_embeddings, layers.N, norm or
     output."""
     trainable: bool = True
+    beside_adapters: bool = False
+    """Whether it trains whole where the model has adapters, which freeze all else."""
     may_be_int8: bool = False
     """Whether its module can compute with an Int8Weight in its place, which sums over dimension 1."""
     int8: bool = False

@@ -1,0 +1,44 @@
+"""The prediction head: classes, labels or values of a document, of one vector of it.
+
+Shapes: S documents, D model width, n outputs.
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llm.args import ModelArgs
+from llm.layers.parameter import ZEROS, ParamInfo, Rows, weights
+
+PREDICTION = "prediction"
+"""What a model calls it."""
+
+
+class PredictionHead(nn.Module):
+    """A linear map from D to n with a bias, whole on every rank."""
+
+    def __init__(self, dim: int, n_outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_outputs, dim))
+        self.bias = nn.Parameter(torch.empty(n_outputs))
+
+    @staticmethod
+    def declare(args: ModelArgs) -> Rows:
+        """All ranks of a tensor-parallel group compute it alike, of hidden states that are whole. One vector of a
+        document meets it, which of the work for a token is next to nothing."""
+        weight = ParamInfo(
+            (args.n_prediction, args.dim),
+            "head",
+            weights(args),
+            in_region=False,
+            decay=True,
+            active=0.0,
+            beside_adapters=True,
+        )
+        return {"weight": weight, "bias": replace(weight, shape=weight.shape[:1], kind="bias", init=ZEROS, decay=False)}
+
+    def forward(self, pooled_SD: Tensor) -> Tensor:
+        """(S, n) float32: logits, or scaled values."""
+        return F.linear(pooled_SD.to(self.weight.dtype), self.weight, self.bias).float()
