@@ -1,6 +1,7 @@
 """What goes into and comes out of `LLM.forward`.
 
-Shapes: B batch, T tokens, D model width, V vocabulary, S documents, E experts, M number of MoE layers.
+Shapes: B batch, T tokens, D model width, V vocabulary, S documents, n outputs of a prediction head, E experts, M number
+of MoE layers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -158,6 +159,9 @@ class LossSum(NamedTuple):
     """(B, T) float32 without gradient: each target's part, 0 where there is none; None where that is not known."""
     measures: Mapping[str, Tensor] | None = None
     """What the objective says besides, by its `measures`: float32 scalars without gradient, sums as `total` is."""
+    predictions: Tensor | None = None
+    """(S, n) float32 without gradient: what was predicted of each labelled document, in the order of the batch; None
+    where gradients are on, or nothing of the kind is."""
 
 
 class RouterStats(NamedTuple):

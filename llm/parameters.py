@@ -69,7 +69,9 @@ class ParameterTable(Mapping[str, ParamInfo]):
         return {name: row.box(tensor, expert) for name, row in self.items()}
 
     def adapters_alone(self, int8: bool = False) -> "ParameterTable":
-        """The table with `trainable` off for all but adapters and what trains beside them, and `int8` on for the others where that can be."""
+        """The table with `trainable` off for all but adapters and what trains beside them, and `int8` on for the others
+        where that can be.
+        """
         return ParameterTable(
             {
                 name: row

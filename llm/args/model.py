@@ -3,6 +3,7 @@
 Names and rules follow Llama 4 (Meta's params.json); what other families need beside them is off by default.
 """
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -126,6 +127,10 @@ class ModelArgs(Group):
     """What the head predicts: one of the classes, values, or labels that are there or not, each for itself."""
     pool: Literal["mean", "first", "last"] = Field("mean", exclude_if=lambda pool: pool == "mean")
     """What of a document the head reads: the mean of its tokens' vectors, or the vector of the first or last one."""
+    prediction_mean: tuple[float, ...] | None = Field(None, exclude_if=unset)
+    """Of a regression, for each output: what is taken from a label before it is learned; unset = 0."""
+    prediction_std: tuple[float, ...] | None = Field(None, exclude_if=unset)
+    """Of a regression, for each output: what a label is divided by before it is learned; unset = 1."""
     moe: MoEArgs | None = None
     """Mixture of experts; unset = every layer is dense."""
     vision: VisionArgs | None = Field(None, exclude_if=unset)
@@ -172,8 +177,23 @@ class ModelArgs(Group):
                 "model.n_prediction=1: a classification has 2 classes or more; of one value set "
                 "model.prediction=regression, of one label that is there or not multilabel"
             )
+        self._check_scaling()
         self.layer_specs()
         return self
+
+    def _check_scaling(self) -> None:
+        """Raises ValueError where labels are scaled and are no values, or not as many."""
+        for key, numbers in (("mean", self.prediction_mean), ("std", self.prediction_std)):
+            if numbers is None:
+                continue
+            given = f"model.prediction_{key}={list(numbers)}"
+            if self.prediction != "regression" or len(numbers) != self.n_prediction:
+                raise ValueError(
+                    f"{given}: there must be one number for each of the model.n_prediction={self.n_prediction} values "
+                    f"of a regression; model.prediction={self.prediction}"
+                )
+            if not all(math.isfinite(number) for number in numbers) or (key == "std" and min(numbers) <= 0):
+                raise ValueError(f"{given}: numbers must be finite{', and above 0' if key == 'std' else ''}")
 
     @property
     def kv_heads(self) -> int:

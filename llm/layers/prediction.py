@@ -42,3 +42,18 @@ class PredictionHead(nn.Module):
     def forward(self, pooled_SD: Tensor) -> Tensor:
         """(S, n) float32: logits, or scaled values."""
         return F.linear(pooled_SD.to(self.weight.dtype), self.weight, self.bias).float()
+
+
+def scaled(args: ModelArgs, values_SL: Tensor) -> Tensor:
+    """Values in the units of labels as a regression learns them."""
+    return (values_SL - _row(args.prediction_mean, 0.0, values_SL)) / _row(args.prediction_std, 1.0, values_SL)
+
+
+def in_units_of_labels(args: ModelArgs, predictions_SL: Tensor) -> Tensor:
+    """What a regression predicts, in the units of labels."""
+    std, mean = (_row(args.prediction_std, 1.0, predictions_SL), _row(args.prediction_mean, 0.0, predictions_SL))
+    return predictions_SL * std + mean
+
+
+def _row(numbers: tuple[float, ...] | None, otherwise: float, like: Tensor) -> Tensor:
+    return like.new_tensor((otherwise,) if numbers is None else numbers)

@@ -5,8 +5,10 @@ and how a sample of it looks.
 from llm.tasks.base import REFERENCE, OpenedRows, RowsWanted, Task, register, task_named
 from llm.tasks.dpo import Preferences
 from llm.tasks.lm import LanguageModelling
+from llm.tasks.prediction import PredictionTask
 
 register(LanguageModelling())
 register(Preferences())
+register(PredictionTask())
 
 __all__ = ["REFERENCE", "OpenedRows", "RowsWanted", "Task", "register", "task_named"]
