@@ -29,7 +29,7 @@ class ImageText(SampleKind):
         if asked.vision is None:
             raise UserError(f"{files.given}: rows of kind image_text have images, which a model without vision cannot "
                             f"read (model.vision)")  # fmt: skip
-        return CaptionEncoder(ImageReader(asked.vision, asked.tokenizer, asked.images), files.spec.columns)
+        return CaptionEncoder(ImageReader(asked.vision, asked.tokenizer, asked.images), files.spec.single_columns)
 
 
 class CaptionEncoder:

@@ -43,7 +43,7 @@ class Chats(SampleKind):
     def encoder(self, files: SourceFiles, asked: Asked) -> "ChatEncoder":
         """A template is opened where the first row is no plain text; all rows are of one form."""
         first = first_row(files)
-        plain = first is not None and self.is_plain(first, files.spec.columns)
+        plain = first is not None and self.is_plain(first, files.spec.single_columns)
         return ChatEncoder(self, files, asked, None if plain else template_of(asked))
 
     @abstractmethod
@@ -125,7 +125,7 @@ class ChatEncoder:
         return ChatEncoder(self.kind, self.files, self.asked, self.template, self.images.beside(folder))
 
     def read(self, row: Mapping[str, Any]) -> Content:
-        parts = self.kind.parts(row, self.files.spec.columns)
+        parts = self.kind.parts(row, self.files.spec.single_columns)
         sources = [source for part in parts if isinstance(part, Conversation) for source in part.images]
         if sources and self.images is None:
             raise UserError("has images, which a model without vision cannot read (model.vision)")

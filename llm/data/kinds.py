@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from llm.data.images import ImageOptions
+from llm.data.labels import LabelOptions
 from llm.data.rows import RowSource
 from llm.data.sources import SourceFiles, SourceSpec
 from llm.data.split import Split
@@ -60,6 +61,8 @@ class Asked:
     packing: PackingName | None = None
     """`data.packing`."""
     chat: ChatOptions = field(default_factory=ChatOptions)
+    labels: LabelOptions | None = None
+    """What the run's model predicts of whole texts; None: nothing."""
     tokenizer_path: str | None = None
     """Where the tokenizer came from, with its template."""
     threads: int = 1

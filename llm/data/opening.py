@@ -4,6 +4,7 @@ from pathlib import Path
 
 import llm.data.captions
 import llm.data.chats
+import llm.data.labelled
 import llm.data.text  # noqa: F401  (they register their kinds)
 from llm.data.documents import option
 from llm.data.kinds import KINDS, Asked, Kind, Opened

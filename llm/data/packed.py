@@ -8,18 +8,17 @@ Shapes: T row length, n positions in use, S pixels a side of a tile.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llm.batch import IGNORE
+from llm.data.labels import MaxLength
 from llm.data.packing import PACKING_VERSION, Packing
 from llm.data.rows import Row, RowTargets, TokenOrigin
 from llm.data.samples import SampleSource, digest_of
 from llm.errors import UserError
 
-MaxLength = Literal["error", "drop", "cut"]
 NAMED = 5
 """Rows that a message lists."""
 PAIR = "pair"
@@ -42,6 +41,12 @@ class Packed:
 
     fill: share of the positions that are used. shortened: the items that were cut or left out, by chat.max_length.
     """
+
+    max_length_key = "chat.max_length"
+    most = "train.seq_len + 1"
+    """What a sample may have of tokens, in words; `extra` more than a row's positions."""
+    extra = 1
+    cut_where = "cut at the end of a turn"
 
     def __init__(
         self,
@@ -143,7 +148,7 @@ class Packed:
         for item in self.items(k, epoch).tolist():
             for i in range(self._each):
                 number = item * self._each + i
-                length = max(1, int(self._kept[item, i]) - 1)
+                length = int(self._positions(self._kept[item : item + 1, i : i + 1])[0])
                 if position < at + length:
                     n_tokens = len(self.source.sample(number).tokens)
                     return TokenOrigin(self.source.origin(number), number, position - at, n_tokens)
@@ -162,8 +167,8 @@ class Packed:
         ]
         dropped = [entry for entry in self.shortened if not entry.kept]
         cut = [entry for entry in self.shortened if entry.kept]
-        bare = sum(not self.source.sample(entry.item).weights[1 : entry.kept].any() for entry in cut)
-        at_turn = "cut at the end of a turn" + (f", {bare:,} of them with no target left" if bare else "")
+        bare = sum(self._is_bare(entry) for entry in cut)
+        at_turn = self.cut_where + (f", {bare:,} of them with no target left" if bare else "")
         for done, entries in (("left out", dropped), (at_turn, cut)):
             if entries:
                 lines.append(
@@ -187,17 +192,25 @@ class Packed:
         for item in long:
             tokens, most = int(kept[item].max()), 0
             if max_length == "cut" and self._each == 1:
-                ends = self.source.sample(item).turn_ends
-                most = int(ends[ends <= self.seq_len + 1].max(initial=0))
+                most = self._most_of(item)
             kept[item] = most
             found.append(Shortened(item, tokens, most))
         if found and max_length == "error":
             raise UserError(
-                f"{self.given}: {len(found):,} of {len(kept):,} samples are longer than train.seq_len + 1 = "
-                f"{self.seq_len + 1} tokens: {self._listed(found)}; raise train.seq_len, or set chat.max_length to "
-                f"drop or cut"
+                f"{self.given}: {len(found):,} of {len(kept):,} samples are longer than {self.most} = "
+                f"{self.seq_len + self.extra} tokens: {self._listed(found)}; raise train.seq_len, or set "
+                f"{self.max_length_key} to drop or cut"
             )
         return found
+
+    def _most_of(self, item: int) -> int:
+        """How many tokens of a sample that is too long a cut keeps; 0 for none."""
+        ends = self.source.sample(item).turn_ends
+        return int(ends[ends <= self.seq_len + 1].max(initial=0))
+
+    def _is_bare(self, cut: Shortened) -> bool:
+        """Whether what is left of a sample has no target."""
+        return not self.source.sample(cut.item).weights[1 : cut.kept].any()
 
     def _tiles_kept(self, kept: NDArray[np.int64]) -> NDArray[np.int64]:
         """(items, samples an item) tiles of what is kept of each sample; a cut lies between turns, never in an image.

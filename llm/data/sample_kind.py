@@ -15,10 +15,11 @@ from llm.data.found import Inventory, count, found_lines, listed
 from llm.data.images import BrokenImage, ImageReader
 from llm.data.json_rows import called
 from llm.data.kinds import Asked, Kind, Opened, PackingName, cached
+from llm.data.labels import LabelsEntry
 from llm.data.listing import InputFile, Listing
 from llm.data.packed import Packed
 from llm.data.sample import Sample
-from llm.data.samples import ImagesEntry, SampleSource, StoredItem, write_samples
+from llm.data.samples import ImagesEntry, SampleManifest, SampleSource, StoredItem, write_samples
 from llm.data.source import MANIFEST, TokenizerEntry
 from llm.data.sources import SourceFiles
 from llm.data.split import Split, text_digest
@@ -65,6 +66,14 @@ class ImageEncoder(Encoder, Protocol):
         """The same for rows of a file in this folder."""
 
 
+@runtime_checkable
+class Labelling(Encoder, Protocol):
+    """Makes samples with labels."""
+
+    def labels_entry(self) -> LabelsEntry:
+        """What is known of the labels so far."""
+
+
 class SampleKind(Kind):
     """What kinds of samples have in common."""
 
@@ -75,6 +84,8 @@ class SampleKind(Kind):
 
     columns: tuple[str, ...] = ()
     """Names that `columns` of a source may map to the file's; () for any."""
+    several: tuple[str, ...] = ()
+    """Those of them that it may map to several of the file's."""
 
     @abstractmethod
     def encoder(self, files: SourceFiles, asked: Asked) -> Encoder:
@@ -87,10 +98,14 @@ class SampleKind(Kind):
         for key, given in (("text_field", spec.text_field != "text"), ("separator", spec.separator is not None)):
             if given:
                 raise UserError(f"{option(files.key, key)[2:]}: is for text, not for {kind}; see columns")
-        for name in spec.columns:
+        for name, column in spec.columns.items():
+            key = option(files.key, "columns")[2:]
             if self.columns and name not in self.columns:
-                key = option(files.key, "columns")[2:]
                 raise UserError(f"{key}.{name}: {kind} has {', '.join(self.columns)}")
+            if not isinstance(column, str) and name not in self.several:
+                raise UserError(f"{key}.{name}={column}: is one column of {kind}, not a list")
+        if spec.augment is not None and self.name != "labelled":
+            raise UserError(f"{option(files.key, 'augment')[2:]}={spec.augment}: is for kind labelled, not for {kind}")
         for file in files.listing.files:
             if not file.type.has_rows:
                 raise UserError(
@@ -103,7 +118,7 @@ class SampleKind(Kind):
         target = self._folder(files, asked, encoder)
         if not (target / MANIFEST).exists():
             self._store(files, asked, encoder, target)
-        rows = self._rows(files, asked, SampleSource.open(target))
+        rows = self.rows(files, asked, SampleSource.open(target))
         if rows.shortened:
             write_file(_list_of(rows), "".join(f"{json.dumps(entry)}\n" for entry in rows.listed()).encode())
 
@@ -115,7 +130,9 @@ class SampleKind(Kind):
             made_with = _entry(asked.tokenizer)
             what = (self.name, self.samples_per_item, made_with, target)
             images = None if reader.images is None else reader.images_entry
-            if not write_samples(reader.items(move), *what, found=lambda: inventory.found([listing]), images=images):
+            labels = encoder.labels_entry if isinstance(encoder, Labelling) else None
+            found = reader.items(move), *what, lambda: inventory.found([listing])
+            if not write_samples(*found, images=images, labels=labels):
                 raise files.nothing(asked.split, "row")
 
     def look(self, files: SourceFiles, asked: Asked) -> None:
@@ -132,8 +149,9 @@ class SampleKind(Kind):
                 f"data.cache_dir is another folder on this machine. Start the run again"
             )
         source = SampleSource.open(folder)
-        rows = self._rows(files, asked, source)
-        notes = [*_notes(files, source, asked.split), *rows.notes()]
+        rows = self.rows(files, asked, source)
+        lines = self.trained_lines(files.given, source.manifest)
+        notes = [*_notes(files, source, asked.split), *lines, *rows.notes()]
         if rows.shortened:
             notes.append(f"{files.given}: file and row of all of these are listed in {_list_of(rows)}")
         return Opened(
@@ -144,7 +162,8 @@ class SampleKind(Kind):
             verify=source.verify if _is_soon_verified(source) else None,
         )
 
-    def _rows(self, files: SourceFiles, asked: Asked, source: SampleSource) -> Packed:
+    def rows(self, files: SourceFiles, asked: Asked, source: SampleSource) -> Packed:
+        """The samples of a source as rows."""
         return Packed(
             source,
             asked.seq_len,
@@ -153,6 +172,14 @@ class SampleKind(Kind):
             together=self.packing(asked) == "best_fit",
             max_length=asked.chat.max_length,
             given=files.given,
+        )
+
+    def trained_lines(self, given: str, manifest: SampleManifest) -> Iterator[str]:
+        """How much of a source trains, for people."""
+        none = f"; {count(manifest.without_target, 'row')} without any" if manifest.without_target else ""
+        yield (
+            f"{given}: {manifest.trained:,} of {count(manifest.tokens, 'token')} are trained on "
+            f"({manifest.trained / max(1, manifest.tokens):.1%}){none}"
         )
 
     def _folder(self, files: SourceFiles, asked: Asked, encoder: Encoder) -> Path:
@@ -206,10 +233,11 @@ class _Reader:
                 if item is not None:
                     self.inventory.add(is_empty=False)
                     items += 1
-                    trained += any(bool(sample.weights[1:].any()) for sample in item.samples)
+                    trained += any(sample.n_targets > 0 for sample in item.samples)
                     yield item
             if items and not trained and (self.split is None or self.split.part == "train"):
-                raise UserError(f"{where}: no token to train on in its {count(items, 'row')}")
+                what = "label" if isinstance(encoder, Labelling) else "token"
+                raise UserError(f"{where}: no {what} to train on in its {count(items, 'row')}")
             before += file.status.st_size
 
     def _item(self, encoder: Encoder, file: InputFile, row: RawRow, where: str) -> StoredItem | None:
@@ -291,8 +319,3 @@ def _notes(files: SourceFiles, source: SampleSource, split: Split | None) -> Ite
                 f"{files.given}: {count(images.dropped, 'row')} left out for an image that is missing or broken "
                 f"(data.bad_images=drop): {'; '.join(images.dropped_first)}{more}"
             )
-    none = f"; {count(manifest.without_target, 'row')} without any" if manifest.without_target else ""
-    yield (
-        f"{files.given}: {manifest.trained:,} of {count(manifest.tokens, 'token')} are trained on "
-        f"({manifest.trained / max(1, manifest.tokens):.1%}){none}"
-    )

@@ -3,10 +3,10 @@ weights of the targets beside them. Made once from raw rows, whatever the length
 
 A shard has the columns tokens, weights (in 1,024ths, so that their sums are exact), turn_ends, name (file and row) and
 digest (of the content that the sample was made from); where rows may have images, tiles (bytes of (n, 3, S, S)) and
-tiles_crc32 too, so that a sample is checked without reading the others. An item is what is packed as one: a sample, or
-the samples of a pair, which follow one another.
+tiles_crc32 too, so that a sample is checked without reading the others; where samples have labels, labels. An item is
+what is packed as one: a sample, or the samples of a pair, which follow one another.
 
-Shapes: n tokens of a sample, S pixels a side of a tile.
+Shapes: n tokens of a sample, L labels of one, S pixels a side of a tile.
 """
 
 import hashlib
@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from llm.atomic import new_directory
 from llm.data.documents import split_key
 from llm.data.found import Found
+from llm.data.labels import LabelsEntry
 from llm.data.rows import Origin
 from llm.data.sample import Sample
 from llm.data.shards import (
@@ -82,7 +83,7 @@ class SampleManifest(BaseModel):
     samples: int
     tokens: int
     trained: int
-    """Tokens that are targets."""
+    """Tokens, or labels, that are targets."""
     without_target: int
     """Items that have none."""
     shards: tuple[ShardEntry, ...]
@@ -92,17 +93,21 @@ class SampleManifest(BaseModel):
     """What the files held and what was left out."""
     images: ImagesEntry | None = None
     """None where rows have no images: the fingerprint is then that of a manifest which knows of none."""
+    labels: LabelsEntry | None = None
+    """None where tokens are predicted; the same holds then."""
 
     def fingerprint(self) -> str:
         """Hex digest of everything but `folders`, `found` and which rows were dropped: the same samples give the same
         one, wherever they lay.
         """
         images = True if self.images is None else {"dropped", "dropped_first"}
-        return digest_of(self.model_dump(mode="json", exclude={"folders": True, "found": True, "images": images}))
+        exclude = {"folders": True, "found": True, "images": images, **({} if self.labels else {"labels": True})}
+        return digest_of(self.model_dump(mode="json", exclude=exclude))
 
     def serialized(self) -> bytes:
         """The content of manifest.json: the fields, and a digest of all of them."""
-        fields = self.model_dump(mode="json", exclude={"images"} if self.images is None else None)
+        absent = {name for name in ("images", "labels") if getattr(self, name) is None}
+        fields = self.model_dump(mode="json", exclude=absent or None)
         return (json.dumps({**fields, "digest": digest_of(fields), "fingerprint": self.fingerprint()}) + "\n").encode()
 
 
@@ -130,12 +135,13 @@ def write_samples(
     output: Path,
     found: Callable[[], Found],
     images: Callable[[], ImagesEntry] | None = None,
+    labels: Callable[[], LabelsEntry] | None = None,
 ) -> bool:
     """Write a new folder of samples, whole or not at all; False, and nothing is left, where there are no items.
 
     FileExistsError when `output` exists. found: asked for what the files held, when all items have been read; images:
-    asked before, and then again, where samples may have images. ValueError where the slots of a sample are not those of
-    its tiles.
+    asked before, and then again, where samples may have images; labels: asked when all items have been read, where
+    samples have labels. ValueError where the slots of a sample are not those of its tiles.
     """
     asked = None if images is None else images()
     totals = _Totals(asked)
@@ -159,6 +165,7 @@ def write_samples(
             folders=tuple(FolderEntry(path=path, documents=count) for path, count in totals.folders),
             found=found(),
             images=None if images is None else images().model_copy(update={"tiles": totals.tiles}),
+            labels=None if labels is None else labels(),
         )
         (folder / MANIFEST).write_bytes(manifest.serialized())
         return True
@@ -177,7 +184,7 @@ class _Totals:
 
     def counted(self, items: Iterable[StoredItem]) -> Iterator[StoredItem]:
         for item in items:
-            trained = sum(int(np.count_nonzero(sample.weights[1:])) for sample in item.samples)
+            trained = sum(sample.n_targets for sample in item.samples)
             self.trained += trained
             self.without_target += not trained
             self.tiles += sum(_tiles(sample, self.images) for sample in item.samples)
@@ -232,6 +239,10 @@ def _write_shard(path: Path, items: list[StoredItem], vocab_size: int, images: I
         tiles = [b"" if sample.images is None else sample.images.tobytes() for sample in samples]
         columns["tiles"] = pa.array(tiles, pa.large_binary())
         columns["tiles_crc32"] = pa.array([zlib.crc32(content) for content in tiles], pa.uint32())
+    if (labels := [sample.labels for sample in samples if sample.labels is not None]):
+        columns["labels"] = _lists(np.concatenate(labels), [len(of_sample) for of_sample in labels])
+    if samples[0].text is not None:
+        columns["text"] = pa.array([sample.text for sample in samples], pa.large_string())
     batch = pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
     return write_batch(path, batch, len(tokens), text_bytes=0)
 
@@ -300,7 +311,14 @@ class SampleSource:
             weights=shard.weights[start:stop].astype(np.float32) / np.float32(PARTS),
             turn_ends=shard.turn_ends[shard.first_turn[inside] : shard.first_turn[inside + 1]].astype(np.int64),
             images=None if shard.tiles is None else shard.tiles.of(inside),
+            labels=None if shard.labels is None else shard.labels[inside],
+            text=None if shard.texts is None else str(shard.texts[inside].as_py()),
         )
+
+    def labels(self) -> NDArray[np.float32]:
+        """The labels of all samples as they are stored, (samples, L). UserError naming the shard that is damaged."""
+        shards = (self._mapped.get(place) or self._map(place) for place in range(len(self.manifest.shards)))
+        return np.concatenate([shard.labels for shard in shards if shard.labels is not None])
 
     def origin(self, number: int) -> Origin:
         """The file and row that a sample was made from."""
@@ -335,10 +353,13 @@ class SampleSource:
         if int(shard.tokens.max(initial=0)) >= self.manifest.tokenizer.vocab_size:
             raise damaged(path, f"tokens outside the vocabulary of {self.manifest.tokenizer.vocab_size}")
         weights, turns = shard.column("weights"), shard.column("turn_ends")
+        labels = self.manifest.labels
         mapped = _Mapped(
             shard, shard.tokens, shard.starts, weights.values.to_numpy(), turns.values.to_numpy(),
             turns.offsets.to_numpy(),
             None if self.manifest.images is None else _Tiles(shard, self.manifest.images.image_size),
+            None if labels is None else shard.column("labels").values.to_numpy().reshape(-1, len(labels.names)),
+            None if labels is None or not labels.with_text else shard.column("text"),
         )  # fmt: skip
         self._mapped[place] = mapped
         return mapped
@@ -355,6 +376,9 @@ class _Mapped:
     turn_ends: NDArray[np.int32]
     first_turn: NDArray[np.int64]
     tiles: "_Tiles | None"
+    labels: NDArray[np.float32] | None
+    """(samples, L)"""
+    texts: pa.Array | None
 
 
 class _Tiles:

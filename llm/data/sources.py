@@ -35,9 +35,11 @@ class SourceSpec(BaseModel):
     text_field: str = "text"
     """column of JSON, CSV, Parquet and Arrow rows that holds the text"""
     kind: str = Field(default="text", min_length=1)
-    """what its rows are: text | chat | completion | preference | image_text, or a kind that an extension adds"""
-    columns: dict[str, str] = {}
-    """of other kinds than text: our names of columns -> the file's, as {messages: dialog}"""
+    """what its rows are: text | chat | completion | preference | image_text | labelled, or a kind of an extension"""
+    columns: dict[str, str | list[str]] = {}
+    """of other kinds than text: our names of columns -> the file's, as {messages: dialog}; label may be a list"""
+    augment: str | None = Field(default=None, min_length=1, exclude_if=lambda value: value is None)
+    """of kind labelled: how texts are written anew each time they are trained on"""
     separator: str | None = Field(default=None, min_length=1)
     """what ends a document in text files, as <|endoftext|>, and is no part of it; null: each text file is one"""
 
@@ -58,6 +60,11 @@ class SourceSpec(BaseModel):
         last = Path(self.path).name or Path(self.path).absolute().name or "data"
         made = last.split(".")[0] or last
         return self.name or "".join(letter if letter.isprintable() else "_" for letter in made)
+
+    @property
+    def single_columns(self) -> dict[str, str]:
+        """Those of `columns` that are one column each."""
+        return {name: column for name, column in self.columns.items() if isinstance(column, str)}
 
     def cache_name(self) -> str:
         """What its folders in the cache begin with."""

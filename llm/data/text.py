@@ -82,6 +82,9 @@ class Text(Kind):
         if files.spec.columns:
             field = option(files.key, "text_field")[2:]
             raise UserError(f"{option(files.key, 'columns')[2:]}: is for other kinds; the column of a text is {field}")
+        if files.spec.augment is not None:
+            raise UserError(f"{option(files.key, 'augment')[2:]}={files.spec.augment}: is for kind labelled, not for "
+                            f"kind text")  # fmt: skip
 
     def prepare(self, files: SourceFiles, asked: Asked) -> None:
         TextFiles.of(files).prepare(asked.tokenizer, asked.cache_dir, asked.split, asked.threads)
