@@ -19,7 +19,7 @@ from llm.paths import PathText
 from llm.tokenizers.parts import PART_CHARACTERS
 
 TokenIds = Sequence[int] | np.ndarray
-TokenizerKind = Literal["sentencepiece", "tiktoken", "hf", "bytes", "characters"]
+TokenizerKind = Literal["sentencepiece", "tiktoken", "hf", "bytes", "characters", "smiles"]
 
 ENDS_A_TURN = (
     "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eom|>", "<end_of_turn>", "<|end|>", "</s>", "<eos>"
@@ -44,8 +44,9 @@ class TokenizerConfig(BaseModel):
 
     kind: TokenizerKind
     """sentencepiece (a .model file) or characters (a JSON file), which tools/train_tokenizer.py makes; tiktoken (the
-    file of ranks of Llama 3 and 4), hf (a tokenizer.json, or a folder, read as transformers reads it) or bytes (256
-    ids, no file)
+    file of ranks of Llama 3 and 4), hf (a tokenizer.json, or a folder, read as transformers reads it), bytes (256
+    ids, no file) or smiles (atoms and bonds of molecules; a file with one token a line, which
+    tools/train_tokenizer.py makes)
     """
     path: PathText | None = None
     """the tokenizer's file, or with kind hf its folder; none for bytes"""
@@ -57,7 +58,8 @@ class TokenizerConfig(BaseModel):
     """hf only: name of the token that ends a document; null finds it likewise"""
 
     lossy: bool = False
-    """sentencepiece and hf only: accept one that normalises text, as those of many foreign models do
+    """sentencepiece and hf only: accept one that normalises text, as those of many foreign models do; smiles: what the
+    vocabulary lacks is <unk>, where it is an error else
     """
     added_tokens: tuple[str, ...] = ()
     """control tokens beyond those of its files, whose ids follow these; chat.add_tokens sets them
@@ -79,14 +81,14 @@ class TokenizerConfig(BaseModel):
                     f"tokenizer.{option}={getattr(self, option)}: of use only with kind {kind}, not {self.kind}; "
                     f"leave it out"
                 )
-        if self.lossy and self.kind not in ("sentencepiece", "hf"):
-            raise ValueError(f"tokenizer.lossy: of use only with kinds sentencepiece and hf, not {self.kind}")
+        if self.lossy and self.kind not in ("sentencepiece", "hf", "smiles"):
+            raise ValueError(f"tokenizer.lossy: of use only with kinds sentencepiece, hf and smiles, not {self.kind}")
         return self
 
 
 def where_from(kind: TokenizerKind) -> str:
     """End of a message about a missing file."""
-    return "; tools/train_tokenizer.py makes one" if kind in ("sentencepiece", "characters") else ""
+    return "; tools/train_tokenizer.py makes one" if kind in ("sentencepiece", "characters", "smiles") else ""
 
 
 class Tokenizer(Protocol):

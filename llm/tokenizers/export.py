@@ -17,12 +17,14 @@ from llm.tokenizers.huggingface import HFTokenizer
 from llm.tokenizers.sentencepiece import SentencePieceTokenizer
 from llm.tokenizers.sentencepiece_model import read_sentencepiece
 from llm.tokenizers.simple import ByteTokenizer, CharacterTokenizer
+from llm.tokenizers.smiles import SmilesTokenizer
 from llm.tokenizers.tiktoken import TiktokenTokenizer
 from llm.tokenizers.tokenizer_json import (
     Component,
     added,
     bytes_document,
     characters_document,
+    pattern_document,
     sentencepiece_document,
     template,
 )
@@ -99,6 +101,8 @@ def _document(tokenizer: Tokenizer) -> tuple[Component, bool]:
         return tokenizer.document(), False
     if isinstance(tokenizer, SentencePieceTokenizer):
         return sentencepiece_document(read_sentencepiece(tokenizer.serialized())), True
+    if isinstance(tokenizer, SmilesTokenizer):
+        return _smiles_document(tokenizer), True
     if isinstance(tokenizer, ByteTokenizer):
         document = bytes_document()
     elif isinstance(tokenizer, CharacterTokenizer):
@@ -108,6 +112,13 @@ def _document(tokenizer: Tokenizer) -> tuple[Component, bool]:
     marks = ((tokenizer.bos_id, "<s>"), (tokenizer.eos_id, "</s>"))
     document["added_tokens"] = [{"id": number, **added(name)} for number, name in marks]
     return document, True
+
+
+def _smiles_document(tokenizer: SmilesTokenizer) -> Component:
+    unknown = tokenizer.tokens[tokenizer.unk_id] if tokenizer.lossy else None
+    document = pattern_document(tokenizer.tokens, tokenizer.pattern, unknown)
+    control = sorted((number, name) for name, number in tokenizer.control_tokens.items())
+    return {**document, "added_tokens": [{"id": number, **added(name)} for number, name in control]}
 
 
 def _with_special(document: Component, marks: tuple[str, ...]) -> Component:

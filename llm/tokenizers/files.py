@@ -9,6 +9,7 @@ from llm.errors import UserError
 from llm.tokenizers.base import Tokenizer, TokenizerConfig, where_from
 from llm.tokenizers.sentencepiece import SentencePieceTokenizer
 from llm.tokenizers.simple import ByteTokenizer, CharacterTokenizer, read_characters
+from llm.tokenizers.smiles import SmilesTokenizer, read_smiles_vocabulary
 
 
 def open_file(config: TokenizerConfig, base: Path | None = None) -> Tokenizer:
@@ -32,4 +33,6 @@ def open_file(config: TokenizerConfig, base: Path | None = None) -> Tokenizer:
         return HFTokenizer(content, config.bos, config.eos, str(path), config.lossy)
     if config.kind == "characters":
         return CharacterTokenizer(read_characters(content, path))
+    if config.kind == "smiles":
+        return SmilesTokenizer(read_smiles_vocabulary(content, path), config.lossy)
     return SentencePieceTokenizer(content, str(path), config.lossy)

@@ -5,7 +5,7 @@ becomes its three byte pieces, as it does here, and is not taken for a space.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -93,6 +93,20 @@ def characters_document(characters: str) -> Component:
     """The tokenizer.json of an alphabet; the library, too, refuses a character outside it."""
     shell = tokenizers.Tokenizer(models.WordLevel({character: i for i, character in enumerate(characters)}, "<unk>"))
     shell.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    shell.decoder = decoders.Fuse()
+    return document_of(shell)
+
+
+def pattern_document(tokens: Sequence[str], pattern: str, unknown: str | None) -> Component:
+    """The tokenizer.json of whole tokens, whose ids are their places, that `pattern` cuts a text into; a character that
+    it leaves is a piece by itself. unknown: the token of all other pieces; with None the library refuses them too.
+    """
+    ids = {token: number for number, token in enumerate(tokens)}
+    missing = "none" if unknown is None else unknown  # a name that is no token: the library then finds no id
+    while unknown is None and missing in ids:
+        missing += "_"
+    shell = tokenizers.Tokenizer(models.WordLevel(ids, missing))
+    shell.pre_tokenizer = pre_tokenizers.Split(Regex(rf"{pattern}|[\s\S]"), behavior="isolated")
     shell.decoder = decoders.Fuse()
     return document_of(shell)
 

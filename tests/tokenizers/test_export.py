@@ -12,7 +12,15 @@ import transformers
 
 from llm import LLM, ModelArgs
 from llm.pretrained import tokenizer_of
-from llm.tokenizer import ByteTokenizer, CharacterTokenizer, SentencePieceTokenizer, Tokenizer, train_sentencepiece
+from llm.tokenizer import (
+    ByteTokenizer,
+    CharacterTokenizer,
+    SentencePieceTokenizer,
+    SmilesTokenizer,
+    Tokenizer,
+    smiles_vocabulary,
+    train_sentencepiece,
+)
 from llm.tokenizers.check import check_texts, compare
 from llm.tokenizers.folder import foreign_tokenizer
 from llm.tokenizers.tiktoken import TiktokenTokenizer
@@ -21,6 +29,8 @@ from tests.tokenizers.helpers import CODE, RANKS, from_shared, made_hf, opened, 
 from tests.tokenizers.test_folder import FAST, LLAMA, NAMES, QWEN, changed, decoder_entries, write
 from tools import convert
 
+SMILES = ("CC(=O)Oc1ccccc1C(=O)O", "[Cl-].C[N+](C)(C)C/C=C/Br", "[unused1]", "C%12CC%12", "CZC", "[PAD]", "<bos>CC")
+MOLECULES = smiles_vocabulary([("a row", text) for text in SMILES[:2]])
 TEXTS = list(check_texts(1000, ("<|endoftext|>", "<|eot_id|>", "<|im_end|>", "<s>")))
 
 
@@ -45,6 +55,9 @@ def folder_tokenizer(folder: Path, kind: str) -> Tokenizer:
 KINDS = {
     "bytes": lambda _: ByteTokenizer(),
     "characters": lambda _: CharacterTokenizer("".join(sorted(set("".join(TEXTS[:200]) + CODE[0])))),
+    "smiles": lambda _: SmilesTokenizer(MOLECULES),
+    "smiles of BERT's names": lambda _: SmilesTokenizer(["[PAD]", "[unused1]", "[UNK]", "[CLS]", *MOLECULES[5:]]),
+    "smiles with unknowns": lambda _: SmilesTokenizer(MOLECULES, lossy=True),
     "sentencepiece": lambda _: SentencePieceTokenizer(train_sentencepiece(CODE[:1], 500)),
     "sentencepiece with lines": lambda _: SentencePieceTokenizer(train_sentencepiece(CODE[:1], 500, boundaries="none")),
     "unigram": lambda _: SentencePieceTokenizer(train_sentencepiece(CODE[:1], 400, model_type="unigram")),
@@ -75,7 +88,7 @@ def test_autotokenizer_gives_the_ids_of_the_run(kind: str, tmp_path: Path, capsy
     ours = KINDS[kind](tmp_path / "source")
     folder = exported(ours, tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    differences = compare(ours, theirs, TEXTS)
+    differences = compare(ours, theirs, [*TEXTS, *SMILES])
     # SentencePiece adds the scores of a unigram model in float32, the library in float64, so ties fall either way
     ties = 10 if kind == "unigram" else 0
     assert len(differences) <= ties, f"{len(differences)}\n" + "\n".join(map(str, differences[:5]))
@@ -88,7 +101,7 @@ def test_autotokenizer_gives_the_ids_of_the_run(kind: str, tmp_path: Path, capsy
     assert transformers.AutoConfig.from_pretrained(folder).eos_token_id == ends
     again = tokenizer_of(folder)  # and so do we, from the files that were written
     assert (again.begin_ids, again.end_ids) == (ours.begin_ids, ours.end_ids)
-    if kind not in ("characters", "unigram"):
+    if kind not in ("characters", "unigram", "smiles", "smiles of BERT's names"):
         assert [again.prompt_ids(text) for text in TEXTS[:300]] == [ours.prompt_ids(text) for text in TEXTS[:300]]
 
 
