@@ -126,6 +126,7 @@ class LLM(Conveniences, Heads):
         units: Sequence[str] | None = None,
         expert_counts: Tensor | None = None,
         keys_N: Tensor | None = None,
+        inference: bool = False,
     ) -> TransformerOutput:
         """Logits; or the loss, given labels; or what `losses` makes of the hidden states (B, T, D); or hidden states
         instead of logits, with return_hidden.
@@ -135,11 +136,12 @@ class LLM(Conveniences, Heads):
         the vectors `x` that the unit before them made of the same inputs; their hidden states are vectors for the next.
         expert_counts: (M, E) int64, how many tokens of the whole previous step each expert got, for the balance loss;
         all alike where not given. keys_N: (B * T,) int64, of each token, by which dropout chooses; without them there
-        is none. Raises ValueError where inputs, labels, cache or counts do not fit together.
+        is none. inference: without gradients, as with a cache. Raises ValueError where inputs, labels, cache or counts
+        do not fit together.
         """
         if isinstance(inputs, Tensor):
             inputs = TransformerInput(inputs)
-        with torch.no_grad() if cache is not None else nullcontext():
+        with torch.no_grad() if inference or cache is not None else nullcontext():
             ctx = self.context(inputs, cache, expert_counts, keys_N)
             hidden, stats = self.run(self.units if units is None else units, x, inputs, ctx)
             if cache is not None:
