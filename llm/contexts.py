@@ -68,6 +68,7 @@ def make_context(
         valid_BT=torch.from_numpy(positions_BT >= 0).to(device) if padded else None,
         expert_counts=expert_counts,
         keys_N=keys_N,
+        residual_keys_n=keys_N,
         cut_sequence=cut_sequence,
     )
 

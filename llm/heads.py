@@ -5,14 +5,16 @@ Shapes: B batch, T tokens, D model width, V vocabulary, S documents, n outputs o
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from llm.args import ModelArgs
 from llm.datatypes import LossSum, RouterStats, TransformerInput, TransformerOutput
+from llm.layers.dropout import dropout_at, keys_or_drawn
 from llm.layers.embedding import Embedding
 from llm.layers.output import HeadTargets, Output
 from llm.layers.pooling import pooled
-from llm.layers.prediction import PredictionHead
+from llm.layers.prediction import PREDICTION, PredictionHead
 from llm.layers.region import InRegion
 
 Losses = Callable[[Tensor], Mapping[str, LossSum]]
@@ -28,6 +30,7 @@ class Heads(InRegion):
     prediction: PredictionHead | None
     """None where the model has no such head, or another rank has it."""
     args: ModelArgs
+    training: bool
 
     def results(
         self,
@@ -85,14 +88,21 @@ class Heads(InRegion):
         where the label is negative."""
         return self._head(hidden_BTD, HeadTargets(labels_BT, each=True))
 
-    def predictions(self, hidden_BTD: Tensor, inputs: TransformerInput) -> Tensor:
+    def predictions(self, hidden_BTD: Tensor, inputs: TransformerInput, keys_N: Tensor | None = None) -> Tensor:
         """What the prediction head makes of each document of the inputs (`TransformerInput.resolve`), pooled as
         model.pool says: (S, n) float32, logits or scaled values. With tensor parallelism give it `replicated` hidden
-        states, as all ranks compute it alike. ValueError where the model has no such head.
+        states, as all ranks compute it alike. keys_N: as of the forward, whose key of a document's first token is the
+        document's. ValueError where the model has no such head.
         """
         if self.prediction is None:
             raise ValueError("model.n_prediction=0: the model has no prediction head")
-        found: Tensor = self.prediction(pooled(hidden_BTD, *inputs.resolve(), self.args.pool))
+        positions_BT, starts_S = inputs.resolve()
+        pooled_SD = pooled(hidden_BTD, positions_BT, starts_S, self.args.pool)
+        dropout = dropout_at(self.args.head_dropout, "pooled", PREDICTION)
+        keys_N = keys_or_drawn(keys_N, inputs.tokens, self.training and dropout is not None)
+        if dropout is not None and keys_N is not None:
+            pooled_SD = dropout(pooled_SD, keys_N[torch.from_numpy(starts_S).to(keys_N.device)])
+        found: Tensor = self.prediction(pooled_SD)
         return found
 
     @property

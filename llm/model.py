@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, D model width, V vocabulary, E experts, M number of M
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from llm.init import initialise
 from llm.kernels.norms import rms_normalise
 from llm.layers.block import Block
 from llm.layers.context import Context
-from llm.layers.dropout import key_of
+from llm.layers.dropout import dropout_at, key_of, keys_or_drawn
 from llm.layers.embedding import Embedding, TiedEmbedding
 from llm.layers.foreign_names import accept_foreign_names
 from llm.layers.lora import Adapted
@@ -88,6 +89,7 @@ class LLM(Conveniences, Heads):
         """Blocks as llm/compile.py compiled them, by the name of the unit, for forwards with gradients."""
         self.output: Output | None = None
         self.prediction: PredictionHead | None = None
+        self.embed_dropout = dropout_at(args.embed_dropout, "embedding", EMBEDDING)
         with torch.device(device or torch.get_default_device()):
             if args.vision is not None and VISION in self.units:
                 tower = NativeTower if args.vision.kind == "native" else Tower
@@ -135,9 +137,9 @@ class LLM(Conveniences, Heads):
         the tokens continue its rows, and turns gradients off. units: run these alone, of those that the module has, on
         the vectors `x` that the unit before them made of the same inputs; their hidden states are vectors for the next.
         expert_counts: (M, E) int64, how many tokens of the whole previous step each expert got, for the balance loss;
-        all alike where not given. keys_N: (B * T,) int64, of each token, by which dropout chooses; without them there
-        is none. inference: without gradients, as with a cache. Raises ValueError where inputs, labels, cache or counts
-        do not fit together.
+        all alike where not given. keys_N: (B * T,) int64, of each token, by which dropout chooses; in training, with
+        gradients, those that are not given are drawn by torch's generator, and elsewhere nothing is dropped. inference:
+        without gradients, as with a cache. Raises ValueError where inputs, labels, cache or counts do not fit together.
         """
         if isinstance(inputs, Tensor):
             inputs = TransformerInput(inputs)
@@ -190,7 +192,9 @@ class LLM(Conveniences, Heads):
         if self.args.embed_scale is not None:
             # rounded on the host: a number made on a GPU would make the host wait for it
             x_BTD = x_BTD * torch.tensor(self.args.embed_scale, dtype=x_BTD.dtype, device="cpu").item()
-        return rms_normalise(x_BTD, self.args.norm_eps) if self.args.embed_norm else x_BTD
+        if self.args.embed_norm:
+            x_BTD = rms_normalise(x_BTD, self.args.norm_eps)
+        return x_BTD if self.embed_dropout is None else self.embed_dropout(x_BTD, ctx.residual_keys_n)
 
     def _through_tower(self, name: str, x: Tensor, ctx: Context) -> tuple[Tensor, RouterStats | None]:
         return self._through(f"{TOWER}.{name}", x, ctx)
@@ -206,7 +210,9 @@ class LLM(Conveniences, Heads):
         # a graph is compiled for one row of positions or for one a row, so compiled blocks always get the latter
         each_row = bool(self.compiled) and torch.is_grad_enabled()
         cut_sequence = self.region.cuts(inputs.tokens.numel())
-        return make_context(self.args, self.specs, inputs, cache, expert_counts, keys_N, each_row, cut_sequence)
+        keys_N = keys_or_drawn(keys_N, inputs.tokens, self.training and self.args.drops)
+        ctx = make_context(self.args, self.specs, inputs, cache, expert_counts, keys_N, each_row, cut_sequence)
+        return replace(ctx, residual_keys_n=self.region.own(keys_N)) if cut_sequence and keys_N is not None else ctx
 
     def moe_layers(self) -> list[MoE]:
         """The MoE feed-forwards, in order."""

@@ -4,7 +4,7 @@ Names and rules follow Llama 4 (Meta's params.json); what other families need be
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,9 +18,29 @@ from llm.args.vision import VisionArgs
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
+DROPPED_BY_ONE_KEY = ("attn_dropout", "resid_dropout", "embed_dropout")
+"""What `dropout` sets."""
+
+
 def unset(value: object) -> bool:
     """Whether a key is as if it were not there, and is left out of what is written: of keys younger than the files."""
     return value is None or value is False
+
+
+def zero(value: object) -> bool:
+    """The same of a rate."""
+    return value == 0
+
+
+def with_dropout(given: dict[str, Any]) -> dict[str, Any]:
+    """Model keys as they were written, with those that `dropout` sets in its place. ValueError where it is no rate."""
+    if "dropout" not in given:
+        return given
+    rest = {key: value for key, value in given.items() if key != "dropout"}
+    rate = given["dropout"]
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
+        raise ValueError(f"model.dropout={rate}: expected a number from 0 to below 1")
+    return dict.fromkeys(DROPPED_BY_ONE_KEY, rate) | rest
 
 
 class ModelArgs(Group):
@@ -113,6 +133,17 @@ class ModelArgs(Group):
     """Positions per step of the temperature."""
     attn_scale: float = 0.1
     """Strength of the temperature."""
+    attn_dropout: float = Field(0.0, ge=0, lt=1, exclude_if=zero)
+    """Share of attention weights that training drops. model.dropout sets this, resid_dropout and embed_dropout, where
+    they are not given themselves."""
+    resid_dropout: float = Field(0.0, ge=0, lt=1, exclude_if=zero)
+    """Share dropped of what attention and feed-forward add to the residual stream."""
+    embed_dropout: float = Field(0.0, ge=0, lt=1, exclude_if=zero)
+    """Share dropped of what enters the first layer."""
+    ffn_dropout: float = Field(0.0, ge=0, lt=1, exclude_if=zero)
+    """Share dropped of the hidden units of feed-forwards, of each expert's for each token apart."""
+    head_dropout: float = Field(0.0, ge=0, lt=1, exclude_if=zero)
+    """Share dropped of what a prediction head reads."""
     tie_embeddings: bool = False
     """Use the token table as output matrix."""
     init_std: float = Field(0.02, gt=0)
@@ -137,6 +168,11 @@ class ModelArgs(Group):
     """A tower that reads pictures; unset = text alone, and then no key in what is written."""
     lora: LoraArgs | None = None
     """Low-rank adapters beside the weights; unset = none. In a run config the section `lora` sets it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_dropout(cls, given: Any) -> Any:
+        return with_dropout(given) if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _check(self) -> "ModelArgs":
@@ -214,6 +250,12 @@ class ModelArgs(Group):
     def merged(self) -> "ModelArgs":
         """The model that results when adapters are added to their weights."""
         return self if self.lora is None else self.model_copy(update={"lora": None})
+
+    @property
+    def drops(self) -> bool:
+        """Whether training drops anything, of adapters' inputs too."""
+        rates = self.attn_dropout, self.resid_dropout, self.embed_dropout, self.ffn_dropout, self.head_dropout
+        return any(rates) or (self.lora is not None and self.lora.dropout > 0)
 
     def ffn_width(self) -> int:
         """Hidden width of a dense feed-forward: `ffn_hidden`, else Llama's rule int(2 * 4 dim / 3)."""

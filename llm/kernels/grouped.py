@@ -65,13 +65,25 @@ Stack = Tensor | Int8Weight
 """The matrices of all groups."""
 
 
-def grouped_swiglu(x_RD: Tensor, w1_EDF: Stack, w2_EFD: Stack, w3_EDF: Stack, sizes_E: Tensor) -> Tensor:
-    """(silu(x w1) * (x w3)) w2 of each group, the first sizes_E[0] rows of x being those of the first; (R, D)."""
-    if x_RD.device.type == "cpu" and isinstance(w1_EDF, Tensor):
+def grouped_swiglu(
+    x_RD: Tensor,
+    w1_EDF: Stack,
+    w2_EFD: Stack,
+    w3_EDF: Stack,
+    sizes_E: Tensor,
+    drop_hidden: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """(silu(x w1) * (x w3)) w2 of each group, the first sizes_E[0] rows of x being those of the first; (R, D).
+
+    drop_hidden: what w2 takes of the hidden units (R, F); the products are then apart, and keep more for the backward.
+    """
+    on_cpu = x_RD.device.type == "cpu"
+    if on_cpu and isinstance(w1_EDF, Tensor) and drop_hidden is None:
         out: Tensor = _GroupByGroup.apply(x_RD, w1_EDF, w2_EFD, w3_EDF, sizes_E.tolist())
         return out
-    hidden_RF = F.silu(grouped_matmul(x_RD, w1_EDF, sizes_E)) * grouped_matmul(x_RD, w3_EDF, sizes_E)
-    return grouped_matmul(hidden_RF, w2_EFD, sizes_E)
+    sizes = sizes_E.tolist() if on_cpu else sizes_E
+    hidden_RF = F.silu(grouped_matmul(x_RD, w1_EDF, sizes)) * grouped_matmul(x_RD, w3_EDF, sizes)
+    return grouped_matmul(hidden_RF if drop_hidden is None else drop_hidden(hidden_RF), w2_EFD, sizes)
 
 
 Adapted = tuple[Stack, Tensor, Tensor]
@@ -84,9 +96,10 @@ def adapted_swiglu(
     scale: float,
     sizes_E: Tensor,
     drop: Callable[[Tensor, int], Tensor] | None = None,
+    drop_hidden: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """`grouped_swiglu` of w1, w2 and w3, each w + scale a b, which is never made. drop: what the adapter of the first,
-    second or third (0 to 2) takes of its input.
+    second or third (0 to 2) takes of its input. drop_hidden: what w2 and its adapter take of the hidden units.
     """
     sizes = sizes_E.tolist() if x_RD.device.type == "cpu" else sizes_E
 
@@ -95,7 +108,8 @@ def adapted_swiglu(
         taken = x if drop is None else drop(x, i)
         return grouped_matmul(x, w, sizes) + grouped_matmul(grouped_matmul(taken, a, sizes) * scale, b, sizes)
 
-    return product(F.silu(product(x_RD, 0)) * product(x_RD, 2), 1)
+    hidden_RF = F.silu(product(x_RD, 0)) * product(x_RD, 2)
+    return product(hidden_RF if drop_hidden is None else drop_hidden(hidden_RF), 1)
 
 
 def grouped_matmul(x_RD: Tensor, w_EDF: Stack, sizes: Tensor | list[int]) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from llm.args import LayerSpec, ModelArgs
 from llm.datatypes import RouterStats
 from llm.layers.context import Context
+from llm.layers.dropout import Dropout, dropout_at
 from llm.layers.feed_forwards import FEED_FORWARDS
 from llm.layers.foreign_names import accept_foreign_names
 from llm.layers.mixers import MIXERS
@@ -29,6 +30,9 @@ class Block(nn.Module):
         self.attention = MIXERS[spec.mixer.name](args, spec)
         accept_foreign_names(self.attention, args, "layers.{i}.attention.")
         self.attention_post_norm = make_norm(args, args.dim, args.post_norm_eps) if after else None
+        place = f"layers.{spec.index}"
+        self.attention_dropout = dropout_at(args.resid_dropout, "residual", f"{place}.attention")
+        self.ffn_dropout = dropout_at(args.resid_dropout, "residual", f"{place}.feed_forward")
         if spec.ffn != "none":
             self.ffn_norm = make_norm(args, args.dim) if before else None
             self.feed_forward = FEED_FORWARDS[spec.ffn].build(args, spec)
@@ -50,7 +54,7 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, RouterStats | None]:
         update_BTD = self.attention(_through(self.attention_norm, x_BTD), ctx)
-        h_BTD = x_BTD + _through(self.attention_post_norm, update_BTD)
+        h_BTD = x_BTD + _kept(self.attention_dropout, _through(self.attention_post_norm, update_BTD), ctx)
         if self.spec.ffn == "none":
             return h_BTD, None
         normed_BTD, stats = _through(self.ffn_norm, x_BTD if self.spec.parallel else h_BTD), None
@@ -58,9 +62,14 @@ class Block(nn.Module):
             y_BTD, stats = self.feed_forward(normed_BTD, ctx)
         else:
             y_BTD = self.feed_forward(normed_BTD, ctx)
-        return h_BTD + _through(self.ffn_post_norm, y_BTD), stats
+        return h_BTD + _kept(self.ffn_dropout, _through(self.ffn_post_norm, y_BTD), ctx), stats
 
 
 def _through(norm: nn.Module | None, x: Tensor) -> Tensor:
     normed: Tensor = x if norm is None else norm(x)
     return normed
+
+
+def _kept(dropout: Dropout | None, update: Tensor, ctx: Context) -> Tensor:
+    """What dropout leaves of what is added to the residual stream."""
+    return update if dropout is None else dropout(update, ctx.residual_keys_n)

@@ -60,6 +60,8 @@ class Context:
     keys_N: Tensor | None = None
     """(B * T,) int64: of each token, by which its part in random choices such as dropout is made; None = there are
     none, as outside of training."""
+    residual_keys_n: Tensor | None = None
+    """Those of the tokens whose residual stream is on this rank."""
     cut_sequence: bool = False
     """Whether each tensor-parallel rank has the residual stream of its own tokens only."""
 

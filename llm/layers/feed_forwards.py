@@ -20,7 +20,7 @@ class FeedForwardKind(NamedTuple):
 
 
 FEED_FORWARDS: dict[Ffn, FeedForwardKind] = {
-    "dense": FeedForwardKind(lambda args, _: build_feed_forward(args), feed_forward_rows),
+    "dense": FeedForwardKind(build_feed_forward, feed_forward_rows),
     "moe": FeedForwardKind(build_moe, moe_rows),
     "none": FeedForwardKind(lambda *_: nn.Identity(), lambda _: {}),
 }

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm.args import Activation, LoraArgs, ModelArgs
+from llm.args import Activation, LayerSpec, LoraArgs, ModelArgs
 from llm.args.lora import adapter
 from llm.layers.context import Context
+from llm.layers.dropout import Dropout, dropout_at
 from llm.layers.linear import Linear
 from llm.layers.parameter import Rows, under, weights
 from llm.layers.region import InRegion
@@ -33,8 +34,11 @@ class FeedForward(nn.Module, InRegion):
         gated: bool = True,
         bias: bool = False,
         lora: LoraArgs | None = None,
+        dropout: Dropout | None = None,
     ) -> None:
+        """dropout: of its hidden units."""
         super().__init__()
+        self.dropout = dropout
         self.act = ACTIVATIONS[act]
         self.w1 = Linear(dim, hidden, bias, adapter(lora, "w1"))
         self.w2 = Linear(hidden, dim, bias, adapter(lora, "w2"))
@@ -65,6 +69,8 @@ class FeedForward(nn.Module, InRegion):
         if self.w3 is not None:
             up = self.w3(x, ctx.keys_N)
             y = y * up if torch.is_grad_enabled() else y.mul_(up)  # no backward needs what it was
+        if self.dropout is not None:
+            y = self.dropout(y, ctx.keys_N)
         return self.w2(y, ctx.keys_N)
 
 
@@ -73,6 +79,7 @@ def feed_forward_rows(args: ModelArgs) -> Rows:
     return FeedForward.declare(args, args.ffn_width(), args.gated, args.ffn_bias)
 
 
-def build_feed_forward(args: ModelArgs) -> FeedForward:
-    """The dense feed-forward of a model."""
-    return FeedForward(args.dim, args.ffn_width(), args.act, args.gated, args.ffn_bias, args.lora)
+def build_feed_forward(args: ModelArgs, spec: LayerSpec) -> FeedForward:
+    """The dense feed-forward of a layer."""
+    dropout = dropout_at(args.ffn_dropout, "hidden", f"layers.{spec.index}.feed_forward")
+    return FeedForward(args.dim, args.ffn_width(), args.act, args.gated, args.ffn_bias, args.lora, dropout)

@@ -24,7 +24,7 @@ from llm.kernels.graph_breaks import graph_break
 from llm.kernels.grouped import Padding, adapted_swiglu, grouped_swiglu
 from llm.layers.context import Context
 from llm.layers.dispatch import Dispatch
-from llm.layers.dropout import dropped, with_numbers
+from llm.layers.dropout import Dropout, dropout_at, dropped, with_numbers
 from llm.layers.ffn import FeedForward
 from llm.layers.lora import LORA_A, LORA_B, stack_adapter_rows
 from llm.layers.parameter import ParamInfo, Rows, under, weights
@@ -41,15 +41,22 @@ class MoE(nn.Module, InRegion):
     """Set where the experts lie on several ranks."""
 
     def __init__(
-        self, dim: int, hidden: int, moe: MoEArgs, number: int = 0, lora: LoraArgs | None = None
+        self,
+        dim: int,
+        hidden: int,
+        moe: MoEArgs,
+        number: int = 0,
+        lora: LoraArgs | None = None,
+        dropouts: tuple[Dropout | None, Dropout | None] = (None, None),
     ) -> None:
-        """number: which of the model's MoE layers this is."""
+        """number: which of the model's MoE layers this is. dropouts: of the hidden units of experts and shared expert.
+        """
         super().__init__()
         self.moe = moe
         self.number = number
         self.router = Router(dim, moe.n_experts)
-        self.experts = Experts(moe.n_experts, dim, hidden, adapter(lora, "experts"))
-        self.shared_expert = FeedForward(dim, hidden, lora=lora) if moe.shared else None
+        self.experts = Experts(moe.n_experts, dim, hidden, adapter(lora, "experts"), dropouts[0])
+        self.shared_expert = FeedForward(dim, hidden, lora=lora, dropout=dropouts[1]) if moe.shared else None
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, RouterStats]:
         """Padding goes to experts as the rest does but counts in no statistic."""
@@ -83,7 +90,7 @@ class MoE(nn.Module, InRegion):
         weight_R1 = weight_Nk.to(x_ND.dtype).flatten()[dispatch.pair_of_row].unsqueeze(-1)
         x_RD = dispatch.scatter(x_ND)
         keys_R = None
-        if keys_N is not None and self.experts.dropout:  # an expert's choices for a token are its own
+        if keys_N is not None and self.experts.drops:  # an expert's choices for a token are its own
             keys_R = with_numbers(keys_N.unsqueeze(-1), expert_Nk).flatten()[dispatch.pair_of_row]
         multiply = self.experts if self.exchange is None else self._elsewhere
         if self.moe.apply == "input":
@@ -175,12 +182,20 @@ class Experts(nn.Module):
     and w1_lora_b (E, r, F) of w1, and so on, where they have any.
     """
 
-    def __init__(self, n_experts: int, dim: int, hidden: int, lora: LoraArgs | None = None) -> None:
+    def __init__(
+        self,
+        n_experts: int,
+        dim: int,
+        hidden: int,
+        lora: LoraArgs | None = None,
+        hidden_dropout: Dropout | None = None,
+    ) -> None:
         super().__init__()
         self.w1 = nn.Parameter(torch.empty(n_experts, dim, hidden))
         self.w2 = nn.Parameter(torch.empty(n_experts, hidden, dim))
         self.w3 = nn.Parameter(torch.empty(n_experts, dim, hidden))
         self.lora, self.dropout = lora, 0.0 if lora is None else lora.dropout
+        self.hidden_dropout = hidden_dropout
         self.sites: tuple[int, ...] = (0, 0, 0)
         self.first_hidden = 0
         """Keys of the names of the weights; number of the first hidden unit that is on this rank."""
@@ -196,12 +211,26 @@ class Experts(nn.Module):
         is on.
         """
         weights = self.w1, self.w2, self.w3
+        drop_hidden = None
+        if keys_R is not None and self.hidden_dropout is not None:
+            drop_hidden = partial(self.hidden_dropout, keys_N=keys_R)
         if self.lora is None:
-            return grouped_swiglu(x_RD, *weights, sizes_E)
+            return grouped_swiglu(x_RD, *weights, sizes_E, drop_hidden)
         first, last = ([getattr(self, f"{name}_{part}") for name in EXPERT_WEIGHTS] for part in (LORA_A, LORA_B))
         adapted = list(zip(weights, first, last, strict=True))
         drop = None if keys_R is None else partial(self._dropped, keys_R)
-        return adapted_swiglu(x_RD, adapted, self.lora.scale, sizes_E, drop)
+        return adapted_swiglu(x_RD, adapted, self.lora.scale, sizes_E, drop, drop_hidden)
+
+    @property
+    def drops(self) -> bool:
+        """Whether training drops anything in it."""
+        return self.dropout > 0 or self.hidden_dropout is not None
+
+    def take_hidden_from(self, first: int) -> None:
+        """Its weights are those of the hidden units from this one on."""
+        self.first_hidden = first
+        if self.hidden_dropout is not None:
+            self.hidden_dropout = replace(self.hidden_dropout, first=first)
 
     def _dropped(self, keys_R: Tensor, x: Tensor, weight: int) -> Tensor:
         """What the adapter of EXPERT_WEIGHTS[weight] takes of its input x."""
@@ -229,7 +258,9 @@ def moe_rows(args: ModelArgs) -> Rows:
 def build_moe(args: ModelArgs, spec: LayerSpec) -> MoE:
     """The MoE layer that `args` describes. Raises ValueError without args.moe."""
     number = sum(before.ffn == "moe" for before in args.layer_specs()[: spec.index])
-    return MoE(args.dim, args.moe_width(), _moe_of(args), number, args.lora)
+    place = f"layers.{spec.index}.feed_forward"
+    experts, shared = (dropout_at(args.ffn_dropout, "hidden", f"{place}.{of}") for of in ("experts", "shared_expert"))
+    return MoE(args.dim, args.moe_width(), _moe_of(args), number, args.lora, (experts, shared))
 
 
 def _moe_of(args: ModelArgs) -> MoEArgs:

@@ -1,6 +1,7 @@
 """A model on its device, as its layout wants it: whole, or from the first moment only this rank's share."""
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -11,6 +12,7 @@ from llm.adapters.int8 import Read, fill, int8_weights, use_int8
 from llm.args import ModelArgs
 from llm.boxes import Box, box_shape
 from llm.layers.embedding import Embedding
+from llm.layers.ffn import FeedForward
 from llm.layers.lora import LORA_A, Adapted
 from llm.layers.moe import Experts, MoE
 from llm.layers.output import Output
@@ -125,8 +127,10 @@ def _connect(model: LLM, table: ParameterTable, grid: Grid) -> None:
     for name, module in model.named_modules():
         if isinstance(module, Adapted) and module.lora_a is not None:
             module.first_input = grid.box(table[f"{name}.{LORA_A}"])[1][0]
-        elif isinstance(module, Experts) and module.lora is not None:
-            module.first_hidden = grid.box(table[f"{name}.w2_{LORA_A}"])[1][0]
+        elif isinstance(module, Experts):
+            module.take_hidden_from(grid.box(table[f"{name}.w2"])[1][0])
+        elif isinstance(module, FeedForward) and module.dropout is not None:
+            module.dropout = replace(module.dropout, first=grid.box(table[f"{name}.w2.weight"])[1][0])
         if layout.expert > 1 and isinstance(module, MoE):
             module.exchange = ExpertExchange(grid.expert, module.moe.n_experts)
     region = TensorRegion(grid.tensor, layout.sequence_parallel) if layout.tensor > 1 else None

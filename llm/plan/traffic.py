@@ -145,7 +145,8 @@ def _experts(work: Workload) -> Iterator[Sent]:
             swaps += 2 + sum(work.flow[f"{block}.feed_forward.experts"]) + repeated * again
     rows = work.tokens * moe.top_k * work.args.dim * BYTES[work.precision]
     lora = adapter(work.args.lora, "experts")
-    keys = work.tokens * moe.top_k * INT64 if lora is not None and lora.dropout else 0  # of the rows, to the experts
+    dropped = work.args.ffn_dropout or (lora is not None and lora.dropout)
+    keys = work.tokens * moe.top_k * INT64 if dropped else 0  # of the rows, to the experts
     bytes_ = (e - 1) * (forwards * (moe.n_experts * INT64 + keys) + swaps * rows)
     groups_of_a_layer = work.layout.world // (e * work.layout.pipeline)
     yield Sent("expert", "tokens", work.accumulation * groups_of_a_layer * bytes_)

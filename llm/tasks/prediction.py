@@ -53,7 +53,7 @@ class Prediction(Objective):
     def loss_sum(self, model: LLM, hidden_BTD: Tensor, batch: Batch) -> LossSum:
         """All documents are predicted, so that nothing waits for what a device knows; those without labels weigh 0."""
         args, targets = model.args, batch.targets[self.name]
-        predictions_Sn = model.predictions(model.replicated(hidden_BTD), batch.inputs)
+        predictions_Sn = model.predictions(model.replicated(hidden_BTD), batch.inputs, batch.keys_N)
         starts_S = torch.from_numpy(batch.inputs.resolve()[1]).to(hidden_BTD.device)
         labels_SL = labels_of(batch).flatten(0, 1).index_select(0, starts_S)
         _check(args, labels_SL, predictions_Sn)

@@ -134,8 +134,7 @@ class Engine:
         for group in private.base_optimizer(self._deepspeed).param_groups:
             group["lr"] = lr * group["lr_factor"]
         tally = Tally(self.model.args, self.objectives, counts, self.world)
-        lora = self.model.args.lora
-        key = (self._seed, number) if lora is not None and lora.dropout else None
+        key = (self._seed, number) if self.model.args.drops else None
         made = Step(batch, self.objectives, tally, self.grid, loss_limit, self.before_change, key)
         self.model.train()
         scaler, at_lowest = private.loss_scaler_state(self._deepspeed), private.loss_scale_is_lowest(self._deepspeed)

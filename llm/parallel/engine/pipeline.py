@@ -75,9 +75,9 @@ class Pipelined:
         """A stage of its next micro-batch: what the next stage takes, or the loss."""
         replica, batch, stage = self._replica, self._queues[phase].popleft(), self._replica.stages[phase]
         before = None if stage.first else x  # DeepSpeed has token ids there, without gradient
-        here = replica.to_device(batch)
+        here = self._step.with_keys(replica.to_device(batch))
         losses = self._step.objectives.losses_of(replica.model, here) if stage.last else None
-        out = replica.through_stage(phase, before, here.inputs, losses, keys_N=self._step.keys(here))
+        out = replica.through_stage(phase, before, here.inputs, losses, keys_N=here.keys_N)
         loss = self._step.loss(out, here, replica.moe_layers[phase].start)
         if stage.last:
             assert loss is not None

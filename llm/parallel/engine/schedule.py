@@ -56,9 +56,9 @@ class Plain:
         last = len(step.batch.micro_batches) - 1
         for m, micro_batch in enumerate(step.batch.micro_batches):
             engine.set_gradient_accumulation_boundary(m == last)
-            here = replica.to_device(micro_batch)
+            here = step.with_keys(replica.to_device(micro_batch))
             losses = step.objectives.losses_of(replica.model, here)
-            given = {"expert_counts": replica.expert_counts(), "keys_N": step.keys(here)}
+            given = {"expert_counts": replica.expert_counts(), "keys_N": here.keys_N}
             loss = step.loss(engine(here.inputs, losses=losses, **given), here)
             assert loss is not None
             if m == last:

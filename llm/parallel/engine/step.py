@@ -6,7 +6,7 @@ Shapes: M number of MoE layers of the whole model, m those of a stage, E experts
 import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -200,16 +200,16 @@ class Step:
     losses: list[Tensor] = field(default_factory=list)
     """Of this rank's micro-batches, as they were handed to DeepSpeed; a stage without the output has none."""
 
-    def keys(self, batch: Batch) -> Tensor | None:
-        """Of each token of a micro-batch on the model's device (see `Context.keys_N`), where the model has dropout.
-        ValueError where it is not known which rows the micro-batch holds.
+    def with_keys(self, batch: Batch) -> Batch:
+        """A micro-batch on the model's device, with the keys by which dropout chooses where the model has any.
+        ValueError where it is not known which rows it holds.
         """
         if self.dropout_key is None:
-            return None
+            return batch
         if batch.rows is None:
             raise ValueError("dropout chooses by the number of a row in the order of the data, and a batch has none")
         rows_R = torch.from_numpy(batch.rows.global_row).to(batch.inputs.tokens.device)
-        return token_keys(*self.dropout_key, rows_R, batch.n_tokens)
+        return replace(batch, keys_N=token_keys(*self.dropout_key, rows_R, batch.n_tokens))
 
     def loss(self, out: TransformerOutput, batch: Batch, first_moe_layer: int = 0) -> Tensor | None:
         """Take a micro-batch's results into the sums; what of the loss depends on them, in this step's own weights, or

@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from llm.args.lora import DEFAULT_TARGETS
+from llm.args.model import with_dropout
 from llm.errors import UserError
 from llm.extensions import load as load_extensions
 from llm.train.config.explain import by_commas, explain, prepared
@@ -82,6 +83,10 @@ def _complete_from_weights(raw: dict[str, Any], where: str) -> None:
         return
     from llm.pretrained import args_of, tokenizer_config_of  # they import torch
 
+    try:
+        model = with_dropout(model)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
     try:
         own = args_of(source, tell=None).model_dump(mode="json")  # the run says them when it begins
         groups = {key: own[key] | value for key, value in model.items() if _is_group(value) and _is_group(own.get(key))}
