@@ -2,7 +2,7 @@
 
 import torch
 
-from llm.layers.dropout import dropped, key_of, token_keys, with_numbers
+from llm.layers.dropout import dropout_at, dropped, key_of, token_keys, with_numbers
 
 SITE = key_of("layers.0.attention.wq")
 
@@ -70,3 +70,21 @@ def test_the_bits_are_those_of_numbers_without_a_limit_cut_to_64_bits() -> None:
     mask = dropped(torch.ones(4, 9), keys, SITE, 0.25) != 0
     # a lane is read as a signed number, of which the lowest quarter is dropped
     assert mask.tolist() == [[(lane ^ 0x8000) >= 0x4000 for lane in row] for row in lanes]
+
+
+def test_the_gradient_passes_where_the_value_does() -> None:
+    keys = token_keys(0, 0, torch.tensor([4]), 8)
+    x = torch.randn(8, 30, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: dropped(x, keys, SITE, 0.5, 3), x)
+    assert torch.autograd.gradgradcheck(lambda x: dropped(x, keys, SITE, 0.5, 3), x)
+
+
+def test_masks_of_places_and_layers_are_independent() -> None:
+    rate, n = 0.1, 64 * 8 * 256
+    keys, x = token_keys(0, 1, torch.arange(64), 64 * 8), torch.ones(64 * 8, 256)
+    places = [dropout_at(rate, kind, f"layers.{i}.attention") for kind in ("residual", "hidden") for i in (0, 1, 2)]
+    lost = torch.stack([(place(x, keys) == 0).double().flatten() for place in places if place is not None])
+    share = rate * (1 - rate)
+    # an exact share of 6554 / 65536; its error in n draws, and that of a correlation, n^-1/2
+    assert (lost.mean(1) - 6554 / 65536).abs().max() < 4 * (share / n) ** 0.5
+    assert (torch.corrcoef(lost) - torch.eye(len(lost))).abs().max() < 4 * n**-0.5
