@@ -79,8 +79,8 @@ class Batch:
     values: Mapping[str, Tensor] = field(default_factory=dict)
     """(B, T) float32 each: further numbers of each token, by name; 0 where there is none."""
     keys_N: Tensor | None = None
-    """(B * T,) int64 on the model's device: of each token, by which dropout chooses; None outside of training, and where
-    nothing is dropped."""
+    """(B * T,) int64 on the model's device: of each token, by which dropout chooses; None outside of training, and
+    where nothing is dropped."""
 
     @property
     def n_tokens(self) -> int:

@@ -22,7 +22,7 @@ CUT = {"parallel": {"tensor": 2}, "micro": 8}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Experts and all places of a block: on one process, cut by tensor and sequence, and from the half of the latter."""
+    """Experts and all places of a block: on one process, cut by tensor and sequence, and from the half of that."""
     folder = tmp_path_factory.mktemp("dropout")
     write_text(folder, documents=80)
     perform(folder, [item(folder, "one"), item(folder, "off", **OFF, train={"steps": 1})], nproc=1)

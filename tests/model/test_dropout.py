@@ -8,8 +8,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from llm import LLM, ModelArgs
+from llm.datatypes import TransformerInput
 from llm.generate import generate
-from llm.layers.dropout import Dropout, dropped, token_keys, with_numbers
+from llm.layers.dropout import Dropout, dropped, key_of, token_keys, with_numbers
 from tests.model.models import MOE, llama4, tokens
 
 RATES = dict(resid_dropout=0.2, embed_dropout=0.1, ffn_dropout=0.3)
@@ -112,6 +113,22 @@ def test_experts_drop_hidden_units_of_each_token_apart() -> None:
             expected[n] = expected[n] + dropped(hidden[None], key, place.site, place.rate)[0] @ experts.w2[e]
     got, _ = layer.routed(x, weight_Nk, expert_Nk, keys_N=keys_N)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)  # sums in another order
+
+
+def test_what_a_prediction_head_reads_of_a_document_goes_by_its_first_token() -> None:
+    model, bounds = llama4(n_prediction=3, head_dropout=0.4), [0, 5, 16, 20, 32]
+    inputs = TransformerInput(tokens(2, 16), cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+    hidden, keys_N = model(inputs, return_hidden=True).hidden, keys([4, 9])
+    assert hidden is not None and model.prediction is not None
+    documents = zip(bounds, bounds[1:], strict=False)
+    means = torch.stack([hidden.flatten(0, 1)[first:end].mean(0) for first, end in documents])
+    left = dropped(means, keys_N[bounds[:-1]], key_of("pooled", "prediction"), 0.4)
+    assert 0.2 < float((left == 0).float().mean()) < 0.6
+    torch.testing.assert_close(model.predictions(hidden, inputs, keys_N), model.prediction(left), rtol=1e-5, atol=1e-6)
+    torch.manual_seed(0)
+    drawn = model.predictions(hidden, inputs)
+    assert not torch.equal(drawn, model.predictions(hidden, inputs))
+    torch.testing.assert_close(model.eval().predictions(hidden, inputs), model.prediction(means), rtol=1e-5, atol=1e-6)
 
 
 def test_one_key_sets_three_rates_where_they_are_not_given() -> None:
