@@ -158,6 +158,8 @@ class ModelArgs(Group):
     """What the head predicts: one of the classes, values, or labels that are there or not, each for itself."""
     pool: Literal["mean", "first", "last"] = Field("mean", exclude_if=lambda pool: pool == "mean")
     """What of a document the head reads: the mean of its tokens' vectors, or the vector of the first or last one."""
+    prediction_names: tuple[str, ...] | None = Field(None, exclude_if=unset)
+    """What the outputs stand for: classes, or columns of labels; unset = as the training rows say."""
     prediction_mean: tuple[float, ...] | None = Field(None, exclude_if=unset)
     """Of a regression, for each output: what is taken from a label before it is learned; unset = 0."""
     prediction_std: tuple[float, ...] | None = Field(None, exclude_if=unset)
@@ -218,7 +220,13 @@ class ModelArgs(Group):
         return self
 
     def _check_scaling(self) -> None:
-        """Raises ValueError where labels are scaled and are no values, or not as many."""
+        """Raises ValueError where labels are scaled and are no values, or names and scales are not as many."""
+        names = self.prediction_names
+        if names is not None and len(set(names)) != self.n_prediction:
+            raise ValueError(
+                f"model.prediction_names={list(names)}: there must be a name for each of the model.n_prediction="
+                f"{self.n_prediction} outputs, no two the same"
+            )
         for key, numbers in (("mean", self.prediction_mean), ("std", self.prediction_std)):
             if numbers is None:
                 continue
@@ -297,6 +305,13 @@ class ModelArgs(Group):
             norms=NormsSpec(before=self.norm_place != "post", after=self.norm_place != "pre"),
             parallel=self.parallel_residual,
         )
+
+
+def same_head(one: ModelArgs, other: ModelArgs) -> bool:
+    """Whether the prediction heads of two models predict the same, as far as their outputs have names."""
+    if (one.prediction, one.n_prediction) != (other.prediction, other.n_prediction):
+        return False
+    return one.prediction_names == other.prediction_names or None in (one.prediction_names, other.prediction_names)
 
 
 def _divisors(number: int) -> list[int]:

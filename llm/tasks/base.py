@@ -7,15 +7,16 @@ and the name under `task` in the run config.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from llm.args import VisionArgs
+from llm.args import ModelArgs, VisionArgs
 from llm.batch import Batch
 from llm.data.heldout import HeldOut
 from llm.data.images import ImageOptions
 from llm.data.kinds import ChatOptions, PackingName
+from llm.data.labels import LabelOptions
 from llm.data.mixture import Mixture
 from llm.data.sources import DataSpec
 from llm.generate import Decoder
@@ -27,6 +28,9 @@ from llm.tokenizer import Tokenizer
 REFERENCE = "reference"
 """The values with the summed log-probability of each sample's targets by the model that a run began with, at the first
 of these targets."""
+
+
+Args = TypeVar("Args", bound=ModelArgs)
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class RowsWanted:
     """How the model reads images; None: it cannot."""
     images: ImageOptions = ImageOptions()
     """Which of them are read."""
+    labels: LabelOptions | None = None
+    """What the model predicts of whole samples; None: nothing."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,13 @@ class Task(ABC):
     @abstractmethod
     def open_rows(self, wanted: RowsWanted, tokenizer: Tokenizer, world: World) -> OpenedRows:
         """The training and held-out rows (collective). UserError on all ranks where they cannot be read."""
+
+    def settle(self, args: Args, rows: OpenedRows, began_from: ModelArgs | None) -> Args:
+        """The model with what only the rows say of it, as the names of classes, before it is built; the same on all
+        ranks, whatever the layout. began_from: the model whose weights the run begins with. UserError where rows and
+        model do not go together.
+        """
+        return args
 
     @abstractmethod
     def counter(self, tokenizer: Tokenizer) -> Callable[[Batch], list[float]]:

@@ -21,14 +21,16 @@ from torch import Tensor
 
 from llm.args import ModelArgs
 from llm.batch import Batch
+from llm.data.learned import labelled_in
 from llm.datatypes import LossSum
 from llm.generate import Decoder
 from llm.layers.prediction import PREDICTION, scaled
 from llm.model import LLM
 from llm.objectives import Objective
 from llm.parallel.launch.world import World
-from llm.tasks.base import OpenedRows, RowsWanted, Task
+from llm.tasks.base import Args, OpenedRows, RowsWanted, Task
 from llm.tasks.rows import opened_rows
+from llm.tasks.settle_labels import settled_labels
 from llm.tokenizer import Tokenizer
 
 
@@ -116,6 +118,11 @@ class PredictionTask(Task):
 
     def open_rows(self, wanted: RowsWanted, tokenizer: Tokenizer, world: World) -> OpenedRows:
         return opened_rows(wanted, tokenizer, world, self.name, target=self.name)
+
+    def settle(self, args: Args, rows: OpenedRows, began_from: ModelArgs | None) -> Args:
+        """Names of the outputs and the scaling of values, of the training rows."""
+        held_out = [] if rows.valid is None else labelled_in(rows.valid.sources)
+        return settled_labels(args, labelled_in(rows.train.sources), held_out, began_from)
 
     def counter(self, tokenizer: Tokenizer) -> Callable[[Batch], list[float]]:
         """The weight of the labels that are not missing."""

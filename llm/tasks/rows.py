@@ -58,6 +58,7 @@ def asked_of(wanted: RowsWanted, tokenizer: Tokenizer, role: str, side: Side) ->
         tokenizer_path=wanted.tokenizer_path,
         vision=wanted.vision,
         images=wanted.images,
+        labels=wanted.labels,
     )
 
 

@@ -31,6 +31,7 @@ from llm.train.resume.choose import checkpoint_to_continue, refuse_another_run
 from llm.train.settle import (
     objectives_in,
     rows_wanted,
+    settle_outputs,
     settle_precision,
     settle_warmup,
     with_vocabulary,
@@ -68,7 +69,7 @@ class UnstartedRun:
             return config
         store = CheckpointStore(self.checkpoints, ALONE, keep=1, keep_best=False)
         config, _ = settle_precision(config, store, ALONE)
-        return settle_warmup(config, store, ALONE)
+        return settle_outputs(settle_warmup(config, store, ALONE), store, ALONE)
 
     @property
     def checkpoints(self) -> Path:

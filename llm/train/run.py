@@ -28,11 +28,13 @@ from llm.train.freezing import parameter_table
 from llm.train.optimizer import make_optimizer
 from llm.train.progress import Progress
 from llm.train.prompts import SamplePrompts, encode_prompts
-from llm.train.resume.choose import refuse_another_run
+from llm.train.resume.choose import checkpoint_to_continue, refuse_another_run
 from llm.train.settle import (
     objectives_in,
     rows_wanted,
     settle_length,
+    settle_model,
+    settle_outputs,
     settle_precision,
     settle_rows,
     settle_warmup,
@@ -104,11 +106,13 @@ def build_run(config: RunConfig, folder: Path, world: World) -> Run:
         cut=all_or_none(lambda: parameter_table(settled), world).cut,
     )
     settled, precision_reason = settle_precision(settled, store, world)
-    settled = settle_warmup(settled, store, world)
+    settled = settle_outputs(settle_warmup(settled, store, world), store, world)
     main_decides(lambda: refuse_another_run(settled, store.folder, tokenizer), world)
     settled, rows_reason = settle_rows(settled)
     task = task_named(settled.task)
     rows = task.open_rows(rows_wanted(settled), tokenizer, world)
+    goes_on = main_decides(lambda: checkpoint_to_continue(settled, store.folder) is not None, world)
+    settled = all_or_none(partial(settle_model, settled, task, rows, goes_on), world)
     tasks = all_or_none(lambda: open_run_tasks(settled, tokenizer, template), world)
     engine = build_engine(settled, grid)
     engine.before_change = store.wait_for_copy

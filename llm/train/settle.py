@@ -8,11 +8,12 @@ from typing import Any
 
 from llm.checkpoint.reader import newest_valid, resolve
 from llm.checkpoint.store import CheckpointStore
+from llm.data.labels import LabelOptions
 from llm.errors import UserError
 from llm.objectives import Objectives, objectives_of
 from llm.parallel.collectives import agreed_error, main_decides
 from llm.parallel.launch.world import World
-from llm.tasks import RowsWanted, task_named
+from llm.tasks import OpenedRows, RowsWanted, Task, task_named
 from llm.tokenizer import Tokenizer
 from llm.tokenizers.extended import ExtendedTokenizer
 from llm.train.config import RunConfig, Section
@@ -20,6 +21,9 @@ from llm.train.config.length import default_warmup
 from llm.train.precision import faster_precision
 from llm.train.schedule import epoch_rows, steps_between
 from vision.tokens import NAMES
+
+LEARNED = ("prediction_names", "prediction_mean", "prediction_std")
+"""Keys of a model that the training rows say."""
 
 
 def objectives_in(config: RunConfig) -> Objectives:
@@ -55,14 +59,51 @@ def settle_warmup(config: RunConfig, store: CheckpointStore, world: World) -> Ru
     return config.model_copy(update={"optim": config.optim.model_copy(update={"warmup_steps": saved})})
 
 
-def _saved(config: RunConfig, store: CheckpointStore, world: World, section: str, key: str) -> Any:
-    """What the checkpoint that this run will go on with has settled a key to; None for a new run."""
+def settle_outputs(config: RunConfig, store: CheckpointStore, world: World) -> RunConfig:
+    """The config with what the run that it goes on with has learned of labels, where it does not say it itself."""
+    model = config.model
+    keys = [key for key in LEARNED if getattr(model, key) is None]
+    if not model.n_prediction or not keys:
+        return config
+    saved = _saved(config, store, world, "model")
+    if saved is None:
+        return config
+    update = {key: tuple(saved[key]) for key in keys if saved.get(key) is not None}
+    return config.model_copy(update={"model": model.model_copy(update=update)})
+
+
+def settle_model(config: RunConfig, task: Task, rows: OpenedRows, goes_on: bool) -> RunConfig:
+    """The config with what only its rows say of the model. goes_on: from a checkpoint. UserError where rows and model
+    do not go together.
+    """
+    source = config.model.init_from
+    began_from = None
+    if source is not None and not goes_on and config.model.n_prediction:
+        from llm.pretrained import args_of  # of no use to others
+
+        began_from = args_of(source, tell=None)
+    return config.model_copy(update={"model": task.settle(config.model, rows, began_from)})
+
+
+def labels_wanted(config: RunConfig) -> LabelOptions | None:
+    """What a config's model predicts of whole samples."""
+    model, options = config.model, config.prediction
+    if not model.n_prediction:
+        return None
+    return LabelOptions(model.prediction, model.n_prediction, options.max_length, options.causal)
+
+
+def _saved(config: RunConfig, store: CheckpointStore, world: World, section: str, key: str | None = None) -> Any:
+    """What the checkpoint that this run will go on with has settled a key, or a section, to; None for a new run."""
 
     def read() -> Any:
         checkpoint, _ = newest_valid(store.folder)
         if checkpoint is None and config.checkpoint.resume not in ("auto", "never"):
             checkpoint = resolve(config.checkpoint.resume)
-        return None if checkpoint is None else checkpoint.meta_with("config")["config"][section][key]
+        if checkpoint is None:
+            return None
+        found = checkpoint.meta_with("config")["config"][section]
+        return found if key is None else found[key]
 
     return main_decides(read, world)
 
@@ -158,4 +199,5 @@ def rows_wanted(config: RunConfig) -> RowsWanted:
         tokenizer_path=config.tokenizer.path,
         vision=config.model.vision,
         images=config.data.images,
+        labels=labels_wanted(config),
     )

@@ -17,6 +17,7 @@ from llm.train.config.length import misfit, untraced
 from llm.train.config.lora import LoraConfig
 from llm.train.config.optim import OptimConfig
 from llm.train.config.outputs import CheckpointConfig, EvalConfig, LogConfig
+from llm.train.config.prediction import PredictionConfig
 from llm.train.config.section import BY_COMMAS, Section
 from llm.train.config.synonyms import meant
 from llm.train.config.train import GuardConfig, TrainConfig
@@ -85,6 +86,8 @@ class RunConfig(Section):
     """How the ranks share the work."""
     dpo: DpoConfig = DpoConfig()
     """How a run with task: dpo prefers answers."""
+    prediction: PredictionConfig = Field(PredictionConfig(), exclude_if=lambda section: section == PredictionConfig())
+    """How a run with task: prediction learns labels."""
     lora: LoraConfig | None = None
     """Train low-rank adapters alone; unset = all weights train."""
     optim: OptimConfig = OptimConfig()
@@ -119,6 +122,11 @@ class RunConfig(Section):
         for key, value in self.dpo.model_dump().items():
             if self.task != "dpo" and value != DpoConfig.model_fields[key].default:
                 raise ValueError(f"dpo.{key}={value}: is for task=dpo, and task={self.task}; set that, or leave it out")
+        if self.prediction.label_smoothing and self.model.prediction != "classification":
+            raise ValueError(
+                f"prediction.label_smoothing={self.prediction.label_smoothing}: is for classes, and "
+                f"model.prediction={self.model.prediction}; leave it out"
+            )
         optim, steps = self.optim, self.train.steps
         if steps is not None:  # of train.epochs only the data says how many they are
             length = f"train.steps={steps}"
