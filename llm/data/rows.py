@@ -35,6 +35,8 @@ class Row:
     """(n,) each: further numbers of each position, by name."""
     images: NDArray[np.uint8] | None = None
     """(tiles, 3, S, S), in the order of their slots among the tokens; None without images."""
+    causal: bool = True
+    """Whether its tokens see none behind them; false = they see their document or sample both ways."""
 
 
 @dataclass(frozen=True)

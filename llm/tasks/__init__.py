@@ -5,9 +5,11 @@ and how a sample of it looks.
 from llm.tasks.base import REFERENCE, OpenedRows, RowsWanted, Task, register, task_named
 from llm.tasks.dpo import Preferences
 from llm.tasks.lm import LanguageModelling
+from llm.tasks.mlm import MaskedLanguageModelling
 from llm.tasks.prediction import PredictionTask
 
 register(LanguageModelling())
+register(MaskedLanguageModelling())
 register(Preferences())
 register(PredictionTask())
 

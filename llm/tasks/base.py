@@ -15,10 +15,11 @@ from llm.args import ModelArgs, VisionArgs
 from llm.batch import Batch
 from llm.data.heldout import HeldOut
 from llm.data.images import ImageOptions
-from llm.data.kinds import ChatOptions, PackingName
+from llm.data.kinds import ChatOptions, Opened, PackingName
 from llm.data.labels import LabelOptions
 from llm.data.mixture import Mixture
 from llm.data.sources import DataSpec
+from llm.errors import UserError
 from llm.generate import Decoder
 from llm.model import LLM
 from llm.objectives import Objective
@@ -59,6 +60,8 @@ class RowsWanted:
     """Which of them are read."""
     labels: LabelOptions | None = None
     """What the model predicts of whole samples; None: nothing."""
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """The config's sections of tasks, by a task's name."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ class Task(ABC):
     """What a model is trained to do."""
 
     name: str
+    target: str | None = None
+    """Name of the targets that the rows of a source must have, before `view`; None: the task's own."""
     compares_with_start = False
     """Whether its objectives read the values REFERENCE."""
 
@@ -82,6 +87,11 @@ class Task(ABC):
     def objectives(self, options: Mapping[str, Any] | None = None) -> tuple[Objective, ...]:
         """What it is trained for; the first is what a validation measures. options: what the config's section of the
         task's own name says, where there is such a section.
+        """
+
+    def check(self, tokenizer: Tokenizer, options: Mapping[str, Mapping[str, Any]]) -> None:  # noqa: B027
+        """UserError where texts of this tokenizer cannot be trained on so, before any work is done. options: as in
+        `RowsWanted`.
         """
 
     @abstractmethod
@@ -94,6 +104,20 @@ class Task(ABC):
         model do not go together.
         """
         return args
+
+    def view(
+        self, name: str, opened: Opened, wanted: RowsWanted, tokenizer: Tokenizer, held_out: bool
+    ) -> Opened:
+        """What the task reads of an opened source. name: the source's; held_out: whether it is for validation.
+        UserError where its rows have not what the task needs.
+        """
+        target = self.target or self.name
+        if target not in opened.rows.targets:
+            raise UserError(
+                f"{opened.given}: its rows have targets for {' and '.join(opened.rows.targets)}, and task={self.name} "
+                f"trains on those for {target}"
+            )
+        return opened
 
     @abstractmethod
     def counter(self, tokenizer: Tokenizer) -> Callable[[Batch], list[float]]:

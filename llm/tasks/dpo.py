@@ -104,7 +104,7 @@ class Preferences(LanguageModelling):
         return (Preference(**(options or {})),)
 
     def open_rows(self, wanted: RowsWanted, tokenizer: Tokenizer, world: World) -> OpenedRows:
-        return opened_rows(wanted, tokenizer, world, self.name, target=self.name)
+        return opened_rows(wanted, tokenizer, world, self)
 
     def counter(self, tokenizer: Tokenizer) -> Callable[[Batch], list[float]]:
         """Pairs."""

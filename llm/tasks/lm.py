@@ -25,7 +25,7 @@ class LanguageModelling(Task):
         return (NextToken(self.name),)
 
     def open_rows(self, wanted: RowsWanted, tokenizer: Tokenizer, world: World) -> OpenedRows:
-        return opened_rows(wanted, tokenizer, world, self.name, target=self.name)
+        return opened_rows(wanted, tokenizer, world, self)
 
     def counter(self, tokenizer: Tokenizer) -> Callable[[Batch], list[float]]:
         """The targets' weight, how many they are, the bytes of text that they stand for, the tokens of all samples, and

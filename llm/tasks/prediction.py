@@ -117,7 +117,7 @@ class PredictionTask(Task):
         return (Prediction((options or {}).get("label_smoothing", 0.0)),)
 
     def open_rows(self, wanted: RowsWanted, tokenizer: Tokenizer, world: World) -> OpenedRows:
-        return opened_rows(wanted, tokenizer, world, self.name, target=self.name)
+        return opened_rows(wanted, tokenizer, world, self)
 
     def settle(self, args: Args, rows: OpenedRows, began_from: ModelArgs | None) -> Args:
         """Names of the outputs and the scaling of values, of the training rows."""

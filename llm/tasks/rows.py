@@ -9,16 +9,15 @@ from llm.data.kinds import Asked, Opened
 from llm.data.mixture import Mixture
 from llm.data.opening import check_rows, open_rows, prepare_rows
 from llm.data.sources import Side, sides
-from llm.errors import UserError
 from llm.parallel.collectives import all_or_none, main_decides
 from llm.parallel.launch.world import World
-from llm.tasks.base import OpenedRows, RowsWanted
+from llm.tasks.base import OpenedRows, RowsWanted, Task
 from llm.tokenizer import Tokenizer
 
 
-def opened_rows(wanted: RowsWanted, tokenizer: Tokenizer, world: World, task: str, target: str) -> OpenedRows:
-    """The training and held-out rows of a task whose main objective reads the targets called `target` (collective).
-    What is made of files is made by rank 0. UserError on all ranks where rows cannot be read, or have no such targets.
+def opened_rows(wanted: RowsWanted, tokenizer: Tokenizer, world: World, task: Task) -> OpenedRows:
+    """The training and held-out rows of a task, each source as `task.view` has it (collective). What is made of files
+    is made by rank 0. UserError on all ranks where rows cannot be read, or are none that the task can read.
     """
     of_role = sides(wanted.train, wanted.valid)
     for side in of_role.values():  # both before the first is prepared, which may take long
@@ -27,9 +26,8 @@ def opened_rows(wanted: RowsWanted, tokenizer: Tokenizer, world: World, task: st
     for role, side in of_role.items():
         asked = asked_of(wanted, tokenizer, role, side)
         main_decides(partial(prepare_rows, side, asked), world)
-        opened[role] = all_or_none(partial(open_rows, side, asked), world)
+        opened[role] = all_or_none(partial(_viewed, side, asked, wanted, task), world)
         for _, source, _ in opened[role]:
-            all_or_none(partial(_check_target, source, task, target), world)
             if source.verify is not None:
                 main_decides(source.verify, world)
     train, valid = ([source for _, source, _ in opened[role]] for role in ("data.train", "data.valid"))
@@ -62,9 +60,8 @@ def asked_of(wanted: RowsWanted, tokenizer: Tokenizer, role: str, side: Side) ->
     )
 
 
-def _check_target(source: Opened, task: str, target: str) -> None:
-    if target not in source.rows.targets:
-        raise UserError(
-            f"{source.given}: its rows have targets for {' and '.join(source.rows.targets)}, and task={task} trains on "
-            f"those for {target}"
-        )
+def _viewed(side: Side, asked: Asked, wanted: RowsWanted, task: Task) -> list[tuple[str, Opened, float]]:
+    return [
+        (name, task.view(name, source, wanted, asked.tokenizer, asked.held_out), weight)
+        for name, source, weight in open_rows(side, asked)
+    ]

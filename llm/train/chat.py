@@ -4,6 +4,7 @@ from pathlib import Path
 
 from llm.data.sources import source_specs
 from llm.errors import UserError
+from llm.tasks.mlm import MASK_TOKENS, mask_name
 from llm.tokenizer import Tokenizer, load_tokenizer
 from llm.tokenizers.chat import ChatTemplate, open_template
 from llm.tokenizers.chat.find import template_in
@@ -17,10 +18,10 @@ WITH_TEMPLATE = ("completion", "preference")
 
 def run_tokenizer(config: RunConfig) -> tuple[Tokenizer, ChatTemplate | None]:
     """The tokenizer of a config, with the control tokens that it lacked if chat.add_tokens: those of images for a model
-    with vision, and those of the run's template; and the template, None where the run has no conversations. UserError
-    naming the file, the template or what the tokenizer lacks.
+    with vision, the mask token of task mlm, and those of the run's template; and the template, None where the run has
+    no conversations. UserError naming the file, the template or what the tokenizer lacks.
     """
-    tokenizer = _with_image_tokens(config, load_tokenizer(config.tokenizer))
+    tokenizer = _with_mask_token(config, _with_image_tokens(config, load_tokenizer(config.tokenizer)))
     sources = [config.data.train, *([] if isinstance(config.data.valid, float | None) else [config.data.valid])]
     kinds = {spec.kind for given in sources for spec in source_specs(given)}
     chat, folder = config.chat, config.tokenizer.path
@@ -42,3 +43,11 @@ def _with_image_tokens(config: RunConfig, tokenizer: Tokenizer) -> Tokenizer:
             f"chat.add_tokens=true adds them to it"
         )
     return with_tokens(tokenizer, missing) if config.chat.add_tokens else tokenizer
+
+
+def _with_mask_token(config: RunConfig, tokenizer: Tokenizer) -> Tokenizer:
+    """What a run that hides tokens without a mask token is to be told, its rows say (llm/tasks/mlm.py)."""
+    asked = config.mlm.mask_token
+    if config.task != "mlm" or not config.chat.add_tokens or isinstance(asked, int):
+        return tokenizer
+    return tokenizer if mask_name(tokenizer, asked) else with_tokens(tokenizer, [asked or MASK_TOKENS[0]])

@@ -21,6 +21,7 @@ from llm.data.sources import Side, sides
 from llm.parallel.launch.world import World
 from llm.parallel.precision import check_precision
 from llm.paths import refuse_unwritable
+from llm.tasks import task_named
 from llm.tasks.rows import asked_of
 from llm.tokenizer import Tokenizer
 from llm.tokenizers.chat import ChatTemplate
@@ -101,6 +102,10 @@ def _tokenizer(run: UnstartedRun) -> None:
     with_vocabulary(run.config, run.tokenizer)
 
 
+def _task(run: UnstartedRun) -> None:
+    task_named(run.config.task).check(run.tokenizer, rows_wanted(run.config).options)
+
+
 def _frozen(run: UnstartedRun) -> None:
     from llm.train.freezing import parameter_table  # it takes long to import
 
@@ -156,6 +161,7 @@ CHECKS: tuple[Callable[[UnstartedRun], None], ...] = (
     _run_folder,
     _data_is_there,
     _tokenizer,
+    _task,
     _frozen,
     _checkpoint,
     _weights,

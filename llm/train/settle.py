@@ -200,4 +200,5 @@ def rows_wanted(config: RunConfig) -> RowsWanted:
         vision=config.model.vision,
         images=config.data.images,
         labels=labels_wanted(config),
+        options={"mlm": config.mlm.model_dump()},
     )

@@ -1,7 +1,8 @@
 """The first rows of a run as the model will see them: text, which of its tokens train, how much of a row is filled up.
 
 A token is written as its text, a control token as its name or <number>, an image as the grid of its tiles; what trains
-stands in brackets, with its weight where that is not 1.
+stands in brackets, with its weight where that is not 1; of tokens that are to be guessed what the model sees and,
+behind an arrow, what they are.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from llm.data.masked import TARGET as MASKED
 from llm.data.mixture import Mixture
 from llm.data.rows import Row
 from llm.tasks import task_named
@@ -22,6 +24,8 @@ from vision.tokens import NAMES, ImageTokens
 
 OPEN, CLOSE = "\u27e6", "\u27e7"
 """Around what trains."""
+ARROW = "\u2192"
+"""Between what a model sees in the place of tokens, and these."""
 
 
 def show(config: RunConfig, run_dir: Path, n_rows: int) -> Iterator[str]:
@@ -42,7 +46,7 @@ def show_row(mixture: Mixture, i: int, tokenizer: Tokenizer) -> Iterator[str]:
     (number,), (k,), (epoch,) = (found.tolist() for found in mixture.locate(i))
     row = mixture.read(number, k, epoch)
     assert row is not None
-    targets = next(iter(row.targets.values()))
+    target, targets = next(iter(row.targets.items()))
     labels, weights = targets.labels, targets.weights
     weight = (labels >= 0).astype(np.float32) if weights is None else np.where(labels >= 0, weights, 0)
     n, room = len(row.tokens), mixture.seq_len
@@ -58,6 +62,9 @@ def show_row(mixture: Mixture, i: int, tokenizer: Tokenizer) -> Iterator[str]:
         part = f", from token {place.offset + 1}" if place.offset else ""
         n_targets = _count(int((labels[start:end] >= 0).sum()), "target")
         yield f"--- {place.origin}{part}{_side(row, start)}: {n_targets}, {_count(end - start, 'position')}"
+        if target == MASKED:
+            yield guessed(row.tokens[start:end], labels[start:end], tokenizer, names)
+            continue
         ids, weight_of = row.tokens[start:end], np.concatenate(([0], weight[start:end]))
         if labels[end - 1] >= 0:  # the last token is only a label
             ids = np.append(ids, labels[end - 1])
@@ -72,6 +79,17 @@ def marked(ids: NDArray[np.int64], weights: NDArray, tokenizer: Tokenizer, names
         text = _text(ids[at:end].tolist(), tokenizer, names)
         factor = "" if weight in (0, 1) else f"{weight:g}:"
         parts.append(f"{OPEN}{factor}{text}{CLOSE}" if weight else text)
+        at = end
+    return "".join(parts)
+
+
+def guessed(ids: NDArray[np.int64], labels: NDArray[np.int64], tokenizer: Tokenizer, names: Mapping[int, str]) -> str:
+    """The text of tokens as the model sees them, in brackets where they are to be guessed, with what they are."""
+    parts, at = [], 0
+    for hidden, group in groupby((labels >= 0).tolist()):
+        end = at + len(list(group))
+        seen, meant = (_text(of[at:end].tolist(), tokenizer, names) for of in (ids, labels.clip(0)))
+        parts.append(f"{OPEN}{seen}{ARROW}{meant}{CLOSE}" if hidden else seen)
         at = end
     return "".join(parts)
 

@@ -20,6 +20,7 @@ from llm.train.config.outputs import CheckpointConfig, EvalConfig, LogConfig
 from llm.train.config.prediction import PredictionConfig
 from llm.train.config.section import BY_COMMAS, Section
 from llm.train.config.synonyms import meant
+from llm.train.config.tasks import DpoConfig, MlmConfig
 from llm.train.config.train import GuardConfig, TrainConfig
 
 
@@ -59,13 +60,6 @@ class ParallelConfig(Section):
         return self
 
 
-class DpoConfig(Section):
-    beta: float = Field(0.1, gt=0)
-    """How much a reward is of a log-probability's gain on the reference model: the higher, the nearer to it."""
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """Share of pairs that are taken to prefer the other answer."""
-
-
 class RunConfig(Section):
     """Everything that a run is made of."""
 
@@ -78,8 +72,8 @@ class RunConfig(Section):
     chat: ChatOptions = ChatOptions()
     """How conversations are written and trained on."""
     task: str = "lm"
-    """What the model is trained to do; lm: the next token of texts, conversations and completions; dpo: to prefer the
-    chosen answers of data of kind preference."""
+    """What the model is trained to do; lm: the next token of texts, conversations and completions; mlm: hidden tokens
+    of these, from both sides; dpo: to prefer the chosen answers of data of kind preference."""
     extensions: Annotated[tuple[PathText, ...], BY_COMMAS] = ()
     """Python files, separated by commas, that are run first and register objectives, tasks and the like."""
     parallel: ParallelConfig = ParallelConfig()
@@ -88,6 +82,8 @@ class RunConfig(Section):
     """How a run with task: dpo prefers answers."""
     prediction: PredictionConfig = Field(PredictionConfig(), exclude_if=lambda section: section == PredictionConfig())
     """How a run with task: prediction learns labels."""
+    mlm: MlmConfig = Field(MlmConfig(), exclude_if=lambda section: section == MlmConfig())
+    """What is hidden in a run with task: mlm."""
     lora: LoraConfig | None = None
     """Train low-rank adapters alone; unset = all weights train."""
     optim: OptimConfig = OptimConfig()
@@ -119,9 +115,7 @@ class RunConfig(Section):
         self._keys_are_known()
         self._rows_can_be_cut()
         self._kinds_suit_the_task()
-        for key, value in self.dpo.model_dump().items():
-            if self.task != "dpo" and value != DpoConfig.model_fields[key].default:
-                raise ValueError(f"dpo.{key}={value}: is for task=dpo, and task={self.task}; set that, or leave it out")
+        self._options_go_with_their_task()
         if self.prediction.label_smoothing and self.model.prediction != "classification":
             raise ValueError(
                 f"prediction.label_smoothing={self.prediction.label_smoothing}: is for classes, and "
@@ -148,12 +142,19 @@ class RunConfig(Section):
             object.__setattr__(self, "model", model)  # frozen for all others
         return self
 
+    def _options_go_with_their_task(self) -> None:
+        for task, section in (("dpo", self.dpo), ("mlm", self.mlm)):
+            for key, value in section.model_dump().items():
+                if self.task != task and value != type(section).model_fields[key].default:
+                    given = f"{task}.{key}={value}: is for task={task}, and task={self.task}"
+                    raise ValueError(f"{given}; set that, or leave it out")
+
     def _kinds_suit_the_task(self) -> None:
         valid = self.data.valid
         for key, data in (("train", self.data.train), ("valid", None if isinstance(valid, float) else valid)):
             for i, spec in enumerate([] if data is None else source_specs(data)):
                 given = f"data.{key}.{i}.kind={spec.kind}"
-                if self.task == "lm" and spec.kind == "preference":
+                if self.task in ("lm", "mlm") and spec.kind == "preference":
                     raise ValueError(f"{given}: preferences are compared, not learned by heart; set task=dpo")
                 if self.task == "dpo" and spec.kind in ("text", "chat", "completion"):
                     raise ValueError(f"{given}: task=dpo trains on kind preference (prompt, chosen, rejected)")
