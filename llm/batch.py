@@ -116,7 +116,10 @@ class Batch:
         """
         tokens = self.inputs.tokens.reshape(1, -1)
         images = None if patch_token is None else self._images_of(tokens[0] == patch_token, first, end)
-        inputs = TransformerInput(tokens[:, first:end], images=images)
+        causal = self.inputs.causal
+        if isinstance(causal, Tensor):
+            causal = bool(causal[first // self.seq_len])
+        inputs = TransformerInput(tokens[:, first:end], images=images, causal=causal)
         values = {name: value.reshape(1, -1)[:, first:end] for name, value in self.values.items()}
         targets = {name: targets.span(first, end) for name, targets in self.targets.items()}
         return Batch(inputs, targets, values=values)

@@ -50,11 +50,14 @@ def make_context(
             "inputs.parents are for attention alone, without a cache, and not for dynamic RoPE, which turns by the "
             "length of the whole document"
         )
+    causal = inputs.causal_rows(args.causal)
+    if causal is not True:
+        _check_both_ways(specs, inputs, cache)
     attend: Attend
     if cache is not None:
         attend = cache.extend(positions_BT, document_starts, device)
     elif inputs.parents is None:
-        attend = AttentionMasks(attention, positions_BT, document_starts, device)
+        attend = AttentionMasks(attention, positions_BT, document_starts, device, causal)
     else:
         attend = BranchMasks(attention, positions_BT, document_starts, inputs.parents.numpy(), device)
     n_rows, row_length = inputs.tokens.shape
@@ -71,6 +74,21 @@ def make_context(
         residual_keys_n=keys_N,
         cut_sequence=cut_sequence,
     )
+
+
+def _check_both_ways(specs: Sequence[LayerSpec], inputs: TransformerInput, cache: Remembered | None) -> None:
+    """ValueError where tokens cannot see those behind them."""
+    what = "bidirectional rows (causal=False)"
+    if cache is not None:
+        raise ValueError(f"{what} cannot continue a cache: what it remembers would have to see what comes later")
+    if inputs.parents is not None:
+        raise ValueError(f"{what} cannot have inputs.parents, from which documents go on without being seen")
+    other = next((spec for spec in specs if spec.attention is None), None)
+    if other is not None:
+        raise ValueError(
+            f"{what} need attention in every layer; layer {other.index} is {other.mixer.name}, which keeps a state of "
+            f"what came before"
+        )
 
 
 def _check(args: ModelArgs, inputs: TransformerInput, expert_counts: Tensor | None) -> None:

@@ -36,6 +36,23 @@ class TransformerInput:
     parents: Tensor | None = None
     """(S,) integers on the CPU: of each document of cu_seqlens, the one before it that it goes on from, whose tokens it
     sees, and what those see; -1 = none. Its positions go on too. Without tokens_position, and for attention alone."""
+    causal: bool | Tensor | None = None
+    """Whether tokens see none behind them in their document; false = they see it both ways. A (B,) bool tensor on the
+    CPU says it of each row. None = as model.causal says."""
+
+    def causal_rows(self, default: bool) -> bool | NDArray[np.bool_]:
+        """Whether all rows are causal, or which are, (B,), where they differ. default: of a batch that does not say.
+        Raises ValueError where `causal` is something else."""
+        if self.causal is None:
+            return default
+        if isinstance(self.causal, bool):
+            return self.causal
+        found, n_rows = self.causal, len(self.tokens)
+        if not isinstance(found, Tensor) or found.dtype != torch.bool or found.shape != (n_rows,) or found.is_cuda:
+            got = _describe(found) if isinstance(found, Tensor) else repr(found)
+            raise ValueError(f"causal must be None, a bool or a ({n_rows},) bool tensor on the CPU; got {got}")
+        causal_B = found.numpy()
+        return bool(causal_B[0]) if (causal_B == causal_B[0]).all() else causal_B
 
     def images_on(self, device: torch.device) -> Tensor | Sequence[Tensor] | None:
         """The images on a device."""

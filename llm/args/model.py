@@ -58,6 +58,8 @@ class ModelArgs(Group):
     """Width of one head; unset = dim / n_heads."""
     vocab_size: int = -1
     """Rows of the token table; -1 = taken from the tokenizer before the model is built."""
+    causal: bool = Field(True, exclude_if=lambda value: value is True)
+    """Whether tokens see none behind them, where a batch does not say; false = they see their document both ways."""
     max_seq_len: int = Field(2048, gt=0)
     """Longest text the model is meant for; nothing in the model is sized by it."""
     layer_pattern: list[str] | str | None = None
@@ -216,7 +218,12 @@ class ModelArgs(Group):
                 "model.prediction=regression, of one label that is there or not multilabel"
             )
         self._check_scaling()
-        self.layer_specs()
+        specs = self.layer_specs()
+        if not self.causal and (other := next((spec for spec in specs if spec.attention is None), None)) is not None:
+            raise ValueError(
+                f"model.causal=false needs attention in every layer; layer {other.index} is {other.mixer.name}, which "
+                f"keeps a state of what came before"
+            )
         return self
 
     def _check_scaling(self) -> None:

@@ -48,6 +48,7 @@ def collate(
     """Rows side by side, each filled up to `seq_len` positions with tokens `fill` without labels, in a segment of their
     own; None stands for a row that is not there. The batch has the targets and values of these names, whichever rows
     have them. Its images are those of the rows, (n, 3, S, S), in the order of their slots; None where no row has any.
+    Causal is each row as it says; one that is not there is as the first that is.
 
     `sequence_len`, a divisor of seq_len, cuts each row into sequences of that many tokens, in order: the tensors are
     then (rows x seq_len / sequence_len, sequence_len). Labels stay: the last token of a sequence still predicts the
@@ -83,9 +84,17 @@ def collate(
         return torch.from_numpy(array).view(-1, width)
 
     tiles = torch.from_numpy(np.concatenate(images)) if images else None
+    causal = _causal(rows, seq_len // width)
     return Batch(
-        TransformerInput(tensor(tokens_BT), cu_seqlens=torch.from_numpy(cu_seqlens), images=tiles),
+        TransformerInput(tensor(tokens_BT), cu_seqlens=torch.from_numpy(cu_seqlens), images=tiles, causal=causal),
         {name: Targets(tensor(labels[name]), tensor(weights[name]) if name in weights else None) for name in targets},
         None if not len(short) else tensor(np.arange(seq_len) < n_filled[:, None]),
         values={name: tensor(number) for name, number in numbers.items()},
     )
+
+
+def _causal(rows: Sequence[Row | None], sequences: int) -> bool | torch.Tensor:
+    """Of all rows, or of each of the tensors, where they differ. sequences: into which each row was cut."""
+    first = next((row.causal for row in rows if row is not None), True)
+    of_each = [first if row is None else row.causal for row in rows]
+    return first if all(causal == first for causal in of_each) else torch.tensor(of_each).repeat_interleave(sequences)

@@ -1,12 +1,13 @@
-"""Causal attention within the segments of a batch, without a (B, T, T) mask.
+"""Attention within the segments of a batch, causal or both ways, without a (B, T, T) mask.
 
 On a GPU the segments go to the variable-length kernel; elsewhere equal segments are folded into the batch, and unequal
 ones are grouped by padded length. Windows are folded once more: each stretch of a window's length sees itself and the
-one before it.
+one before it, and both ways the one behind it.
 
 Shapes: B batch, T tokens, N = B*T, H query heads, K kv heads, d head width, L segment length, S remembered keys.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,16 +26,16 @@ SHORT = 64  # segment length below which all is float32
 WIDE_BACKWARD = 16384  # segment length x head width up to which the backward is float32
 
 
-def causal_attention(
+def segment_attention(
     q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, segments: Segments, scores: Scores = PLAIN
 ) -> Tensor:
-    """Causal attention within each segment; (B, T, H, d)."""
+    """Attention within each segment; (B, T, H, d)."""
     if has_varlen_kernel(q_BTHd) and scores.softcap is None:
         q, k, v = (x.flatten(0, 1) for x in (q_BTHd, k_BTKd, v_BTKd))
-        return varlen_causal(q, k, v, segments.cu_seqlens, segments.max_length, scores).view_as(q_BTHd)
+        return varlen_attention(q, k, v, segments.cu_seqlens, segments.max_length, scores).view_as(q_BTHd)
     if segments.common_length is not None:
         q, k, v = (x.reshape(-1, segments.common_length, *x.shape[2:]) for x in (q_BTHd, k_BTKd, v_BTKd))
-        return _causal(q, k, v, scores).reshape(q_BTHd.shape)
+        return _attended(q, k, v, scores).reshape(q_BTHd.shape)
     slots = segments.slots
     if not torch.is_grad_enabled():
         return _by_bucket(q_BTHd, k_BTKd, v_BTKd, slots, scores)
@@ -42,9 +43,9 @@ def causal_attention(
         _ToSlots.apply(x.flatten(0, 1), slots).split(slots.sizes) for x in (q_BTHd, k_BTKd, v_BTKd)
     )
     outs = []
-    for length, *bucket in zip(slots.lengths, q_slots, k_slots, v_slots, strict=True):
+    for length, seen, *bucket in zip(slots.lengths, _seen(slots, scores), q_slots, k_slots, v_slots, strict=True):
         q, k, v = (x.unflatten(0, (-1, length)) for x in bucket)
-        outs.append(_causal(q, k, v, scores).flatten(0, 1))
+        outs.append(_attended(q, k, v, scores, seen).flatten(0, 1))
     return _FromSlots.apply(torch.cat(outs), slots).view_as(q_BTHd)
 
 
@@ -52,16 +53,21 @@ def _by_bucket(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, slots: Slots, sco
     """The same bits without gradients: a bucket's tokens that lie together as they are to be are not moved."""
     flat = [x.flatten(0, 1) for x in (q_BTHd, k_BTKd, v_BTKd)]
     out = torch.empty_like(flat[0])
-    for bucket in slots.buckets:
+    for bucket, seen in zip(slots.buckets, _seen(slots, scores), strict=True):
         if bucket.start is not None:
             here = slice(bucket.start, bucket.start + len(bucket.token_of_slot))
             q, k, v = (x[here].unflatten(0, (-1, bucket.length)) for x in flat)
-            out[here] = _causal(q, k, v, scores).flatten(0, 1)
+            out[here] = _attended(q, k, v, scores, seen).flatten(0, 1)
         else:
             q, k, v = (x.index_select(0, bucket.token_of_slot).unflatten(0, (-1, bucket.length)) for x in flat)
-            made = _causal(q, k, v, scores).flatten(0, 1)
+            made = _attended(q, k, v, scores, seen).flatten(0, 1)
             out.index_copy_(0, bucket.tokens, made.index_select(0, bucket.slots))
     return out.view_as(q_BTHd)
+
+
+def _seen(slots: Slots, scores: Scores) -> Sequence[Tensor | None]:
+    """Of each bucket, the keys that are to be seen; None where nothing hides any but what lies ahead."""
+    return [None] * len(slots.lengths) if scores.causal else slots.keys_seen
 
 
 def masked_attention(
@@ -133,27 +139,50 @@ class _FromSlots(torch.autograd.Function):
         return padded.index_copy_(0, ctx.slots.slot_of_token, grad), None
 
 
-def _causal(q_BLHd: Tensor, k_BLKd: Tensor, v_BLKd: Tensor, scores: Scores) -> Tensor:
+def _attended(
+    q_BLHd: Tensor, k_BLKd: Tensor, v_BLKd: Tensor, scores: Scores, seen_BL: Tensor | None = None
+) -> Tensor:
+    """Of segments of one length. seen: bool, the keys that queries which see both ways may see; None = all."""
     length, width = q_BLHd.shape[1], q_BLHd.shape[-1]
     if scores.softcap is not None:
-        return capped_attention(q_BLHd, k_BLKd, v_BLKd, scores)
+        return capped_attention(q_BLHd, k_BLKd, v_BLKd, scores, seen_BL)
+    mask = None if seen_BL is None else seen_BL[:, None, None]
     if scores.window is not None and length > scores.window:
-        return _windowed(q_BLHd, k_BLKd, v_BLKd, scores)
+        if scores.causal:
+            return _windowed(q_BLHd, k_BLKd, v_BLKd, scores)
+        if mask is None:
+            return _windowed_both_ways(q_BLHd, k_BLKd, v_BLKd, scores)
+        # padded segments are short; padding must see something: itself
+        mask = (mask & _near(length, length, scores.window, mask.device)) | _near(length, length, 1, mask.device)
     q, k, v = (x.transpose(1, 2) for x in (q_BLHd, k_BLKd, v_BLKd))
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and length * width <= WIDE_BACKWARD:
         if length < SHORT:
-            return _sdpa(q.float(), k.float(), v.float(), scores.scale).to(q.dtype).transpose(1, 2)
-        out: Tensor = _WideBackward.apply(q, k, v, scores.scale)
+            wide = _sdpa(q.float(), k.float(), v.float(), scores.scale, mask, scores.causal)
+            return wide.to(q.dtype).transpose(1, 2)
+        out: Tensor = _WideBackward.apply(q, k, v, scores.scale, mask, scores.causal)
         return out.transpose(1, 2)
-    return _sdpa(q, k, v, scores.scale).transpose(1, 2)
+    return _sdpa(q, k, v, scores.scale, mask, scores.causal).transpose(1, 2)
 
 
 def _sdpa(
-    q_BHLd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, scale: float | None, mask_LS: Tensor | None = None
+    q_BHLd: Tensor,
+    k_BKSd: Tensor,
+    v_BKSd: Tensor,
+    scale: float | None,
+    mask: Tensor | None = None,
+    causal: bool = True,
 ) -> Tensor:
+    """mask: which keys are seen, instead of `causal`."""
+    causal = causal and mask is None
     return F.scaled_dot_product_attention(
-        q_BHLd, k_BKSd, v_BKSd, attn_mask=mask_LS, is_causal=mask_LS is None, scale=scale, enable_gqa=True
+        q_BHLd, k_BKSd, v_BKSd, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
     )
+
+
+def _near(queries: int, keys: int, window: int, device: torch.device, first: int = 0) -> Tensor:
+    """Whether key and query are less than a window apart, (queries, keys) bool; the first key lies at `first`."""
+    row, key = torch.arange(queries, device=device)[:, None], torch.arange(first, first + keys, device=device)
+    return (key - row).abs() < window
 
 
 def _windowed(q_BLHd: Tensor, k_BLKd: Tensor, v_BLKd: Tensor, scores: Scores) -> Tensor:
@@ -176,27 +205,57 @@ def _windowed(q_BLHd: Tensor, k_BLKd: Tensor, v_BLKd: Tensor, scores: Scores) ->
     return joined[:, :length].to(dtype)
 
 
+def _windowed_both_ways(q_BLHd: Tensor, k_BLKd: Tensor, v_BLKd: Tensor, scores: Scores) -> Tensor:
+    """Stretches of w tokens see themselves and those beside them, 3 w keys. Rows are folded into the heads, as the mask
+    is that of a stretch: beside the first and the last there is nothing."""
+    assert scores.window is not None
+    (rows, length), w, dtype = q_BLHd.shape[:2], scores.window, q_BLHd.dtype
+    n = -(-length // w)
+    wide = dtype == torch.bfloat16 and q_BLHd.device.type == "cpu"
+    q, k, v = (x.float() if wide else x for x in (q_BLHd, k_BLKd, v_BLKd))
+    q = F.pad(q, (0, 0, 0, 0, 0, n * w - length)).unflatten(1, (n, w)).permute(1, 0, 3, 2, 4).flatten(1, 2)
+    k, v = (
+        F.pad(x, (0, 0, 0, 0, w, (n + 1) * w - length)).unfold(1, 3 * w, w).permute(1, 0, 2, 4, 3).flatten(1, 2)
+        for x in (k, v)
+    )
+    key = torch.arange(n, device=q.device)[:, None] * w + torch.arange(-w, 2 * w, device=q.device)
+    seen = _near(w, 3 * w, w, q.device, first=-w) & ((key >= 0) & (key < length))[:, None]
+    seen |= (torch.arange(n * w, device=q.device) >= length).view(n, w, 1)  # what fills up the last stretch sees zeros
+    out = _sdpa(q, k, v, scores.scale, seen[:, None]).unflatten(1, (rows, -1))
+    return out.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length].to(dtype)
+
+
 class _WideBackward(torch.autograd.Function):
-    """Causal attention on a CPU, forward in bf16 and backward in float32, each by torch's own kernel."""
+    """Attention on a CPU, forward in bf16 and backward in float32, each by torch's own kernel."""
 
     @staticmethod
-    def forward(ctx: Any, q_BHLd: Tensor, k_BKLd: Tensor, v_BKLd: Tensor, scale: float | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        q_BHLd: Tensor,
+        k_BKLd: Tensor,
+        v_BKLd: Tensor,
+        scale: float | None,
+        seen: Tensor | None,
+        causal: bool,
+    ) -> Tensor:
+        added = None if seen is None else torch.zeros_like(seen, dtype=q_BHLd.dtype).masked_fill_(~seen, -torch.inf)
         out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q_BHLd, k_BKLd, v_BKLd, 0.0, True, scale=scale
+            q_BHLd, k_BKLd, v_BKLd, 0.0, causal, attn_mask=added, scale=scale
         )
         ctx.save_for_backward(q_BHLd, k_BKLd, v_BKLd, out, logsumexp)
-        ctx.scale = scale
+        ctx.scale, ctx.added, ctx.causal = scale, added, causal
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         *saved, logsumexp = ctx.saved_tensors
         q, k, v, out, wide_grad = (x.float() for x in (*saved, grad))
+        added = None if ctx.added is None else ctx.added.float()
         grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            wide_grad, q, k, v, out, logsumexp, 0.0, True, scale=ctx.scale
+            wide_grad, q, k, v, out, logsumexp, 0.0, ctx.causal, attn_mask=added, scale=ctx.scale
         )
-        return grad_q.to(grad.dtype), grad_k.to(grad.dtype), grad_v.to(grad.dtype), None
+        return grad_q.to(grad.dtype), grad_k.to(grad.dtype), grad_v.to(grad.dtype), None, None, None
 
 
 def has_varlen_kernel(q: Tensor) -> bool:
@@ -208,16 +267,17 @@ def has_varlen_kernel(q: Tensor) -> bool:
     return torch.cuda.get_device_capability(q.device)[0] >= 8
 
 
-def varlen_causal(
+def varlen_attention(
     q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, cu_seqlens: Tensor, max_length: int, scores: Scores = PLAIN
 ) -> Tensor:
-    """Causal attention within the segments [cu_seqlens[i], cu_seqlens[i+1]) on a CUDA device; (N, H, d)."""
+    """Attention within the segments [cu_seqlens[i], cu_seqlens[i+1]) on a CUDA device; (N, H, d)."""
     from torch.nn.attention.varlen import varlen_attn
 
     groups = q_NHd.shape[1] // k_NKd.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k_NKd, v_NKd))
     back = -1 if scores.window is None else scores.window - 1
+    ahead = 0 if scores.causal else back
     given: dict[str, Any] = {} if scores.scale is None else {"scale": scores.scale}
-    out = varlen_attn(q_NHd, k, v, cu_seqlens, cu_seqlens, max_length, max_length, window_size=(back, 0), **given)
+    out = varlen_attn(q_NHd, k, v, cu_seqlens, cu_seqlens, max_length, max_length, window_size=(back, ahead), **given)
     assert isinstance(out, Tensor)  # a pair only when auxiliary outputs are asked for
     return out

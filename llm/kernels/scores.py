@@ -11,7 +11,9 @@ class Scores(NamedTuple):
     softcap: float | None = None
     """c: scores s become c tanh(s / c)."""
     window: int | None = None
-    """How many tokens a query sees at most, its own included; None = all before it."""
+    """How many tokens a query sees at most, its own included; where it sees both ways, so many each way. None = all."""
+    causal: bool = True
+    """Whether a query sees no token after its own."""
 
 
 PLAIN = Scores()

@@ -1,4 +1,4 @@
-"""A batch cut into causal segments, in the forms in which attention kernels take it.
+"""A batch cut into segments, in the forms in which attention kernels take it.
 
 Shapes: N tokens of the flattened batch, S segments, P padded slots.
 """
@@ -34,13 +34,26 @@ class Slots:
     """Segments ordered by padded length, each padded at its end: the layout that unequal segments are attended in."""
 
     token_of_slot: Tensor
-    """(P,) flat token index; padding repeats its segment's last token, and no real query sees it there."""
+    """(P,) flat token index; padding repeats its segment's last token, and no real query sees it there: it lies ahead,
+    and `keys_seen` hides it from queries that see both ways."""
     slot_of_token: Tensor
     """(N,) the real slot of each token."""
     lengths: list[int]
     """Padded length of each bucket."""
     sizes: list[int]
     """Slots of each bucket."""
+    filled: list[Ints]
+    """Tokens of each segment of each bucket."""
+
+    @cached_property
+    def keys_seen(self) -> list[Tensor | None]:
+        """Of each bucket, which slots of its segments are no padding, (segments, length) bool; None where all are."""
+        return [
+            None
+            if (filled == length).all()
+            else torch.from_numpy(np.arange(length) < filled[:, None]).to(self.token_of_slot.device)
+            for length, filled in zip(self.lengths, self.filled, strict=True)
+        ]
 
     @cached_property
     def buckets(self) -> list[Bucket]:
@@ -59,7 +72,7 @@ class Slots:
 
 
 class Segments:
-    """A cut of the flattened batch into causal segments."""
+    """A cut of the flattened batch into segments."""
 
     def __init__(self, bounds: Ints, device: torch.device) -> None:
         """bounds: (S + 1,) flat indices from 0 to N."""
@@ -97,6 +110,7 @@ class Segments:
             slot_of_token=torch.from_numpy(slot_of_token).to(self._device),
             lengths=lengths.tolist(),
             sizes=(lengths * n_segments).tolist(),
+            filled=np.split(self._lengths[order], np.cumsum(n_segments)[:-1]),
         )
 
 

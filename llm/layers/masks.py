@@ -1,8 +1,8 @@
-"""Which tokens attend to which: causal segments, cut once per batch for each kind of mask among the layers.
+"""Which tokens attend to which: segments, cut once per batch for each kind of mask among the layers.
 
-Every mask of the model is "causal within a segment": documents for global layers, documents cut at in-document
-multiples of the chunk length for chunked layers; and in documents, a window may look back only so far. So no (B, T, T)
-mask is ever built.
+Every mask of the model is "within a segment", causal or both ways: documents for global layers, documents cut at
+in-document multiples of the chunk length for chunked layers; and in documents, a window may look only so far. So no
+(B, T, T) mask is ever built.
 
 Shapes: B batch, T tokens, N = B*T, H query heads, K kv heads, d head width, S segments, or keys of a cache.
 """
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llm.args import AttentionSpec, Mask
-from llm.kernels.attention import causal_attention
+from llm.kernels.attention import segment_attention
 from llm.kernels.scores import Scores
 from llm.kernels.segments import Ints, Segments
 
@@ -31,30 +31,73 @@ class Attend(Protocol):
 
 
 class AttentionMasks:
-    """The segments of one batch, for every kind of mask among the layers."""
+    """The segments of one batch, for every kind of mask among the layers. Where some rows are causal and others are
+    not, each kind is attended by itself, and the rows then lie as they did.
+    """
 
     def __init__(
-        self, specs: Sequence[AttentionSpec], positions_BT: Ints, document_starts: Ints, device: torch.device
+        self,
+        specs: Sequence[AttentionSpec],
+        positions_BT: Ints,
+        document_starts: Ints,
+        device: torch.device,
+        causal: bool | NDArray[np.bool_] = True,
     ) -> None:
-        """positions_BT: position of each token, negative for padding; document_starts: rising flat indices, from 0."""
+        """positions_BT: position of each token, negative for padding; document_starts: rising flat indices, from 0.
+        causal: whether tokens see none behind them, in all rows, or in each, (B,), where they differ."""
+        if any(spec.mask == "window" for spec in specs):
+            _check_consecutive(positions_BT, document_starts)
+        if isinstance(causal, bool):
+            self._kinds = [_OneKind(specs, positions_BT, document_starts, device, causal)]
+            return
+        length = positions_BT.shape[1]
+        row_of_document = document_starts // length
+        self._kinds, self._rows = [], []
+        for kind in (True, False):
+            rows, kept = np.flatnonzero(causal == kind), causal[row_of_document] == kind
+            starts = np.searchsorted(rows, row_of_document[kept]) * length + document_starts[kept] % length
+            self._kinds.append(_OneKind(specs, positions_BT[rows], starts, device, kind))
+            self._rows.append(torch.from_numpy(rows).to(device))
+        self._place_B = torch.cat(self._rows).argsort()
+
+    def __call__(
+        self, layer: int, spec: AttentionSpec, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor
+    ) -> Tensor:
+        if len(self._kinds) == 1:
+            return self._kinds[0](spec, q_BTHd, k_BTKd, v_BTKd)
+        made = [
+            kind(spec, *(x.index_select(0, rows) for x in (q_BTHd, k_BTKd, v_BTKd)))
+            for kind, rows in zip(self._kinds, self._rows, strict=True)
+        ]
+        return torch.cat(made).index_select(0, self._place_B)
+
+
+class _OneKind:
+    """The segments of rows that are all causal, or all not."""
+
+    def __init__(
+        self,
+        specs: Sequence[AttentionSpec],
+        positions_BT: Ints,
+        document_starts: Ints,
+        device: torch.device,
+        causal: bool,
+    ) -> None:
+        self._causal = causal
         self._segments: dict[int | None, Segments] = {}
         for spec in specs:
             chunk = _chunk(spec)
             if chunk not in self._segments:
                 bounds = segment_bounds(positions_BT, document_starts, chunk)
                 self._segments[chunk] = Segments(bounds, device)
-        if any(spec.mask == "window" for spec in specs):
-            _check_consecutive(positions_BT, document_starts)
 
-    def __call__(
-        self, layer: int, spec: AttentionSpec, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor
-    ) -> Tensor:
-        return causal_attention(q_BTHd, k_BTKd, v_BTKd, self._segments[_chunk(spec)], scores_of(spec))
+    def __call__(self, spec: AttentionSpec, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
+        return segment_attention(q_BTHd, k_BTKd, v_BTKd, self._segments[_chunk(spec)], scores_of(spec, self._causal))
 
 
-def scores_of(spec: AttentionSpec) -> Scores:
+def scores_of(spec: AttentionSpec, causal: bool = True) -> Scores:
     """How a layer's scores become weights."""
-    return Scores(spec.scale, spec.softcap, spec.span if spec.mask == "window" else None)
+    return Scores(spec.scale, spec.softcap, spec.span if spec.mask == "window" else None, causal)
 
 
 def _chunk(spec: AttentionSpec) -> int | None:

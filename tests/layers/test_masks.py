@@ -40,6 +40,9 @@ BATCHES = {
 }
 
 
+CAUSAL = {"causal": True, "both ways": False, "of both kinds": np.array([False, True, False])}
+
+
 def qkv(dtype=torch.float32):
     torch.manual_seed(0)
     heads = (4, 2, 2)
@@ -50,13 +53,14 @@ def resolved(batch):
     return TransformerInput(torch.zeros(ROWS, LENGTH, dtype=torch.int64), **BATCHES[batch]).resolve()
 
 
+@pytest.mark.parametrize("causal", CAUSAL)
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("spec", LAYERS, ids=["full", "chunk", "nope"])
-def test_attention_equals_the_dense_mask_in_values_and_gradients(batch, spec):
+def test_attention_equals_the_dense_mask_in_values_and_gradients(batch, spec, causal):
     positions, starts = resolved(batch)
     q, k, v = qkv()
-    ours = AttentionMasks(LAYERS, positions, starts, torch.device("cpu"))(0, spec, q, k, v)
-    oracle = dense_attention(q, k, v, positions, starts, spec).transpose(0, 1).view_as(q).float()
+    ours = AttentionMasks(LAYERS, positions, starts, torch.device("cpu"), CAUSAL[causal])(0, spec, q, k, v)
+    oracle = dense_attention(q, k, v, positions, starts, spec, CAUSAL[causal]).transpose(0, 1).view_as(q).float()
     upstream = torch.randn_like(ours)
     # float32 sums of at most 40 terms of size 1
     torch.testing.assert_close(ours, oracle, rtol=1e-5, atol=1e-5)
@@ -64,19 +68,20 @@ def test_attention_equals_the_dense_mask_in_values_and_gradients(batch, spec):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("causal", CAUSAL)
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("other", OTHERS)
-def test_windows_caps_and_scales_equal_the_dense_mask(monkeypatch, batch, other):
+def test_windows_caps_and_scales_equal_the_dense_mask(monkeypatch, batch, other, causal):
     monkeypatch.setattr(capped_attention, "CAPPED_QUERIES", 16)
     (spec,) = layers = attention_specs(ModelArgs(n_layers=1, **OTHERS[other], **SIZES).layer_specs())
     positions, starts = resolved(batch)
     q, k, v = qkv()
     if spec.mask == "window" and batch == "positions with gaps":
         with pytest.raises(ValueError, match="consecutive positions inside a document; row 0 has 0 then 3 at token 1"):
-            AttentionMasks(layers, positions, starts, torch.device("cpu"))
+            AttentionMasks(layers, positions, starts, torch.device("cpu"), CAUSAL[causal])
         return
-    ours = AttentionMasks(layers, positions, starts, torch.device("cpu"))(0, spec, q, k, v)
-    oracle = dense_attention(q, k, v, positions, starts, spec).transpose(0, 1).view_as(q).float()
+    ours = AttentionMasks(layers, positions, starts, torch.device("cpu"), CAUSAL[causal])(0, spec, q, k, v)
+    oracle = dense_attention(q, k, v, positions, starts, spec, CAUSAL[causal]).transpose(0, 1).view_as(q).float()
     upstream = torch.randn_like(ours)
     torch.testing.assert_close(ours, oracle, rtol=1e-5, atol=1e-5)
     for mine, theirs in zip(*(torch.autograd.grad(out, (q, k, v), upstream) for out in (ours, oracle)), strict=True):
@@ -97,35 +102,59 @@ def test_a_window_does_not_see_what_lies_before_it(softcap):
     assert not torch.equal(before[:, 10], after[:, 10])
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("spec", LAYERS[:2], ids=["full", "chunk"])
-def test_the_gpu_branch_gives_its_kernel_the_same_segments(monkeypatch, batch, spec):
+def test_the_gpu_branch_gives_its_kernel_the_same_segments(monkeypatch, batch, spec, causal):
     def reference_kernel(q, k, v, cu_seqlens, max_length, scores):
-        assert scores == PLAIN
+        assert scores == PLAIN._replace(causal=causal)
         assert cu_seqlens.dtype == torch.int32 and max_length == int(cu_seqlens.diff().max())
         parts = [x.split(cu_seqlens.diff().tolist()) for x in (q, k, v)]
         outs = [
-            F.scaled_dot_product_attention(*(p.transpose(0, 1) for p in part), is_causal=True, enable_gqa=True)
+            F.scaled_dot_product_attention(*(p.transpose(0, 1) for p in part), is_causal=causal, enable_gqa=True)
             for part in zip(*parts, strict=True)
         ]
         return torch.cat([out.transpose(0, 1) for out in outs])
 
     monkeypatch.setattr(attention, "has_varlen_kernel", lambda q: True)
-    monkeypatch.setattr(attention, "varlen_causal", reference_kernel)
+    monkeypatch.setattr(attention, "varlen_attention", reference_kernel)
     positions, starts = resolved(batch)
     q, k, v = qkv()
-    ours = AttentionMasks(LAYERS, positions, starts, torch.device("cpu"))(0, spec, q, k, v)
-    oracle = dense_attention(q, k, v, positions, starts, spec).transpose(0, 1).view_as(q).float()
+    ours = AttentionMasks(LAYERS, positions, starts, torch.device("cpu"), causal)(0, spec, q, k, v)
+    oracle = dense_attention(q, k, v, positions, starts, spec, causal).transpose(0, 1).view_as(q).float()
     torch.testing.assert_close(ours, oracle, rtol=1e-5, atol=1e-5)
 
 
-def test_the_result_of_a_segment_does_not_depend_on_the_lengths_of_others():
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_result_of_a_segment_does_not_depend_on_the_lengths_of_others(causal):
     q, k, v = qkv()
     cut = [
         Segments(np.array([0, *cuts, 107, 120]), torch.device("cpu")) for cuts in ([], [50], [3, 9, 20, 94])
     ]
-    last = [attention.causal_attention(q, k, v, segments).flatten(0, 1)[107:] for segments in cut]
+    scores = PLAIN._replace(causal=causal)
+    last = [attention.segment_attention(q, k, v, segments, scores).flatten(0, 1)[107:] for segments in cut]
     assert torch.equal(last[0], last[1]) and torch.equal(last[0], last[2])
+
+
+def test_rows_beside_rows_of_the_other_kind_have_the_bits_that_they_have_among_their_own():
+    positions, starts = resolved("packed")
+    (q, k, v), cpu = qkv(), torch.device("cpu")
+    mixed = AttentionMasks(LAYERS, positions, starts, cpu, np.array([True, False, True]))(0, LAYERS[0], q, k, v)
+    for rows, causal in (([0, 2], True), ([1], False)):
+        alone = AttentionMasks(LAYERS, positions, starts, cpu, causal)(0, LAYERS[0], q, k, v)
+        assert torch.equal(mixed[rows], alone[rows])
+
+
+@pytest.mark.parametrize("batch", ["packed", "one document a row"])
+def test_tokens_that_see_both_ways_are_those_of_one_call_for_every_document(batch):
+    positions, starts = resolved(batch)
+    q, k, v = (x.detach() for x in qkv())
+    attend = AttentionMasks(LAYERS, positions, starts, torch.device("cpu"), causal=False)
+    ours = attend(0, LAYERS[0], q, k, v).flatten(0, 1)
+    first, end = starts[1], starts[2]
+    q, k, v = (x.flatten(0, 1)[None, first:end].transpose(1, 2) for x in (q, k, v))
+    alone = F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)[0]
+    torch.testing.assert_close(ours[first:end], alone, rtol=1e-5, atol=1e-6)
 
 
 def test_many_segments_need_few_calls():
@@ -135,10 +164,20 @@ def test_many_segments_need_few_calls():
     assert sum(slots.sizes) < 1.25 * lengths.sum()
 
 
-def test_half_precision_attention_is_close_to_the_oracle():
-    positions, starts = resolved("packed")
+@pytest.mark.parametrize("causal", CAUSAL)
+@pytest.mark.parametrize("short", [0, 64], ids=["forward in bf16", "in float32"])
+@pytest.mark.parametrize("batch", ["packed", "one document a row"])
+def test_half_precision_attention_is_close_to_the_oracle(monkeypatch, batch, short, causal):
+    monkeypatch.setattr(attention, "SHORT", short)
+    positions, starts = resolved(batch)
     q, k, v = qkv(torch.bfloat16)
-    ours = AttentionMasks(LAYERS, positions, starts, torch.device("cpu"))(0, LAYERS[0], q, k, v)
-    oracle = dense_attention(q, k, v, positions, starts, LAYERS[0]).transpose(0, 1).view_as(q)
+    attend = AttentionMasks(LAYERS, positions, starts, torch.device("cpu"), CAUSAL[causal])
+    ours = attend(0, LAYERS[0], q, k, v)
+    oracle = dense_attention(q, k, v, positions, starts, LAYERS[0], CAUSAL[causal]).transpose(0, 1).view_as(q)
     assert ours.dtype == torch.bfloat16
     torch.testing.assert_close(ours.double(), oracle, rtol=2**-7, atol=2**-7)  # bf16 has 8 bits
+    upstream = torch.randn_like(ours)
+    mine, theirs = (torch.autograd.grad(out, (q, k, v), upstream.to(out.dtype)) for out in (ours, oracle))
+    for ours, oracle in zip(mine, theirs, strict=True):
+        # sums of at most 40 terms of size 1 with errors of 2^-9 each, rounded to 8 bits in the end
+        torch.testing.assert_close(ours, oracle, rtol=2**-6, atol=2**-5)

@@ -5,6 +5,7 @@ seconds instead of a minute.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,16 @@ def test_twenty_batches_compile_once_for_their_shape_and_once_for_all_others():
     assert found[9] == found[0], "a new packing or routing was compiled"
     assert found[19] <= 3 * found[0], "rows and length become dynamic one after the other, at most"
     assert found[19] == found[12], "shapes go on being compiled"
+
+
+def test_causal_rows_others_and_both_together_share_graphs():
+    eager, compiled = llama4(n_layers=2), llama4(n_layers=2)
+    compile_blocks(compiled, "aot_eager")
+    made = []
+    for causal in (True, False, torch.tensor([True, False, False, True])):
+        assert_same_step(compiled, eager, replace(packed(4, 16, seed=3), causal=causal))
+        made.append(graphs())
+    assert made[0] > 0 and len(set(made)) == 1
 
 
 def test_without_gradients_nothing_is_compiled():
