@@ -4,6 +4,7 @@
 # make test       all tests but the long ones;   make test-full   every test;   make test-slice   this commit's share of
 #                 the long ones, which .ci/run runs too (SLICE=N another share)
 # make layouts-vision   compare every layout of a model with a vision tower with one process, on rows with and without images
+# make chem       .venv-chem: what runs need, and RDKit and scikit-learn for molecules; use .venv-chem/bin/python
 # make lint       style and types
 # make vision-reference   what the image processor of transformers makes of generated pictures, again
 #
@@ -24,12 +25,13 @@ BIN := .venv/bin
 PEERS := .venv-peers
 HARNESS := .venv-eval
 VISION := .venv-vision
+CHEM := .venv-chem
 RUNTIME := .venv/.runtime-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 INSTALL_TORCH = $(if $(TORCH),$(1)/pip install -q $(TORCH),\
     $(1)/pip install -q torch==2.13.0+cpu 2>/dev/null || $(1)/pip install -q torch==2.13.0)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: pretrain pretrain-long evaluate layouts layouts-vision test test-slice test-full vision-reference lint setup clean
+.PHONY: pretrain pretrain-long evaluate layouts layouts-vision test test-slice test-full vision-reference chem lint setup clean
 
 setup: $(RUNTIME)
 
@@ -73,6 +75,16 @@ $(VISION)/.made: requirements-vision.txt constraints.txt
 	$(VISION)/bin/pip install -q --no-deps torchvision==0.28.0
 	touch $@
 
+# RDKit and scikit-learn beside what runs need, for molecules (docs/molecules.md)
+$(CHEM)/.made: $(RUNTIME) requirements-chem.txt constraints.txt
+	$(PYTHON) -m venv $(CHEM)
+	$(call INSTALL_TORCH,$(CHEM)/bin)
+	$(CHEM)/bin/pip install -q -r requirements-chem.txt -c constraints.txt
+	$(CHEM)/bin/pip install -q --no-deps -e .
+	touch $@
+
+chem: $(CHEM)/.made
+
 vision-reference: $(VISION)/.made
 	$(VISION)/bin/python -m tests.vision.reference
 
@@ -105,8 +117,9 @@ test: .venv/.dev
 test-slice: .venv/.dev
 	$(BIN)/python -m tests.slices $(if $(SLICE),--number $(SLICE))
 
-test-full: .venv/.dev $(PEERS)/.made $(HARNESS)/.made
+test-full: .venv/.dev $(PEERS)/.made $(HARNESS)/.made $(CHEM)/.made
 	$(BIN)/python -m pytest -m "not distributed" $(SIDE_BY_SIDE)
+	$(CHEM)/bin/python -m pytest tests/data/test_enumeration.py tests/tools/test_molecules.py
 	$(BIN)/python -m pytest -m distributed
 
 lint: .venv/.dev
@@ -114,4 +127,4 @@ lint: .venv/.dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv $(PEERS) $(HARNESS) $(VISION) build *.egg-info
+	rm -rf .venv $(PEERS) $(HARNESS) $(VISION) $(CHEM) build *.egg-info

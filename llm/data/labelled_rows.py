@@ -16,6 +16,7 @@ from llm.data.labels import LabelsEntry, MaxLength
 from llm.data.packed import Packed, Shortened
 from llm.data.rows import Row, RowTargets
 from llm.data.samples import SampleSource, digest_of
+from llm.errors import UserError
 
 PREDICTION = "prediction"
 """The targets of rows with labels: 0 at the first token of each labelled sample."""
@@ -98,13 +99,17 @@ class LabelledRows(Packed):
         return self._places[labels_L.astype(np.int64)]
 
     def _tokens(self, item: int, epoch: int, tokens: NDArray[np.int64], text: str | None) -> NDArray[np.int64]:
-        """Those of a sample as they are read in an epoch: a text written anew that is longer than a row is read as it
-        was.
+        """Those of a sample as they are read in an epoch: a text written anew that is longer than a row, or that the
+        tokenizer has no ids for, is read as it was.
         """
         if self.augmentation is None:
             return tokens
         assert text is not None and self.encode is not None
-        found = self.encode(self.augmentation.written(text, draw_of(self.seed, epoch, item)))
+        written = self.augmentation.written(text, draw_of(self.seed, epoch, item))
+        try:
+            found = self.encode(written)
+        except UserError:
+            return tokens
         return found if len(found) <= self.seq_len else tokens
 
     def _most_of(self, item: int) -> int:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import llm.data.captions
 import llm.data.chats
+import llm.data.enumeration
 import llm.data.labelled
-import llm.data.text  # noqa: F401  (they register their kinds)
+import llm.data.text  # noqa: F401  (they register their kinds, or augmentations)
 from llm.data.documents import option
 from llm.data.kinds import KINDS, Asked, Kind, Opened
 from llm.data.sources import Side, SourceFiles, source_files
