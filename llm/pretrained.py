@@ -33,6 +33,7 @@ from llm.errors import UserError
 from llm.foreign.export import fitting_family
 from llm.foreign.family import Family
 from llm.foreign.files import ForeignModel, is_foreign, open_foreign
+from llm.layers.prediction import PREDICTION
 from llm.model import LLM
 from llm.parameters import ParameterTable
 from llm.tokenizer import Tokenizer, TokenizerConfig
@@ -242,6 +243,8 @@ class AdapterSource(NamedTuple):
     """Of its parameters."""
     origin: Origin | None
     """Of its base; None where nothing says what that was."""
+    head: ModelArgs | None = None
+    """Of its model, where `weights` have a prediction head too."""
 
 
 def adapter_of(path: str | Path, base: str | Path | None = None) -> AdapterSource:
@@ -257,7 +260,8 @@ def adapter_of(path: str | Path, base: str | Path | None = None) -> AdapterSourc
     if args.lora is None or frozen is None:
         raise UserError(f"{path}: holds a whole model and no adapter; begin with it as model.init_from")
     refuse_incomplete(checkpoint.path, args, checkpoint.shapes)
-    return AdapterSource(args.lora, CheckpointWeights(checkpoint), frozen.origin)
+    head = args if f"{PREDICTION}.weight" in checkpoint.shapes else None
+    return AdapterSource(args.lora, CheckpointWeights(checkpoint), frozen.origin, head)
 
 
 def _peft_adapter(folder: PeftFolder, base: str | Path | None) -> AdapterSource:

@@ -39,6 +39,9 @@ class ParamInfo:
     in_region: bool = True
     """Whether it is used inside a tensor-parallel region, so that a rank that has it whole makes one term of its
     gradient."""
+    alike: bool = False
+    """Whether every tensor-parallel rank computes the same with it, of tokens that are never cut: so is its gradient.
+    """
     decay: bool = False
     """Whether weight decay applies."""
     active: float = 1.0

@@ -33,6 +33,7 @@ class PredictionHead(nn.Module):
             "head",
             weights(args),
             in_region=False,
+            alike=True,
             decay=True,
             active=0.0,
             beside_adapters=True,

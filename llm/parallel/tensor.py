@@ -183,7 +183,7 @@ def is_partial(row: ParamInfo, layout: Layout) -> bool:
     """Whether tensor-parallel ranks hold the parameter alike, and each makes one term of its gradient. Tokens of the
     vision tower are never cut: outside of its regions every rank has them all.
     """
-    cut = layout.sequence_parallel and row.unit != VISION
+    cut = layout.sequence_parallel and row.unit != VISION and not row.alike
     return layout.tensor > 1 and row.cut(layout.tensor) is None and (row.in_region or cut)
 
 

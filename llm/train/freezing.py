@@ -58,5 +58,7 @@ def frozen_notes(table: ParameterTable, origin: Origin | None) -> list[str]:
         return []
     place = f"read from {origin.path}" if isinstance(origin, Taken) else "as drawn"
     if any(row.kind == "adapter" for row in table.values()):
-        return [f"lora: {total - frozen:,} of {total:,} parameters train, in adapters; the rest is {place}"]
+        head = any(row.beside_adapters and row.trainable for row in table.values())
+        where = "adapters and the prediction head" if head else "adapters"
+        return [f"lora: {total - frozen:,} of {total:,} parameters train, in {where}; the rest is {place}"]
     return [f"train.freeze leaves out {frozen:,} of {total:,} parameters, {place}"]

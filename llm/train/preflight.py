@@ -120,15 +120,14 @@ def _weights(run: UnstartedRun) -> None:
     """Of a run that begins with others' weights."""
     source = run.config.model.init_from
     if source is not None and checkpoint_to_continue(run.settled, run.checkpoints) is None:
-        from llm.parameters import ParameterTable  # these take long to import
-        from llm.pretrained import args_of
-        from llm.train.init_from import refuse_other_shapes
+        from llm.pretrained import args_of  # these take long to import
+        from llm.train.freezing import parameter_table
+        from llm.train.init_from import shapes_taken
 
         model, there = run.settled.model.merged, args_of(source)
         if run.config.chat.add_tokens and model.vocab_size > there.vocab_size:
             there = there.model_copy(update={"vocab_size": model.vocab_size})
-        theirs, ours = (ParameterTable.of(args).shapes for args in (there, model))
-        refuse_other_shapes(Path(source), theirs, ours)
+        shapes_taken(Path(source), there, model, parameter_table(run.settled))
 
 
 def _data_is_readable(run: UnstartedRun) -> None:

@@ -5,8 +5,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from llm.args import ModelArgs
 from llm.args.lora import DEFAULT_TARGETS
-from llm.args.model import with_dropout
+from llm.args.model import OF_OUTPUTS, OUTPUTS, SETTLED, with_dropout
 from llm.errors import UserError
 from llm.extensions import load as load_extensions
 from llm.train.config.explain import by_commas, explain, prepared
@@ -49,7 +50,7 @@ def _complete_from_adapter(raw: dict[str, Any], where: str) -> None:
     from llm.pretrained import adapter_of
 
     try:
-        lora, _, origin = adapter_of(source, _base_given(raw))
+        lora, _, origin, _ = adapter_of(source, _base_given(raw))
     except UserError as error:
         raise UserError(f"{where}: lora.init_from: {error}") from None
     said = lora.model_dump(mode="json", exclude={"dropout"})
@@ -89,12 +90,23 @@ def _complete_from_weights(raw: dict[str, Any], where: str) -> None:
         raise UserError(f"{where}: {error}") from None
     try:
         own = args_of(source, tell=None).model_dump(mode="json")  # the run says them when it begins
+        own = _with_its_head(own, model)
         groups = {key: own[key] | value for key, value in model.items() if _is_group(value) and _is_group(own.get(key))}
         raw["model"] = own | model | groups
         if "tokenizer" not in raw:
             raw["tokenizer"] = tokenizer_config_of(source, tell=None).model_dump(mode="json")
     except UserError as error:
         raise UserError(f"{where}: model.init_from: {error}") from None
+
+
+def _with_its_head(own: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+    """The keys of the model that is begun with: of its prediction head's none where the config's model has another one
+    or is written out, which leaves out a key that has its default. What it learned of its labels a run settles.
+    """
+    there = {key: own.get(key, ModelArgs.model_fields[key].default) for key in OUTPUTS}
+    same = "dim" not in model and all(str(model.get(key, value)) == str(value) for key, value in there.items())
+    left_out = SETTLED if same else (*OUTPUTS, *OF_OUTPUTS, *SETTLED)
+    return {key: value for key, value in own.items() if key not in left_out}
 
 
 def _is_group(value: Any) -> bool:
