@@ -122,7 +122,7 @@ def test_a_batch_without_a_label_has_the_loss_0_and_gradients_of_0() -> None:
     targets = Targets(torch.full_like(batch.targets["prediction"].labels, IGNORE))
     loss = loss_of(model, replace(batch, targets={"prediction": targets}))
     loss.backward()
-    assert float(loss) == 0 and model.prediction.weight.grad is not None
+    assert loss.item() == 0 and model.prediction.weight.grad is not None
     assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
@@ -163,6 +163,7 @@ def test_labels_come_in_the_order_of_their_numbers() -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
+        ({"pool": "last"}, "model.pool=last: is of a prediction head, and model.n_prediction=0 has none"),
         ({"n_prediction": 1}, "model.n_prediction=1: a classification has 2 classes or more"),
         ({"n_prediction": 2, "prediction_std": (1.0, 1.0)}, r"model.prediction_std=\[1.0, 1.0\]: there must be one"),
         ({"n_prediction": 2, "prediction": "regression", "prediction_mean": (1.0,)}, "model.n_prediction=2 values"),
@@ -183,7 +184,7 @@ def test_a_model_without_a_head_says_nothing_of_one() -> None:
 def test_the_head_begins_drawn_with_a_bias_of_0_and_trains_whole_beside_adapters_unless_it_is_frozen() -> None:
     args = args_of("classification", init_std=0.5, lora=LoraArgs(rank=2))
     model = LLM(args, seed=3)
-    assert not model.prediction.bias.any() and 0.3 < float(model.prediction.weight.std()) < 0.7
+    assert not model.prediction.bias.any() and 0.3 < model.prediction.weight.std().item() < 0.7
     table = ParameterTable.of(args)
     assert [table[f"prediction.{name}"].decay for name in ("weight", "bias")] == [True, False]
     alone = table.adapters_alone(int8=True)

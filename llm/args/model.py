@@ -218,6 +218,11 @@ class ModelArgs(Group):
             raise ValueError(
                 f"model.moe.dense_layers={list(self.moe.dense_layers)}: layers are 0 to {self.n_layers - 1}"
             )
+        for key in ("prediction", *OF_OUTPUTS):
+            if not self.n_prediction and getattr(self, key) != ModelArgs.model_fields[key].default:
+                raise ValueError(
+                    f"model.{key}={getattr(self, key)}: is of a prediction head, and model.n_prediction=0 has none"
+                )
         if self.n_prediction == 1 and self.prediction == "classification":
             raise ValueError(
                 "model.n_prediction=1: a classification has 2 classes or more; of one value set "
