@@ -29,6 +29,9 @@ LEAST_SLOTS = 32
 """Keys of short rows are rounded up to a multiple of this, and those of long ones so that an octave has
 STEPS_PER_OCTAVE lengths: few, as each costs a call, and near, as what is beyond a row's end is computed in vain."""
 STEPS_PER_OCTAVE = 4
+MOST_LEFT = 8
+"""From one row to the next in one call, counted in places: to compute the rows that have left between them in vain
+takes less time than one more call."""
 
 
 def rounded(lengths: Ints, least: int = LEAST_SLOTS) -> Ints:
@@ -58,6 +61,7 @@ class RowCache:
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
         self._shape = (0, 0)  # places and slots of each buffer
         self._expected = 0
+        self._copies: Ints | None = None
         self._places: Ints = np.zeros(0, dtype=np.int64)  # of each row, rising
         self._positions: Ints = np.zeros(0, dtype=np.int64)  # of each row's newest key
 
@@ -78,15 +82,20 @@ class RowCache:
         """Rows may have so many in the end: buffers that are made anew have room for them."""
         self._expected = tokens
 
+    def take_in(self, copies: Sequence[int]) -> None:
+        """How many rows each of the prompts of the next forward begins."""
+        self._copies = np.repeat(np.arange(len(copies)), copies)
+
     def extend(self, positions_BT: Ints, document_starts: Ints, device: torch.device) -> "_Joining | _Going":
         """Make room for new rows, or for one token more of each."""
         if positions_BT[0, 0] == 0:
-            new, length = positions_BT.shape
-            first = self._free_place(new, length)
-            self._places = np.concatenate([self._places, np.arange(first, first + new)])
-            self._positions = np.concatenate([self._positions, positions_BT[:, -1]])
+            rows = np.arange(len(positions_BT)) if self._copies is None else self._copies
+            first = self._free_place(len(rows), positions_BT.shape[1])
+            self._places = np.concatenate([self._places, np.arange(first, first + len(rows))])
+            self._positions = np.concatenate([self._positions, positions_BT[rows, -1]])
             masks = AttentionMasks(self._specs, positions_BT, document_starts, device)
-            return _Joining(self, slice(first, first + new), masks)
+            self._copies = None
+            return _Joining(self, slice(first, first + len(rows)), torch.from_numpy(rows).to(device), masks)
         there = len(self._places)
         if positions_BT.shape[1] != 1 or (positions_BT[:there] < 0).any() or (positions_BT[there:] >= 0).any():
             raise ValueError(f"{there} rows go on by one token each, before any padding")
@@ -151,27 +160,32 @@ class RowCache:
 
 
 class _Joining:
-    """Attention of whole prompts, whose keys and values are kept."""
+    """Attention of whole prompts, whose keys and values are kept. rows: which of the prompts each place gets."""
 
-    def __init__(self, cache: RowCache, places: slice, masks: AttentionMasks) -> None:
-        self._cache, self._places, self._masks = cache, places, masks
+    def __init__(self, cache: RowCache, places: slice, rows: Tensor, masks: AttentionMasks) -> None:
+        self._cache, self._places, self._rows, self._masks = cache, places, rows, masks
 
     def __call__(
         self, layer: int, spec: AttentionSpec, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor
     ) -> Tensor:
         for buffer, new in zip(self._cache.buffers(layer, k_BTKd), (k_BTKd, v_BTKd), strict=True):
-            buffer[self._places, :, : k_BTKd.shape[1]] = new.transpose(1, 2)
+            buffer[self._places, :, : k_BTKd.shape[1]] = new[self._rows].transpose(1, 2)
         return self._masks(layer, spec, q_BTHd, k_BTKd, v_BTKd)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """Rows side by side that attend to the same slots."""
+    """Rows that attend to the same slots, and the places from the first one's to the last one's."""
 
     rows: slice
     places: slice
     slots: slice
     seen_B11S: Tensor
+    """of each place"""
+    row_of_place: Tensor | None
+    """Where rows have left: another row stands for each of those, and what comes of it is dropped"""
+    place_of_row: Tensor | None
+    """among the places"""
 
 
 class _Going:
@@ -194,7 +208,11 @@ class _Going:
         scores, out = scores_of(spec), torch.zeros_like(q_BTHd)
         for run in self._runs_of(spec):
             k, v = (buffer[run.places, :, run.slots] for buffer in (keys, values))
-            out[run.rows, 0] = attend_few(q_BKGd[run.rows], k, v, run.seen_B11S, scores).flatten(1, 2).to(out.dtype)
+            q = q_BKGd[run.rows] if run.row_of_place is None else q_BKGd.index_select(0, run.row_of_place)
+            found = attend_few(q, k, v, run.seen_B11S, scores)
+            if run.place_of_row is not None:
+                found = found.index_select(0, run.place_of_row)
+            out[run.rows, 0] = found.flatten(1, 2).to(out.dtype)
         return out
 
     def _written(self, keys_PKSd: Tensor) -> Tensor:
@@ -211,7 +229,7 @@ class _Going:
         kind = spec.mask, spec.span
         if kind not in self._runs:
             slots_B = rounded(self._positions + 1)
-            cuts = np.flatnonzero((np.diff(slots_B) != 0) | (np.diff(self._places) != 1)) + 1
+            cuts = np.flatnonzero((np.diff(slots_B) != 0) | (np.diff(self._places) > MOST_LEFT)) + 1
             bounds = [0, *cuts.tolist(), len(slots_B)]
             self._runs[kind] = [
                 self._run(slice(low, high), int(slots_B[low]), *kind)
@@ -224,7 +242,13 @@ class _Going:
         if span is not None:  # before what the shortest row with so many slots sees
             position = n_slots - int(_step(np.array(n_slots)))
             first = position // span * span if mask == "chunk" else max(0, position - span + 1)
-        seen = visible(self._positions[rows, None], np.arange(first, n_slots)[None], mask, span)
-        place = int(self._places[rows.start])
-        places = slice(place, place + rows.stop - rows.start)
-        return _Run(rows, places, slice(first, n_slots), torch.from_numpy(seen[:, None]).to(self._device))
+        own = self._places[rows]
+        places, slots = slice(int(own[0]), int(own[-1]) + 1), slice(first, n_slots)
+        # each place's own row, or where that has left the one before
+        row_of_place = rows.start + np.searchsorted(own, np.arange(places.start, places.stop), side="right") - 1
+        seen = visible(self._positions[row_of_place, None], np.arange(first, n_slots)[None], mask, span)
+        seen_B11S = torch.from_numpy(seen[:, None]).to(self._device)
+        if len(row_of_place) == len(own):
+            return _Run(rows, places, slots, seen_B11S, None, None)
+        ways = (torch.from_numpy(numbers).to(self._device) for numbers in (row_of_place, own - places.start))
+        return _Run(rows, places, slots, seen_B11S, *ways)

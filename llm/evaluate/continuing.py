@@ -1,8 +1,8 @@
 """Answers to Continue requests: rows that decode together, each as if it were alone.
 
-The longest prompts come first. An answer is a function of its request: its tokens are those of its own prompt, and its
-draws are numbered by the seed, the prompt and which of several answers it is. So what runs beside it, in which order,
-on how many ranks, decides only how fast it goes.
+The longest prompts come first; one that several go on from is computed once. An answer is a function of its request:
+its tokens are those of its own prompt, and its draws are numbered by the seed, the prompt and which of several answers
+it is. So what runs beside it, in which order, on how many ranks, decides only how fast it goes.
 
 Shapes: B rows, T longest prompt, V vocabulary.
 """
@@ -11,6 +11,7 @@ import hashlib
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from llm.args import ModelArgs
 from llm.evaluate.endings import AnswerText
 from llm.evaluate.requests import Continue, Continued, NonFinite
-from llm.evaluate.running import Rows, open_rows
+from llm.evaluate.running import Beginning, Rows, open_rows
 from llm.generation.pictures import Pictures
 from llm.generation.sampling import penalised, sample
 from llm.generation.text import FinishReason, context_length
@@ -61,7 +62,13 @@ def continue_(
         _check(request, index, context_length(args), args.vocab_size)
     n_ids = min(tokenizer.vocab_size, args.vocab_size)
     batch = _Batch(open_rows(replica), n_ids, frozenset(end_ids), pictures)
-    order = sorted(range(len(requests)), key=lambda index: (-len(requests[index].prompt), index))
+    first: dict[tuple[object, ...], int] = {}  # of the requests that begin alike
+    for index, request in enumerate(requests):
+        first.setdefault(_beginning(request), index)
+    order = sorted(
+        range(len(requests)),
+        key=lambda index: (-len(requests[index].prompt), first[_beginning(requests[index])], index),
+    )
     waiting = deque(_Row.of(index, requests[index], tokenizer, args) for index in order)
     while waiting or batch.rows:
         joining = _joining(waiting, batch, batch_tokens)
@@ -85,6 +92,11 @@ def _joining(waiting: deque["_Row"], batch: "_Batch", batch_tokens: int) -> list
     if there and count < len(waiting) and count * JOIN_AT_ONCE < there + count:
         return []
     return [waiting.popleft() for _ in range(count)]
+
+
+def _beginning(request: Continue) -> tuple[object, ...]:
+    """The same of requests that go on from the same."""
+    return request.prompt, tuple(picture.digest for picture in request.pictures)
 
 
 def _check(request: Continue, index: int, context: int, vocab_size: int) -> None:
@@ -177,10 +189,13 @@ class _Batch:
 
     def join(self, rows: list[_Row]) -> list[tuple[int, Continued]]:
         """Take in rows with their first new tokens; the answers of those that end with them."""
-        tiles = [self._pictures.tiles(row.request.pictures) for row in rows]
+        beginnings = []
+        for _, alike in groupby(rows, lambda row: _beginning(row.request)):
+            first, *others = (row.request for row in alike)
+            beginnings.append(Beginning(first.prompt, self._pictures.tiles(first.pictures), 1 + len(others)))
         there, newest = self.rows, self._newest
         width = max(row.width for row in [*there, *rows])
-        logits_BV = self._model.join([row.request.prompt for row in rows], tiles, width)
+        logits_BV = self._model.join(beginnings, width)
         self.rows = [*there, *rows]
         return self._push(len(there), np.concatenate([newest, self._chosen(logits_BV, rows)]))
 

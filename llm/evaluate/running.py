@@ -8,6 +8,7 @@ Shapes: B rows, T tokens, V vocabulary.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
 
@@ -30,16 +31,26 @@ TOKENS_ARE_MULTIPLES = 32
 """The same for numbers of which each token has one, such as the weights of experts."""
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """A prompt, which one or more rows go on from."""
+
+    prompt: Sequence[int]
+    images: Tensor | None = None
+    """the tiles that fill its slots"""
+    rows: int = 1
+
+
 class Rows(Protocol):
     """Rows of tokens that a model continues, each for as long as it likes."""
 
     joins: bool
     """Whether rows can join while others go on."""
 
-    def join(self, prompts: Sequence[Sequence[int]], images: Sequence[Tensor | None], width: int) -> Tensor:
+    def join(self, beginnings: Sequence[Beginning], width: int) -> Tensor:
         """Take in rows after those there, the longest first. Float32 logits (n, V) of the token after each prompt.
 
-        images: of each, the tiles that fill its slots. width: tokens that a row may have in the end.
+        width: tokens that a row may have in the end.
         """
 
     def step(self, tokens_B: Ints, positions_B: Ints) -> Tensor:
@@ -76,25 +87,26 @@ class ApartRows:
         if not on_cpu:
             self._multiple = self._fewest = 1
 
-    def join(self, prompts: Sequence[Sequence[int]], images: Sequence[Tensor | None], width: int) -> Tensor:
+    def join(self, beginnings: Sequence[Beginning], width: int) -> Tensor:
         for cache in self._caches:
             cache.expect(width)
         found = []
-        lengths = rounded(np.array([len(prompt) for prompt in prompts]), max(FEWEST_ROWS, self._fewest))
-        for length, group in groupby(range(len(prompts)), lambda row: int(lengths[row])):
-            found.append(self._prefill(length, [(prompts[row], images[row]) for row in group]))
+        lengths = rounded(np.array([len(one.prompt) for one in beginnings]), max(FEWEST_ROWS, self._fewest))
+        for length, group in groupby(range(len(beginnings)), lambda place: int(lengths[place])):
+            found.append(self._prefill(length, [beginnings[place] for place in group]))
         return torch.cat(found)
 
-    def _prefill(self, length: int, given: Sequence[tuple[Sequence[int], Tensor | None]]) -> Tensor:
+    def _prefill(self, length: int, given: Sequence[Beginning]) -> Tensor:
         tokens_BT = np.full((len(given), length), self._filler, dtype=np.int64)
-        for row, (prompt, _) in enumerate(given):
-            tokens_BT[row, : len(prompt)] = prompt
-        tiles = [of_row for _, of_row in given if of_row is not None]
+        for row, one in enumerate(given):
+            tokens_BT[row, : len(one.prompt)] = one.prompt
+        for cache in self._caches:
+            cache.take_in([one.rows for one in given])
         rows_B = np.minimum(np.arange(self._filled(len(given))), len(given) - 1)
-        last_B = np.array([len(prompt) - 1 for prompt, _ in given])[rows_B]
+        last_B = np.array([len(one.prompt) - 1 for one in given])[rows_B]
         positions_T = torch.arange(length, device="cpu")
-        logits = self._forward(tokens_BT, positions_T, torch.cat(tiles) if tiles else None, (rows_B, last_B))
-        return logits[: len(given)]
+        logits = self._forward(tokens_BT, positions_T, _tiles(given), (rows_B, last_B))
+        return logits[_repeated(given)]
 
     def step(self, tokens_B: Ints, positions_B: Ints) -> Tensor:
         padding = self._filled(len(tokens_B)) - len(tokens_B)
@@ -131,13 +143,27 @@ class TogetherRows:
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
 
-    def join(self, prompts: Sequence[Sequence[int]], images: Sequence[Tensor | None], width: int) -> Tensor:
+    def join(self, beginnings: Sequence[Beginning], width: int) -> Tensor:
         self._decoder = self._replica.decoder()
-        tiles = [of_row for of_row in images if of_row is not None]
-        return self._decoder.logits(*left_padded(prompts), torch.cat(tiles) if tiles else None)
+        logits_BV = self._decoder.logits(*left_padded([one.prompt for one in beginnings]), _tiles(beginnings))
+        rows = _repeated(beginnings)
+        if len(rows) > len(beginnings):
+            self._decoder.keep(rows)
+        return logits_BV[rows]
 
     def step(self, tokens_B: Ints, positions_B: Ints) -> Tensor:
         return self._decoder.logits(tokens_B[:, None], positions_B[:, None])
 
     def keep(self, rows: Sequence[int]) -> None:
         self._decoder.keep(list(rows))
+
+
+def _tiles(beginnings: Sequence[Beginning]) -> Tensor | None:
+    """Those of all images, in their order."""
+    tiles = [one.images for one in beginnings if one.images is not None]
+    return torch.cat(tiles) if tiles else None
+
+
+def _repeated(beginnings: Sequence[Beginning]) -> list[int]:
+    """Which beginning each row has."""
+    return [place for place, one in enumerate(beginnings) for _ in range(one.rows)]

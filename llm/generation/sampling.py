@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 LARGEST_SEED = 2**63 - 1
+BUCKETS_PER_UNIT, BUCKETS = 8, 256
+"""Of logits over the temperature, below the largest: what is less likely by 32 is in the last one."""
 
 
 class NonFiniteLogits(FloatingPointError):
@@ -57,20 +59,47 @@ class Sampling:
 def sample(
     logits_BV: Tensor, uniform_B: NDArray[np.float64], temperature: float, top_k: int | None, top_p: float | None
 ) -> NDArray[np.int64]:
-    """One token a row: where the row's uniform number falls in the cumulative probability, most likely token first."""
+    """One token a row: where the row's uniform number falls in the cumulative probability, most likely token first, of
+    equally likely ones the lower id."""
     # the largest becomes 0 before the division, which so cannot overflow
-    below_BV = logits_BV.double() - logits_BV.amax(-1, keepdim=True)
-    scaled_BV, order_BV = (below_BV / temperature).sort(dim=-1, descending=True, stable=True)
+    scaled_BV = (logits_BV.double() - logits_BV.amax(-1, keepdim=True)) / temperature
+    if top_k is None and top_p is None and scaled_BV.device.type == "cpu":
+        return _by_buckets(scaled_BV, uniform_B)
     if top_k is not None:
-        scaled_BV = scaled_BV[:, :top_k]
-    p_BV = scaled_BV.softmax(-1)
+        values_BK = scaled_BV.topk(min(top_k, scaled_BV.shape[1])).values
+    else:
+        values_BK = scaled_BV.sort(dim=-1, descending=True).values
+    p_BK = values_BK.softmax(-1)
     if top_p is not None:
-        before_BV = p_BV.cumsum(-1) - p_BV
-        p_BV = p_BV.masked_fill(before_BV > top_p, 0)
-    cumulative_BV = p_BV.cumsum(-1)
-    target_B1 = torch.from_numpy(uniform_B).to(p_BV.device)[:, None] * cumulative_BV[:, -1:]
-    rank_B1 = (cumulative_BV <= target_B1).sum(-1, keepdim=True)
-    return order_BV.gather(-1, rank_B1).squeeze(-1).cpu().numpy()
+        before_BK = p_BK.cumsum(-1) - p_BK
+        p_BK = p_BK.masked_fill(before_BK > top_p, 0)
+    cumulative_BK = p_BK.cumsum(-1)
+    target_B1 = torch.from_numpy(uniform_B).to(p_BK.device)[:, None] * cumulative_BK[:, -1:]
+    rank_B1 = (cumulative_BK <= target_B1).sum(-1, keepdim=True)
+    value_B1 = values_BK.gather(-1, rank_B1)
+    of_equals_B1 = rank_B1 - (values_BK > value_B1).sum(-1, keepdim=True)
+    equal_BV = scaled_BV == value_B1
+    return (equal_BV & (equal_BV.cumsum(-1) == of_equals_B1 + 1)).int().argmax(-1).cpu().numpy()
+
+
+def _by_buckets(scaled_BV: Tensor, uniform_B: NDArray[np.float64]) -> NDArray[np.int64]:
+    """`sample` of all tokens, in a fifth of the time that sorting them takes: they are counted into buckets of falling
+    probability, and only the bucket that the uniform number falls into is put in order."""
+    p_BV = scaled_BV.exp().numpy()
+    bucket_BV = (scaled_BV * -BUCKETS_PER_UNIT).clamp_(max=BUCKETS - 1).int().numpy()
+    n_rows = len(p_BV)
+    numbers = bucket_BV + np.arange(0, n_rows * BUCKETS, BUCKETS, dtype=np.int32)[:, None]
+    weights = np.bincount(numbers.ravel(), p_BV.ravel(), n_rows * BUCKETS).reshape(n_rows, BUCKETS)
+    ends = weights.cumsum(-1)
+    target_B = uniform_B * ends[:, -1]
+    found = np.empty(n_rows, dtype=np.int64)
+    for row, bucket in enumerate((ends <= target_B[:, None]).sum(-1).tolist()):
+        ids = np.flatnonzero(bucket_BV[row] == bucket)
+        ids = ids[np.argsort(-scaled_BV[row].numpy()[ids], kind="stable")]
+        before = ends[row, bucket - 1] if bucket else 0.0
+        rank = int((before + p_BV[row, ids].cumsum() <= target_B[row]).sum())
+        found[row] = ids[min(rank, len(ids) - 1)]  # sums in another order end elsewhere in their last bits
+    return found
 
 
 def penalised(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:

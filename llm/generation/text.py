@@ -35,14 +35,19 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """What is certain of the text once this id has come."""
-        self._ids.append(token)
-        return self._characters.decode(self._fresh())
+        added = self._tokenizer.added_bytes(token) if self._sent else None
+        if added is None:
+            self._ids.append(token)
+            added = self._fresh()
+        return self._characters.decode(added)
 
     def end(self) -> str:
         """What is left when no more comes; a character cut in the middle is U+FFFD."""
-        return self._characters.decode(self._fresh(), final=True)
+        left = self._fresh() if self._tokenizer.added_bytes(0) is None else b""
+        return self._characters.decode(left, final=True)
 
     def _fresh(self) -> bytes:
+        """By all ids so far, which takes the longer the more there are."""
         found = self._tokenizer.decode_bytes(self._ids)
         if not found.startswith(self._sent):  # a tokenizer that takes back what it wrote: it may come round to it
             return b""

@@ -208,7 +208,8 @@ class Replica:
         caches: Sequence[Remembered] | None = None,
     ) -> list[TransformerOutput]:
         """What the last stage makes of each input, where it is; elsewhere nothing (collective)."""
-        self.model.eval()
+        if self.model.training:  # it walks through all modules
+            self.model.eval()
         layout, ranks, here = self.grid.layout, self.grid.pipeline.ranks, self.grid.pipeline.rank
         results: list[TransformerOutput] = []
         turning: deque[Tensor] = deque()  # from this rank's one stage to its other

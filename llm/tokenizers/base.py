@@ -177,6 +177,11 @@ class Tokenizer(Protocol):
         than their tokenizer has tokens. ValueError on a negative id."""
         ...
 
+    def added_bytes(self, token: int) -> bytes | None:
+        """What an id adds to ids with some text, where that never depends on them; of a tokenizer of which that cannot
+        be said, None for all ids."""
+        return None
+
     def decode(self, ids: TokenIds) -> str:
         """Text of `ids`; bytes that are no UTF-8 (a character cut in the middle) become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
@@ -225,6 +230,9 @@ class TableTokenizer(Tokenizer):
         shown = [number for number in known_ids(ids, self.vocab_size).tolist() if self._bytes_of_id[number]]
         text = b"".join([self._bytes_of_id[number] for number in shown])
         return text[1:] if shown and shown[0] in self._opens_with_space else text
+
+    def added_bytes(self, token: int) -> bytes | None:
+        return self._bytes_of_id[token] if token < self.vocab_size else b""
 
     def token_bytes(self) -> np.ndarray:
         return np.array([len(text) for text in self._bytes_of_id], dtype=np.int64)

@@ -70,6 +70,9 @@ class ExtendedTokenizer(Tokenizer):
     def decode_bytes(self, ids: TokenIds) -> bytes:
         return self.inner.decode_bytes(ids)  # ids beyond its own give nothing
 
+    def added_bytes(self, token: int) -> bytes | None:
+        return self.inner.added_bytes(token) if token < self.inner.vocab_size else b""
+
     def token_bytes(self) -> np.ndarray:
         return np.concatenate([self.inner.token_bytes(), np.zeros(len(self.names), dtype=np.int64)])
 

@@ -34,6 +34,9 @@ class ByteTokenizer(Tokenizer):
         ids = known_ids(ids, self.vocab_size)
         return ids[ids < 256].astype(np.uint8).tobytes()
 
+    def added_bytes(self, token: int) -> bytes | None:
+        return bytes([token]) if token < 256 else b""
+
     def save(self, directory: Path) -> TokenizerConfig:
         return TokenizerConfig(kind="bytes")
 
@@ -80,6 +83,9 @@ class CharacterTokenizer(Tokenizer):
     def decode_bytes(self, ids: TokenIds) -> bytes:
         ids = known_ids(ids, self.vocab_size)
         return self._code_points[ids[ids < self.bos_id]].tobytes().decode("utf-32-le").encode()
+
+    def added_bytes(self, token: int) -> bytes | None:
+        return self.characters[token].encode() if token < self.bos_id else b""
 
     def save(self, directory: Path) -> TokenizerConfig:
         (Path(directory) / "tokenizer.json").write_bytes(self.serialized())

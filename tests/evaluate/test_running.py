@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llm import LLM
-from llm.evaluate.running import ApartRows
+from llm.evaluate.running import ApartRows, Beginning
 from tests.evaluate.replicas import replica_of
 from tests.generation.models import with_tokenizer
 from tests.model.models import MOE
@@ -31,7 +31,7 @@ def logits_of(model: LLM, prompts: list[list[int]], steps: int, leave: dict[int,
     """Of each prompt, after it and after each of so many tokens. leave: after which step each row leaves; another like
     it then joins."""
     rows = ApartRows(replica_of(model))
-    found = [list(part[None]) for part in rows.join(prompts, [None] * len(prompts), 64)]
+    found = [list(part[None]) for part in rows.join([Beginning(prompt) for prompt in prompts], 64)]
     there = list(range(len(prompts)))
     for step in range(steps):
         newest = np.array([(7 * step + len(prompts[row])) % 256 for row in there])
@@ -75,12 +75,12 @@ def test_rows_that_join_later_are_as_those_that_began():
     first, later = rows_of(9, 2), rows_of(6, 3)
     expected = logits_of(model, later, 3, {})
     rows = ApartRows(replica_of(model))
-    rows.join(first, [None] * 9, 64)
+    rows.join([Beginning(prompt) for prompt in first], 64)
     positions = np.array([len(prompt) for prompt in first])
     for step in range(4):
         rows.step(np.full(9 - step, 5), positions[: 9 - step] + step)
         rows.keep(range(8 - step))
-    joined = rows.join(later, [None] * 6, 64)
+    joined = rows.join([Beginning(prompt) for prompt in later], 64)
     assert all(torch.equal(logits, row[0]) for logits, row in zip(joined, expected, strict=True))
     for step in range(3):
         newest = [(7 * step + len(prompt)) % 256 for prompt in later]
@@ -94,3 +94,32 @@ def test_rows_at_one_position_are_as_a_row_alone():
     prompts = [[row, 3, 5] for row in range(32)]
     together, (alone,) = logits_of(model, prompts, 5, {}), logits_of(model, prompts[9:10], 5, {})
     assert all(torch.equal(*pair) for pair in zip(together[9], alone, strict=True))
+
+
+def test_rows_of_one_prompt_that_is_computed_once_are_as_rows_of_their_own():
+    model = with_tokenizer()
+    prompts = rows_of(4, 6)
+    expected = logits_of(model, prompts, 6, {})
+    rows = ApartRows(replica_of(model))
+    counts = [1, 3, 1, 2]
+    of_row = np.repeat(np.arange(4), counts)
+    joined = rows.join([Beginning(prompt, rows=n) for prompt, n in zip(prompts, counts, strict=True)], 64)
+    assert all(torch.equal(logits, expected[of][0]) for logits, of in zip(joined, of_row, strict=True))
+    there = list(range(7))
+    for step in range(6):
+        lengths = np.array([len(prompts[of_row[row]]) for row in there])
+        for row, logits in zip(there, rows.step((7 * step + lengths) % 256, lengths + step), strict=True):
+            assert torch.equal(logits, expected[of_row[row]][step + 1])
+        if step == 2:
+            rows.keep([0, 2, 3, 5, 6])
+            there = [0, 2, 3, 5, 6]
+
+
+@pytest.mark.parametrize("leaving", [range(1, 20, 2), range(3, 30), [5]], ids=["every second", "many", "one"])
+def test_rows_go_on_as_they_are_alone_where_others_between_them_have_left(leaving):
+    model = with_tokenizer()
+    prompts = [[row % 256, 3, 5, 7] for row in range(32)]
+    together = logits_of(model, prompts, 5, dict.fromkeys(leaving, 1))
+    for row in (0, 2, 30, 31):
+        (alone,) = logits_of(model, [prompts[row]], 5, {})
+        assert all(torch.equal(*pair) for pair in zip(together[row], alone, strict=True))

@@ -33,13 +33,21 @@ def sentencepiece_with_a_prefix() -> SentencePieceTokenizer:
     return SentencePieceTokenizer(written.getvalue(), lossy=True)
 
 
-@pytest.fixture(scope="module", params=["bytes", "characters", "sentencepiece", "hf"])
+class Unpromising(ByteTokenizer):
+    """Does not say that an id adds the same bytes after all others."""
+
+    def added_bytes(self, token: int) -> bytes | None:
+        return None
+
+
+@pytest.fixture(scope="module", params=["bytes", "characters", "sentencepiece", "hf", "unpromising"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return {
         "bytes": ByteTokenizer,
         "characters": lambda: CharacterTokenizer("".join(sorted(set(TEXT)))),
         "sentencepiece": sentencepiece_with_a_prefix,
         "hf": lambda: opened(made_hf()),
+        "unpromising": Unpromising,
     }[request.param]()
 
 

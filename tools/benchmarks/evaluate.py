@@ -1,10 +1,10 @@
-"""Log-likelihoods against lm-eval's HFLM: CPU time and memory of the same requests to the same model.
+"""Log-likelihoods and generation against lm-eval's HFLM: CPU time of the same requests to the same model, and memory.
 
     python tools/benchmarks/evaluate.py --data EVAL --text wikitext-2/valid.txt --tokenizer gpt2/tokenizer.json
 
-Both get tokens, in float32 on one thread, each in a process of its own, and take turns: HFLM with whichever size of
-batch is the fastest. The peer's process needs `make test-full`'s environment. EVAL holds arc_easy.jsonl and
-hellaswag.sample.jsonl: rows of query, choices and gold.
+Both get tokens to score and texts to continue, in float32 on one thread, each in a process of its own, and take turns:
+HFLM with whichever size of batch is the fastest. The peer's process needs `make test-full`'s environment. EVAL holds
+arc_easy.jsonl and hellaswag.sample.jsonl: rows of query, choices and gold.
 """
 
 import json
@@ -37,8 +37,10 @@ from llm.generation.pictures import Pictures
 from llm.malloc import keep_freed
 from llm.parallel.grid import make_grid
 from llm.parallel.launch.world import World
+from llm.parallel.replica import Replica
 from llm.paths import PathText
 from llm.tokenizer import TokenizerConfig, load_tokenizer
+from tools.benchmarks.evaluate_generation import EQUAL, SAMPLED, STOPS, Writer, generations
 from tools.benchmarks.evaluate_peer import Answers, serve
 from tools.benchmarks.harness import RESULTS, Bar, Spread, check_same_work, table, write_result
 from tools.benchmarks.memory import ENVIRONMENT
@@ -61,12 +63,17 @@ SHAPE: dict[str, Any] = dict(
     tie_word_embeddings=True, rms_norm_eps=1e-5,
 )  # fmt: skip
 SPEED_BARS = {"arc_easy, 0-shot": (1.5, 2.5), "hellaswag, 0-shot": (1.5, 2.5), "hellaswag, 5-shot": (3.0, 3.0),
-              "rolling": (1.1, 1.3)}  # fmt: skip
+              "rolling": (1.1, 1.3), EQUAL: (1.3, 1.3), STOPS: (1.8, 1.8), SAMPLED: (1.3, 1.3)}  # fmt: skip
 """Times HFLM's speed, with a small and a large vocabulary."""
 LARGE = 30_000
 """Entries of a large one."""
+SPREADS = {"model": 0.02, "writer": 0.1}
+"""Of the random weights, of what scores and of what continues: with tied tables of usual ones a model repeats its last
+token for ever."""
 MEMORY_BAR = 1 / 3
 """Of HFLM's peak, of rolling windows."""
+SAME_TEXTS = 0.9
+"""Of greedy answers, at least: where the two likeliest tokens are nearly as likely, the last bits decide."""
 
 
 def benchmark(
@@ -79,13 +86,14 @@ def benchmark(
     batch_tokens: int = 1024,
     output: str = str(RESULTS),
 ) -> None:
-    """Time log-likelihoods in turn with HFLM and write a dated result file.
+    """Time log-likelihoods and generation in turn with HFLM and write a dated result file.
 
     data: folder of arc_easy.jsonl and hellaswag.sample.jsonl
     text: a text for rolling windows
     tokenizer: a tokenizer.json; default: one of byte pairs made of the text
     vocabulary: entries of the tokenizer that is made
-    documents: questions of 0-shot tasks, an eighth of them with examples, and an eighth as many windows
+    documents: questions of 0-shot tasks, an eighth of them with examples, and an eighth as many windows; twice as many
+        texts to continue
     rounds: rounds that count
     batch_tokens: of ours
     output: folder of the result file
@@ -96,7 +104,7 @@ def benchmark(
         n_tokens = prepare(Path(folder), Path(data), Path(text), tokenizer, vocabulary, documents)
         section = compare(Path(folder), n_tokens, rounds, batch_tokens)
     how = "Contestants took turns, each in a process of its own with one thread; CPU time"
-    path = write_result(f"evaluate-{n_tokens}", "Log-likelihoods against HFLM", [section], Path(output), how)
+    path = write_result(f"evaluate-{n_tokens}", "Log-likelihoods and generation against HFLM", [section], Path(output), how)
     print(section, f"\nwritten to {path}")
 
 
@@ -109,10 +117,13 @@ def prepare(
     made = transformers.PreTrainedTokenizerFast(
         tokenizer_file=tokenizer or str(_trained(folder, text, vocabulary)), eos_token="<|endoftext|>"
     )
-    made.save_pretrained(folder / "model")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=len(made), max_position_embeddings=LENGTH, **SHAPE)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
+    for name, spread in SPREADS.items():
+        made.save_pretrained(folder / name)
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            vocab_size=len(made), max_position_embeddings=LENGTH, initializer_range=spread, **SHAPE
+        )
+        transformers.LlamaForCausalLM(config).save_pretrained(folder / name)
     encoder = Encoder(load_tokenizer(TokenizerConfig(kind="hf", path=str(folder / "model"))), LENGTH)
     arc, hellaswag = (_rows(data / name) for name in ("arc_easy.jsonl", "hellaswag.sample.jsonl"))
     requests = {
@@ -122,7 +133,18 @@ def prepare(
         "rolling": list(islice(encoder.windows(text.read_text()), documents // 8)),
     }
     (folder / "requests.json").write_text(json.dumps(requests))
+    texts = generations(_writer(folder, 16384), text.read_text(), 2 * documents)
+    (folder / "generations.json").write_text(json.dumps(texts))
     return len(made)
+
+
+def _replica(path: Path) -> Replica:
+    return open_replica(path, make_grid(World(0, 1, 0, torch.device("cpu"))), torch.float32)
+
+
+def _writer(folder: Path, batch_tokens: int) -> Writer:
+    tokenizer = load_tokenizer(TokenizerConfig(kind="hf", path=str(folder / "writer")))
+    return Writer(_replica(folder / "writer"), tokenizer, batch_tokens)
 
 
 def _trained(folder: Path, text: Path, vocabulary: int) -> Path:
@@ -170,11 +192,13 @@ def ours(folder: PathText, batch_tokens: int, keep_memory: bool = False) -> None
 
 
 def _answers(folder: Path, batch_tokens: int) -> Answers:
-    replica = open_replica(folder / "model", make_grid(World(0, 1, 0, torch.device("cpu"))), torch.float32)
+    replica, writer = _replica(folder / "model"), _writer(folder, batch_tokens)
     pictures = Pictures(None, "model", LIMITS)
-    requests = json.loads((folder / "requests.json").read_text())
+    requests, texts = (json.loads((folder / f"{name}.json").read_text()) for name in ("requests", "generations"))
 
-    def answer(name: str, _: int) -> float:
+    def answer(name: str, _: int) -> float | list[str]:
+        if name in texts:
+            return writer.answers(texts[name])
         asked = [Score(tuple(context), tuple(target)) for context, target in requests[name]]
         return sum(found.logprob for _, found in score(replica, asked, batch_tokens, pictures))
 
@@ -208,15 +232,14 @@ def measure(
 ) -> Measured:
     """One kind of requests, in turns."""
 
-    def ask(contestant: OwnProcess, size: int) -> tuple[float, float, int]:
-        seconds, total, peak = contestant.ask(json.dumps({"requests": name, "size": size}))
-        return seconds, total, peak
+    def ask(contestant: OwnProcess, size: int) -> tuple[float, Any, int]:
+        seconds, made, peak = contestant.ask(json.dumps({"requests": name, "size": size}))
+        return seconds, made, peak
 
     own, peer = contestants
     found = {size: ask(peer, size) for size in sizes}
     size = min(found, key=lambda size: found[size][0])
-    # float32 logits of different orders of the same sums
-    check_same_work({OURS: ask(own, size)[1], HFLM: found[size][1]}, rtol=5e-6)
+    check_same_answers(name, ask(own, size)[1], found[size][1])
     spent: dict[str, list[float]] = {OURS: [], HFLM: []}
     for number in range(rounds):
         for contestant in contestants if number % 2 == 0 else reversed(contestants):
@@ -226,23 +249,44 @@ def measure(
     return Measured(spent[OURS], spent[HFLM], size, seconds, (peaks[0], peaks[1]))
 
 
+def check_same_answers(name: str, ours: Any, theirs: Any) -> None:
+    """UserError where they are of other work: other sums of log-likelihoods, or too many other texts. Draws of two
+    generators of random numbers are not the same texts."""
+    if isinstance(ours, float):  # float32 logits of different orders of the same sums
+        check_same_work({OURS: ours, HFLM: theirs}, rtol=5e-6)
+        return
+    same = sum(a == b for a, b in zip(ours, theirs, strict=True))
+    if name != SAMPLED and same < SAME_TEXTS * len(ours):
+        raise UserError(f"{name}: only {same} of {len(ours)} answers of {OURS} and {HFLM} are the same")
+
+
+def _sizes(requests: dict[str, Any], texts: dict[str, Any], n_tokens: int) -> dict[str, tuple[int, int, list[int]]]:
+    """Of each kind: number of requests, their tokens (0 = not known before), and the sizes of HFLM's batches."""
+    found = {}
+    for name, pairs in requests.items():
+        lengths = [len(context) + len(target) for context, target in pairs]
+        sizes = [size for size in SIZES if size == 1 or size * max(lengths) * n_tokens <= MOST_LOGITS]
+        found[name] = len(pairs), sum(lengths) - len(pairs), sizes
+    return found | {name: (len(asked), 0, list(SIZES[1:])) for name, asked in texts.items()}
+
+
 def compare(folder: Path, n_tokens: int, rounds: int, batch_tokens: int) -> str:
     """The section of the result."""
-    requests = json.loads((folder / "requests.json").read_text())
+    requests, texts = (json.loads((folder / f"{name}.json").read_text()) for name in ("requests", "generations"))
+    kinds = _sizes(requests, texts, n_tokens)
     lines, bars = [], []
-    with ExitStack() as ends, tqdm(requests, disable=not sys.stderr.isatty()) as names:
+    with ExitStack() as ends, tqdm(kinds, disable=not sys.stderr.isatty()) as names:
         both, small = (
             [ends.enter_context(apart(name, folder, batch_tokens, measured)) for name in (OURS, HFLM)]
             for measured in (False, True)
         )
         for name in names:
-            longest = max(len(context) + len(target) for context, target in requests[name])
-            sizes = [size for size in SIZES if size == 1 or size * longest * n_tokens <= MOST_LOGITS]
+            number, tokens, sizes = kinds[name]
             found = measure(both, small, name, sizes, rounds)
             ratio = Spread.of([b / a for a, b in zip(found.ours, found.hflm, strict=True)])
             lines.append(
                 [
-                    name, f"{len(requests[name]):,}", f"{sum(len(c) + len(t) - 1 for c, t in requests[name]):,}",
+                    name, f"{number:,}", f"{tokens:,}" if tokens else "",
                     Spread.of(found.ours).text(2), Spread.of(found.hflm).text(2),
                     ", ".join(f"{size}: {seconds:.2f}" for size, seconds in found.sizes.items()),
                     ratio.text(2), *(f"{peak / MIB:,.0f}" for peak in found.peaks),

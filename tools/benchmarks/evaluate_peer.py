@@ -1,10 +1,10 @@
 """The peer of tools/benchmarks/evaluate.py, in the environment of `make test-full`'s comparisons: lm-eval's HFLM, given
-tokens. Imports nothing of this project.
+tokens to score and texts to continue. Imports nothing of this project.
 
     .venv-eval/bin/python tools/benchmarks/evaluate_peer.py FOLDER
 
 It answers lines on stdin, JSON objects {"requests": NAME, "size": of a batch}, with JSON lines [CPU seconds, sum of the
-log-likelihoods, bytes resident at most meanwhile above what was there before the model].
+log-likelihoods or the texts, bytes resident at most meanwhile above what was there before the model].
 """
 
 import json
@@ -18,7 +18,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
 
 import torch
 
-Answers = Callable[[str, int], float]
+Answers = Callable[[str, int], float | list[str]]
 
 
 def resident(field: str) -> int:
@@ -44,16 +44,23 @@ def serve(build: Callable[[], Answers]) -> None:
 
 
 def hflm(folder: Path) -> Answers:
-    """HFLM's answers, after what its own loglikelihood and loglikelihood_rolling do with texts."""
+    """HFLM's answers; of log-likelihoods, after what its own loglikelihood and loglikelihood_rolling do with texts."""
     import transformers
+    from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
     transformers.utils.logging.disable_progress_bar()
-    model = HFLM(pretrained=str(folder / "model"), device="cpu", dtype="float32", batch_size=1)
+    model, writer = (
+        HFLM(pretrained=str(folder / name), device="cpu", dtype="float32", batch_size=1) for name in ("model", "writer")
+    )
     requests = json.loads((folder / "requests.json").read_text())
+    generations = json.loads((folder / "generations.json").read_text())
 
-    def answer(name: str, size: int) -> float:
-        model.batch_size_per_gpu = size
+    def answer(name: str, size: int) -> float | list[str]:
+        model.batch_size_per_gpu = writer.batch_size_per_gpu = size
+        if name in generations:
+            texts = [Instance("generate_until", {}, tuple(pair), i) for i, pair in enumerate(generations[name])]
+            return list(writer.generate_until(texts, disable_tqdm=True))
         asked = [((str(number), ""), *pair) for number, pair in enumerate(requests[name])]
         found = model._loglikelihood_tokens(asked, disable_tqdm=True)
         return float(sum(logprob for logprob, _ in found))
