@@ -104,7 +104,8 @@ def benchmark(
         n_tokens = prepare(Path(folder), Path(data), Path(text), tokenizer, vocabulary, documents)
         section = compare(Path(folder), n_tokens, rounds, batch_tokens)
     how = "Contestants took turns, each in a process of its own with one thread; CPU time"
-    path = write_result(f"evaluate-{n_tokens}", "Log-likelihoods and generation against HFLM", [section], Path(output), how)
+    title = "Log-likelihoods and generation against HFLM"
+    path = write_result(f"evaluate-{n_tokens}", title, [section], Path(output), how)
     print(section, f"\nwritten to {path}")
 
 
