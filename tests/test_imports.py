@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
     # what anything may use
     "errors", "installed", "malloc", "signals", "environment", "paths", "screen", "atomic", "boxes", "safetensors_file",
+    "scorers", "prediction_scores",
     # what a model is, and the model
     "args", "init", "kernels", "datatypes", "layers", "parameters", "flops", "recompute", "batch", "cache", "row_cache",
     "conveniences", "contexts", "heads", "model", "compile", "generation.sampling", "generate", "objectives", "surgery",

@@ -9,8 +9,8 @@ import pytest
 from llm.evaluate.tasks import metrics
 from llm.evaluate.tasks.base import Metric, computed
 from llm.evaluate.tasks.perplexity import METRICS as OF_TEXTS
-from llm.evaluate.tasks.prediction import SCORERS
 from llm.evaluate.tasks.statistics import bootstrap_stderr, mean_stderr
+from llm.scorers import SCORERS
 
 
 def test_the_best_choice_differs_by_what_its_log_probability_is_divided_by() -> None:

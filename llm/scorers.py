@@ -27,6 +27,14 @@ def macro_f1(labels: ArrayLike, predicted: ArrayLike) -> float:
     return float(np.mean(scores))
 
 
+def f1(labels: ArrayLike, predicted: ArrayLike) -> float:
+    """Harmonic mean of precision and recall of the label 1, of labels of 0 and 1, (n,); 0 where it is in neither."""
+    truth, found = _alike(labels, predicted)
+    _refuse_other_than_binary(truth)
+    both, either = np.sum((truth == 1) & (found == 1)), np.sum(truth == 1) + np.sum(found == 1)
+    return float(2 * both / either) if either else 0.0
+
+
 def roc_auc(labels: ArrayLike, scores: ArrayLike) -> float | None:
     """How often a positive row scores higher than a negative one, ties counting half; labels of 0 and 1, (n,). None
     where there are not both."""
@@ -77,7 +85,7 @@ def r2(labels: ArrayLike, predicted: ArrayLike) -> float | None:
 
 SCORERS: dict[str, Callable[[ArrayLike, ArrayLike], float | None]] = {
     "accuracy": accuracy, "macro_f1": macro_f1, "roc_auc": roc_auc, "average_precision": average_precision,
-    "rmse": rmse, "mae": mae, "r2": r2,
+    "rmse": rmse, "mae": mae, "r2": r2, "f1": f1,
 }  # fmt: skip
 
 
