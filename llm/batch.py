@@ -143,12 +143,12 @@ class Counts:
 
     tokens: int
     targets: int
-    """Labels of the main objective that count, whatever their weights."""
+    """Labels of the main objectives that count, whatever their weights."""
     objectives: Mapping[str, float]
     """What the mean of each divides by, by its name, the main one first: with `lm` the targets, or the sum of their
     weights. 0 where a step has no target: its mean is 0 then."""
     sources: Mapping[str, float]
-    """That of the main objective by source; empty where there is one source only."""
+    """Those of the main objectives by source; empty where there is one source only."""
 
     @property
     def main(self) -> float:

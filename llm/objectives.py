@@ -104,11 +104,19 @@ def measured_as(objective: str, measure: str) -> str:
 
 
 class Objectives:
-    """All that a model is trained for; the main one first, which a validation measures."""
+    """All that a model is trained for; the main ones, which a validation measures, are the first of each task."""
 
-    def __init__(self, final: Sequence[Objective], layers: Sequence[LayerObjective] = ()) -> None:
-        """ValueError where two have the same name, or none reads the final hidden states."""
+    def __init__(
+        self,
+        final: Sequence[Objective],
+        layers: Sequence[LayerObjective] = (),
+        mains: Sequence[Objective] | None = None,
+    ) -> None:
+        """mains: those of `final` that are the main one of a task; None: the first. ValueError where two have the same
+        name, or none reads the final hidden states.
+        """
         self.final, self.layers = tuple(final), tuple(layers)
+        self.mains = self.final[:1] if mains is None else tuple(mains)
         self._all: tuple[Named, ...] = (*self.final, *self.layers)
         names = [objective.name for objective in self._all]
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -120,25 +128,31 @@ class Objectives:
 
     @property
     def main(self) -> Objective:
-        """What a validation measures."""
+        """That of the only task, or of the first."""
         return self.final[0]
+
+    @property
+    def of_tokens(self) -> tuple[TokenObjective, ...]:
+        """The main ones that are losses of tokens."""
+        return tuple(objective for objective in self.mains if isinstance(objective, TokenObjective))
 
     def count(self, batches: Sequence[Batch], sources: Sequence[str] = ()) -> Counts:
         """What the batches add to the counts of a step. sources: names of the data's, where there are several."""
         counted = {o.name: sum(o.count(batch) for batch in batches) for o in self._all}
-        n_targets = sum(self.main.n_targets(batch) for batch in batches)
+        n_targets = sum(objective.n_targets(batch) for objective in self.mains for batch in batches)
         by_source = self._by_source(batches, sources)
         return Counts(sum(batch.n_tokens for batch in batches), n_targets, counted, by_source)
 
     def _by_source(self, batches: Sequence[Batch], sources: Sequence[str]) -> dict[str, float]:
-        if len(sources) < 2 or not isinstance(self.main, TokenObjective):
+        if len(sources) < 2 or not self.of_tokens:
             return {}
         totals = np.zeros(len(sources), dtype=np.float64)
         for batch in batches:
             assert batch.rows is not None
-            source_R, weight_BT = batch.rows.source, self.main.targets(batch).weight_of_each()
-            weight_R = weight_BT.view(len(source_R), -1).sum(1).numpy()
-            np.add.at(totals, source_R[source_R >= 0], weight_R[source_R >= 0])
+            source_R = batch.rows.source
+            for objective in self.of_tokens:
+                weight_R = objective.targets(batch).weight_of_each().view(len(source_R), -1).sum(1).numpy()
+                np.add.at(totals, source_R[source_R >= 0], weight_R[source_R >= 0])
         return dict(zip(sources, totals.tolist(), strict=True))
 
     def losses_of(self, model: LLM, batch: Batch) -> Losses:
@@ -214,10 +228,15 @@ def _options(factory: Callable[..., Objective]) -> str:
     return ", ".join(map(str, inspect.signature(factory).parameters.values())) or "none"
 
 
-def objectives_of(main: Sequence[Objective], extra: Mapping[str, Mapping[str, Any]] | None = None) -> Objectives:
-    """A task's objectives, those that the config adds (name -> options), and those of the layers.
+def objectives_of(
+    main: Sequence[Objective],
+    extra: Mapping[str, Mapping[str, Any]] | None = None,
+    mains: Sequence[Objective] | None = None,
+) -> Objectives:
+    """The objectives of tasks, those that the config adds (name -> options), and those of the layers. mains: as of
+    `Objectives`.
 
     ValueError naming the config's key where one cannot be made.
     """
     added = [make_objective(name, options) for name, options in (extra or {}).items()]
-    return Objectives([*main, *added], [RouterBalance(), RouterZ()])
+    return Objectives([*main, *added], [RouterBalance(), RouterZ()], mains)

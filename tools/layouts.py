@@ -35,9 +35,9 @@ from llm.parallel.launch import local
 from llm.parallel.layout import Layout
 from llm.parallel.validate import divisors
 from llm.paths import PathText, refuse_existing
-from llm.tasks import task_named
-from llm.tokenizer import load_tokenizer
+from llm.train.chat import run_tokenizer
 from llm.train.config import RunConfig, check_layout, load_config, validate
+from llm.train.settle import task_in
 from tools.diff import every_difference
 from tools.shrink import shrunk
 
@@ -100,10 +100,10 @@ def layouts(
     stages = [1, 2, 3] if zero is None else zero
     check_flags(nproc, steps, stages, json)
     run = prepared(load_config(config), precision, seed)
-    if task_named(run.task).compares_with_start:
-        raise UserError(f"{config}: task={run.task} compares with sums that only a run makes")
+    if (task := task_in(run)).compares_with_start:
+        raise UserError(f"{config}: task={task.name} compares with sums that only a run makes")
     check_data(run.data.train)
-    load_tokenizer(run.tokenizer)
+    run_tokenizer(run)
     if shrink:
         small = shrunk(run, max(nproc))
         print(f"made small: {'; '.join(every_difference(run.model_dump(), small.model_dump()))}")

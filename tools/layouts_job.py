@@ -26,11 +26,10 @@ from llm.model import LLM
 from llm.parallel.collectives import all_or_none, sum_over_ranks
 from llm.parallel.grid import Grid, make_grid
 from llm.parallel.launch import process
-from llm.tasks import task_named
-from llm.tokenizer import load_tokenizer
+from llm.train.chat import run_tokenizer
 from llm.train.config import RunConfig, check_layout, validate
 from llm.train.run import build_engine
-from llm.train.settle import rows_wanted, with_vocabulary
+from llm.train.settle import rows_wanted, settle_model, task_in, with_vocabulary
 
 
 class RouterMargins:
@@ -102,15 +101,17 @@ def main() -> None:
     first = configs[0]
     process.quiet_libraries()
     world = process.start(first.parallel.timeout_s, first.train.threads)
-    tokenizer = all_or_none(lambda: load_tokenizer(first.tokenizer), world)
-    mixture = task_named(first.task).open_rows(rows_wanted(first), tokenizer, world).train
+    tokenizer, _ = all_or_none(lambda: run_tokenizer(first), world)
+    task = task_in(first)
+    opened = task.open_rows(rows_wanted(first), tokenizer, world)
     grids: dict[tuple[int, ...], Grid] = {}  # groups take time and memory, and the ZeRO stages can share them
     for config in configs:
         layout = check_layout(config, world.size)
         cut = (layout.tensor, layout.pipeline, layout.expert)
         if cut not in grids:
             grids[cut] = make_grid(world, layout)
-        rows = train(with_vocabulary(config, tokenizer), mixture, replace(grids[cut], layout=layout), steps)
+        settled = settle_model(with_vocabulary(config, tokenizer), task, opened, goes_on=False)
+        rows = train(settled, opened.train, replace(grids[cut], layout=layout), steps)
         gc.collect()  # the last engine, which refers to itself
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -22,14 +22,19 @@ class HeldOut:
     """The first `limit` rows (None: all) of the held-out order over `sources`, of whatever kinds, rows being at most
     `seq_len` tokens and filled up with `fill`.
 
-    n_rows: how many that are, of the `total` there are. fingerprint: digest of what they are made of; equal where two
+    names: what its user calls each of `sources`, in their order here; empty where nobody asks. n_rows: how many rows
+    that are, of the `total` there are. fingerprint: digest of what they are made of; equal where two
     validations read the same rows.
 
     The rows are those of a source's first pass.
     """
 
-    def __init__(self, sources: Sequence[RowSource], seq_len: int, limit: int | None, fill: int = 0) -> None:
-        self.sources = sorted(sources, key=lambda source: source.fingerprint)  # the config's order does not matter
+    def __init__(
+        self, sources: Sequence[RowSource], seq_len: int, limit: int | None, fill: int = 0, names: Sequence[str] = ()
+    ) -> None:
+        order = sorted(range(len(sources)), key=lambda i: sources[i].fingerprint)  # the config's does not matter
+        self.sources = [sources[i] for i in order]
+        self.names = [names[i] for i in order] if names else []
         self.seq_len = seq_len
         self.fill = fill
         self.targets = tuple(dict.fromkeys(name for source in self.sources for name in source.targets))

@@ -83,7 +83,9 @@ class Workload:
     losses: int = 3
     """Sums of a step: of its objectives, and where there are several sources, of each."""
     head_calls: int = 1
-    """How often a micro-batch passes the output matrix: see llm.objectives.Objective."""
+    """How often a micro-batch passes the output matrix: see llm.objectives.Objective; of several tasks together."""
+    head_gradients: int = 1
+    """How often of these with a gradient: once for each task that does."""
     offload_optimizer: bool = False
     recompute: Recompute = "none"
     ema: bool = False

@@ -63,7 +63,8 @@ def events(work: Workload) -> Iterator[Event]:
         yield from _call(head)
     yield Event("", "release")
     flow = work.flow
-    yield from _around(head, flow[HEAD])
+    for _ in range(work.head_gradients):
+        yield from _around(head, flow[HEAD])
     yield from _around("norm", flow["norm"])
     for spec in reversed(specs):
         yield from _backward(args, spec, full, flow)

@@ -83,6 +83,11 @@ class Task(ABC):
     compares_with_start = False
     """Whether its objectives read the values REFERENCE."""
 
+    @property
+    def parts(self) -> tuple["Part", ...]:
+        """The tasks that it is made of: itself, but for a mixture."""
+        return (Part(self),)
+
     @abstractmethod
     def objectives(self, options: Mapping[str, Any] | None = None) -> tuple[Objective, ...]:
         """What it is trained for; the first is what a validation measures. options: what the config's section of the
@@ -149,6 +154,21 @@ class Task(ABC):
         text of the tokenizer. images: of each prompt, the tiles that fill its slots."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """A task, alone or of several."""
+
+    task: Task
+    weight: float = 1.0
+    """Of its loss."""
+    sources: tuple[str, ...] | None = None
+    """Names of the data sources that it reads, for training and held out; None: all."""
+
+    def reads(self, source: str) -> bool:
+        """Whether a data source of this name is one of its own."""
+        return self.sources is None or source in self.sources
+
+
 TASKS: dict[str, Task] = {}
 """By name."""
 
@@ -160,8 +180,8 @@ def register(task: Task) -> None:
     TASKS[task.name] = task
 
 
-def task_named(name: str) -> Task:
-    """The task of a name. ValueError with the known ones where there is none."""
+def task_named(name: str, key: str = "task") -> Task:
+    """The task of a name, which stands under `key`. ValueError with the known ones where there is none."""
     if name not in TASKS:
-        raise ValueError(f"task={name}: no such task; known are {', '.join(sorted(TASKS))}")
+        raise ValueError(f"{key}={name}: no such task; known are {', '.join(sorted(TASKS))}")
     return TASKS[name]

@@ -37,7 +37,8 @@ def opened_rows(wanted: RowsWanted, tokenizer: Tokenizer, world: World, task: Ta
     held_out = None
     if valid:
         held = ([source.rows for source in valid], wanted.seq_len, wanted.held_out_rows, tokenizer.eos_id)
-        held_out = all_or_none(lambda: HeldOut(*held), world)
+        names = [name for name, _, _ in opened["data.valid"]]
+        held_out = all_or_none(lambda: HeldOut(*held, names), world)
     notes = [note for source in train + valid for note in source.notes] + contamination
     return OpenedRows(mixture, held_out, notes)
 

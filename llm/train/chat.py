@@ -48,6 +48,6 @@ def _with_image_tokens(config: RunConfig, tokenizer: Tokenizer) -> Tokenizer:
 def _with_mask_token(config: RunConfig, tokenizer: Tokenizer) -> Tokenizer:
     """What a run that hides tokens without a mask token is to be told, its rows say (llm/tasks/mlm.py)."""
     asked = config.mlm.mask_token
-    if config.task != "mlm" or not config.chat.add_tokens or isinstance(asked, int):
+    if "mlm" not in config.task_names or not config.chat.add_tokens or isinstance(asked, int):
         return tokenizer
     return tokenizer if mask_name(tokenizer, asked) else with_tokens(tokenizer, [asked or MASK_TOKENS[0]])

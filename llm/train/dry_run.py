@@ -18,7 +18,6 @@ from llm.parallel.stages import bubble
 from llm.plan import memory, traffic
 from llm.plan.workload import ZERO3_DEFAULTS, OptimizerGroup, Workload
 from llm.pretrained import args_of
-from llm.tasks import task_named
 from llm.tokenizer import load_tokenizer
 from llm.tokenizers.folder import notes_of
 from llm.train.chat import run_tokenizer
@@ -31,7 +30,7 @@ from llm.train.notes import config_notes
 from llm.train.optimizer import parameter_groups
 from llm.train.preflight import ALONE
 from llm.train.prompts import encode_prompts
-from llm.train.settle import objectives_in, with_vocabulary
+from llm.train.settle import objectives_in, task_in, with_vocabulary
 
 REPLICA: tuple[Dimension, ...] = ("tensor", "context", "data", "pipeline")
 EXPERTS: tuple[Dimension, ...] = ("expert", "expert_data")
@@ -43,6 +42,7 @@ def workload(config: RunConfig, layout: Layout) -> Workload:
     """The config as llm/parallel predicts from it. Precision `auto` counts as bf16; model.vocab_size must be set."""
     args, train, sources = config.model, config.train, source_specs(config.data.train)
     objectives = objectives_in(config)
+    of_sources = len(sources) if len(sources) > 1 and objectives.of_tokens else 0
     model, table = LLM(args, device="meta"), parameter_table(config)
     names = {}
     for name, parameter in model.named_parameters():
@@ -64,8 +64,9 @@ def workload(config: RunConfig, layout: Layout) -> Workload:
         groups=groups,
         micro_batch_size=train.micro_batch_size,
         seq_len=train.seq_len,
-        losses=len(objectives.weights) + len(objectives.measured) + (len(sources) if len(sources) > 1 else 0),
-        head_calls=objectives.main.head_calls,
+        losses=len(objectives.weights) + len(objectives.measured) + of_sources,
+        head_calls=sum(objective.head_calls for objective in objectives.mains),
+        head_gradients=sum(objective.head_calls > 0 for objective in objectives.mains),
         accumulation=train.global_batch_size // (train.micro_batch_size * layout.data),
         offload_optimizer=config.parallel.offload_optimizer,
         recompute=train.activation_checkpointing,
@@ -104,7 +105,7 @@ def _lines(config: RunConfig, layout: Layout, run_dir: Path | None) -> Iterator[
     if config.optim.warmup_steps is None and config.train.steps is not None:
         steps = default_warmup(config.train.steps, config.optim.decay_steps)
         yield f"optim.warmup_steps=null is {_count(steps, 'step')} of train.steps={config.train.steps}"
-    if task_named(config.task).compares_with_start:
+    if task_in(config).compares_with_start:
         yield f"task={config.task}: all data is read once more, before the first step; what follows is of a step"
     if config.train.objectives:
         yield "what train.objectives keep and send, beyond a sum each, is theirs to know; what follows is without it"

@@ -21,7 +21,6 @@ from llm.data.sources import Side, sides
 from llm.parallel.launch.world import World
 from llm.parallel.precision import check_precision
 from llm.paths import refuse_unwritable
-from llm.tasks import task_named
 from llm.tasks.rows import asked_of
 from llm.tokenizer import Tokenizer
 from llm.tokenizers.chat import ChatTemplate
@@ -31,10 +30,12 @@ from llm.train.prompts import encode_prompts
 from llm.train.resume.choose import checkpoint_to_continue, refuse_another_run
 from llm.train.settle import (
     objectives_in,
+    options_in,
     rows_wanted,
     settle_outputs,
     settle_precision,
     settle_warmup,
+    task_in,
     with_vocabulary,
 )
 
@@ -103,7 +104,7 @@ def _tokenizer(run: UnstartedRun) -> None:
 
 
 def _task(run: UnstartedRun) -> None:
-    task_named(run.config.task).check(run.tokenizer, rows_wanted(run.config).options)
+    task_in(run.config).check(run.tokenizer, options_in(run.config))
 
 
 def _frozen(run: UnstartedRun) -> None:

@@ -17,7 +17,7 @@ from llm.parallel.engine.build import build_replica
 from llm.parallel.engine.engine import Engine
 from llm.parallel.grid import Grid, make_grid
 from llm.parallel.launch.world import World
-from llm.tasks import Task, task_named
+from llm.tasks import Task
 from llm.tokenizer import Tokenizer
 from llm.tokenizers.chat import ChatTemplate
 from llm.train.best import Followed
@@ -38,6 +38,7 @@ from llm.train.settle import (
     settle_precision,
     settle_rows,
     settle_warmup,
+    task_in,
     with_vocabulary,
 )
 
@@ -109,7 +110,7 @@ def build_run(config: RunConfig, folder: Path, world: World) -> Run:
     settled = settle_outputs(settle_warmup(settled, store, world), store, world)
     main_decides(lambda: refuse_another_run(settled, store.folder, tokenizer), world)
     settled, rows_reason = settle_rows(settled)
-    task = task_named(settled.task)
+    task = all_or_none(lambda: task_in(settled), world)
     rows = task.open_rows(rows_wanted(settled), tokenizer, world)
     goes_on = main_decides(lambda: checkpoint_to_continue(settled, store.folder) is not None, world)
     settled = all_or_none(partial(settle_model, settled, task, rows, goes_on), world)

@@ -14,6 +14,7 @@ from llm.objectives import Objectives, objectives_of
 from llm.parallel.collectives import agreed_error, main_decides
 from llm.parallel.launch.world import World
 from llm.tasks import OpenedRows, RowsWanted, Task, task_named
+from llm.tasks.mixture import Mixture, objectives_of_parts
 from llm.tokenizer import Tokenizer
 from llm.tokenizers.extended import ExtendedTokenizer
 from llm.train.config import RunConfig, Section
@@ -29,12 +30,29 @@ LEARNED = ("prediction_names", "prediction_mean", "prediction_std")
 def objectives_in(config: RunConfig) -> Objectives:
     """What a config trains for. UserError naming the key where its task, an objective or an option is not known."""
     try:
-        options = getattr(config, config.task, None)  # a section of the task's name
-        task = task_named(config.task)
-        options = options.model_dump() if isinstance(options, Section) else None
-        return objectives_of(task.objectives(options), config.train.objectives)
+        of_parts = objectives_of_parts(task_in(config).parts, options_in(config))
+        every = [objective for of_part in of_parts for objective in of_part]
+        return objectives_of(every, config.train.objectives, [of_part[0] for of_part in of_parts])
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def task_in(config: RunConfig) -> Task:
+    """What a config's model is trained to do. UserError naming the key where a task is not known, or cannot be one of
+    several.
+    """
+    try:
+        if isinstance(config.task, str):
+            return task_named(config.task)
+        return Mixture.of([(entry.task, entry.weight, entry.source) for entry in config.task])
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def options_in(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """The sections that are called as a task that the config trains, by its name."""
+    sections = {name: getattr(config, name, None) for name in config.task_names}
+    return {name: section.model_dump() for name, section in sections.items() if isinstance(section, Section)}
 
 
 def settle_precision(config: RunConfig, store: CheckpointStore, world: World) -> tuple[RunConfig, str]:
@@ -200,5 +218,5 @@ def rows_wanted(config: RunConfig) -> RowsWanted:
         vision=config.model.vision,
         images=config.data.images,
         labels=labels_wanted(config),
-        options={"mlm": config.mlm.model_dump()},
+        options=options_in(config),
     )

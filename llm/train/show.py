@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 from llm.data.masked import TARGET as MASKED
 from llm.data.mixture import Mixture
 from llm.data.rows import Row
-from llm.tasks import task_named
 from llm.tokenizer import Tokenizer
 from llm.train.config import RunConfig
 from llm.train.preflight import ALONE, UnstartedRun, preflight
-from llm.train.run import rows_wanted
+from llm.train.settle import rows_wanted, task_in
 from vision.tokens import NAMES, ImageTokens
 
 OPEN, CLOSE = "\u27e6", "\u27e7"
@@ -34,7 +33,7 @@ def show(config: RunConfig, run_dir: Path, n_rows: int) -> Iterator[str]:
     """
     preflight(config, run_dir)
     run = UnstartedRun(config, run_dir)
-    opened = task_named(config.task).open_rows(rows_wanted(run.settled), run.tokenizer, ALONE)
+    opened = task_in(config).open_rows(rows_wanted(run.settled), run.tokenizer, ALONE)
     yield from opened.notes
     yield f"what trains stands between {OPEN} and {CLOSE}"
     for i in range(n_rows):

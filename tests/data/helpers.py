@@ -1,12 +1,12 @@
 """Small sources for the data tests."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from llm.batch import Batch
+from llm.batch import Batch, Counts
 from llm.data.build import build_source
 from llm.data.documents import Document
 from llm.data.heldout import HeldOut
@@ -76,7 +76,13 @@ def labels_of(batch: Batch) -> torch.Tensor:
 
 
 def loader_of(
-    mixture: Mixture, global_batch_size: int, micro_batch_size: int, rank: int, ranks: int, start_row: int = 0
+    mixture: Mixture,
+    global_batch_size: int,
+    micro_batch_size: int,
+    rank: int,
+    ranks: int,
+    start_row: int = 0,
+    count: Callable[[Sequence[Batch]], Counts] = LM.count,
 ) -> TrainLoader:
     """A loader of rows as long as the mixture's."""
     return TrainLoader(
@@ -86,6 +92,6 @@ def loader_of(
         micro_batch_size=micro_batch_size,
         dp_rank=rank,
         dp_size=ranks,
-        count=LM.count,
+        count=count,
         start_row=start_row,
     )

@@ -37,8 +37,8 @@ class StepResult:
     losses: dict[str, float]
     """Mean of each objective times its weight."""
     source_losses: dict[str, float]
-    """Mean of the main objective over the targets of each source, NaN where the step had none; empty where there is
-    one source only."""
+    """Mean of the source's own main objective over its targets, NaN where the step had none; empty where there is one
+    source only."""
     grad_norm: float
     """Before clipping; inf where the step was not applied."""
     counts: Counts
@@ -131,7 +131,7 @@ class Tally:
             self._measures[measured_as(name, measure)] += value.double()
 
     def add_by_source(self, per_token_BT: Tensor | None, rows: Rows | None) -> None:
-        """The main objective's part of each token of a micro-batch, whose rows are these."""
+        """A main objective's part of each token of a micro-batch, whose rows are these."""
         if not len(self._sources) or per_token_BT is None or rows is None:
             return
         sums_R = per_token_BT.view(len(rows.source), -1).sum(1, dtype=torch.float64)
@@ -223,7 +223,8 @@ class Step:
             for name, loss_sum in sums.items():
                 tally.add_loss(name, loss_sum)
                 tally.add_measures(name, out.losses[name].measures)
-            tally.add_by_source(next(iter(out.losses.values())).per_token, batch.rows)
+            for objective in self.objectives.of_tokens:
+                tally.add_by_source(out.losses[objective.name].per_token, batch.rows)
         if out.router is not None:
             of_layers = self.objectives.layer_sums(out.router)
             for name, loss_sum in of_layers.items():

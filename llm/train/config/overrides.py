@@ -1,5 +1,6 @@
 """A flag put into what the file says: `--section.key=value`, which may also be an item of a list that is there."""
 
+from functools import partial
 from typing import Any
 
 from pydantic import BaseModel
@@ -33,12 +34,16 @@ def put(raw: dict[str, Any], dotted: str, value: Any, schema: type[BaseModel]) -
 
 
 def _with_item(given: Any, rest: list[str], value: Any, key: str, dotted: str) -> list[Any]:
-    """The list under `key` with another value at the place `rest`, as 0 or 0.1."""
+    """The list under `key` with another value at the place `rest`, as 0, 0.1 or, of an entry, 0.weight."""
     items = list(given) if isinstance(given, list | tuple) else []
     number = int(rest[0]) if rest[0].isdecimal() else len(items)
     if number >= len(items):
         whole = f"[{','.join(map(typed, [*items, value]))}]"
         held = f"has the items 0 to {len(items) - 1}" if items else "is not a list there"
         raise UserError(f"--{dotted}: {key} {held}; give the whole list, as --{key}={whole}")
-    items[number] = value if len(rest) == 1 else _with_item(items[number], rest[1:], value, f"{key}.{number}", dotted)
+    if len(rest) == 2 and isinstance(items[number], dict):
+        items[number] = {**items[number], rest[1]: value}
+    else:
+        inner = partial(_with_item, items[number], rest[1:], value, f"{key}.{number}", dotted)
+        items[number] = value if len(rest) == 1 else inner()
     return items

@@ -20,7 +20,7 @@ from llm.train.config.outputs import CheckpointConfig, EvalConfig, LogConfig
 from llm.train.config.prediction import PredictionConfig
 from llm.train.config.section import BY_COMMAS, Section
 from llm.train.config.synonyms import meant
-from llm.train.config.tasks import DpoConfig, MlmConfig
+from llm.train.config.tasks import DpoConfig, MlmConfig, TaskEntry, source_problems
 from llm.train.config.train import GuardConfig, TrainConfig
 
 
@@ -71,9 +71,10 @@ class RunConfig(Section):
     """Training and held-out text."""
     chat: ChatOptions = ChatOptions()
     """How conversations are written and trained on."""
-    task: str = "lm"
+    task: str | list[TaskEntry] = "lm"
     """What the model is trained to do; lm: the next token of texts, conversations and completions; mlm: hidden tokens
-    of these, from both sides; dpo: to prefer the chosen answers of data of kind preference."""
+    of these, from both sides; dpo: to prefer the chosen answers of data of kind preference; or a list of {task,
+    weight, source} for several in one run, source being the name of one of the data's."""
     extensions: Annotated[tuple[PathText, ...], BY_COMMAS] = ()
     """Python files, separated by commas, that are run first and register objectives, tasks and the like."""
     parallel: ParallelConfig = ParallelConfig()
@@ -114,6 +115,7 @@ class RunConfig(Section):
             raise ValueError(f"eval.patience={self.eval.patience} needs held-out text: set data.valid")
         self._keys_are_known()
         self._rows_can_be_cut()
+        self._sources_go_with_tasks()
         self._kinds_suit_the_task()
         self._options_go_with_their_task()
         if self.prediction.label_smoothing and self.model.prediction != "classification":
@@ -143,20 +145,44 @@ class RunConfig(Section):
         return self
 
     def _options_go_with_their_task(self) -> None:
-        for task, section in (("dpo", self.dpo), ("mlm", self.mlm)):
+        names = ",".join(self.task_names)
+        for task, section in (("dpo", self.dpo), ("mlm", self.mlm), ("prediction", self.prediction)):
             for key, value in section.model_dump().items():
-                if self.task != task and value != type(section).model_fields[key].default:
-                    given = f"{task}.{key}={value}: is for task={task}, and task={self.task}"
+                if task not in self.task_names and value != type(section).model_fields[key].default:
+                    given = f"{task}.{key}={value}: is for task={task}, and task={names}"
                     raise ValueError(f"{given}; set that, or leave it out")
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks that the model is trained to do, each once, in the order of the config."""
+        if isinstance(self.task, str):
+            return (self.task,)
+        return tuple(dict.fromkeys(entry.task for entry in self.task))
+
+    def _task_of(self, source: str) -> str:
+        """The task that reads a data source of this name."""
+        if isinstance(self.task, str):
+            return self.task
+        return next(entry.task for entry in self.task if entry.source == source)
+
+    def _sources_go_with_tasks(self) -> None:
+        if isinstance(self.task, str):
+            return
+        given = self.data.train, [] if isinstance(self.data.valid, float | None) else self.data.valid
+        train, valid = ([spec.resolved_name() for spec in source_specs(data)] for data in given)
+        problem = next(source_problems(self.task, train, valid), None)
+        if problem is not None:
+            raise ValueError(problem)
 
     def _kinds_suit_the_task(self) -> None:
         valid = self.data.valid
         for key, data in (("train", self.data.train), ("valid", None if isinstance(valid, float) else valid)):
             for i, spec in enumerate([] if data is None else source_specs(data)):
                 given = f"data.{key}.{i}.kind={spec.kind}"
-                if self.task in ("lm", "mlm") and spec.kind == "preference":
+                task = self._task_of(spec.resolved_name())
+                if task in ("lm", "mlm") and spec.kind == "preference":
                     raise ValueError(f"{given}: preferences are compared, not learned by heart; set task=dpo")
-                if self.task == "dpo" and spec.kind in ("text", "chat", "completion"):
+                if task == "dpo" and spec.kind in ("text", "chat", "completion"):
                     raise ValueError(f"{given}: task=dpo trains on kind preference (prompt, chosen, rejected)")
 
     def _rows_can_be_cut(self) -> None:

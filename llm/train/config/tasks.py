@@ -1,8 +1,42 @@
-"""The sections of tasks, each called as its task: options that decide what a run trains on, and how."""
+"""What a run is trained to do: the entries of a list under `task`, and the sections of tasks, each called as its task,
+with options that decide what it trains on, and how.
+"""
+
+from collections.abc import Iterator, Sequence
 
 from pydantic import Field, model_validator
 
 from llm.train.config.section import Section
+
+
+class TaskEntry(Section):
+    """One of several tasks of a run."""
+
+    task: str = Field(min_length=1)
+    """lm | mlm | prediction, or a task that an extension adds"""
+    weight: float = Field(1.0, gt=0)
+    """What its loss is multiplied with; how often its rows are read is said by the weight of its source."""
+    source: str = Field(min_length=1)
+    """Name of the source under data.train that it reads, and of one under data.valid."""
+
+
+def source_problems(entries: Sequence[TaskEntry], train: Sequence[str], valid: Sequence[str]) -> Iterator[str]:
+    """What is wrong with the sources that tasks read, the names of all being these: each is read by one task."""
+    asked = [entry.source for entry in entries]
+    if not asked:
+        yield "task=[]: a list of tasks has an entry {task, weight, source} for each source under data.train"
+    for i, source in enumerate(asked):
+        if source not in train:
+            yield f"task.{i}.source={source}: no such source; data.train has {', '.join(train)}"
+        elif source in asked[:i]:
+            yield f"task.{i}.source={source}: task.{asked.index(source)} reads it already; a source has one task"
+    for key, names in (("train", train), ("valid", valid)):
+        for i, name in enumerate(names):
+            if name not in asked:
+                yield (
+                    f"data.{key}.{i}: no task reads the source {name}; the entries of task name {', '.join(asked)} "
+                    f"(data.{key}.{i}.name gives it another name)"
+                )
 
 
 class DpoConfig(Section):
