@@ -60,21 +60,29 @@ def new_directory(target: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def write_file(target: Path, content: bytes) -> None:
-    """Write a file whole: a reader sees the old content or the new one. What killed processes of this host left behind
-    is cleared first."""
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """A temporary file beside `target` to write into; it takes the place of `target` when the block ends and is removed
+    when it raises. What killed processes of this host left behind is cleared first."""
     target = Path(target).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(target)
     temporary, descriptor = _locked_file(target)
     try:
-        temporary.write_bytes(content)
+        yield temporary
         sync(temporary)
         temporary.replace(target)
         sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def write_file(target: Path, content: bytes) -> None:
+    """Write a file whole: a reader sees the old content or the new one. What killed processes of this host left behind
+    is cleared first."""
+    with new_file(target) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_unless_same(target: Path, content: bytes) -> None:
