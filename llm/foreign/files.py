@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from llm.args import ModelArgs
+from llm.checkpoint.reader import FORMAT, MANIFEST
 from llm.errors import UserError
 from llm.foreign import processor
 from llm.foreign.family import Family, Match, families, family_named, match
@@ -92,8 +93,13 @@ class ForeignModel:
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether a folder looks like one of another system."""
-    return (path / "config.json").is_file() or (path / "params.json").is_file()
+    """Whether a folder looks like one of another system. A model folder of ours may have a config.json for others."""
+    looks = (path / "config.json").is_file() or (path / "params.json").is_file()
+    return looks and not _is_ours(path / MANIFEST)
+
+
+def _is_ours(manifest: Path) -> bool:
+    return manifest.is_file() and f'"format": "{FORMAT}"'.encode() in manifest.read_bytes()
 
 
 def open_foreign(
