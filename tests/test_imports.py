@@ -19,7 +19,7 @@ ROOMS = (
     "data.conversation", "tokenizers.chat", "data", "parallel", "plan", "checkpoint", "foreign", "adapters",
     "pretrained",
     # what users ask for
-    "generation", "evaluate", "tasks", "extensions", "cli", "train", "jobs",
+    "generation", "evaluate", "tasks", "extensions", "cli", "train", "siblings", "jobs",
 )  # fmt: skip
 """A room is a module or a package of llm; it may import those before it."""
 LATE = {"llm.conveniences"}
