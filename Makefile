@@ -17,7 +17,8 @@ SLICE ?=
 RUN ?= runs/quickstart
 CONFIG ?= configs/pretrain/quickstart.yaml
 TASKS ?= python_sources
-EVALUATION ?= $(RUN)/evaluation
+# of the run's newest checkpoint, so that a run that went on is evaluated again beside what it was
+EVALUATION ?= $(RUN)/evaluation$(addprefix /,$(notdir $(lastword $(shell ls -d $(RUN)/checkpoints/step_* 2>/dev/null | grep -E 'step_[0-9]+$$' | sort -V))))
 
 # unit tests share the cores, file by file; a distributed test has them all
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
     # what anything may use
-    "errors", "installed", "malloc", "signals", "environment", "paths", "screen", "atomic", "boxes", "safetensors_file",
+    "errors", "installed", "malloc", "environment", "signals", "paths", "screen", "atomic", "boxes", "safetensors_file",
     "scorers", "prediction_scores",
     # what a model is, and the model
     "args", "init", "kernels", "datatypes", "layers", "parameters", "flops", "recompute", "batch", "cache", "row_cache",

@@ -52,7 +52,8 @@ class Journal:
         if changed:
             others = "; ".join(_difference(name, known[name], identity[name]) for name in changed)
             raise UserError(
-                f"--output={self.folder.parent}: holds answers of another evaluation ({others}); give another folder"
+                f"--output={self.folder.parent}: holds answers of another evaluation ({others}); give another folder, "
+                f"or remove this one"
             )
 
     def _said(self) -> dict[str, dict[str, str]]:

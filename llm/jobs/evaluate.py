@@ -2,18 +2,13 @@
 
 import difflib
 import os
-import signal
-import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Self
 
 from llm.checkpoint.lock import refuse_if_held
 from llm.cli import bind, convert, describe, split, with_values
-from llm.environment import in_torchrun, rank_or_zero
 from llm.errors import UserError
 from llm.evaluate.evaluation import Model, Settings, checkpoints_of, evaluate, questions
 from llm.evaluate.footprint import report
@@ -29,7 +24,7 @@ from llm.parallel.layout import Layout
 from llm.parallel.validate import Choice, Needs, check
 from llm.paths import PathText, refuse_unwritable
 from llm.pretrained import args_of
-from llm.signals import EXIT_STOPPED, heeded
+from llm.signals import leave_when_asked
 
 LAYOUT_FLAGS = {
     "parallel.tensor": "ranks that share each layer's weights",
@@ -87,7 +82,7 @@ def read_flags(
     include_path: folder of more YAML files of lm-eval's
     output: folder for results.json and samples/TASK.jsonl; the same command goes on where a killed one stopped
     limit: only the first documents of each task; the results say so
-    num_fewshot: examples before each document, in place of the task's own number
+    num_fewshot: examples before each document, in place of the task's own number; refused where a kind has none
     batch_tokens: tokens computed at once; it decides the speed and not the results
     dtype: auto = what the run was trained in, or the folder's weights are in, where the device is fast at it: a GPU
         with such units, a CPU with AMX; else fp32
@@ -227,27 +222,12 @@ class Evaluate:
         return joined
 
     def work(self, world: World) -> None:
-        leave_when_asked()
+        leave_when_asked("; the same command goes on with what has no answer yet")
         harness, grid = self.flags.harness, make_grid(world, self.layout)
         if harness is None:
             evaluate(self.flags.settings, grid)
         else:
             evaluate_harness(self.flags.settings, grid, harness.tasks, harness.include_path)
-
-
-def leave_when_asked() -> None:
-    """From now on a signal ends this process at once: every answer is in the journal, or is asked for again."""
-    for number in heeded(in_torchrun()):
-        signal.signal(number, _leave)
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    with suppress(OSError, ValueError, RuntimeError):  # the screen may be gone, or in the middle of a line
-        if rank_or_zero() == 0:
-            name = signal.Signals(number).name
-            print(f"stopped by {name}; the same command goes on with what has no answer yet", flush=True)
-        sys.stderr.flush()
-    os._exit(EXIT_STOPPED)  # an exception would wait for collectives that peers have left
 
 
 def check_layout(model: Path, layout: Layout) -> None:

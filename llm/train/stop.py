@@ -4,15 +4,13 @@ A signal only sets a flag. Ranks hear of it at different moments, so they add th
 act together: save, then leave with EXIT_STOPPED.
 """
 
-import os
 import signal
-import sys
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from llm.environment import in_torchrun, rank_or_zero
-from llm.signals import EXIT_STOPPED, heeded
+from llm.environment import in_torchrun
+from llm.signals import Leaving, heeded, leave_when_asked
 
 SAVE_FILE = "save"
 """Touching this file in the run folder asks for a checkpoint now; it is removed when that is written."""
@@ -20,17 +18,7 @@ SAVE_FILE = "save"
 
 def leave_before_first_step() -> None:
     """Until a `Requests` takes over, a signal ends this process at once: it has made no step that could be saved."""
-    for number in heeded(in_torchrun()):
-        signal.signal(number, _leave)
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    with suppress(OSError, ValueError, RuntimeError):  # the screen may be gone, or in the middle of a line
-        if rank_or_zero() == 0:
-            name = signal.Signals(number).name
-            print(f"stopped by {name} before a step was made; the same command goes on", flush=True)
-        sys.stderr.flush()
-    os._exit(EXIT_STOPPED)  # an exception would wait for threads, and for collectives that peers have left
+    leave_when_asked(" before a step was made; the same command goes on")
 
 
 def _over(number: int, frame: FrameType | None) -> None:
@@ -74,4 +62,4 @@ class Requests:
     def close(self) -> None:
         """Give the signals back; those that would have ended a run before its first step do nothing any more."""
         for number, handler in self._previous.items():
-            signal.signal(number, _over if handler is _leave else handler)
+            signal.signal(number, _over if isinstance(handler, Leaving) else handler)

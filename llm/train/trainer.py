@@ -19,6 +19,7 @@ from llm.parallel.collectives import agreed_error, all_or_none, main_decides, su
 from llm.parallel.engine.step import StepResult
 from llm.parallel.launch.world import World
 from llm.pretrained import taken_from
+from llm.signals import EXIT_STOPPED
 from llm.tokenizers.folder import notes_of
 from llm.train import reference
 from llm.train.config import RunConfig
@@ -37,7 +38,7 @@ from llm.train.run import build_run
 from llm.train.sampling import sample
 from llm.train.saving import Saver
 from llm.train.schedule import learning_rate
-from llm.train.stop import EXIT_STOPPED, Requests
+from llm.train.stop import Requests
 from llm.train.trace import Trace
 from llm.train.validation import validate
 

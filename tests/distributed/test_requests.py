@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from llm.train.stop import EXIT_STOPPED, SAVE_FILE
+from llm.signals import EXIT_STOPPED
+from llm.train.stop import SAVE_FILE
 from tests.distributed.harness import ROOT, command, environment, metrics, tiny_config, write_config, write_text
 
 pytestmark = pytest.mark.distributed

@@ -1,6 +1,9 @@
 """An evaluation from flags to files, in one process: what is refused, what is not done again, what is written."""
 
 import json
+import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from llm.parallel.grid import make_grid
 from llm.parallel.launch.world import World
 from tests.distributed.evaluations import content, keys, words_of, write_checkpoint, write_model, write_tasks
 
+ROOT = Path(__file__).resolve().parents[2]
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
@@ -137,6 +141,26 @@ def test_flags_that_make_no_sense_are_refused_in_one_line(folder, tmp_path, more
     with pytest.raises(UserError) as refused:
         Evaluate.parse(words_of(folder / "model", [folder / "tasks" / "choices.yaml"], tmp_path / "output", *more))
     assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_number_of_examples_is_refused_where_a_kind_has_none(folder, tmp_path):
+    tasks = [folder / "tasks" / f"{name}.yaml" for name in ("choices", "texts")]
+    said = "texts.yaml: --num_fewshot=2: kind perplexity has no examples before its documents; evaluate texts"
+    with pytest.raises(UserError, match=re.escape(said)):
+        Evaluate.parse(words_of(folder / "model", tasks, tmp_path / "output", "--num_fewshot=2")).check(0)
+    Evaluate.parse(words_of(folder / "model", tasks, tmp_path / "output", "--num_fewshot=0")).check(0)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_evaluate_writes_beside_the_results_of_older_checkpoints(tmp_path):
+    def output() -> str:
+        command = ["make", "-n", "evaluate", f"RUN={tmp_path}"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    assert f" --output {tmp_path}/evaluation " in output()
+    for name in ("step_00000005", "step_00000040", "step_00000100", "step_00000200.tmp"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert f" --output {tmp_path}/evaluation/step_00000100 " in output()
 
 
 def test_tasks_are_looked_at_before_any_rank_starts(folder, tmp_path):

@@ -97,6 +97,11 @@ class EvalTask(ABC):
                 others = Rows(self._found(shots.path, "fewshot.path"), "fewshot.path")
                 own = [file.identity for file in others.files] == [file.identity for file in self.rows.files]
                 self.examples = None if own else others
+        elif options.num_fewshot:
+            raise UserError(
+                f"{file}: --num_fewshot={options.num_fewshot}: kind {self.kind} has no examples before its documents; "
+                f"evaluate {self.name} in a command of its own without it"
+            )
         with self._naming_file():
             self.metrics: tuple[str, ...] = tuple(dict.fromkeys(self.config.metrics)) or self.defaults
             self.settle()
