@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from llm.errors import NoTokenizer
+from llm.errors import NoTokenizer, UserError
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -124,6 +124,47 @@ class Conveniences(nn.Module):
         found = [done.text for done in continuer.complete(prompts, sampling, max_new_tokens, stop)] if prompts else []
         return found[0] if isinstance(text, str) else found
 
+    @torch.no_grad()
+    def predict(self, text: str | Sequence[str], *, batch_tokens: int = 16384) -> Tensor:
+        """What the prediction head says of a text, (n,), or of each of several, (texts, n), float32 on the CPU: the
+        probability of each class, or of each label, or values in the units of labels; args.prediction_names says of
+        which. A text longer than the context (args.max_seq_len) is cut after its beginning.
+
+        batch_tokens: of the texts that are computed together. Dropout is off.
+        Raises ValueError where the model has no prediction head, UserError where there is no tokenizer or a text is
+        empty.
+        """
+        from llm.data.labelled import encoded
+        from llm.generation.text import context_length
+        from llm.layers.prediction import answers_of, documents_of
+
+        if not self.args.n_prediction:
+            raise ValueError("model.n_prediction=0: the model has no prediction head")
+        model, tokenizer = cast("LLM", self), self._tokenizer_for("texts cannot be read")
+        texts = [text] if isinstance(text, str) else list(text)
+        for number, one in enumerate(texts, 1):
+            if not one:
+                raise UserError(f"text {number} is empty")
+        ids = [encoded(tokenizer, one)[: context_length(self.args)] for one in texts]
+        trained, device = self.training, next(self.parameters()).device
+        found = torch.empty(len(texts), self.args.n_prediction)
+        self.eval()
+        for batch in _batches([len(one) for one in ids], batch_tokens):
+            inputs = documents_of(self.args, [ids[i] for i in batch], device)
+            hidden = model(inputs, return_hidden=True).hidden
+            found[batch] = answers_of(self.args, model.predictions(hidden, inputs)).float().cpu()
+        self.train(trained)
+        return found[0] if isinstance(text, str) else found
+
+    def _tokenizer_for(self, so: str) -> "Tokenizer":
+        """Raises NoTokenizer saying that there is none, so what cannot be done."""
+        if self.tokenizer is None:
+            name = "this model" if self.origin is None else str(self.origin)
+            raise NoTokenizer(
+                f"{name} has no tokenizer, so {so}; set model.tokenizer = llm.tokenizer.load_tokenizer(...)"
+            )
+        return self.tokenizer
+
     def save_pretrained(self, path: str | Path, tokenizer: "Tokenizer | None" = None) -> None:
         """Write a model folder, whole or not at all, that `from_pretrained` and model.init_from read, in the
         parameters' dtype. Raises UserError when `path` exists.
@@ -133,6 +174,20 @@ class Conveniences(nn.Module):
 
         dtype = next(self.parameters()).dtype
         write_model_folder(Path(path), self.args, ModuleWeights(self), dtype=dtype, tokenizer=tokenizer)
+
+
+def _batches(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Numbers of texts of these lengths, those together that have no more tokens, or one that has; the longest first.
+    """
+    found: list[list[int]] = []
+    tokens = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not found or tokens + lengths[i] > most:
+            found.append([])
+            tokens = 0
+        found[-1].append(i)
+        tokens += lengths[i]
+    return found
 
 
 def _images_of(texts: int | None, images: object) -> list[Sequence[object]]:

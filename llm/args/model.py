@@ -166,6 +166,8 @@ class ModelArgs(Group):
     """What the head predicts: one of the classes, values, or labels that are there or not, each for itself."""
     pool: Literal["mean", "first", "last"] = Field("mean", exclude_if=lambda pool: pool == "mean")
     """What of a document the head reads: the mean of its tokens' vectors, or the vector of the first or last one."""
+    prediction_causal: bool = Field(False, exclude_if=unset)
+    """The head's documents are read from left to right; false = both ways."""
     prediction_names: tuple[str, ...] | None = Field(None, exclude_if=unset)
     """What the outputs stand for: classes, or columns of labels; unset = as the training rows say."""
     prediction_mean: tuple[float, ...] | None = Field(None, exclude_if=unset)

@@ -95,7 +95,8 @@ class Labels:
             if len(values) != self.options.n:
                 raise UserError(f"its column {self.columns[0]!r} has {len(values)} labels, and "
                                 f"model.n_prediction={self.options.n}")  # fmt: skip
-        return tuple(self._label(name, value) for name, value in zip(self.names, values, strict=True))
+        named = zip(self.names, values, strict=True)
+        return tuple(read_label(self.options.kind, f"its label {name!r}", value) for name, value in named)
 
     def numbers(self, labels: Sequence[float | str | None]) -> NDArray[np.float32]:
         """(L,) what is stored of them, NaN where one is missing; and counts them."""
@@ -117,18 +118,20 @@ class Labels:
             with_text=with_text,
         )
 
-    def _label(self, name: str, value: Any) -> float | str | None:
-        if is_missing(value):
-            return None
-        try:
-            return READ[self.options.kind](value)
-        except ValueError as error:
-            raise UserError(f"its label {name!r} is {_told(value)}, {error}") from None
-
     def _number(self, label: float | str | None) -> float:
         if label is None:
             return math.nan
         return float(self._classes.setdefault(label, len(self._classes))) if isinstance(label, str) else label
+
+
+def read_label(kind: Prediction, called: str, value: Any) -> float | str | None:
+    """A label: of a classification the class as text; None where it is missing. UserError where it is no such label."""
+    if is_missing(value):
+        return None
+    try:
+        return READ[kind](value)
+    except ValueError as error:
+        raise UserError(f"{called} is {_told(value)}, {error}") from None
 
 
 def is_missing(value: Any) -> bool:

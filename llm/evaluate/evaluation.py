@@ -26,6 +26,8 @@ from llm.evaluate.results import write_results, write_run, write_samples
 from llm.evaluate.results_md import write_markdown
 from llm.evaluate.runner import Runner
 from llm.evaluate.tasks import Document, EvalTask, Group, TaskOptions, open_tasks
+from llm.evaluate.tasks.asked import Head
+from llm.evaluate.tasks.config import digest_of
 from llm.generation.device import Dtype, dtype_for
 from llm.generation.pictures import Pictures
 from llm.generation.text import context_length
@@ -70,6 +72,7 @@ class Model:
         self.chat: ChatTemplate | None = None if choice is None else chat_template_of(path, self.tokenizer, choice)
         self.end_ids = self.tokenizer.end_ids if self.chat is None else self.chat.end_ids
         self.encoder = Encoder(self.tokenizer, context_length(self.args))
+        self.head = Head.of(self.args)
         self.pictures = Pictures(self.args.vision, str(path), LIMITS)
 
 
@@ -109,7 +112,7 @@ def questions(settings: Settings, quiet: bool) -> Questions:
     requests: list[Request] = []
     tasks, groups = open_tasks(settings.tasks, settings.options)
     for task in tasks:
-        documents = task.documents(model.encoder, model.chat, model.pictures)
+        documents = task.documents(model.encoder, model.chat, model.pictures, model.head)
         parts.append(Part(task, documents, len(requests)))
         requests += [request for document in documents for request in document.requests]
     return Questions(model, parts, groups, Asked.of(requests))
@@ -202,6 +205,9 @@ def _identity(model: Model, dtype: torch.dtype, asking: Questions) -> dict[str, 
         "its tokenizer": model.tokenizer.fingerprint,
         "the chat template": "none" if model.chat is None else model.chat.fingerprint,
     }
+    if model.head is not None:
+        keys = ("prediction_names", "prediction_mean", "prediction_std", "prediction_causal")
+        found["its prediction head"] = digest_of({key: getattr(model.args, key) for key in keys})
     return found | {f"the task {part.task.name}": part.task.digest for part in asking.parts}
 
 

@@ -8,7 +8,7 @@ import torch
 from llm.args.layers import attention_specs
 from llm.boxes import box_shape
 from llm.evaluate.evaluation import Model, Questions, Settings, described
-from llm.evaluate.requests import Request, Score
+from llm.evaluate.requests import Predict, Request, Score
 from llm.generation.device import device, dtype_for
 from llm.parallel.layout import Layout
 from llm.parallel.stages import split
@@ -50,7 +50,7 @@ def tokens_of(request: Request) -> int:
     """Tokens that the model reads for a request, and those that it may write."""
     if isinstance(request, Score):
         return len(request.context) + len(request.target) - 1
-    return len(request.prompt) + request.max_new_tokens
+    return len(request.tokens) if isinstance(request, Predict) else len(request.prompt) + request.max_new_tokens
 
 
 def weight_bytes(model: Model, layout: Layout, dtype: torch.dtype) -> list[int]:

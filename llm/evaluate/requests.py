@@ -42,7 +42,15 @@ class Continue:
     """whose tiles fill the slots of the prompt"""
 
 
-Request = Score | Continue
+@dataclass(frozen=True)
+class Predict:
+    """What the model's prediction head makes of a text."""
+
+    tokens: tuple[int, ...]
+    """at least one, its begin and end marks among them; no more than the model's context"""
+
+
+Request = Score | Continue | Predict
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,15 @@ class Continued:
     finish_reason: FinishReason
 
 
-Answer = Scored | Continued
+@dataclass(frozen=True)
+class Predicted:
+    """The answer to a Predict."""
+
+    predictions: tuple[float, ...]
+    """of each output: the probability of a class, that of a label, or a value in the units of labels"""
+
+
+Answer = Scored | Continued | Predicted
 
 
 class NonFinite(UserError):
@@ -83,7 +99,8 @@ def digest(request: Request) -> str:
     said: dict[str, Any] = dict(vars(request))
     if isinstance(request, Continue):
         said["sampling"] = vars(request.sampling)
-    said["pictures"] = [picture.digest for picture in request.pictures]
+    if not isinstance(request, Predict):
+        said["pictures"] = [picture.digest for picture in request.pictures]
     text = json.dumps([type(request).__name__, said], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -95,4 +112,6 @@ def as_json(answer: Answer) -> dict[str, Any]:
 
 def from_json(found: Mapping[str, Any]) -> Answer:
     """What `as_json` wrote. TypeError where it is none of the answers."""
+    if "predictions" in found:
+        return Predicted(tuple(found["predictions"]))
     return Scored(**found) if "logprob" in found else Continued(**found)

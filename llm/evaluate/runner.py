@@ -8,7 +8,8 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 
 from llm.evaluate.continuing import continue_
-from llm.evaluate.requests import Answer, Continue, NonFinite, Request, Score
+from llm.evaluate.predicting import Predictor
+from llm.evaluate.requests import Answer, Continue, NonFinite, Predict, Request, Score
 from llm.evaluate.scoring import Scorer
 from llm.generation.pictures import Pictures
 from llm.parallel.collectives import gather_json
@@ -58,6 +59,9 @@ class Runner:
     def _all(self, requests: Sequence[Request], done: frozenset[int]) -> Iterator[list[tuple[int, Answer]]]:
         scores = {i: request for i, request in enumerate(requests) if isinstance(request, Score)}
         yield from self._scores(scores, done)
+        predicted = {i: r for i, r in enumerate(requests) if isinstance(r, Predict) and i not in done}
+        if predicted:
+            yield from self._predicted(predicted)
         yield from self._continued({i: r for i, r in enumerate(requests) if isinstance(r, Continue) and i not in done})
 
     def _scores(self, requests: dict[int, Score], done: frozenset[int]) -> Iterator[list[tuple[int, Answer]]]:
@@ -70,6 +74,17 @@ class Runner:
         self._tokens += sum(batch.tokens for batch in batches)
         self._filled += sum(map(scorer.filled, batches))
         for answers in scorer.answers(batches, self._most(len(batches))):
+            yield [*answers]
+
+    def _predicted(self, requests: dict[int, Predict]) -> Iterator[list[tuple[int, Answer]]]:
+        predictor = Predictor(self._replica, requests)
+        share = predictor.cost(list(requests)) // (PARTS * self._replica.grid.rows.size)
+        every = predictor.batches(min(self._batch_tokens, max(share, LEAST_PART)))
+        mine = self._mine({number: predictor.cost(batch) for number, batch in enumerate(every)})
+        batches = [every[number] for number in sorted(mine)]
+        self._tokens += sum(map(predictor.cost, batches))
+        self._filled += sum(map(predictor.filled, batches))
+        for answers in predictor.answers(batches, self._most(len(batches))):
             yield [*answers]
 
     def _continued(self, requests: dict[int, Continue]) -> Iterator[list[tuple[int, Answer]]]:

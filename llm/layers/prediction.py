@@ -3,13 +3,16 @@
 Shapes: S documents, D model width, n outputs.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm.args import ModelArgs
+from llm.datatypes import Ints, TransformerInput
 from llm.layers.parameter import ZEROS, ParamInfo, Rows, weights
 
 PREDICTION = "prediction"
@@ -54,6 +57,23 @@ def in_units_of_labels(args: ModelArgs, predictions_SL: Tensor) -> Tensor:
     """What a regression predicts, in the units of labels."""
     std, mean = (_row(args.prediction_std, 1.0, predictions_SL), _row(args.prediction_mean, 0.0, predictions_SL))
     return predictions_SL * std + mean
+
+
+def answers_of(args: ModelArgs, outputs_Sn: Tensor) -> Tensor:
+    """What the outputs of the head say, (S, n): the probability of each class, or of each label, or values in the units
+    of labels.
+    """
+    if args.prediction == "regression":
+        return in_units_of_labels(args, outputs_Sn)
+    return outputs_Sn.softmax(-1) if args.prediction == "classification" else outputs_Sn.sigmoid()
+
+
+def documents_of(args: ModelArgs, texts: Sequence[Ints], device: torch.device) -> TransformerInput:
+    """Texts in tokens side by side in one row, each a document of it, as the head reads them."""
+    return TransformerInput(
+        torch.from_numpy(np.concatenate(texts)).to(device)[None],
+        cu_seqlens=torch.tensor([0, *np.cumsum([len(text) for text in texts]).tolist()]),
+    )
 
 
 def _row(numbers: tuple[float, ...] | None, otherwise: float, like: Tensor) -> Tensor:

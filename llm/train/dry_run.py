@@ -105,6 +105,8 @@ def _lines(config: RunConfig, layout: Layout, run_dir: Path | None) -> Iterator[
     if config.optim.warmup_steps is None and config.train.steps is not None:
         steps = default_warmup(config.train.steps, config.optim.decay_steps)
         yield f"optim.warmup_steps=null is {_count(steps, 'step')} of train.steps={config.train.steps}"
+    if config.model.n_prediction and config.model.prediction_names is None:
+        yield "model.prediction_names, and how values are scaled, are learned from the training rows as the run begins"
     if task_in(config).compares_with_start:
         yield f"task={config.task}: all data is read once more, before the first step; what follows is of a step"
     if config.train.objectives:
@@ -114,7 +116,7 @@ def _lines(config: RunConfig, layout: Layout, run_dir: Path | None) -> Iterator[
     yield from _disk(config, memory.checkpoint_bytes(work), run_dir)
     if run_dir is not None:
         tokenizer, template = run_tokenizer(config)
-        yield from opening_lines(config, open_run_tasks(config, tokenizer, template))
+        yield from opening_lines(config, open_run_tasks(config, tokenizer, template, names_known=False))
     yield from _traffic(work)
 
 

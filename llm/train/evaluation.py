@@ -21,6 +21,7 @@ from llm.evaluate.encode import Encoder
 from llm.evaluate.requests import Answer, NonFinite, Request, as_json, digest, from_json
 from llm.evaluate.runner import Runner
 from llm.evaluate.tasks import Document, EvalTask, Group, Measures, TaskOptions, open_tasks
+from llm.evaluate.tasks.asked import Head
 from llm.evaluate.tasks.metrics import LOWER_IS_BETTER
 from llm.generation.pictures import Pictures
 from llm.generation.text import context_length
@@ -90,9 +91,12 @@ class RunTasks:
         return {name: Together(name, parts) for name, parts in ({n: [t] for n, t in tasks.items()} | groups).items()}
 
 
-def open_run_tasks(config: RunConfig, tokenizer: Tokenizer, template: ChatTemplate | None) -> RunTasks:
+def open_run_tasks(
+    config: RunConfig, tokenizer: Tokenizer, template: ChatTemplate | None, names_known: bool = True
+) -> RunTasks:
     """What `eval.tasks` of a config whose vocabulary is settled asks. UserError naming the key or the task's file and
-    row where it cannot be asked, and where eval.best is a metric that the task has not.
+    row where it cannot be asked, and where eval.best is a metric that the task has not. names_known: the names of
+    classes have been learned, where the model has some.
     """
     given = config.eval
     if given.apply_chat_template and given.tasks and template is None:
@@ -106,12 +110,16 @@ def open_run_tasks(config: RunConfig, tokenizer: Tokenizer, template: ChatTempla
         tasks, groups = open_tasks(given.tasks, options)
     except UserError as error:
         raise UserError(f"eval.tasks: {error}") from None
+    head = Head.of(config.model, names_known)
+    for task in tasks:
+        task.meet(head)
     unread = RunTasks([OpenTask(task, ()) for task in tasks], groups)
     if given.best != VALID_LOSS:
         _check_best(given.best, unread.named())
     encoder = Encoder(tokenizer, context_length(config.model))
     chat = template if given.apply_chat_template else None
-    return RunTasks([OpenTask(task, task.documents(encoder, chat, _pictures(config))) for task in tasks], groups)
+    pictures = _pictures(config)
+    return RunTasks([OpenTask(task, task.documents(encoder, chat, pictures, head)) for task in tasks], groups)
 
 
 def _check_best(best: str, named: Mapping[str, Together]) -> None:

@@ -141,7 +141,7 @@ def _tasks(run: UnstartedRun) -> None:
     if run.config.eval.tasks:
         from llm.train.evaluation import open_run_tasks  # imports what computes answers
 
-        open_run_tasks(run.settled, run.tokenizer, run.template)
+        open_run_tasks(run.settled, run.tokenizer, run.template, names_known=False)
 
 
 def _machine(run: UnstartedRun) -> None:

@@ -6,6 +6,7 @@ The functions that take a `world` are called by all ranks together, and what one
 
 from typing import Any
 
+from llm.args.model import same_head
 from llm.checkpoint.reader import newest_valid, resolve
 from llm.checkpoint.store import CheckpointStore
 from llm.data.labels import LabelOptions
@@ -100,7 +101,11 @@ def settle_model(config: RunConfig, task: Task, rows: OpenedRows, goes_on: bool)
         from llm.pretrained import args_of  # of no use to others
 
         began_from = args_of(source, tell=None)
-    return config.model_copy(update={"model": task.settle(config.model, rows, began_from)})
+    model = task.settle(config.model, rows, began_from)
+    if began_from is not None and same_head(model, began_from):  # what no task here learns is kept
+        there = {key: getattr(began_from, key) for key in LEARNED if getattr(model, key) is None}
+        model = model.model_copy(update=there)
+    return config.model_copy(update={"model": model})
 
 
 def labels_wanted(config: RunConfig) -> LabelOptions | None:
@@ -108,7 +113,7 @@ def labels_wanted(config: RunConfig) -> LabelOptions | None:
     model, options = config.model, config.prediction
     if not model.n_prediction:
         return None
-    return LabelOptions(model.prediction, model.n_prediction, options.max_length, options.causal)
+    return LabelOptions(model.prediction, model.n_prediction, options.max_length, model.prediction_causal)
 
 
 def _saved(config: RunConfig, store: CheckpointStore, world: World, section: str, key: str | None = None) -> Any:

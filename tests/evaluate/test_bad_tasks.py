@@ -87,7 +87,7 @@ def test_a_template_that_reaches_out_or_fails_is_refused_at_the_first_row(
         (CHOICE | {"gold": None}, "missing key gold"),
         (CHOICE | {"kind": None}, "missing key kind"),
         (CHOICE | {"kind": "choice"}, "kind='choice': no such kind; possible are multiple_choice, loglikelihood"),
-        (CHOICE | {"kind": "prediction"}, "needs a model with a prediction head"),
+        (CHOICE | {"kind": "prediction"}, "unknown key choices; known keys: name, kind, version, data, metrics"),
         (CHOICE | {"name": "a/b"}, "name='a/b': string should match pattern"),
         (CHOICE | {"choices": None}, "either prompt and choices are needed, or prompts and target; it has prompt"),
         (CHOICE | {"prompts": "{{ q }}"}, "either prompt and choices are needed, or prompts and target"),

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from llm.args import ModelArgs
 from llm.data.conversation import Message
+from llm.data.labels import Prediction
 from llm.errors import UserError
 from llm.evaluate.encode import Encoder, Pair
 from llm.generation.chat import said_first
@@ -16,6 +18,24 @@ JOINT = " "
 
 
 @dataclass(frozen=True)
+class Head:
+    """What a model predicts of a text."""
+
+    kind: Prediction
+    names: tuple[str, ...] | None
+    """of its outputs; None: the classes are not known yet"""
+    n: int
+
+    @classmethod
+    def of(cls, args: ModelArgs, names_known: bool = True) -> "Head | None":
+        """That of a model; None where it has none. names_known: outputs without names are called by their numbers."""
+        if not args.n_prediction:
+            return None
+        numbers = tuple(map(str, range(args.n_prediction))) if names_known else None
+        return cls(args.prediction, args.prediction_names or numbers, args.n_prediction)
+
+
+@dataclass(frozen=True)
 class Setting:
     """How documents are put to a model."""
 
@@ -23,6 +43,8 @@ class Setting:
     chat: ChatTemplate | None = None
     """prompts are what a user says, answers what the assistant does"""
     pictures: Pictures | None = None
+    head: Head | None = None
+    """None: the model has no prediction head"""
 
 
 @dataclass(frozen=True)

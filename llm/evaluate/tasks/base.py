@@ -15,8 +15,8 @@ import numpy as np
 
 from llm.errors import UserError
 from llm.evaluate.encode import Encoder
-from llm.evaluate.requests import Answer, Request, Score, Scored
-from llm.evaluate.tasks.asked import Asked, Example, Setting
+from llm.evaluate.requests import Answer, Continued, Request, Score, Scored
+from llm.evaluate.tasks.asked import Asked, Example, Head, Setting
 from llm.evaluate.tasks.config import (
     AskingConfig,
     FewshotConfig,
@@ -27,7 +27,7 @@ from llm.evaluate.tasks.config import (
     found_paths,
 )  # fmt: skip
 from llm.evaluate.tasks.rows import EvalRow, Rows, as_json
-from llm.evaluate.tasks.statistics import OfSums, bootstrap_stderr, mean_stderr
+from llm.evaluate.tasks.statistics import OfRows, OfSums, bootstrap_of_rows, bootstrap_stderr, mean_stderr
 from llm.evaluate.tasks.template import Template
 from llm.generation.pictures import Pictures
 from llm.tokenizers.chat import ChatTemplate
@@ -68,6 +68,8 @@ class Metric:
     columns: tuple[str, ...] = ()
     """measures that are summed; () = the mean of the measure of the metric's own name"""
     of_sums: OfSums | None = None
+    of_rows: OfRows | None = None
+    """of the measures of all documents, where sums do not say it"""
 
 
 class EvalTask(ABC):
@@ -117,6 +119,9 @@ class EvalTask(ABC):
     def settle(self) -> None:  # noqa: B027 - a kind may have nothing to settle
         """Compile templates, check what keys say together. UserError naming the key."""
 
+    def meet(self, head: Head | None) -> None:  # noqa: B027 - most kinds need no head
+        """Settle what depends on what the model predicts; None: nothing. UserError where they do not go together."""
+
     @abstractmethod
     def metric(self, name: str) -> Metric | None:
         """How a metric is computed; None where the kind has none of that name."""
@@ -138,11 +143,16 @@ class EvalTask(ABC):
         raise UserError(f"kind {self.kind} has no examples")
 
     def documents(
-        self, encoder: Encoder, chat: ChatTemplate | None = None, pictures: Pictures | None = None
+        self,
+        encoder: Encoder,
+        chat: ChatTemplate | None = None,
+        pictures: Pictures | None = None,
+        head: Head | None = None,
     ) -> list[Document]:
         """What is asked of a model, in the order of the rows. UserError naming file and row of the first that is wrong.
         """
-        setting = Setting(encoder, chat, pictures)
+        setting = Setting(encoder, chat, pictures, head)
+        self.meet(head)
         rows, self.partial = self.read()
         if not rows:
             raise UserError(f"{self.file}: data.path: has no rows")
@@ -260,6 +270,11 @@ class EvalTask(ABC):
 
 def computed(name: str, metric: Metric, measures: Sequence[Measures]) -> tuple[float | None, float | None]:
     """A metric over documents, and its standard error; None where they are not defined."""
+    if metric.of_rows is not None:
+        rows = [[found[column] for column in metric.columns] for found in measures]
+        table = np.array(rows, dtype=np.float64).reshape(-1, len(metric.columns))  # None becomes NaN
+        whole = metric.of_rows(table)
+        return whole, None if whole is None else bootstrap_of_rows(metric.of_rows, table)
     if metric.of_sums is None:
         values = [value for found in measures if (value := found[name]) is not None]
         return (float(np.mean(values)), mean_stderr(values)) if values else (None, None)
@@ -277,4 +292,5 @@ def response(request: Request, text: str, answer: Answer) -> dict[str, Any]:
     if isinstance(answer, Scored):
         assert isinstance(request, Score)
         return {"text": text, "logprob": answer.logprob, "greedy": answer.greedy, "tokens": len(request.target)}
+    assert isinstance(answer, Continued)
     return {"text": answer.text, "logprob": None, "greedy": None, "tokens": answer.tokens}

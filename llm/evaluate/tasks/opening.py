@@ -15,13 +15,14 @@ from llm.evaluate.tasks.config import SHIPPED, Section, TaskOptions, checked, re
 from llm.evaluate.tasks.generation import GenerationTask
 from llm.evaluate.tasks.loglikelihood import LoglikelihoodTask
 from llm.evaluate.tasks.perplexity import PerplexityTask
+from llm.evaluate.tasks.predicted import PredictionTask
 from llm.evaluate.tasks.vqa import VQATask
 
 KINDS: dict[str, type[EvalTask]] = {
-    task.kind: task for task in (ChoiceTask, LoglikelihoodTask, PerplexityTask, GenerationTask, VQATask)
+    task.kind: task
+    for task in (ChoiceTask, LoglikelihoodTask, PerplexityTask, GenerationTask, VQATask, PredictionTask)
 }
 GROUP = "group"
-HEADLESS = "prediction"
 
 
 class GroupConfig(Section):
@@ -64,8 +65,6 @@ def open_task(name_or_path: str, options: TaskOptions | None = None) -> EvalTask
     file = task_file(name_or_path)
     content = read_task_file(file)
     kind = content.get("kind")
-    if kind == HEADLESS:
-        raise UserError(f"{file}: kind={kind}: needs a model with a prediction head, which no model has yet")
     if kind == GROUP:
         raise UserError(f"{file}: is a group of tasks where one task must be; name one of {content.get('tasks')}")
     if not isinstance(kind, str) or kind not in KINDS:

@@ -10,6 +10,10 @@ ROUNDS = 1000
 SEED = 1234
 BLOCK_BYTES = 1 << 26
 
+OfRows = Callable[[NDArray[np.float64]], float | None]
+"""A metric of the measures of all documents, (documents, columns), NaN where one has none; None = not defined."""
+MOST_ELEMENTS = 100_000_000
+"""Measures that a bootstrap of a metric of whole rows draws; with 1,000 rounds it would be more, it has 100."""
 OfSums = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 """A metric of sums over documents: (..., columns) to (...)."""
 
@@ -37,4 +41,17 @@ def bootstrap_stderr(of_sums: OfSums, columns: NDArray[np.float64], rounds: int 
     with np.errstate(all="ignore"):
         values = of_sums(sums)
         found = float(np.std(values[~np.isnan(values)], ddof=1)) if np.sum(~np.isnan(values)) > 1 else np.nan
+    return found if np.isfinite(found) else None
+
+
+def bootstrap_of_rows(of_rows: OfRows, table: NDArray[np.float64]) -> float | None:
+    """The same of a metric of all rows. None where it would take too long, with MOST_ELEMENTS measures in 100 rounds.
+    """
+    n = len(table)
+    rounds = next((rounds for rounds in (ROUNDS, ROUNDS // 10) if rounds * table.size <= MOST_ELEMENTS), 0)
+    if n < 2 or not rounds:
+        return None
+    draw = np.random.default_rng(SEED)
+    values = [value for _ in range(rounds) if (value := of_rows(table[draw.integers(0, n, size=n)])) is not None]
+    found = float(np.std(values, ddof=1)) if len(values) > 1 else np.nan
     return found if np.isfinite(found) else None

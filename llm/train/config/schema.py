@@ -130,7 +130,14 @@ class RunConfig(Section):
             wrong = wrong or untraced(self.log.trace_steps, steps, length)
             if wrong:
                 raise ValueError(wrong)
-        return self._with_adapters()._with_held_out_rows()
+        return self._with_adapters()._with_prediction_mode()._with_held_out_rows()
+
+    def _with_prediction_mode(self) -> "RunConfig":
+        """The config whose model knows that its head's samples are read from left to right."""
+        if self.prediction.causal and not self.model.prediction_causal:
+            model = self.model.model_copy(update={"prediction_causal": True})
+            object.__setattr__(self, "model", model)  # frozen for all others
+        return self
 
     def _with_adapters(self) -> "RunConfig":
         """The config whose model has the adapters that the section `lora` asks for."""
