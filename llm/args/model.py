@@ -18,7 +18,7 @@ from llm.args.vision import VisionArgs
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 OUTPUTS = ("n_prediction", "prediction")
 """Keys that say what a prediction head's outputs are: with other ones it is another head."""
-OF_OUTPUTS = ("pool",)
+OF_OUTPUTS = ("pool", "prediction_causal")
 """Further keys of a prediction head."""
 SETTLED = ("prediction_names", "prediction_mean", "prediction_std")
 """Keys of a prediction head that a run learns from its rows."""

@@ -87,7 +87,8 @@ class LabelledRows(Packed):
         for number, of_label in enumerate(values.values()):
             of_label[first] = labels_SL[:, number]
         plain = bool((weights_S == 1).all())
-        return Row(np.concatenate(tokens), {PREDICTION: RowTargets(labels, None if plain else weights)}, first, values)
+        targets = {PREDICTION: RowTargets(labels, None if plain else weights)}
+        return Row(np.concatenate(tokens), targets, first, values, causal=self.causal)
 
     def labels_kept(self) -> NDArray[np.float32]:
         """(samples, L) the labels of what rows hold, as they are stored, in the order of the source."""

@@ -84,6 +84,7 @@ class Predictor:
         return TransformerInput(
             torch.tensor([token for of in documents for token in of], device=self._replica.world.device)[None],
             cu_seqlens=torch.tensor([0, *accumulate(map(len, documents))]),
+            causal=self._replica.model.args.prediction_causal,
         )
 
     def _predicted(

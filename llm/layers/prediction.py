@@ -73,6 +73,7 @@ def documents_of(args: ModelArgs, texts: Sequence[Ints], device: torch.device) -
     return TransformerInput(
         torch.from_numpy(np.concatenate(texts)).to(device)[None],
         cu_seqlens=torch.tensor([0, *np.cumsum([len(text) for text in texts]).tolist()]),
+        causal=args.prediction_causal,
     )
 
 

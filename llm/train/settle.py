@@ -6,7 +6,7 @@ The functions that take a `world` are called by all ranks together, and what one
 
 from typing import Any
 
-from llm.args.model import same_head
+from llm.args.model import SETTLED, same_head
 from llm.checkpoint.reader import newest_valid, resolve
 from llm.checkpoint.store import CheckpointStore
 from llm.data.labels import LabelOptions
@@ -23,9 +23,6 @@ from llm.train.config.length import default_warmup
 from llm.train.precision import faster_precision
 from llm.train.schedule import epoch_rows, steps_between
 from vision.tokens import NAMES
-
-LEARNED = ("prediction_names", "prediction_mean", "prediction_std")
-"""Keys of a model that the training rows say."""
 
 
 def objectives_in(config: RunConfig) -> Objectives:
@@ -81,7 +78,7 @@ def settle_warmup(config: RunConfig, store: CheckpointStore, world: World) -> Ru
 def settle_outputs(config: RunConfig, store: CheckpointStore, world: World) -> RunConfig:
     """The config with what the run that it goes on with has learned of labels, where it does not say it itself."""
     model = config.model
-    keys = [key for key in LEARNED if getattr(model, key) is None]
+    keys = [key for key in SETTLED if getattr(model, key) is None]
     if not model.n_prediction or not keys:
         return config
     saved = _saved(config, store, world, "model")
@@ -103,7 +100,7 @@ def settle_model(config: RunConfig, task: Task, rows: OpenedRows, goes_on: bool)
         began_from = args_of(source, tell=None)
     model = task.settle(config.model, rows, began_from)
     if began_from is not None and same_head(model, began_from):  # what no task here learns is kept
-        there = {key: getattr(began_from, key) for key in LEARNED if getattr(model, key) is None}
+        there = {key: getattr(began_from, key) for key in SETTLED if getattr(model, key) is None}
         model = model.model_copy(update=there)
     return config.model_copy(update={"model": model})
 
