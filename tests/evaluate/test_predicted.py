@@ -18,9 +18,9 @@ from llm.evaluate.predicting import Predictor
 from llm.evaluate.requests import NonFinite, Predict, Predicted, as_json, digest, from_json
 from llm.evaluate.tasks import EvalTask
 from llm.evaluate.tasks.asked import Head
-from llm.evaluate.tasks.prediction import macro_f1, r2, roc_auc
 from llm.jobs.evaluate import Evaluate
 from llm.parallel.grid import make_grid
+from llm.scorers import macro_f1, r2, roc_auc
 from llm.tokenizers.simple import ByteTokenizer
 from tests.evaluate.replicas import replica_of
 from tests.evaluate.tasks import TOKENIZER, made
@@ -91,7 +91,7 @@ def test_several_labels_are_the_mean_over_those_with_both_sorts_and_the_rest_is_
     rows = [{"text": f"t{i}", "label": row} for i, row in enumerate(labels.tolist())]
     found = result(made(tmp_path, rows, kind="prediction"), BITS, said.tolist())
     of_each = [roc_auc(labels[:, i], said[:, i]) for i in (0, 1)]
-    assert found["roc_auc"] == pytest.approx(np.mean(of_each)) and found["labels_of_one_sort"] == 1
+    assert found["roc_auc"] == pytest.approx(np.mean(of_each)) and found["labels_of_one_value"] == 1
     assert found["roc_auc/b"] == pytest.approx(of_each[1]) and found["roc_auc/c"] is None
     assert found["accuracy"] == pytest.approx(np.mean((said > 0.5) == labels))
 

@@ -3,7 +3,7 @@
 Shapes: n documents, L labels of one: 1 for a classification, else as many as the model's outputs; C outputs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -16,15 +16,15 @@ from llm.evaluate.requests import Answer, Predict, Predicted
 from llm.evaluate.tasks.asked import Asked, Head, Setting
 from llm.evaluate.tasks.base import Document, EvalTask, Measures, Metric
 from llm.evaluate.tasks.config import AskingConfig
-from llm.evaluate.tasks.prediction import SCORERS
 from llm.evaluate.tasks.rows import EvalRow, as_json
 from llm.evaluate.tasks.template import Template, kind_of
+from llm.prediction_scores import SCORES, of_one_value
 
 Floats = NDArray[np.float64]
 METRICS: dict[Prediction, tuple[str, ...]] = {
     "classification": ("accuracy", "macro_f1", "roc_auc", "average_precision"),
     "regression": ("rmse", "mae", "r2"),
-    "multilabel": ("roc_auc", "average_precision", "accuracy"),
+    "multilabel": ("roc_auc", "average_precision", "accuracy", "macro_f1"),
 }
 """Of a kind of labels; those that are reported where a task names none."""
 EVERY = tuple(dict.fromkeys(name for names in METRICS.values() for name in names))
@@ -125,8 +125,8 @@ class PredictionTask(EvalTask):
         return found
 
     def more(self, documents: Sequence[Document], measures: Sequence[Measures]) -> dict[str, Any]:
-        """How many labels there are; of several, each one's metrics as METRIC/LABEL, and how many of them have only
-        documents of one sort, of which nothing can be ranked."""
+        """How many labels there are; of several, each one's metrics as METRIC/LABEL, and how many of them have one
+        value only, of which nothing can be ranked."""
         head = self._head
         assert head is not None
         numbers = np.array([document.extra["numbers"] for document in documents], dtype=np.float64)
@@ -134,13 +134,11 @@ class PredictionTask(EvalTask):
         if numbers.shape[1] == 1:
             return found
         outputs = np.array([[m[f"output.{i}"] for i in range(head.n)] for m in measures], dtype=np.float64)
-        one_sort = 0
         for i, name in enumerate(head.names or ()):
             for metric in self.metrics:
                 value = SCORES[head.kind][metric](numbers[:, i : i + 1], outputs[:, i : i + 1])
                 found[f"{metric}/{name}"] = value
-            one_sort += len(np.unique(numbers[~np.isnan(numbers[:, i]), i])) < 2
-        return found | ({"labels_of_one_sort": one_sort} if head.kind == "multilabel" else {})
+        return found | ({"labels_of_one_value": of_one_value(numbers)} if head.kind == "multilabel" else {})
 
     def sample(self, document: Document, answers: Sequence[Answer], measures: Measures) -> dict[str, Any]:
         (answer,), (request,) = answers, document.requests
@@ -191,69 +189,3 @@ def _shown(said: Mapping[str, float], head: Head) -> str:
         best = max(said, key=lambda name: said[name])
         return f"{best} ({said[best]:.3f})"
     return ", ".join(f"{name} {value:.4g}" for name, value in said.items())
-
-
-def _together(name: str) -> Callable[[Floats, Floats], float | None]:
-    """A score of all labels that are there, (n, L), with what is predicted, (n, L), as if they were one label's."""
-
-    def score(labels: Floats, outputs: Floats) -> float | None:
-        known = ~np.isnan(labels)
-        return SCORERS[name](labels[known], outputs[known]) if known.any() else None
-
-    return score
-
-
-def _of_each(name: str) -> Callable[[Floats, Floats], float | None]:
-    """The mean of a score over labels; those of which it is not defined do not count."""
-
-    def score(labels: Floats, outputs: Floats) -> float | None:
-        found = []
-        for label_n, output_n in zip(labels.T, outputs.T, strict=True):
-            known = ~np.isnan(label_n)
-            if len(np.unique(label_n[known])) > 1:
-                found.append(SCORERS[name](label_n[known], output_n[known]))
-        values = [value for value in found if value is not None]
-        return float(np.mean(values)) if values else None
-
-    return score
-
-
-def _of_likeliest(name: str) -> Callable[[Floats, Floats], float | None]:
-    """A score of the likeliest class."""
-
-    def score(labels: Floats, outputs: Floats) -> float | None:
-        known = ~np.isnan(labels[:, 0])
-        return SCORERS[name](labels[known, 0], outputs[known].argmax(1)) if known.any() else None
-
-    return score
-
-
-def _of_classes(name: str) -> Callable[[Floats, Floats], float | None]:
-    """A score of the second of two classes, or the mean over more, each against the others."""
-    of_each = _of_each(name)
-
-    def score(labels: Floats, outputs: Floats) -> float | None:
-        known = ~np.isnan(labels[:, 0])
-        if not known.any():
-            return None
-        n = outputs.shape[1]
-        classes = np.arange(1 if n == 2 else 0, n)
-        return of_each((labels[known] == classes).astype(np.float64), outputs[known][:, classes])
-
-    return score
-
-
-def _of_halves(labels: Floats, outputs: Floats) -> float | None:
-    """The share of labels on whose side of one half the prediction is."""
-    return _together("accuracy")(labels, np.where(outputs > 0.5, 1.0, 0.0))
-
-
-SCORES: dict[Prediction, dict[str, Callable[[Floats, Floats], float | None]]] = {
-    "classification": {
-        **{name: _of_likeliest(name) for name in ("accuracy", "macro_f1")},
-        **{name: _of_classes(name) for name in ("roc_auc", "average_precision")},
-    },
-    "regression": {**{name: _together(name) for name in ("rmse", "mae")}, "r2": _of_each("r2")},
-    "multilabel": {**{name: _of_each(name) for name in ("roc_auc", "average_precision")}, "accuracy": _of_halves},
-}
-"""Scores of (labels (n, L), NaN where one is missing; outputs (n, C)), by what is predicted."""
