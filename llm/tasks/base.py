@@ -83,6 +83,9 @@ class Task(ABC):
     compares_with_start = False
     """Whether its objectives read the values REFERENCE."""
 
+    continues = True
+    """Whether `sample` continues texts."""
+
     @property
     def parts(self) -> tuple["Part", ...]:
         """The tasks that it is made of: itself, but for a mixture."""
@@ -163,6 +166,10 @@ class Part:
     """Of its loss."""
     sources: tuple[str, ...] | None = None
     """Names of the data sources that it reads, for training and held out; None: all."""
+
+    def __str__(self) -> str:
+        read = "" if self.sources is None else f" on {', '.join(self.sources)}"
+        return f"{self.task.name}{read}, its loss times {self.weight:g}"
 
     def reads(self, source: str) -> bool:
         """Whether a data source of this name is one of its own."""

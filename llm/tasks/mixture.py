@@ -35,6 +35,7 @@ class Mixture(Task):
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self._parts = tuple(parts)
+        self.continues = any(part.task.name == CONTINUES for part in parts)
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -75,7 +76,8 @@ class Mixture(Task):
             part.task.check(tokenizer, options)
 
     def open_rows(self, wanted: RowsWanted, tokenizer: Tokenizer, world: World) -> OpenedRows:
-        return opened_rows(wanted, tokenizer, world, self)
+        opened = opened_rows(wanted, tokenizer, world, self)
+        return replace(opened, notes=[*opened.notes, f"tasks: {'; '.join(map(str, self.parts))}"])
 
     def view(self, name: str, opened: Opened, wanted: RowsWanted, tokenizer: Tokenizer, held_out: bool) -> Opened:
         own = self.part_of(name)

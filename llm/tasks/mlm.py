@@ -32,6 +32,7 @@ MASK_TOKENS = ("<mask>", "[MASK]", "<|mask|>")
 class MaskedLanguageModelling(Task):
     name = TARGET
     target = "lm"
+    continues = False
 
     def objectives(self, options: Mapping[str, Any] | None = None) -> tuple[Objective, ...]:
         return (NextToken(self.name),)
@@ -47,7 +48,9 @@ class MaskedLanguageModelling(Task):
     ) -> Opened:
         checked = super().view(name, opened, wanted, tokenizer, held_out)
         masking = masking_of(tokenizer, wanted.options.get(self.name, {}))
-        return replace(checked, rows=Masked(checked.rows, masking, None if held_out else wanted.seed))
+        rows = Masked(checked.rows, masking, None if held_out else wanted.seed)
+        said = f"{opened.given}: {masking.rate:.3g} of its tokens are hidden; the mask token is {masking.mask_id}"
+        return replace(checked, rows=rows, notes=(*opened.notes, said))
 
     def counter(self, tokenizer: Tokenizer) -> Callable[[Batch], list[float]]:
         """Tokens to be guessed."""

@@ -112,6 +112,7 @@ def _check(args: ModelArgs, labels_SL: Tensor, predictions_Sn: Tensor) -> None:
 
 class PredictionTask(Task):
     name = PREDICTION
+    continues = False
 
     def objectives(self, options: Mapping[str, Any] | None = None) -> tuple[Objective, ...]:
         return (Prediction((options or {}).get("label_smoothing", 0.0)),)

@@ -9,6 +9,7 @@ from llm.train.best import VALID_LOSS
 from llm.train.config import RunConfig, Section
 from llm.train.config.length import cut_short
 from llm.train.schedule import steps_between
+from llm.train.settle import task_in
 
 
 def config_notes(config: RunConfig, prompts: Sequence[Sequence[int]] = (), step: int = 0, rows: int = 0) -> list[str]:
@@ -41,6 +42,10 @@ def _without_effect(config: RunConfig) -> Iterator[str]:
         keys = [*_given(config.eval, "eval", "prompts", "sample_tokens", "temperature")]
         if keys:
             yield f"note: without eval.sample_interval there are no samples: {_of(keys)} no effect"
+    elif not task_in(config).continues:
+        keys = ["eval.sample_interval", *_given(config.eval, "eval", "prompts", "sample_tokens", "temperature")]
+        names = ",".join(config.task_names)
+        yield f"note: task={names} continues no text, so there are no samples: {_of(keys)} no effect"
 
 
 def _given(section: Section, name: str, *keys: str) -> Iterator[str]:

@@ -19,6 +19,7 @@ from llm.tasks.mlm import mask_token, masking_of
 from llm.tokenizer import ByteTokenizer
 from llm.tokenizers.extended import with_tokens
 from llm.train.config import RunConfig, validate
+from llm.train.notes import config_notes
 from llm.train.preflight import preflight
 from tests.data.helpers import make_source, random_texts
 from tests.distributed.harness import tiny_config, write_config
@@ -120,3 +121,10 @@ def test_hidden_tokens_are_shown_with_what_they_are(
     hidden = [part for part in shown if len(part) == 2]
     assert len(hidden) > 5 and all(seen == "<mask>" * len(meant) for seen, meant in hidden)
     assert "".join(part[-1] for part in shown) in "The quick brown fox jumps over the lazy dog. " * 3
+
+
+def test_a_run_that_continues_no_text_says_that_it_has_no_samples(tmp_path: Path) -> None:
+    eval_section = {"sample_interval": 5, "sample_tokens": 9}
+    lines = config_notes(validated(tmp_path, eval=eval_section))
+    right = "note: task=mlm continues no text, so there are no samples: eval.sample_interval and eval.sample_tokens"
+    assert any(line.startswith(right) for line in lines)
