@@ -16,6 +16,7 @@ from llm.layers.branches import BranchMasks
 from llm.layers.context import Context, angles, temperature
 from llm.layers.masks import Attend, AttentionMasks, document_lengths, starts
 from llm.layers.moe import routing_shape
+from llm.layers.positions import POSITIONS, check_positions
 
 
 def make_context(
@@ -37,6 +38,8 @@ def make_context(
     device = inputs.tokens.device
     first_position_B = None if cache is None else cache.first_positions(len(inputs.tokens))
     positions_BT, document_starts = inputs.resolve(first_position_B)
+    row = int(positions_BT.max(axis=1).argmax())
+    check_positions(args, int(positions_BT[row].max()), row)
     lengths: Tensor | None = None
     agree = not each_row and (positions_BT == positions_BT[:1]).all()
     if args.rope_scaling is not None and args.rope_scaling.kind == "dynamic":
@@ -66,6 +69,7 @@ def make_context(
         starts_BT=torch.from_numpy(starts(positions_BT, document_starts)).to(device) if stateful else None,
         attend=attend,
         states=cache,
+        positions_BT=None if POSITIONS[args.pos].build is None else positions,
         rotation_BT1m=angles(args, positions, lengths) if any(spec.rope for spec in attention) else None,
         temperature_BT11=temperature(args, positions) if any(spec.temperature for spec in attention) else None,
         valid_BT=torch.from_numpy(positions_BT >= 0).to(device) if padded else None,

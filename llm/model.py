@@ -33,6 +33,7 @@ from llm.layers.moe import EXPERT_WEIGHTS, Experts, MoE
 from llm.layers.norm import make_norm
 from llm.layers.output import Output
 from llm.layers.parameter import VISION
+from llm.layers.positions import POSITIONS
 from llm.layers.prediction import PredictionHead
 from llm.parameters import ParameterTable
 from llm.recompute import Recompute, recomputed
@@ -101,10 +102,12 @@ class LLM(Conveniences, Heads):
                 self.tok_embeddings: Embedding = tied
             elif EMBEDDING in self.units:
                 self.tok_embeddings = Embedding(args.vocab_size, args.dim, args.lora)
+            if EMBEDDING in self.units and (build := POSITIONS[args.pos].build) is not None:
+                self.pos_embeddings = build(args)
             blocks = (Block(args, spec) if f"layers.{spec.index}" in self.units else None for spec in self.specs)
             self.layers = nn.ModuleList(blocks)  # type: ignore[arg-type]  # None keeps the others' numbers
             if NORM in self.units:
-                self.norm = make_norm(args, args.dim, last=True)
+                self.norm = make_norm(args, args.dim, last=True) if args.has_final_norm else None
             if OUTPUT in self.units and not args.tie_embeddings:
                 self.output = Output(args.dim, args.vocab_size, args.logit_softcap, args.lora, args.logit_scale)
             if OUTPUT in self.units and args.n_prediction:
@@ -179,7 +182,7 @@ class LLM(Conveniences, Heads):
 
     def finish(self, x: Tensor, ctx: Context) -> Tensor:
         """Final hidden states (B, T, D) of what the last layer made."""
-        hidden = self.region.enter(self.norm(x), ctx.cut_sequence)
+        hidden = self.region.enter(x if self.norm is None else self.norm(x), ctx.cut_sequence)
         return hidden.view(*ctx.shape, -1)
 
     def embed(self, inputs: TransformerInput, ctx: Context) -> Tensor:
@@ -194,7 +197,15 @@ class LLM(Conveniences, Heads):
             x_BTD = x_BTD * torch.tensor(self.args.embed_scale, dtype=x_BTD.dtype, device="cpu").item()
         if self.args.embed_norm:
             x_BTD = rms_normalise(x_BTD, self.args.norm_eps)
+        if ctx.positions_BT is not None:
+            x_BTD = x_BTD + self._of_positions(ctx.positions_BT.clamp(min=0), ctx).to(x_BTD.dtype)
         return x_BTD if self.embed_dropout is None else self.embed_dropout(x_BTD, ctx.residual_keys_n)
+
+    def _of_positions(self, positions_BT: Tensor, ctx: Context) -> Tensor:
+        """What is added to token vectors, of this rank's tokens alone where they are cut."""
+        if ctx.cut_sequence:
+            positions_BT = self.region.own(positions_BT.expand(ctx.shape).flatten())
+        return self.pos_embeddings(positions_BT)
 
     def _through_tower(self, name: str, x: Tensor, ctx: Context) -> tuple[Tensor, RouterStats | None]:
         return self._through(f"{TOWER}.{name}", x, ctx)

@@ -16,6 +16,7 @@ from llm.layers.embedding import Embedding
 from llm.layers.norm import norm_rows
 from llm.layers.output import Output
 from llm.layers.parameter import VISION, ParamInfo, Rows, in_unit, of_unit, under, weights
+from llm.layers.positions import POSITION_TABLE, position_rows
 from llm.layers.prediction import PREDICTION, PredictionHead
 from vision.adapter import Projection
 from vision.encoder import Encoder
@@ -34,9 +35,10 @@ class ParameterTable(Mapping[str, ParamInfo]):
         table = Embedding.declare(*size, std, tied, args.lora)
         head = Output.declare_head(args.dim, args.vocab_size, std, args.lora)
         rows = vision_rows(args) | in_unit("tok_embeddings", table)
+        rows |= of_unit("tok_embeddings", under(POSITION_TABLE, position_rows(args)))
         for spec in args.layer_specs():
             rows |= in_unit(f"layers.{spec.index}", Block.declare(args, spec))
-        rows |= in_unit("norm", norm_rows(args, args.dim, last=True))
+        rows |= in_unit("norm", norm_rows(args, args.dim, last=True)) if args.has_final_norm else {}
         rows |= {} if tied else in_unit("output", head)
         if args.n_prediction:
             rows |= of_unit("output", under(PREDICTION, PredictionHead.declare(args)))

@@ -167,10 +167,13 @@ def deepen(
 
     where: spread evenly, as in LLaMA Pro, the last ones at the end; or all at the end. The kind of a layer follows from
     its index, and no old layer may become of another kind: spread layers come in whole periods of the kinds, while at
-    the end any number does. Raises UserError naming n_layers else.
+    the end any number does. Raises UserError naming n_layers else, and for norm_place post_add, through whose norms
+    nothing comes unchanged.
     """
     _check(args, state)
     added = n_layers - args.n_layers
+    if args.norm_place == "post_add":
+        raise UserError("model.norm_place=post_add: no layer that is added leaves what comes through it as it was")
     if added < 1:
         raise UserError(f"n_layers={n_layers} must be above the model's {args.n_layers}")
     if where not in ("spread", "end"):

@@ -4,14 +4,14 @@ Everything that differs between layers (mask, RoPE or not, QK norm, temperature,
 building, attention masks and caches read the specs and never the args.
 """
 
-from llm.args.layers import AttentionSpec, Ffn, LayerSpec, Mask, QKNorm
+from llm.args.layers import AttentionSpec, LayerSpec, Mask, QKNorm
 from llm.args.lora import LoraArgs
-from llm.args.model import Activation, ModelArgs
+from llm.args.model import ModelArgs
 from llm.args.moe import MoEArgs
 from llm.args.rope import RopeScaling
 from llm.args.vision import VisionArgs
 
 __all__ = [
-    "Activation", "AttentionSpec", "Ffn", "LayerSpec", "LoraArgs", "Mask", "ModelArgs", "MoEArgs", "QKNorm",
+    "AttentionSpec", "LayerSpec", "LoraArgs", "Mask", "ModelArgs", "MoEArgs", "QKNorm",
     "RopeScaling", "VisionArgs",
 ]  # fmt: skip

@@ -2,8 +2,8 @@
 
     mixer[@stride][:flag...][+ffn]        attn:chunk:nope+moe
 
-What mixes tokens and what follows it are named by tables: MIXERS, FFNS. The modules of llm/layers fill them, and
-extensions add to them (docs/extend/).
+What mixes tokens, what follows it, its activation and how positions are known are named by tables: MIXERS, FFNS,
+ACTIVATIONS, POSITIONS. The modules of llm/layers fill them, and extensions add to them (docs/extend/).
 """
 
 from collections.abc import Iterable
@@ -16,14 +16,12 @@ if TYPE_CHECKING:
     from llm.args.model import ModelArgs
 
 Mask = Literal["full", "chunk", "window"]
-Ffn = Literal["dense", "moe", "none"]
 QKNorm = Literal["l2", "plain", "head", "full"]
 
 PATTERN_ALIASES = {"alternating": ["ssm", "attn"]}
 PLANNED = ("ssm", "routed", "none")
 """Mixers that the grammar knows and nothing implements."""
 FLAGS = {"full": "mask", "chunk": "mask", "window": "mask", "rope": "rope", "nope": "rope"}
-FFNS: tuple[Ffn, ...] = ("dense", "moe", "none")
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class LayerItem:
     mixer: str
     stride: int
     flags: tuple[str, ...]
-    ffn: Ffn | None
+    ffn: str | None
 
 
 @dataclass(frozen=True)
@@ -66,6 +64,8 @@ class NormsSpec:
 
     before: bool
     after: bool
+    of_sum: bool = False
+    """Whether those after normalise the sum, and not what is added."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ class LayerSpec:
 
     index: int
     mixer: MixerSpec
-    ffn: Ffn
+    ffn: str
+    """In FFNS."""
     norms: NormsSpec
     parallel: bool
     """Mixer and feed-forward read the same x."""
@@ -103,13 +104,20 @@ class MixerType(Protocol):
 
 
 MIXERS: Registry[Any] = Registry("mixer")
+"""Classes: llm/layers/mixers.py."""
+FFNS: Registry[Any] = Registry("feed-forward")
+"""Each a FeedForwardKind: llm/layers/feed_forwards.py."""
+ACTIVATIONS: Registry[Any] = Registry("activation")
+"""Functions of a tensor: llm/layers/activations.py."""
+POSITIONS: Registry[Any] = Registry("kind of position")
+"""Each a PositionKind: llm/layers/positions.py."""
 
 
 def parse_item(text: str, index: int) -> LayerItem:
     """Split an item of the pattern; flags are the mixer's to read."""
     head, plus, ffn_text = text.partition("+")
-    ffn = next((known for known in FFNS if known == ffn_text), None)
-    if plus and ffn is None:
+    ffn = ffn_text if plus else None
+    if ffn is not None and ffn not in FFNS:
         refuse(text, f"unknown feed-forward +{ffn_text}; use {either(FFNS)}")
     mixer_text, *flags = head.split(":")
     mixer, at, stride_text = mixer_text.partition("@")
@@ -138,11 +146,14 @@ def resolve_attention(args: "ModelArgs", item: LayerItem) -> AttentionSpec:
             refuse(item.text, f"flags :{flags[FLAGS[flag]]} and :{flag} exclude each other")
         flags[FLAGS[flag]] = flag
     interval = args.nope_layer_interval
-    rope = flags["rope"] == "rope" if "rope" in flags else not (interval and (item.index + 1) % interval == 0)
+    if flags.get("rope") == "rope" and not POSITIONS[args.pos].rotates:
+        refuse(item.text, f":rope needs model.pos=rope; got {args.pos}")
+    local = flags["rope"] == "rope" if "rope" in flags else not (interval and (item.index + 1) % interval == 0)
+    rope = local and POSITIONS[args.pos].rotates
     spans: dict[Mask, int | None] = {
         "full": None, "chunk": args.attention_chunk_size, "window": args.sliding_window
     }  # fmt: skip
-    mask = _mask_by_rule(args, rope) if "mask" not in flags else next(m for m in spans if m == flags["mask"])
+    mask = _mask_by_rule(args, local) if "mask" not in flags else next(m for m in spans if m == flags["mask"])
     if mask != "full" and spans[mask] is None:
         refuse(item.text, f"{mask} needs model.{'attention_chunk_size' if mask == 'chunk' else 'sliding_window'}")
     return AttentionSpec(
@@ -158,10 +169,10 @@ def resolve_attention(args: "ModelArgs", item: LayerItem) -> AttentionSpec:
     )
 
 
-def _mask_by_rule(args: "ModelArgs", rope: bool) -> Mask:
-    """Of a layer whose pattern does not say."""
+def _mask_by_rule(args: "ModelArgs", local: bool) -> Mask:
+    """Of a layer whose pattern does not say. local: it is none of those without RoPE among others that have it."""
     if args.attention_chunk_size:
-        return "chunk" if rope else "full"
+        return "chunk" if local else "full"
     return "window" if args.sliding_window else "full"
 
 

@@ -9,21 +9,29 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from llm.args.group import Group
-from llm.args.layers import MIXERS, PATTERN_ALIASES, LayerSpec, NormsSpec, QKNorm, either, parse_item, refuse
+from llm.args.layers import (
+    ACTIVATIONS,
+    MIXERS,
+    PATTERN_ALIASES,
+    POSITIONS,
+    LayerSpec,
+    NormsSpec,
+    QKNorm,
+    either,
+    parse_item,
+    refuse,
+)
 from llm.args.lora import LoraArgs
 from llm.args.moe import MoEArgs
 from llm.args.rope import RopeScaling
 from llm.args.vision import VisionArgs
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 OUTPUTS = ("n_prediction", "prediction")
 """Keys that say what a prediction head's outputs are: with other ones it is another head."""
 OF_OUTPUTS = ("pool", "prediction_causal")
 """Further keys of a prediction head."""
 SETTLED = ("prediction_names", "prediction_mean", "prediction_std")
 """Keys of a prediction head that a run learns from its rows."""
-
-
 DROPPED_BY_ONE_KEY = ("attn_dropout", "resid_dropout", "embed_dropout")
 """What `dropout` sets."""
 
@@ -78,8 +86,9 @@ class ModelArgs(Group):
     """Factor on feed-forward widths made by rule."""
     ffn_exp: float = Field(4.0, gt=0)
     """Expansion from which the width of an expert is made by rule."""
-    act: Activation = "silu"
-    """Activation of dense feed-forwards; gelu is the exact one, gelu_tanh its approximation. Experts use silu."""
+    act: str = "silu"
+    """Activation of dense feed-forwards: silu, gelu (the exact one), gelu_tanh (its approximation), relu, or one that
+    an extension adds. Experts use silu."""
     gated: bool = True
     """Dense feed-forwards multiply the activation with a second product, w3 x; false = w2(act(w1 x))."""
     ffn_bias: bool = False
@@ -96,8 +105,9 @@ class ModelArgs(Group):
     """RMS norms multiply with 1 + weight, before the cast back from float32 (Gemma); weights begin at 0."""
     norm_fp32_weight: bool = False
     """RMS norms multiply with the weight before the cast back from float32 (OLMo 2)."""
-    norm_place: Literal["pre", "post", "sandwich"] = "pre"
-    """Norms before attention and feed-forward, after them and before the sum (OLMo 2), or both (Gemma 2)."""
+    norm_place: Literal["pre", "post", "sandwich", "post_add"] = "pre"
+    """Norms before attention and feed-forward, after them and before the sum (OLMo 2), or both (Gemma 2); post_add:
+    after the sum (the first Transformers, BERT), and then there is none after the last layer."""
     final_norm_plain: bool = Field(False, exclude_if=unset)
     """The norm after the last layer multiplies with the weight where the others multiply with 1 + weight."""
     post_norm_eps: float | None = Field(None, gt=0, exclude_if=unset)
@@ -109,6 +119,9 @@ class ModelArgs(Group):
     qk_norm: QKNorm | None = None
     """Each head, without weights: l2 after RoPE, on RoPE layers; plain before it, on all. With weights, before RoPE:
     head each head, full all of them as one."""
+    pos: str = Field("rope", exclude_if=lambda pos: pos == "rope")
+    """How positions are known: rope rotates queries and keys; sinusoidal adds waves to token vectors, learned the rows
+    of a table of max_seq_len, after embed_scale and embed_norm; none; or one that an extension adds."""
     rope_theta: float = Field(5e5, gt=0)
     """RoPE base."""
     rope_interleaved: bool = True
@@ -200,20 +213,18 @@ class ModelArgs(Group):
                 f"model.n_heads={self.n_heads} does not divide model.dim={self.dim}; "
                 f"use {either(_divisors(self.dim))}, or give model.head_dim"
             )
-        if self.rotated_width % 2 or self.rotated_width == 0:
-            part = "" if self.rope_pct == 1 else f" and model.rope_pct={self.rope_pct} rotate {self.rotated_width}"
-            raise ValueError(
-                f"model.head_dim={self.head_width}{part}: RoPE rotates pairs, so the rotated width must be even and "
-                f"at least 2"
-            )
-        if self.rope_scaling is not None and self.rope_scaling.kind == "dynamic" and self.rotated_width < 4:
-            raise ValueError("model.rope_scaling.kind=dynamic needs at least 4 rotated elements of a head")
+        for key, table in (("act", ACTIVATIONS), ("pos", POSITIONS)):
+            if (name := getattr(self, key)) not in table:
+                raise ValueError(f"model.{key}={name}: unknown {table.what}; use {either(table)}")
+        self._check_positions()
         if self.parallel_residual and self.norm_place != "pre":
             raise ValueError(f"model.parallel_residual needs model.norm_place=pre; got {self.norm_place}")
         if self.norm == "layer" and (self.norm_offset or self.norm_fp32_weight):
             raise ValueError("model.norm_offset and norm_fp32_weight are of RMS norms; leave them out with norm=layer")
-        if self.final_norm_plain and not self.norm_offset:
-            raise ValueError("model.final_norm_plain is of models with norm_offset; leave it out")
+        if self.final_norm_plain and (not self.norm_offset or not self.has_final_norm):
+            raise ValueError(
+                "model.final_norm_plain is of models with norm_offset and a norm after the last layer; leave it out"
+            )
         if self.post_norm_eps is not None and self.norm_place == "pre":
             raise ValueError(f"model.post_norm_eps={self.post_norm_eps} is of norms that norm_place=pre does not have")
         if self.moe is not None and any(not 0 <= i < self.n_layers for i in self.moe.dense_layers):
@@ -239,6 +250,23 @@ class ModelArgs(Group):
             )
         return self
 
+    def _check_positions(self) -> None:
+        """Raises ValueError where heads cannot be rotated, or keys of rotations are given to a model without them."""
+        if not POSITIONS[self.pos].rotates:
+            given = [key for key in ("rope_scaling", "nope_layer_interval") if getattr(self, key) is not None]
+            given += ["qk_norm=l2"] if self.qk_norm == "l2" else []
+            if given:
+                raise ValueError(f"model.{given[0]} is of models with model.pos=rope; got {self.pos}")
+            return
+        if self.rotated_width % 2 or self.rotated_width == 0:
+            part = "" if self.rope_pct == 1 else f" and model.rope_pct={self.rope_pct} rotate {self.rotated_width}"
+            raise ValueError(
+                f"model.head_dim={self.head_width}{part}: RoPE rotates pairs, so the rotated width must be even and "
+                f"at least 2"
+            )
+        if self.rope_scaling is not None and self.rope_scaling.kind == "dynamic" and self.rotated_width < 4:
+            raise ValueError("model.rope_scaling.kind=dynamic needs at least 4 rotated elements of a head")
+
     def _check_scaling(self) -> None:
         """Raises ValueError where labels are scaled and are no values, or names and scales are not as many."""
         names = self.prediction_names
@@ -258,6 +286,11 @@ class ModelArgs(Group):
                 )
             if not all(math.isfinite(number) for number in numbers) or (key == "std" and min(numbers) <= 0):
                 raise ValueError(f"{given}: numbers must be finite{', and above 0' if key == 'std' else ''}")
+
+    @property
+    def has_final_norm(self) -> bool:
+        """Whether there is a norm after the last layer: not where that ends with one."""
+        return self.norm_place != "post_add"
 
     @property
     def kv_heads(self) -> int:
@@ -322,7 +355,11 @@ class ModelArgs(Group):
             index=index,
             mixer=MIXERS[item.mixer].resolve(self, item),
             ffn=ffn,
-            norms=NormsSpec(before=self.norm_place != "post", after=self.norm_place != "pre"),
+            norms=NormsSpec(
+                before=self.norm_place in ("pre", "sandwich"),
+                after=self.norm_place != "pre",
+                of_sum=self.norm_place == "post_add",
+            ),
             parallel=self.parallel_residual,
         )
 

@@ -88,7 +88,7 @@ def meaning(args: ModelArgs, settled_by_weights: bool = False) -> dict[str, Any]
         key: getattr(args, key)
         for key in (
             "dim", "n_layers", "n_heads", "kv_heads", "head_width", "qkv_bias", "o_bias", "norm", "norm_eps",
-            "norm_offset", "norm_place", "parallel_residual", "logit_softcap",
+            "norm_offset", "norm_place", "parallel_residual", "logit_softcap", "causal", "pos",
         )
     }  # fmt: skip
     if not settled_by_weights:

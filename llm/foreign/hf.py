@@ -9,14 +9,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from llm.args import Activation, LayerSpec, ModelArgs, RopeScaling
+from llm.args import LayerSpec, ModelArgs, RopeScaling
 from llm.args.layers import attention_specs
 from llm.errors import UserError
 from llm.foreign.family import Row, Warn, row
 
 Config = Mapping[str, Any]
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
-ACTIVATIONS: dict[str, Activation] = {
+ACTIVATIONS: dict[str, str] = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
     "relu": "relu",
 }  # fmt: skip
@@ -137,7 +137,7 @@ def common_args(
     }
 
 
-def activation(config: Config, key: str = "hidden_act") -> Activation:
+def activation(config: Config, key: str = "hidden_act") -> str:
     """The activation that the config names."""
     name = config.get(key) or "silu"
     if name not in ACTIVATIONS:
@@ -149,6 +149,12 @@ def silu_experts(config: Config) -> None:
     """UserError where the config names another activation, which would be that of its experts too."""
     if activation(config) != "silu":
         raise UserError(f"config.json: hidden_act={config['hidden_act']} of experts is not supported; only silu is")
+
+
+def _written_activation(args: ModelArgs) -> str:
+    if args.act not in WRITTEN_ACTIVATIONS:
+        raise UserError(f"a Hugging Face config cannot say model.act={args.act}")
+    return WRITTEN_ACTIVATIONS[args.act]
 
 
 def layer_kinds(config: Config, *known: str) -> list[bool] | None:
@@ -283,7 +289,7 @@ def write_common(args: ModelArgs, architecture: str, model_type: str, *, eps: st
         "max_position_embeddings": args.max_seq_len,
         "intermediate_size": args.ffn_width(),
         eps: args.norm_eps,
-        "hidden_act": WRITTEN_ACTIVATIONS[args.act],
+        "hidden_act": _written_activation(args),
         "tie_word_embeddings": args.tie_embeddings,
         "initializer_range": args.init_std,
         "use_cache": True,

@@ -9,7 +9,7 @@ from llm.args import LayerSpec, ModelArgs
 from llm.datatypes import RouterStats
 from llm.layers.context import Context
 from llm.layers.dropout import Dropout, dropout_at
-from llm.layers.feed_forwards import FEED_FORWARDS
+from llm.layers.feed_forwards import FFNS
 from llm.layers.foreign_names import accept_foreign_names
 from llm.layers.mixers import MIXERS
 from llm.layers.norm import make_norm, norm_rows
@@ -18,7 +18,8 @@ from llm.layers.parameter import Rows, under
 
 class Block(nn.Module):
     """One layer: h = x + mixer(norm(x)); y = h + feed_forward(norm(h)), with the norms where the spec says; in parallel
-    y = x + mixer(norm(x)) + feed_forward(other_norm(x)). The mixer is called `attention`, whatever it is.
+    y = x + mixer(norm(x)) + feed_forward(other_norm(x)); of sums h = norm(x + mixer(x)); y = norm(h + feed_forward(h)).
+    The mixer is called `attention`, whatever it is.
     """
 
     def __init__(self, args: ModelArgs, spec: LayerSpec) -> None:
@@ -35,14 +36,14 @@ class Block(nn.Module):
         self.ffn_dropout = dropout_at(args.resid_dropout, "residual", f"{place}.feed_forward")
         if spec.ffn != "none":
             self.ffn_norm = make_norm(args, args.dim) if before else None
-            self.feed_forward = FEED_FORWARDS[spec.ffn].build(args, spec)
+            self.feed_forward = FFNS[spec.ffn].build(args, spec)
             accept_foreign_names(self.feed_forward, args, "layers.{i}.feed_forward.")
             self.ffn_post_norm = make_norm(args, args.dim, args.post_norm_eps) if after else None
 
     @staticmethod
     def declare(args: ModelArgs, spec: LayerSpec) -> Rows:
         """What the parameters are: see llm/layers/parameter.py."""
-        norm, mixer, feed_forward = norm_rows(args, args.dim), MIXERS[spec.mixer.name], FEED_FORWARDS[spec.ffn]
+        norm, mixer, feed_forward = norm_rows(args, args.dim), MIXERS[spec.mixer.name], FFNS[spec.ffn]
         rows = under("attention_norm", norm) if spec.norms.before else {}
         rows |= under("attention", mixer.declare(args, spec))
         rows |= under("attention_post_norm", norm) if spec.norms.after else {}
@@ -54,7 +55,7 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, RouterStats | None]:
         update_BTD = self.attention(_through(self.attention_norm, x_BTD), ctx)
-        h_BTD = x_BTD + _kept(self.attention_dropout, _through(self.attention_post_norm, update_BTD), ctx)
+        h_BTD = self._joined(x_BTD, update_BTD, self.attention_post_norm, self.attention_dropout, ctx)
         if self.spec.ffn == "none":
             return h_BTD, None
         normed_BTD, stats = _through(self.ffn_norm, x_BTD if self.spec.parallel else h_BTD), None
@@ -62,7 +63,15 @@ class Block(nn.Module):
             y_BTD, stats = self.feed_forward(normed_BTD, ctx)
         else:
             y_BTD = self.feed_forward(normed_BTD, ctx)
-        return h_BTD + _kept(self.ffn_dropout, _through(self.ffn_post_norm, y_BTD), ctx), stats
+        return self._joined(h_BTD, y_BTD, self.ffn_post_norm, self.ffn_dropout, ctx), stats
+
+    def _joined(
+        self, x_BTD: Tensor, update_BTD: Tensor, norm: nn.Module | None, dropout: Dropout | None, ctx: Context
+    ) -> Tensor:
+        """The residual stream with what is added to it."""
+        if self.spec.norms.of_sum:
+            return _through(norm, x_BTD + _kept(dropout, update_BTD, ctx))
+        return x_BTD + _kept(dropout, _through(norm, update_BTD), ctx)
 
 
 def _through(norm: nn.Module | None, x: Tensor) -> Tensor:

@@ -51,6 +51,8 @@ class Context:
     """What mixers with a state remember of earlier tokens of the rows; None without a cache."""
     rotation_BT1m: Tensor | None = None
     """complex64, for RoPE layers."""
+    positions_BT: Tensor | None = None
+    """int64, negative for padding, B = 1 where all rows have the same; for what is added to token vectors."""
     temperature_BT11: Tensor | None = None
     """float32, for layers with temperature tuning."""
     valid_BT: Tensor | None = None

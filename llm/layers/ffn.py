@@ -1,26 +1,16 @@
 """Dense feed-forwards: gated (Shazeer 2020, arXiv:2002.05202), w2(act(w1 x) * w3 x), or plain, w2(act(w1 x))."""
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm.args import Activation, LayerSpec, LoraArgs, ModelArgs
+from llm.args import LayerSpec, LoraArgs, ModelArgs
 from llm.args.lora import adapter
+from llm.layers.activations import ACTIVATIONS
 from llm.layers.context import Context
 from llm.layers.dropout import Dropout, dropout_at
 from llm.layers.linear import Linear
 from llm.layers.parameter import Rows, under, weights
 from llm.layers.region import InRegion
-
-ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-}
 
 
 class FeedForward(nn.Module, InRegion):
@@ -30,7 +20,7 @@ class FeedForward(nn.Module, InRegion):
         self,
         dim: int,
         hidden: int,
-        act: Activation = "silu",
+        act: str = "silu",
         gated: bool = True,
         bias: bool = False,
         lora: LoraArgs | None = None,

@@ -8,7 +8,10 @@ from typing import NamedTuple
 
 from llm.args import LayerSpec, ModelArgs
 from llm.args.lora import TOWER
+from llm.layers.feed_forwards import FFNS
 from llm.layers.mixers import MIXERS
+from llm.layers.parameter import Rows
+from llm.layers.positions import POSITION_TABLE
 from llm.parameters import ParameterTable
 from vision.encoder import layer_args
 
@@ -40,10 +43,12 @@ def gradient_flow(args: ModelArgs, table: ParameterTable, starts: Collection[int
     if args.vision is not None:
         seen = _Walk(layer_args(args.vision), table, walk.found, f"{TOWER}.").tower()
         x = walk.call(PROJECTION, seen) or x
+    if any(name.startswith(f"{POSITION_TABLE}.") for name in table):
+        x = walk.call(POSITION_TABLE, False) or x
     walk.found[VECTORS] = Flow(False, x)
     for spec in args.layer_specs():
         x = walk.layer(spec, x or spec.index in starts)
-    x = walk.call("norm", x)
+    x = walk.call("norm", x) if args.has_final_norm else x
     trains = ("tok_embeddings" if args.tie_embeddings else "output") in walk.training
     walk.found[HEAD] = Flow(x, x or trains)
     return walk.found
@@ -90,7 +95,8 @@ class _Walk:
         inside = self._attention if short == "attention" else self._feed_forward
         after = inside(f"{block}.{module}", spec, before)
         self.found[f"{block}.{module}"] = Flow(before, after)
-        return self.call(f"{block}.{short}_post_norm", after) if spec.norms.after else after
+        of_norm = after or (x and spec.norms.of_sum)
+        return self.call(f"{block}.{short}_post_norm", of_norm) if spec.norms.after else after
 
     def _attention(self, module: str, spec: LayerSpec, x: bool) -> bool:
         names = attention_modules(self.args, spec)
@@ -103,8 +109,10 @@ class _Walk:
         return self.call(f"{module}.wo", q or k or v or gate)
 
     def _feed_forward(self, module: str, spec: LayerSpec, x: bool) -> bool:
-        if spec.ffn != "moe":
+        if spec.ffn == "dense":
             return self._linears(module, GATED if self.args.gated else PLAIN, x)
+        if spec.ffn != "moe":
+            return any([self.call(f"{module}.{name}", x) for name in feed_forward_modules(self.args, spec)])
         moe = self.args.moe
         assert moe is not None
         weights = self.call(f"{module}.router", x)
@@ -119,16 +127,22 @@ class _Walk:
 
 def attention_modules(args: ModelArgs, spec: LayerSpec) -> tuple[str, ...]:
     """The modules with weights inside a mixer, in the order of their calls."""
-    if spec.attention is None:  # in the order of their declaration, which is the best guess
-        rows = MIXERS[spec.mixer.name].declare(args, spec)
-        return tuple(dict.fromkeys(name.rpartition(".")[0] for name in rows))
+    if spec.attention is None:
+        return _declared(MIXERS[spec.mixer.name].declare(args, spec))
     norms = ("q_norm", "k_norm") if spec.attention.qk_norm in ("head", "full") else ()
     return (*QKV, *norms, *(("wg",) if spec.attention.gate else ()), "wo")
 
 
+def _declared(rows: Rows) -> tuple[str, ...]:
+    """In the order of their declaration, which is the best guess."""
+    return tuple(dict.fromkeys(name.rpartition(".")[0] for name in rows))
+
+
 def feed_forward_modules(args: ModelArgs, spec: LayerSpec) -> tuple[str, ...]:
     """The modules with weights inside a feed-forward, in the order of their calls."""
-    if spec.ffn != "moe":
+    if spec.ffn == "dense":
         return GATED if args.gated else PLAIN
+    if spec.ffn != "moe":
+        return _declared(FFNS[spec.ffn].declare(args))
     shared = tuple(f"shared_expert.{name}" for name in GATED)
     return ROUTED + (shared if args.moe is not None and args.moe.shared else ())

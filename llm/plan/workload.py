@@ -166,7 +166,7 @@ class Workload:
         names = [name for name, row in owned.items() if not row.int8]
         int8 = [row for row in owned.values() if row.int8]
         copies = args.tie_embeddings and stages[-1].last and not stages[0].first
-        copy = [name for name, row in self.table.items() if copies and row.unit == "tok_embeddings"]
+        copy = [name for name in self.table if copies and name.startswith("tok_embeddings.")]
         trains = [self.table[name].trainable for name in copy]
         found: Counter[tuple[tuple[int, ...], ...]] = Counter()
         for rank in range(layout.tensor):

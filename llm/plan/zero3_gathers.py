@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 from llm.args import LayerSpec, ModelArgs
 from llm.args.lora import TOWER
+from llm.layers.positions import POSITION_TABLE
 from llm.plan.gradient_flow import ADAPTER, HEAD, PROJECTION, Flow, attention_modules, feed_forward_modules
 from llm.plan.workload import Workload
 from vision.encoder import layer_args
@@ -50,24 +51,29 @@ def events(work: Workload) -> Iterator[Event]:
     """The modules of one micro-batch in their order, forward and backward."""
     args, full = work.args, work.recompute != "none"
     head = "tok_embeddings" if args.tie_embeddings else "output"
-    specs = args.layer_specs()
+    specs, flow = args.layer_specs(), work.flow
     yield Event("", "fetch")
     yield from _call("tok_embeddings")
     if args.vision is not None:
         yield from _within(TOWER, _tower(layer_args(args.vision)))
         yield from _call(PROJECTION)
+    if POSITION_TABLE in flow:
+        yield from _call(POSITION_TABLE)
     for spec in specs:
         yield from _forward(args, spec)
-    yield from _call("norm")
+    if args.has_final_norm:
+        yield from _call("norm")
     for _ in range(work.head_calls):
         yield from _call(head)
     yield Event("", "release")
-    flow = work.flow
     for _ in range(work.head_gradients):
         yield from _around(head, flow[HEAD])
-    yield from _around("norm", flow["norm"])
+    if args.has_final_norm:
+        yield from _around("norm", flow["norm"])
     for spec in reversed(specs):
         yield from _backward(args, spec, full, flow)
+    if POSITION_TABLE in flow:
+        yield from _around(POSITION_TABLE, flow[POSITION_TABLE])
     if args.vision is not None:  # its call came later than that of the table
         yield from _around(PROJECTION, flow[PROJECTION])
         yield from _around(TOWER, flow[TOWER], _tower_backward(layer_args(args.vision), full, flow))
@@ -123,7 +129,7 @@ def _linears(prefix: str, names: tuple[str, ...]) -> Iterator[Event]:
 
 def norms_around(args: ModelArgs) -> tuple[bool, bool]:
     """Whether there are norms before attention and feed-forward, and after them."""
-    return args.norm_place != "post", args.norm_place != "pre"
+    return args.norm_place in ("pre", "sandwich"), args.norm_place != "pre"
 
 
 def auxiliary_losses(args: ModelArgs) -> int:

@@ -44,7 +44,7 @@ class Pipelined:
         self.deepspeed = pipe.initialize(replica, *hooks, optimizer, config)
         ends = [ranks[layout.holder(stage)] for stage in (0, layout.stages - 1)]
         self._partial = PartialGradients(replica, self.deepspeed, zero_stage=1)
-        trains = any(row.trainable for row in replica.table.values() if row.unit == EMBEDDING)
+        trains = any(row.trainable for name, row in replica.table.items() if name.startswith(f"{EMBEDDING}."))
         self.tied = TiedTable(self.deepspeed, replica, *ends) if replica.model.args.tie_embeddings and trains else None
 
     def run(self, step: Step) -> float:

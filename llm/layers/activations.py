@@ -1,0 +1,25 @@
+"""What `model.act` names: functions of the hidden units of a dense feed-forward, element by element."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm.args.layers import ACTIVATIONS
+
+
+def register(name: str, activation: Callable[[Tensor], Tensor]) -> None:
+    """Let configs name an activation: a function of each element alone, as ranks and recomputation have parts of them.
+
+    Raises ValueError where the name is taken, TypeError for what is no function.
+    """
+    if not callable(activation):
+        raise TypeError(f"activation {name!r}: {activation!r} is no function")
+    ACTIVATIONS.register(name, activation)
+
+
+register("silu", F.silu)
+register("gelu", F.gelu)
+register("gelu_tanh", partial(F.gelu, approximate="tanh"))
+register("relu", F.relu)
