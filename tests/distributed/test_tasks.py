@@ -1,7 +1,9 @@
-"""Hidden tokens, and several tasks in one run, are learned alike on every layout, from rows of which some see both ways
-and some do not in one micro-batch; and after a resume bit for bit.
+"""Hidden tokens, and three tasks in one run, are learned alike on every layout, from rows of which some see both ways and
+some do not in one micro-batch; and after a resume bit for bit.
 """
 
+import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +19,42 @@ pytestmark = pytest.mark.distributed
 STEPS, HALF = 4, 2
 RELATIVE = 1e-5
 """float32: sums in another order."""
+HEAD = {"n_prediction": 2, "prediction": "regression"}
 RUNS = Runs(STEPS, HALF, {"model": {"vocab_size": -1}, "optim": {"lr": 1e-2}, "chat": {"add_tokens": True}})
-MIXED = [{"task": "lm", "source": "plain"}, {"task": "mlm", "weight": 0.5, "source": "hidden"}]
-KEYS = {"mlm": ("mlm_loss",), "mixed": ("lm_loss", "mlm_loss", "loss/plain", "loss/hidden")}
-"""Fields of metrics.jsonl beside the loss, its parts among them."""
+JOINT = [
+    {"task": "lm", "source": "plain"},
+    {"task": "mlm", "weight": 0.5, "source": "hidden"},
+    {"task": "prediction", "weight": 2.0, "source": "labels"},
+]
+PARTS = {"mlm": ("mlm_loss",), "joint": ("lm_loss", "mlm_loss", "prediction_loss")}
+DROPOUT = {"dropout": 0.1, "ffn_dropout": 0.1, "head_dropout": 0.1}
 
 
-def item(folder: Path, kind: str, name: str, **sections: Any) -> dict[str, Any]:
-    """A run of one kind, `mlm` or `mixed`; its sources are the same texts."""
-    text = str(folder / "train.jsonl")
-    made = RUNS.item(folder, f"{kind} {name}", **{"data": {"valid": None}, **sections})
+def write_rows(folder: Path) -> None:
+    """Texts, and texts with how often they have two letters, of which some are not known."""
+    write_text(folder, documents=80)
+    draw = random.Random(5)
+    texts = ["".join(draw.choices("abcdefgh ", k=draw.randint(4, 40))) for _ in range(150)]
+    rows = [
+        {"text": text, **{key: text.count(key) if draw.random() < 0.8 else None for key in "ab"}} for text in texts
+    ]
+    (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def item(folder: Path, kind: str, name: str, *, model: dict[str, Any] | None = None, **sections: Any) -> dict[str, Any]:
+    """A run of one kind, `mlm` or `joint`; sources of texts are the same texts."""
+    own = (model or {}) | (HEAD if kind == "joint" else {})
+    made = RUNS.item(folder, f"{kind} {name}", model=own, **{"data": {"valid": None}, **sections})
     made["config"]["task"] = "mlm"
-    if kind == "mixed":
-        sources = [{"path": text, "name": name, "weight": weight} for name, weight in (("plain", 1), ("hidden", 2))]
-        made["config"] |= {"task": MIXED, "data": {**made["config"]["data"], "train": sources}}
+    if kind == "joint":
+        text = str(folder / "train.jsonl")
+        columns = {"text": "text", "label": ["a", "b"]}
+        sources = [
+            {"path": text, "name": "plain"},
+            {"path": text, "name": "hidden", "weight": 2},
+            {"path": str(folder / "labels.jsonl"), "name": "labels", "kind": "labelled", "columns": columns},
+        ]
+        made["config"] |= {"task": JOINT, "data": {**made["config"]["data"], "train": sources}}
     return made
 
 
@@ -38,7 +62,7 @@ def assert_alike(folder: Path, kind: str, name: str) -> None:
     rows, expected = (metrics(folder / f"{kind} {run}") for run in (name, "one process"))
     assert len(rows) == len(expected) == STEPS
     for row, right in zip(rows, expected, strict=True):
-        for key in ("loss", "grad_norm", *KEYS[kind]):
+        for key in ("loss", "grad_norm", *PARTS[kind]):
             assert row[key] == pytest.approx(right[key], rel=RELATIVE), (name, row["step"], key)
         assert (row["targets"], row["routing_checksum"]) == (right["targets"], right["routing_checksum"])
 
@@ -49,39 +73,41 @@ QUICK = ("ZeRO-3", "tensor")
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
-    write_text(folder, documents=80)
-    perform(folder, [item(folder, "mixed", "one process")], nproc=1)
-    again = {**LAYOUTS[2]["tensor"], "checkpoint": RUNS.half_of(folder, "mixed tensor")}
-    cut = [item(folder, "mixed", name, **LAYOUTS[2][name]) for name in QUICK]
-    perform(folder, [*cut, item(folder, "mixed", "again", **again)], nproc=2)
+    write_rows(folder)
+    perform(folder, [item(folder, "joint", "one process")], nproc=1)
+    again = {**LAYOUTS[2]["tensor"], "checkpoint": RUNS.half_of(folder, "joint tensor")}
+    cut = [item(folder, "joint", name, **LAYOUTS[2][name]) for name in QUICK]
+    perform(folder, [*cut, item(folder, "joint", "again", **again)], nproc=2)
     return folder
 
 
 @pytest.mark.parametrize("name", QUICK)
 def test_several_tasks_are_learned_alike_on_two_ranks(runs: Path, name: str) -> None:
-    assert_alike(runs, "mixed", name)
+    assert_alike(runs, "joint", name)
 
 
 def test_the_loss_is_the_sum_of_the_tasks_each_over_its_own_targets(runs: Path) -> None:
-    first = metrics(runs / "mixed one process")[0]
+    first = metrics(runs / "joint one process")[0]
     assert first["lm_loss"] == pytest.approx(first["loss/plain"], rel=1e-6)  # float32: sums in another order
     assert first["mlm_loss"] == pytest.approx(first["loss/hidden"] / 2, rel=1e-6), "its weight"
-    parts = [first[key] for key in ("lm_loss", "mlm_loss", "moe_balance_loss", "moe_z_loss")]
+    parts = [first[key] for key in (*PARTS["joint"], "moe_balance_loss", "moe_z_loss")]
     assert first["loss"] == pytest.approx(sum(parts), rel=1e-12)
 
 
-def test_a_resume_hides_the_same_tokens_bit_for_bit(runs: Path) -> None:
-    assert without_timing(metrics(runs / "mixed again")) == without_timing(metrics(runs / "mixed tensor"))[HALF:]
-    first, second = (dict(LLM.from_pretrained(runs / f"mixed {n}").named_parameters()) for n in ("tensor", "again"))
+def test_a_resume_reads_the_same_rows_of_every_task_bit_for_bit(runs: Path) -> None:
+    assert without_timing(metrics(runs / "joint again")) == without_timing(metrics(runs / "joint tensor"))[HALF:]
+    first, second = (dict(LLM.from_pretrained(runs / f"joint {n}").named_parameters()) for n in ("tensor", "again"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("kind", KEYS)
-def test_every_layout_learns_alike(tmp_path: Path, kind: str) -> None:
-    write_text(tmp_path, documents=80)
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("kind", PARTS)
+def test_every_layout_learns_alike(tmp_path: Path, kind: str, dropout: bool) -> None:
+    write_rows(tmp_path)
+    model = DROPOUT if dropout else {}
     for ranks, layouts in LAYOUTS.items():
-        items = [item(tmp_path, kind, name, **sections) for name, sections in layouts.items()]
+        items = [item(tmp_path, kind, name, model=model, **sections) for name, sections in layouts.items()]
         perform(tmp_path, items, nproc=ranks, timeout=900)
         for name in layouts:
             assert_alike(tmp_path, kind, name)
