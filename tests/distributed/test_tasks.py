@@ -1,5 +1,5 @@
-"""Hidden tokens, and three tasks in one run, are learned alike on every layout, from rows of which some see both ways and
-some do not in one micro-batch; and after a resume bit for bit.
+"""Hidden tokens, and three tasks in one run, are learned alike on every layout, from micro-batches in which some rows
+see both ways and some do not; and after a resume bit for bit.
 """
 
 import json

@@ -170,3 +170,5 @@ def test_entries_are_changed_on_the_command_line(tmp_path: Path) -> None:
     raw = mixed(tmp_path).model_dump(mode="json")
     put(raw, "task.1.weight", 0.25, RunConfig)
     assert raw["task"][1] == {"task": "mlm", "weight": 0.25, "source": "hidden"}
+    with pytest.raises(UserError, match="--task.weight: task is a list; --task.0.weight is of the first of its 2"):
+        put(raw, "task.weight", 0.25, RunConfig)

@@ -27,6 +27,9 @@ def put(raw: dict[str, Any], dotted: str, value: Any, schema: type[BaseModel]) -
         if key in ("data.train", "data.valid"):
             node[section] = with_option(child, rest, value, key)
             return
+        if isinstance(child, list):
+            first = f"--{key}.0.{'.'.join(rest)}"
+            raise UserError(f"--{dotted}: {key} is a list; {first} is of the first of its {len(child)}")
         if not isinstance(child, dict):
             raise UserError(f"--{dotted}: {key} is a value, not a section")
         node = child

@@ -73,8 +73,9 @@ class RunConfig(Section):
     """How conversations are written and trained on."""
     task: str | list[TaskEntry] = "lm"
     """What the model is trained to do; lm: the next token of texts, conversations and completions; mlm: hidden tokens
-    of these, from both sides; dpo: to prefer the chosen answers of data of kind preference; or a list of {task,
-    weight, source} for several in one run, source being the name of one of the data's."""
+    of these, from both sides; prediction: labels of data of kind labelled; dpo: to prefer the chosen answers of data of
+    kind preference; or a list of {task, weight, source} for several in one run, source being the name of one under
+    data.train."""
     extensions: Annotated[tuple[PathText, ...], BY_COMMAS] = ()
     """Python files, separated by commas, that are run first and register objectives, tasks and the like."""
     parallel: ParallelConfig = ParallelConfig()
