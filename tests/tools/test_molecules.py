@@ -3,12 +3,16 @@ counted as they are defined."""
 
 import csv
 import json
+import random
 import sys
 from pathlib import Path
 
 import pytest
 
 from llm.errors import UserError
+from llm.tokenizers.smiles import CONTROL
+from tools.benchmarks import molecules as benchmark
+from tools.molecules import prepare
 from tools.scaffold_split import scaffold_groups, split, split_groups
 from tools.score_molecules import score
 
@@ -95,3 +99,71 @@ def test_without_rdkit_one_line_says_how_to_get_it(tmp_path: Path, monkeypatch: 
     with pytest.raises(UserError, match="molecules need RDKit, which is not installed: `make chem`"):
         split(str(tmp_path / "a.csv"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_prepared_molecules_have_one_vocabulary_and_every_split(tmp_path: Path) -> None:
+    pytest.importorskip("rdkit")
+    labels = {"zinc20k": "logP", "delaney": "logp", "lipo": "lipo", "bbbp": "p_np"}
+    data = tmp_path / "data"
+    data.mkdir()
+    for number, (name, label) in enumerate(labels.items()):
+        rows = [(f"C{'C' * n}C1{'N' * (number + 1)}{'C' * n}1", n) for n in range(2, 22)]
+        with (data / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("smiles", label), *rows])
+    prepare(str(data), str(tmp_path / "out"))
+    assert (tmp_path / "out" / "vocab.txt").read_text().split() == [*CONTROL, "1", "C", "N"]
+    for name in ("delaney", "lipo", "bbbp"):
+        whole = sorted((data / f"{name}.csv").read_text().splitlines()[1:])
+        found = {folder.name for folder in (tmp_path / "out" / name).iterdir()}
+        assert found == {*(f"balanced-{seed}" for seed in range(5)), "deterministic"}
+        for name_of_split in found:
+            parts = [tmp_path / "out" / name / name_of_split / f"{part}.csv" for part in ("train", "valid", "test")]
+            lines = [part.read_text().splitlines() for part in parts]
+            assert [len(part) - 1 for part in lines] == [16, 2, 2]
+            assert sorted(line for part in lines for line in part[1:]) == whole
+    (data / "lipo.csv").unlink()
+    with pytest.raises(UserError, match=r"--data=.*: holds no lipo\.csv"):
+        prepare(str(data), str(tmp_path / "other"))
+
+
+def test_ngrams_are_chosen_on_the_validation_part_and_scored_on_the_test(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    draw = random.Random(0)
+    for name, column in (("delaney", "logp"), ("bbbp", "p_np")):
+        folder = tmp_path / name / "balanced-0"
+        folder.mkdir(parents=True)
+        for part, n in (("train", 300), ("valid", 60), ("test", 60)):
+            texts = ["".join(draw.choices("CNO", k=12)) for _ in range(n)]
+            value = {"logp": lambda text: 0.5 * text.count("CN") - 1, "p_np": lambda text: int(text.count("CN") > 1)}
+            with (folder / f"{part}.csv").open("w", newline="") as file:
+                csv.writer(file).writerows([("smiles", column), *((text, value[column](text)) for text in texts)])
+    assert benchmark.ngram_score(tmp_path, "delaney", "balanced-0") < 0.05  # linear in the count of a 2-gram
+    assert benchmark.ngram_score(tmp_path, "bbbp", "balanced-0") > 0.99
+
+
+def test_the_table_has_means_with_standard_errors_and_differences_of_the_same_splits() -> None:
+    read = {
+        "n-grams": {"delaney": {"balanced-0": 1.0, "balanced-1": 2.0, "deterministic": 1.5}},
+        "scratch": {"delaney": {"balanced-0": 1.0, "balanced-1": 1.2, "balanced-2": 5.0}},
+        "pretrained": {"delaney": {"balanced-0": 0.8, "balanced-1": 1.1}},
+    }
+    lines = benchmark.table(read)
+    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    assert cells == [
+        "delaney",
+        "balanced",
+        "1.076",
+        "1.500 ± 0.500 (n=2)",
+        "2.400 ± 1.301 (n=3)",
+        "0.950 ± 0.150 (n=2)",
+        "-0.150 ± 0.050 (n=2)",
+    ]
+    assert "| deterministic | 1.071 | 1.500 | - | - | - |" in lines[3]
+    assert len(lines) == 8
+
+
+def test_a_run_is_scored_at_its_best_checkpoint(tmp_path: Path) -> None:
+    lines = [{"step": 5, "loss": 0.1}, {"step": 10, "valid_loss": 0.4}, {"step": 20, "valid_loss": 0.3}]
+    lines.append({"step": 30, "valid_loss": 0.3})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert benchmark.best_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step_00000020"
