@@ -11,6 +11,8 @@ import pytest
 
 from llm.errors import UserError
 from llm.tokenizers.smiles import CONTROL
+from llm.train.config.load import load_config
+from tests.shared import ROOT
 from tools.benchmarks import molecules as benchmark
 from tools.molecules import prepare
 from tools.scaffold_split import scaffold_groups, split, split_groups
@@ -139,6 +141,20 @@ def test_ngrams_are_chosen_on_the_validation_part_and_scored_on_the_test(tmp_pat
                 csv.writer(file).writerows([("smiles", column), *((text, value[column](text)) for text in texts)])
     assert benchmark.ngram_score(tmp_path, "delaney", "balanced-0") < 0.05  # linear in the count of a 2-gram
     assert benchmark.ngram_score(tmp_path, "bbbp", "balanced-0") > 0.99
+
+
+@pytest.mark.parametrize("name", ["zinc", "delaney", "lipo", "bbbp"])
+def test_each_config_is_of_one_model_and_reads_what_is_prepared(name: str) -> None:
+    config = load_config(ROOT / f"configs/siblings/hyformer_{name}.yaml")
+    first = load_config(ROOT / "configs/siblings/hyformer_zinc.yaml").model
+    head = {"n_prediction", "prediction", "resid_dropout", "head_dropout"}
+    assert config.model.model_dump(exclude=head) == first.model_dump(exclude=head)
+    assert config.tokenizer.path == f"{benchmark.DATA}/vocab.txt"
+    (*_, source) = config.data.train
+    columns = {"delaney": "logp", "lipo": "lipo", "bbbp": "p_np", "zinc": ["logP", "qed", "SAS"]}
+    assert source.columns == {"text": "smiles", "label": columns[name]}
+    folder = "zinc20k/all" if name == "zinc" else f"{name}/balanced-0/train"
+    assert source.path == f"{benchmark.DATA}/{folder}.csv"
 
 
 def test_the_table_has_means_with_standard_errors_and_differences_of_the_same_splits() -> None:
