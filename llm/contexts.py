@@ -14,6 +14,7 @@ from llm.cache import Remembered
 from llm.datatypes import TransformerInput
 from llm.layers.branches import BranchMasks
 from llm.layers.context import Context, angles, temperature
+from llm.layers.dropout import AttentionDropout
 from llm.layers.masks import Attend, AttentionMasks, document_lengths, starts
 from llm.layers.moe import routing_shape
 from llm.layers.positions import POSITIONS, check_positions
@@ -28,9 +29,11 @@ def make_context(
     keys_N: Tensor | None,
     each_row: bool,
     cut_sequence: bool,
+    first_head: int = 0,
 ) -> Context:
     """What the layers of these specs share in one forward. each_row: positions of each row by itself, also where all
-    rows have the same; for the rest see `LLM.forward` and `Context`.
+    rows have the same; first_head: number of the first head of queries of this rank; for the rest see `LLM.forward` and
+    `Context`.
 
     Raises ValueError where the inputs do not fit the model or each other, before the cache changes.
     """
@@ -56,11 +59,16 @@ def make_context(
     causal = inputs.causal_rows(args.causal)
     if causal is not True:
         _check_both_ways(specs, inputs, cache)
+    dropout = None
+    if args.attn_dropout and keys_N is not None:
+        if cache is not None or inputs.parents is not None:
+            raise ValueError("rows with a cache or inputs.parents drop no attention weights: give no keys_N")
+        dropout = AttentionDropout(keys_N.view(inputs.tokens.shape), args.attn_dropout, first_head)
     attend: Attend
     if cache is not None:
         attend = cache.extend(positions_BT, document_starts, device)
     elif inputs.parents is None:
-        attend = AttentionMasks(attention, positions_BT, document_starts, device, causal)
+        attend = AttentionMasks(attention, positions_BT, document_starts, device, causal, dropout)
     else:
         attend = BranchMasks(attention, positions_BT, document_starts, inputs.parents.numpy(), device)
     n_rows, row_length = inputs.tokens.shape

@@ -90,6 +90,8 @@ class LLM(Conveniences, Heads):
         """Blocks as llm/compile.py compiled them, by the name of the unit, for forwards with gradients."""
         self.output: Output | None = None
         self.prediction: PredictionHead | None = None
+        self.first_head = 0
+        """Number of the first head of queries that this rank has."""
         self.embed_dropout = dropout_at(args.embed_dropout, "embedding", EMBEDDING)
         with torch.device(device or torch.get_default_device()):
             if args.vision is not None and VISION in self.units:
@@ -222,7 +224,8 @@ class LLM(Conveniences, Heads):
         each_row = bool(self.compiled) and torch.is_grad_enabled()
         cut_sequence = self.region.cuts(inputs.tokens.numel())
         keys_N = keys_or_drawn(keys_N, inputs.tokens, self.training and self.args.drops)
-        ctx = make_context(self.args, self.specs, inputs, cache, expert_counts, keys_N, each_row, cut_sequence)
+        how = each_row, cut_sequence, self.first_head
+        ctx = make_context(self.args, self.specs, inputs, cache, expert_counts, keys_N, *how)
         return replace(ctx, residual_keys_n=self.region.own(keys_N)) if cut_sequence and keys_N is not None else ctx
 
     def moe_layers(self) -> list[MoE]:

@@ -22,9 +22,9 @@ from llm.args.lora import LoraArgs
 from llm.datatypes import RouterStats
 from llm.init import Draw, Normal
 from llm.kernels.attention import full_attention
+from llm.kernels.keyed import with_numbers
 from llm.layers.block import Block
 from llm.layers.context import Context
-from llm.layers.dropout import with_numbers
 from llm.layers.linear import Linear
 from llm.layers.masks import scores_of
 from llm.layers.norm import make_norm, norm_rows

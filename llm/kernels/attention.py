@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llm.kernels.capped_attention import capped_attention
+from llm.kernels.explicit_attention import explicit_attention
+from llm.kernels.keyed import LostWeights
 from llm.kernels.scores import PLAIN, Scores
 from llm.kernels.segments import Segments, Slots
 
@@ -27,25 +28,35 @@ WIDE_BACKWARD = 16384  # segment length x head width up to which the backward is
 
 
 def segment_attention(
-    q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, segments: Segments, scores: Scores = PLAIN
+    q_BTHd: Tensor,
+    k_BTKd: Tensor,
+    v_BTKd: Tensor,
+    segments: Segments,
+    scores: Scores = PLAIN,
+    dropout: LostWeights | None = None,
 ) -> Tensor:
     """Attention within each segment; (B, T, H, d)."""
-    if has_varlen_kernel(q_BTHd) and scores.softcap is None:
+    if has_varlen_kernel(q_BTHd) and scores.softcap is None and dropout is None:
         q, k, v = (x.flatten(0, 1) for x in (q_BTHd, k_BTKd, v_BTKd))
         return varlen_attention(q, k, v, segments.cu_seqlens, segments.max_length, scores).view_as(q_BTHd)
     if segments.common_length is not None:
         q, k, v = (x.reshape(-1, segments.common_length, *x.shape[2:]) for x in (q_BTHd, k_BTKd, v_BTKd))
-        return _attended(q, k, v, scores).reshape(q_BTHd.shape)
+        lost = None if dropout is None else dropout.folded(segments.common_length)
+        return _attended(q, k, v, scores, dropout=lost).reshape(q_BTHd.shape)
     slots = segments.slots
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and dropout is None:
         return _by_bucket(q_BTHd, k_BTKd, v_BTKd, slots, scores)
     q_slots, k_slots, v_slots = (
         _ToSlots.apply(x.flatten(0, 1), slots).split(slots.sizes) for x in (q_BTHd, k_BTKd, v_BTKd)
     )
+    losses: Sequence[LostWeights | None] = [None] * len(slots.lengths)
+    if dropout is not None:
+        losses = dropout.in_buckets(slots.token_of_slot, slots.sizes, slots.lengths)
     outs = []
-    for length, seen, *bucket in zip(slots.lengths, _seen(slots, scores), q_slots, k_slots, v_slots, strict=True):
+    of_buckets = zip(slots.lengths, _seen(slots, scores), losses, q_slots, k_slots, v_slots, strict=True)
+    for length, seen, lost, *bucket in of_buckets:
         q, k, v = (x.unflatten(0, (-1, length)) for x in bucket)
-        outs.append(_attended(q, k, v, scores, seen).flatten(0, 1))
+        outs.append(_attended(q, k, v, scores, seen, lost).flatten(0, 1))
     return _FromSlots.apply(torch.cat(outs), slots).view_as(q_BTHd)
 
 
@@ -140,12 +151,17 @@ class _FromSlots(torch.autograd.Function):
 
 
 def _attended(
-    q_BLHd: Tensor, k_BLKd: Tensor, v_BLKd: Tensor, scores: Scores, seen_BL: Tensor | None = None
+    q_BLHd: Tensor,
+    k_BLKd: Tensor,
+    v_BLKd: Tensor,
+    scores: Scores,
+    seen_BL: Tensor | None = None,
+    dropout: LostWeights | None = None,
 ) -> Tensor:
     """Of segments of one length. seen: bool, the keys that queries which see both ways may see; None = all."""
     length, width = q_BLHd.shape[1], q_BLHd.shape[-1]
-    if scores.softcap is not None:
-        return capped_attention(q_BLHd, k_BLKd, v_BLKd, scores, seen_BL)
+    if scores.softcap is not None or dropout is not None:
+        return explicit_attention(q_BLHd, k_BLKd, v_BLKd, scores, seen_BL, dropout)
     mask = None if seen_BL is None else seen_BL[:, None, None]
     if scores.window is not None and length > scores.window:
         if scores.causal:

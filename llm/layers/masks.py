@@ -17,8 +17,10 @@ from torch import Tensor
 
 from llm.args import AttentionSpec, Mask
 from llm.kernels.attention import segment_attention
+from llm.kernels.keyed import LostWeights
 from llm.kernels.scores import Scores
 from llm.kernels.segments import Ints, Segments
+from llm.layers.dropout import AttentionDropout
 
 
 class Attend(Protocol):
@@ -42,9 +44,11 @@ class AttentionMasks:
         document_starts: Ints,
         device: torch.device,
         causal: bool | NDArray[np.bool_] = True,
+        dropout: AttentionDropout | None = None,
     ) -> None:
         """positions_BT: position of each token, negative for padding; document_starts: rising flat indices, from 0.
         causal: whether tokens see none behind them, in all rows, or in each, (B,), where they differ."""
+        self._dropout = dropout
         if any(spec.mask == "window" for spec in specs):
             _check_consecutive(positions_BT, document_starts)
         if isinstance(causal, bool):
@@ -63,12 +67,13 @@ class AttentionMasks:
     def __call__(
         self, layer: int, spec: AttentionSpec, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor
     ) -> Tensor:
+        lost = None if self._dropout is None else self._dropout.of_layer(layer)
         if len(self._kinds) == 1:
-            return self._kinds[0](spec, q_BTHd, k_BTKd, v_BTKd)
-        made = [
-            kind(spec, *(x.index_select(0, rows) for x in (q_BTHd, k_BTKd, v_BTKd)))
-            for kind, rows in zip(self._kinds, self._rows, strict=True)
-        ]
+            return self._kinds[0](spec, q_BTHd, k_BTKd, v_BTKd, lost)
+        made = []
+        for kind, rows in zip(self._kinds, self._rows, strict=True):
+            q, k, v = (x.index_select(0, rows) for x in (q_BTHd, k_BTKd, v_BTKd))
+            made.append(kind(spec, q, k, v, None if lost is None else lost.of_rows(rows)))
         return torch.cat(made).index_select(0, self._place_B)
 
 
@@ -91,8 +96,11 @@ class _OneKind:
                 bounds = segment_bounds(positions_BT, document_starts, chunk)
                 self._segments[chunk] = Segments(bounds, device)
 
-    def __call__(self, spec: AttentionSpec, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
-        return segment_attention(q_BTHd, k_BTKd, v_BTKd, self._segments[_chunk(spec)], scores_of(spec, self._causal))
+    def __call__(
+        self, spec: AttentionSpec, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, dropout: LostWeights | None
+    ) -> Tensor:
+        segments, scores = self._segments[_chunk(spec)], scores_of(spec, self._causal)
+        return segment_attention(q_BTHd, k_BTKd, v_BTKd, segments, scores, dropout)
 
 
 def scores_of(spec: AttentionSpec, causal: bool = True) -> Scores:

@@ -22,9 +22,10 @@ from llm.datatypes import RouterStats
 from llm.kernels.dtypes import wide_dtype
 from llm.kernels.graph_breaks import graph_break
 from llm.kernels.grouped import Padding, adapted_swiglu, grouped_swiglu
+from llm.kernels.keyed import with_numbers
 from llm.layers.context import Context
 from llm.layers.dispatch import Dispatch
-from llm.layers.dropout import Dropout, dropout_at, dropped, with_numbers
+from llm.layers.dropout import Dropout, dropout_at, dropped
 from llm.layers.ffn import FeedForward
 from llm.layers.lora import LORA_A, LORA_B, stack_adapter_rows
 from llm.layers.parameter import ParamInfo, Rows, under, weights

@@ -133,6 +133,7 @@ def _connect(model: LLM, table: ParameterTable, grid: Grid) -> None:
             module.dropout = replace(module.dropout, first=grid.box(table[f"{name}.w2.weight"])[1][0])
         if layout.expert > 1 and isinstance(module, MoE):
             module.exchange = ExpertExchange(grid.expert, module.moe.n_experts)
+    model.first_head = args.n_heads // layout.tensor * grid.tensor.rank
     region = TensorRegion(grid.tensor, layout.sequence_parallel) if layout.tensor > 1 else None
     if region is not None:
         vocabulary = CutVocabulary(grid.tensor, args.vocab_size)

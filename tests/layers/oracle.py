@@ -8,10 +8,10 @@ from llm.args import AttentionSpec
 
 
 def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, positions, document_starts, spec: AttentionSpec, causal=True
+    q: Tensor, k: Tensor, v: Tensor, positions, document_starts, spec: AttentionSpec, causal=True, factors=1.0
 ) -> Tensor:
     """Attention over the flattened batch with a whole (N, N) mask, float64; q (B, T, H, d), k and v (B, T, K, d).
-    causal: of all rows, or of each, (B,)."""
+    causal: of all rows, or of each, (B,). factors: on the weights, (H, N, N)."""
     causal = np.repeat(np.broadcast_to(causal, q.shape[0]), q.shape[1])
     positions = np.asarray(positions).reshape(-1)
     document = np.searchsorted(np.asarray(document_starts), np.arange(positions.size), side="right")
@@ -28,4 +28,4 @@ def dense_attention(
     scores = q @ k.transpose(1, 2) * (q.shape[-1] ** -0.5 if spec.scale is None else spec.scale)
     if spec.softcap is not None:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
-    return scores.masked_fill(~torch.from_numpy(seen), -torch.inf).softmax(-1) @ v
+    return scores.masked_fill(~torch.from_numpy(seen), -torch.inf).softmax(-1) * factors @ v

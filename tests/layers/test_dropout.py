@@ -2,7 +2,8 @@
 
 import torch
 
-from llm.layers.dropout import dropout_at, dropped, key_of, token_keys, with_numbers
+from llm.kernels.keyed import with_numbers
+from llm.layers.dropout import dropout_at, dropped, key_of, token_keys
 
 SITE = key_of("layers.0.attention.wq")
 

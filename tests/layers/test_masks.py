@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from llm.args import ModelArgs
 from llm.args.layers import attention_specs
 from llm.datatypes import TransformerInput
-from llm.kernels import attention, capped_attention
+from llm.kernels import attention, explicit_attention
 from llm.kernels.scores import PLAIN
 from llm.kernels.segments import Segments
 from llm.layers.masks import AttentionMasks
@@ -72,7 +72,7 @@ def test_attention_equals_the_dense_mask_in_values_and_gradients(batch, spec, ca
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("other", OTHERS)
 def test_windows_caps_and_scales_equal_the_dense_mask(monkeypatch, batch, other, causal):
-    monkeypatch.setattr(capped_attention, "CAPPED_QUERIES", 16)
+    monkeypatch.setattr(explicit_attention, "QUERIES", 16)
     (spec,) = layers = attention_specs(ModelArgs(n_layers=1, **OTHERS[other], **SIZES).layer_specs())
     positions, starts = resolved(batch)
     q, k, v = qkv()

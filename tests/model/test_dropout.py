@@ -10,10 +10,11 @@ from torch import Tensor
 from llm import LLM, ModelArgs
 from llm.datatypes import TransformerInput
 from llm.generate import generate
-from llm.layers.dropout import Dropout, dropped, key_of, token_keys, with_numbers
+from llm.kernels.keyed import with_numbers
+from llm.layers.dropout import Dropout, dropped, key_of, token_keys
 from tests.model.models import MOE, llama4, tokens
 
-RATES = dict(resid_dropout=0.2, embed_dropout=0.1, ffn_dropout=0.3)
+RATES = dict(attn_dropout=0.2, resid_dropout=0.2, embed_dropout=0.1, ffn_dropout=0.3)
 EXPERTS = {**MOE, "top_k": 2, "interleave": 2}
 
 
@@ -88,6 +89,17 @@ def test_a_row_drops_the_same_whatever_rows_are_beside_it() -> None:
     whole = model(ids, return_hidden=True, keys_N=keys([7, 8, 9])).hidden
     alone = [model(ids[i : i + 1], return_hidden=True, keys_N=keys([7 + i])).hidden for i in range(3)]
     torch.testing.assert_close(whole, torch.cat(alone), rtol=1e-5, atol=1e-5)  # products of other sizes
+
+
+def test_rows_that_are_scored_together_have_no_attention_dropout() -> None:
+    model = llama4(attn_dropout=0.1, rope_scaling=None)
+    inputs = TransformerInput(
+        tokens(1, 9), cu_seqlens=torch.tensor([0, 5, 7, 9], dtype=torch.int32), parents=torch.tensor([-1, 0, 0])
+    )
+    with pytest.raises(ValueError, match=r"or inputs\.parents drop no attention weights: give no keys_N"):
+        model(inputs)
+    with torch.no_grad():
+        model(inputs)
 
 
 def test_each_place_of_a_model_chooses_for_itself() -> None:
