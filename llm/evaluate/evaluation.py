@@ -169,7 +169,9 @@ def evaluate_one(settings: Settings, asking: Questions, grid: Grid) -> None:
         try:
             answer(asked, done, runner, journal, grid, show=True)
         except NonFinite as error:
-            raise UserError(f"{asking.document_of(error.index)}: {error}; nothing is reported") from None
+            failure = UserError(f"{asking.document_of(error.index)}: {error}; nothing is reported")
+            failure.agreed = error.agreed
+            raise failure from None
         statistics = runner.statistics()
     took = time.monotonic() - loaded
 

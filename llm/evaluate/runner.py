@@ -12,7 +12,7 @@ from llm.evaluate.predicting import Predictor
 from llm.evaluate.requests import Answer, Continue, NonFinite, Predict, Request, Score
 from llm.evaluate.scoring import Scorer
 from llm.generation.pictures import Pictures
-from llm.parallel.collectives import gather_json
+from llm.parallel.collectives import gather_json, sum_over_ranks
 from llm.parallel.replica import Replica
 from llm.tokenizers.base import Tokenizer
 
@@ -73,7 +73,7 @@ class Runner:
         batches = scorer.batches([families[number] for number in sorted(mine)], self._batch_tokens)
         self._tokens += sum(batch.tokens for batch in batches)
         self._filled += sum(map(scorer.filled, batches))
-        for answers in scorer.answers(batches, self._most(len(batches))):
+        for answers in scorer.answers(batches, self._most(len(batches)), self._agreed):
             yield [*answers]
 
     def _predicted(self, requests: dict[int, Predict]) -> Iterator[list[tuple[int, Answer]]]:
@@ -106,7 +106,10 @@ class Runner:
                     yield made
                     made = []
         except NonFinite as error:
-            raise NonFinite(mine[error.index], str(error)) from None
+            # where forwards are made together, every rank makes all answers
+            found = self._agreed(NonFinite(mine[error.index], str(error)))
+            assert found is not None
+            raise found from None
         if made:
             yield made
 
@@ -119,6 +122,18 @@ class Runner:
         """How many forwards this rank must make, of which it needs so many itself (collective where ranks that read
         other rows must make theirs together)."""
         return max(gather_json(forwards, self._replica.world)) if self._in_step else forwards
+
+    def _agreed(self, found: NonFinite | None) -> NonFinite | None:
+        """The same on all ranks that find it together; where ranks must make their forwards together, what any of them
+        has found (collective there): none may leave the others in the middle of one."""
+        world = self._replica.world
+        if self._in_step and sum_over_ranks([found is not None], world)[0]:
+            mine = None if found is None else [found.index, str(found)]
+            index, message = next(one for one in gather_json(mine, world) if one is not None)
+            found = NonFinite(index, message)
+        if found is not None:
+            found.agreed = self._in_step or self._replica.grid.rows.size == 1
+        return found
 
     @property
     def _in_step(self) -> bool:

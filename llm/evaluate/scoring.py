@@ -9,7 +9,7 @@ Shapes: N tokens of a batch, n targets, D model width.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -121,18 +121,30 @@ class Scorer:
         """Tokens of a batch that are nobody's."""
         return FILLED + -(batch.tokens + FILLED) % ALIGNED
 
-    def answers(self, batches: Sequence[ScoreBatch], forwards: int = 0) -> Iterator[list[tuple[int, Scored]]]:
+    def answers(
+        self,
+        batches: Sequence[ScoreBatch],
+        forwards: int = 0,
+        agreed: Callable[[NonFinite | None], NonFinite | None] = lambda found: found,
+    ) -> Iterator[list[tuple[int, Scored]]]:
         """Those of one batch after the other (collective). forwards: so many at least, where other ranks make so many
-        with this one."""
+        with this one. agreed: what of these has been met on any of them, which is then raised on all."""
         idle = [ScoreBatch((), (), 0)] * (forwards - len(batches))
         ranks = self._replica.grid.pipeline.size
         every, at_once = [*batches, *idle], EVALUATED_AT_ONCE * ranks if ranks > 1 else 1
         for first in range(0, len(every), at_once):
             chunk = every[first : first + at_once]
             hidden = self._replica.hidden([self._inputs(batch) for batch in chunk])
-            for number, batch in enumerate(chunk):
-                if batch.indices:
-                    yield self._scored(batch, hidden[number] if hidden else None)
+            found, failure = [], None
+            try:
+                for number, batch in enumerate(chunk):
+                    if batch.indices:
+                        found.append(self._scored(batch, hidden[number] if hidden else None))
+            except NonFinite as error:
+                failure = error
+            if (failure := agreed(failure)) is not None:
+                raise failure
+            yield from found
 
     def _path(self, index: int) -> list[int]:
         return self._forest.path(self._numbers[index])

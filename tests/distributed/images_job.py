@@ -9,8 +9,14 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from llm import LLM
 from llm.args.vision import VisionArgs
-from llm.evaluate.requests import Continue, Request, Score
+from llm.evaluate import scoring
+from llm.evaluate.head import target_scores
+from llm.evaluate.requests import Continue, NonFinite, Request, Score
 from llm.evaluate.runner import Runner
 from llm.generation.pictures import Pictures
 from llm.parallel.collectives import gather_json
@@ -36,6 +42,8 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "expert": {"expert": 2},
     "ZeRO-3": {"zero_stage": 3},
 }
+IN_STEP = ("expert", "ZeRO-3")
+"""Whose ranks make their forwards together, though they read other rows."""
 BATCH_TOKENS = 120
 
 
@@ -68,15 +76,35 @@ def answers(replica: Replica) -> dict[int, dict[str, Any]]:
     return {place: asdict(answer) for batch in batches for place, answer in batch}
 
 
+def failure_where_rank_1_has_none_finite(replica: Replica) -> list[Any]:
+    """What this rank raises where only logits of rank 1 hold NaN: the number of the request, whether all ranks raise
+    it, and the message."""
+
+    def spoiled(model: LLM, hidden_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, ...]:
+        logprobs, greedy, finite = target_scores(model, hidden_ND, targets_N)
+        return logprobs, greedy, torch.zeros_like(finite)
+
+    scoring.target_scores = spoiled if replica.world.rank == 1 else target_scores  # type: ignore[assignment]
+    try:
+        answers(replica)
+    except NonFinite as error:
+        return [error.index, error.agreed, str(error)]
+    finally:
+        scoring.target_scores = target_scores
+    return []
+
+
 def main() -> None:
     process.quiet_libraries()
     world = process.start(60, 1)
-    report = {}
+    report, failures = {}, {}
     for name, layout in LAYOUTS.items():
         engine, _ = build(case_of(layout), world)
         report[name] = gather_json(answers(engine.replica), world)
+        if name in IN_STEP:
+            failures[name] = gather_json(failure_where_rank_1_has_none_finite(engine.replica), world)
     if world.is_main:
-        Path(sys.argv[1]).write_text(json.dumps(report))
+        Path(sys.argv[1]).write_text(json.dumps([report, failures]))
 
 
 if __name__ == "__main__":
