@@ -4,11 +4,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from llm import extensions
+from llm import LLM, extensions
+from llm.args import ModelArgs
+from llm.args.layers import ACTIVATIONS, FFNS, POSITIONS
 from llm.cli import run_cli
 from llm.errors import UserError
+from llm.layers.feed_forwards import FeedForwardKind
+from llm.layers.feed_forwards import register as register_feed_forward
+from llm.layers.ffn import FeedForward
+from llm.layers.positions import sinusoids
+from llm.parameters import ParameterTable
 from llm.train.config import load_config
 from llm.train.settle import objectives_in
 from tests.distributed.harness import ROOT, tiny_config, write_config
@@ -62,8 +70,8 @@ def test_an_objective_that_nothing_registers_is_refused_by_its_key(tmp_path: Pat
     raw = tiny_config(tmp_path, train={"objectives": {"two_ahead": {}}})
     with pytest.raises(UserError, match="train.objectives.two_ahead: no such objective; known are none"):
         objectives_in(load_config(write_config(tmp_path / "c.yaml", raw)))
-    unknown = write_config(tmp_path / "d.yaml", yaml.safe_load(yaml.safe_dump(raw)) | {"task": "mlm"})
-    with pytest.raises(UserError, match="task=mlm: no such task"):
+    unknown = write_config(tmp_path / "d.yaml", yaml.safe_load(yaml.safe_dump(raw)) | {"task": "guess"})
+    with pytest.raises(UserError, match="task=guess: no such task"):
         objectives_in(load_config(unknown))
 
 
@@ -80,3 +88,41 @@ def test_every_command_runs_its_extensions_before_it_reads_its_flags(
     with pytest.raises(SystemExit):
         run_cli(command, ["--n=3", "--extensions=nowhere.py"])
     assert capsys.readouterr().err == "error: extensions: nowhere.py: no such file\n"
+
+
+def test_a_model_has_the_activation_and_positions_that_a_file_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for table in (ACTIVATIONS, POSITIONS):
+        monkeypatch.setattr(table, "_entries", dict(table))
+    named = dict(dim=16, n_layers=1, n_heads=2, vocab_size=9, gated=False, act="squared_relu", pos="scaled_waves")
+    with pytest.raises(ValueError, match="model.act=squared_relu: unknown activation"):
+        ModelArgs.model_validate(named)
+    extensions.load([ROOT / "docs/extend/scaled_waves.py"])
+    model, ids = LLM(ModelArgs.model_validate(named)), torch.arange(6).view(2, 3)
+    made = model(ids, units=["tok_embeddings"], return_hidden=True).hidden
+    assert made is not None
+    torch.testing.assert_close(made - model.tok_embeddings(ids), sinusoids(torch.arange(3), 16).expand(2, 3, 16))
+    loss = model(ids, labels=ids).loss_sum
+    assert loss is not None
+    loss.backward()
+    assert model.get_parameter("pos_embeddings.weight").grad.abs() > 0  # type: ignore[union-attr]
+    assert list(ParameterTable.of(model.args)) == [name for name, _ in model.named_parameters()]
+
+
+def test_a_layer_has_the_feed_forward_that_a_pattern_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FFNS, "_entries", dict(FFNS))
+    register_feed_forward(
+        "narrow",
+        FeedForwardKind(
+            lambda args, _: FeedForward(args.dim, args.dim, gated=False),
+            lambda args: FeedForward.declare(args, args.dim, gated=False),
+        ),
+    )
+    pattern = ["attn+narrow", "attn+dense"]
+    model = LLM(ModelArgs(dim=16, n_layers=2, n_heads=2, vocab_size=9, layer_pattern=pattern, ffn_hidden=24))
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert shapes["layers.0.feed_forward.w1.weight"] == (16, 16)
+    assert shapes["layers.1.feed_forward.w1.weight"] == (24, 16)
+    assert ParameterTable.of(model.args).shapes == shapes
+    assert model(torch.arange(6).view(2, 3)).logits.isfinite().all()  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=r"unknown feed-forward \+wide; use dense, moe, none or narrow"):
+        ModelArgs(dim=16, n_layers=2, n_heads=2, vocab_size=9, layer_pattern=["attn+wide"])

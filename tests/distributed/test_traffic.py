@@ -86,6 +86,11 @@ ON_FOUR_RANKS = [
 ]
 
 BIASED = {"norm": "layer", "ffn_bias": True, "qkv_bias": True, "o_bias": True}
+BERT = {
+    **BIASED, "norm_place": "post_add", "gated": False, "act": "gelu", "pos": "learned", "causal": False,
+    "qk_norm": None, "nope_layer_interval": None,
+}  # fmt: skip
+POSITIONS_FROZEN = ("pos_embeddings.*", "layers.0.*")
 ONE_MOE_KIND = {"n_experts": 4, "hidden": 24, "interleave": 1}
 MORE_ON_TWO_RANKS = [
     *(
@@ -162,6 +167,15 @@ MORE_ON_TWO_RANKS = [
         for options in ((0, 0, 0), (500, 3000, 2000), (100, 0, 1500))
     ),
     *(case("pipeline", pipeline=2, model={"tie_embeddings": tied}, **PAIRS) for tied in (True, False)),
+    *(
+        case("data", zero_stage=3, freeze=freeze, recompute=again, deepspeed=fetching(*options), model=BERT)
+        for freeze in ((), LOWER, POSITIONS_FROZEN)
+        for again in ("none", "full")
+        for options in ((0, 0, 0), (500, 3000, 2000), (100, 0, 1500))
+    ),
+    case("tensor", tensor=2, micro=4, model=BERT),
+    case("tensor", tensor=2, micro=4, sequence_parallel=False, recompute="full", model=BERT),
+    *(case("pipeline", pipeline=2, model={**BERT, "tie_embeddings": tied}) for tied in (True, False)),
     case("data", zero_stage=0),
     case("data", zero_stage=2),
     case("data", zero_stage=1, precision="bf16", optim={"ema_decay": 0.9}),
