@@ -73,6 +73,10 @@ class LostWeights:
         """Of some of the rows, by their numbers."""
         return replace(self, keys=self.keys.index_select(0, rows))
 
+    def of_tokens(self, order: Tensor) -> "LostWeights":
+        """Of the same queries with the flattened tokens in another order."""
+        return replace(self, keys=self.keys.flatten().index_select(0, order).view_as(self.keys))
+
     def folded(self, length: int) -> "LostWeights":
         """Of the same queries in rows of another length."""
         return replace(self, keys=self.keys.reshape(-1, length))

@@ -34,7 +34,8 @@ class Attend(Protocol):
 
 class AttentionMasks:
     """The segments of one batch, for every kind of mask among the layers. Where some rows are causal and others are
-    not, each kind is attended by itself, and the rows then lie as they did.
+    not, each kind is attended by itself, and the rows then lie as they did; where padding stands among the tokens of a
+    document, it goes behind them for that time.
     """
 
     def __init__(
@@ -49,6 +50,11 @@ class AttentionMasks:
         """positions_BT: position of each token, negative for padding; document_starts: rising flat indices, from 0.
         causal: whether tokens see none behind them, in all rows, or in each, (B,), where they differ."""
         self._dropout = dropout
+        self._order: tuple[Tensor, Tensor] | None = None
+        if (order := _padding_last(positions_BT, document_starts)) is not None:
+            positions_BT = positions_BT.reshape(-1)[order].reshape(positions_BT.shape)
+            there = torch.from_numpy(order).to(device)
+            self._order = there, there.argsort()
         if any(spec.mask == "window" for spec in specs):
             _check_consecutive(positions_BT, document_starts)
         if isinstance(causal, bool):
@@ -68,6 +74,15 @@ class AttentionMasks:
         self, layer: int, spec: AttentionSpec, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor
     ) -> Tensor:
         lost = None if self._dropout is None else self._dropout.of_layer(layer)
+        if self._order is None:
+            return self._by_kind(spec, q_BTHd, k_BTKd, v_BTKd, lost)
+        order, place = self._order
+        q, k, v = (_moved(x, order) for x in (q_BTHd, k_BTKd, v_BTKd))
+        return _moved(self._by_kind(spec, q, k, v, None if lost is None else lost.of_tokens(order)), place)
+
+    def _by_kind(
+        self, spec: AttentionSpec, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, lost: LostWeights | None
+    ) -> Tensor:
         if len(self._kinds) == 1:
             return self._kinds[0](spec, q_BTHd, k_BTKd, v_BTKd, lost)
         made = []
@@ -101,6 +116,24 @@ class _OneKind:
     ) -> Tensor:
         segments, scores = self._segments[_chunk(spec)], scores_of(spec, self._causal)
         return segment_attention(q_BTHd, k_BTKd, v_BTKd, segments, scores, dropout)
+
+
+def _moved(x: Tensor, order_N: Tensor) -> Tensor:
+    """The flattened tokens of x in another order."""
+    return x.flatten(0, 1).index_select(0, order_N).view_as(x)
+
+
+def _padding_last(positions_BT: Ints, document_starts: Ints) -> Ints | None:
+    """The flat tokens, the padding of each document behind the others; None where none stands between them."""
+    padding = positions_BT.reshape(-1) < 0
+    if not padding.any():
+        return None
+    document = np.repeat(np.arange(len(document_starts)), np.diff(np.append(document_starts, padding.size)))
+    begins = ~padding  # a stretch of tokens
+    begins[1:] &= padding[:-1] | (document[1:] != document[:-1])
+    if np.bincount(document[begins], minlength=1).max() < 2:
+        return None
+    return np.lexsort((padding, document))
 
 
 def scores_of(spec: AttentionSpec, causal: bool = True) -> Scores:

@@ -53,16 +53,17 @@ def distance(mine: torch.Tensor, theirs: torch.Tensor) -> float:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("batch", ["one document a row", "packed", "left padding"])
 @pytest.mark.parametrize("name", SPECS)
-def test_attention_equals_the_dense_mask(name: str, batch: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
+def test_attention_equals_the_dense_mask(name: str, batch: str, dtype: torch.dtype, causal: bool) -> None:
     assert batch in BATCHES
     spec, (positions, starts) = SPECS[name], resolved(batch)
     torch.manual_seed(0)
     wide = [torch.randn(ROWS, LENGTH, heads, 8).to(dtype).float().requires_grad_() for heads in (4, 2, 2)]
     ours = [x.detach().cuda().to(dtype).requires_grad_() for x in wide]
     assert has_varlen_kernel(ours[0]) == (dtype != torch.float32)
-    attend = AttentionMasks([spec], positions, starts, torch.device("cuda"))
+    attend = AttentionMasks([spec], positions, starts, torch.device("cuda"), causal)
     out = attend(0, spec, *ours)
-    oracle = dense_attention(*wide, positions, starts, spec).transpose(0, 1).view(wide[0].shape).float()
+    oracle = dense_attention(*wide, positions, starts, spec, causal).transpose(0, 1).view(wide[0].shape).float()
     upstream = torch.randn(out.shape).to(dtype)
     grads = torch.autograd.grad(out, ours, upstream.cuda())
     expected = torch.autograd.grad(oracle, wide, upstream.float())

@@ -157,6 +157,31 @@ def test_tokens_that_see_both_ways_are_those_of_one_call_for_every_document(batc
     torch.testing.assert_close(ours[first:end], alone, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("causal", CAUSAL)
+@pytest.mark.parametrize("mask", ["full", "chunk", "window"])
+def test_tokens_around_padding_in_a_document_are_as_they_are_without_it(mask, causal):
+    spans = {"full": {}, "chunk": dict(attention_chunk_size=SPAN), "window": dict(sliding_window=7)}
+    (spec,) = layers = attention_specs(ModelArgs(n_layers=1, **spans[mask], **SIZES).layer_specs())
+    cpu, kept = torch.device("cpu"), torch.ones(ROWS, LENGTH, dtype=torch.bool)
+    kept[0, [3, 4, 17]] = kept[1, [0, 20, 39]] = kept[2, 5:8] = False  # three of each row
+    starts = np.array([0, 12, 40, 80, 90])
+    without = starts - np.array([int((~kept.flatten()[:start]).sum()) for start in starts])
+    counted = TransformerInput(
+        torch.zeros(ROWS, LENGTH - 3, dtype=torch.int64), cu_seqlens=torch.tensor([*without, ROWS * (LENGTH - 3)])
+    ).resolve()
+    positions = np.full((ROWS, LENGTH), -1)
+    positions[kept.numpy()] = counted[0].reshape(-1)
+    q, k, v = qkv()
+    ours = AttentionMasks(layers, positions, starts, cpu, CAUSAL[causal])(0, spec, q, k, v)
+    alone = [x[kept].unflatten(0, (ROWS, -1)) for x in (q, k, v)]
+    expected = AttentionMasks(layers, *counted, cpu, CAUSAL[causal])(0, spec, *alone)
+    torch.testing.assert_close(ours[kept], expected.flatten(0, 1), rtol=1e-5, atol=1e-5)
+    upstream = torch.randn_like(expected.flatten(0, 1))
+    pairs = (torch.autograd.grad(out, (q, k, v), upstream) for out in (ours[kept], expected.flatten(0, 1)))
+    for mine, theirs in zip(*pairs, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_many_segments_need_few_calls():
     lengths = np.random.default_rng(0).integers(1, 60, 200)
     slots = Segments(np.append(0, np.cumsum(lengths)), torch.device("cpu")).slots
