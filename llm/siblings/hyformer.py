@@ -197,9 +197,10 @@ class Hyformer(nn.Module):
         *,
         targets: Tensor | None = None,
     ) -> ModelOutput:
-        """input_ids: (B, T) int64. task: "lm" reads causally, "mlm" and "prediction" both ways. attention_mask: (B, T),
-        1 = token, 0 = padding, which no token sees and of which no label counts. kv_caches: of the call before, or None
-        for each block; with use_cache the tokens continue its rows, and there are no gradients.
+        """input_ids: (B, T) int64. task: "lm" reads causally, "mlm" and "prediction" both ways (with
+        model.prediction_causal a head predicts causally). attention_mask: (B, T), 1 = token, 0 = padding, which no token
+        sees and of which no label counts. kv_caches: of the call before, or None for each block; with use_cache the
+        tokens continue its rows, and there are no gradients.
 
         labels: for lm the tokens themselves (B, T), shifted here; for mlm the original tokens at masked positions,
         negative elsewhere; for prediction see `compute_prediction_loss`. targets: the latter, where labels are of
@@ -214,7 +215,8 @@ class Hyformer(nn.Module):
                 f"rows of {int(first.max()) + row_length} tokens are longer than max_seq_len={self.config.max_seq_len}"
             )
         positions = None if valid is None else positions_of(valid, first)
-        inputs = TransformerInput(input_ids, positions, causal=task == "lm")
+        causal = task == "lm" or task == "prediction" and self.llm.args.prediction_causal
+        inputs = TransformerInput(input_ids, positions, causal=causal)
         if task == "prediction":
             check_rows(valid)
         out = self.llm(inputs, cache=cache, return_hidden=True)

@@ -12,7 +12,9 @@ import safetensors.torch
 import torch
 
 from llm import LLM
+from llm.cli import run_cli
 from llm.errors import UserError
+from llm.jobs.generate import continue_prompt
 from llm.pretrained import dtype_of, tokenizer_of
 from llm.siblings.hyformer import Hyformer, HyformerCheckpoint, HyformerConfig
 from llm.tokenizer import TokenizerConfig, load_tokenizer
@@ -295,3 +297,13 @@ class TestConfig:
     def test_the_constructor_takes_the_documents_arguments_in_their_order(self) -> None:
         model = Hyformer(*SIZES.values(), 3)
         assert model.config == HyformerConfig(**SIZES, num_prediction_tasks=3)
+
+
+def test_the_command_line_continues_texts_with_a_saved_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = hyformer(vocab_size=257)
+    model.save_pretrained(tmp_path / "m", tokenizer=load_tokenizer(TokenizerConfig(kind="bytes")))
+    run_cli(continue_prompt, [f"--model={tmp_path / 'm'}", "--prompt=ab", "--max_new_tokens=5", "--threads=1"])
+    expected = Hyformer.from_pretrained(tmp_path / "m").llm.generate("ab", max_new_tokens=5)
+    assert capsys.readouterr().out == expected + "\n"
