@@ -198,8 +198,8 @@ class Hyformer(nn.Module):
         targets: Tensor | None = None,
     ) -> ModelOutput:
         """input_ids: (B, T) int64. task: "lm" reads causally, "mlm" and "prediction" both ways (with
-        model.prediction_causal a head predicts causally). attention_mask: (B, T), 1 = token, 0 = padding, which no token
-        sees and of which no label counts. kv_caches: of the call before, or None for each block; with use_cache the
+        model.prediction_causal a head predicts causally). attention_mask: (B, T), 1 = token, 0 = padding: no token sees
+        it, none of its labels counts. kv_caches: of the call before, or None for each block; with use_cache the
         tokens continue its rows, and there are no gradients.
 
         labels: for lm the tokens themselves (B, T), shifted here; for mlm the original tokens at masked positions,

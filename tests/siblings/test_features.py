@@ -1,4 +1,4 @@
-"""docs/siblings/features.md: what it names exists, what it quotes stands in the documents, and no feature is left out."""
+"""docs/siblings/features.md: what it names exists, what it quotes stands in the documents, no feature is left out."""
 
 import re
 from typing import NamedTuple

@@ -161,7 +161,7 @@ def test_an_external_head_drops_in_training_alone() -> None:
     assert torch.equal(head.eval()(tokens)[0], head(tokens)[0])
 
 
-@pytest.mark.parametrize("share", ["resid_dropout"])
+@pytest.mark.parametrize("share", ["attn_dropout", "resid_dropout"])
 def test_dropout_of_a_call_is_drawn_from_torchs_generator_and_off_in_evaluation(share: str) -> None:
     model, tokens = hyformer(**{share: 0.5}), ids()
     plain = hyformer()(tokens, "mlm").logits

@@ -10,14 +10,16 @@ import huggingface_hub.constants
 import pytest
 import safetensors.torch
 import torch
+import yaml
 
-from llm import LLM
+from llm import LLM, ModelArgs
 from llm.cli import run_cli
 from llm.errors import UserError
 from llm.jobs.generate import continue_prompt
 from llm.pretrained import dtype_of, tokenizer_of
 from llm.siblings.hyformer import Hyformer, HyformerCheckpoint, HyformerConfig
 from llm.tokenizer import TokenizerConfig, load_tokenizer
+from tests.shared import ROOT
 from tests.siblings.small import SIZES, config, hyformer, ids
 
 REPOSITORY = "someone/hyformer-model"
@@ -293,6 +295,12 @@ class TestConfig:
             HyformerConfig.from_json(file)
         assert str(error.value).startswith(f"{file}: ") and expected in str(error.value)
         assert "\n" not in str(error.value)
+
+    def test_the_projects_own_config_of_a_hyformer_is_one_without_extras_but_its_width(self) -> None:
+        stated = yaml.safe_load((ROOT / "configs/siblings/hyformer_zinc.yaml").read_text())["model"]
+        args = ModelArgs.model_validate({**stated, "vocab_size": 60})
+        found = HyformerConfig.of(args)
+        assert found.args() == args and found.model_args == {"multiple_of": 64}
 
     def test_the_constructor_takes_the_documents_arguments_in_their_order(self) -> None:
         model = Hyformer(*SIZES.values(), 3)
