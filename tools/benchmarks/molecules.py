@@ -65,7 +65,7 @@ def baseline(data: PathText = DATA, output: PathText = f"{WORK}/baseline.json") 
 
 
 def finetune(
-    pretrained: PathText,
+    pretrained: PathText | None = None,
     data: PathText = DATA,
     output: PathText = WORK,
     datasets: list[str] | None = None,
@@ -74,20 +74,20 @@ def finetune(
 ) -> None:
     """Fine-tune from a pretrained model and from scratch, by configs/siblings/hyformer_DATASET.yaml, and score both.
 
-    pretrained: run folder of the pretrained model
+    pretrained: run folder of the pretrained model; none: from scratch alone
     data: what tools/molecules.py prepared
     output: folder of the runs and of a file of scores for each
     datasets: some of delaney, lipo, bbbp; default: all
     seeds: how many of the balanced splits
     nproc: processes of a run
     """
-    if not Path(pretrained).is_dir():
+    if pretrained is not None and not Path(pretrained).is_dir():
         raise UserError(f"--pretrained={pretrained}: no such run folder")
     for name in datasets or []:
         if name not in LABELS:
             raise UserError(f"--datasets: {name!r} is not one of {', '.join(LABELS)}")
     for name, split in splits(datasets or LABELS, [f"balanced-{seed}" for seed in range(seeds)] + ["deterministic"]):
-        for beginning in BEGINNINGS:
+        for beginning in BEGINNINGS if pretrained is not None else BEGINNINGS[:1]:
             folder = Path(output) / f"{name}-{split}-{beginning}"
             if not (folder / "score.json").exists():
                 more = [f"--model.init_from={pretrained}"] if beginning == "pretrained" else []
