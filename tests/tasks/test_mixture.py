@@ -18,6 +18,7 @@ from llm.tasks.mixture import own_rows
 from llm.train.chat import run_tokenizer
 from llm.train.config import RunConfig, validate
 from llm.train.config.overrides import put
+from llm.train.resume.differences import refused_changes
 from llm.train.settle import objectives_in, rows_wanted, task_in
 from tests.data.helpers import loader_of
 from tests.distributed.harness import tiny_config
@@ -172,3 +173,21 @@ def test_entries_are_changed_on_the_command_line(tmp_path: Path) -> None:
     assert raw["task"][1] == {"task": "mlm", "weight": 0.25, "source": "hidden"}
     with pytest.raises(UserError, match="--task.weight: task is a list; --task.0.weight is of the first of its 2"):
         put(raw, "task.weight", 0.25, RunConfig)
+
+
+@pytest.mark.parametrize(
+    ("task", "changed"),
+    [
+        ("lm", True),
+        (BOTH, False),
+        ([BOTH[0], {**BOTH[1], "weight": 0.25}], True),
+        ([{"task": "mlm", "source": "plain", "weight": 0.5}, {"task": "lm", "source": "hidden"}], True),
+    ],
+)
+def test_a_resumed_run_whose_tasks_changed_is_refused_unless_that_is_allowed(
+    task: Any, changed: bool, tmp_path: Path
+) -> None:
+    saved, now = (mixed(tmp_path, given).model_dump(mode="json") for given in (BOTH, task))
+    found = refused_changes(saved, now)
+    assert [line.split(":")[0] for line in found] == ["task"] * changed
+    assert refused_changes(saved, now, allowed=("task",)) == []

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm.atomic import write_file
-from llm.batch import Counts
+from llm.batch import Batch, Counts
 from llm.checkpoint.reader import list_steps, resolve
 from llm.data.batch import StepBatch
 from llm.data.loader import TrainLoader
@@ -22,7 +22,7 @@ from llm.train.guard import Guard, rows_and_size
 from llm.train.metrics import named_losses
 from llm.train.replay.records import check_replay, compare, recorded_to, strict
 from llm.train.replay.report import WORST, report_lines, rows_of
-from llm.train.replay.spans import Span, by_loss, score_spans, span_gradient_norm
+from llm.train.replay.spans import Span, by_loss, score_spans, span_gradient_norm, together
 
 if TYPE_CHECKING:
     from llm.train.trainer import Trainer
@@ -50,7 +50,7 @@ def replay(trainer: "Trainer", step: int) -> dict[str, Any]:
         while True:
             batch, counts = _next_batch(trainer, loader)
             last = trainer.progress.step == step - 1
-            spans = _spans(trainer, batch, counts.main) if last else []
+            spans = _spans(trainer, batch, counts) if last else []
             result, row = _advance(trainer, batch, counts, last=last)
             known = by_step.get(trainer.progress.step)
             if first_difference is None and known is not None and not all(compare(row, known)["equal"].values()):
@@ -73,7 +73,7 @@ def replay(trainer: "Trainer", step: int) -> dict[str, Any]:
         "recorded": by_step.get(step),
         "comparison": compare(row, by_step[step]) if step in by_step else None,
         "first_difference": first_difference,
-        "documents_loss": math.fsum(span.loss_sum for span in spans) / (counts.main or 1),
+        "documents_loss": _documents_loss(trainer, spans, counts),
         "gradient_note": _no_gradients(trainer),
         "rows": rows_of(spans),
     }
@@ -159,13 +159,15 @@ def _passed_over(recorded: Sequence[dict[str, Any]], step: int, first_row: int) 
     return ranges
 
 
-def _spans(trainer: "Trainer", batch: StepBatch, weight: float) -> list[Span]:
+def _spans(trainer: "Trainer", batch: StepBatch, counts: Counts) -> list[Span]:
     """All spans of the step on every rank, the highest mean loss first, with the gradients of the worst."""
     world = trainer.run.world
     # all forwards first: they may need the other ranks, and what a rank cannot read must not keep it out of one
-    main = _main_objective(trainer)
-    targets = [main.targets(micro_batch) for micro_batch in batch.micro_batches]
-    nll = trainer.run.engine.replica.token_losses(main, batch.micro_batches)  # none where another rank has the output
+    of_sources = _objectives(trainer)
+    objectives = list(dict.fromkeys(of_sources.values()))
+    targets = [together([o.targets(micro_batch) for o in objectives]) for micro_batch in batch.micro_batches]
+    of_each = [trainer.run.engine.replica.token_losses(objective, batch.micro_batches) for objective in objectives]
+    nll = [sum(parts[1:], parts[0]) for parts in zip(*of_each, strict=True)]  # none where another rank has the output
     score = partial(score_spans, trainer.run.mixture, trainer.run.tokenizer)
     micro_batches = list(zip(nll, batch.micro_batches, targets, strict=False))
     scored = all_or_none(lambda: [score(*micro_batch) for micro_batch in micro_batches], world)
@@ -180,9 +182,10 @@ def _spans(trainer: "Trainer", batch: StepBatch, weight: float) -> list[Span]:
     if _no_gradients(trainer) is None:
         worst = [(rank, i) for rank, i, span in everything[:WORST] if span.weight]
         norms = {
-            i: span_gradient_norm(trainer.run.engine.model, main, *mine[i][:3], weight, world.device)
+            i: _gradient_norm(trainer, of_sources[span.source], counts, micro_batch, start, stop)
             for rank, i in worst
             if rank == world.rank
+            for micro_batch, start, stop, span in (mine[i],)
         }
         for rank, found in enumerate(gather_json([[i, norm] for i, norm in norms.items()], world)):
             for i, norm in found:
@@ -191,11 +194,39 @@ def _spans(trainer: "Trainer", batch: StepBatch, weight: float) -> list[Span]:
     return [span for _, _, span in everything]
 
 
-def _main_objective(trainer: "Trainer") -> TokenObjective:
-    main = trainer.run.engine.objectives.main
-    if not isinstance(main, TokenObjective):
-        raise agreed_error(f"--replay_step looks at the losses of tokens; those of {main.name} are of something else")
-    return main
+def _gradient_norm(
+    trainer: "Trainer", objective: TokenObjective, counts: Counts, batch: Batch, start: int, stop: int
+) -> float:
+    weight = _divisor(objective, counts)
+    return span_gradient_norm(trainer.run.engine.model, objective, batch, start, stop, weight, trainer.run.world.device)
+
+
+def _documents_loss(trainer: "Trainer", spans: Sequence[Span], counts: Counts) -> float:
+    """The losses of the step's tokens by its documents."""
+    of_sources = _objectives(trainer)
+    sums: dict[TokenObjective, list[float]] = {objective: [] for objective in of_sources.values()}
+    for span in spans:
+        if span.source in of_sources:
+            sums[of_sources[span.source]].append(span.loss_sum)
+    return sum(math.fsum(parts) / _divisor(objective, counts) for objective, parts in sums.items())
+
+
+def _divisor(objective: TokenObjective, counts: Counts) -> float:
+    """What a sum of an objective's losses is divided by to be part of the step's loss."""
+    return (counts.objectives[objective.name] or 1) / objective.weight
+
+
+def _objectives(trainer: "Trainer") -> dict[str, TokenObjective]:
+    """The main objective that reads the tokens of a source, by the source's name; none where it reads something else.
+    """
+    run, found = trainer.run, dict[str, TokenObjective]()
+    for part, main in zip(run.task.parts, run.engine.objectives.mains, strict=True):
+        if isinstance(main, TokenObjective):
+            found |= {name: main for name in run.mixture.names if part.reads(name)}
+    if not found:
+        name = run.engine.objectives.main.name
+        raise agreed_error(f"--replay_step looks at the losses of tokens; those of {name} are of something else")
+    return found
 
 
 def _no_gradients(trainer: "Trainer") -> str | None:

@@ -4,6 +4,7 @@ Shapes: B rows, T tokens of a row, N = B T.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,8 +43,8 @@ class Span:
     loss_sum: float
     excerpt: str
     grad_norm: float | None = None
-    """Norm of the gradient of loss_sum / (weight of the step's targets), which is what the span adds to the step's
-    gradient."""
+    """Norm of the gradient of loss_sum / (weight of the step's targets), times the weight of its task where there are
+    several, which is what the span adds to the step's gradient."""
 
     @property
     def loss(self) -> float | None:
@@ -66,6 +67,14 @@ def by_loss(span: Span) -> tuple[float, int, int]:
 def loss_order(loss: float | None) -> float:
     """What a mean loss is sorted by."""
     return -math.inf if loss is None else math.inf if math.isnan(loss) else loss
+
+
+def together(targets: Sequence[Targets]) -> Targets:
+    """Those of several tasks as one, no token being a target of two."""
+    if len(targets) == 1:
+        return targets[0]
+    labels = torch.stack([each.labels for each in targets]).amax(0)
+    return Targets(labels, torch.stack([each.weight_of_each() for each in targets]).sum(0).float())
 
 
 def score_spans(
