@@ -2,7 +2,7 @@
 
 A token is written as its text, a control token as its name or <number>, an image as the grid of its tiles; what trains
 stands in brackets, with its weight where that is not 1; of tokens that are to be guessed what the model sees and,
-behind an arrow, what they are.
+behind an arrow, what they are. The labels of a sample stand above its text.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,13 +12,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from llm.args import ModelArgs
+from llm.data.labelled_rows import PREDICTION
 from llm.data.masked import TARGET as MASKED
 from llm.data.mixture import Mixture
 from llm.data.rows import Row
 from llm.tokenizer import Tokenizer
 from llm.train.config import RunConfig
 from llm.train.preflight import ALONE, UnstartedRun, preflight
-from llm.train.settle import rows_wanted, task_in
+from llm.train.resume.choose import checkpoint_to_continue
+from llm.train.settle import rows_wanted, settle_model, task_in
 from vision.tokens import NAMES, ImageTokens
 
 OPEN, CLOSE = "\u27e6", "\u27e7"
@@ -33,15 +36,19 @@ def show(config: RunConfig, run_dir: Path, n_rows: int) -> Iterator[str]:
     """
     preflight(config, run_dir)
     run = UnstartedRun(config, run_dir)
-    opened = task_in(config).open_rows(rows_wanted(run.settled), run.tokenizer, ALONE)
+    task = task_in(config)
+    opened = task.open_rows(rows_wanted(run.settled), run.tokenizer, ALONE)
+    goes_on = checkpoint_to_continue(run.settled, run.checkpoints) is not None
+    args = settle_model(run.settled, task, opened, goes_on).model
     yield from opened.notes
+    yield from _settled(args)
     yield f"what trains stands between {OPEN} and {CLOSE}"
     for i in range(n_rows):
-        yield from show_row(opened.train, i, run.tokenizer)
+        yield from show_row(opened.train, i, run.tokenizer, args)
 
 
-def show_row(mixture: Mixture, i: int, tokenizer: Tokenizer) -> Iterator[str]:
-    """Lines about row i, from 0, of the order of the data."""
+def show_row(mixture: Mixture, i: int, tokenizer: Tokenizer, args: ModelArgs | None = None) -> Iterator[str]:
+    """Lines about row i, from 0, of the order of the data. args: the model, which says what labels are called."""
     (number,), (k,), (epoch,) = (found.tolist() for found in mixture.locate(i))
     row = mixture.read(number, k, epoch)
     assert row is not None
@@ -60,7 +67,11 @@ def show_row(mixture: Mixture, i: int, tokenizer: Tokenizer) -> Iterator[str]:
         place = mixture.sources[number].origin(k, epoch, start)
         part = f", from token {place.offset + 1}" if place.offset else ""
         n_targets = _count(int((labels[start:end] >= 0).sum()), "target")
-        yield f"--- {place.origin}{part}{_side(row, start)}: {n_targets}, {_count(end - start, 'position')}"
+        of_sample = _labels(row, start, args) if target == PREDICTION else n_targets
+        yield f"--- {place.origin}{part}{_side(row, start)}: {of_sample}, {_count(end - start, 'position')}"
+        if target == PREDICTION:
+            yield _text(row.tokens[start:end].tolist(), tokenizer, names)
+            continue
         if target == MASKED:
             yield guessed(row.tokens[start:end], labels[start:end], tokenizer, names)
             continue
@@ -131,6 +142,31 @@ def _side(row: Row, start: int) -> str:
     if pair is None:
         return ""
     return f", pair {abs(int(pair[start]))}, {'chosen' if pair[start] > 0 else 'rejected'}"
+
+
+def _settled(args: ModelArgs) -> Iterator[str]:
+    """What the rows say of the model's outputs."""
+    if args.prediction_names is None:
+        return
+    for i, name in enumerate(args.prediction_names):
+        scales = ""
+        if args.prediction_mean is not None and args.prediction_std is not None:
+            scales = f", learned as (label - {args.prediction_mean[i]:.6g}) / {args.prediction_std[i]:.6g}"
+        yield f"output {i} is {name!r}{scales}"
+
+
+def _labels(row: Row, start: int, args: ModelArgs | None) -> str:
+    """The labels of the sample that begins there, by name, and its weight where that is not 1."""
+    numbers = [float(value[start]) for name, value in row.values.items() if name.startswith(f"{PREDICTION}.")]
+    names = None if args is None else args.prediction_names
+    if args is not None and args.prediction == "classification" and names is not None:
+        parts = ["no label" if np.isnan(x) else f"label {names[int(x)]!r}" for x in numbers]
+    else:
+        called = names or [str(i) for i in range(len(numbers))]
+        parts = [f"{name} {'missing' if np.isnan(x) else f'{x:.6g}'}" for name, x in zip(called, numbers, strict=True)]
+    weights = row.targets[PREDICTION].weights
+    weight = [] if weights is None or weights[start] == 1 else [f"weight {weights[start]:g}"]
+    return ", ".join([*parts, *weight])
 
 
 def _count(n: int, noun: str) -> str:

@@ -93,3 +93,24 @@ def test_a_fine_tuning_validates_before_its_first_step_unless_the_config_says(
     left_out = write_config(tmp_path / "left_out.yaml", raw)
     said = [job.parse(["--config", str(path)]).config.eval.at_start for path in (left_out, given)]
     assert said == [job is Finetune, False]
+
+
+def test_labels_stand_above_their_text_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = [{"s": "abc", "a": 1.5, "b": None, "w": 1}, {"s": "de", "a": 2.5, "b": 7, "w": 0.5}]
+    columns = {"text": "s", "label": ["a", "b"], "weight": "w"}
+    source = {"path": write_rows(tmp_path / "rows.jsonl", data), "kind": "labelled", "columns": columns}
+    raw = tiny_config(tmp_path, data={"train": [source], "valid": None})
+    raw["model"] |= {"n_prediction": 2, "prediction": "regression"}
+    config = write_config(tmp_path / "config.yaml", raw | {"task": "prediction"})
+    monkeypatch.setattr("sys.argv", ["pretrain.py", "--config", str(config), "--show", "1"])
+    pretrain.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert "output 0 is 'a', learned as (label - 2) / 0.5" in lines
+    first = next(i for i, line in enumerate(lines) if line.startswith("==="))
+    path = tmp_path / "rows.jsonl"
+    assert lines[first + 1 : first + 5] == [
+        f"--- {path}:1: a 1.5, b missing, 5 positions", "<s>abc</s>",
+        f"--- {path}:2: a 2.5, b 7, weight 0.5, 4 positions", "<s>de</s>",
+    ]  # fmt: skip
