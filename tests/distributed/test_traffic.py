@@ -89,8 +89,8 @@ ON_FOUR_RANKS = [
 
 BIASED = {"norm": "layer", "ffn_bias": True, "qkv_bias": True, "o_bias": True}
 BERT = {
-    **BIASED, "norm_place": "post_add", "gated": False, "act": "gelu", "pos": "learned", "causal": False,
-    "qk_norm": None, "nope_layer_interval": None,
+    **BIASED, "norm_place": "post_add", "gated": False, "act": "gelu", "pos": "learned", "qk_norm": None,
+    "nope_layer_interval": None,
 }  # fmt: skip
 POSITIONS_FROZEN = ("pos_embeddings.*", "layers.0.*")
 ONE_MOE_KIND = {"n_experts": 4, "hidden": 24, "interleave": 1}

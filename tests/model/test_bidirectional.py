@@ -13,7 +13,9 @@ from llm.cache import Cache
 from llm.data.batch import collate
 from llm.data.rows import Row, RowTargets
 from llm.datatypes import TransformerInput
-from tests.distributed.harness import ROOT
+from llm.errors import UserError
+from llm.train.config import validate
+from tests.distributed.harness import ROOT, tiny_config
 from tests.model.models import llama4, tokens
 
 KINDS = {
@@ -111,6 +113,13 @@ def test_mixers_with_a_state_see_one_way_only(monkeypatch: pytest.MonkeyPatch) -
         model(TransformerInput(tokens(1, 6), causal=False))
     with pytest.raises(ValueError, match="model.causal=false needs attention in every layer; layer 1 is average"):
         llama4(layer_pattern=["attn", "average"], causal=False)
+
+
+def test_a_run_that_learns_the_next_token_is_of_a_causal_model(tmp_path: Path) -> None:
+    raw = tiny_config(tmp_path, model={"causal": False})
+    with pytest.raises(UserError, match="model.causal=false: task=lm is of models whose tokens do not see"):
+        validate(raw, "c.yaml")
+    assert not validate(raw | {"task": "mlm"}, "c.yaml").model.causal
 
 
 def test_a_batch_says_of_each_of_its_rows_whether_it_is_causal() -> None:

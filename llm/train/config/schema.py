@@ -119,6 +119,12 @@ class RunConfig(Section):
         self._sources_go_with_tasks()
         self._kinds_suit_the_task()
         self._options_go_with_their_task()
+        forward = [name for name in self.task_names if name in ("lm", "dpo")]
+        if forward and not self.model.causal:
+            raise ValueError(
+                f"model.causal=false: task={forward[0]} is of models whose tokens do not see what comes; leave it out"
+                " (rows of mlm and prediction are read both ways by themselves)"
+            )
         if self.prediction.label_smoothing and self.model.prediction != "classification":
             raise ValueError(
                 f"prediction.label_smoothing={self.prediction.label_smoothing}: is for classes, and "
