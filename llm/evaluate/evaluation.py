@@ -112,6 +112,7 @@ def questions(settings: Settings, quiet: bool) -> Questions:
     requests: list[Request] = []
     tasks, groups = open_tasks(settings.tasks, settings.options)
     for task in tasks:
+        task.check_direction(model.args)
         documents = task.documents(model.encoder, model.chat, model.pictures, model.head)
         parts.append(Part(task, documents, len(requests)))
         requests += [request for document in documents for request in document.requests]

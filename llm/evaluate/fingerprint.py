@@ -55,7 +55,7 @@ def fingerprint(replica: Replica) -> Fingerprint | None:
     """Of the present weights (collective, over all ranks that compute together). None where logits are not finite."""
     args = replica.model.args
     ids = torch.tensor([fixed_ids(args)], device=replica.world.device)
-    found = replica.logits(TransformerInput(ids), [Cache(args) for _ in replica.stages])[0]
+    found = replica.logits(TransformerInput(ids, causal=True), [Cache(args) for _ in replica.stages])[0]
     places = [i * len(found) // KEPT for i in range(KEPT)]
     logits = found.float().cpu()[places]
     dtype = str(next(replica.model.parameters()).dtype).removeprefix("torch.")

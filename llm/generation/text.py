@@ -103,7 +103,10 @@ class Continuer:
         end_ids: Sequence[int] | None = None,
         limits: ImageLimits = LIMITS,
     ) -> None:
-        """end_ids: what ends a text; None = what the tokenizer says. limits: of the images of prompts."""
+        """end_ids: what ends a text; None = what the tokenizer says. limits: of the images of prompts. UserError where
+        the model is none that continues texts."""
+        if not model.args.causal:
+            raise UserError(f"{name} continues no text: its tokens see what follows them (model.causal=false)")
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.pictures = Pictures(model.args.vision, name, limits)
         self.end_ids = tokenizer.end_ids if end_ids is None else tuple(end_ids)

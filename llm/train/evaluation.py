@@ -113,6 +113,7 @@ def open_run_tasks(
     head = Head.of(config.model, names_known)
     for task in tasks:
         task.meet(head)
+        task.check_direction(config.model)
     unread = RunTasks([OpenTask(task, ()) for task in tasks], groups)
     if given.best != VALID_LOSS:
         _check_best(given.best, unread.named())

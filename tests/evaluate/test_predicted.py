@@ -184,3 +184,18 @@ def test_an_evaluation_writes_what_was_predicted_of_each_document(tmp_path: Path
     assert lines[0]["gold"] == [1, None] and lines[0]["responses"][0]["tokens"] == 4
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["t"]
     assert results["mae"] == pytest.approx(float((expected[:, 0] - 1).abs().mean()), rel=1e-5)
+
+
+def test_a_model_that_sees_both_ways_is_asked_for_labels_alone(tmp_path: Path) -> None:
+    model = model_of(causal=False)
+    model.save_pretrained(tmp_path / "model", tokenizer=ByteTokenizer())
+    words = ["--model", str(tmp_path / "model"), "--tasks", str(tmp_path / "t.yaml"), "--output", str(tmp_path / "out")]
+    made(tmp_path, [{"text": "ab", "label": [1, 2]}], kind="prediction")
+    job = Evaluate.parse([*words, "--dtype=fp32"])
+    evaluation.evaluate(job.flags.settings, make_grid(replica_of(model).world, job.layout))
+    assert (tmp_path / "out" / "results.json").exists()
+    made(tmp_path, [{"text": "ab"}], kind="perplexity")
+    with pytest.raises(UserError, match=r"t.yaml: asks what follows a text, and the tokens of this model see what"):
+        Evaluate.parse([*words, "--dtype=fp32"]).report()
+    with pytest.raises(UserError, match="continues no text: its tokens see what follows them"):
+        LLM.from_pretrained(tmp_path / "model").generate("ab")

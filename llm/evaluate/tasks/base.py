@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from llm.args import ModelArgs
 from llm.errors import UserError
 from llm.evaluate.encode import Encoder
 from llm.evaluate.requests import Answer, Continued, Request, Score, Scored
@@ -79,6 +80,8 @@ class EvalTask(ABC):
     schema: ClassVar[type[TaskConfig]]
     defaults: ClassVar[tuple[str, ...]]
     """metrics where the file names none"""
+    of_whole_texts: ClassVar[bool] = False
+    """whether it asks nothing of what follows a text"""
 
     def __init__(self, content: dict[str, Any], file: Path, options: TaskOptions) -> None:
         """UserError naming the file where a key is wrong, a template cannot be used or data is not there."""
@@ -118,6 +121,14 @@ class EvalTask(ABC):
 
     def settle(self) -> None:  # noqa: B027 - a kind may have nothing to settle
         """Compile templates, check what keys say together. UserError naming the key."""
+
+    def check_direction(self, args: ModelArgs) -> None:
+        """UserError where it asks for what the tokens of the model see."""
+        if not (args.causal or self.of_whole_texts):
+            raise UserError(
+                f"{self.file}: asks what follows a text, and the tokens of this model see what follows "
+                f"(model.causal=false); kind prediction alone can be asked of it"
+            )
 
     def meet(self, head: Head | None) -> None:  # noqa: B027 - most kinds need no head
         """Settle what depends on what the model predicts; None: nothing. UserError where they do not go together."""

@@ -45,6 +45,7 @@ class PredictionTask(EvalTask):
     kind = "prediction"
     schema = PredictionConfig
     defaults = ()
+    of_whole_texts = True
 
     def settle(self) -> None:
         config = cast(PredictionConfig, self.config)
