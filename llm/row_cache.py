@@ -180,7 +180,7 @@ class _Run:
     rows: slice
     places: slice
     slots: slice
-    seen_B11S: Tensor
+    hidden_B11S: Tensor
     """of each place"""
     row_of_place: Tensor | None
     """Where rows have left: another row stands for each of those, and what comes of it is dropped"""
@@ -209,7 +209,7 @@ class _Going:
         for run in self._runs_of(spec):
             k, v = (buffer[run.places, :, run.slots] for buffer in (keys, values))
             q = q_BKGd[run.rows] if run.row_of_place is None else q_BKGd.index_select(0, run.row_of_place)
-            found = attend_few(q, k, v, run.seen_B11S, scores)
+            found = attend_few(q, k, v, run.hidden_B11S, scores)
             if run.place_of_row is not None:
                 found = found.index_select(0, run.place_of_row)
             out[run.rows, 0] = found.flatten(1, 2).to(out.dtype)
@@ -247,8 +247,8 @@ class _Going:
         # each place's own row, or where that has left the one before
         row_of_place = rows.start + np.searchsorted(own, np.arange(places.start, places.stop), side="right") - 1
         seen = visible(self._positions[row_of_place, None], np.arange(first, n_slots)[None], mask, span)
-        seen_B11S = torch.from_numpy(seen[:, None]).to(self._device)
+        hidden_B11S = torch.from_numpy(~seen[:, None]).to(self._device)
         if len(row_of_place) == len(own):
-            return _Run(rows, places, slots, seen_B11S, None, None)
+            return _Run(rows, places, slots, hidden_B11S, None, None)
         ways = (torch.from_numpy(numbers).to(self._device) for numbers in (row_of_place, own - places.start))
-        return _Run(rows, places, slots, seen_B11S, *ways)
+        return _Run(rows, places, slots, hidden_B11S, *ways)

@@ -97,19 +97,19 @@ def masked_attention(
     return (capped.softmax(-1) @ v).flatten(1, 2).to(q_BHTd.dtype)
 
 
-def attend_few(q_BKGd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, seen_B11S: Tensor, scores: Scores) -> Tensor:
-    """Attention of the few queries of each kv head to the keys that their row sees; (B, K, G, d). Each row by itself:
-    its bits follow S, not B. Keys and values lie in larger buffers, head after head.
+def attend_few(q_BKGd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, hidden_B11S: Tensor, scores: Scores) -> Tensor:
+    """Attention of the few queries of each kv head to the keys that are not hidden from their row; (B, K, G, d). Each
+    row by itself: its bits follow S, not B. Keys and values lie in larger buffers, head after head.
 
     On a CPU by plain products, which take two thirds of the time of torch's fused kernel, or less (measured).
     """
     if q_BKGd.device.type != "cpu" or scores.softcap is not None:
-        return masked_attention(q_BKGd, k_BKSd, v_BKSd, seen_B11S, scores)
+        return masked_attention(q_BKGd, k_BKSd, v_BKSd, ~hidden_B11S, scores)
     scale = q_BKGd.shape[-1] ** -0.5 if scores.scale is None else scores.scale
-    q, k, v = (x.flatten(0, 1) for x in (q_BKGd * scale, k_BKSd, v_BKSd))  # views, as heads lie at one distance
-    scores_BKGS = torch.bmm(q, k.transpose(1, 2)).unflatten(0, q_BKGd.shape[:2])
-    weights_BKGS = scores_BKGS.masked_fill_(~seen_B11S, -torch.inf).softmax(-1)
-    return torch.bmm(weights_BKGS.flatten(0, 1), v).unflatten(0, q_BKGd.shape[:2])
+    shape_BKGd, k, v = q_BKGd.shape, k_BKSd.flatten(0, 1), v_BKSd.flatten(0, 1)  # views: heads lie at one distance
+    scores_NGS = torch.bmm((q_BKGd * scale).flatten(0, 1), k.transpose(1, 2))
+    scores_NGS.view(*shape_BKGd[:3], -1).masked_fill_(hidden_B11S, -torch.inf)
+    return torch.bmm(scores_NGS.softmax(-1), v).view(shape_BKGd)
 
 
 def full_attention(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, scores: Scores = PLAIN) -> Tensor:
