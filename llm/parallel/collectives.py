@@ -48,7 +48,8 @@ def main_decides(choose: Callable[[], Any], world: World) -> Any:
     The others wait at the key-value store, not in a collective: rank 0 may take hours (sharding raw text), far beyond
     the time-out of the process group. They give up when they have heard nothing of it for that long.
     """
-    key = f"main_decides/{next(_decisions)}"
+    # what a rank decides alone, as the checks before the ranks meet, is none of the questions that it has in common
+    key = f"main_decides/{next(_decisions)}" if world.size > 1 else ""
     if world.is_main:
         with nullcontext() if world.store is None else heard(world.store, key, world.timeout_s):
             try:
