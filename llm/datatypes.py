@@ -176,9 +176,19 @@ class LossSum(NamedTuple):
     """(B, T) float32 without gradient: each target's part, 0 where there is none; None where that is not known."""
     measures: Mapping[str, Tensor] | None = None
     """What the objective says besides, by its `measures`: float32 scalars without gradient, sums as `total` is."""
-    predictions: Tensor | None = None
-    """(S, n) float32 without gradient: what was predicted of each labelled document, in the order of the batch; None
-    where gradients are on, or nothing of the kind is."""
+    predictions: "Predictions | None" = None
+    """Where gradients are off, of an objective that predicts documents."""
+
+
+class Predictions(NamedTuple):
+    """What a prediction head makes of the labelled documents of a batch, in their order; S: these alone."""
+
+    outputs_Sn: Tensor
+    """float32, without gradient."""
+    labels_SL: Tensor
+    """float32, NaN where one is missing."""
+    places_S: Tensor
+    """int64: the first token of each, among the flattened tokens of the batch."""
 
 
 class RouterStats(NamedTuple):

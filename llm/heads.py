@@ -88,6 +88,11 @@ class Heads(InRegion):
         where the label is negative."""
         return self._head(hidden_BTD, HeadTargets(labels_BT, each=True))
 
+    def token_hits(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
+        """Whether each label is the likeliest token given final hidden states, (B, T) bool; not where it is negative.
+        """
+        return self._head(hidden_BTD, HeadTargets(labels_BT, hits=True))
+
     def predictions(self, hidden_BTD: Tensor, inputs: TransformerInput, keys_N: Tensor | None = None) -> Tensor:
         """What the prediction head makes of each document of the inputs (`TransformerInput.resolve`), pooled as
         model.pool says: (S, n) float32, logits or scaled values. With tensor parallelism give it `replicated` hidden

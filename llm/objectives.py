@@ -47,6 +47,12 @@ class Objective(Named):
     """What it says besides its loss, each as a mean over the same count: `NAME_MEASURE` in metrics.jsonl, and in a
     validation, where it is the main objective, `valid_MEASURE`."""
 
+    held_out_measures: tuple[str, ...] = ()
+    """What it says besides where gradients are off, among the measures of its losses: in a validation too."""
+
+    predicts: bool = False
+    """Whether it predicts whole documents: where gradients are off, its losses have `predictions`."""
+
     head_calls: int = 1
     """How often a training micro-batch passes the output matrix, once of them with a gradient."""
 

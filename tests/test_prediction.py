@@ -113,7 +113,9 @@ def test_without_gradients_the_labelled_samples_predictions_are_there_in_their_o
     with torch.no_grad():
         hidden = model(batch.inputs, return_hidden=True).hidden
         found = Prediction().loss_sum(model, hidden, batch).predictions
-        assert torch.equal(found, model.predictions(hidden, batch.inputs)[LABELLED])
+        assert torch.equal(found.outputs_Sn, model.predictions(hidden, batch.inputs)[LABELLED])
+        torch.testing.assert_close(found.labels_SL, torch.tensor(LABELS[kind]), equal_nan=True)
+        assert found.places_S.tolist() == [BOUNDS[document] for document in LABELLED]
     assert Prediction().loss_sum(model, hidden.requires_grad_(), batch).predictions is None
 
 

@@ -9,10 +9,12 @@ labels, so that every rank has as many of them.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
-from llm.batch import Batch
+from llm.batch import Batch, Rows
 from llm.data.batch import collate
 from llm.data.order import ORDER_VERSION, permute, round_keys
 from llm.data.rows import Row, RowSource
@@ -59,16 +61,23 @@ class HeldOut:
         """The micro-batches of one of `dp_size` data-parallel ranks; as many on each of them."""
         for start in range(0, self.n_rows, micro_batch_size * dp_size):
             first = start + dp_rank * micro_batch_size
-            rows = [self._read(i) for i in range(first, first + micro_batch_size)]
-            yield collate(rows, self.seq_len, self.fill, targets=self.targets, values=self.values)
+            places = np.arange(first, first + micro_batch_size)
+            source, row = self.locate(places)
+            rows = [self._read(*place) for place in zip(source.tolist(), row.tolist(), strict=True)]
+            batch = collate(rows, self.seq_len, self.fill, targets=self.targets, values=self.values)
+            number = np.where(source < 0, -1, places)
+            yield replace(batch, rows=Rows(source, row, number, np.zeros_like(number)))
 
-    def _read(self, i: int) -> Row | None:
-        """The i-th row that counts; None behind the last."""
-        if i >= self.n_rows:
-            return None
-        row = int(self._rows[i])
-        number = int(self._ends.searchsorted(row, side="right"))
-        return self.sources[number].read(row - (int(self._ends[number - 1]) if number else 0), 0)
+    def locate(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(number of the source, row in it) of each of the rows that count, by their numbers; -1 behind the last."""
+        there = places < self.n_rows
+        row = np.where(there, self._rows[np.minimum(places, self.n_rows - 1)], -1)
+        source = np.where(there, self._ends.searchsorted(row, side="right"), -1)
+        before = np.concatenate([[0], self._ends])[source]
+        return source, np.where(there, row - before, -1)
+
+    def _read(self, source: int, row: int) -> Row | None:
+        return None if source < 0 else self.sources[source].read(row, 0)
 
     def described(self) -> str:
         """How much a validation reads, in words."""

@@ -106,6 +106,27 @@ def token_nll(
     return torch.cat(nll).float().view(labels_BT.shape)
 
 
+def token_hits(
+    hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, vocabulary: Share | None = None
+) -> Tensor:
+    """Whether each label is the token of the largest logit, (B, T) bool, False where the label is negative."""
+    _check_labels(labels_BT, weight_VD, vocabulary)
+    chunks = _chunks(hidden_BTD.flatten(0, 1), labels_BT.flatten(), weight_VD, vocabulary)
+    hits = [_likeliest(logits, vocabulary) == labels for logits, _, labels in chunks]
+    return torch.cat(hits).view(labels_BT.shape)
+
+
+def _likeliest(logits_nV: Tensor, vocabulary: Share | None) -> Tensor:
+    """The token of the largest logit, (n,) int64; of this rank's share compared with those of the others."""
+    largest_n, token_n = logits_nV.max(-1)
+    if vocabulary is None:
+        return token_n
+    # token ids are exact in float64
+    of_ranks = vocabulary.gather(torch.stack([largest_n.double(), (token_n + vocabulary.first).double()]))
+    best_n = of_ranks[:, 0].argmax(0)
+    return of_ranks[:, 1].gather(0, best_n[None])[0].long()
+
+
 class _PerToken(NamedTuple):
     """What `lm_loss_sum` is given for each token, (N,)."""
 

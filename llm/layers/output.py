@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llm.args.lora import LoraArgs, adapter
 from llm.init import Draw
-from llm.kernels.cross_entropy import capped, lm_loss_sum, token_nll
+from llm.kernels.cross_entropy import capped, lm_loss_sum, token_hits, token_nll
 from llm.layers.lora import Adapted, VocabularyAdapted, adapter_rows, token_row_rows
 from llm.layers.parameter import ParamInfo, Rows
 from llm.layers.region import VocabularyShare
@@ -27,6 +27,8 @@ class HeadTargets(NamedTuple):
     """Is filled with each label's negative log-likelihood."""
     each: bool = False
     """Return the negative log-likelihood of each label, (B, T) without gradient, not their sum."""
+    hits: bool = False
+    """Return whether each label is the likeliest token, (B, T)."""
 
 
 class Output(VocabularyAdapted):
@@ -82,7 +84,7 @@ def predict(
     softcap: float | None = None,
     adapter: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Float32 logits (B, T, V); given targets, the sum of their negative log-likelihood, or each one's (see
+    """Float32 logits (B, T, V); given targets, the sum of their negative log-likelihood, or each one's, or hits (see
     llm/kernels/cross_entropy.py).
 
     With an adapter the loss is that of one wider product, [x, s A x] with [W, B], so that it needs no other kernel.
@@ -95,7 +97,9 @@ def predict(
         return logits if vocabulary is None else vocabulary.join(logits)
     if adapter is not None:
         hidden_BTD, weight_VD = torch.cat([hidden_BTD, adapter[0]], -1), torch.cat([weight_VD, adapter[1]], 1)
-    labels_BT, factors_BT, nll_BT, each = targets
+    labels_BT, factors_BT, nll_BT, each, hits = targets
+    if hits:
+        return token_hits(hidden_BTD, weight_VD, labels_BT, vocabulary)
     if each:
         return token_nll(hidden_BTD, weight_VD, labels_BT, vocabulary, softcap)
     return lm_loss_sum(hidden_BTD, weight_VD, labels_BT, vocabulary, softcap, factors_BT=factors_BT, nll_BT=nll_BT)

@@ -1,4 +1,4 @@
-"""Small agreements between ranks: integers, sums, JSON. Nothing here pickles."""
+"""Small agreements between ranks: integers, sums, rows of numbers, JSON. Nothing here pickles."""
 
 import itertools
 import json
@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from llm.errors import DamagedFile, UserError
 from llm.parallel.launch.liveness import heard, wait_for
@@ -40,6 +42,24 @@ def gather_json(value: Any, world: World) -> list[Any]:
     return [
         json.loads(bytes(row[: int(length)].cpu().numpy()).decode()) for row, length in zip(rows, lengths, strict=True)
     ]
+
+
+def gather_rows(rows: Sequence[NDArray[np.float64]], world: World) -> NDArray[np.float64]:
+    """The rows of all ranks, which all have the same width, in the order of ranks, on every rank; (0, 0) where no rank
+    has any.
+    """
+    mine = np.concatenate(rows) if rows else np.zeros((0, 0))
+    if world.size == 1:
+        return mine
+    shapes = torch.zeros(world.size, 2, dtype=torch.int64, device=world.device)
+    dist.all_gather_into_tensor(shapes, torch.tensor([mine.shape], dtype=torch.int64, device=world.device))
+    most, width = shapes.amax(0).tolist()
+    padded = torch.zeros(most * width, dtype=torch.float64)
+    padded[: mine.size] = torch.from_numpy(mine).reshape(-1)
+    every = torch.empty(world.size * most * width, dtype=torch.float64, device=world.device)
+    dist.all_gather_into_tensor(every, padded.to(world.device))
+    of_ranks = every.cpu().numpy().reshape(world.size, most, width)
+    return np.concatenate([of_rank[:n] for of_rank, n in zip(of_ranks, shapes[:, 0].tolist(), strict=True)])
 
 
 def main_decides(choose: Callable[[], Any], world: World) -> Any:

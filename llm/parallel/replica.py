@@ -10,8 +10,9 @@ ranks only wait for what they need.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,14 +23,14 @@ from torch import Tensor
 from llm.args import ModelArgs
 from llm.batch import Batch
 from llm.cache import Cache, Remembered
-from llm.datatypes import LossSum, TransformerInput, TransformerOutput
+from llm.datatypes import LossSum, Predictions, TransformerInput, TransformerOutput
 from llm.generate import Decoder
 from llm.heads import Losses
 from llm.layers.moe import routing_shape
 from llm.model import LLM
 from llm.objectives import Objective, Objectives, TokenObjective
 from llm.parallel.build import Storage, build_model
-from llm.parallel.collectives import sum_over_ranks
+from llm.parallel.collectives import gather_rows, sum_over_ranks
 from llm.parallel.grid import Grid
 from llm.parallel.stages import Stage, split
 from llm.parameters import ParameterTable
@@ -38,6 +39,31 @@ EVALUATED_AT_ONCE = 4
 """Micro-batches that go through a pipeline together, for each rank of it."""
 MOST_DIMENSIONS = 3
 """Of what goes from stage to stage."""
+
+
+class Predicted(NamedTuple):
+    """What was predicted of labelled documents, in the order of their rows. S documents, n outputs, L labels."""
+
+    outputs_Sn: NDArray[np.float64]
+    labels_SL: NDArray[np.float64]
+    """NaN where one is missing."""
+
+    @classmethod
+    def of(cls, documents: NDArray[np.float64], n_outputs: int) -> "Predicted":
+        """Of documents as `_numbered` writes them down, in any order."""
+        ordered = documents[np.lexsort((documents[:, 1], documents[:, 0]))] if len(documents) else documents
+        return cls(ordered[:, 2 : 2 + n_outputs], ordered[:, 2 + n_outputs :])
+
+
+class Sums(NamedTuple):
+    """Of an objective over batches."""
+
+    total: float
+    """Of the loss."""
+    measures: dict[str, float]
+    """By the names of its measures, those of held-out rows last."""
+    counts: list[float]
+    predicted: Predicted | None
 
 
 class Replica:
@@ -124,42 +150,61 @@ class Replica:
 
     @torch.no_grad()
     def sum_losses(
-        self, objective: Objective, batches: Iterator[Batch], counted: Callable[[Batch], Sequence[float]]
-    ) -> tuple[float, dict[str, float], list[float]]:
-        """The sum of an objective, those of its measures by name, and those of what `counted` counts in each batch,
-        over all ranks (collective).
+        self,
+        objectives: Sequence[Objective],
+        batches: Iterator[Batch],
+        counted: Sequence[Callable[[Batch], Sequence[float]]],
+    ) -> list[Sums]:
+        """Of each objective, with what its own function of `counted` counts in each batch, over all ranks (collective).
+        Where one predicts documents, the batches must know their rows.
         """
-        names = objective.measures
-        totals = torch.zeros(1 + len(names), dtype=torch.float64, device=self.world.device)
-        mine: list[float] = []
-        for batch, loss in self._losses(objective, batches):
-            if loss is not None:
-                measures = loss.measures or {}
-                totals += torch.stack([loss.total, *(measures[name] for name in names)]).double()
-            numbers = counted(batch)
-            mine = [sum(pair) for pair in zip(mine, numbers, strict=True)] if mine else list(numbers)
-        sums = sum_over_ranks([n * self.grid.reports_loss for n in (*totals.tolist(), *mine)], self.world)
-        n = len(names)
-        return sums[0], dict(zip(names, sums[1 : 1 + n], strict=True)), sums[1 + n :]
+        names = [(*objective.measures, *objective.held_out_measures) for objective in objectives]
+        totals = [torch.zeros(1 + len(own), dtype=torch.float64, device=self.world.device) for own in names]
+        counts: list[list[float]] = [[] for _ in objectives]
+        documents: list[list[NDArray[np.float64]]] = [[] for _ in objectives]
+        for batch, losses in self._losses(objectives, batches):
+            for k, objective in enumerate(objectives):
+                if losses is not None:
+                    loss = losses[objective.name]
+                    measures = loss.measures or {}
+                    totals[k] += torch.stack([loss.total, *(measures[name] for name in names[k])]).double()
+                    if self.grid.reports_loss and loss.predictions is not None:
+                        documents[k].append(_numbered(loss.predictions, batch))
+                numbers = counted[k](batch)
+                counts[k] = [sum(pair) for pair in zip(counts[k], numbers, strict=True)] if counts[k] else [*numbers]
+        mine = [[*total.tolist(), *count] for total, count in zip(totals, counts, strict=True)]
+        flat = [number * self.grid.reports_loss for of_each in mine for number in of_each]
+        every = iter(sum_over_ranks(flat, self.world))
+        found = []
+        for k, objective in enumerate(objectives):
+            total, *rest = (next(every) for _ in mine[k])
+            n = len(names[k])
+            predicted = None
+            if objective.predicts:
+                predicted = Predicted.of(gather_rows(documents[k], self.world), self.model.args.n_prediction)
+            found.append(Sums(total, dict(zip(names[k], rest[:n], strict=True)), rest[n:], predicted))
+        return found
 
     @torch.no_grad()
     def token_losses(self, objective: TokenObjective, batches: Sequence[Batch]) -> list[Tensor]:
         """An objective's part of each token of each batch, (B, T) float32, where this rank has the last stage,
         elsewhere nothing (collective).
         """
-        found = [loss.per_token for _, loss in self._losses(objective, iter(batches)) if loss is not None]
-        return [per_token for per_token in found if per_token is not None]
+        found = [losses[objective.name] for _, losses in self._losses([objective], iter(batches)) if losses is not None]
+        return [loss.per_token for loss in found if loss.per_token is not None]
 
-    def _losses(self, objective: Objective, batches: Iterator[Batch]) -> Iterator[tuple[Batch, LossSum | None]]:
-        """Each batch and its loss, where this rank has the last stage (collective)."""
-        alone = Objectives([objective])
+    def _losses(
+        self, objectives: Sequence[Objective], batches: Iterator[Batch]
+    ) -> Iterator[tuple[Batch, Mapping[str, LossSum] | None]]:
+        """Each batch and its losses by the objectives' names, where this rank has the last stage (collective)."""
+        together = Objectives(objectives)
         ranks = self.grid.pipeline.size
         while chunk := list(islice(batches, EVALUATED_AT_ONCE * ranks if ranks > 1 else 1)):
             here = [self.to_device(batch) for batch in chunk]
             outputs = self._through_stages(
-                [batch.inputs for batch in here], [alone.losses_of(self.model, batch) for batch in here]
+                [batch.inputs for batch in here], [together.losses_of(self.model, batch) for batch in here]
             )
-            found: list[LossSum | None] = [out.losses[objective.name] for out in outputs if out.losses]
+            found: list[Mapping[str, LossSum] | None] = [out.losses for out in outputs if out.losses]
             yield from zip(chunk, found or [None] * len(chunk), strict=True)
 
     @torch.no_grad()
@@ -266,3 +311,12 @@ class _Rows:
     def keep(self, rows: list[int]) -> None:
         for cache in self._caches:
             cache.reorder(rows)
+
+
+def _numbered(predictions: Predictions, batch: Batch) -> NDArray[np.float64]:
+    """For each document the number of its row, its place there, the outputs and the labels: (S, 2 + n + L)."""
+    assert batch.rows is not None
+    tokens_of_row = batch.n_tokens // len(batch.rows.global_row)
+    row_S, place_S = np.divmod(predictions.places_S.cpu().numpy(), tokens_of_row)
+    numbers = (x.cpu().double().numpy() for x in (predictions.outputs_Sn, predictions.labels_SL))
+    return np.column_stack([batch.rows.global_row[row_S], place_S, *numbers])

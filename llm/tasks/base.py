@@ -24,6 +24,7 @@ from llm.generate import Decoder
 from llm.model import LLM
 from llm.objectives import Objective
 from llm.parallel.launch.world import World
+from llm.parallel.replica import Predicted
 from llm.tokenizer import Tokenizer
 
 REFERENCE = "reference"
@@ -138,6 +139,18 @@ class Task(ABC):
         """What a validation says, from the sums over the held-out rows: fields of metrics.jsonl, `valid_loss` first.
         The main objective's measures come besides.
         """
+
+    def scores(self, args: ModelArgs, predicted: Predicted) -> dict[str, float | None]:
+        """What a validation says besides where the main objective predicts documents: `valid_` and a name; None where
+        a score has no value. args: of the model.
+        """
+        return {}
+
+    def fields(self, args: ModelArgs) -> tuple[str, ...] | None:
+        """Names of all that a validation may say, without `valid_`; None where that is not known before one. Who
+        overrides `metrics` does so here too.
+        """
+        return None
 
     @abstractmethod
     def sample(

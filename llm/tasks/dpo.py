@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm.args import ModelArgs
 from llm.batch import Batch
 from llm.data.packed import PAIR
 from llm.datatypes import LossSum
@@ -114,3 +115,6 @@ class Preferences(LanguageModelling):
     def metrics(self, loss_sum: float, counts: Sequence[float]) -> dict[str, float]:
         """Loss per pair."""
         return {"valid_loss": loss_sum / counts[0]}
+
+    def fields(self, args: ModelArgs) -> tuple[str, ...]:
+        return ("loss", *Preference.measures)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm.args import ModelArgs
 from llm.batch import Batch, Targets
 from llm.generate import Decoder, generate
 from llm.generation.text import continuation
@@ -53,6 +54,9 @@ class LanguageModelling(Task):
         if n_chosen_out:
             return found | {"valid_target_share": n_targets / n_tokens}
         return found | {"valid_bits_per_byte": loss_sum / (math.log(2) * max(n_bytes, 1))}
+
+    def fields(self, args: ModelArgs) -> tuple[str, ...]:
+        return ("loss", "ppl", "bits_per_byte", "target_share")
 
     def sample(
         self,

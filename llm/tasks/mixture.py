@@ -100,6 +100,15 @@ class Mixture(Task):
     def metrics(self, loss_sum: float, counts: Sequence[float]) -> dict[str, float]:
         raise NotImplementedError("the parts of a mixture are measured each by itself")
 
+    def fields(self, args: ModelArgs) -> tuple[str, ...] | None:
+        found = ["loss"]
+        for part in self.parts:
+            own = part.task.fields(args)
+            if own is None:
+                return None
+            found += [f"{part.task.name}_{name}" for name in own]
+        return tuple(found)
+
     def sample(
         self,
         decoder: LLM | Decoder,

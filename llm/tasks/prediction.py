@@ -22,16 +22,30 @@ from torch import Tensor
 from llm.args import ModelArgs
 from llm.batch import Batch
 from llm.data.learned import labelled_in
-from llm.datatypes import LossSum
+from llm.datatypes import LossSum, Predictions
 from llm.generate import Decoder
-from llm.layers.prediction import PREDICTION, scaled
+from llm.layers.prediction import PREDICTION, answers_of, scaled
 from llm.model import LLM
 from llm.objectives import Objective
 from llm.parallel.launch.world import World
+from llm.parallel.replica import Predicted
+from llm.prediction_scores import SCORES, of_one_value
 from llm.tasks.base import Args, OpenedRows, RowsWanted, Task
 from llm.tasks.rows import opened_rows
 from llm.tasks.settle_labels import settled_labels
 from llm.tokenizer import Tokenizer
+
+FIELDS = {
+    "classification": {
+        "acc": "accuracy", "f1": "macro_f1", "roc_auc": "roc_auc", "average_precision": "average_precision"
+    },
+    "regression": {"rmse": "rmse", "mae": "mae", "r2": "r2"},
+    "multilabel": {
+        "roc_auc": "roc_auc", "average_precision": "average_precision", "acc": "accuracy", "f1": "macro_f1"
+    },
+}  # fmt: skip
+"""Scores (llm/prediction_scores.py) of each kind of labels, by what a validation calls them."""
+WITHOUT_BOTH = "labels_without_both"
 
 
 class Prediction(Objective):
@@ -39,6 +53,7 @@ class Prediction(Objective):
 
     name = PREDICTION
     head_calls = 0
+    predicts = True
 
     def __init__(self, label_smoothing: float = 0.0, weight: float = 1.0) -> None:
         self.label_smoothing, self.weight = label_smoothing, weight
@@ -66,7 +81,8 @@ class Prediction(Objective):
         if torch.is_grad_enabled():
             return LossSum(total)
         labelled_S = targets.labels.view(-1).index_select(0, starts_S) >= 0
-        return LossSum(total, predictions=predictions_Sn[labelled_S])
+        found = Predictions(predictions_Sn[labelled_S], labels_SL[labelled_S], starts_S[labelled_S])
+        return LossSum(total, predictions=found)
 
     def _losses(self, args: ModelArgs, predictions_Sn: Tensor, labels_SL: Tensor) -> Tensor:
         """Of each label, (S, L)."""
@@ -133,6 +149,21 @@ class PredictionTask(Task):
     def metrics(self, loss_sum: float, counts: Sequence[float]) -> dict[str, float]:
         """Loss per label."""
         return {"valid_loss": loss_sum / counts[0]}
+
+    def scores(self, args: ModelArgs, predicted: Predicted) -> dict[str, float | None]:
+        """In the units of labels; whatever the weights of samples."""
+        outputs_Sn = torch.from_numpy(predicted.outputs_Sn)
+        answers_Sn = answers_of(args, outputs_Sn).numpy()
+        labels_SL, of_kind = predicted.labels_SL, SCORES[args.prediction]
+        found: dict[str, float | None] = {
+            f"valid_{field}": of_kind[name](labels_SL, answers_Sn) for field, name in FIELDS[args.prediction].items()
+        }
+        if args.prediction == "multilabel":
+            found[f"valid_{WITHOUT_BOTH}"] = of_one_value(labels_SL)
+        return found
+
+    def fields(self, args: ModelArgs) -> tuple[str, ...]:
+        return ("loss", *FIELDS[args.prediction], *[WITHOUT_BOTH] * (args.prediction == "multilabel"))
 
     def sample(
         self,

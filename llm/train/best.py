@@ -32,9 +32,9 @@ class Followed:
 
 @dataclass
 class Best:
-    """The best validation so far: lowest loss (nats), or best metric of a task; its step, and how many validations
-    since were not better. `rows` and `held_out` (a fingerprint) are the held-out rows, or the documents of the task,
-    that all of these were measured on.
+    """The best validation so far: lowest loss (nats), or best metric of a validation or task; its step, and how many
+    validations since were not better. `rows` and `held_out` (a fingerprint) are the held-out rows, or the documents of
+    the task, that all of these were measured on.
     """
 
     valid_loss: float | None = None
@@ -46,7 +46,7 @@ class Best:
     metric: str = VALID_LOSS
     """what is followed: a field of metrics.jsonl"""
     score: float | None = None
-    """where a task's metric is followed"""
+    """where another metric is followed"""
     higher_is_better: bool = False
 
     @property
@@ -100,12 +100,15 @@ class Best:
         fresh = Best(
             rows=measured.n_rows, held_out=measured.fingerprint, metric=metric, higher_is_better=higher_is_better
         )
-        if self.metric == metric and self.held_out == measured.fingerprint:
+        same = (self.metric, self.higher_is_better) == (metric, higher_is_better)
+        if same and self.held_out == measured.fingerprint:
             return self, []
         if self.held_out is None and self.value is None:
             return fresh, []
         if self.metric != metric:
             why = f"eval.best {self.metric} -> {metric}"
+        elif self.higher_is_better != higher_is_better:
+            why = f"the {'highest' if higher_is_better else 'lowest'} {metric} is the best now (eval.best_mode)"
         elif self.held_out is None:
             why = f"the checkpoint does not say which held-out rows its validations read; now {measured.described()}"
         else:

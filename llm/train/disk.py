@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 from llm.paths import free_space
-from llm.train.best import VALID_LOSS
 from llm.train.config import RunConfig
+from llm.train.config.outputs import is_of_validation
 
 
 def checkpoints_at_once(config: RunConfig) -> int:
@@ -14,8 +14,9 @@ def checkpoints_at_once(config: RunConfig) -> int:
     that stay for good.
     """
     own, steps = config.checkpoint, config.train.steps
-    followed = config.eval.interval if config.eval.best == VALID_LOSS else config.eval.interval_of_tasks
-    best = own.keep_best and (config.data.valid is not None or config.eval.best != VALID_LOSS)
+    of_validation = is_of_validation(config.eval.best)
+    followed = config.eval.interval if of_validation else config.eval.interval_of_tasks
+    best = own.keep_best and (config.data.valid is not None or not of_validation)
     if steps is None:
         return own.keep + best + 1
     planned = {*range(own.interval, steps + 1, own.interval), steps}

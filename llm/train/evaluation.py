@@ -27,11 +27,12 @@ from llm.generation.pictures import Pictures
 from llm.generation.text import context_length
 from llm.parallel.collectives import all_or_none, gather_json, sum_over_ranks
 from llm.parallel.replica import Replica
+from llm.tasks import Task
 from llm.tokenizer import Tokenizer
 from llm.tokenizers.chat import ChatTemplate
-from llm.train.best import VALID_LOSS, Followed
+from llm.train.best import Followed
 from llm.train.config import RunConfig
-from llm.train.config.outputs import metric_of_task
+from llm.train.config.outputs import higher_is_better, is_of_validation, metric_of_task
 
 DOCUMENTS_AT_ONCE = 128
 """Between two looks at whether the run is to stop. A fixed number, so that what is computed together does not depend on
@@ -115,7 +116,7 @@ def open_run_tasks(
         task.meet(head)
         task.check_direction(config.model)
     unread = RunTasks([OpenTask(task, ()) for task in tasks], groups)
-    if given.best != VALID_LOSS:
+    if not is_of_validation(given.best):
         _check_best(given.best, unread.named())
     encoder = Encoder(tokenizer, context_length(config.model))
     chat = template if given.apply_chat_template else None
@@ -133,11 +134,25 @@ def _check_best(best: str, named: Mapping[str, Together]) -> None:
 
 def followed_in(config: RunConfig, held_out: HeldOut | None, tasks: RunTasks) -> Followed | None:
     """What checkpoint.keep_best and eval.patience go by; None where nothing is measured."""
-    best = config.eval.best
-    if best == VALID_LOSS:
-        return None if held_out is None else Followed(best, False, held_out)
+    best, mode = config.eval.best, config.eval.best_mode
+    higher = None if mode is None else mode == "max"
+    if is_of_validation(best):
+        rising = bool(higher_is_better(best) if higher is None else higher)
+        return None if held_out is None else Followed(best, rising, held_out)
     name, metric = metric_of_task(best)
-    return Followed(best, metric not in LOWER_IS_BETTER, tasks.named()[name])
+    return Followed(best, metric not in LOWER_IS_BETTER if higher is None else higher, tasks.named()[name])
+
+
+def check_best_of_validation(config: RunConfig, task: Task) -> None:
+    """UserError where eval.best is of a validation, and that of this task says nothing of the kind. The model has its
+    vocabulary.
+    """
+    best, fields = config.eval.best, task.fields(config.model)
+    if fields is None or not is_of_validation(best):
+        return
+    possible = [f"valid_{name}" for name in (*fields, *["loss_ema"] * (config.optim.ema_decay is not None))]
+    if best not in possible:
+        raise UserError(f"eval.best={best}: a validation of this run says {', '.join(possible)}")
 
 
 def evaluate(

@@ -145,6 +145,7 @@ SAID = {
     "valid_ppl": ("perplexity", ".2f"),
     "valid_bits_per_byte": ("bits per byte", ".4f"),
     "valid_target_share": ("share of targets", ".1%"),
+    "valid_labels_without_both": ("labels without both", ".0f"),
 }
 """How some fields of a validation read; the others read as they are called."""
 
@@ -168,7 +169,7 @@ def validation_line(row: dict[str, Any]) -> str:
     for key, value in row.items():
         if key.startswith("valid_") and key != "valid_loss_ema":
             words, form = SAID.get(key, (key.removeprefix("valid_").replace("_", " "), ".4f"))
-            parts.append(f"{words} {value:{form}}")
+            parts.append(f"{words} {'has no value' if value is None else format(value, form)}")
     averaged = f"; of the averaged weights {row['valid_loss_ema']:.4f}" if "valid_loss_ema" in row else ""
     return f"step {row['step']}: {', '.join(parts)}{averaged}"
 

@@ -5,9 +5,9 @@ refused, as the run is a sound one without.
 from collections.abc import Iterator, Sequence
 
 from llm.generation.text import context_length
-from llm.train.best import VALID_LOSS
 from llm.train.config import RunConfig, Section
 from llm.train.config.length import cut_short
+from llm.train.config.outputs import is_of_validation
 from llm.train.schedule import steps_between
 from llm.train.settle import task_in
 
@@ -31,7 +31,7 @@ def _without_effect(config: RunConfig) -> Iterator[str]:
         of_tasks = bool(config.eval.tasks) and config.eval.tasks_interval is None
         keys = [*_given(config.eval, "eval", *([] if of_tasks else ["interval"]), "rows", "batches")]
         best = config.checkpoint.keep_best and "keep_best" in config.checkpoint.model_fields_set
-        keys += ["checkpoint.keep_best"] if best and config.eval.best == VALID_LOSS else []
+        keys += ["checkpoint.keep_best"] if best and is_of_validation(config.eval.best) else []
         if keys:
             yield f"note: without held-out text (data.valid) there is no validation: {_of(keys)} no effect"
     if not config.eval.tasks:

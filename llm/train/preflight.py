@@ -24,6 +24,7 @@ from llm.paths import refuse_unwritable
 from llm.tasks.rows import asked_of
 from llm.tokenizer import Tokenizer
 from llm.tokenizers.chat import ChatTemplate
+from llm.train.best import VALID_LOSS
 from llm.train.chat import run_tokenizer
 from llm.train.config import RunConfig
 from llm.train.prompts import encode_prompts
@@ -138,9 +139,10 @@ def _data_is_readable(run: UnstartedRun) -> None:
 
 
 def _tasks(run: UnstartedRun) -> None:
-    if run.config.eval.tasks:
-        from llm.train.evaluation import open_run_tasks  # imports what computes answers
+    if run.config.eval.tasks or run.config.eval.best != VALID_LOSS:
+        from llm.train.evaluation import check_best_of_validation, open_run_tasks  # imports what computes answers
 
+        check_best_of_validation(run.settled, task_in(run.config))
         open_run_tasks(run.settled, run.tokenizer, run.template, names_known=False)
 
 

@@ -23,7 +23,7 @@ from llm.tokenizers.chat import ChatTemplate
 from llm.train.best import Followed
 from llm.train.chat import run_tokenizer
 from llm.train.config import RunConfig, accumulation_steps, check_layout
-from llm.train.evaluation import RunTasks, followed_in, open_run_tasks
+from llm.train.evaluation import RunTasks, check_best_of_validation, followed_in, open_run_tasks
 from llm.train.freezing import parameter_table
 from llm.train.optimizer import make_optimizer
 from llm.train.progress import Progress
@@ -114,6 +114,7 @@ def build_run(config: RunConfig, folder: Path, world: World) -> Run:
     rows = task.open_rows(rows_wanted(settled), tokenizer, world)
     goes_on = main_decides(lambda: checkpoint_to_continue(settled, store.folder) is not None, world)
     settled = all_or_none(partial(settle_model, settled, task, rows, goes_on), world)
+    all_or_none(lambda: check_best_of_validation(settled, task), world)
     tasks = all_or_none(lambda: open_run_tasks(settled, tokenizer, template), world)
     engine = build_engine(settled, grid)
     engine.before_change = store.wait_for_copy

@@ -22,8 +22,10 @@ from llm.pretrained import taken_from
 from llm.signals import EXIT_STOPPED
 from llm.tokenizers.folder import notes_of
 from llm.train import reference
+from llm.train.best import VALID_LOSS
 from llm.train.config import RunConfig
 from llm.train.config.length import misfit, untraced
+from llm.train.config.outputs import is_of_validation
 from llm.train.evaluation import evaluate
 from llm.train.folder import open_log
 from llm.train.freezing import frozen_notes
@@ -350,11 +352,15 @@ class Trainer:
             return None
         asked = (run.engine, run.task, run.held_out, run.tokenizer, run.config)
         found = validate(*asked, lambda: bool(requests.stop))
-        if found is not None and not math.isfinite(found["valid_loss"]):
-            raise agreed_error(
-                f"step {self.progress.step}: valid_loss is {found['valid_loss']}; the last checkpoint is intact"
-            )
-        return None if found is None else {**found}
+        if found is None:
+            return None
+        loss = found[VALID_LOSS]
+        if loss is None or not math.isfinite(loss):
+            raise agreed_error(f"step {self.progress.step}: valid_loss is {loss}; the last checkpoint is intact")
+        best = self.progress.best.metric
+        if is_of_validation(best) and best not in found:
+            raise agreed_error(f"eval.best={best}: a validation of this run says {', '.join(found)}")
+        return found
 
 
 def _raise(error: Exception | None) -> None:

@@ -55,6 +55,25 @@ def test_all_rows_have_every_token_as_a_target_once(source: TokenSource, ranks: 
     assert np.array_equal(labels[labels >= 0], stream[stream != ByteTokenizer.bos_id])
 
 
+@pytest.mark.parametrize(("ranks", "micro"), LAYOUTS)
+def test_batches_say_which_rows_of_which_source_they_hold(
+    source: TokenSource, other: TokenSource, ranks: int, micro: int
+) -> None:
+    held_out, seen = held_out_of([source, other], T, 40), []
+    for batch in [batch for of_rank in all_ranks(held_out, ranks, micro) for batch in of_rank]:
+        assert batch.rows is not None
+        for tokens, number, row, place in zip(
+            batch.inputs.tokens, batch.rows.source, batch.rows.row, batch.rows.global_row, strict=True
+        ):
+            if number < 0:
+                assert row == place == -1
+                continue
+            expected = held_out.sources[number].read(int(row), 0).tokens
+            assert np.array_equal(tokens.numpy()[: len(expected)], expected)
+            seen.append(int(place))
+    assert sorted(seen) == list(range(40)), "each once"
+
+
 def test_what_fills_the_last_row_is_a_segment_of_its_own(source: TokenSource) -> None:
     (batches,) = all_ranks(held_out_of([source], T, None), ranks=1, micro=4)
     last = batches[-1]

@@ -30,7 +30,8 @@ def values(engine: Engine, kind: str) -> dict[tuple[str, int], torch.Tensor]:
 
 
 def loss_sum(engine: Engine, batch: StepBatch) -> float:
-    return engine.replica.sum_losses(engine.objectives.main, iter(batch.micro_batches), lambda batch: [])[0]
+    (sums,) = engine.replica.sum_losses([engine.objectives.main], iter(batch.micro_batches), [lambda batch: []])
+    return sums.total
 
 
 def average_is_right(world: World) -> dict[str, bool]:

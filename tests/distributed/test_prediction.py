@@ -1,5 +1,6 @@
 """A prediction head trains alike on every layout, and its metrics are the same numbers there."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tests.distributed.runs import LAYOUTS, Runs, perform
 
 pytestmark = pytest.mark.distributed
 
-RUNS = Runs(4, 2, {"optim": {"lr": 3e-3}, "eval": {"interval": 2}})
+RUNS = Runs(4, 2, {"optim": {"lr": 3e-3}, "eval": {"interval": 2, "at_start": True}})
 RELATIVE = 1e-5  # float32 sums in another order
 KEYS = ("loss", "prediction_loss", "grad_norm")
 
@@ -28,23 +29,50 @@ def item(folder: Path, name: str, kind: str, *, model: dict[str, Any] | None = N
     return made
 
 
+def joint(folder: Path, name: str, **sections: Any) -> dict[str, Any]:
+    """A run that learns texts from left to right, hidden parts of them, and which of three letters is frequent."""
+    made = RUNS.item(folder, name, model=letters.model("classification"), **sections)
+    for side in ("train", "valid"):
+        rows = [json.loads(line)["text"][:40] for line in (folder / f"{side}.jsonl").read_text().splitlines()]
+        labelled = [{"text": text, "label": max("abc", key=text.count)} for text in rows]
+        (folder / f"{side}_labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
+        texts = {"path": str(folder / f"{side}.jsonl"), "kind": "text"}
+        labels = {"path": str(folder / f"{side}_labels.jsonl"), "kind": "labelled", "name": "labels"}
+        made["config"]["data"][side] = [texts | {"name": "text"}, texts | {"name": "hidden"}, labels]
+    made["config"] |= {
+        "task": [
+            {"task": "lm", "source": "text"},
+            {"task": "mlm", "source": "hidden", "weight": 0.5},
+            {"task": "prediction", "source": "labels", "weight": 2.0},
+        ],
+        "mlm": {"mask_token": 1},
+    }
+    return made
+
+
+def scores(folder: Path, name: str) -> list[dict[str, Any]]:
+    """What each validation of a run says."""
+    rows = [{k: v for k, v in row.items() if k.startswith("valid_")} for row in metrics(folder / name)]
+    return [row for row in rows if row]
+
+
 def assert_alike(folder: Path, name: str, reference: str) -> None:
     for row, right in zip(metrics(folder / name), metrics(folder / reference), strict=True):
-        assert {key: row[key] for key in KEYS} == pytest.approx({key: right[key] for key in KEYS}, rel=RELATIVE), name
-        valid = {key: value for key, value in right.items() if key.startswith("valid_")}
-        assert {key: row[key] for key in valid} == pytest.approx(valid, rel=RELATIVE), name
+        numbers = {key: x for key, x in right.items() if key in KEYS or key.startswith("valid_")}
+        assert {key: row[key] for key in numbers} == pytest.approx(numbers, rel=RELATIVE), name
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prediction")
-    write_text(folder, documents=10)
+    write_text(folder, documents=60)
     begun = {"model": {"init_from": str(folder / "one process")}, "train": {"steps": 1}}
     items = [
         item(folder, "one process", "multilabel"),
         item(folder, "same outputs", "multilabel", **begun),
         item(folder, "other outputs", "regression", **begun),
         item(folder, "adapters", "regression", lora={"rank": 2, "base": "int8"}, **begun),
+        joint(folder, "joint"),
     ]
     perform(folder, items, nproc=1)
     quick = ("ZeRO-3", "tensor", "pipeline", "expert")
@@ -55,7 +83,55 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", ["ZeRO-3", "tensor", "pipeline", "expert"])
 def test_labels_are_learned_alike_on_two_ranks(runs: Path, name: str) -> None:
     assert_alike(runs, name, "one process")
-    assert metrics(runs / name)[-1]["valid_loss"] < metrics(runs / name)[1]["valid_loss"], "something is learned"
+    first, *_, last = scores(runs, name)
+    assert last["valid_loss"] < first["valid_loss"] and last["valid_roc_auc"] > first["valid_roc_auc"]
+
+
+def test_a_validation_says_the_scores_of_the_labels_and_of_its_step(runs: Path) -> None:
+    names = ("loss", "roc_auc", "average_precision", "acc", "f1", "labels_without_both", "loss_ema")
+    for row in scores(runs, "one process"):
+        assert tuple(row) == tuple(f"valid_{name}" for name in names)
+        assert 0 < row["valid_roc_auc"] < 1 and row["valid_labels_without_both"] == 0
+    log = (runs / "one process" / "log.txt").read_text()
+    assert "step 4: validation loss 0." in log and ", roc auc 0." in log and ", labels without both 0;" in log
+
+
+def test_of_several_tasks_a_validation_says_what_each_says_alone_and_the_weighted_loss(runs: Path) -> None:
+    for row in scores(runs, "joint"):
+        assert {name.removeprefix("valid_") for name in row} == {
+            "loss", "loss_ema", "lm_loss", "lm_ppl", "lm_bits_per_byte", "mlm_loss", "mlm_ppl", "mlm_acc",
+            "prediction_loss", "prediction_acc", "prediction_f1", "prediction_roc_auc", "prediction_average_precision",
+        }  # fmt: skip
+        weighted = row["valid_lm_loss"] + 0.5 * row["valid_mlm_loss"] + 2.0 * row["valid_prediction_loss"]
+        assert row["valid_loss"] == pytest.approx(weighted, rel=1e-12)
+        assert 0 <= row["valid_mlm_acc"] < 1
+    assert (runs / "joint" / "log.txt").read_text().count(", prediction roc auc ") == 3
+
+
+SUMMED = ("valid_loss", "valid_loss_ema")
+"""Of float32 sums, which ranks add up in another order."""
+
+
+@pytest.mark.parametrize("name", ["ZeRO-3", "pipeline"])
+def test_scores_of_the_same_weights_have_the_same_bits_on_two_ranks(runs: Path, name: str) -> None:
+    found, right = ({k: v for k, v in scores(runs, n)[0].items() if k not in SUMMED} for n in (name, "one process"))
+    assert len(found) == 5 and found == right
+
+
+@pytest.mark.full
+def test_scores_of_the_same_weights_have_the_same_bits_on_one_two_and_three_ranks(tmp_path: Path) -> None:
+    """13 held-out rows, which none of these divides."""
+    write_text(tmp_path, documents=10)
+    plain = {"train": {"steps": 1, "global_batch_size": 12}, "micro": 2}
+    every = ["one"]
+    perform(tmp_path, [item(tmp_path, "one", "regression", **plain)], nproc=1)
+    for ranks in (2, 3):
+        of_ranks = {"data": {}, "pipeline": {"pipeline": ranks}}
+        items = [item(tmp_path, f"{n} {ranks}", "regression", parallel=p, **plain) for n, p in of_ranks.items()]
+        perform(tmp_path, items, nproc=ranks)
+        every += [f"{name} {ranks}" for name in of_ranks]
+    found = [{k: v for k, v in scores(tmp_path, name)[0].items() if k not in SUMMED} for name in every]
+    assert len(found[0]) == 3 and all(row == found[0] for row in found)
 
 
 def weight_of(folder: Path, name: str, parameter: str) -> torch.Tensor:
@@ -97,6 +173,15 @@ def test_labels_are_learned_alike_on_every_layout(tmp_path: Path, kind: str, tie
     keys = {"tie_embeddings": tied, "pool": pool}
     for nproc, layouts in LAYOUTS.items():
         perform(tmp_path, [item(tmp_path, n, kind, model=keys, **own) for n, own in layouts.items()], nproc)
+    for name in [name for layouts in LAYOUTS.values() for name in layouts]:
+        assert_alike(tmp_path, name, "one process")
+
+
+@pytest.mark.full
+def test_several_tasks_are_learned_and_measured_alike_on_every_layout(tmp_path: Path) -> None:
+    write_text(tmp_path, documents=80)
+    for nproc, layouts in LAYOUTS.items():
+        perform(tmp_path, [joint(tmp_path, name, **own) for name, own in layouts.items()], nproc)
     for name in [name for layouts in LAYOUTS.values() for name in layouts]:
         assert_alike(tmp_path, name, "one process")
 

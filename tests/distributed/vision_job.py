@@ -79,8 +79,8 @@ def build(case: dict[str, Any], world: World) -> tuple[Engine, int]:
 
 def held_out_loss(engine: Engine, batch: StepBatch) -> float:
     """What scoring says of the rows that a step would train on."""
-    loss, _, _ = engine.replica.sum_losses(engine.objectives.main, iter(batch.micro_batches), lambda _: [0.0])
-    return loss
+    (sums,) = engine.replica.sum_losses([engine.objectives.main], iter(batch.micro_batches), [lambda _: [0.0]])
+    return sums.total
 
 
 def train(case: dict[str, Any], world: World) -> list[dict[str, Any]]:

@@ -35,8 +35,8 @@ def replica_of(args: ModelArgs, precision: str = "fp32") -> Replica:
 
 def loss_of(replica: Replica, ids: torch.Tensor) -> float:
     batch = Batch(TransformerInput(ids[:, :-1].clamp(min=0)), {"lm": Targets(ids[:, 1:])})
-    loss_sum, _, counts = replica.sum_losses(LM.main, iter([batch]), lambda batch: [LM.main.count(batch)])
-    return loss_sum / counts[0]
+    (sums,) = replica.sum_losses([LM.main], iter([batch]), [lambda batch: [LM.main.count(batch)]])
+    return sums.total / sums.counts[0]
 
 
 def test_matrices_and_experts_are_int8_and_tables_norms_and_routers_are_not() -> None:

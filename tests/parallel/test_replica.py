@@ -37,13 +37,13 @@ def test_it_holds_the_model_that_args_and_seed_say(replica: Replica) -> None:
 
 def test_scores_are_sums_over_batches_and_their_counts(replica: Replica) -> None:
     batches = [batch_of(seed) for seed in range(3)]
-    loss_sum, _, counts = replica.sum_losses(
-        LM.main, iter(batches), lambda batch: [LM.main.count(batch), batch.n_tokens]
+    (sums,) = replica.sum_losses(
+        [LM.main], iter(batches), [lambda batch: [LM.main.count(batch), batch.n_tokens]]
     )
-    assert counts == [3 * (48 - 5), 3 * 48]
+    assert sums.counts == [3 * (48 - 5), 3 * 48]
     each = replica.token_losses(LM.main, batches)
     # float32 sums of a batch against float64 sums of its tokens
-    assert loss_sum == pytest.approx(sum(float(part.double().sum()) for part in each), rel=1e-6)
+    assert sums.total == pytest.approx(sum(float(part.double().sum()) for part in each), rel=1e-6)
     assert all((part[labels_of(batch) < 0] == 0).all() for part, batch in zip(each, batches, strict=True))
 
 

@@ -82,6 +82,10 @@ CASES: dict[str, tuple[Callable[[Path], dict[str, Any]] | dict[str, Any], str]] 
         {"eval": {"sample_interval": 5, "prompts": ["a", "b" * 63]}},
         "eval.prompts.1 has 64 tokens, and the context of 64 (model.max_seq_len)",
     ),
+    "what no validation says": (
+        {"eval": {"best": "valid_roc_auc"}},
+        "eval.best=valid_roc_auc: a validation of this run says valid_loss, valid_ppl, valid_bits_per_byte, valid_t",
+    ),
     "other weights": (other_weights, "has shape (64, 32) there, (48, 32) here"),
     "a file for a folder": (file_in_the_way, "data.cache_dir="),
 }

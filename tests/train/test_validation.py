@@ -10,6 +10,7 @@ from llm.data.heldout import HeldOut
 from llm.errors import UserError
 from llm.train.best import Best
 from llm.train.config import RunConfig, validate
+from llm.train.config.outputs import higher_is_better
 from llm.train.settle import settle_rows
 from tests.distributed.harness import tiny_config
 
@@ -91,6 +92,22 @@ def test_another_metric_begins_best_and_patience_anew_and_says_so() -> None:
     assert fresh.on(cast(HeldOut, Rows(9, "b")), "eval/arc/acc", True) == (fresh, [])
     _, (line,) = fresh.on(cast(HeldOut, Rows(8, "a")))
     assert "eval.best eval/arc/acc -> valid_loss; the best eval/arc/acc so far, 0.5000 of step 9" in line
+
+
+def test_the_best_of_a_field_that_is_now_to_fall_begins_anew() -> None:
+    rising = Best(metric="valid_zeal", score=0.5, step=3, rows=8, held_out="a", higher_is_better=True)
+    fresh, (line,) = rising.on(cast(HeldOut, Rows(8, "a")), "valid_zeal", higher_is_better=False)
+    assert fresh.score is None and not fresh.higher_is_better
+    assert line.startswith("changed: the lowest valid_zeal is the best now (eval.best_mode); the best valid_zeal so")
+
+
+@pytest.mark.parametrize(
+    ("field", "expected"),
+    [("valid_roc_auc", True), ("valid_prediction_r2", True), ("valid_lm_ppl", False), ("valid_loss_ema", False),
+     ("valid_mlm_acc", True), ("valid_zeal", None), ("valid_dracc", None)],
+)  # fmt: skip
+def test_known_metrics_say_whether_they_are_to_rise_or_to_fall(field: str, expected: bool | None) -> None:
+    assert higher_is_better(field) is expected
 
 
 def test_a_best_from_before_rows_were_kept_counts_no_more() -> None:

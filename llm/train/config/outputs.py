@@ -22,6 +22,23 @@ def metric_of_task(field: str) -> tuple[str, str]:
     return found["task"], found["metric"]
 
 
+RISING = ("acc", "accuracy", "f1", "roc_auc", "average_precision", "r2", "margin")
+FALLING = ("loss", "ppl", "bits_per_byte", "rmse", "mae", "loss_ema")
+
+
+def is_of_validation(field: str) -> bool:
+    """Whether a field of metrics.jsonl is of those that a validation fills in."""
+    return re.fullmatch(r"valid_\w+", field) is not None
+
+
+def higher_is_better(field: str) -> bool | None:
+    """Whether the highest value of such a field is the best; None where that is not known."""
+    for names, higher in ((RISING, True), (FALLING, False)):
+        if any(f"_{name}" == field[-len(name) - 1 :] for name in names):
+            return higher
+    return None
+
+
 class CheckpointConfig(Section):
     interval: int = Field(100, ge=1)
     """Steps between checkpoints; the last step always gets one."""
@@ -64,8 +81,11 @@ class EvalConfig(Section):
     patience: int | None = Field(None, ge=1)
     """End the run after this many validations without a new best; null = never."""
     best: str = "valid_loss"
-    """The field of metrics.jsonl that checkpoint.keep_best and eval.patience follow: valid_loss, or eval/TASK/METRIC of
-    one of eval.tasks."""
+    """The field of metrics.jsonl that checkpoint.keep_best and eval.patience follow: valid_loss or another of what a
+    validation says, such as valid_roc_auc, or eval/TASK/METRIC of one of eval.tasks."""
+    best_mode: Literal["min", "max"] | None = Field(None, exclude_if=lambda mode: mode is None)
+    """Whether the lowest or the highest eval.best is the best; null = known of the metrics of lm, mlm, prediction, dpo
+    and eval.tasks."""
     tasks: Annotated[tuple[PathText, ...], BY_COMMAS] = ()
     """Tasks that the model is evaluated on in between, as launch/evaluate.py --tasks takes them: paths of YAML files,
     or names of those in configs/evaluate/; with eval.at_start before the first step too."""
@@ -98,10 +118,20 @@ class EvalConfig(Section):
 
     @model_validator(mode="after")
     def _best_is_measured(self) -> "EvalConfig":
-        if self.best == "valid_loss":
+        if self.best == "valid_loss" and self.best_mode == "max":
+            raise ValueError("eval.best_mode=max: of losses the lowest is the best")
+        if is_of_validation(self.best):
+            if self.best_mode is None and higher_is_better(self.best) is None:
+                raise ValueError(
+                    f"eval.best={self.best}: whether it is to rise or to fall is not known; set eval.best_mode to max "
+                    f"or min"
+                )
             return self
         if not re.fullmatch(TASK_METRIC, self.best):
-            raise ValueError(f"eval.best={self.best}: expected valid_loss, or eval/TASK/METRIC of one of eval.tasks")
+            raise ValueError(
+                f"eval.best={self.best}: expected valid_loss, or eval/TASK/METRIC of one of eval.tasks, or another "
+                f"field of a validation, as valid_acc"
+            )
         if not self.tasks:
             raise ValueError(f"eval.best={self.best} is of a task, and eval.tasks has none")
         return self

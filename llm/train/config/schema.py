@@ -16,7 +16,7 @@ from llm.train.config.explain import keys_of
 from llm.train.config.length import misfit, untraced
 from llm.train.config.lora import LoraConfig
 from llm.train.config.optim import OptimConfig
-from llm.train.config.outputs import CheckpointConfig, EvalConfig, LogConfig
+from llm.train.config.outputs import CheckpointConfig, EvalConfig, LogConfig, is_of_validation
 from llm.train.config.prediction import PredictionConfig
 from llm.train.config.section import BY_COMMAS, Section
 from llm.train.config.synonyms import meant
@@ -112,8 +112,11 @@ class RunConfig(Section):
     def _consistent(self) -> "RunConfig":
         if self.train.seq_len > self.model.max_seq_len:
             raise ValueError(f"train.seq_len={self.train.seq_len} is above model.max_seq_len={self.model.max_seq_len}")
-        if self.eval.patience is not None and self.data.valid is None and self.eval.best == "valid_loss":
-            raise ValueError(f"eval.patience={self.eval.patience} needs held-out text: set data.valid")
+        if self.data.valid is None and is_of_validation(self.eval.best):
+            for key in ("best", "patience"):
+                value = getattr(self.eval, key)
+                if value != EvalConfig.model_fields[key].default:
+                    raise ValueError(f"eval.{key}={value} needs held-out text: set data.valid")
         self._keys_are_known()
         self._rows_can_be_cut()
         self._sources_go_with_tasks()
