@@ -12,6 +12,7 @@ from llm.layers.feed_forwards import FFNS
 from llm.layers.mixers import MIXERS
 from llm.layers.parameter import Rows
 from llm.layers.positions import POSITION_TABLE
+from llm.layers.prediction import PREDICTION
 from llm.parameters import ParameterTable
 from vision.encoder import layer_args
 
@@ -51,6 +52,8 @@ def gradient_flow(args: ModelArgs, table: ParameterTable, starts: Collection[int
     x = walk.call("norm", x) if args.has_final_norm else x
     trains = ("tok_embeddings" if args.tie_embeddings else "output") in walk.training
     walk.found[HEAD] = Flow(x, x or trains)
+    if args.n_prediction:
+        walk.call(PREDICTION, x)
     return walk.found
 
 

@@ -86,6 +86,8 @@ class Workload:
     """How often a micro-batch passes the output matrix: see llm.objectives.Objective; of several tasks together."""
     head_gradients: int = 1
     """How often of these with a gradient: once for each task that does."""
+    predicts: bool = False
+    """Whether it passes the prediction head."""
     offload_optimizer: bool = False
     recompute: Recompute = "none"
     ema: bool = False

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 from llm.args import LayerSpec, ModelArgs
 from llm.args.lora import TOWER
 from llm.layers.positions import POSITION_TABLE
+from llm.layers.prediction import PREDICTION
 from llm.plan.gradient_flow import ADAPTER, HEAD, PROJECTION, Flow, attention_modules, feed_forward_modules
 from llm.plan.workload import Workload
 from vision.encoder import layer_args
@@ -65,7 +66,11 @@ def events(work: Workload) -> Iterator[Event]:
         yield from _call("norm")
     for _ in range(work.head_calls):
         yield from _call(head)
+    if work.predicts:
+        yield from _call(PREDICTION)
     yield Event("", "release")
+    if work.predicts:
+        yield from _around(PREDICTION, flow[PREDICTION])
     for _ in range(work.head_gradients):
         yield from _around(head, flow[HEAD])
     if args.has_final_norm:

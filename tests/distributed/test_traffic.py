@@ -56,6 +56,7 @@ INT8: dict[str, Any] = {"lora": {"rank": 3, "base": "int8"}}
 DROPPED: dict[str, Any] = {"lora": {"rank": 3, "dropout": 0.5}}
 PAIRS: dict[str, Any] = {"task": "dpo"}
 TASKS: dict[str, Any] = {"task": [{"task": "lm", "source": "plain"}, {"task": "mlm", "source": "hidden"}]}
+LABELS: dict[str, Any] = {"task": "prediction", "model": {"n_prediction": 5}}
 SEEING: dict[str, Any] = {"model": {"vision": VISION}}
 TOWER, TEXT = ("vision_embeddings.*",), ("tok_embeddings.*", "layers.*", "norm.*", "output.*")
 ON_TOWER: dict[str, Any] = {
@@ -187,6 +188,18 @@ MORE_ON_TWO_RANKS = [
     ),
     *(case("pipeline", pipeline=2, model={"tie_embeddings": tied}, **TASKS) for tied in (True, False)),
     case("data expert", expert=2, precision="bf16", recompute="full", **TASKS),
+    *(
+        case("data", zero_stage=3, freeze=freeze, deepspeed=fetching(*options), **LABELS)
+        for freeze in ((), LOWER, ("prediction.*",))
+        for options in ((0, 0, 0), (500, 3000, 2000), (100, 0, 1500))
+    ),
+    *(case("data", zero_stage=stage, precision=bits, **LABELS) for stage, bits in ((0, "fp32"), (1, "bf16"))),
+    case("data", zero_stage=2, **LABELS),
+    *(case("tensor", tensor=2, micro=4, sequence_parallel=cut, **LABELS) for cut in (True, False)),
+    *(
+        case("pipeline", pipeline=2, **LABELS | {"model": {"n_prediction": 5, "tie_embeddings": tied}})
+        for tied in (True, False)
+    ),
     case("data", zero_stage=0),
     case("data", zero_stage=2),
     case("data", zero_stage=1, precision="bf16", optim={"ema_decay": 0.9}),

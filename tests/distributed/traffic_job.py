@@ -59,6 +59,9 @@ def compare(case: dict[str, Any], world: World) -> dict[str, Any]:
     if isinstance(case.get("task"), list):
         named = [{"path": "unused.jsonl", "name": entry["source"]} for entry in case["task"]]
         raw |= {"task": case["task"], "data": {**raw["data"], "train": named, "valid": None}}
+    if case.get("task") == "prediction":
+        rows = [{"path": "unused.jsonl", "kind": "labelled"}]
+        raw |= {"task": "prediction", "data": {**raw["data"], "train": rows, "valid": rows}}
     config = validate(raw, "case")
     layout = check_layout(config, world.size)
     work = workload(config, layout)
@@ -97,10 +100,12 @@ def compare(case: dict[str, Any], world: World) -> dict[str, Any]:
 def take_step(engine: Engine, step: int, work: Workload) -> None:
     cut = cut_batch if work.args.vision is None else vision_job.cut_batch
     batch = cut(step, engine.grid, work.accumulation)
-    if engine.objectives.main.name == "dpo":
-        micro_batches = [as_pairs(micro_batch) for micro_batch in batch.micro_batches]
+    main = engine.objectives.main.name
+    if main != "lm":
+        other = {"dpo": as_pairs, "prediction": as_samples}[main]
+        micro_batches = [other(micro_batch) for micro_batch in batch.micro_batches]
         others = {name: count for name, count in batch.counts.objectives.items() if name != "lm"}
-        counts = replace(batch.counts, objectives={"dpo": ROWS, **others})
+        counts = replace(batch.counts, objectives={main: ROWS, **others})
         batch = replace(batch, micro_batches=micro_batches, counts=counts)
     if len(engine.objectives.mains) > 1:
         micro_batches = [as_tasks(micro_batch) for micro_batch in batch.micro_batches]
@@ -133,6 +138,11 @@ def as_tasks(batch: Batch) -> Batch:
     inputs = replace(batch.inputs, causal=~hidden_B)
     rows = None if batch.rows is None else replace(batch.rows, source=hidden_B.long().numpy())
     return replace(batch, inputs=inputs, targets={name: Targets(x) for name, x in targets.items()}, rows=rows)
+def as_samples(batch: Batch) -> Batch:
+    """Its rows as samples of class 1."""
+    labels, values = torch.full_like(batch.inputs.tokens, IGNORE), torch.zeros(batch.inputs.tokens.shape)
+    labels[:, 0], values[:, 0] = 0, 1
+    return replace(batch, targets={"prediction": Targets(labels)}, values={"prediction.0": values})
 
 
 def measure(engine: Engine) -> dict[str, int]:
