@@ -41,8 +41,7 @@ def make_context(
     device = inputs.tokens.device
     first_position_B = None if cache is None else cache.first_positions(len(inputs.tokens))
     positions_BT, document_starts = inputs.resolve(first_position_B)
-    row = int(positions_BT.max(axis=1).argmax())
-    check_positions(args, int(positions_BT[row].max()), row)
+    check_positions(args, positions_BT)
     lengths: Tensor | None = None
     agree = not each_row and (positions_BT == positions_BT[:1]).all()
     if args.rope_scaling is not None and args.rope_scaling.kind == "dynamic":

@@ -54,7 +54,7 @@ def unit_names(args: ModelArgs) -> tuple[str, ...]:
 
 
 class LLM(Conveniences, Heads):
-    """A causal language model, initialised from (args, seed) alone; works without process groups.
+    """A language model, initialised from (args, seed) alone; works without process groups.
 
     On device="meta" it has shapes but no values. Raises ValueError while args.vocab_size is unset. The region is that
     of embedding and head.

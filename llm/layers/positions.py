@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from llm.args import ModelArgs
 from llm.args.layers import POSITIONS
 from llm.init import Draw
+from llm.kernels.segments import Ints
 from llm.layers.parameter import ParamInfo, Rows, weights
 
 POSITION_TABLE = "pos_embeddings"
@@ -49,13 +50,14 @@ def position_rows(args: ModelArgs) -> Rows:
     return {} if declare is None else declare(args)
 
 
-def check_positions(args: ModelArgs, position: int, row: int) -> None:
-    """Raises ValueError where the highest position of a batch, which is in this row, is past the last of the model."""
+def check_positions(args: ModelArgs, positions_BT: Ints) -> None:
+    """Raises ValueError where a position of a batch is past the last of the model."""
     most = POSITIONS[args.pos].most
-    if most is not None and position >= most(args):
+    if most is not None and positions_BT.max() >= most(args):
+        row = int(positions_BT.max(axis=1).argmax())
         raise ValueError(
-            f"position {position} of row {row}: model.pos={args.pos} has positions 0 to {most(args) - 1} "
-            f"(model.max_seq_len={args.max_seq_len})"
+            f"position {positions_BT[row].max()} of row {row}: model.pos={args.pos} has positions 0 to "
+            f"{most(args) - 1} (model.max_seq_len={args.max_seq_len})"
         )
 
 
