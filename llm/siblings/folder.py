@@ -23,6 +23,7 @@ from llm.errors import UserError
 from llm.model import LLM
 from llm.parameters import ParameterTable
 from llm.pretrained import is_foreign, weights_of
+from llm.safetensors_file import DTYPES as KNOWN
 from llm.safetensors_file import SafetensorsFile, header_bytes, write_tensors
 from llm.siblings.hyformer_config import MODEL_TYPE, HyformerConfig
 from llm.tokenizer import Tokenizer, load_tokenizer
@@ -48,14 +49,22 @@ class FileTensors:
     """Those of safetensors files."""
 
     def __init__(self, files: list[Path]) -> None:
-        self._files = {name: opened for file in files for opened in (SafetensorsFile(file),) for name in opened.entries}
+        self._files = {name: opened for file in files for opened in (opened_whole(file),) for name in opened.entries}
         self.shapes: Shapes = {name: file.entries[name].shape for name, file in self._files.items()}
         if not self.shapes:
-            raise UserError(f"{files[0]}: holds no tensors of floats")
+            raise UserError(f"{files[0]}: holds no tensors")
         self.dtype = Counter(file.entries[name].dtype for name, file in self._files.items()).most_common(1)[0][0]
 
     def read(self, name: str, out: Tensor) -> None:
         self._files[name].read(name, whole(self.shapes[name]), out)
+
+
+def opened_whole(file: Path) -> SafetensorsFile:
+    """A safetensors file all of whose tensors can be read. DamagedFile or UserError naming it."""
+    opened = SafetensorsFile(file)
+    for name, tensor in opened.unread.items():
+        raise UserError(f"{file}: {name} is {tensor.dtype}; known are {', '.join(KNOWN)}")
+    return opened
 
 
 class ModelTensors:
@@ -74,7 +83,7 @@ def open_folder(path: Path) -> tuple[HyformerConfig, Tensors]:
     """The model in a folder that `save_pretrained` wrote, or that LLM.from_pretrained reads. UserError naming the file
     where there is none."""
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder")
+        raise UserError(f"{path}: {'is a file; give its folder' if path.exists() else 'no such folder'}")
     if (path / CONFIG).is_file() and says_hyformer(path / CONFIG):
         return HyformerConfig.from_json(path), FileTensors(_weight_files(path))
     tensors = ModelTensors(path)
@@ -82,12 +91,12 @@ def open_folder(path: Path) -> tuple[HyformerConfig, Tensors]:
 
 
 def says_hyformer(file: Path) -> bool:
-    """Whether a config.json is of this family: it says so, or has its spelling of the width."""
+    """Whether a config.json is of this family: it says so, or says of none and has this one's spelling of the width."""
     try:
         found = json.loads(file.read_bytes())
     except (OSError, ValueError):
         return False
-    return isinstance(found, dict) and (found.get("model_type") == MODEL_TYPE or "d_model" in found)
+    return isinstance(found, dict) and found.get("model_type", MODEL_TYPE if "d_model" in found else "") == MODEL_TYPE
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -179,8 +188,8 @@ def save_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a safetensors file, and its metadata. DamagedFile naming it."""
-    opened = SafetensorsFile(file)
+    """All tensors of a safetensors file, and its metadata. DamagedFile or UserError naming it."""
+    opened = opened_whole(file)
     found = {}
     for name, entry in opened.entries.items():
         found[name] = torch.empty(entry.shape, dtype=entry.dtype)

@@ -63,12 +63,17 @@ class HyformerConfig:
     """Other keys of ModelArgs."""
 
     def __post_init__(self) -> None:
-        self.args()
+        args = self.args()
+        for key, name in OURS.items():
+            if _given(self, key):
+                setattr(self, key, getattr(args, name))  # 512.0 of a file is 512
 
     def args(self) -> ModelArgs:
         """The model."""
         if self.num_prediction_tasks is None and (self.prediction is not None or self.pool != "mean"):
             raise ValueError("prediction and pool are of a prediction head; give num_prediction_tasks too")
+        if not isinstance(self.model_args, dict):
+            raise ValueError(f"model_args={self.model_args!r}: expected keys of ModelArgs and their values")
         if own := sorted(self.model_args.keys() & set(OURS.values())):
             theirs = next(key for key, name in OURS.items() if name == own[0])
             raise ValueError(f"model_args.{own[0]} is {theirs} here; give that")
@@ -81,7 +86,7 @@ class HyformerConfig:
             args = ModelArgs.model_validate({**PRESET, **self.model_args, **said})
         except ValidationError as error:
             raise ValueError(_first_fault(error)) from None
-        if self.num_prediction_tasks is not None and self.num_prediction_tasks < 1:
+        if self.num_prediction_tasks is not None and args.n_prediction < 1:
             raise ValueError(f"num_prediction_tasks={self.num_prediction_tasks} must be at least 1; None = no head")
         return args
 

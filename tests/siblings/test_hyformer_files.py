@@ -108,7 +108,13 @@ def test_saving_again_takes_the_place_of_what_was_there_and_keeps_the_tokenizer(
     assert tokenizer_of(tmp_path / "copy").fingerprint == tokenizer.fingerprint
 
 
-@pytest.mark.parametrize(("name", "content"), [("config.json", '{"model_type": "llama"}'), ("model.safetensors", "x")])
+OTHERS = [
+    ("config.json", '{"model_type": "llama"}'), ("config.json", '{"model_type": "t5", "d_model": 16}'),
+    ("model.safetensors", "x"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content"), OTHERS)
 def test_a_folder_of_another_model_is_not_written_over(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=f"holds another model .{name}."):
@@ -131,6 +137,21 @@ def test_no_pickle_is_read(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="holds no model.safetensors; pickled weights are not read"):
         Hyformer.from_pretrained(tmp_path)
+
+
+def test_tensors_of_whole_numbers_are_refused_by_name(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"counts": torch.zeros(2, dtype=torch.int64)}, tmp_path / "model.safetensors")
+    config().to_json(tmp_path / "config.json")
+    for read in (Hyformer.from_pretrained, lambda folder: HyformerCheckpoint.load(folder / "model.safetensors")):
+        with pytest.raises(UserError, match="model.safetensors: counts is I64; known are F64"):
+            read(tmp_path)
+
+
+def test_a_model_read_without_a_tokenizer_is_saved_without_one(tmp_path: Path) -> None:
+    hyformer().save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "manifest.json").unlink()
+    Hyformer.from_pretrained(tmp_path / "m").save_pretrained(tmp_path / "copy")
+    assert LLM.from_pretrained(tmp_path / "copy").tokenizer is None
 
 
 class TestStrictness:
@@ -231,6 +252,11 @@ class TestNames:
         with pytest.raises(UserError, match="without huggingface_hub it is looked for nowhere else"):
             Hyformer.from_pretrained(REPOSITORY)
 
+    def test_a_file_is_no_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "model.safetensors").write_bytes(b"")
+        with pytest.raises(UserError, match="is a file; give its folder"):
+            Hyformer.from_pretrained("model.safetensors")
+
     @pytest.mark.parametrize("name", ["nowhere", "./some/folder", "/no/such/folder"])
     def test_a_path_that_is_no_name_of_a_repository_is_looked_for_nowhere_else(self, name: str) -> None:
         with pytest.raises(UserError, match="no such folder$"):
@@ -269,6 +295,11 @@ class TestConfig:
         found.to_json(tmp_path / "new" / "b.json")
         assert HyformerConfig.from_pretrained(str(tmp_path / "new" / "b.json")) == found
 
+    def test_numbers_of_a_file_are_whole_where_they_have_to_be(self, tmp_path: Path) -> None:
+        (tmp_path / "c.json").write_text('{"vocab_size": 9, "d_model": 16.0, "eps": 1}')
+        found = HyformerConfig.from_json(tmp_path / "c.json")
+        assert found == HyformerConfig(9, 16, eps=1.0) and isinstance(found.d_model, int)
+
     def test_all_keys_survive_the_file(self, tmp_path: Path) -> None:
         given = config(attn_dropout=0.1, num_prediction_tasks=4, prediction="multilabel", pool="last")
         given.to_json(tmp_path / "c.json")
@@ -284,6 +315,7 @@ class TestConfig:
             ('{"vocab_size": 9, "model_type": "bert"}', "model_type=bert; a Hyformer's is hyformer"),
             ('{"vocab_size": 9, "n_heads": 5}', "n_heads=5 does not divide d_model=512"),
             ('{"vocab_size": "many"}', "vocab_size="),
+            ('{"vocab_size": 9, "model_args": [1]}', "model_args=[1]: expected keys of ModelArgs"),
             (None, "No such file"),
         ],
     )
