@@ -14,6 +14,7 @@ Shapes: n positions of a row in use, V ids of the tokenizer.
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +43,10 @@ class Masking:
     random: float = 0.1
     """Share of them that become a random token; the rest stay."""
 
+    @cached_property
+    def _plain_ids(self) -> NDArray[np.int64]:
+        return np.flatnonzero(self.plain_V)
+
     @property
     def digest(self) -> list[object]:
         """All that decides what is done to a row, besides its key."""
@@ -53,8 +58,7 @@ class Masking:
         drawn = np.frombuffer(hashlib.shake_128(key.encode()).digest(WORDS.itemsize * len(tokens_n)), WORDS)
         becomes_n = drawn["becomes"] / 2.0**32
         chosen_n = (drawn["chosen"] / 2.0**32 < self.rate) & self.plain_V[tokens_n]
-        plain_ids = np.flatnonzero(self.plain_V)
-        random_n = plain_ids[(drawn["token"] % np.uint64(len(plain_ids))).astype(np.int64)]
+        random_n = self._plain_ids[(drawn["token"] % np.uint64(len(self._plain_ids))).astype(np.int64)]
         shown_n = np.where(becomes_n < self.mask, self.mask_id, random_n)
         shown_n = np.where(chosen_n & (becomes_n < self.mask + self.random), shown_n, tokens_n)
         return shown_n, np.where(chosen_n, tokens_n, IGNORE)

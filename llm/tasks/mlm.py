@@ -67,7 +67,7 @@ class MaskedLanguageModelling(Task):
         masking = masking_of(tokenizer, wanted.options.get(self.name, {}))
         rows = Masked(checked.rows, masking, None if held_out else wanted.seed)
         said = f"{opened.given}: {masking.rate:.3g} of its tokens are hidden; the mask token is {masking.mask_id}"
-        return replace(checked, rows=rows, notes=(*opened.notes, said))
+        return replace(checked, rows=rows, notes=opened.notes if held_out else (*opened.notes, said))
 
     def counter(self, tokenizer: Tokenizer) -> Callable[[Batch], list[float]]:
         """Tokens to be guessed."""
