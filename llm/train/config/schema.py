@@ -128,6 +128,8 @@ class RunConfig(Section):
                 f"model.causal=false: task={forward[0]} is of models whose tokens do not see what comes; leave it out"
                 " (rows of mlm and prediction are read both ways by themselves)"
             )
+        if "prediction" in self.task_names and not self.model.n_prediction:
+            raise ValueError("task=prediction: the model has no head to predict with; set model.n_prediction")
         if self.prediction.label_smoothing and self.model.prediction != "classification":
             raise ValueError(
                 f"prediction.label_smoothing={self.prediction.label_smoothing}: is for classes, and "
@@ -201,6 +203,11 @@ class RunConfig(Section):
                     raise ValueError(f"{given}: preferences are compared, not learned by heart; set task=dpo")
                 if task == "dpo" and spec.kind in ("text", "chat", "completion"):
                     raise ValueError(f"{given}: task=dpo trains on kind preference (prompt, chosen, rejected)")
+                if task in ("lm", "mlm", "dpo") and spec.kind == "labelled":
+                    raise ValueError(f"{given}: has labels of whole texts, which task={task} does not learn; set "
+                                     f"task=prediction")  # fmt: skip
+                if task == "prediction" and spec.kind in ("text", "chat", "completion", "preference", "image_text"):
+                    raise ValueError(f"{given}: task=prediction trains on kind labelled (text, label)")
 
     def _rows_can_be_cut(self) -> None:
         kinds = [spec.kind for spec in source_specs(self.data.train) if spec.kind != "text"]
