@@ -106,6 +106,7 @@ def token_nll(
     return torch.cat(nll).float().view(labels_BT.shape)
 
 
+@torch.no_grad()
 def token_hits(
     hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, vocabulary: Share | None = None
 ) -> Tensor:

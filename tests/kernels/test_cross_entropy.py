@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm.kernels import cross_entropy
-from llm.kernels.cross_entropy import lm_loss_sum, token_nll
+from llm.kernels.cross_entropy import lm_loss_sum, token_hits, token_nll
 from tests.model.models import VOCAB, llama4, tokens
 
 
@@ -234,3 +234,19 @@ def test_two_shares_of_the_vocabulary_give_the_loss_of_the_whole(softcap):
         close(loss, expected.detach())
     close(found[0][1] + found[1][1], grad_hidden)
     close(torch.cat([found[0][2], found[1][2]]), grad_weight)
+
+
+def test_a_hit_is_a_label_of_the_largest_logit_whether_the_vocabulary_is_whole_or_in_two_shares():
+    hidden, weight, labels = problem()
+    likeliest = F.linear(hidden, weight).argmax(-1)
+    labels[:, ::3] = likeliest[:, ::3]
+    labels[1, 5:13] = -100
+    expected = likeliest == labels
+    assert torch.equal(token_hits(hidden, weight, labels), expected) and 10 <= int(expected.sum()) < 30
+    sizes, meeting, table = (17, 14), threading.Barrier(2), {}
+
+    def rank(number, rows):
+        return token_hits(hidden, rows, labels, Share(number, sizes, meeting, table))
+
+    with ThreadPoolExecutor(2) as threads:
+        assert all(torch.equal(found, expected) for found in threads.map(rank, range(2), weight.split(sizes)))
