@@ -6,9 +6,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from llm.args.layers import attention_specs
 from llm.data.sources import source_specs
 from llm.errors import UserError
 from llm.flops import tile_flops, token_flops, usual_tiles
+from llm.kernels.explicit_attention import BYTES_A_WEIGHT, weights_at_once
 from llm.layers.parameter import VISION
 from llm.model import LLM
 from llm.parallel.engine.deepspeed_private import mark
@@ -114,6 +116,7 @@ def _lines(config: RunConfig, layout: Layout, run_dir: Path | None) -> Iterator[
         yield "what train.objectives keep and send, beyond a sum each, is theirs to know; what follows is without it"
     yield from _vision(work)
     yield from _memory(work, config.checkpoint.asynchronous)
+    yield from _attention_dropout(work)
     yield from _disk(config, memory.checkpoint_bytes(work), run_dir)
     if run_dir is not None:
         tokenizer, template = run_tokenizer(config)
@@ -213,6 +216,20 @@ def _memory(work: Workload, asynchronous: bool) -> Iterator[str]:
         yield f"and in host memory {_units(max(copies))} at most, for checkpoint.asynchronous, from the first save on"
     if kinds[0].gradients is None:
         yield "  gradients are not counted where the optimizer is offloaded"
+
+
+def _attention_dropout(work: Workload) -> Iterator[str]:
+    """What its explicit path costs."""
+    args, rate = work.args, work.args.attn_dropout
+    if not rate or not attention_specs(args.layer_specs()):
+        return
+    heads = args.n_heads // work.layout.tensor
+    queries = min(weights_at_once(work.micro_batch_size, heads, work.seq_len), work.seq_len)
+    bytes_ = BYTES_A_WEIGHT * work.micro_batch_size * heads * queries * work.seq_len
+    yield (
+        f"model.attn_dropout={rate} takes another path than fused attention: two to four times the time of attention, "
+        f"and {_units(bytes_)} for a while, for the weights of {queries} tokens of each row at a time"
+    )
 
 
 def _disk(config: RunConfig, one: int, run_dir: Path | None) -> Iterator[str]:

@@ -54,6 +54,7 @@ EVERYWHERE: dict[str, Any] = {
 }
 INT8: dict[str, Any] = {"lora": {"rank": 3, "base": "int8"}}
 DROPPED: dict[str, Any] = {"lora": {"rank": 3, "dropout": 0.5}}
+ALL_DROPPED: dict[str, Any] = {"model": {"dropout": 0.5, "ffn_dropout": 0.5}}
 PAIRS: dict[str, Any] = {"task": "dpo"}
 TASKS: dict[str, Any] = {"task": [{"task": "lm", "source": "plain"}, {"task": "mlm", "source": "hidden"}]}
 LABELS: dict[str, Any] = {"task": "prediction", "model": {"n_prediction": 5}}
@@ -145,6 +146,16 @@ MORE_ON_TWO_RANKS = [
     case("data expert", expert=2, recompute="full", **INT8),
     case("pipeline", pipeline=2, **INT8),
     *(case("data expert", expert=2, recompute=again, **DROPPED) for again in ("none", "full")),
+    *(
+        case(along, recompute=again, **layout, **ALL_DROPPED)
+        for again in ("none", "selective", "full")
+        for along, layout in (
+            ("data expert", {"expert": 2}),
+            ("tensor", {"tensor": 2, "micro": 4}),
+            ("tensor", {"tensor": 2, "micro": 4, "sequence_parallel": False}),
+            ("data", {"zero_stage": 3, "deepspeed": fetching(50, 900, 800)}),
+        )
+    ),
     *(case("pipeline", pipeline=2, model={"tie_embeddings": tied}, **EVERYWHERE) for tied in (True, False)),
     case("data", zero_stage=1, precision="bf16", optim={"name": "muon", "ema_decay": 0.9}, **EVERYWHERE),
     case("tensor", tensor=2, micro=4, **PAIRS),

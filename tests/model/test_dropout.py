@@ -1,5 +1,6 @@
 """Dropout in a model: when it acts, by which random numbers, and that it costs nothing where it is off."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +10,12 @@ from torch import Tensor
 
 from llm import LLM, ModelArgs
 from llm.datatypes import TransformerInput
+from llm.errors import UserError
 from llm.generate import generate
 from llm.kernels.keyed import with_numbers
 from llm.layers.dropout import Dropout, dropped, key_of, token_keys
+from llm.train.config import load_config
+from tests.distributed.harness import tiny_config, write_config, write_text
 from tests.model.models import MOE, llama4, tokens
 
 RATES = dict(attn_dropout=0.2, resid_dropout=0.2, embed_dropout=0.1, ffn_dropout=0.3)
@@ -154,3 +158,19 @@ def test_one_key_sets_three_rates_where_they_are_not_given() -> None:
     for wrong in (1, -0.1, "much", True, None):
         with pytest.raises(ValidationError, match=r"model\.dropout=.*: expected a number from 0 to below 1"):
             ModelArgs(**sizes, dropout=wrong, attn_dropout=0, resid_dropout=0, embed_dropout=0)  # type: ignore[call-arg]
+
+
+def test_a_run_that_begins_with_a_folder_drops_what_its_config_says(tmp_path: Path) -> None:
+    llama4(attn_dropout=0.3, ffn_dropout=0.2).save_pretrained(tmp_path / "model")
+    write_text(tmp_path, documents=2)
+    raw = tiny_config(tmp_path) | {"model": {"init_from": str(tmp_path / "model")}}
+    file = write_config(tmp_path / "run.yaml", raw)
+    kept, one, own = (load_config(file, over).model for over in ({}, {"model.dropout": 0.1}, {"model.ffn_dropout": 0}))
+    assert (kept.attn_dropout, kept.ffn_dropout, kept.embed_dropout) == (0.3, 0.2, 0)
+    assert (one.attn_dropout, one.ffn_dropout, one.embed_dropout) == (0.1, 0.2, 0.1)
+    assert own.attn_dropout == 0.3 and own.ffn_dropout == 0
+    for wrong in (1, True, "some"):
+        with pytest.raises(UserError, match=r"run\.yaml: model\.dropout=.*: expected a number from 0 to below 1"):
+            load_config(file, {"model.dropout": wrong})
+    with pytest.raises(UserError, match=r"unknown key model\.attn_pdrop; did you mean model\.attn_dropout\?"):
+        load_config(file, {"model.attn_pdrop": 0.1})

@@ -207,3 +207,14 @@ def test_without_its_tokenizer_a_run_of_unknown_vocabulary_says_so() -> None:
     text = report(validate(raw, "config"), Layout(2))
     assert "sizes are not known: model.vocab_size=-1 takes the tokenizer's, and tokenizer.path=nowhere.model" in text
     assert all(line.startswith("#") for line in text.splitlines())
+
+
+def test_what_attention_dropout_costs_is_said_where_it_is_on() -> None:
+    raw = tiny_config(Path("unused"), train={"micro_batch_size": 8, "seq_len": 1024, "global_batch_size": 16})
+    raw["model"] |= {"vocab_size": 259, "n_heads": 8, "max_seq_len": 1024, "attn_dropout": 0.1}
+    # 2^22 weights at a time are those of 128 queries of each of 8 rows and 4 heads on 1024 keys: 29 bytes each
+    text = report(validate(raw, "config"), Layout(2, tensor=2))
+    assert "# model.attn_dropout=0.1 takes another path than fused attention: two to four times the time" in text
+    assert ", and 116.00 MiB for a while, for the weights of 128 tokens of each row at a time\n" in text
+    raw["model"]["attn_dropout"] = 0.0
+    assert "attn_dropout" not in report(validate(raw, "config"), Layout(2, tensor=2))
