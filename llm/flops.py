@@ -39,9 +39,13 @@ def unit_flops(args: ModelArgs, seq_len: int, tiles_per_token: Fraction | None =
     return dict(found)
 
 
-def token_flops(args: ModelArgs, seq_len: int, tiles_per_token: Fraction | None = None) -> int:
-    """Of the whole model."""
-    return sum(unit_flops(args, seq_len, tiles_per_token).values())
+def token_flops(
+    args: ModelArgs, seq_len: int, tiles_per_token: Fraction | None = None, logits: bool = True
+) -> int:
+    """Of the whole model. logits: whether tokens meet the output matrix, as they do not where labels alone are learned.
+    """
+    found = unit_flops(args, seq_len, tiles_per_token)
+    return sum(found.values()) - (0 if logits else found["output"])
 
 
 def usual_tiles(vision: VisionArgs) -> Fraction:

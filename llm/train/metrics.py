@@ -42,11 +42,11 @@ from llm.train.peaks import peak_flops
 
 
 class StepMetrics:
-    """Makes the rows of a run; `configured_peak` is log.peak_flops."""
+    """Makes the rows of a run; `configured_peak` is log.peak_flops, `logits` whether any loss reads them."""
 
-    def __init__(self, args: ModelArgs, world: World, configured_peak: float | None) -> None:
+    def __init__(self, args: ModelArgs, world: World, configured_peak: float | None, logits: bool = True) -> None:
         self.world = world
-        self._args = args
+        self._args, self._logits = args, logits
         self._flops: dict[int, int] = {}  # of a token, by the length of its sequence
         self._tile_flops = tile_flops(args)
         self.peak = peak_flops(configured_peak, world.device)
@@ -54,7 +54,7 @@ class StepMetrics:
     def flops(self, seq_len: int) -> int:
         """Of a token in a sequence of `seq_len`, forward and backward, images aside."""
         if seq_len not in self._flops:
-            self._flops[seq_len] = token_flops(self._args, seq_len, tiles_per_token=Fraction(0))
+            self._flops[seq_len] = token_flops(self._args, seq_len, Fraction(0), self._logits)
         return self._flops[seq_len]
 
     def _flops_of(self, result: StepResult, batch: StepBatch) -> int:

@@ -3,20 +3,22 @@ refused, as the run is a sound one without.
 """
 
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 
 from llm.generation.text import context_length
+from llm.layers.prediction import PREDICTION
 from llm.train.config import RunConfig, Section
 from llm.train.config.length import cut_short
 from llm.train.config.outputs import is_of_validation
 from llm.train.schedule import steps_between
-from llm.train.settle import task_in
+from llm.train.settle import objectives_in, task_in
 
 
 def config_notes(config: RunConfig, prompts: Sequence[Sequence[int]] = (), step: int = 0, rows: int = 0) -> list[str]:
     """Lines about a config whose run stands at `step`, after `rows` rows; `prompts` are those of the samples, in
     tokens.
     """
-    found = [*_without_effect(config), *_shortened_samples(config, prompts)]
+    found = [*_without_effect(config), *_unread(config), *_shortened_samples(config, prompts)]
     steps, optim = config.train.steps, config.optim
     if steps is not None:  # of train.epochs only the data says how many they are
         found += [*_never_reached(config, steps, step, rows)]
@@ -46,6 +48,20 @@ def _without_effect(config: RunConfig) -> Iterator[str]:
         keys = ["eval.sample_interval", *_given(config.eval, "eval", "prompts", "sample_tokens", "temperature")]
         names = ",".join(config.task_names)
         yield f"note: task={names} continues no text, so there are no samples: {_of(keys)} no effect"
+
+
+def _unread(config: RunConfig) -> Iterator[str]:
+    """Matrices behind the final hidden states that train, and that no objective reads."""
+    model, final = config.model, objectives_in(config).final
+    output = not model.tie_embeddings and model.lora is None and not any(objective.head_calls for objective in final)
+    head = model.n_prediction > 0 and not any(objective.predicts for objective in final)
+    for module, unread in (("output", output), (PREDICTION, head)):
+        frozen = any(fnmatchcase(f"{module}.weight", pattern) for pattern in config.train.freeze)
+        if unread and config.optim.weight_decay and not frozen:
+            yield (
+                f"note: nothing that the run trains for reads {module}.weight, and optim.weight_decay shrinks it; "
+                f'train.freeze: ["{module}.*"] leaves it as it is'
+            )
 
 
 def _given(section: Section, name: str, *keys: str) -> Iterator[str]:

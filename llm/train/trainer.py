@@ -72,7 +72,8 @@ class Trainer:
         self.run.settle(self.progress)
         self.restorer = Restorer(self.run, self.progress)
         self.saver = Saver(self.run, self.progress)
-        self.metrics = StepMetrics(self.run.config.model, world, config.log.peak_flops)
+        logits = any(objective.head_calls for objective in self.run.engine.objectives.final)
+        self.metrics = StepMetrics(self.run.config.model, world, config.log.peak_flops, logits)
 
     def resume(self) -> list[str]:
         """Continue a checkpoint, as checkpoint.resume says, or begin a new run; lines that say what was done."""

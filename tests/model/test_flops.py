@@ -17,6 +17,14 @@ def test_a_dense_model_counts_everything_but_its_token_table() -> None:
     assert token_flops(DENSE, T) == 2 * layer + 6 * D + 6 * V * D
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_where_labels_alone_are_learned_tokens_meet_no_output_matrix_and_hardly_the_head(tied: bool) -> None:
+    """One vector of a document meets the head, however many tokens it has."""
+    args = DENSE.model_copy(update={"n_prediction": 5, "tie_embeddings": tied})
+    assert token_flops(args, T) == token_flops(DENSE, T)
+    assert token_flops(args, T, logits=False) == token_flops(DENSE, T) - 6 * V * D
+
+
 def test_tied_embeddings_count_once_as_the_output_matrix() -> None:
     assert unit_flops(DENSE.model_copy(update={"tie_embeddings": True}), T) == unit_flops(DENSE, T)
 

@@ -10,11 +10,12 @@ from llm.train.config import validate
 from llm.train.dry_run import report
 from llm.train.notes import config_notes
 from llm.train.resume.skipped_steps import SkippedSteps
-from tests.distributed.harness import tiny_config
+from tests.distributed.harness import TINY_MODEL, tiny_config
 
 
 def notes(tmp_path: Path, *lengths: int, step: int = 0, rows: int = 0, **sections: Any) -> list[str]:
-    config = validate(tiny_config(tmp_path, **sections), "config")
+    task = sections.pop("task", "lm")
+    config = validate({**tiny_config(tmp_path, **sections), "task": task}, "config")
     return config_notes(config, [[0] * length for length in lengths], step, rows)
 
 
@@ -96,3 +97,15 @@ def test_keys_of_tasks_without_tasks_and_intervals_of_tasks_without_held_out_tex
     assert notes(tmp_path, data={"valid": None}, eval=tasks, checkpoint=keep) == [], "the interval of the tasks"
     (line,) = notes(tmp_path, data={"valid": None}, eval={**tasks, "tasks_interval": 2}, checkpoint=keep)
     assert line.endswith("eval.interval has no effect")
+
+
+def test_a_matrix_that_nothing_reads_and_that_weight_decay_shrinks_is_said(tmp_path: Path) -> None:
+    labels = {name: [{"path": "rows.jsonl", "kind": "labelled"}] for name in ("train", "valid")}
+    head = {**TINY_MODEL, "n_prediction": 3}
+    (line,) = notes(tmp_path, model=head)
+    assert line.startswith("note: nothing that the run trains for reads prediction.weight, and optim.weight_decay shr")
+    (line,) = notes(tmp_path, task="prediction", model=head, data=labels)
+    assert "reads output.weight" in line and 'train.freeze: ["output.*"] leaves it as it is' in line
+    for changed in ({"model": {**head, "tie_embeddings": True}}, {"train": {"freeze": ["output.*"]}, "model": head}):
+        assert notes(tmp_path, task="prediction", data=labels, **changed) == []
+    assert notes(tmp_path, model=head, optim={"weight_decay": 0.0}) == []
