@@ -173,8 +173,9 @@ def test_the_table_has_means_with_standard_errors_and_differences_of_the_same_sp
         "2.400 ± 1.301 (n=3)",
         "0.950 ± 0.150 (n=2)",
         "-0.150 ± 0.050 (n=2)",
+        "-0.550 ± 0.350 (n=2)",
     ]
-    assert "| deterministic | 1.071 | 1.500 | - | - | - |" in lines[3]
+    assert "| deterministic | 1.071 | 1.500 | - | - | - | - |" in lines[3]
     assert len(lines) == 8
 
 

@@ -132,14 +132,16 @@ def report(scored: PathText = WORK, output: PathText | None = None, notes: str =
 def table(read: dict[str, Scores]) -> list[str]:
     """Lines of a Markdown table: for each data set what the issue measured, and the mean of each contestant."""
     columns = [name for name in ("n-grams", *BEGINNINGS) if name in read]
-    head = ["data", "split", "issue's n-grams", *columns, "pretrained - scratch"]
+    head = ["data", "split", "issue's n-grams", *columns, "pretrained - scratch", "pretrained - n-grams"]
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for name in LABELS:
         for kind, asked in zip(("balanced", "deterministic"), ASKED[name], strict=True):
             cells = [_spread(_values(read[column], name, kind)) for column in columns]
-            both = [_by_split(read.get(column, {}), name, kind) for column in BEGINNINGS]
-            gains = [both[1][split] - both[0][split] for split in both[0] if split in both[1]]
-            lines.append(f"| {' | '.join([name, kind, f'{asked:.3f}', *cells, _spread(gains, '+.3f')])} |")
+            ours = _by_split(read.get("pretrained", {}), name, kind)
+            for other in ("scratch", "n-grams"):
+                theirs = _by_split(read.get(other, {}), name, kind)
+                cells.append(_spread([ours[split] - theirs[split] for split in ours if split in theirs], "+.3f"))
+            lines.append(f"| {' | '.join([name, kind, f'{asked:.3f}', *cells])} |")
     return lines
 
 
