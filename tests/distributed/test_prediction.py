@@ -72,7 +72,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         item(folder, "same outputs", "multilabel", **begun),
         item(folder, "other outputs", "regression", **begun),
         item(folder, "adapters", "regression", lora={"rank": 2, "base": "int8"}, **begun),
-        joint(folder, "joint"),
+        joint(folder, "joint", eval={"best": "valid_prediction_roc_auc"}),
     ]
     perform(folder, items, nproc=1)
     quick = ("ZeRO-3", "tensor", "pipeline", "expert")
@@ -106,6 +106,13 @@ def test_of_several_tasks_a_validation_says_what_each_says_alone_and_the_weighte
         assert row["valid_loss"] == pytest.approx(weighted, rel=1e-12)
         assert 0 <= row["valid_mlm_acc"] < 1
     assert (runs / "joint" / "log.txt").read_text().count(", prediction roc auc ") == 3
+
+
+def test_a_run_follows_a_field_of_one_of_its_tasks(runs: Path) -> None:
+    best = resolve(runs / "joint").meta_with("best")["best"]
+    said = [row["valid_prediction_roc_auc"] for row in scores(runs, "joint")]
+    assert (best["metric"], best["higher_is_better"]) == ("valid_prediction_roc_auc", True)
+    assert best["score"] == max(value for value in said if value is not None) and best["valid_loss"] is None
 
 
 SUMMED = ("valid_loss", "valid_loss_ema")
