@@ -117,18 +117,19 @@ def test_every_layout_learns_alike(tmp_path: Path, kind: str, dropout: bool) -> 
 @pytest.mark.full
 def test_a_killed_run_of_several_tasks_is_bitwise_the_uninterrupted_one(tmp_path: Path) -> None:
     write_rows(tmp_path)
-    sections = {"train": {"steps": 30}, "checkpoint": {"interval": 4}, "model": DROPOUT}
+    rates = {"ffn_dropout": 0.1, "head_dropout": 0.1}
+    sections = {"train": {"steps": 14}, "checkpoint": {"interval": 3}, "model": rates}
     config = write_config(tmp_path / "config.yaml", item(tmp_path, "joint", "killed", **sections)["config"])
     base = ["--config", str(config), "--parallel.zero_stage=2"]
     whole, victim = tmp_path / "whole", tmp_path / "killed"
     assert run("launch/pretrain.py", *base, "--run_dir", str(whole), nproc=2).returncode == 0
     arguments = [*base, "--run_dir", str(victim)]
-    for i, step in enumerate((5, 14, 23)):
+    for i, step in enumerate((5, 10)):
         kill_one_rank_after(step, arguments, victim, rank=i % 2)
     done = run("launch/pretrain.py", *arguments, nproc=2)
     assert done.returncode == 0 and f"resumed from {victim}/checkpoints/step_" in done.stdout, done.stderr
     assert without_timing(metrics(victim)) == without_timing(metrics(whole))
-    last = Path("checkpoints/step_00000030/rank_00000.safetensors")
+    last = Path("checkpoints/step_00000014/rank_00000.safetensors")
     assert (victim / last).read_bytes() == (whole / last).read_bytes()
 
 
