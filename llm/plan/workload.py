@@ -60,7 +60,7 @@ class RankKind(NamedTuple):
     copied: int = 0
     """Elements of a tied token table, and of its adapter, of which it has a copy."""
     copied_gradients: int = 0
-    """Of these, elements that train."""
+    """Of these, elements that have gradients."""
     int8: tuple[int, ...] = ()
     """Elements of each weight that is kept in int8, which is no parameter."""
     int8_scales: int = 0
@@ -169,7 +169,7 @@ class Workload:
         int8 = [row for row in owned.values() if row.int8]
         copies = args.tie_embeddings and stages[-1].last and not stages[0].first
         copy = [name for name in self.table if copies and name.startswith("tok_embeddings.")]
-        trains = [self.table[name].trainable for name in copy]
+        trains = [self.table[name].trainable and self.head_gradients > 0 for name in copy]
         found: Counter[tuple[tuple[int, ...], ...]] = Counter()
         for rank in range(layout.tensor):
             place_in = (rank, layout.tensor), (0, layout.expert)

@@ -157,7 +157,8 @@ class TiedTable:
                 assert own is not None
                 own += received.view_as(own)  # which may be flat
             else:
-                dist.send(self.gradient_sums.pop(parameter), self._peer)
+                found = self.gradient_sums.pop(parameter, None)  # None where no loss reads the copy
+                dist.send(torch.zeros_like(parameter, dtype=torch.float32) if found is None else found, self._peer)
 
     @torch.no_grad()
     def send_weight(self) -> None:
