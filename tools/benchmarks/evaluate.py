@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,8 @@ SPREADS = {"model": 0.02, "writer": 0.1}
 token for ever."""
 MEMORY_BAR = 1 / 3
 """Of HFLM's peak, of rolling windows."""
+WRITTEN_TOKENS = 16384
+"""Of texts that are continued together, as evaluations do by default."""
 SAME_TEXTS = 0.9
 """Of greedy answers, at least: where the two likeliest tokens are nearly as likely, the last bits decide."""
 
@@ -95,7 +98,7 @@ def benchmark(
     documents: questions of 0-shot tasks, an eighth of them with examples, and an eighth as many windows; twice as many
         texts to continue
     rounds: rounds that count
-    batch_tokens: of ours
+    batch_tokens: of ours, of what is scored
     output: folder of the result file
     """
     if not PEER.is_file():
@@ -134,7 +137,7 @@ def prepare(
         "rolling": list(islice(encoder.windows(text.read_text()), documents // 8)),
     }
     (folder / "requests.json").write_text(json.dumps(requests))
-    texts = generations(_writer(folder, 16384), text.read_text(), 2 * documents)
+    texts = generations(_writer(folder), text.read_text(), 2 * documents)
     (folder / "generations.json").write_text(json.dumps(texts))
     return len(made)
 
@@ -143,9 +146,9 @@ def _replica(path: Path) -> Replica:
     return open_replica(path, make_grid(World(0, 1, 0, torch.device("cpu"))), torch.float32)
 
 
-def _writer(folder: Path, batch_tokens: int) -> Writer:
+def _writer(folder: Path) -> Writer:
     tokenizer = load_tokenizer(TokenizerConfig(kind="hf", path=str(folder / "writer")))
-    return Writer(_replica(folder / "writer"), tokenizer, batch_tokens)
+    return Writer(_replica(folder / "writer"), tokenizer, WRITTEN_TOKENS)
 
 
 def _trained(folder: Path, text: Path, vocabulary: int) -> Path:
@@ -193,13 +196,14 @@ def ours(folder: PathText, batch_tokens: int, keep_memory: bool = False) -> None
 
 
 def _answers(folder: Path, batch_tokens: int) -> Answers:
-    replica, writer = _replica(folder / "model"), _writer(folder, batch_tokens)
+    replica = _replica(folder / "model")
+    writer = cache(lambda: _writer(folder))  # when it is first asked: what scores is not to be measured with it
     pictures = Pictures(None, "model", LIMITS)
     requests, texts = (json.loads((folder / f"{name}.json").read_text()) for name in ("requests", "generations"))
 
     def answer(name: str, _: int) -> float | list[str]:
         if name in texts:
-            return writer.answers(texts[name])
+            return writer().answers(texts[name])
         asked = [Score(tuple(context), tuple(target)) for context, target in requests[name]]
         return sum(found.logprob for _, found in score(replica, asked, batch_tokens, pictures))
 

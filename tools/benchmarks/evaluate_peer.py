@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
@@ -50,17 +51,22 @@ def hflm(folder: Path) -> Answers:
     from lm_eval.models.huggingface import HFLM
 
     transformers.utils.logging.disable_progress_bar()
-    model, writer = (
-        HFLM(pretrained=str(folder / name), device="cpu", dtype="float32", batch_size=1) for name in ("model", "writer")
-    )
+
+    @cache
+    def opened(name: str) -> HFLM:
+        return HFLM(pretrained=str(folder / name), device="cpu", dtype="float32", batch_size=1)
+
+    model = opened("model")
     requests = json.loads((folder / "requests.json").read_text())
     generations = json.loads((folder / "generations.json").read_text())
 
     def answer(name: str, size: int) -> float | list[str]:
-        model.batch_size_per_gpu = writer.batch_size_per_gpu = size
         if name in generations:
             texts = [Instance("generate_until", {}, tuple(pair), i) for i, pair in enumerate(generations[name])]
+            writer = opened("writer")
+            writer.batch_size_per_gpu = size
             return list(writer.generate_until(texts, disable_tqdm=True))
+        model.batch_size_per_gpu = size
         asked = [((str(number), ""), *pair) for number, pair in enumerate(requests[name])]
         found = model._loglikelihood_tokens(asked, disable_tqdm=True)
         return float(sum(logprob for logprob, _ in found))
