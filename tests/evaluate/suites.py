@@ -74,6 +74,7 @@ SUITES = {
             "output_type": "loglikelihood",  # of which lm-eval joins nothing
             "doc_to_text": "{{ context }}",
             "doc_to_target": " {{ continuation }}",
+            "target_delimiter": "",  # which stands between prompt and target of examples alone
             "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
         },
         {
