@@ -152,7 +152,6 @@ class Task(ABC):
         """
         return None
 
-    @abstractmethod
     def sample(
         self,
         decoder: LLM | Decoder,
@@ -167,7 +166,9 @@ class Task(ABC):
         images: Sequence[Tensor | None] | None = None,
     ) -> list[str]:
         """What the model makes of each prompt, as text; drawn by the seed. end_ids: what ends one; None: what ends a
-        text of the tokenizer. images: of each prompt, the tiles that fill its slots."""
+        text of the tokenizer. images: of each prompt, the tiles that fill its slots. Nothing where a task's models
+        continue no text."""
+        return []
 
 
 @dataclass(frozen=True)

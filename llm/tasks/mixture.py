@@ -11,14 +11,11 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from llm.args import ModelArgs
 from llm.batch import Batch
 from llm.data.kinds import Opened
 from llm.errors import UserError
-from llm.generate import Decoder
-from llm.model import LLM
 from llm.objectives import Objective
 from llm.parallel.launch.world import World
 from llm.tasks.base import OpenedRows, Part, RowsWanted, Task, task_named
@@ -109,34 +106,10 @@ class Mixture(Task):
             found += [f"{part.task.name}_{name}" for name in own]
         return tuple(found)
 
-    def sample(
-        self,
-        decoder: LLM | Decoder,
-        tokenizer: Tokenizer,
-        prompts: Sequence[Sequence[int]],
-        *,
-        most_tokens: int,
-        context: int,
-        temperature: float,
-        seed: int,
-        end_ids: Sequence[int] | None = None,
-        images: Sequence[Tensor | None] | None = None,
-    ) -> list[str]:
+    def sample(self, *given: Any, **options: Any) -> list[str]:
         """That of its part `lm`; without one there is none."""
         found = next((part.task for part in self.parts if part.task.name == CONTINUES), None)
-        if found is None:
-            return []
-        return found.sample(
-            decoder,
-            tokenizer,
-            prompts,
-            most_tokens=most_tokens,
-            context=context,
-            temperature=temperature,
-            seed=seed,
-            end_ids=end_ids,
-            images=images,
-        )
+        return [] if found is None else found.sample(*given, **options)
 
 
 def objectives_of_parts(parts: Sequence[Part], options: Mapping[str, Mapping[str, Any]]) -> list[tuple[Objective, ...]]:

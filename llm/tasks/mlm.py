@@ -20,7 +20,6 @@ from llm.data.kinds import Opened
 from llm.data.masked import TARGET, Masked, Masking
 from llm.datatypes import LossSum
 from llm.errors import UserError
-from llm.generate import Decoder
 from llm.model import LLM
 from llm.objectives import NextToken, Objective
 from llm.parallel.launch.world import World
@@ -80,22 +79,6 @@ class MaskedLanguageModelling(Task):
 
     def fields(self, args: ModelArgs) -> tuple[str, ...]:
         return ("loss", "ppl", "acc")
-
-    def sample(
-        self,
-        decoder: LLM | Decoder,
-        tokenizer: Tokenizer,
-        prompts: Sequence[Sequence[int]],
-        *,
-        most_tokens: int,
-        context: int,
-        temperature: float,
-        seed: int,
-        end_ids: Sequence[int] | None = None,
-        images: Sequence[Tensor | None] | None = None,
-    ) -> list[str]:
-        """Nothing: a model that sees both ways continues no text."""
-        return []
 
 
 def masking_of(tokenizer: Tokenizer, options: Mapping[str, Any]) -> Masking:

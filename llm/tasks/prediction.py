@@ -23,7 +23,6 @@ from llm.args import ModelArgs
 from llm.batch import Batch
 from llm.data.learned import labelled_in
 from llm.datatypes import LossSum, Predictions
-from llm.generate import Decoder
 from llm.layers.prediction import PREDICTION, answers_of, scaled
 from llm.model import LLM
 from llm.objectives import Objective
@@ -164,19 +163,3 @@ class PredictionTask(Task):
 
     def fields(self, args: ModelArgs) -> tuple[str, ...]:
         return ("loss", *FIELDS[args.prediction], *[WITHOUT_BOTH] * (args.prediction == "multilabel"))
-
-    def sample(
-        self,
-        decoder: LLM | Decoder,
-        tokenizer: Tokenizer,
-        prompts: Sequence[Sequence[int]],
-        *,
-        most_tokens: int,
-        context: int,
-        temperature: float,
-        seed: int,
-        end_ids: Sequence[int] | None = None,
-        images: Sequence[Tensor | None] | None = None,
-    ) -> list[str]:
-        """Nothing: a model of labels continues no text."""
-        return []
