@@ -30,9 +30,16 @@ def hardware() -> str:
 
 
 def versions() -> str:
-    """Python, the packages that are compared, and the commit of this project."""
-    known = [f"{name} {metadata.version(name)}" for name in PACKAGES]
+    """Python, those of the packages that are compared and installed, and the commit of this project."""
+    known = [f"{name} {found}" for name in PACKAGES if (found := _version(name)) is not None]
     return ", ".join([f"Python {platform.python_version()}", *known, f"commit {_commit()}"])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_fields() -> dict[str, str]:
