@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llm.args.layers import attention_specs
 from llm.datatypes import TransformerInput
-from llm.generate import left_padded
+from llm.decoder import left_padded
 from llm.kernels.grouped import FEWEST_ROWS
 from llm.parallel.replica import Replica
 from llm.row_cache import RowCache, rounded

@@ -24,7 +24,7 @@ from llm.args import ModelArgs
 from llm.batch import Batch
 from llm.cache import Cache, Remembered
 from llm.datatypes import LossSum, Predictions, TransformerInput, TransformerOutput
-from llm.generate import Decoder
+from llm.decoder import Decoder
 from llm.heads import Losses
 from llm.layers.moe import routing_shape
 from llm.model import LLM

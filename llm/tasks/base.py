@@ -19,8 +19,8 @@ from llm.data.kinds import ChatOptions, Opened, PackingName
 from llm.data.labels import LabelOptions
 from llm.data.mixture import Mixture
 from llm.data.sources import DataSpec
+from llm.decoder import Decoder
 from llm.errors import UserError
-from llm.generate import Decoder
 from llm.model import LLM
 from llm.objectives import Objective
 from llm.parallel.launch.world import World

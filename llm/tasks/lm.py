@@ -9,7 +9,8 @@ from torch import Tensor
 
 from llm.args import ModelArgs
 from llm.batch import Batch, Targets
-from llm.generate import Decoder, generate
+from llm.decoder import Decoder
+from llm.generate import generate
 from llm.generation.text import continuation
 from llm.model import LLM
 from llm.objectives import NextToken, Objective

@@ -13,8 +13,9 @@ from llm import LLM
 from llm.args import VisionArgs
 from llm.cli import run_cli
 from llm.datatypes import TransformerInput
+from llm.decoder import Cached
 from llm.errors import UserError
-from llm.generate import Cached, generate
+from llm.generate import generate
 from llm.generation.chat import Chat, Talk
 from llm.generation.sampling import Sampling
 from llm.generation.text import Continuer
