@@ -1,6 +1,6 @@
 """What a notebook wants of a model: read one from a path, continue texts with it, write it to a folder."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from llm.args import ModelArgs
+    from llm.generation.text import Continuer, Prompt
     from llm.model import LLM
     from llm.tokenizer import Tokenizer
 
@@ -88,11 +89,16 @@ class Conveniences(nn.Module):
         repetition_penalty: float = 1.0,
         seed: int = 0,
         stop: bool = True,
+        stop_texts: Sequence[str] = (),
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        early_stopping: bool = False,
     ) -> str | list[str]:
         """The continuation of a text, or of each of several in one batch: what comes after it, with its first space.
 
-        An empty text begins a document; `stop` ends at an end mark; llm/generation/sampling.py says what the other
-        settings mean. A continuation ends where the context (args.max_seq_len) does.
+        An empty text begins a document; `stop` ends at an end mark, `stop_texts` before the first of these texts that
+        the continuation comes to; llm/generation/sampling.py and beams.py say what the other settings mean. A
+        continuation ends where the context (args.max_seq_len) does.
 
         images: those of the text, of a model with vision: paths, what files hold as bytes, or images of Pillow; of
         several texts a list of these for each. The first `<image>` of a text stands for the first one; they stand
@@ -101,28 +107,60 @@ class Conveniences(nn.Module):
         tokenizer, an image cannot be read, placeholders are more or fewer than images, a text fills the context, or
         logits are not finite.
         """
+        from llm.generation.beams import Beams
         from llm.generation.sampling import Sampling
+
+        sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+        beams = Beams(num_beams, length_penalty, early_stopping)
+        continuer = self._continuer()
+        texts = [text] if isinstance(text, str) else list(text)
+        given = _images_of(None if isinstance(text, str) else len(texts), images)
+        prompts = _prompts(continuer, texts, given)
+        if not prompts:
+            return []
+        made = continuer.complete(prompts, sampling, max_new_tokens, stop, stop_texts=stop_texts, beams=beams)
+        return made[0].text if isinstance(text, str) else [done.text for done in made]
+
+    def stream(
+        self,
+        text: str,
+        *,
+        images: "Images | None" = None,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: bool = True,
+        stop_texts: Sequence[str] = (),
+    ) -> Iterator[str]:
+        """The continuation of a text piece by piece, as its tokens are made: together the pieces are what `generate`
+        gives. A character of several tokens comes whole, and what may begin a stop text waits until it is none.
+
+        Arguments and errors are as of `generate`; what is wrong with them is said at once.
+        """
+        from llm.generation.sampling import Sampling
+        from llm.generation.stops import StopTexts
+
+        sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+        StopTexts(stop_texts)
+        continuer = self._continuer()
+        prompts = _prompts(continuer, [text], _images_of(None, images))
+        made = continuer.stream(prompts, sampling, max_new_tokens, stop, stop_texts=stop_texts)
+        return (piece for _, piece, _ in made if piece)
+
+    def _continuer(self) -> "Continuer":
         from llm.generation.text import Continuer
 
         name = "this model" if self.origin is None else str(self.origin)
-        sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
         tokenizer = self.tokenizer
         if tokenizer is None:
             raise NoTokenizer(
                 f"{name} has no tokenizer, so text cannot be read or written; set model.tokenizer = "
                 f"llm.tokenizer.load_tokenizer(...), or give token ids to llm.generate.generate"
             )
-        continuer = Continuer(cast("LLM", self), tokenizer, name)
-        texts = [text] if isinstance(text, str) else list(text)
-        given = _images_of(None if isinstance(text, str) else len(texts), images)
-        names = [f"prompt {i + 1}" for i in range(len(texts))]
-        pictures = [continuer.pictures.given(of, name) for of, name in zip(given, names, strict=True)]
-        prompts = [
-            continuer.prompt(one, name, str(i), seen)
-            for i, (one, name, seen) in enumerate(zip(texts, names, pictures, strict=True))
-        ]
-        found = [done.text for done in continuer.complete(prompts, sampling, max_new_tokens, stop)] if prompts else []
-        return found[0] if isinstance(text, str) else found
+        return Continuer(cast("LLM", self), tokenizer, name)
 
     @torch.no_grad()
     def predict(self, text: str | Sequence[str], *, batch_tokens: int = 16384) -> Tensor:
@@ -174,6 +212,15 @@ class Conveniences(nn.Module):
 
         dtype = next(self.parameters()).dtype
         write_model_folder(Path(path), self.args, ModuleWeights(self), dtype=dtype, tokenizer=tokenizer)
+
+
+def _prompts(continuer: "Continuer", texts: Sequence[str], images: Sequence[Sequence[object]]) -> "list[Prompt]":
+    names = [f"prompt {i + 1}" for i in range(len(texts))]
+    pictures = [continuer.pictures.given(of, name) for of, name in zip(images, names, strict=True)]
+    return [
+        continuer.prompt(one, name, str(i), seen)
+        for i, (one, name, seen) in enumerate(zip(texts, names, pictures, strict=True))
+    ]
 
 
 def _batches(lengths: Sequence[int], most: int) -> list[list[int]]:

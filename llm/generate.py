@@ -6,7 +6,7 @@ random numbers of a row are a function of (seed, the row's key, step).
 Shapes: B rows, T longest prompt, V vocabulary.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -69,6 +69,7 @@ def stream(
     n_ids: int | None = None,
     keys: Sequence[str] | None = None,
     images: Sequence[Tensor | None] | None = None,
+    ended: Callable[[int], bool] = lambda row: False,
 ) -> Iterator[tuple[int, int]]:
     """(row, token) of each new token as it is made, step by step.
 
@@ -77,6 +78,7 @@ def stream(
         n_ids: ids from here on are never chosen: rows of the table that the tokenizer has no token for.
         keys: what a row's random numbers depend on beside the seed; default: its number among the prompts.
         images: of each prompt, the tiles that fill its slots, in their order: uint8 (n, 3, S, S), or floats.
+        ended: whether a row has ended with the tokens that were taken of it, asked before each further step.
 
     Raises ValueError for an empty prompt or a setting out of range, NonFiniteLogits (a FloatingPointError) where the
     model's logits are not finite.
@@ -86,7 +88,7 @@ def stream(
     keys = [str(row) for row in range(len(prompts))] if keys is None else keys
     tiles = [of_row for of_row in images or () if of_row is not None]
     return _stream(
-        model, prompts, sampling, limits, frozenset(stop_ids), n_ids, keys, torch.cat(tiles) if tiles else None
+        model, prompts, sampling, limits, frozenset(stop_ids), n_ids, keys, torch.cat(tiles) if tiles else None, ended
     )
 
 
@@ -99,6 +101,7 @@ def _stream(
     n_ids: int | None,
     keys: Sequence[str],
     images: Tensor | None,
+    ended: Callable[[int], bool],
 ) -> Iterator[tuple[int, int]]:
     tokens, positions = left_padded(prompts)
     decoder = Cached(model, tokens.shape[1] + max(limits)) if isinstance(model, LLM) else model
@@ -122,7 +125,7 @@ def _stream(
         going = [
             i
             for i, (row, token) in enumerate(zip(active, chosen.tolist(), strict=True))
-            if token not in stop_ids and step + 1 < limits[row]
+            if token not in stop_ids and step + 1 < limits[row] and not ended(row)
         ]
         if not going:
             return

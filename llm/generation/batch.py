@@ -21,10 +21,11 @@ from tqdm import tqdm
 
 from llm.atomic import sync, write_file
 from llm.errors import UserError
+from llm.generation.beams import Beams
 from llm.generation.chat import Chat
 from llm.generation.prompts import PromptRow, read_prompts, refuse
 from llm.generation.sampling import Sampling
-from llm.generation.text import Completion, Continuer, Prompt
+from llm.generation.text import NO_BEAMS, Completion, Continuer, Prompt
 
 BATCHES_AT_ONCE = 4
 """Of which the rows are sorted by length, and written in their order once all are done."""
@@ -42,6 +43,12 @@ class BatchSettings:
     stop: bool
     batch_tokens: int
     """tokens of a batch, prompts, padding and continuations; these decide how fast it goes, not what is written"""
+    beams: Beams = NO_BEAMS
+
+    def most_prompts(self, longest: int) -> int:
+        """Of a batch whose longest prompt has so many tokens; each runs num_beams continuations."""
+        rows = min(MOST_ROWS, self.batch_tokens // (longest + self.max_new_tokens))
+        return max(1, rows // self.beams.num_beams)
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,11 @@ def complete_file(
                 found = {}
                 for batch in part:
                     made = continuer.complete(
-                        [task.prompt for task in batch], settings.sampling, settings.max_new_tokens, settings.stop
+                        [task.prompt for task in batch],
+                        settings.sampling,
+                        settings.max_new_tokens,
+                        settings.stop,
+                        beams=settings.beams,
                     )
                     found.update({id(task): completion for task, completion in zip(batch, made, strict=True)})
                     bar.update(len(batch))
@@ -142,10 +153,7 @@ def _parts(tasks: Sequence[Task], settings: BatchSettings) -> Iterator[list[list
 def _batches(tasks: Sequence[Task], settings: BatchSettings) -> Iterator[list[Task]]:
     batch: list[Task] = []
     for task in sorted(tasks, key=lambda t: len(t.prompt.ids), reverse=True):  # the longest of a batch comes first
-        width = len(batch[0].prompt.ids) if batch else 0
-        if batch and (
-            (len(batch) + 1) * (width + settings.max_new_tokens) > settings.batch_tokens or len(batch) == MOST_ROWS
-        ):
+        if batch and len(batch) == settings.most_prompts(len(batch[0].prompt.ids)):
             yield batch
             batch = []
         batch.append(task)
@@ -178,7 +186,7 @@ def _append(output: Path, file: IO[bytes], lines: Iterable[Mapping[str, Any]]) -
 
 def _made_of(continuer: Continuer, content: bytes, settings: BatchSettings) -> dict[str, str]:
     """What decides the output, by the name that a message gives it."""
-    sampling = settings.sampling
+    sampling, beams = settings.sampling, settings.beams
     return {
         "the model": weights_digest(continuer.model),
         "its tokenizer": continuer.tokenizer.fingerprint,
@@ -188,6 +196,7 @@ def _made_of(continuer: Continuer, content: bytes, settings: BatchSettings) -> d
         "--num_samples": str(settings.num_samples),
         "--stop": str(settings.stop).lower(),
         **{f"--{name}": str(value) for name, value in vars(sampling).items()},
+        **({f"--{name}": str(value) for name, value in vars(beams).items()} if beams.num_beams > 1 else {}),
     }
 
 
@@ -241,12 +250,15 @@ def _own_file(output: Path, made_of: dict[str, str]) -> Iterator[IO[bytes]]:
                 f"--output={output}: exists, and no {beside.name} beside it says what it is made of; "
                 f"give another file, or remove it"
             )
-        changed = [name for name in made_of if known is not None and known.get(name) != made_of[name]]
+        named = made_of if known is None else {**made_of, **known}
+        changed = [name for name in named if known is not None and known.get(name) != made_of.get(name)]
         if changed and output.stat().st_size:
+            was = known or {}
             others = "; ".join(
-                f"{name} is {made_of[name]}, was {known.get(name)}" if name.startswith("--") else f"{name} changed"
+                f"{name} is {made_of.get(name, 'left out')}, was {was.get(name, 'left out')}"
+                if name.startswith("--")
+                else f"{name} changed"
                 for name in changed
-                if known is not None
             )
             raise UserError(f"--output={output}: holds completions of other settings ({others}); give another file")
         if known is None or changed:

@@ -5,11 +5,12 @@ from typing import Any
 
 from llm.data.conversation import Conversation, Message, read_conversation
 from llm.errors import UserError
+from llm.generation.beams import Beams
 from llm.generation.pictures import Picture, placed
 from llm.generation.prompts import PromptRow
 from llm.generation.sampling import Sampling
 from llm.generation.terminal import show_prompt
-from llm.generation.text import Continuer
+from llm.generation.text import NO_BEAMS, Continuer
 from llm.tokenizers.chat import ChatTemplate
 
 HINT = "a message a line; ctrl-C ends an answer, ctrl-D the conversation"
@@ -56,9 +57,10 @@ class Talk:
         sampling: Sampling,
         max_new_tokens: int,
         pictures: Sequence[Picture] = (),
+        beams: Beams = NO_BEAMS,
     ) -> None:
         self.continuer, self.chat, self.pictures = continuer, chat, tuple(pictures)
-        self.sampling, self.max_new_tokens = sampling, max_new_tokens
+        self.sampling, self.max_new_tokens, self.beams = sampling, max_new_tokens, beams
         self.messages: list[Message] = []
 
     def say(self, text: str, name: str = "the message", place: int = 0) -> None:
@@ -75,6 +77,8 @@ class Talk:
             raise UserError(f"{name}: {error}") from None
         parts: list[str] = []
         try:
-            show_prompt(self.continuer, prompt, self.sampling, self.max_new_tokens, heard=parts.append)
+            show_prompt(
+                self.continuer, prompt, self.sampling, self.max_new_tokens, heard=parts.append, beams=self.beams
+            )
         finally:
             self.messages = [*asked, {"role": "assistant", "content": "".join(parts)}]

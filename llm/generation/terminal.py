@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
 from llm.errors import UserError
+from llm.generation.beams import Beams
 from llm.generation.pictures import Picture
 from llm.generation.sampling import Sampling
-from llm.generation.text import Continuer, Prompt
+from llm.generation.text import NO_BEAMS, Continuer, Prompt
 
 
 def write(text: str) -> None:
@@ -27,6 +28,7 @@ def show(
     name: str = "--prompt",
     place: int = 0,
     pictures: Sequence[Picture] = (),
+    beams: Beams = NO_BEAMS,
 ) -> None:
     """Write the continuation of a text, or several one after the other, each under a line that numbers it. `place`: of
     the prompt among others, which its random numbers depend on. pictures: the images that it has."""
@@ -34,7 +36,7 @@ def show(
         if num_samples > 1:
             write(f"--- {sample + 1} of {num_samples}\n")
         prompt = continuer.prompt(text, name, f"{place}.sample{sample}" if sample else str(place), pictures)
-        show_prompt(continuer, prompt, sampling, max_new_tokens, stop)
+        show_prompt(continuer, prompt, sampling, max_new_tokens, stop, beams=beams)
 
 
 def show_prompt(
@@ -44,9 +46,11 @@ def show_prompt(
     max_new_tokens: int,
     stop: bool = True,
     heard: Callable[[str], object] = lambda part: None,
+    *,
+    beams: Beams = NO_BEAMS,
 ) -> None:
     """Write the continuation of a prompt as it is made; `heard` gets its parts too."""
-    for _, part, done in continuer.stream([prompt], sampling, max_new_tokens, stop):
+    for _, part, done in continuer.stream([prompt], sampling, max_new_tokens, stop, beams=beams):
         heard(part)
         write(part)
         if done:

@@ -10,14 +10,17 @@ from torch import Tensor
 from llm.args import ModelArgs
 from llm.errors import UserError
 from llm.generate import stream
+from llm.generation.beams import Beams, beam_stream
 from llm.generation.pictures import Picture, Pictures
 from llm.generation.sampling import NonFiniteLogits, Sampling
+from llm.generation.stops import StopTexts
 from llm.model import LLM
 from llm.tokenizer import Tokenizer
 from vision.opening import LIMITS, ImageLimits
 
 FinishReason = Literal["stop", "length", "context"]
 """Why a text ended: an end mark, max_new_tokens, or the model's context."""
+NO_BEAMS = Beams()
 CONTEXT_IDS = 16
 """Ids of a prompt that what comes after it is decoded with."""
 
@@ -155,13 +158,48 @@ class Continuer:
         return [min(max_new_tokens, self.context - len(prompt.ids)) for prompt in prompts]
 
     def stream(
-        self, prompts: Sequence[Prompt], sampling: Sampling, max_new_tokens: int, stop: bool = True
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        max_new_tokens: int,
+        stop: bool = True,
+        *,
+        stop_texts: Sequence[str] = (),
+        beams: Beams = NO_BEAMS,
     ) -> Iterator[tuple[int, str, Completion | None]]:
         """(row, text, None) for each part of text that is certain, and (row, last text, completion) once a row has
-        ended. UserError where the model's logits are not finite."""
+        ended. With num_beams there is one part, the whole.
+
+        stop: end at an end mark. stop_texts: end before the first of these that the text comes to.
+        Raises UserError where the model's logits are not finite, ValueError where settings do not go together.
+        """
+        beams.check(sampling)
         end_ids = frozenset(self.end_ids) if stop else frozenset()
+        try:
+            if beams.num_beams > 1:
+                if stop_texts:
+                    raise ValueError(f"num_beams={beams.num_beams} does not go with stop texts; leave one of them out")
+                yield from self._searched(prompts, sampling, beams, max_new_tokens, end_ids)
+            else:
+                yield from self._one_by_one(prompts, sampling, max_new_tokens, end_ids, stop_texts)
+        except NonFiniteLogits as error:
+            raise UserError(
+                f"{self.name}: at new token {error.step} of {prompts[error.row].name}, {error.count} of {error.of} "
+                f"logits are not finite (NaN or infinite): the weights hold such values, or the model's values are "
+                f"beyond the range of {str(next(self.model.parameters()).dtype).removeprefix('torch.')}"
+            ) from None
+
+    def _one_by_one(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        max_new_tokens: int,
+        end_ids: frozenset[int],
+        stop_texts: Sequence[str],
+    ) -> Iterator[tuple[int, str, Completion | None]]:
         limits = self.limits(prompts, max_new_tokens)
         texts = [TextStream(self.tokenizer, prompt.ids) for prompt in prompts]
+        stops = [StopTexts(stop_texts) for _ in prompts]
         parts: list[list[str]] = [[] for _ in prompts]
         counts = [0] * len(prompts)
         made = stream(
@@ -173,24 +211,47 @@ class Continuer:
             n_ids=self.tokenizer.vocab_size,
             keys=[prompt.key for prompt in prompts],
             images=[self._tiles(prompt) for prompt in prompts],
+            ended=lambda row: stops[row].stopped,
         )
-        try:
-            for row, token in made:
-                counts[row] += 1
-                text, reason = texts[row], self._finish(token in end_ids, counts[row], limits[row], max_new_tokens)
-                part = "" if reason == "stop" else text.push(token)
-                if reason is not None:
-                    part += text.end()
-                parts[row].append(part)
-                done = None if reason is None else Completion("".join(parts[row]), counts[row], reason)
-                if part or done:
-                    yield row, part, done
-        except NonFiniteLogits as error:
-            raise UserError(
-                f"{self.name}: at new token {error.step} of {prompts[error.row].name}, {error.count} of {error.of} "
-                f"logits are not finite (NaN or infinite): the weights hold such values, or the model's values are "
-                f"beyond the range of {str(next(self.model.parameters()).dtype).removeprefix('torch.')}"
-            ) from None
+        for row, token in made:
+            counts[row] += 1
+            text, cut = texts[row], stops[row]
+            reason = self._finish(token in end_ids, counts[row], limits[row], max_new_tokens)
+            part = "" if reason == "stop" else cut.push(text.push(token))
+            if reason is not None:
+                part += cut.push(text.end()) + cut.end()
+            if cut.stopped:
+                reason = "stop"
+            parts[row].append(part)
+            done = None if reason is None else Completion("".join(parts[row]), counts[row], reason)
+            if part or done:
+                yield row, part, done
+
+    def _searched(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        beams: Beams,
+        max_new_tokens: int,
+        end_ids: frozenset[int],
+    ) -> Iterator[tuple[int, str, Completion | None]]:
+        limits = self.limits(prompts, max_new_tokens)
+        made = beam_stream(
+            self.model,
+            [prompt.ids for prompt in prompts],
+            beams,
+            max_new_tokens=limits,
+            stop_ids=end_ids,
+            n_ids=self.tokenizer.vocab_size,
+            images=[self._tiles(prompt) for prompt in prompts],
+            repetition_penalty=sampling.repetition_penalty,
+        )
+        for row, (best, *_) in made:
+            *before, last = best.tokens
+            reason = self._finish(last in end_ids, len(best.tokens), limits[row], max_new_tokens)
+            assert reason is not None  # nothing else is finished
+            text = continuation(self.tokenizer, prompts[row].ids, before if reason == "stop" else best.tokens)
+            yield row, text, Completion(text, len(best.tokens), reason)
 
     def _tiles(self, prompt: Prompt) -> Tensor | None:
         try:
@@ -207,10 +268,18 @@ class Continuer:
         return None
 
     def complete(
-        self, prompts: Sequence[Prompt], sampling: Sampling, max_new_tokens: int, stop: bool = True
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        max_new_tokens: int,
+        stop: bool = True,
+        *,
+        stop_texts: Sequence[str] = (),
+        beams: Beams = NO_BEAMS,
     ) -> list[Completion]:
-        """The completion of each prompt, all in one batch."""
-        done = {row: found for row, _, found in self.stream(prompts, sampling, max_new_tokens, stop) if found}
+        """The completion of each prompt, all in one batch; arguments and errors are as of `stream`."""
+        made = self.stream(prompts, sampling, max_new_tokens, stop, stop_texts=stop_texts, beams=beams)
+        done = {row: found for row, _, found in made if found}
         return [done[row] for row in range(len(prompts))]
 
 

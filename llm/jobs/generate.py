@@ -8,6 +8,7 @@ from llm import LLM
 from llm.cli import Repeated, Verbatim
 from llm.errors import UserError
 from llm.generation.batch import BatchSettings, complete_file
+from llm.generation.beams import Beams
 from llm.generation.chat import HINT, Chat, Talk
 from llm.generation.device import Dtype, device, dtype_for, set_threads
 from llm.generation.sampling import Sampling
@@ -43,6 +44,9 @@ def continue_prompt(
     image_root: PathText | None = None,
     max_pixels: int = LIMITS.max_pixels,
     max_image_bytes: int = LIMITS.max_bytes,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: bool = False,
 ) -> None:
     """Print the continuation of a prompt as it is made, or write those of a file of prompts; or talk.
 
@@ -74,31 +78,36 @@ def continue_prompt(
     image_root: folder in which the images of --prompts lie; default: the folder of that file
     max_pixels: an image of more pixels is refused
     max_image_bytes: an image whose file is larger is refused
+    num_beams: continuations that a beam search runs side by side; the best is printed when it is whole
+    length_penalty: of beam search: above 1 longer continuations win more often, below 1 shorter ones
+    early_stopping: end a beam search once num_beams continuations are finished, though a better one could come
     threads: of a CPU; default: OMP_NUM_THREADS, else the physical cores, or 1 for a model of up to 32M parameters
     """
     try:
         sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+        beams = Beams(num_beams, length_penalty, early_stopping)
         limits = ImageLimits(max_pixels, max_image_bytes)
+        beams.check(sampling)
     except ValueError as error:
         raise UserError(f"--{error}") from None
-    _check(prompt, max_new_tokens, num_samples, prompts, output, batch_tokens, sampling)
+    _check(prompt, max_new_tokens, num_samples, prompts, output, batch_tokens, sampling, beams)
     _check_images(image, image_root, prompt, prompts, chat)
     _check_chat(chat, system, chat_template, num_samples if prompts is None else 1, stop)
     continuer, talks = _open(model, average, dtype, threads, chat_template if chat else None, system, limits)
     if prompts is not None and output is not None:
-        settings = BatchSettings(sampling, max_new_tokens, num_samples, stop, batch_tokens)
+        settings = BatchSettings(sampling, max_new_tokens, num_samples, stop, batch_tokens, beams)
         root = None if image_root is None else Path(image_root)
         complete_file(continuer, Path(prompts), Path(output), settings, talks, root)
         return
     pictures = [continuer.pictures.look(Path(path).expanduser(), f"--image={path}") for path in image]
     if talks is not None:
-        talk = Talk(continuer, talks, sampling, max_new_tokens, pictures)
+        talk = Talk(continuer, talks, sampling, max_new_tokens, pictures, beams)
         if prompt is not None:
             talk.say(prompt, "--prompt")
         else:
             converse(talk.say, HINT, begins=False)
         return
-    show_one = partial(show, continuer, sampling=sampling, max_new_tokens=max_new_tokens, stop=stop)
+    show_one = partial(show, continuer, sampling=sampling, max_new_tokens=max_new_tokens, stop=stop, beams=beams)
     if prompt is not None:
         show_one(prompt, num_samples=num_samples, pictures=pictures)
     else:
@@ -113,6 +122,7 @@ def _check(
     output: str | None,
     batch_tokens: int,
     sampling: Sampling,
+    beams: Beams,
 ) -> None:
     """UserError where flags are out of range or do not go together."""
     for name, value in (
@@ -122,6 +132,11 @@ def _check(
     ):
         if value < 1:
             raise UserError(f"--{name}={value} must be at least 1")
+    if num_samples > 1 and beams.num_beams > 1:
+        raise UserError(
+            f"--num_samples={num_samples} does not go with --num_beams={beams.num_beams}: a search gives the best "
+            f"continuation, one of each prompt"
+        )
     if num_samples > 1 and sampling.temperature == 0:
         raise UserError(
             f"--num_samples={num_samples} needs a temperature above 0; at 0 all continuations of a prompt are the same"

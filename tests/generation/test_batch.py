@@ -8,6 +8,7 @@ import pytest
 
 from llm.errors import UserError
 from llm.generation.batch import BatchSettings, complete_file, weights_digest
+from llm.generation.beams import Beams
 from llm.generation.sampling import Sampling
 from llm.generation.text import Continuer
 from llm.tokenizer import ByteTokenizer
@@ -58,7 +59,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes_and_repeats_nothing(prompts, tmp
     made = []
     complete = Continuer.complete
     monkeypatch.setattr(
-        Continuer, "complete", lambda self, batch, *rest: made.extend(batch) or complete(self, batch, *rest)
+        Continuer, "complete", lambda self, batch, *rest, **by: made.extend(batch) or complete(self, batch, *rest, **by)
     )
     complete_file(continuer(), prompts, output, chosen)
     assert output.read_bytes() == whole
@@ -167,3 +168,19 @@ def test_an_output_that_no_later_run_could_go_on_with_is_refused(prompts, tmp_pa
     with pytest.raises(UserError, match=f"--output={name}: is no regular file"):
         complete_file(continuer(), prompts, Path(name), settings())
     assert sorted(os.listdir()) == ["in.jsonl", "pipe"] and not Path(f"{name}.run.json").exists()
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 150, 10_000])
+def test_the_best_of_a_search_stands_there_whatever_the_batches(prompts, tmp_path, batch_tokens):
+    output, beams = tmp_path / "out.jsonl", Beams(3, 0.8)
+    complete_file(continuer(), prompts, output, settings(batch_tokens=batch_tokens, beams=beams))
+    for row, text in zip(lines(output), TEXTS, strict=True):
+        assert row["completion"] == shared_model().generate(text, max_new_tokens=8, num_beams=3, length_penalty=0.8)
+
+
+def test_a_search_and_its_settings_are_what_a_file_is_made_of(prompts, tmp_path):
+    output = tmp_path / "out.jsonl"
+    complete_file(continuer(), prompts, output, settings(beams=Beams(3)))
+    for beams, said in ((Beams(2), "--num_beams is 2, was 3"), (Beams(), "--num_beams is left out, was 3")):
+        with pytest.raises(UserError, match=said):
+            complete_file(continuer(), prompts, output, settings(beams=beams))

@@ -56,6 +56,27 @@ def test_a_prompt_is_taken_as_it_stands(model, capsys, words, text):
     assert capsys.readouterr().out == shared_model().generate(text, max_new_tokens=6) + "\n"
 
 
+def test_a_search_prints_its_best(model, capsys):
+    generate(model, "--prompt=ab", "--num_beams=3", "--length_penalty=0.7", "--early_stopping=true")
+    settings = dict(num_beams=3, length_penalty=0.7, early_stopping=True)
+    assert capsys.readouterr().out == shared_model().generate("ab", max_new_tokens=6, **settings) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--num_beams=0"], "--num_beams=0 must be at least 1"),
+        (["--length_penalty=2"], "--length_penalty=2.0 needs num_beams above 1"),
+        (["--early_stopping"], "--early_stopping=true needs num_beams above 1"),
+        (["--num_beams=2", "--temperature=0.5"], "--num_beams=2 does not go with temperature=0.5"),
+        (["--num_beams=2", "--num_samples=3"], "--num_samples=3 does not go with --num_beams=2"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_settings_of_a_search_are_refused_in_one_line(model, capsys, words, reason):
+    assert reason in refused(capsys, model, "--prompt=ab", *words)
+
+
 def test_a_pipe_gives_a_prompt_a_line(model, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("ab\nxyz\n"))
     generate(model)
