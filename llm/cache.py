@@ -2,12 +2,14 @@
 
 Each key keeps its absolute position, and what a query sees is decided on absolute positions alone, so that prompts of
 different lengths, several new tokens at once and chunk boundaries are all the same case. Chunked layers forget keys
-below the current chunk, and those with a window what has left it.
+below the current chunk, and those with a window what has left it. A cache grows with its rows, or slides along them:
+with a window of its own every layer sees no more than so many of the newest positions, which keep counting.
 
 Shapes: B batch, T new tokens, S remembered slots, H query heads, K kv heads, d head width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol, cast
 
 import numpy as np
@@ -46,16 +48,33 @@ class Remembered(Protocol):
 class Cache:
     """Memory of a batch of rows. Give the same object to every forward of one generation."""
 
-    def __init__(self, args: ModelArgs, longest: int | None = None) -> None:
+    def __init__(self, args: ModelArgs, longest: int | None = None, window: int | None = None) -> None:
         """longest: tokens that a row will have in the end, padding included, where known: memory still grows as it is
-        needed, but is never taken for more."""
+        needed, but is never taken for more. window: see `window`. ValueError where the model cannot have it."""
         self._specs = attention_specs(args.layer_specs())
-        self._memories = {(spec.mask, spec.span): _Memory(spec.mask, spec.span, longest) for spec in self._specs}
+        self._memories = {(spec.mask, spec.span): _Memory(longest) for spec in self._specs}
         self._states: dict[int, LayerState] = {}
+        self.window = window
         self.length = 0
         """Tokens seen in each row, padding included."""
         self.next_position: Ints | None = None
         """(B,) position that each row's next token has, unless given; None while empty."""
+
+    @property
+    def window(self) -> int | None:
+        """Newest positions that a token sees, itself among them, on layers that would see more; None = as many as there
+        are. It may change between forwards; what has left a window does not come back. States of layers that keep one
+        have no window. Raises ValueError, when set, where layers attend to chunks longer than it."""
+        return self._window
+
+    @window.setter
+    def window(self, window: int | None) -> None:
+        if window is not None and window < 1:
+            raise ValueError(f"a cache's window of {window} must be at least 1")
+        for mask, span in self._memories:
+            if window is not None and mask == "chunk" and span is not None and window < span:
+                raise ValueError(f"a cache's window of {window} is shorter than the chunks of {span} that layers see")
+        self._window = window
 
     @property
     def nbytes(self) -> int:
@@ -101,65 +120,86 @@ class Cache:
                 raise ValueError(
                     f"row {row} continues at {lowest_B[row]}, but the cache goes on at {self.next_position[row]}"
                 )
-        prefill = AttentionMasks(self._specs, positions_BT, document_starts, device) if self.length == 0 else None
+        specs = [_within(spec, self._window) for spec in self._specs]
+        prefill = AttentionMasks(specs, positions_BT, document_starts, device) if self.length == 0 else None
         self.next_position = np.maximum(self.first_positions(n_rows), positions_BT.max(axis=1) + 1)
         self.length += row_length
         for memory in self._memories.values():
             memory.extend(positions_BT)
-        return CachedAttention(self._memories, positions_BT, prefill)
+        return CachedAttention(self._memories, positions_BT, prefill, self._window)
 
     def forget(self) -> None:
         """Drop what no later token can see. Called after each forward."""
         assert self.next_position is not None
-        for memory in self._memories.values():
-            memory.forget(self.next_position)
+        for kind, memory in self._memories.items():
+            memory.forget(self.next_position, *_kind_within(kind, self._window))
+
+
+def _kind_within(kind: MaskKind, window: int | None) -> MaskKind:
+    """What layers of a kind see through a cache with a window."""
+    mask, span = kind
+    if window is None or mask == "chunk":  # whose chunks are no longer than the window
+        return kind
+    return "window", window if span is None else min(span, window)
+
+
+def _within(spec: AttentionSpec, window: int | None) -> AttentionSpec:
+    mask, span = _kind_within((spec.mask, spec.span), window)
+    return replace(spec, mask=mask, span=span)
 
 
 class CachedAttention:
     """Attention of new tokens to themselves and to what the cache remembers."""
 
-    def __init__(self, memories: dict[MaskKind, "_Memory"], positions_BT: Ints, prefill: AttentionMasks | None) -> None:
-        self._memories = memories
+    def __init__(
+        self,
+        memories: dict[MaskKind, "_Memory"],
+        positions_BT: Ints,
+        prefill: AttentionMasks | None,
+        window: int | None,
+    ) -> None:
+        self._memories, self._window = memories, window
         self._positions_BT = positions_BT
         self._prefill = prefill
-        self._single_masks: dict[MaskKind, Tensor | None] = {}
+        self._single_masks: dict[_Memory, Tensor | None] = {}
 
     def __call__(
         self, layer: int, spec: AttentionSpec, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor
     ) -> Tensor:
-        keys, values = self._memories[spec.mask, spec.span].append(layer, k_BTKd, v_BTKd)
+        memory = self._memories[spec.mask, spec.span]
+        keys, values = memory.append(layer, k_BTKd, v_BTKd)
+        spec = _within(spec, self._window)
         if self._prefill is not None:
             return self._prefill(layer, spec, q_BTHd, k_BTKd, v_BTKd)
         k, v = keys.transpose(1, 2), values.transpose(1, 2)
         scores = scores_of(spec)
         parts = [
             masked_attention(q.transpose(1, 2), k, v, mask, scores).transpose(1, 2)
-            for q, mask in zip(q_BTHd.split(QUERY_BLOCK, dim=1), self._masks(spec, q_BTHd.device), strict=True)
+            for q, mask in zip(q_BTHd.split(QUERY_BLOCK, dim=1), self._masks(spec, memory, q_BTHd.device), strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def _masks(self, spec: AttentionSpec, device: torch.device) -> Iterator[Tensor | None]:
+    def _masks(self, spec: AttentionSpec, memory: "_Memory", device: torch.device) -> Iterator[Tensor | None]:
         """One (B, 1, t, S) bool mask for each block of queries, None where everything is seen."""
         key = spec.mask, spec.span
         if self._positions_BT.shape[1] <= QUERY_BLOCK:  # then all layers of a kind share one
-            if key not in self._single_masks:
-                self._single_masks[key] = self._mask(key, self._positions_BT, device)
-            yield self._single_masks[key]
+            if memory not in self._single_masks:
+                self._single_masks[memory] = _mask(key, self._positions_BT, memory, device)
+            yield self._single_masks[memory]
             return
         for low in range(0, self._positions_BT.shape[1], QUERY_BLOCK):
-            yield self._mask(key, self._positions_BT[:, low : low + QUERY_BLOCK], device)
+            yield _mask(key, self._positions_BT[:, low : low + QUERY_BLOCK], memory, device)
 
-    def _mask(self, key: MaskKind, query_BT: Ints, device: torch.device) -> Tensor | None:
-        seen = visible(query_BT, self._memories[key].positions_BS, *key)
-        return None if seen.all() else torch.from_numpy(seen[:, None]).to(device)
+
+def _mask(kind: MaskKind, query_BT: Ints, memory: "_Memory", device: torch.device) -> Tensor | None:
+    seen = visible(query_BT, memory.positions_BS, *kind)
+    return None if seen.all() else torch.from_numpy(seen[:, None]).to(device)
 
 
 class _Memory:
     """What the layers of one kind of mask remember: all their buffers hold the slots that self.positions_BS lists."""
 
-    def __init__(self, mask: Mask, span: int | None, longest: int | None) -> None:
-        self.mask = mask
-        self.span = span
+    def __init__(self, longest: int | None) -> None:
         self._longest = longest
         self.positions_BS: Ints = np.empty((0, 0), dtype=np.int64)
         self._start = 0  # slots of the buffers before it are forgotten
@@ -185,11 +225,11 @@ class _Memory:
         self._buffers[layer] = old
         return old[0][:, self._start : end], old[1][:, self._start : end]
 
-    def forget(self, next_position_B: Ints) -> None:
+    def forget(self, next_position_B: Ints, mask: Mask, span: int | None) -> None:
         """Drop the oldest slots as far as they are padding or the next token does not see them, in every row."""
-        if self.span is None:
+        if span is None:
             return
-        lowest_B = next_position_B // self.span * self.span if self.mask == "chunk" else next_position_B - self.span + 1
+        lowest_B = next_position_B // span * span if mask == "chunk" else next_position_B - span + 1
         needed = (self.positions_BS >= np.maximum(lowest_B, 0)[:, None]).any(axis=0)
         dead = int(needed.argmax()) if needed.any() else needed.size
         self.positions_BS = self.positions_BS[:, dead:]

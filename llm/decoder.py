@@ -33,9 +33,10 @@ class Decoder(Protocol):
 class Cached:
     """A whole model that keeps what it has made of the rows so far."""
 
-    def __init__(self, model: LLM, longest: int | None = None) -> None:
-        """longest: tokens that a row will have in the end, so that no more memory is taken."""
-        self._model, self._cache = model, Cache(model.args, longest)
+    def __init__(self, model: LLM, longest: int | None = None, window: int | None = None) -> None:
+        """longest: tokens that a row will have in the end, so that no more memory is taken. window: newest positions
+        that a token sees; None = all."""
+        self._model, self._cache = model, Cache(model.args, longest, window)
         self._device = next(model.parameters()).device
 
     @torch.no_grad()

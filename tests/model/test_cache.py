@@ -83,6 +83,74 @@ def test_layers_with_a_window_forget_what_has_left_it():
     assert max(sizes) <= 160 * 4 * 2 * 2 * 12 * 4  # as above
 
 
+NO_CHUNKS = dict(attention_chunk_size=None)
+
+
+@pytest.mark.parametrize("cuts", [[1] * 40, [5, 13, 1, 1, 20], [40]], ids=len)
+@pytest.mark.parametrize("wider", [None, 20], ids=["full layers", "full and wider windows"])
+def test_a_sliding_cache_is_a_window_mask_of_its_width(wider, cuts):
+    pattern = ["attn:full", "attn:window" if wider else "attn:full"]
+    model, ids = llama4(layer_pattern=pattern, sliding_window=wider, **NO_CHUNKS), tokens(2, 40)
+    masked = llama4(layer_pattern="attn:window", sliding_window=6, **NO_CHUNKS)
+    cache = Cache(model.args, window=6)
+    pieces = [model(piece, cache=cache).logits for piece in ids.split(cuts, dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), masked(ids).logits, **TOLERANCE)
+    assert cache.next_position.tolist() == [40, 40]  # positions count on
+
+
+def test_ragged_rows_slide_each_along_its_own_positions():
+    model, ids = llama4(layer_pattern="attn:full", **NO_CHUNKS), tokens(2, 30)
+    masked = llama4(layer_pattern="attn:window", sliding_window=6, **NO_CHUNKS)
+    cache = Cache(model.args, window=6)
+    prompt = torch.stack([torch.cat([ids[0, :0], torch.zeros(8, dtype=torch.int64), ids[0, :3]]), ids[1, :11]])
+    positions = torch.stack([torch.cat([torch.full((8,), -1), torch.arange(3)]), torch.arange(11)])
+    model(TransformerInput(prompt, tokens_position=positions), cache=cache)
+    for step in range(15):
+        logits = model(torch.stack([ids[0, 3 + step : 4 + step], ids[1, 11 + step : 12 + step]]), cache=cache).logits
+        for row, length in enumerate((4 + step, 12 + step)):
+            torch.testing.assert_close(logits[row, 0], masked(ids[row : row + 1, :length]).logits[0, -1], **TOLERANCE)
+
+
+def test_layers_that_see_less_than_a_sliding_cache_see_what_they_saw():
+    ids = tokens(2, 40)
+    for changes in (dict(), dict(layer_pattern="attn:window", sliding_window=6, **NO_CHUNKS)):
+        model = llama4(**changes)
+        sliding, growing = Cache(model.args, window=40), Cache(model.args)
+        for piece in ids.split([7, 1, 1, 20, 11], dim=1):
+            found, expected = (model(piece, cache=cache).logits for cache in (sliding, growing))
+            assert torch.equal(found, expected)
+
+
+def test_a_cache_that_slid_grows_again_from_what_it_still_has():
+    model, ids = llama4(n_layers=1, layer_pattern="attn:full", nope_layer_interval=None, **NO_CHUNKS), tokens(1, 30)
+    cache = Cache(model.args)
+    model(ids[:, :20], cache=cache)
+    cache.window = 4
+    model(ids[:, 20:21], cache=cache)
+    cache.window = None
+    found = torch.cat([model(ids[:, i : i + 1], cache=cache).logits for i in range(21, 30)], dim=1)
+    # in one layer, what is seen decides alone: positions from 18 on, those that 21 would have seen
+    positions = torch.arange(18, 30)
+    expected = model(TransformerInput(ids[:, 18:], tokens_position=positions)).logits[:, 3:]
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+def test_a_sliding_cache_holds_no_more_than_its_window():
+    model, ids = llama4(layer_pattern="attn:full", **NO_CHUNKS), tokens(1, 600)
+    cache, sizes = Cache(model.args, window=16), []
+    for i in range(600):
+        model(ids[:, i : i + 1], cache=cache)
+        sizes.append(cache.nbytes)
+    assert max(sizes) <= 160 * 4 * 2 * 2 * 12 * 4  # as above
+
+
+def test_windows_that_a_cache_cannot_have_are_refused():
+    with pytest.raises(ValueError, match="a cache's window of 0 must be at least 1"):
+        Cache(llama4().args, window=0)
+    with pytest.raises(ValueError, match="window of 7 is shorter than the chunks of 8"):
+        Cache(llama4().args).window = 7
+
+
 def test_reordered_rows_take_their_memory_along():
     model, ids = llama4(), tokens(3, 20)
     cache = Cache(model.args)
