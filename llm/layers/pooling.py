@@ -22,6 +22,7 @@ def pooled(hidden_BTD: Tensor, positions_BT: Ints, starts_S: Ints, pool: Pool) -
     flattened tokens, every start of a row among them (`TransformerInput.resolve`).
 
     Deterministic on a GPU too, backward included: the mean is a product of matrices, and no index occurs twice.
+    What is not finite stays in its document: of the mean, that document's vector is NaN.
     """
     n_rows, row_length = positions_BT.shape
     valid_N = positions_BT.reshape(-1) >= 0
@@ -41,7 +42,7 @@ def pooled(hidden_BTD: Tensor, positions_BT: Ints, starts_S: Ints, pool: Pool) -
 
 
 def _sums(hidden_BTD: Tensor, document_N: Ints, valid_N: np.ndarray, starts_S: Ints) -> Tensor:
-    """Of each document, (S, D) float32."""
+    """Of each document, (S, D) float32; NaN of one with a number that is not finite."""
     n_rows, row_length, dim = hidden_BTD.shape
     row_S = starts_S // row_length
     slot_S = np.arange(len(starts_S)) - np.searchsorted(row_S, row_S)  # number of the document in its row
@@ -49,7 +50,9 @@ def _sums(hidden_BTD: Tensor, document_N: Ints, valid_N: np.ndarray, starts_S: I
     slot_BT = np.where(valid_N, slot_S[document_N], -1).reshape(n_rows, row_length)
     slots_M1 = torch.arange(most, device=hidden_BTD.device)[:, None]
     member_BMT = (_on(hidden_BTD, slot_BT)[:, None] == slots_M1).float()
-    sums_BMD = member_BMT @ hidden_BTD.float()
+    broken_BT1 = ~hidden_BTD.isfinite().all(-1, keepdim=True)  # 0 times such a number is NaN in all others' sums
+    sums_BMD = member_BMT @ hidden_BTD.float().masked_fill(broken_BT1, 0)
+    sums_BMD = sums_BMD.masked_fill(member_BMT @ broken_BT1.float() > 0, torch.nan)
     return sums_BMD.view(-1, dim).index_select(0, _on(hidden_BTD, row_S * most + slot_S))
 
 

@@ -56,3 +56,19 @@ def test_what_lies_at_padding_has_no_part_in_it(pool: Pool) -> None:
     expected = pooled(hidden, *inputs.resolve(), pool)
     hidden[torch.from_numpy(positions < 0)] = 1e30
     assert torch.equal(pooled(hidden, *inputs.resolve(), pool), expected)
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+@pytest.mark.parametrize("pool", POOLS)
+def test_what_is_not_finite_stays_in_its_document(pool: Pool, number: float) -> None:
+    inputs = packed()
+    hidden = torch.randn(*inputs.tokens.shape, 6)
+    expected = pooled(hidden, *inputs.resolve(), pool)
+    hidden[1, 1:6] = number  # the second of three documents of a row, the third of all
+    hidden.requires_grad_()
+    found = pooled(hidden, *inputs.resolve(), pool)
+    others = [0, 1, 3, 4, 5]
+    assert not found[2].isfinite().any()
+    assert torch.equal(found[others], expected[others])
+    (gradient,) = torch.autograd.grad(found[others].sum(), hidden)
+    assert gradient.isfinite().all()
