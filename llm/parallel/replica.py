@@ -91,13 +91,14 @@ class Replica:
         *,
         storage: Storage | None = None,
         seq_len: int | None = None,
+        logits: bool = True,
         table: ParameterTable | None = None,
     ) -> "Replica":
         """This rank's part, with its initial values, or without a seed with none. storage: where they lie; by default
         whole, in float32. seq_len: of training, by which the stages are balanced; by default the longest that the model
-        is for. table: where some of its parameters are frozen.
+        is for. logits: whether any loss reads them. table: where some of its parameters are frozen.
         """
-        every = split(args, grid.layout.stages, seq_len)
+        every = split(args, grid.layout.stages, seq_len, logits)
         stages = [every[number] for number in grid.layout.stages_of(grid.pipeline.rank)]
         units = [unit for stage in stages for unit in stage.units]
         model = build_model(args, seed, grid, units=units, storage=storage, table=table)

@@ -48,12 +48,14 @@ class Stage:
         return row.unit in self.units
 
 
-def split(args: ModelArgs, stages: int, seq_len: int | None = None) -> list[Stage]:
-    """The stages of a model, each with one layer at least. ValueError where it has fewer layers."""
+def split(args: ModelArgs, stages: int, seq_len: int | None = None, logits: bool = True) -> list[Stage]:
+    """The stages of a model, each with one layer at least. logits: whether any loss reads them, as none does where
+    labels alone are learned. ValueError where it has fewer layers.
+    """
     flops = unit_flops(args, seq_len or args.max_seq_len)
     weights = [flops[f"layers.{spec.index}"] for spec in args.layer_specs()]
     weights[0] += 6 * args.dim + flops.get(VISION, 0)
-    weights[-1] += flops["output"]
+    weights[-1] += flops["output"] if logits else 0
     bounds, total = balanced(weights, stages), sum(weights)
     ends = list(zip(bounds, bounds[1:], strict=False))
     vision = args.vision is not None

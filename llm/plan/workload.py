@@ -152,7 +152,7 @@ class Workload:
     @cached_property
     def stages(self) -> list[Stage]:
         """The stages of the pipeline; without one, a single stage."""
-        return split(self.args, self.layout.stages, self.seq_len)
+        return split(self.args, self.layout.stages, self.seq_len, self.head_calls > 0)
 
     @cached_property
     def kinds(self) -> tuple[RankKind, ...]:

@@ -146,6 +146,7 @@ def build_engine(config: RunConfig, grid: Grid) -> Engine:
     UserError on all ranks where this machine lacks what the config needs.
     """
     train, parallel, table = config.train, config.parallel, parameter_table(config)
+    objectives = objectives_in(config)
     replica = build_replica(
         config.model,
         train.seed,
@@ -153,12 +154,13 @@ def build_engine(config: RunConfig, grid: Grid) -> Engine:
         zero_stage=parallel.zero_stage,
         precision=train.precision,
         seq_len=train.seq_len,
+        logits=any(objective.head_calls for objective in objectives.mains),
         table=table,
     )
     engine = Engine(
         replica,
         make_optimizer(replica.model, config.optim, table),
-        objectives=objectives_in(config),
+        objectives=objectives,
         precision=train.precision,
         micro_batch_size=train.micro_batch_size,
         max_accumulation=accumulation_steps(config, grid.rows.size),

@@ -109,6 +109,13 @@ def test_a_head_weighs_what_it_weighs() -> None:
     assert sum(stage.share for stage in stages) == pytest.approx(1)
 
 
+def test_a_head_that_no_loss_reads_weighs_nothing() -> None:
+    """As where labels alone are learned."""
+    wide = ARGS.model_copy(update={"vocab_size": 4096})
+    assert split(wide, 2, 48, logits=False) == split(wide.model_copy(update={"vocab_size": 1}), 2, 48, logits=False)
+    assert list(split(wide, 2, 48, logits=False)[1].layers) == [2, 3]
+
+
 def test_a_dry_run_names_stages_their_work_and_the_bubble(tmp_path: Path) -> None:
     raw = tiny_config(tmp_path, parallel={"pipeline": 2}, train={"micro_batch_size": 2})
     raw["model"] = {**raw["model"], "vocab_size": 64}
