@@ -1,19 +1,20 @@
-"""A model's folder as Hyformer has it, config.json beside model.safetensors, which is a model folder of ours too: its
-manifest says where in model.safetensors each parameter lies, with digests.
+"""A model's folder as the siblings have it, config.json beside model.safetensors, which is a model folder of ours too:
+its manifest says where in model.safetensors each parameter lies, with digests.
 
 So other tools find the two files that they know, under the names of the module's state dict, and `LLM.from_pretrained`,
-runs and `launch/generate.py` a folder like all others. Without the manifest the two files are enough for Hyformer.
+runs and `launch/generate.py` a folder like all others. Without the manifest the two files are enough for the sibling.
 """
 
 import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
+from llm.args import ModelArgs
 from llm.atomic import new_file, write_file
 from llm.boxes import whole
 from llm.checkpoint.fragments import BLANK, BLOCK_BYTES, DTYPES, FileOutline, Fragment, write_values
@@ -25,7 +26,6 @@ from llm.parameters import ParameterTable
 from llm.pretrained import is_foreign, weights_of
 from llm.safetensors_file import DTYPES as KNOWN
 from llm.safetensors_file import SafetensorsFile, header_bytes, write_tensors
-from llm.siblings.hyformer_config import MODEL_TYPE, HyformerConfig
 from llm.tokenizer import Tokenizer, load_tokenizer
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -33,6 +33,27 @@ INSIDE = "llm."
 """What stands before a parameter's name in the state dict of an adapter, which holds an LLM."""
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+class FamilyConfig(Protocol):
+    """The config of a sibling's models."""
+
+    model_type: ClassVar[str]
+    """What its config.json says of itself."""
+
+    @classmethod
+    def of(cls, args: ModelArgs) -> Self:
+        """The config that says what a model is."""
+
+    @classmethod
+    def from_text(cls, text: str | bytes, name: str) -> Self:
+        """The config that JSON says. UserError naming where it stands, `name`, and the key."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON says of it."""
+
+
+Config = TypeVar("Config", bound=FamilyConfig)
 
 
 class Tensors(Protocol):
@@ -79,24 +100,24 @@ class ModelTensors:
         self._weights.read(name.removeprefix(INSIDE), whole(self.shapes[name]), out)
 
 
-def open_folder(path: Path) -> tuple[HyformerConfig, Tensors]:
-    """The model in a folder that `save_pretrained` wrote, or that LLM.from_pretrained reads. UserError naming the file
+def open_folder(path: Path, family: type[Config]) -> tuple[Config, Tensors]:
+    """The model in a folder that `save_folder` wrote, or that LLM.from_pretrained reads. UserError naming the file
     where there is none."""
     if not path.is_dir():
         raise UserError(f"{path}: {'is a file; give its folder' if path.exists() else 'no such folder'}")
-    if (path / CONFIG).is_file() and says_hyformer(path / CONFIG):
-        return HyformerConfig.from_json(path), FileTensors(_weight_files(path))
+    if (path / CONFIG).is_file() and says(path / CONFIG, family.model_type):
+        return family.from_text((path / CONFIG).read_bytes(), str(path / CONFIG)), FileTensors(_weight_files(path))
     tensors = ModelTensors(path)
-    return HyformerConfig.of(tensors.args), tensors
+    return family.of(tensors.args), tensors
 
 
-def says_hyformer(file: Path) -> bool:
-    """Whether a config.json is of this family: it says so, or says of none and has this one's spelling of the width."""
+def says(file: Path, model_type: str) -> bool:
+    """Whether a config.json is of a family: it says so, or says of none and has the siblings' spelling of the width."""
     try:
         found = json.loads(file.read_bytes())
     except (OSError, ValueError):
         return False
-    return isinstance(found, dict) and found.get("model_type", MODEL_TYPE if "d_model" in found else "") == MODEL_TYPE
+    return isinstance(found, dict) and found.get("model_type", model_type if "d_model" in found else "") == model_type
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -113,10 +134,10 @@ def _weight_files(path: Path) -> list[Path]:
     raise UserError(f"{path}: holds no {WEIGHTS}; pickled weights are not read")
 
 
-def save_folder(path: Path, model: LLM, config: HyformerConfig, tokenizer: Tokenizer | None) -> None:
+def save_folder(path: Path, model: LLM, config: FamilyConfig, tokenizer: Tokenizer | None) -> None:
     """Write the folder, or write it anew; each file whole or not at all, the manifest last. Without a tokenizer one
     that lies there stays. UserError where the folder holds another model."""
-    _refuse_others(path)
+    _refuse_others(path, config.model_type)
     path.mkdir(parents=True, exist_ok=True)
     (path / MANIFEST).unlink(missing_ok=True)
     if tokenizer is not None:
@@ -125,7 +146,7 @@ def save_folder(path: Path, model: LLM, config: HyformerConfig, tokenizer: Token
     values = (parameter for _, parameter in model.named_parameters())
     with new_file(path / WEIGHTS) as file:
         fragments = write_values(file, outline, values)
-    said = {"model_type": MODEL_TYPE, **config.to_dict()}
+    said = {"model_type": config.model_type, **config.to_dict()}
     write_file(path / CONFIG, (json.dumps(said, indent=2) + "\n").encode())
     manifest = {
         "format": FORMAT,
@@ -143,11 +164,11 @@ def save_folder(path: Path, model: LLM, config: HyformerConfig, tokenizer: Token
     write_file(path / MANIFEST, seal(manifest))
 
 
-def _refuse_others(path: Path) -> None:
+def _refuse_others(path: Path, model_type: str) -> None:
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file; give a folder")
     held = [name for name in (CONFIG, WEIGHTS, INDEX, MANIFEST, "checkpoints") if (path / name).exists()]
-    if held and not ((path / CONFIG).is_file() and says_hyformer(path / CONFIG)) or INDEX in held:
+    if held and not ((path / CONFIG).is_file() and says(path / CONFIG, model_type)) or INDEX in held:
         raise UserError(f"{path}: holds another model ({held[0]}); give another folder")
 
 

@@ -8,11 +8,10 @@ Shapes: B rows, T tokens of a row, D model width, V vocabulary, n outputs of a p
 """
 
 import json
-import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,16 +19,15 @@ from torch import Tensor, nn
 
 from llm.cache import Cache
 from llm.datatypes import TransformerInput
-from llm.errors import UserError
 from llm.layers.pooling import pooled
 from llm.layers.prediction import PredictionHead as Head
 from llm.layers.prediction import in_units_of_labels
 from llm.model import LLM
-from llm.parameters import ParameterTable
-from llm.siblings.folder import INSIDE, Tensors, load_tensors, open_folder, save_folder, save_tensors
+from llm.siblings.folder import load_tensors, open_folder, save_folder, save_tensors
 from llm.siblings.hub import located
 from llm.siblings.hyformer_config import HyformerConfig, Pool, Prediction
 from llm.siblings.kv_caches import KVCache, listed, shared
+from llm.siblings.loading import LoadReport, compared, fill, refuse_pickle, unfilled, usable
 from llm.siblings.losses import check_tokens, compute_lm_loss, compute_mlm_loss, compute_prediction_loss
 from llm.siblings.padding import check_rows, positions_of, valid_of, without_padding
 from llm.tokenizer import Tokenizer
@@ -39,10 +37,7 @@ __all__ = [
     "PredictionHead", "compute_lm_loss", "compute_mlm_loss", "compute_prediction_loss",
 ]  # fmt: skip
 
-LOG = logging.getLogger(__name__)
 TASKS = ("lm", "mlm", "prediction")
-SHOWN = 4
-"""Names that a report lists of each kind."""
 
 
 @dataclass
@@ -75,23 +70,6 @@ class ModelInput:
 
     def __getitem__(self, key: str) -> Any:
         return getattr(self, key)
-
-
-class LoadReport(NamedTuple):
-    """What `from_pretrained` found, by names of the state dict."""
-
-    missing_keys: tuple[str, ...]
-    """Parameters that the files do not have; they keep their initial values."""
-    unexpected_keys: tuple[str, ...]
-    """Tensors of the files that the model has no place for; they are left out."""
-
-    def __str__(self) -> str:
-        parts = (("misses", self.missing_keys), ("has, beyond the model,", self.unexpected_keys))
-        return "; ".join(f"{verb} {_some(keys)}" for verb, keys in parts if keys) or "has the whole model"
-
-
-def _some(keys: tuple[str, ...]) -> str:
-    return ", ".join(keys[:SHOWN]) + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")
 
 
 class Hyformer(nn.Module):
@@ -154,13 +132,13 @@ class Hyformer(nn.Module):
         parameters the files miss, which keep their initial values, and which they have beyond; a line says so, too.
         UserError in one line where it is not there, is damaged, does not fit, or device cannot be used.
         """
-        place = _usable(device)
+        place = usable(device)
         path = located(name)
-        said, tensors = open_folder(path)
+        said, tensors = open_folder(path, HyformerConfig)
         chosen = said if config is None else config
-        report = _compared(chosen, tensors, path, strict)
-        model = _unfilled(cls, chosen, drawn=bool(report.missing_keys)).to(tensors.dtype)
-        _fill(model, tensors)
+        report = compared(chosen.args(), tensors, path, strict)
+        model = unfilled(lambda: cls.from_config(chosen), drawn=bool(report.missing_keys)).to(tensors.dtype)
+        fill(model, tensors)
         model.load_report = report
         model.llm.origin = path
         return model.to(place).eval()
@@ -182,7 +160,7 @@ class Hyformer(nn.Module):
 
         ValueError for safe_serialization=False, UserError where the folder holds something else.
         """
-        _refuse_pickle(safe_serialization)
+        refuse_pickle(safe_serialization)
         kept = self.llm.tokenizer if tokenizer is None else tokenizer
         save_folder(Path(save_directory), self.llm, self.config, kept)
 
@@ -340,7 +318,7 @@ class HyformerCheckpoint:
     def save(self, path: str | Path, safe_serialization: bool = True) -> None:
         """Write one safetensors file, whole or not at all, in the place of one that is there. ValueError for
         safe_serialization=False."""
-        _refuse_pickle(safe_serialization)
+        refuse_pickle(safe_serialization)
         config = {} if self.config is None else {"hyformer": json.dumps(self.config.to_dict())}
         save_tensors(Path(path), self.state_dict, {"format": "pt", **config})
 
@@ -350,57 +328,3 @@ class HyformerCheckpoint:
         tensors, metadata = load_tensors(Path(path))
         said = metadata.get("hyformer")
         return cls(tensors, None if said is None else HyformerConfig.from_text(said, str(path)))
-
-
-def _refuse_pickle(safe_serialization: bool) -> None:
-    if not safe_serialization:
-        raise ValueError("safe_serialization=False: a pickle can run code when read, so only safetensors are written")
-
-
-def _usable(device: str | torch.device | None) -> torch.device:
-    """UserError where there is no such device."""
-    try:
-        return torch.empty(0, device=device or torch.get_default_device()).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device={device} cannot be used here: {reason}") from None
-
-
-def _compared(config: HyformerConfig, tensors: Tensors, path: Path, strict: bool) -> LoadReport:
-    """What the files miss and have beyond the model. UserError where that is not allowed, or shapes differ."""
-    ours = {f"{INSIDE}{name}": shape for name, shape in ParameterTable.of(config.args()).shapes.items()}
-    report = LoadReport(
-        tuple(name for name in ours if name not in tensors.shapes),
-        tuple(sorted(name for name in tensors.shapes if name not in ours)),
-    )
-    both = [name for name in ours if name in tensors.shapes]
-    for name in both:
-        if tensors.shapes[name] != ours[name]:
-            raise UserError(f"{path}: {name} has shape {tensors.shapes[name]}, expected {ours[name]}")
-    if not both:
-        raise UserError(f"{path}: none of its {len(tensors.shapes)} tensors is a parameter of the model: {report}")
-    if any(report):
-        if strict:
-            raise UserError(f"{path}: {report}; strict=False loads the rest")
-        LOG.warning("note: %s: %s", path, report)
-    return report
-
-
-def _unfilled(cls: type[Hyformer], config: HyformerConfig, drawn: bool) -> Hyformer:
-    """A model on the CPU, whose initial values are drawn only where some of them stay."""
-    if drawn:
-        return cls.from_config(config)
-    with torch.device("meta"):
-        model = cls.from_config(config)
-    model.to_empty(device="cpu")
-    for buffer in model.buffers():  # counts of a training step, of no use to a finished model
-        buffer.zero_()
-    return model
-
-
-@torch.no_grad()
-def _fill(model: Hyformer, tensors: Tensors) -> None:
-    """Copy into the model's parameters what the files have of them."""
-    for name, parameter in model.named_parameters():
-        if name in tensors.shapes:
-            tensors.read(name, parameter)

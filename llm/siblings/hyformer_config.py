@@ -8,7 +8,7 @@ ModelArgs can stand beside them, under `model_args`.
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import ValidationError
 
@@ -36,6 +36,8 @@ ABOUT_FILES = ("model_type", "architectures", "dtype", "torch_dtype", "transform
 @dataclass
 class HyformerConfig:
     """What a Hyformer is. ValueError in one line, naming the key, where there is no such model."""
+
+    model_type: ClassVar[str] = MODEL_TYPE
 
     vocab_size: int
     """Rows of the token table."""
