@@ -2,7 +2,8 @@
 
 The longest prompts come first; one that several go on from is computed once. An answer is a function of its request:
 its tokens are those of its own prompt, and its draws are numbered by the seed, the prompt and which of several answers
-it is. So what runs beside it, in which order, on how many ranks, decides only how fast it goes.
+it is. So what runs beside it, in which order, on how many ranks, decides only how fast it goes. Searches (num_beams)
+run by themselves, before the others: llm/evaluate/searching.py.
 
 Shapes: B rows, T longest prompt, V vocabulary.
 """
@@ -22,6 +23,7 @@ from llm.args import ModelArgs
 from llm.evaluate.endings import AnswerText
 from llm.evaluate.requests import Continue, Continued, NonFinite
 from llm.evaluate.running import Beginning, Rows, open_rows
+from llm.evaluate.searching import search
 from llm.generation.pictures import Pictures
 from llm.generation.sampling import penalised, sample
 from llm.generation.text import FinishReason, context_length
@@ -60,13 +62,15 @@ def continue_(
     args = replica.model.args
     for index, request in enumerate(requests):
         _check(request, index, context_length(args), args.vocab_size)
+    searched = [one for one in enumerate(requests) if one[1].beams.num_beams > 1]
+    yield from search(replica, tokenizer, end_ids, searched, batch_tokens, pictures)
     n_ids = min(tokenizer.vocab_size, args.vocab_size)
     batch = _Batch(open_rows(replica), n_ids, frozenset(end_ids), pictures)
     first: dict[tuple[object, ...], int] = {}  # of the requests that begin alike
     for index, request in enumerate(requests):
         first.setdefault(_beginning(request), index)
     order = sorted(
-        range(len(requests)),
+        (index for index, request in enumerate(requests) if request.beams.num_beams == 1),
         key=lambda index: (-len(requests[index].prompt), first[_beginning(requests[index])], index),
     )
     waiting = deque(_Row.of(index, requests[index], tokenizer, args) for index in order)
@@ -111,6 +115,10 @@ def _check(request: Continue, index: int, context: int, vocab_size: int) -> None
         raise ValueError(f"{name}: max_new_tokens={request.max_new_tokens} must be at least 1")
     if "" in request.stop:
         raise ValueError(f"{name}: a stop text is empty")
+    try:
+        request.beams.check(request.sampling)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 @dataclass

@@ -7,19 +7,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from llm.errors import UserError
+from llm.generation.beams import Beams
 from llm.generation.sampling import Sampling
 
 NEW_TOKENS = 256
 """Of an answer where the task does not say: as HFLM."""
 LIMITS_OF_ANSWERS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """Names of one setting, the first that is given counts."""
-PLAIN_VALUES = {"num_beams": 1, "num_return_sequences": 1, "early_stopping": False, "use_cache": True}
+PLAIN_VALUES = {"num_return_sequences": 1, "use_cache": True}
 """Settings of generation that are known here with the one value that changes nothing."""
 
 
-def read_settings(given: Mapping[str, Any]) -> tuple[int, tuple[str, ...], Sampling]:
-    """Most new tokens, stop texts and sampling of a task's `generation_kwargs`. UserError naming the one that is of no
-    use here."""
+def read_settings(given: Mapping[str, Any]) -> tuple[int, tuple[str, ...], Sampling, Beams]:
+    """Most new tokens, stop texts, sampling and beam search of a task's `generation_kwargs`. UserError naming the one
+    that is of no use here."""
     settings = dict(given)
     until = settings.pop("until", None) or []
     stop = (until,) if isinstance(until, str) else tuple(until)
@@ -35,6 +36,10 @@ def read_settings(given: Mapping[str, Any]) -> tuple[int, tuple[str, ...], Sampl
     k, p = settings.pop("top_k", None), settings.pop("top_p", None)
     greedy = draws is False or temperature == 0
     penalty, seed = settings.pop("repetition_penalty", 1.0), settings.pop("seed", 0)
+    num_beams, early = int(settings.pop("num_beams", None) or 1), settings.pop("early_stopping", None) or False
+    length_penalty = float(settings.pop("length_penalty", 1.0))
+    if not isinstance(early, bool):
+        raise UserError(f"generation_kwargs.early_stopping={early!r}: not known here; true or false")
     for name, value in settings.items():
         if name not in PLAIN_VALUES or value != PLAIN_VALUES[name]:
             raise UserError(f"generation_kwargs.{name}={value!r}: not known here; leave it out")
@@ -46,6 +51,9 @@ def read_settings(given: Mapping[str, Any]) -> tuple[int, tuple[str, ...], Sampl
             float(penalty),
             int(seed),
         )
+        # of one beam these settings mean nothing, as there
+        beams = Beams(num_beams, length_penalty, early) if num_beams > 1 else Beams(num_beams)
+        beams.check(sampling)
     except ValueError as error:
         raise UserError(f"generation_kwargs.{error}") from None
-    return new_tokens, tuple(text for text in stop if text), sampling
+    return new_tokens, tuple(text for text in stop if text), sampling, beams

@@ -179,7 +179,7 @@ class LatticeLM(LM):
             one = self._continue(request)
             number = times[one] if one.sampling.temperature else 0  # a draw that is repeated is another draw
             times[one] += 1
-            asked.append(Continue(one.prompt, one.max_new_tokens, one.stop, one.sampling, number))
+            asked.append(replace(one, sample=number))
         answers = self._answers(asked, requests, disable_tqdm)
         found = [a for a in answers if isinstance(a, Continued)]
         self._report(requests, [a.tokens for a in found])
@@ -241,13 +241,13 @@ class LatticeLM(LM):
         context, settings = request.args
 
         def continued() -> Continue:
-            new_tokens, stop, sampling = read_settings(settings)
+            new_tokens, stop, sampling, beams = read_settings(settings)
             if isinstance(context, Rendered):
                 ids, cut = self.encoder.rendered_prompt(self.template(), context, new_tokens)
             else:
                 ids, cut = self.encoder.prompt(context, new_tokens)
             self.counts["truncated"] += cut
-            return Continue(ids, new_tokens, stop, sampling)
+            return Continue(ids, new_tokens, stop, sampling, beams=beams)
 
         return _of(request, continued)
 

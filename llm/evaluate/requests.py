@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm.errors import UserError
+from llm.generation.beams import Beams
 from llm.generation.pictures import Picture
 from llm.generation.sampling import Sampling
 from llm.generation.text import FinishReason
@@ -40,6 +41,8 @@ class Continue:
     """which of several answers: with the seed and the prompt it decides the draws"""
     pictures: tuple[Picture, ...] = ()
     """whose tiles fill the slots of the prompt"""
+    beams: Beams = Beams()
+    """with num_beams above 1 the answer is the best that a search finds"""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,9 @@ def digest(request: Request) -> str:
     said: dict[str, Any] = dict(vars(request))
     if isinstance(request, Continue):
         said["sampling"] = vars(request.sampling)
+        del said["beams"]
+        if request.beams.num_beams > 1:
+            said["beams"] = vars(request.beams)
     if not isinstance(request, Predict):
         said["pictures"] = [picture.digest for picture in request.pictures]
     text = json.dumps([type(request).__name__, said], sort_keys=True)

@@ -14,7 +14,7 @@ Shapes: B rows of prompts, N running continuations of all rows, V vocabulary, m 
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -64,6 +64,23 @@ class Hypothesis:
     score: float
 
 
+Ended = Callable[[int, Sequence[int]], bool]
+"""(row, tokens)"""
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """Where continuations end, and how many there are."""
+
+    beams: Beams
+    stop_ids: frozenset[int]
+    ended: Ended | None
+
+    def with_token(self, row: int, tokens: list[int]) -> bool:
+        """Whether a continuation ends with its last token."""
+        return tokens[-1] in self.stop_ids or (self.ended is not None and self.ended(row, tokens))
+
+
 @dataclass
 class _Row:
     """The search of one prompt."""
@@ -87,9 +104,11 @@ def beam_search(
     n_ids: int | None = None,
     images: Sequence[Tensor | None] | None = None,
     repetition_penalty: float = 1.0,
+    ended: Ended | None = None,
 ) -> list[list[Hypothesis]]:
     """The best continuations of each prompt, best first: at most beams.num_beams. Arguments and errors are as of
-    llm.generate.stream; probabilities are among the ids below n_ids."""
+    llm.generate.stream; probabilities are among the ids below n_ids. ended: whether a continuation of a row ends with
+    its newest token, though that is no stop token."""
     found: dict[int, list[Hypothesis]] = dict(
         beam_stream(
             model,
@@ -100,6 +119,7 @@ def beam_search(
             n_ids=n_ids,
             images=images,
             repetition_penalty=repetition_penalty,
+            ended=ended,
         )
     )
     return [found[row] for row in range(len(prompts))]
@@ -115,24 +135,22 @@ def beam_stream(
     n_ids: int | None = None,
     images: Sequence[Tensor | None] | None = None,
     repetition_penalty: float = 1.0,
+    ended: Ended | None = None,
 ) -> Iterator[tuple[int, list[Hypothesis]]]:
     """(row, what `beam_search` gives of it) of each prompt once its search has ended."""
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     check_prompts(prompts, limits)
     tiles = [of_row for of_row in images or () if of_row is not None]
-    return _search(
-        model, prompts, beams, limits, frozenset(stop_ids), n_ids, torch.cat(tiles) if tiles else None,
-        repetition_penalty,
-    )  # fmt: skip
+    ends = _Ends(beams, frozenset(stop_ids), ended)
+    return _search(model, prompts, ends, limits, n_ids, torch.cat(tiles) if tiles else None, repetition_penalty)
 
 
 @torch.no_grad()
 def _search(
     model: LLM | Decoder,
     prompts: Sequence[Sequence[int]],
-    beams: Beams,
+    ends: "_Ends",
     limits: Sequence[int],
-    stop_ids: frozenset[int],
     n_ids: int | None,
     images: Tensor | None,
     penalty: float,
@@ -140,7 +158,7 @@ def _search(
     tokens, positions = left_padded(prompts)
     decoder = Cached(model, tokens.shape[1] + max(limits)) if isinstance(model, LLM) else model
     rows = [_Row(number, limit) for number, limit in enumerate(limits)]
-    looked_at = (1 + max(1, len(stop_ids))) * beams.num_beams
+    looked_at = (1 + max(1, len(ends.stop_ids))) * ends.beams.num_beams
     seen_NV: Tensor | None = None
     for step in range(max(limits)):
         logits_NV = decoder.logits(tokens, positions, images if step == 0 else None)[:, :n_ids]
@@ -153,7 +171,7 @@ def _search(
                 seen_NV.scatter_(1, torch.from_numpy(tokens).to(seen_NV.device), True)
             log_p_NV = penalised(log_p_NV, seen_NV, penalty)
         best_Nm = log_p_NV.topk(min(looked_at, log_p_NV.shape[1]))
-        parents = _advance(rows, best_Nm.values.cpu(), best_Nm.indices.cpu(), beams, looked_at, stop_ids)
+        parents = _advance(rows, best_Nm.values.cpu(), best_Nm.indices.cpu(), ends, looked_at)
         yield from ((row.number, row.finished) for row in rows if not row.running)
         rows = [row for row in rows if row.running]
         if not rows:
@@ -169,13 +187,12 @@ def _advance(
     rows: Sequence[_Row],
     log_p_Nm: Tensor,
     ids_Nm: Tensor,
-    beams: Beams,
+    ends: "_Ends",
     looked_at: int,
-    stop_ids: frozenset[int],
 ) -> list[int]:
     """Take the best tokens of each continuation into the rows, of which those that have ended run none any more. Which
     of the N each of the now running ones goes on from."""
-    parents, first = [], 0
+    beams, parents, first = ends.beams, [], 0
     for row in rows:
         here = slice(first, first + len(row.running))
         # sums as float32, and the first of equals first: as a search over one tensor of them all has it
@@ -189,7 +206,7 @@ def _advance(
         ):
             parent, token = place // m, ids[place]
             grown = Hypothesis([*row.running[parent].tokens, token], total)
-            if token not in stop_ids and length < row.limit:
+            if length < row.limit and not ends.with_token(row.number, grown.tokens):
                 if len(running) < beams.num_beams:
                     running.append((first + parent, grown))
             elif rank < beams.num_beams:

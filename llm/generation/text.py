@@ -72,6 +72,20 @@ def continuation(tokenizer: Tokenizer, prompt_ids: Sequence[int], ids: Sequence[
     return "".join([*map(text.push, ids), text.end()])
 
 
+def searched_text(
+    tokenizer: Tokenizer,
+    prompt_ids: Sequence[int],
+    ids: Sequence[int],
+    end_ids: frozenset[int],
+    stop_texts: Sequence[str],
+) -> tuple[str, bool]:
+    """What whole new tokens add to a prompt up to an end mark, their last, or a stop text; and whether one is there."""
+    *before, last = ids
+    text, cut = continuation(tokenizer, prompt_ids, before if last in end_ids else ids), StopTexts(stop_texts)
+    kept = cut.push(text) + cut.end()
+    return kept, cut.stopped or last in end_ids
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A text to continue."""
@@ -168,7 +182,7 @@ class Continuer:
         beams: Beams = NO_BEAMS,
     ) -> Iterator[tuple[int, str, Completion | None]]:
         """(row, text, None) for each part of text that is certain, and (row, last text, completion) once a row has
-        ended. With num_beams there is one part, the whole.
+        ended. With num_beams above 1 there is one part, the whole.
 
         stop: end at an end mark. stop_texts: end before the first of these that the text comes to.
         Raises UserError where the model's logits are not finite, ValueError where settings do not go together.
@@ -177,9 +191,7 @@ class Continuer:
         end_ids = frozenset(self.end_ids) if stop else frozenset()
         try:
             if beams.num_beams > 1:
-                if stop_texts:
-                    raise ValueError(f"num_beams={beams.num_beams} does not go with stop texts; leave one of them out")
-                yield from self._searched(prompts, sampling, beams, max_new_tokens, end_ids)
+                yield from self._searched(prompts, sampling, beams, max_new_tokens, end_ids, stop_texts)
             else:
                 yield from self._one_by_one(prompts, sampling, max_new_tokens, end_ids, stop_texts)
         except NonFiniteLogits as error:
@@ -234,8 +246,13 @@ class Continuer:
         beams: Beams,
         max_new_tokens: int,
         end_ids: frozenset[int],
+        stop_texts: Sequence[str],
     ) -> Iterator[tuple[int, str, Completion | None]]:
         limits = self.limits(prompts, max_new_tokens)
+
+        def text(row: int, ids: Sequence[int]) -> tuple[str, bool]:
+            return searched_text(self.tokenizer, prompts[row].ids, ids, end_ids, stop_texts)
+
         made = beam_stream(
             self.model,
             [prompt.ids for prompt in prompts],
@@ -245,13 +262,13 @@ class Continuer:
             n_ids=self.tokenizer.vocab_size,
             images=[self._tiles(prompt) for prompt in prompts],
             repetition_penalty=sampling.repetition_penalty,
+            ended=(lambda row, ids: text(row, ids)[1]) if stop_texts else None,
         )
         for row, (best, *_) in made:
-            *before, last = best.tokens
-            reason = self._finish(last in end_ids, len(best.tokens), limits[row], max_new_tokens)
+            found, stopped = text(row, best.tokens)
+            reason = self._finish(stopped, len(best.tokens), limits[row], max_new_tokens)
             assert reason is not None  # nothing else is finished
-            text = continuation(self.tokenizer, prompts[row].ids, before if reason == "stop" else best.tokens)
-            yield row, text, Completion(text, len(best.tokens), reason)
+            yield row, found, Completion(found, len(best.tokens), reason)
 
     def _tiles(self, prompt: Prompt) -> Tensor | None:
         try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from llm import ModelArgs
 from llm.evaluate.continuing import continue_
 from llm.evaluate.requests import Continue
+from llm.generation.beams import Beams
 from llm.generation.pictures import Pictures
 from llm.generation.sampling import Sampling
 from llm.parallel.collectives import gather_json
@@ -24,7 +25,7 @@ ARGS = LLAMA4 | dict(vocab_size=272, max_seq_len=64, tie_embeddings=False, moe=M
 REQUESTS = [
     Continue(tuple(range(40, 44 + 3 * number)), 6 + number, ("e",), Sampling(number % 2 * 0.8, seed=7))
     for number in range(10)
-]
+] + [Continue(tuple(range(60, 64 + 5 * number)), 5 + number, ("e",), beams=Beams(3, 0.7)) for number in range(3)]
 BATCH_TOKENS = 200
 
 

@@ -9,6 +9,7 @@ from llm import LLM
 from llm.evaluate.continuing import continue_
 from llm.evaluate.requests import Continue, Continued, NonFinite
 from llm.generate import generate
+from llm.generation.beams import Beams
 from llm.generation.sampling import Sampling
 from llm.generation.text import continuation
 from llm.tokenizer import ByteTokenizer
@@ -123,6 +124,26 @@ def test_logits_that_are_not_finite_are_refused_with_the_number_of_the_request()
 def test_what_cannot_be_answered_is_refused_before_any_work(request_, message):
     with pytest.raises(ValueError, match=message):
         answers([Continue((1,), 4), request_])
+
+
+def test_searched_answers_are_those_of_generate_beside_others():
+    beams, asked = Beams(3, 0.7), prompts(6, seed=8)
+    settings = dict(num_beams=3, length_penalty=0.7, max_new_tokens=9, stop_ids=END, n_ids=258)
+    expected = [generate(shared_model(), [ids], **settings)[0] for ids in asked]
+    requests = [Continue(ids, 9, beams=beams) for ids in asked] + [Continue(ids, 9) for ids in asked]
+    for batch_tokens in (1, 300, 10**6):
+        found = answers(requests, batch_tokens)
+        for ids, new, answer in zip(asked, expected, found, strict=False):
+            text = [token for token in new if token != TOKENIZER.eos_id]
+            assert answer == Continued(continuation(TOKENIZER, ids, text), len(new), answer.finish_reason)
+            assert answer.finish_reason == ("stop" if new[-1] in END else "length")
+        assert found[6:] == answers(requests[6:])
+
+
+def test_a_search_that_is_drawn_from_is_refused_by_its_request():
+    asked = [Continue((1,), 4), Continue((1,), 4, sampling=DRAWN, beams=Beams(2))]
+    with pytest.raises(ValueError, match="request 1: num_beams=2 does not go with temperature=1.0"):
+        answers(asked)
 
 
 def test_greedy_answers_are_those_of_transformers(tmp_path):

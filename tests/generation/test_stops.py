@@ -1,18 +1,21 @@
 """Streams of text: their pieces are the whole text, whole characters, and nothing of a stop text."""
 
 import random
+from collections.abc import Sequence
 
 import pytest
 
 from llm.errors import NoTokenizer
 from llm.generate import generate
-from llm.generation.beams import Beams
+from llm.generation.beams import Beams, beam_search
 from llm.generation.sampling import Sampling
 from llm.generation.stops import StopTexts
 from llm.generation.text import Continuer
 from llm.tokenizer import ByteTokenizer
 from tests.generation.models import CONTEXT, shared_model, with_tokenizer
 from tests.model.models import llama4
+
+END = ByteTokenizer().end_ids
 
 
 def cut(text: str, stops: list[str]) -> str:
@@ -113,6 +116,24 @@ def test_a_search_says_why_its_text_ended() -> None:
     assert (full.finish_reason, full.n_tokens) == ("context", CONTEXT - len(prompts[1].ids))
 
 
+def test_a_search_takes_continuations_with_a_stop_text_as_finished() -> None:
+    model, settings = with_tokenizer(), dict(max_new_tokens=10, num_beams=3)
+    free = model.generate("ab", **settings)
+    stop = free[2:4]
+    found = model.generate("ab", stop_texts=[stop], **settings)
+    assert stop not in found
+    tokenizer = ByteTokenizer()
+    prompt = tokenizer.prompt_ids("ab")
+
+    def ended(row: int, ids: Sequence[int]) -> bool:
+        return stop.encode() in tokenizer.decode_bytes(list(ids))
+
+    (rows,) = beam_search(model, [prompt], Beams(3), max_new_tokens=10, n_ids=258, stop_ids=END, ended=ended)
+    best = tokenizer.decode_bytes([i for i in rows[0].tokens if i not in END]).decode(errors="replace")
+    assert found == best.partition(stop)[0]
+    assert any(ended(0, one.tokens) for one in rows)
+
+
 def test_what_does_not_go_together_is_said_at_once() -> None:
     model = shared_model()
     with pytest.raises(ValueError, match="a stop text is empty"):
@@ -121,7 +142,5 @@ def test_what_does_not_go_together_is_said_at_once() -> None:
         model.stream("ab", temperature=-1)
     with pytest.raises(NoTokenizer, match="has no tokenizer"):
         llama4().stream("ab")
-    with pytest.raises(ValueError, match="num_beams=2 does not go with stop texts"):
-        model.generate("ab", num_beams=2, stop_texts=["x"])
     with pytest.raises(ValueError, match="num_beams=2 does not go with temperature=0.5"):
         model.generate("ab", num_beams=2, temperature=0.5)

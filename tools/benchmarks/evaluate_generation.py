@@ -44,9 +44,9 @@ class Writer:
         times: Counter[str] = Counter()
         requests = []
         for text, kwargs in asked:
-            new_tokens, stop, sampling = read_settings(kwargs)
+            new_tokens, stop, sampling, beams = read_settings(kwargs)
             ids, _ = encoder.prompt(text, new_tokens)
-            requests.append(Continue(ids, new_tokens, stop, sampling, times[text]))
+            requests.append(Continue(ids, new_tokens, stop, sampling, times[text], beams=beams))
             times[text] += 1
         pictures = Pictures(None, "model", LIMITS)
         made = continue_(

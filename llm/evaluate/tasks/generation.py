@@ -19,6 +19,7 @@ from llm.evaluate.tasks.extract import Extract, Rule
 from llm.evaluate.tasks.metrics import f1, most_frequent, number, pass_at, same_number
 from llm.evaluate.tasks.rows import EvalRow, as_json
 from llm.evaluate.tasks.template import as_text
+from llm.generation.beams import Beams
 from llm.generation.sampling import Sampling
 
 OF_ONE = ("exact_match", "f1", "number")
@@ -43,6 +44,12 @@ class GenerationConfig(FewshotConfig):
     top_k: int | None = Field(default=None, ge=1)
     top_p: float | None = Field(default=None, gt=0, le=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
+    num_beams: int = Field(default=1, ge=1, exclude_if=lambda value: value == 1)
+    """continuations that a beam search runs side by side, whose best is the answer"""
+    length_penalty: float = Field(default=1.0, exclude_if=lambda value: value == 1)
+    """of beam search"""
+    early_stopping: bool = Field(default=False, exclude_if=lambda value: value is False)
+    """of beam search"""
     ignore_case: bool = False
     """exact_match: large and small letters are the same"""
     ignore_punctuation: bool = False
@@ -79,11 +86,15 @@ class GenerationTask(EvalTask):
             raise UserError("stop: an empty text ends every answer")
         try:
             self.sampling = Sampling(config.temperature, config.top_k, config.top_p, seed=config.seed)
+            self.beams = Beams(config.num_beams, config.length_penalty, config.early_stopping)
+            self.beams.check(self.sampling)
             self._ignored = [re.compile(pattern) for pattern in config.ignore]
         except ValueError as error:
             raise UserError(str(error)) from None
         except re.error as error:
             raise UserError(f"ignore: not a regular expression ({error})") from None
+        if config.samples > 1 and config.num_beams > 1:
+            raise UserError(f"samples={config.samples}: a search (num_beams={config.num_beams}) gives one answer")
         if config.samples > 1 and config.temperature == 0:
             raise UserError(f"samples={config.samples}: at temperature 0 all are the same; set a temperature")
         if config.correct not in ("exact_match", "number"):
@@ -111,7 +122,7 @@ class GenerationTask(EvalTask):
             as_json(row.columns),
             asked.text(prompt),
             tuple(
-                Continue(ids, config.max_new_tokens, config.stop, self.sampling, sample)
+                Continue(ids, config.max_new_tokens, config.stop, self.sampling, sample, beams=self.beams)
                 for sample in range(config.samples)
             ),
             ("",) * config.samples,
