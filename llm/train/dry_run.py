@@ -106,7 +106,7 @@ def _lines(config: RunConfig, layout: Layout, run_dir: Path | None) -> Iterator[
     if config.train.precision == "auto":
         yield "train.precision=auto counts as bf16, which GPUs take"
     if config.optim.warmup_steps is None and config.train.steps is not None:
-        steps = default_warmup(config.train.steps, config.optim.decay_steps)
+        steps = default_warmup(config.train.steps, config.optim.decay_steps, config.optim.schedule)
         yield f"optim.warmup_steps=null is {_count(steps, 'step')} of train.steps={config.train.steps}"
     if config.model.n_prediction and config.model.prediction_names is None:
         yield "model.prediction_names, and how values are scaled, are learned from the training rows as the run begins"

@@ -6,6 +6,7 @@ import yaml
 
 from llm.atomic import write_unless_same
 from llm.checkpoint.run_folder import save_template, save_tokenizer
+from llm.train.csv_table import CsvTable
 from llm.train.curves import CurveSink, TensorBoard, WeightsAndBiases
 from llm.train.evaluation import opening_lines
 from llm.train.log import RunLog
@@ -26,6 +27,8 @@ def open_log(run: Run, step: int, notes: Sequence[str]) -> RunLog:
     curves: list[CurveSink] = []
     if config.log.tensorboard:
         curves.append(TensorBoard(folder, step + 1))
+    if config.log.csv:
+        curves.append(CsvTable(folder, step + 1))
     if config.log.wandb:
         curves.append(WeightsAndBiases(folder, config.model_dump(mode="json"), resumed=step > 0))
     log = RunLog(

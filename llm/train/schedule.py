@@ -22,7 +22,7 @@ def lr_factor(optim: OptimConfig, steps: int, step: int) -> float:
     """
     warmup, low = optim.warmup_steps, optim.min_lr / optim.lr
     if warmup is None:
-        warmup = default_warmup(steps, optim.decay_steps)
+        warmup = default_warmup(steps, optim.decay_steps, optim.schedule)
     if step <= warmup:
         if optim.schedule != "one_cycle":
             return step / warmup

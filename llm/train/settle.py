@@ -201,7 +201,8 @@ def settle_length(
         train = train.model_copy(update={"steps": steps, "epochs": None})
     if optim.warmup_steps is None:
         assert train.steps is not None
-        optim = optim.model_copy(update={"warmup_steps": default_warmup(train.steps, optim.decay_steps)})
+        warmup = default_warmup(train.steps, optim.decay_steps, optim.schedule)
+        optim = optim.model_copy(update={"warmup_steps": warmup})
     return config.model_copy(update={"train": train, "optim": optim})
 
 

@@ -195,10 +195,9 @@ class Trainer:
         self.saver.finish(log, last=True)
         if log:
             how = "done" if progress.step >= run.steps else end
-            log.say(
-                f"{how}: {progress.step} steps, {progress.tokens:,} tokens; "
-                f"curves: tensorboard --logdir {run.folder / 'tb'}"
-            )
+            drawn = run.config.log.tensorboard
+            curves = f"curves: tensorboard --logdir {run.folder / 'tb'}" if drawn else f"run folder {run.folder}"
+            log.say(f"{how}: {progress.step} steps, {progress.tokens:,} tokens; {curves}")
         return None
 
     def take_step(self, batch: StepBatch, counts: Counts, always: bool = False) -> tuple[StepResult, float]:

@@ -97,7 +97,7 @@ def test_a_layout_that_a_refusal_proposes_is_accepted_when_typed(tmp_path: Path)
     ("flags", "mended"),
     [
         (["--train.lr=0.01"], ["--optim.lr=0.01", "--optim.min_lr=0.001"]),
-        (["--optim.schedule=one_cycle"], ["--optim.schedule=one_cycle", "--optim.warmup_steps=6"]),
+        (["--optim.schedule=one_cycle", "--optim.warmup_steps=0"], ["--optim.schedule=one_cycle"]),
         (["--eval.patience=2", "--data.valid=null"], ["--eval.patience=2"]),
         (["--train.epochs=2"], ["--train.epochs=2", "--train.steps=null"]),
         (["--parallel.context=2"], ["--parallel.context=1"]),

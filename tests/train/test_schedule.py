@@ -99,6 +99,12 @@ def test_a_warm_up_that_is_not_given_fits_the_run() -> None:
     assert rates[0] == 0.5 and rates[1] == 1.0 and rates[-1] == pytest.approx(0.1)
 
 
+def test_one_cycle_rises_for_three_tenths_of_the_run_where_its_rise_is_not_given() -> None:
+    assert [default_warmup(steps, None, "one_cycle") for steps in (1, 10, 1000)] == [1, 3, 300]
+    rates = [learning_rate(optim_with(schedule="one_cycle", warmup_steps=None), 10, step) for step in range(1, 11)]
+    assert max(rates) == rates[2] == 1.0 and rates[0] == pytest.approx(1 / 25) and rates[-1] == pytest.approx(0.1)
+
+
 def test_a_decay_that_is_not_given_leaves_the_warm_up_alone() -> None:
     rates = [learning_rate(optim_with(schedule="wsd", warmup_steps=9), 10, step) for step in range(1, 11)]
     assert rates[8] == 1.0 and rates[9] == pytest.approx(0.1)
@@ -139,7 +145,7 @@ def test_what_fits_passes(schedule: str, warmup: int | None, decay: int | None) 
 def test_a_warm_up_that_ends_with_the_run_is_said_and_may_run(schedule: str) -> None:
     text = cut_short(schedule, 10, 10)
     assert text and "optim.warmup_steps=10, train.steps=10" in text and "no step to come down" in text
-    assert "it is 1 for this length" in text
+    assert f"it is {3 if schedule == 'one_cycle' else 1} for this length" in text
     assert "gets to 10 of its 100 steps" in str(cut_short(schedule, 100, 10))
     raw = tiny_config(Path("nowhere"), train={"steps": 10})
     raw["optim"] = {"lr": 1.0, "schedule": schedule, "warmup_steps": 100}

@@ -4,8 +4,14 @@ DEFAULT_WARMUP = 100
 """Steps, but at most a tenth of the run."""
 
 
-def default_warmup(steps: int, decay_steps: int | None) -> int:
+ONE_CYCLE_RISE = 0.3
+"""Share of the steps in which one_cycle rises (the default of fastai and PyTorch's OneCycleLR)."""
+
+
+def default_warmup(steps: int, decay_steps: int | None, schedule: str = "cosine") -> int:
     """optim.warmup_steps of a run of `steps` steps that leaves it out."""
+    if schedule == "one_cycle":
+        return max(round(ONE_CYCLE_RISE * steps), 1)
     return max(min(DEFAULT_WARMUP, steps // 10, steps - (decay_steps or 0)), 0)
 
 
@@ -48,5 +54,5 @@ def cut_short(schedule: str, warmup: int | None, steps: int) -> str | None:
     falls = "" if schedule == "constant" else f", and optim.schedule={schedule} has no step to come down in"
     return (
         f"note: the warm-up {reached} (optim.warmup_steps={warmup}, train.steps={steps}){falls}; "
-        f"left out, it is {default_warmup(steps, None)} for this length"
+        f"left out, it is {default_warmup(steps, None, schedule)} for this length"
     )

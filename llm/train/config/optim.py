@@ -26,7 +26,7 @@ class OptimConfig(Section):
     """cosine; linear; wsd = warm-up, stable, decay (1 - sqrt); one_cycle = cosine from lr/25 up to lr, then down."""
     warmup_steps: int | None = Field(None, ge=0)
     """Steps of linear warm-up; null = 100, but at most a tenth of the run's steps; with one_cycle the steps of the
-    rise, which must then be given (1 or more)."""
+    rise, null = 30 % of the run's."""
     decay_steps: int | None = Field(None, ge=1)
     """Steps of the decay at the end of wsd; null = 20 % of the steps."""
     min_lr: float = Field(3.0e-5, ge=0)
@@ -50,8 +50,9 @@ class OptimConfig(Section):
             raise ValueError(f"optim.decay_steps belongs to optim.schedule=wsd, not {self.schedule}")
         if self.muon_lr is not None and self.name != "muon":
             raise ValueError(f"optim.muon_lr belongs to optim.name=muon, not {self.name}")
-        if self.schedule == "one_cycle" and not self.warmup_steps:
+        if self.schedule == "one_cycle" and self.warmup_steps == 0:
             raise ValueError(
-                "optim.schedule=one_cycle needs optim.warmup_steps, the steps of its rise; 30 % of the steps is usual"
+                "optim.schedule=one_cycle needs optim.warmup_steps of at least 1, the steps of its rise; left out, "
+                "they are 30 % of the steps"
             )
         return self

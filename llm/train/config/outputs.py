@@ -150,6 +150,8 @@ class LogConfig(Section):
     """Write curves to tb/ in the run folder."""
     wandb: bool = False
     """Send curves to Weights & Biases, online or offline as its own environment variables say."""
+    csv: bool = Field(False, exclude_if=lambda value: value is False)
+    """Write the same curves to metrics.csv in the run folder, a row a step."""
     peak_flops: float | None = Field(None, gt=0)
     """Arithmetic peak of one device (FLOP/s), for mfu; null = known for common GPUs, mfu stays null elsewhere."""
     trace_steps: Annotated[tuple[Count, Count] | None, BY_COMMAS] = None
