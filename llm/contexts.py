@@ -5,12 +5,13 @@ Shapes: B batch, T tokens, M number of MoE layers, E experts.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llm.args import LayerSpec, ModelArgs
 from llm.args.layers import attention_specs
-from llm.cache import Remembered
+from llm.cache import Ints, Remembered
 from llm.datatypes import TransformerInput
 from llm.layers.branches import BranchMasks
 from llm.layers.context import Context, angles, temperature
@@ -74,6 +75,7 @@ def make_context(
     return Context(
         shape=(n_rows, row_length),
         starts_BT=torch.from_numpy(starts(positions_BT, document_starts)).to(device) if stateful else None,
+        documents_BT=_documents(positions_BT, document_starts, device) if stateful and cache is None else None,
         attend=attend,
         states=cache,
         positions_BT=None if POSITIONS[args.pos].build is None else positions,
@@ -85,6 +87,25 @@ def make_context(
         residual_keys_n=keys_N,
         cut_sequence=cut_sequence,
     )
+
+
+def _documents(positions_BT: Ints, document_starts: Ints, device: torch.device) -> Tensor | None:
+    """The number of each token's document in its row, (B, T) int64; None where no row has tokens of two. ValueError
+    where padding stands among the tokens of a document, which a state would have to pass.
+    """
+    begins = np.zeros(positions_BT.size, dtype=np.int64)
+    begins[document_starts] = 1
+    documents_BT, valid_BT = begins.reshape(positions_BT.shape).cumsum(1), positions_BT >= 0
+    before, after = valid_BT[:, :-1], valid_BT[:, 1:]
+    again = ~before & after & (documents_BT[:, :-1] == documents_BT[:, 1:])
+    for row, column in np.argwhere(again):
+        if (valid_BT[row, :column] & (documents_BT[row, :column] == documents_BT[row, column])).any():
+            raise ValueError(
+                f"row {row} has padding among the tokens of a document, before token {column + 1}; mixers with a state "
+                f"take it before or behind them"
+            )
+    held = [np.unique(documents_BT[row][valid_BT[row]]).size for row in range(len(documents_BT))]
+    return torch.from_numpy(documents_BT).to(device) if max(held) > 1 else None
 
 
 def _check_both_ways(specs: Sequence[LayerSpec], inputs: TransformerInput, cache: Remembered | None) -> None:

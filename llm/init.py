@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import factorial
 from typing import Protocol
 
 import numpy as np
@@ -25,6 +26,8 @@ WORDS_PER_BLOCK = 4  # one step of Philox4x64 gives four words
 BLOCK = 1 << 18  # elements drawn at a time, so that the float64 temporaries stay in cache
 SHORT_RUN = 1 << 10  # shorter runs of a box cost less when what lies between them is drawn too
 LN2 = 0.6931471805599453
+TERMS = 20
+"""Of series whose terms fall as those of the exponential of numbers up to 1."""
 ONE_OVER_ROOT2 = 0.7071067811865476
 
 # AS 241, PPND7: numerators and denominators of its three rational approximations, lowest power first
@@ -59,6 +62,34 @@ class Uniform:
 
     def values(self, seed: int, name: str, start: int, stop: int) -> Tensor:
         return torch.from_numpy(((2 * uniform(seed, name, start, stop) - 1) * self.bound).astype(np.float32))
+
+
+@dataclass(frozen=True)
+class LogUniform:
+    """Logarithms of values spread evenly over (low, high), both above 0."""
+
+    low: float
+    high: float
+
+    def values(self, seed: int, name: str, start: int, stop: int) -> Tensor:
+        spread = self.low + (self.high - self.low) * uniform(seed, name, start, stop)
+        return torch.from_numpy(_log(spread).astype(np.float32))
+
+
+@dataclass(frozen=True)
+class InverseSoftplus:
+    """ln(exp(y) - 1) of values y whose logarithms are spread evenly between those of low and high, 0 < low < high <= 1.
+    """
+
+    low: float
+    high: float
+
+    def values(self, seed: int, name: str, start: int, stop: int) -> Tensor:
+        first, last = _log(np.array([self.low, self.high]))
+        y = _exp(first + (last - first) * uniform(seed, name, start, stop))
+        # ln(exp(y) - 1) = y + ln(1 - exp(-y)), whose series in y loses no digits where y is small
+        terms = tuple((-1.0) ** k / factorial(k + 1) for k in range(TERMS))
+        return torch.from_numpy((y + _log(y * _polynomial(terms, y))).astype(np.float32))
 
 
 @dataclass(frozen=True)
@@ -164,6 +195,13 @@ def _polynomial(coefficients: tuple[float, ...], x: NDArray[np.float64]) -> NDAr
         value *= x
         value += coefficient
     return value
+
+
+def _exp(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The exponential to about 1e-15: a series of what is left when multiples of ln 2 are taken away."""
+    exponent = np.rint(x / LN2)
+    terms = tuple(1 / factorial(k) for k in range(TERMS))
+    return np.ldexp(_polynomial(terms, x - exponent * LN2), exponent.astype(np.int64))
 
 
 def _log(x: NDArray[np.float64]) -> NDArray[np.float64]:

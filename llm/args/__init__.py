@@ -9,9 +9,10 @@ from llm.args.lora import LoraArgs
 from llm.args.model import ModelArgs
 from llm.args.moe import MoEArgs
 from llm.args.rope import RopeScaling
+from llm.args.ssm import SSMArgs
 from llm.args.vision import VisionArgs
 
 __all__ = [
     "AttentionSpec", "LayerSpec", "LoraArgs", "Mask", "ModelArgs", "MoEArgs", "QKNorm",
-    "RopeScaling", "VisionArgs",
+    "RopeScaling", "SSMArgs", "VisionArgs",
 ]  # fmt: skip

@@ -19,7 +19,7 @@ Mask = Literal["full", "chunk", "window"]
 QKNorm = Literal["l2", "plain", "head", "full"]
 
 PATTERN_ALIASES = {"alternating": ["ssm", "attn"]}
-PLANNED = ("ssm", "routed", "none")
+PLANNED = ("routed", "none")
 """Mixers that the grammar knows and nothing implements."""
 FLAGS = {"full": "mask", "chunk": "mask", "window": "mask", "rope": "rope", "nope": "rope"}
 

@@ -24,6 +24,7 @@ from llm.args.layers import (
 from llm.args.lora import LoraArgs
 from llm.args.moe import MoEArgs
 from llm.args.rope import RopeScaling
+from llm.args.ssm import SSMArgs
 from llm.args.vision import VisionArgs
 
 OUTPUTS = ("n_prediction", "prediction")
@@ -189,6 +190,8 @@ class ModelArgs(Group):
     """Of a regression, for each output: what a label is divided by before it is learned; unset = 1."""
     moe: MoEArgs | None = None
     """Mixture of experts; unset = every layer is dense."""
+    ssm: SSMArgs | None = Field(None, exclude_if=unset)
+    """State-space layers, which layer_pattern places; unset = there are none."""
     vision: VisionArgs | None = Field(None, exclude_if=unset)
     """A tower that reads pictures; unset = text alone, and then no key in what is written."""
     lora: LoraArgs | None = None
@@ -242,6 +245,7 @@ class ModelArgs(Group):
                 "model.prediction=regression, of one label that is there or not multilabel"
             )
         self._check_scaling()
+        self._check_ssm()
         specs = self.layer_specs()
         if not self.causal and (other := next((spec for spec in specs if spec.attention is None), None)) is not None:
             raise ValueError(
@@ -249,6 +253,18 @@ class ModelArgs(Group):
                 f"keeps a state of what came before"
             )
         return self
+
+    def _check_ssm(self) -> None:
+        """Raises ValueError where channels, heads and groups do not divide each other."""
+        if self.ssm is None:
+            return
+        inner, heads = self.ssm.widths(self.dim)
+        if inner % self.ssm.head_width:
+            raise ValueError(
+                f"model.ssm.head_width={self.ssm.head_width} does not divide the {inner} channels, expand x model.dim"
+            )
+        if heads % self.ssm.groups:
+            raise ValueError(f"model.ssm.groups={self.ssm.groups} does not divide the {heads} heads")
 
     def _check_positions(self) -> None:
         """Raises ValueError where heads cannot be rotated, or keys of rotations are given to a model without them."""

@@ -45,6 +45,9 @@ class Context:
     starts_BT: Tensor | None = None
     """bool: true for the first token of a document or of padding, a row's first among them; only for mixers with a
     state. With `states` each row is one document, and its tokens go on from there."""
+    documents_BT: Tensor | None = None
+    """int64 that rises where a document of the row begins, padding counting to the document before it; None where each
+    row is one document, or no mixer has a state."""
     attend: Attend | None = None
     """Attention over the batch itself, or over a cache; None where no layer attends."""
     states: "States | None" = None

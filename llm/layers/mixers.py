@@ -9,6 +9,7 @@ from llm.args.layers import MIXERS, LayerItem, MixerSpec
 from llm.layers.attention import Attention
 from llm.layers.context import Context
 from llm.layers.parameter import Rows
+from llm.layers.ssm import SSM
 
 
 class Mixer(Protocol):
@@ -48,3 +49,4 @@ def register(name: str, mixer: type[nn.Module]) -> None:
 
 
 register("attn", Attention)
+register("ssm", SSM)

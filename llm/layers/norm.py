@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llm.args import ModelArgs
 from llm.init import Constant
 from llm.kernels.dtypes import wide_dtype
-from llm.kernels.norms import layer_normalise, rms_normalise, rms_normalise_wide
+from llm.kernels.norms import itself, layer_normalise, rms_normalise, rms_normalise_wide
 from llm.layers.parameter import ZEROS, ParamInfo, Rows
 from llm.layers.region import InRegion
 
@@ -92,3 +92,26 @@ class HeadsNorm(WideRMSNorm, InRegion):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.factor() if self.rows is None else self.factor()[self.rows]
         return rms_normalise_wide(x.flatten(-2), self.eps, weight, self.region.mean).view_as(x)
+
+
+class GroupsNorm(nn.Module, InRegion):
+    """RMS norm over each of some groups of channels (..., I) by itself, with a weight of width I, in float32, whose
+    result it gives.
+
+    Where a group's channels are on several ranks, its mean square is that of all ranks.
+    """
+
+    def __init__(self, dim: int, groups: int, eps: float) -> None:
+        super().__init__()
+        self.eps, self.groups, self.over_ranks = eps, groups, False
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def take_groups(self, groups: int, over_ranks: bool) -> None:
+        """This rank has channels of so many groups; over_ranks: all ranks have channels of the only one."""
+        self.groups, self.over_ranks = groups, over_ranks
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = x.unflatten(-1, (self.groups, -1))
+        ones = torch.ones(parts.shape[-1], dtype=x.dtype, device=x.device)
+        mean = self.region.mean if self.over_ranks else itself
+        return rms_normalise_wide(parts, self.eps, ones, mean).flatten(-2) * self.weight.to(x.dtype)

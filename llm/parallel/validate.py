@@ -39,10 +39,12 @@ class Needs:
     @cached_property
     def widths(self) -> tuple[tuple[str, int], ...]:
         """(key, size) of what tensor parallelism cuts evenly: hidden widths of the kinds of feed-forward that the model
-        has, and of a vision tower its heads too."""
+        has, heads of state-space layers, and of a vision tower its heads too."""
         kinds = {spec.ffn for spec in self.args.layer_specs()}
         dense = (("model.ffn_hidden", self.args.ffn_width()),) if "dense" in kinds else ()
         widths = dense + ((("model.moe.hidden", self.args.moe_width()),) if "moe" in kinds else ())
+        if self.args.ssm is not None:
+            widths = (*widths, ("heads of model.ssm", self.args.ssm.widths(self.args.dim)[1]))
         vision = self.args.vision
         if vision is None:
             return widths
@@ -109,6 +111,8 @@ def _tensor(needs: Needs, choice: Choice) -> Iterator[str]:
     for key, width in needs.widths:
         if width % ranks:
             yield f"parallel.tensor={ranks} does not divide {key}={width}"
+    if args.ssm is not None and args.ssm.groups > 1 and args.ssm.groups % ranks:
+        yield f"parallel.tensor={ranks} does not divide model.ssm.groups={args.ssm.groups}, which is more than one"
 
 
 def _pipeline(needs: Needs, choice: Choice) -> Iterator[str]:

@@ -55,10 +55,11 @@ def test_dense_layers_stay_dense():
 @pytest.mark.parametrize(
     ("item", "reason"),
     [
-        ("ssm", "mixer ssm is not built yet"),
+        ("ssm", "ssm needs the group model.ssm"),
         ("routed", "mixer routed is not built yet"),
         ("none+dense", "mixer none is not built yet"),
-        ("alternating", "mixer ssm is not built yet"),
+        ("alternating", "ssm needs the group model.ssm"),
+        ("ssm:full", "unknown flag :full; ssm has none"),
         ("attn@4", "stride @4 is not built yet"),
         ("attn@x", "must be a positive whole number"),
         ("attn:window", "window needs model.sliding_window"),

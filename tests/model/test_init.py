@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llm import LLM
-from llm.init import Normal, normal
+from llm.init import InverseSoftplus, LogUniform, Normal, normal
 from llm.parameters import ParameterTable
 from tests.model.models import MOE, llama4
 
@@ -71,3 +71,12 @@ def test_norms_start_at_one_and_depth_scaling_lowers_what_writes_into_the_residu
 def test_a_meta_model_is_counted_without_values():
     model = LLM(llama4().args, device="meta")
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_decays_and_time_steps_of_state_space_layers_begin_as_their_authors_say():
+    decays = LogUniform(1.0, 16.0).values(0, "a", 0, 4000).double().exp()
+    steps = torch.nn.functional.softplus(InverseSoftplus(1e-3, 1e-1).values(0, "b", 0, 4000).double())
+    for found, low, high in ((decays, 1.0, 16.0), (steps.log10(), -3.0, -1.0)):
+        assert low < found.min() and found.max() < high
+        # within four standard errors of a mean of 4,000 values spread evenly
+        assert abs(found.mean() - (low + high) / 2) < 4 * (high - low) / (12 * 4000) ** 0.5

@@ -1,0 +1,39 @@
+"""Keys of state-space layers (Mamba-2; Dao and Gu 2024, arXiv:2405.21060)."""
+
+from pydantic import Field, model_validator
+
+from llm.args.group import Group
+
+
+class SSMArgs(Group):
+    """The mixers called ssm in the layer pattern."""
+
+    d_state: int = Field(128, gt=0, le=1 << 16)
+    """Width of the state of each channel."""
+    d_conv: int = Field(4, gt=1, le=64)
+    """Taps of the convolution before the recurrence."""
+    expand: int = Field(2, gt=0, le=64)
+    """Channels inside, as a multiple of model.dim."""
+    head_width: int = Field(64, gt=0, le=1 << 16)
+    """Channels that share a decay."""
+    groups: int = Field(1, gt=0)
+    """Groups of heads that share what is written to the state and read from it, and are normalised together."""
+    chunk: int = Field(64, gt=0, le=1 << 12)
+    """Tokens that are computed as one product; changes rounding, memory and speed alone."""
+    dt_limit: tuple[float, float | None] = (0.0, None)
+    """Least and greatest time step; null = none is too great."""
+    bias: bool = False
+    """Biases of the linear layers."""
+    conv_bias: bool = True
+    """A bias of the convolution."""
+
+    def widths(self, dim: int) -> tuple[int, int]:
+        """Channels and heads in a model of this width."""
+        return self.expand * dim, self.expand * dim // self.head_width
+
+    @model_validator(mode="after")
+    def _check(self) -> "SSMArgs":
+        low, high = self.dt_limit
+        if low < 0 or (high is not None and not low < high):
+            raise ValueError(f"model.ssm.dt_limit={[low, high]}: the first must be at least 0 and below the second")
+        return self

@@ -1,0 +1,231 @@
+"""State-space mixer: a recurrence whose state has one size however many tokens went before (Mamba-2; Dao and Gu 2024,
+arXiv:2405.21060).
+
+Of the normed input: channels x and a gate z, what is written to the state and read from it (B and C, shared by the
+heads of a group), and a time step dt of each head. A short convolution goes over x, B and C; then head h keeps a state
+S_t = exp(dt_t A_h) S_(t-1) + dt_t x_t B_t' and says S_t C_t + D_h x_t. That is multiplied with silu(z), normalised over
+the channels of its group, and goes through wo. Recurrence, gate and norm are in float32.
+
+Padding changes no state, and neither convolution nor state passes the border of a document.
+
+Shapes: B rows, T tokens, D model width, I channels, H heads, P width of a head, G groups, N width of the state, K taps.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llm.args import LayerSpec, ModelArgs
+from llm.args.layers import LayerItem, MixerSpec, refuse
+from llm.args.lora import adapter
+from llm.args.ssm import SSMArgs
+from llm.init import Constant, InverseSoftplus, LogUniform, Uniform
+from llm.kernels.dtypes import wide_dtype
+from llm.kernels.graph_breaks import graph_break
+from llm.kernels.short_conv import short_conv
+from llm.kernels.ssd import ssd, ssd_step
+from llm.layers.context import Context
+from llm.layers.linear import Linear
+from llm.layers.norm import GroupsNorm
+from llm.layers.parameter import ParamInfo, Rows, under
+from llm.layers.region import InRegion
+
+LEAST_DECAY, MOST_DECAY = 1.0, 16.0
+"""Between which -A begins, evenly."""
+LEAST_STEP, MOST_STEP = 1e-3, 1e-1
+"""Between which dt begins where x has no say, evenly in its logarithm."""
+
+
+@dataclass
+class SSMState:
+    """What a layer remembers of some rows."""
+
+    history_x_BKC: Tensor
+    """The last K - 1 tokens before the convolution."""
+    history_bc_BKC: Tensor
+    state_BHPN: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.history_x_BKC.nbytes + self.history_bc_BKC.nbytes + self.state_BHPN.nbytes
+
+    def reorder(self, rows: Tensor) -> None:
+        rows = rows.to(self.state_BHPN.device)
+        self.history_x_BKC = self.history_x_BKC.index_select(0, rows)
+        self.history_bc_BKC = self.history_bc_BKC.index_select(0, rows)
+        self.state_BHPN = self.state_BHPN.index_select(0, rows)
+
+
+class Taps(nn.Module):
+    """Weight (C, K) and bias (C,) of a convolution of each channel by itself, with its SiLU."""
+
+    def __init__(self, channels: int, taps: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, taps))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+
+    @staticmethod
+    def declare(channels: int, taps: int, bias: bool, cut: bool, grain: int) -> Rows:
+        """cut: whether tensor parallelism cuts the channels, `grain` parts of which stay whole."""
+        where = (0, grain) if cut else (None, None)
+        init = Uniform(1 / math.sqrt(taps))
+        rows = {"weight": ParamInfo((channels, taps), "bias", init, *where)}
+        return rows | ({"bias": ParamInfo((channels,), "bias", init, *where)} if bias else {})
+
+    def forward(self, x_BTC: Tensor, documents_BT: Tensor | None, history_BKC: Tensor | None) -> Tensor:
+        return short_conv(x_BTC, self.weight, self.bias, documents_BT, history_BKC)
+
+
+class SSM(nn.Module, InRegion):
+    """The mixer `ssm` of layer patterns."""
+
+    def __init__(self, args: ModelArgs, spec: LayerSpec) -> None:
+        super().__init__()
+        ssm, lora = of_model(args), args.lora
+        inner, heads = widths(args)
+        self.layer = spec.index
+        self.head_width, self.d_state, self.n_groups = ssm.head_width, ssm.d_state, ssm.groups
+        self.groups: slice | None = None
+        """Of B and C, those that this rank's heads read; None = all."""
+        self.chunk, self.dt_limit = ssm.chunk, ssm.dt_limit
+        self.wz = Linear(args.dim, inner, ssm.bias, adapter(lora, "wz"))
+        self.wx = Linear(args.dim, inner, ssm.bias, adapter(lora, "wx"))
+        self.wbc = Linear(args.dim, 2 * ssm.groups * ssm.d_state, ssm.bias, adapter(lora, "wbc"))
+        self.wdt = Linear(args.dim, heads, ssm.bias, adapter(lora, "wdt"))
+        self.conv_x = Taps(inner, ssm.d_conv, ssm.conv_bias)
+        self.conv_bc = Taps(2 * ssm.groups * ssm.d_state, ssm.d_conv, ssm.conv_bias)
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.D = nn.Parameter(torch.empty(heads))
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        self.norm = GroupsNorm(inner, ssm.groups, args.norm_eps)
+        self.wo = Linear(inner, args.dim, ssm.bias, adapter(lora, "wo"))
+
+    @staticmethod
+    def resolve(args: ModelArgs, item: LayerItem) -> MixerSpec:
+        if item.flags:
+            refuse(item.text, f"unknown flag :{item.flags[0]}; ssm has none")
+        if args.ssm is None:
+            refuse(item.text, "ssm needs the group model.ssm; {} takes its defaults")
+        return MixerSpec(item.mixer)
+
+    @staticmethod
+    def declare(args: ModelArgs, spec: LayerSpec) -> Rows:
+        """What the parameters are: see llm/layers/parameter.py. Heads are cut whole; B and C, which are few rows, are
+        whole on every rank.
+        """
+        ssm, lora = of_model(args), args.lora
+        inner, heads = widths(args)
+        shared, start = 2 * ssm.groups * ssm.d_state, Uniform(1 / math.sqrt(args.dim))
+        rows: Rows = {}
+        for name, width, cut in (("wz", inner, 0), ("wx", inner, 0), ("wbc", shared, None), ("wdt", heads, 0)):
+            grain, low_rank = heads if cut == 0 else None, adapter(lora, name)
+            rows |= under(name, Linear.declare(args.dim, width, ssm.bias, start, cut, grain=grain, lora=low_rank))
+        rows |= under("conv_x", Taps.declare(inner, ssm.d_conv, ssm.conv_bias, True, heads))
+        rows |= under("conv_bc", Taps.declare(shared, ssm.d_conv, ssm.conv_bias, False, heads))
+        rows["A_log"] = ParamInfo((heads,), "bias", LogUniform(LEAST_DECAY, MOST_DECAY), 0, heads)
+        rows["D"] = ParamInfo((heads,), "bias", Constant(1.0), 0, heads)
+        rows["dt_bias"] = ParamInfo((heads,), "bias", InverseSoftplus(LEAST_STEP, MOST_STEP), 0, heads)
+        rows["norm.weight"] = ParamInfo((inner,), "norm", Constant(1.0), 0, heads)
+        branches = args.n_layers if spec.ffn == "none" else 2 * args.n_layers
+        last = Uniform(1 / math.sqrt(inner * branches))
+        rows |= under("wo", Linear.declare(inner, args.dim, ssm.bias, last, 1, grain=heads, lora=adapter(lora, "wo")))
+        return rows
+
+    @staticmethod
+    def flops(args: ModelArgs, spec: LayerSpec, seq_len: int) -> int:
+        """Of a token beyond those of the matrices: the products of the chunked recurrence, counted as if none lay ahead
+        of a token in its chunk, and the taps.
+        """
+        ssm, (inner, _) = of_model(args), widths(args)
+        chunk = min(ssm.chunk, seq_len)
+        scores, read = ssm.groups * ssm.d_state * chunk, inner * chunk
+        return 6 * (scores + read + 2 * inner * ssm.d_state)
+
+    def take_share(self, rank: int, ranks: int) -> None:
+        self.wo.adds_bias = rank == 0
+        if self.n_groups >= ranks:
+            each = self.n_groups // ranks
+            self.groups = slice(rank * each, (rank + 1) * each)
+        else:
+            group = rank * self.n_groups // ranks
+            self.groups = slice(group, group + 1)
+        self.norm.take_groups(max(1, self.n_groups // ranks), over_ranks=self.n_groups == 1 and ranks > 1)
+
+    def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        u = self.region.enter(x_BTD, ctx.cut_sequence)
+        if u.ndim == 2:
+            u = u.unflatten(0, ctx.shape)
+        z, x, bc, dt = (w(u, ctx.keys_N) for w in (self.wz, self.wx, self.wbc, self.wdt))
+        y = self._mixed(x, bc, dt, ctx)
+        gated = y * F.silu(z.to(y.dtype))
+        return self.region.leave(self.wo(self.norm(gated).to(z.dtype), ctx.keys_N), ctx.cut_sequence)
+
+    @graph_break
+    def _mixed(self, x_BTI: Tensor, bc_BTC: Tensor, dt_BTH: Tensor, ctx: Context) -> Tensor:
+        """What the recurrence makes, (B, T, I), float32. What it does follows the documents of a batch."""
+        wide, valid = wide_dtype(x_BTI), ctx.valid_BT
+        dt_BTH = F.softplus(dt_BTH.to(wide) + self.dt_bias.to(wide)).clamp(*self.dt_limit)
+        if valid is not None:
+            x_BTI, bc_BTC = x_BTI * valid[..., None], bc_BTC * valid[..., None]
+            dt_BTH = dt_BTH * valid[..., None]
+        remembered, documents = None, ctx.documents_BT
+        if ctx.states is None:
+            x_BTI, bc_BTC = self.conv_x(x_BTI, documents, None), self.conv_bc(bc_BTC, documents, None)
+        else:
+            remembered = ctx.states.state(self.layer, lambda: self._new_state(x_BTI, bc_BTC, dt_BTH))
+            x_BTI, bc_BTC = self._continued(remembered, x_BTI, bc_BTC, valid)
+        x = x_BTI.to(wide).unflatten(-1, (-1, self.head_width))
+        b, c = bc_BTC.to(wide).unflatten(-1, (2, self.n_groups, self.d_state)).unbind(2)
+        if self.groups is not None:
+            b, c = b[:, :, self.groups], c[:, :, self.groups]
+        a_H = -self.A_log.to(wide).exp()
+        if remembered is None:
+            y = ssd(x, dt_BTH, a_H, b, c, documents, chunk=self.chunk).y_BTHP
+        elif x.shape[1] == 1:
+            made, remembered.state_BHPN = ssd_step(x[:, 0], dt_BTH[:, 0], a_H, b[:, 0], c[:, 0], remembered.state_BHPN)
+            y = made[:, None]
+        else:
+            y, remembered.state_BHPN = ssd(x, dt_BTH, a_H, b, c, None, remembered.state_BHPN, self.chunk)
+        return (y + x * self.D.to(wide)[:, None]).flatten(-2)
+
+    def _new_state(self, x_BTI: Tensor, bc_BTC: Tensor, dt_BTH: Tensor) -> SSMState:
+        taps = self.conv_x.weight.shape[1]
+        before_x, before_bc = (y.new_zeros(len(y), taps - 1, y.shape[-1]) for y in (x_BTI, bc_BTC))
+        shape = len(x_BTI), dt_BTH.shape[-1], self.head_width, self.d_state
+        return SSMState(before_x, before_bc, dt_BTH.new_zeros(shape))
+
+    def _continued(
+        self, remembered: SSMState, x_BTI: Tensor, bc_BTC: Tensor, valid_BT: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The convolutions of rows that go on, after which the last tokens of each row are remembered. Padding is moved
+        before what is remembered, and its places come out as they may: it has no time step.
+        """
+        taps, length = self.conv_x.weight.shape[1], x_BTI.shape[1]
+        x_BLI = torch.cat([remembered.history_x_BKC, x_BTI], dim=1)
+        bc_BLC = torch.cat([remembered.history_bc_BKC, bc_BTC], dim=1)
+        back = None
+        if valid_BT is not None:
+            there = F.pad(valid_BT, (taps - 1, 0), value=True)
+            order = there.to(torch.uint8).argsort(dim=1, stable=True)
+            back = order.argsort(dim=1)[:, taps - 1 :, None]
+            x_BLI, bc_BLC = (y.gather(1, order[..., None].expand_as(y)) for y in (x_BLI, bc_BLC))
+        remembered.history_x_BKC, remembered.history_bc_BKC = x_BLI[:, length:].clone(), bc_BLC[:, length:].clone()
+        if back is None:
+            before_x, before_bc = x_BLI[:, : taps - 1], bc_BLC[:, : taps - 1]
+            return self.conv_x(x_BTI, None, before_x), self.conv_bc(bc_BTC, None, before_bc)
+        x_BLI, bc_BLC = self.conv_x(x_BLI, None, None), self.conv_bc(bc_BLC, None, None)
+        return tuple(y.gather(1, back.expand(-1, -1, y.shape[-1])) for y in (x_BLI, bc_BLC))
+
+
+def of_model(args: ModelArgs) -> SSMArgs:
+    """Of a model that has such layers."""
+    assert args.ssm is not None
+    return args.ssm
+
+
+def widths(args: ModelArgs) -> tuple[int, int]:
+    """Channels and heads."""
+    return of_model(args).widths(args.dim)

@@ -1,0 +1,137 @@
+"""Models with state-space layers: against transformers' Mamba-2, and against themselves however their tokens come."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from llm import LLM, ModelArgs
+from llm.cache import Cache
+from llm.contexts import make_context
+from llm.datatypes import TransformerInput
+from llm.layers.ssm import SSM
+from llm.parameters import ParameterTable
+
+VOCABULARY, LENGTH = 50, 37
+
+
+def hybrid(groups: int = 1, pattern: str = "alternating", **ssm: object) -> LLM:
+    """A float64 model with weights away from where they begin."""
+    group = {"d_state": 8, "head_width": 8, "groups": groups, "chunk": 8, **ssm}
+    args = ModelArgs(
+        dim=32, n_layers=4, n_heads=4, vocab_size=VOCABULARY, layer_pattern=pattern, ffn_hidden=48, ssm=group
+    )
+    model, generator = LLM(args).double(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def hidden(model: LLM, inputs: TransformerInput | Tensor, cache: Cache | None = None) -> Tensor:
+    """Final hidden states, float64, as logits are rounded."""
+    found = model(inputs, cache=cache, return_hidden=True).hidden
+    assert found is not None
+    return found.detach()
+
+
+def tokens() -> Tensor:
+    """Three rows."""
+    return torch.randint(0, VOCABULARY, (3, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def apart(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("splits", [[1] * LENGTH, [5, 1, 1, 12, 18], [LENGTH - 1, 1]])
+def test_tokens_that_come_in_parts_are_tokens_that_come_at_once(splits, groups):
+    model, cache = hybrid(groups), Cache(hybrid(groups).args)
+    parts = [hidden(model, part, cache) for part in tokens().split(splits, dim=1)]
+    assert apart(torch.cat(parts, 1), hidden(model, tokens())) < 1e-12
+
+
+def test_packed_documents_are_separate_documents_even_of_one_token():
+    model, flat = hybrid(2), tokens().flatten()
+    bounds = [0, 5, 6, 20, 37, 74, 77, 111]
+    found = hidden(model, TransformerInput(tokens(), cu_seqlens=torch.tensor(bounds))).flatten(0, 1)
+    for first, end in zip(bounds, bounds[1:], strict=False):
+        assert apart(found[first:end], hidden(model, flat[None, first:end])[0]) < 1e-12
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing_nor_what_is_remembered(side):
+    model, more = hybrid(), tokens()[:, :4]
+    own = slice(8, 45) if side == "left" else slice(0, LENGTH)
+    positions, padded = torch.full((3, 45), -1), torch.zeros(3, 45, dtype=torch.int64)
+    positions[:, own], padded[:, own] = torch.arange(LENGTH), tokens()
+    inputs, cache = TransformerInput(padded, tokens_position=positions), Cache(model.args)
+    expected = hidden(model, torch.cat([tokens(), more], 1))
+    assert apart(hidden(model, inputs)[:, own], expected[:, :LENGTH]) < 1e-12
+    assert apart(hidden(model, inputs, cache)[:, own], expected[:, :LENGTH]) < 1e-12
+    assert apart(hidden(model, more, cache), expected[:, LENGTH:]) < 1e-12
+
+
+def test_padding_among_the_tokens_of_a_document_is_refused():
+    positions = torch.arange(LENGTH).expand(3, -1).clone()
+    positions[1, 5] = -1
+    with pytest.raises(ValueError, match="row 1 has padding among the tokens of a document, before token 6"):
+        hybrid()(TransformerInput(tokens(), tokens_position=positions))
+
+
+def test_no_token_sees_one_behind_it():
+    model, other = hybrid(), tokens()
+    other[:, 20] = (other[:, 20] + 1) % VOCABULARY
+    before, after = hidden(model, tokens()), hidden(model, other)
+    assert torch.equal(before[:, :20], after[:, :20])
+    assert (before[:, 20:] != after[:, 20:]).any(-1).all()
+
+
+def test_what_is_remembered_of_a_state_space_layer_does_not_grow():
+    model, cache = hybrid(pattern="ssm"), Cache(hybrid(pattern="ssm").args)
+    hidden(model, tokens()[:, :3], cache)
+    held = cache.nbytes
+    hidden(model, tokens(), cache)
+    channels, shared, heads, state = 64, 16, 8, 8
+    assert cache.nbytes == held == 4 * 3 * 8 * (3 * (channels + shared) + heads * 8 * state)
+
+
+@pytest.mark.parametrize(("state", "expected"), [(16, 130_943_856), (128, 131_982_768)])
+def test_the_alternating_model_of_768_by_12_has_so_many_parameters(state, expected):
+    args = ModelArgs(
+        dim=768, n_layers=12, n_heads=12, vocab_size=50257, layer_pattern="alternating", tie_embeddings=True,
+        ssm={"d_state": state},
+    )  # fmt: skip
+    assert sum(row.numel for row in ParameterTable.of(args).values()) == expected
+
+
+@pytest.mark.parametrize("limits", [(0.0, None), (0.02, 0.3)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_layer_is_transformers_mamba_2_with_limits_of_the_time_step_too(groups, limits):
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+    ours = hybrid(groups, "ssm", dt_limit=limits, d_state=16).float()
+    block = ours.layers[0].attention
+    assert isinstance(block, SSM)
+    config = transformers.Mamba2Config(
+        hidden_size=32, state_size=16, head_dim=8, num_heads=8, n_groups=groups, chunk_size=8, expand=2,
+        conv_kernel=4, use_bias=False, use_conv_bias=True, layer_norm_epsilon=ours.args.norm_eps,
+        time_step_limit=(limits[0], limits[1] or float("inf")),
+    )  # fmt: skip
+    theirs = Mamba2Mixer(config, layer_idx=0)
+    with torch.no_grad():
+        fused = torch.cat([block.wz.weight, block.wx.weight, block.wbc.weight, block.wdt.weight])
+        theirs.in_proj.weight.copy_(fused)
+        theirs.conv1d.weight.copy_(torch.cat([block.conv_x.weight, block.conv_bc.weight])[:, None])
+        theirs.conv1d.bias.copy_(torch.cat([block.conv_x.bias, block.conv_bc.bias]))
+        theirs.A_log.copy_(block.A_log), theirs.D.copy_(block.D), theirs.dt_bias.copy_(block.dt_bias)
+        theirs.norm.weight.copy_(block.norm.weight), theirs.out_proj.weight.copy_(block.wo.weight)
+    x = torch.randn(2, LENGTH, 32)
+    ctx = make_context(
+        ours.args, ours.specs, TransformerInput(torch.zeros(2, LENGTH, dtype=torch.int64)), None, None, None, False,
+        False,
+    )  # fmt: skip
+    found, expected = block(x, ctx), theirs(x)
+    # float32 sums of other orders
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
