@@ -101,6 +101,7 @@ class Batch:
             tokens=inputs.tokens.to(device),
             tokens_position=position.to(device) if isinstance(position, Tensor) else position,
             images=inputs.images_on(device),
+            features=None if inputs.features is None else inputs.features.to(device),
         )
         targets = {name: targets.to(device) for name, targets in self.targets.items()}
         values = {name: value.to(device) for name, value in self.values.items()}
@@ -119,7 +120,8 @@ class Batch:
         causal = self.inputs.causal
         if isinstance(causal, Tensor):
             causal = bool(causal[first // self.seq_len])
-        inputs = TransformerInput(tokens[:, first:end], images=images, causal=causal)
+        features = None if self.inputs.features is None else self.inputs.features.flatten(0, 1)[None, first:end]
+        inputs = TransformerInput(tokens[:, first:end], images=images, causal=causal, features=features)
         values = {name: value.reshape(1, -1)[:, first:end] for name, value in self.values.items()}
         targets = {name: targets.span(first, end) for name, targets in self.targets.items()}
         return Batch(inputs, targets, values=values)

@@ -16,6 +16,7 @@ from llm.datatypes import TransformerInput
 from llm.layers.branches import BranchMasks
 from llm.layers.context import Context, angles, temperature
 from llm.layers.dropout import AttentionDropout
+from llm.layers.features import check_features
 from llm.layers.masks import Attend, AttentionMasks, document_lengths, starts
 from llm.layers.moe import routing_shape
 from llm.layers.positions import POSITIONS, check_positions
@@ -124,7 +125,8 @@ def _check_both_ways(specs: Sequence[LayerSpec], inputs: TransformerInput, cache
 
 
 def _check(args: ModelArgs, inputs: TransformerInput, expert_counts: Tensor | None) -> None:
-    inputs.check_tokens(args.vocab_size)
+    inputs.check_tokens(args.vocab_size if args.input_dim is None else None)
+    check_features(args, inputs)
     if inputs.images is not None and args.vision is None:
         raise ValueError("inputs.images are given, but the model has no vision tower (model.vision)")
     if expert_counts is not None and expert_counts.shape != routing_shape(args):

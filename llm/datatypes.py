@@ -6,7 +6,7 @@ of MoE layers.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +39,17 @@ class TransformerInput:
     causal: bool | Tensor | None = None
     """Whether tokens see none behind them in their document; false = they see it both ways. A (B,) bool tensor on the
     CPU says it of each row. None = as model.causal says."""
+    features: Tensor | None = None
+    """(B, T, F) floats, what a model of values (model.input_dim) reads in place of tokens, which are 0 then."""
+
+    @classmethod
+    def of_features(cls, features: Tensor, **others: Any) -> "TransformerInput":
+        """Rows of values (B, T, F); others: the fields besides tokens. ValueError where they have another shape."""
+        if features.ndim != 3:
+            raise ValueError(f"values must be floats of shape (B, T, F) (one row is values[None]); got "
+                             f"{_describe(features)}")  # fmt: skip
+        tokens = torch.zeros(features.shape[:2], dtype=torch.int64, device=features.device)
+        return cls(tokens, features=features, **others)
 
     def causal_rows(self, default: bool) -> bool | NDArray[np.bool_]:
         """Whether all rows are causal, or which are, (B,), where they differ. default: of a batch that does not say.
@@ -215,6 +226,9 @@ class TransformerOutput:
 
     logits: Tensor | None = None
     """(B, T, V) float32; None when labels or return_hidden were given."""
+    outputs: Tensor | None = None
+    """(B, T, O) float32, in place of logits where the model predicts values (model.output_dim): in the units of the
+    data, as model.output_mean and output_std scale them."""
     hidden: Tensor | None = None
     """(B, T, D) final normed hidden states, with return_hidden."""
     loss_sum: Tensor | None = None

@@ -23,14 +23,16 @@ TEXT_PER_SLOT = 3
 
 def unit_flops(args: ModelArgs, seq_len: int, tiles_per_token: Fraction | None = None) -> dict[str, int]:
     """Of each unit (`ParamInfo.unit`) but the token table, on sequences of `seq_len`; args must have a vocabulary. A
-    table copies rows, which is no arithmetic; where it is the output matrix, too, that work is the output's.
+    table copies rows, which is no arithmetic; where it is the output matrix, too, that work is the output's. Of a model
+    of values what stands in its place is a product.
 
     tiles_per_token: of images, for the vision tower; by default a quarter of all tokens stand for images.
     """
     found: Counter[str] = Counter()
     for row in ParameterTable.of(args).values():
         if row.unit != VISION:
-            found["output" if row.unit == "tok_embeddings" else row.unit] += _product(args, row)
+            copied = row.unit == "tok_embeddings" and args.input_dim is None
+            found["output" if copied else row.unit] += _product(args, row)
     if args.vision is not None:
         tiles = usual_tiles(args.vision) if tiles_per_token is None else tiles_per_token
         found[VISION] = round(tile_flops(args) * tiles)

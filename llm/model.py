@@ -20,13 +20,14 @@ from llm.cache import Remembered
 from llm.contexts import make_context
 from llm.conveniences import Conveniences
 from llm.datatypes import RouterStats, TransformerInput, TransformerOutput
-from llm.heads import Heads, Losses
+from llm.heads import OUTPUT, Heads, Losses
 from llm.init import initialise
 from llm.kernels.norms import rms_normalise
 from llm.layers.block import Block
 from llm.layers.context import Context
 from llm.layers.dropout import dropout_at, key_of, keys_or_drawn
 from llm.layers.embedding import Embedding, TiedEmbedding
+from llm.layers.features import FeatureEmbedding, ValueOutput
 from llm.layers.foreign_names import accept_foreign_names
 from llm.layers.lora import Adapted
 from llm.layers.moe import EXPERT_WEIGHTS, Experts, MoE
@@ -42,7 +43,7 @@ from vision.encoder import Tower
 from vision.merge import with_images
 from vision.native import NativeTower
 
-EMBEDDING, NORM, OUTPUT = "tok_embeddings", "norm", "output"
+EMBEDDING, NORM = "tok_embeddings", "norm"
 
 
 def unit_names(args: ModelArgs) -> tuple[str, ...]:
@@ -56,8 +57,8 @@ def unit_names(args: ModelArgs) -> tuple[str, ...]:
 class LLM(Conveniences, Heads):
     """A language model, initialised from (args, seed) alone; works without process groups.
 
-    On device="meta" it has shapes but no values. Raises ValueError while args.vocab_size is unset. The region is that
-    of embedding and head.
+    On device="meta" it has shapes but no values. Raises ValueError while args.vocab_size is unset, unless it reads and
+    predicts values. The region is that of embedding and head.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class LLM(Conveniences, Heads):
         are one, either unit has the table.
         """
         super().__init__()
-        if args.vocab_size < 1:
+        if args.vocab_size < 1 and None in (args.input_dim, args.output_dim):
             raise ValueError("model.vocab_size is not set; give the number of tokens of the tokenizer")
         if args.vision is not None and not 0 <= args.vision.patch_token_id < args.vocab_size:
             raise ValueError(
@@ -88,7 +89,7 @@ class LLM(Conveniences, Heads):
         """Whether ranks with other rows gather weights together in a forward (ZeRO-3), so that all must do it alike."""
         self.compiled: dict[str, Callable[..., Any]] = {}
         """Blocks as llm/compile.py compiled them, by the name of the unit, for forwards with gradients."""
-        self.output: Output | None = None
+        self.output: Output | ValueOutput | None = None
         self.prediction: PredictionHead | None = None
         self.first_head = 0
         """Number of the first head of queries that this rank has."""
@@ -101,7 +102,9 @@ class LLM(Conveniences, Heads):
                 self.vision_projection = Projection(args.vision.output_dim, args.dim, lora)
             if args.tie_embeddings and not {EMBEDDING, OUTPUT}.isdisjoint(self.units):
                 tied = TiedEmbedding(args.vocab_size, args.dim, args.logit_softcap, args.lora, args.logit_scale)
-                self.tok_embeddings: Embedding = tied
+                self.tok_embeddings: Embedding | FeatureEmbedding = tied
+            elif EMBEDDING in self.units and args.input_dim is not None:
+                self.tok_embeddings = FeatureEmbedding(args)
             elif EMBEDDING in self.units:
                 self.tok_embeddings = Embedding(args.vocab_size, args.dim, args.lora)
             if EMBEDDING in self.units and (build := POSITIONS[args.pos].build) is not None:
@@ -110,7 +113,9 @@ class LLM(Conveniences, Heads):
             self.layers = nn.ModuleList(blocks)  # type: ignore[arg-type]  # None keeps the others' numbers
             if NORM in self.units:
                 self.norm = make_norm(args, args.dim, last=True) if args.has_final_norm else None
-            if OUTPUT in self.units and not args.tie_embeddings:
+            if OUTPUT in self.units and args.output_dim is not None:
+                self.output = ValueOutput(args)
+            elif OUTPUT in self.units and not args.tie_embeddings:
                 self.output = Output(args.dim, args.vocab_size, args.logit_softcap, args.lora, args.logit_scale)
             if OUTPUT in self.units and args.n_prediction:
                 self.prediction = PredictionHead(args.dim, args.n_prediction)
@@ -135,19 +140,20 @@ class LLM(Conveniences, Heads):
         keys_N: Tensor | None = None,
         inference: bool = False,
     ) -> TransformerOutput:
-        """Logits; or the loss, given labels; or what `losses` makes of the hidden states (B, T, D); or hidden states
-        instead of logits, with return_hidden.
+        """Logits, or outputs where the model predicts values; or the loss, given labels; or what `losses` makes of the
+        hidden states (B, T, D); or hidden states instead of logits, with return_hidden.
 
-        labels: (B, T) int64, labels[b, t] being the token after tokens[b, t]; negative ones are ignored. A cache makes
-        the tokens continue its rows, and turns gradients off. units: run these alone, of those that the module has, on
-        the vectors `x` that the unit before them made of the same inputs; their hidden states are vectors for the next.
+        inputs: a tensor is tokens (B, T), or values (B, T, F) of a model that reads them. labels: (B, T) int64,
+        labels[b, t] being the token after tokens[b, t]; negative ones are ignored. A cache makes the tokens continue
+        its rows, and turns gradients off. units: run these alone, of those that the module has, on the vectors `x` that
+        the unit before them made of the same inputs; their hidden states are vectors for the next.
         expert_counts: (M, E) int64, how many tokens of the whole previous step each expert got, for the balance loss;
         all alike where not given. keys_N: (B * T,) int64, of each token, by which dropout chooses; in training, with
         gradients, those that are not given are drawn by torch's generator, and elsewhere nothing is dropped. inference:
         without gradients, as with a cache. Raises ValueError where inputs, labels, cache or counts do not fit together.
         """
         if isinstance(inputs, Tensor):
-            inputs = TransformerInput(inputs)
+            inputs = TransformerInput.of_features(inputs) if inputs.is_floating_point() else TransformerInput(inputs)
         with torch.no_grad() if inference or cache is not None else nullcontext():
             ctx = self.context(inputs, cache, expert_counts, keys_N)
             hidden, stats = self.run(self.units if units is None else units, x, inputs, ctx)
@@ -188,12 +194,16 @@ class LLM(Conveniences, Heads):
         return hidden.view(*ctx.shape, -1)
 
     def embed(self, inputs: TransformerInput, ctx: Context) -> Tensor:
-        """Token vectors, and in the slots of images the tower's. Both are terms of one sum over the ranks."""
-        x_BTD = self.tok_embeddings(inputs.tokens)
-        if self.args.vision is not None:
-            parts = self.args.vision, self.vision_embeddings, self.vision_projection
-            x_BTD = with_images(x_BTD, inputs, ctx, *parts, self._through_tower, self.gathers_weights)
-        x_BTD = self.region.leave(x_BTD, ctx.cut_sequence)
+        """Token vectors, and in the slots of images the tower's: both are terms of one sum over the ranks. Of values
+        what the linear map makes, which is whole."""
+        if isinstance(self.tok_embeddings, FeatureEmbedding):
+            x_BTD = self.tok_embeddings(inputs.features, ctx.cut_sequence)
+        else:
+            x_BTD = self.tok_embeddings(inputs.tokens)
+            if self.args.vision is not None:
+                parts = self.args.vision, self.vision_embeddings, self.vision_projection
+                x_BTD = with_images(x_BTD, inputs, ctx, *parts, self._through_tower, self.gathers_weights)
+            x_BTD = self.region.leave(x_BTD, ctx.cut_sequence)
         if self.args.embed_scale is not None:
             # rounded on the host: a number made on a GPU would make the host wait for it
             x_BTD = x_BTD * torch.tensor(self.args.embed_scale, dtype=x_BTD.dtype, device="cpu").item()

@@ -13,6 +13,7 @@ from llm.args.lora import adapter, vision_adapters
 from llm.boxes import Box
 from llm.layers.block import Block
 from llm.layers.embedding import Embedding
+from llm.layers.features import FeatureEmbedding, ValueOutput
 from llm.layers.norm import norm_rows
 from llm.layers.output import Output
 from llm.layers.parameter import VISION, ParamInfo, Rows, in_unit, of_unit, under, weights
@@ -30,16 +31,13 @@ class ParameterTable(Mapping[str, ParamInfo]):
 
     @classmethod
     def of(cls, args: ModelArgs) -> "ParameterTable":
-        """The table of a model with these args, which must have a vocabulary."""
-        tied, size, std = args.tie_embeddings, (args.vocab_size, args.dim), weights(args)
-        table = Embedding.declare(*size, std, tied, args.lora)
-        head = Output.declare_head(args.dim, args.vocab_size, std, args.lora)
-        rows = vision_rows(args) | in_unit("tok_embeddings", table)
+        """The table of a model with these args, which must have a vocabulary, or values on both sides."""
+        rows = vision_rows(args) | in_unit("tok_embeddings", _embedding_rows(args))
         rows |= of_unit("tok_embeddings", under(POSITION_TABLE, position_rows(args)))
         for spec in args.layer_specs():
             rows |= in_unit(f"layers.{spec.index}", Block.declare(args, spec))
         rows |= in_unit("norm", norm_rows(args, args.dim, last=True)) if args.has_final_norm else {}
-        rows |= {} if tied else in_unit("output", head)
+        rows |= {} if args.tie_embeddings else in_unit("output", _output_rows(args))
         if args.n_prediction:
             rows |= of_unit("output", under(PREDICTION, PredictionHead.declare(args)))
         return cls(rows)
@@ -91,6 +89,18 @@ class ParameterTable(Mapping[str, ParamInfo]):
                 for name, row in self.items()
             }
         )
+
+
+def _embedding_rows(args: ModelArgs) -> Rows:
+    if args.input_dim is not None:
+        return FeatureEmbedding.declare(args)
+    return Embedding.declare(args.vocab_size, args.dim, weights(args), args.tie_embeddings, args.lora)
+
+
+def _output_rows(args: ModelArgs) -> Rows:
+    if args.output_dim is not None:
+        return ValueOutput.declare(args)
+    return Output.declare_head(args.dim, args.vocab_size, weights(args), args.lora)
 
 
 def vision_rows(args: ModelArgs) -> Rows:

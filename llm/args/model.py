@@ -25,6 +25,7 @@ from llm.args.lora import LoraArgs
 from llm.args.moe import MoEArgs
 from llm.args.rope import RopeScaling
 from llm.args.ssm import SSMArgs
+from llm.args.values import check_values
 from llm.args.vision import VisionArgs
 
 OUTPUTS = ("n_prediction", "prediction")
@@ -73,6 +74,18 @@ class ModelArgs(Group):
     """Width of one head; unset = dim / n_heads."""
     vocab_size: int = -1
     """Rows of the token table; -1 = taken from the tokenizer before the model is built."""
+    input_dim: int | None = Field(None, gt=0, le=1 << 20, exclude_if=unset)
+    """The model reads rows of so many numbers instead of tokens, through a linear map in the token table's place."""
+    output_dim: int | None = Field(None, gt=0, le=1 << 20, exclude_if=unset)
+    """The model predicts so many numbers instead of the next token, by a linear map in the output matrix's place."""
+    input_mean: tuple[float, ...] | None = Field(None, exclude_if=unset)
+    """Of each number that is read: what is taken from it; unset = 0."""
+    input_std: tuple[float, ...] | None = Field(None, exclude_if=unset)
+    """Of each number that is read: what the rest is divided by; unset = 1."""
+    output_mean: tuple[float, ...] | None = Field(None, exclude_if=unset)
+    """Of each number that is predicted: what is taken from it before it is learned; unset = 0."""
+    output_std: tuple[float, ...] | None = Field(None, exclude_if=unset)
+    """Of each number that is predicted: what it is divided by before it is learned; unset = 1."""
     causal: bool = Field(True, exclude_if=lambda value: value is True)
     """Whether tokens see none behind them, where a batch does not say; false = they see their document both ways."""
     max_seq_len: int = Field(2048, gt=0)
@@ -165,7 +178,7 @@ class ModelArgs(Group):
     ffn_dropout: float = Field(0.0, ge=0, lt=1, exclude_if=zero)
     """Share dropped of the hidden units of feed-forwards, of each expert's for each token apart."""
     head_dropout: float = Field(0.0, ge=0, lt=1, exclude_if=zero)
-    """Share dropped of what a prediction head reads."""
+    """Share dropped of what a prediction head, or the output in a regression over values, reads."""
     tie_embeddings: bool = False
     """Use the token table as output matrix."""
     init_std: float = Field(0.02, gt=0)
@@ -179,7 +192,8 @@ class ModelArgs(Group):
     )
     """What the head predicts: one of the classes, values, or labels that are there or not, each for itself."""
     pool: Literal["mean", "first", "last"] = Field("mean", exclude_if=lambda pool: pool == "mean")
-    """What of a document the head reads: the mean of its tokens' vectors, or the vector of the first or last one."""
+    """What of a document the head, or the output in a regression over values, reads: the mean of its tokens' vectors,
+    or the vector of the first or last one."""
     prediction_causal: bool = Field(False, exclude_if=unset)
     """The head's documents are read from left to right; false = both ways."""
     prediction_names: tuple[str, ...] | None = Field(None, exclude_if=unset)
@@ -235,6 +249,8 @@ class ModelArgs(Group):
                 f"model.moe.dense_layers={list(self.moe.dense_layers)}: layers are 0 to {self.n_layers - 1}"
             )
         for key in ("prediction", *OF_OUTPUTS):
+            if key == "pool" and self.output_dim is not None:
+                continue  # the task `regression` pools what the output reads
             if not self.n_prediction and getattr(self, key) != ModelArgs.model_fields[key].default:
                 raise ValueError(
                     f"model.{key}={getattr(self, key)}: is of a prediction head, and model.n_prediction=0 has none"
@@ -246,6 +262,7 @@ class ModelArgs(Group):
             )
         self._check_scaling()
         self._check_ssm()
+        check_values(self)
         specs = self.layer_specs()
         if not self.causal and (other := next((spec for spec in specs if spec.attention is None), None)) is not None:
             raise ValueError(

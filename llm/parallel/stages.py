@@ -54,7 +54,7 @@ def split(args: ModelArgs, stages: int, seq_len: int | None = None, logits: bool
     """
     flops = unit_flops(args, seq_len or args.max_seq_len)
     weights = [flops[f"layers.{spec.index}"] for spec in args.layer_specs()]
-    weights[0] += 6 * args.dim + flops.get(VISION, 0)
+    weights[0] += flops.get("tok_embeddings", 6 * args.dim) + flops.get(VISION, 0)
     weights[-1] += flops["output"] if logits else 0
     bounds, total = balanced(weights, stages), sum(weights)
     ends = list(zip(bounds, bounds[1:], strict=False))

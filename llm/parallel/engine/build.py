@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llm.args import ModelArgs
-from llm.model import EMBEDDING, LLM, OUTPUT
+from llm.heads import OUTPUT
+from llm.model import EMBEDDING, LLM
 from llm.parallel.build import Storage, Whole, draw, drawn, fill_int8
 from llm.parallel.engine import deepspeed_private as private
 from llm.parallel.grid import Grid
