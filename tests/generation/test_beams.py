@@ -25,6 +25,7 @@ KINDS = {
     "chunks": dict(),
     "full": dict(layer_pattern="attn:full"),
     "windows": dict(attention_chunk_size=None, sliding_window=6, layer_pattern=["attn:window", "attn:full"]),
+    "states": dict(layer_pattern=["ssm", "attn:full"], ssm=dict(head_width=16, d_state=8)),
     "experts": dict(moe=MOE | dict(top_k=2)),
 }
 
