@@ -20,6 +20,7 @@ from llm.layers.features import check_features
 from llm.layers.masks import Attend, AttentionMasks, document_lengths, starts
 from llm.layers.moe import routing_shape
 from llm.layers.positions import POSITIONS, check_positions
+from llm.layers.strides import Strides
 
 
 def make_context(
@@ -50,7 +51,7 @@ def make_context(
         lengths, agree = torch.tensor(document_lengths(positions_BT, document_starts), device=device), False
     positions = torch.tensor(positions_BT[:1] if agree else positions_BT, device=device)
     attention = attention_specs(specs)
-    stateful = len(attention) < len(specs)
+    stateful, strided = len(attention) < len(specs), any(spec.stride > 1 for spec in specs)
     padded = (args.moe is not None or stateful) and (positions_BT < 0).any()
     if inputs.parents is not None and (stateful or lengths is not None or cache is not None):
         raise ValueError(
@@ -77,6 +78,7 @@ def make_context(
         shape=(n_rows, row_length),
         starts_BT=torch.from_numpy(starts(positions_BT, document_starts)).to(device) if stateful else None,
         documents_BT=_documents(positions_BT, document_starts, device) if stateful and cache is None else None,
+        strides=Strides(positions_BT, document_starts, first_position_B, device) if strided else None,
         attend=attend,
         states=cache,
         positions_BT=None if POSITIONS[args.pos].build is None else positions,

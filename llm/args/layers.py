@@ -45,6 +45,13 @@ class MixerSpec:
 
 
 @dataclass(frozen=True)
+class StridedSpec(MixerSpec):
+    """What builds its state from one vector for each `stride` tokens."""
+
+    stride: int
+
+
+@dataclass(frozen=True)
 class AttentionSpec(MixerSpec):
     """Self-attention."""
 
@@ -84,6 +91,11 @@ class LayerSpec:
     def attention(self) -> AttentionSpec | None:
         """Of a layer whose mixer is attention."""
         return self.mixer if isinstance(self.mixer, AttentionSpec) else None
+
+    @property
+    def stride(self) -> int:
+        """Tokens for each vector that the mixer's state is built from."""
+        return self.mixer.stride if isinstance(self.mixer, StridedSpec) else 1
 
     @property
     def kind(self) -> "LayerSpec":
@@ -130,14 +142,13 @@ def parse_item(text: str, index: int) -> LayerItem:
         refuse(text, f"stride @{stride_text} must be a positive whole number")
     if mixer not in MIXERS:
         refuse(text, f"mixer {mixer} is not built yet; use {either(MIXERS)}")
-    stride = int(stride_text) if at else 1
-    if stride != 1:
-        refuse(text, f"stride @{stride} is not built yet; leave it out")
-    return LayerItem(text, index, mixer, stride, tuple(flags), ffn)
+    return LayerItem(text, index, mixer, int(stride_text) if at else 1, tuple(flags), ffn)
 
 
 def resolve_attention(args: "ModelArgs", item: LayerItem) -> AttentionSpec:
     """An attention layer: its flags, and where they say nothing the rules of Llama 4."""
+    if item.stride != 1:
+        refuse(item.text, f"stride @{item.stride} is not built yet; leave it out")
     flags: dict[str, str] = {}
     for flag in item.flags:
         if flag not in FLAGS:

@@ -13,6 +13,7 @@ from torch import Tensor
 from llm.args import ModelArgs
 from llm.layers.masks import Attend
 from llm.layers.rope import amplitude, dynamic_frequencies, inverse_frequencies, rotation
+from llm.layers.strides import Strides
 
 
 class LayerState(Protocol):
@@ -48,6 +49,8 @@ class Context:
     documents_BT: Tensor | None = None
     """int64 that rises where a document of the row begins, padding counting to the document before it; None where each
     row is one document, or no mixer has a state."""
+    strides: Strides | None = None
+    """Of layers with a stride; None without such layers."""
     attend: Attend | None = None
     """Attention over the batch itself, or over a cache; None where no layer attends."""
     states: "States | None" = None

@@ -8,7 +8,11 @@ the channels of its group, and goes through wo. Recurrence, gate and norm are in
 
 Padding changes no state, and neither convolution nor state passes the border of a document.
 
-Shapes: B rows, T tokens, D model width, I channels, H heads, P width of a head, G groups, N width of the state, K taps.
+With a stride s all but the gate is computed of one vector for s tokens (llm/layers/strides.py), and a token's gate
+meets what was said of the last chunk that it sees; before the first chunk is complete, nothing is said.
+
+Shapes: B rows, T tokens or chunks of tokens, D model width, I channels, H heads, P width of a head, G groups, N width
+of the state, K taps.
 """
 
 import math
@@ -19,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm.args import LayerSpec, ModelArgs
-from llm.args.layers import LayerItem, MixerSpec, refuse
+from llm.args.layers import LayerItem, MixerSpec, StridedSpec, refuse
 from llm.args.lora import adapter
 from llm.args.ssm import SSMArgs
 from llm.init import Constant, InverseSoftplus, LogUniform, Uniform
@@ -32,6 +36,7 @@ from llm.layers.linear import Linear
 from llm.layers.norm import GroupsNorm
 from llm.layers.parameter import ParamInfo, Rows, under
 from llm.layers.region import InRegion
+from llm.layers.strides import Pool, at_chunks
 
 LEAST_DECAY, MOST_DECAY = 1.0, 16.0
 """Between which -A begins, evenly."""
@@ -57,6 +62,27 @@ class SSMState:
         self.history_x_BKC = self.history_x_BKC.index_select(0, rows)
         self.history_bc_BKC = self.history_bc_BKC.index_select(0, rows)
         self.state_BHPN = self.state_BHPN.index_select(0, rows)
+
+
+@dataclass
+class StridedState:
+    """What a layer with a stride remembers of some rows besides."""
+
+    pending_BsD: Tensor
+    """The last s - 1 tokens' vectors."""
+    said_B1I: Tensor
+    """What the recurrence said of the last chunk; 0 before the first."""
+    ssm: SSMState
+
+    @property
+    def nbytes(self) -> int:
+        return self.pending_BsD.nbytes + self.said_B1I.nbytes + self.ssm.nbytes
+
+    def reorder(self, rows: Tensor) -> None:
+        self.ssm.reorder(rows)
+        rows = rows.to(self.said_B1I.device)
+        self.pending_BsD = self.pending_BsD.index_select(0, rows)
+        self.said_B1I = self.said_B1I.index_select(0, rows)
 
 
 class Taps(nn.Module):
@@ -86,7 +112,8 @@ class SSM(nn.Module, InRegion):
         super().__init__()
         ssm, lora = of_model(args), args.lora
         inner, heads = widths(args)
-        self.layer = spec.index
+        self.layer, self.stride = spec.index, spec.stride
+        self.pool = Pool(spec.stride, args.dim) if spec.stride > 1 else None
         self.head_width, self.d_state, self.n_groups = ssm.head_width, ssm.d_state, ssm.groups
         self.groups: slice | None = None
         """Of B and C, those that this rank's heads read; None = all."""
@@ -109,7 +136,7 @@ class SSM(nn.Module, InRegion):
             refuse(item.text, f"unknown flag :{item.flags[0]}; ssm has none")
         if args.ssm is None:
             refuse(item.text, "ssm needs the group model.ssm; {} takes its defaults")
-        return MixerSpec(item.mixer)
+        return StridedSpec(item.mixer, item.stride)
 
     @staticmethod
     def declare(args: ModelArgs, spec: LayerSpec) -> Rows:
@@ -119,7 +146,7 @@ class SSM(nn.Module, InRegion):
         ssm, lora = of_model(args), args.lora
         inner, heads = widths(args)
         shared, start = 2 * ssm.groups * ssm.d_state, Uniform(1 / math.sqrt(args.dim))
-        rows: Rows = {}
+        rows: Rows = under("pool", Pool.declare(spec.stride, args.dim)) if spec.stride > 1 else {}
         for name, width, cut in (("wz", inner, 0), ("wx", inner, 0), ("wbc", shared, None), ("wdt", heads, 0)):
             grain, low_rank = heads if cut == 0 else None, adapter(lora, name)
             rows |= under(name, Linear.declare(args.dim, width, ssm.bias, start, cut, grain=grain, lora=low_rank))
@@ -142,7 +169,7 @@ class SSM(nn.Module, InRegion):
         ssm, (inner, _) = of_model(args), widths(args)
         chunk = min(ssm.chunk, seq_len)
         scores, read = ssm.groups * ssm.d_state * chunk, inner * chunk
-        return 6 * (scores + read + 2 * inner * ssm.d_state)
+        return 6 * (scores + read + 2 * inner * ssm.d_state) // spec.stride
 
     def take_share(self, rank: int, ranks: int) -> None:
         self.wo.adds_bias = rank == 0
@@ -158,24 +185,60 @@ class SSM(nn.Module, InRegion):
         u = self.region.enter(x_BTD, ctx.cut_sequence)
         if u.ndim == 2:
             u = u.unflatten(0, ctx.shape)
-        z, x, bc, dt = (w(u, ctx.keys_N) for w in (self.wz, self.wx, self.wbc, self.wdt))
-        y = self._mixed(x, bc, dt, ctx)
+        z = self.wz(u, ctx.keys_N)
+        y = self._said(u, z, ctx) if self.pool is None else self._said_of_chunks(self.pool, u, z, ctx)
         gated = y * F.silu(z.to(y.dtype))
         return self.region.leave(self.wo(self.norm(gated).to(z.dtype), ctx.keys_N), ctx.cut_sequence)
 
+    def _said(self, u_BTD: Tensor, z_BTI: Tensor, ctx: Context) -> Tensor:
+        x, bc, dt = (w(u_BTD, ctx.keys_N) for w in (self.wx, self.wbc, self.wdt))
+        remembered = None
+        if ctx.states is not None:
+            remembered = ctx.states.state(self.layer, lambda: self._new_state(z_BTI, u_BTD.dtype))
+        return self._mixed(x, bc, dt, ctx.documents_BT, ctx.valid_BT, remembered)
+
+    def _said_of_chunks(self, pool: Pool, u_BTD: Tensor, z_BTI: Tensor, ctx: Context) -> Tensor:
+        """Of each token, what was said of the last chunk that it sees."""
+        assert ctx.strides is not None
+        chunks, remembered, stream = ctx.strides.of(self.stride), None, u_BTD
+        before = z_BTI.new_zeros(len(z_BTI), 1, z_BTI.shape[-1], dtype=wide_dtype(z_BTI))
+        if ctx.states is not None:
+            pending = u_BTD.new_zeros(len(u_BTD), self.stride - 1, u_BTD.shape[-1])
+            new = StridedState(pending, before, self._new_state(z_BTI, u_BTD.dtype))
+            remembered = ctx.states.state(self.layer, lambda: new)
+            stream = torch.cat([remembered.pending_BsD, u_BTD], dim=1)
+            remembered.pending_BsD, before = at_chunks(stream, chunks.left_Bs), remembered.said_B1I
+        pooled = pool(stream, chunks.tokens_BKs)
+        keys = None if ctx.keys_N is None else at_chunks(ctx.keys_N.view(ctx.shape), chunks.ends_BK).flatten()
+        x, bc, dt = (w(pooled, keys) for w in (self.wx, self.wbc, self.wdt))
+        state = None if remembered is None else remembered.ssm
+        said = self._mixed(x, bc, dt, chunks.documents_BK, chunks.there_BK, state)
+        said = torch.cat([before, said], dim=1)
+        if remembered is not None:
+            count = chunks.tokens_BKs.new_full((len(u_BTD), 1), chunks.tokens_BKs.shape[1])
+            count = count if chunks.there_BK is None else chunks.there_BK.sum(1, keepdim=True)
+            remembered.said_B1I = at_chunks(said, count)
+        return at_chunks(said, chunks.seen_BT + 1)
+
     @graph_break
-    def _mixed(self, x_BTI: Tensor, bc_BTC: Tensor, dt_BTH: Tensor, ctx: Context) -> Tensor:
+    def _mixed(
+        self,
+        x_BTI: Tensor,
+        bc_BTC: Tensor,
+        dt_BTH: Tensor,
+        documents: Tensor | None,
+        valid: Tensor | None,
+        remembered: SSMState | None,
+    ) -> Tensor:
         """What the recurrence makes, (B, T, I), float32. What it does follows the documents of a batch."""
-        wide, valid = wide_dtype(x_BTI), ctx.valid_BT
+        wide = wide_dtype(x_BTI)
         dt_BTH = F.softplus(dt_BTH.to(wide) + self.dt_bias.to(wide)).clamp(*self.dt_limit)
         if valid is not None:
             x_BTI, bc_BTC = x_BTI * valid[..., None], bc_BTC * valid[..., None]
             dt_BTH = dt_BTH * valid[..., None]
-        remembered, documents = None, ctx.documents_BT
-        if ctx.states is None:
+        if remembered is None:
             x_BTI, bc_BTC = self.conv_x(x_BTI, documents, None), self.conv_bc(bc_BTC, documents, None)
         else:
-            remembered = ctx.states.state(self.layer, lambda: self._new_state(x_BTI, bc_BTC, dt_BTH))
             x_BTI, bc_BTC = self._continued(remembered, x_BTI, bc_BTC, valid)
         x = x_BTI.to(wide).unflatten(-1, (-1, self.head_width))
         b, c = bc_BTC.to(wide).unflatten(-1, (2, self.n_groups, self.d_state)).unbind(2)
@@ -191,11 +254,12 @@ class SSM(nn.Module, InRegion):
             y, remembered.state_BHPN = ssd(x, dt_BTH, a_H, b, c, None, remembered.state_BHPN, self.chunk)
         return (y + x * self.D.to(wide)[:, None]).flatten(-2)
 
-    def _new_state(self, x_BTI: Tensor, bc_BTC: Tensor, dt_BTH: Tensor) -> SSMState:
-        taps = self.conv_x.weight.shape[1]
-        before_x, before_bc = (y.new_zeros(len(y), taps - 1, y.shape[-1]) for y in (x_BTI, bc_BTC))
-        shape = len(x_BTI), dt_BTH.shape[-1], self.head_width, self.d_state
-        return SSMState(before_x, before_bc, dt_BTH.new_zeros(shape))
+    def _new_state(self, z_BTI: Tensor, dtype: torch.dtype) -> SSMState:
+        """Of rows that have no token yet. z: of these rows. dtype: of what the linear layers make."""
+        n_rows, taps, shared = len(z_BTI), self.conv_x.weight.shape[1], self.conv_bc.weight.shape[0]
+        x, bc = (z_BTI.new_zeros(n_rows, taps - 1, width, dtype=dtype) for width in (z_BTI.shape[-1], shared))
+        shape = n_rows, len(self.A_log), self.head_width, self.d_state
+        return SSMState(x, bc, z_BTI.new_zeros(shape, dtype=wide_dtype(z_BTI)))
 
     def _continued(
         self, remembered: SSMState, x_BTI: Tensor, bc_BTC: Tensor, valid_BT: Tensor | None

@@ -12,6 +12,7 @@ from llm.layers.ssm import SSM
 from llm.parameters import ParameterTable
 
 VOCABULARY, LENGTH = 50, 37
+PATTERNS = {"alternating": "alternating", "strides": "ssm,ssm@4,ssm@3"}
 
 
 def hybrid(groups: int = 1, pattern: str = "alternating", **ssm: object) -> LLM:
@@ -43,25 +44,32 @@ def apart(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
+patterns = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+
+
+@patterns
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("splits", [[1] * LENGTH, [5, 1, 1, 12, 18], [LENGTH - 1, 1]])
-def test_tokens_that_come_in_parts_are_tokens_that_come_at_once(splits, groups):
-    model, cache = hybrid(groups), Cache(hybrid(groups).args)
+def test_tokens_that_come_in_parts_are_tokens_that_come_at_once(splits, groups, pattern):
+    model = hybrid(groups, pattern)
+    cache = Cache(model.args)
     parts = [hidden(model, part, cache) for part in tokens().split(splits, dim=1)]
     assert apart(torch.cat(parts, 1), hidden(model, tokens())) < 1e-12
 
 
-def test_packed_documents_are_separate_documents_even_of_one_token():
-    model, flat = hybrid(2), tokens().flatten()
+@patterns
+def test_packed_documents_are_separate_documents_even_of_one_token(pattern):
+    model, flat = hybrid(2, pattern), tokens().flatten()
     bounds = [0, 5, 6, 20, 37, 74, 77, 111]
     found = hidden(model, TransformerInput(tokens(), cu_seqlens=torch.tensor(bounds))).flatten(0, 1)
     for first, end in zip(bounds, bounds[1:], strict=False):
         assert apart(found[first:end], hidden(model, flat[None, first:end])[0]) < 1e-12
 
 
+@patterns
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_nothing_nor_what_is_remembered(side):
-    model, more = hybrid(), tokens()[:, :4]
+def test_padding_changes_nothing_nor_what_is_remembered(side, pattern):
+    model, more = hybrid(pattern=pattern), tokens()[:, :4]
     own = slice(8, 45) if side == "left" else slice(0, LENGTH)
     positions, padded = torch.full((3, 45), -1), torch.zeros(3, 45, dtype=torch.int64)
     positions[:, own], padded[:, own] = torch.arange(LENGTH), tokens()
@@ -79,12 +87,44 @@ def test_padding_among_the_tokens_of_a_document_is_refused():
         hybrid()(TransformerInput(tokens(), tokens_position=positions))
 
 
-def test_no_token_sees_one_behind_it():
-    model, other = hybrid(), tokens()
+@patterns
+def test_prompts_of_different_lengths_go_on_as_if_each_were_alone(pattern):
+    model, more, lengths = hybrid(pattern=pattern), tokens()[:, :6], (LENGTH, 30, 2)
+    positions, padded = torch.full((3, LENGTH), -1), torch.zeros(3, LENGTH, dtype=torch.int64)
+    for row, n in enumerate(lengths):
+        positions[row, LENGTH - n :], padded[row, LENGTH - n :] = torch.arange(n), tokens()[row, :n]
+    cache = Cache(model.args)
+    hidden(model, TransformerInput(padded, tokens_position=positions), cache)
+    found = torch.cat([hidden(model, token, cache) for token in more.split(1, dim=1)], 1)
+    for row, n in enumerate(lengths):
+        alone = hidden(model, torch.cat([tokens()[row : row + 1, :n], more[row : row + 1]], 1))
+        assert apart(found[row], alone[0, n:]) < 1e-12
+
+
+@patterns
+def test_no_token_sees_one_behind_it(pattern):
+    model, other = hybrid(pattern=pattern), tokens()
     other[:, 20] = (other[:, 20] + 1) % VOCABULARY
     before, after = hidden(model, tokens()), hidden(model, other)
     assert torch.equal(before[:, :20], after[:, :20])
     assert (before[:, 20:] != after[:, 20:]).any(-1).all()
+
+
+def test_a_stride_of_one_is_none_and_one_of_s_says_nothing_before_its_first_chunk_is_complete():
+    plain, strided = hybrid(pattern="ssm"), hybrid(pattern="ssm@1")
+    assert plain.state_dict().keys() == strided.state_dict().keys()
+    assert torch.equal(hidden(plain, tokens()), hidden(strided, tokens()))
+    model = hybrid(pattern="ssm@4")
+    layer = model.layers[0].attention
+    x = torch.randn(1, 6, 32, dtype=torch.float64)
+    ctx = model.context(TransformerInput(torch.zeros(1, 6, dtype=torch.int64)))
+    said = layer(x, ctx)
+    assert not said[:, :3].any() and said[:, 3:].all()
+
+
+def test_layers_with_a_stride_refuse_positions_that_do_not_count_from_the_first_token():
+    with pytest.raises(ValueError, match="row 0: layers with a stride count the tokens of a document from 0, one by"):
+        hybrid(pattern="ssm@4")(TransformerInput(tokens(), tokens_position=5))
 
 
 def test_what_is_remembered_of_a_state_space_layer_does_not_grow():
