@@ -102,6 +102,7 @@ class Batch:
             tokens_position=position.to(device) if isinstance(position, Tensor) else position,
             images=inputs.images_on(device),
             features=None if inputs.features is None else inputs.features.to(device),
+            source=None if inputs.source is None else Batch(inputs.source, {}).to(device).inputs,
         )
         targets = {name: targets.to(device) for name, targets in self.targets.items()}
         values = {name: value.to(device) for name, value in self.values.items()}

@@ -1,9 +1,10 @@
 """The context of a forward: what all of its layers share, made of its inputs.
 
-Shapes: B batch, T tokens, M number of MoE layers, E experts.
+Shapes: B batch, T tokens, S source tokens, M number of MoE layers, E experts.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,9 +14,10 @@ from llm.args import LayerSpec, ModelArgs
 from llm.args.layers import attention_specs
 from llm.cache import Ints, Remembered
 from llm.datatypes import TransformerInput
+from llm.layers.across import AcrossMasks
 from llm.layers.branches import BranchMasks
 from llm.layers.context import Context, angles, temperature
-from llm.layers.dropout import AttentionDropout
+from llm.layers.dropout import AttentionDropout, source_keys
 from llm.layers.features import check_features
 from llm.layers.masks import Attend, AttentionMasks, document_lengths, starts
 from llm.layers.moe import routing_shape
@@ -33,10 +35,11 @@ def make_context(
     each_row: bool,
     cut_sequence: bool,
     first_head: int = 0,
+    place: str = "layers.{layer}",
 ) -> Context:
     """What the layers of these specs share in one forward. each_row: positions of each row by itself, also where all
-    rows have the same; first_head: number of the first head of queries of this rank; for the rest see `LLM.forward` and
-    `Context`.
+    rows have the same; first_head: number of the first head of queries of this rank; place: where in the model they
+    are; for the rest see `LLM.forward` and `Context`.
 
     Raises ValueError where the inputs do not fit the model or each other, before the cache changes.
     """
@@ -65,7 +68,7 @@ def make_context(
     if args.attn_dropout and keys_N is not None:
         if cache is not None or inputs.parents is not None:
             raise ValueError("rows with a cache or inputs.parents drop no attention weights: give no keys_N")
-        dropout = AttentionDropout(keys_N.view(inputs.tokens.shape), args.attn_dropout, first_head)
+        dropout = AttentionDropout(keys_N.view(inputs.tokens.shape), args.attn_dropout, first_head, place)
     attend: Attend
     if cache is not None:
         attend = cache.extend(positions_BT, document_starts, device)
@@ -111,6 +114,55 @@ def _documents(positions_BT: Ints, document_starts: Ints, device: torch.device) 
     return torch.from_numpy(documents_BT).to(device) if max(held) > 1 else None
 
 
+def make_contexts(
+    args: ModelArgs,
+    specs: Sequence[LayerSpec],
+    encoder_specs: Sequence[LayerSpec],
+    inputs: TransformerInput,
+    cache: Remembered | None,
+    expert_counts: Tensor | None,
+    keys_N: Tensor | None,
+    each_row: bool,
+    cut_sequence: bool,
+    first_head: int = 0,
+) -> Context:
+    """What `make_context` makes; where there is an encoder, with what its layers share, and attention to what they
+    make. ValueError where `inputs.source` does not fit."""
+    how = each_row, cut_sequence, first_head
+    ctx = make_context(args, specs, inputs, cache, expert_counts, keys_N, *how)
+    if not encoder_specs:
+        return ctx
+    source = inputs.source
+    if cache is not None:
+        raise ValueError("an encoder-decoder does not decode with a cache")
+    if source is None:
+        raise ValueError(
+            f"model.encoder_layers={args.encoder_layers}: the encoder needs inputs.source, what it is to read"
+        )
+    _check_source(source, len(inputs.tokens))
+    of_source = None if keys_N is None else source_keys(keys_N, *source.tokens.shape)
+    both_ways = replace(source, causal=False)
+    of_encoder = make_context(
+        args, encoder_specs, both_ways, None, expert_counts, of_source, *how, place="encoder.layers.{layer}"
+    )
+    dropout = None
+    if args.attn_dropout and keys_N is not None:
+        place = "layers.{layer}.cross"
+        dropout = AttentionDropout(keys_N.view(inputs.tokens.shape), args.attn_dropout, first_head, place)
+    across = AcrossMasks(*inputs.resolve(), *source.resolve(), inputs.tokens.device, dropout)
+    return replace(ctx, source=of_encoder, across=across)
+
+
+def _check_source(source: TransformerInput, n_rows: int) -> None:
+    given = [name for name in ("images", "parents", "source") if getattr(source, name) is not None]
+    if given:
+        raise ValueError(f"inputs.source.{given[0]}: the encoder's side is tokens alone")
+    if source.causal not in (None, False):
+        raise ValueError("inputs.source.causal: the encoder reads both ways; leave it out")
+    if len(source.tokens) != n_rows:
+        raise ValueError(f"inputs.source has {len(source.tokens)} rows, and inputs {n_rows}")
+
+
 def _check_both_ways(specs: Sequence[LayerSpec], inputs: TransformerInput, cache: Remembered | None) -> None:
     """ValueError where tokens cannot see those behind them."""
     what = "bidirectional rows (causal=False)"
@@ -129,6 +181,8 @@ def _check_both_ways(specs: Sequence[LayerSpec], inputs: TransformerInput, cache
 def _check(args: ModelArgs, inputs: TransformerInput, expert_counts: Tensor | None) -> None:
     inputs.check_tokens(args.vocab_size if args.input_dim is None else None)
     check_features(args, inputs)
+    if inputs.source is not None and not args.encoder_layers:
+        raise ValueError("inputs.source is given, but the model has no encoder (model.encoder_layers)")
     if inputs.images is not None and args.vision is None:
         raise ValueError("inputs.images are given, but the model has no vision tower (model.vision)")
     if expert_counts is not None and expert_counts.shape != routing_shape(args):

@@ -42,6 +42,16 @@ class TransformerInput:
     features: Tensor | None = None
     """(B, T, F) floats, what a model of values (model.input_dim) reads in place of tokens, which are 0 then."""
 
+    source: "TransformerInput | None" = None
+    """Of an encoder-decoder: what the encoder reads of the same rows, tokens (B, S) with documents and padding of their
+    own. Document i of a row attends to document i of the row's source, and to no other; documents that are padding
+    alone do not count. None = there is no encoder, or `memory` or a cache holds what it made."""
+
+    @classmethod
+    def of(cls, rows: Tensor) -> "TransformerInput":
+        """Rows of tokens, or of values where they are floats."""
+        return cls.of_features(rows) if rows.is_floating_point() else cls(rows)
+
     @classmethod
     def of_features(cls, features: Tensor, **others: Any) -> "TransformerInput":
         """Rows of values (B, T, F); others: the fields besides tokens. ValueError where they have another shape."""

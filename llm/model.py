@@ -8,25 +8,25 @@ Shapes: B batch, T tokens, D model width, V vocabulary, E experts, M number of M
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llm.args import ModelArgs
-from llm.args.lora import TOWER, adapter, vision_adapters
+from llm.args.lora import adapter, vision_adapters
 from llm.cache import Remembered
-from llm.contexts import make_context
+from llm.contexts import make_contexts
 from llm.conveniences import Conveniences
 from llm.datatypes import RouterStats, TransformerInput, TransformerOutput
+from llm.embeds import Embeds
 from llm.heads import OUTPUT, Heads, Losses
 from llm.init import initialise
-from llm.kernels.norms import rms_normalise
 from llm.layers.block import Block
 from llm.layers.context import Context
 from llm.layers.dropout import dropout_at, key_of, keys_or_drawn
 from llm.layers.embedding import Embedding, TiedEmbedding
+from llm.layers.encoder import ENCODER, Encoder, encoder_units
 from llm.layers.features import FeatureEmbedding, ValueOutput
 from llm.layers.foreign_names import accept_foreign_names
 from llm.layers.lora import Adapted
@@ -38,9 +38,9 @@ from llm.layers.positions import POSITIONS
 from llm.layers.prediction import PredictionHead
 from llm.parameters import ParameterTable
 from llm.recompute import Recompute, recomputed
+from llm.sides import Sides, apart, together
 from vision.adapter import Projection
 from vision.encoder import Tower
-from vision.merge import with_images
 from vision.native import NativeTower
 
 EMBEDDING, NORM = "tok_embeddings", "norm"
@@ -50,11 +50,11 @@ def unit_names(args: ModelArgs) -> tuple[str, ...]:
     """The units of a model, in the order in which vectors pass them: the first parts of the names of parameters, but
     `vision`, whose vectors the token table's take up.
     """
-    layers = (f"layers.{spec.index}" for spec in args.layer_specs())
-    return (*[VISION] * (args.vision is not None), EMBEDDING, *layers, NORM, OUTPUT)
+    layers = (spec.unit for spec in args.layer_specs())
+    return (*[VISION] * (args.vision is not None), EMBEDDING, *encoder_units(args), *layers, NORM, OUTPUT)
 
 
-class LLM(Conveniences, Heads):
+class LLM(Conveniences, Embeds, Heads, Sides):
     """A language model, initialised from (args, seed) alone; works without process groups.
 
     On device="meta" it has shapes but no values. Raises ValueError while args.vocab_size is unset, unless it reads and
@@ -80,7 +80,7 @@ class LLM(Conveniences, Heads):
                 f"model.vocab_size={args.vocab_size}"
             )
         self.args = args
-        self.specs = args.layer_specs()
+        self.specs, self.encoder_specs = args.layer_specs(), args.encoder_specs()
         self.units = tuple(name for name in unit_names(args) if units is None or name in units)
         accept_foreign_names(self, args, "")
         self.activation_checkpointing: Recompute = "none"
@@ -109,7 +109,9 @@ class LLM(Conveniences, Heads):
                 self.tok_embeddings = Embedding(args.vocab_size, args.dim, args.lora)
             if EMBEDDING in self.units and (build := POSITIONS[args.pos].build) is not None:
                 self.pos_embeddings = build(args)
-            blocks = (Block(args, spec) if f"layers.{spec.index}" in self.units else None for spec in self.specs)
+            if args.encoder_layers:
+                self.encoder = Encoder(args, self.units, EMBEDDING in self.units)
+            blocks = (Block(args, spec) if spec.unit in self.units else None for spec in self.specs)
             self.layers = nn.ModuleList(blocks)  # type: ignore[arg-type]  # None keeps the others' numbers
             if NORM in self.units:
                 self.norm = make_norm(args, args.dim, last=True) if args.has_final_norm else None
@@ -139,6 +141,7 @@ class LLM(Conveniences, Heads):
         expert_counts: Tensor | None = None,
         keys_N: Tensor | None = None,
         inference: bool = False,
+        memory: Tensor | None = None,
     ) -> TransformerOutput:
         """Logits, or outputs where the model predicts values; or the loss, given labels; or what `losses` makes of the
         hidden states (B, T, D); or hidden states instead of logits, with return_hidden.
@@ -150,77 +153,63 @@ class LLM(Conveniences, Heads):
         expert_counts: (M, E) int64, how many tokens of the whole previous step each expert got, for the balance loss;
         all alike where not given. keys_N: (B * T,) int64, of each token, by which dropout chooses; in training, with
         gradients, those that are not given are drawn by torch's generator, and elsewhere nothing is dropped. inference:
-        without gradients, as with a cache. Raises ValueError where inputs, labels, cache or counts do not fit together.
+        without gradients, as with a cache. memory: what `encode` made of `inputs.source`, so that the encoder does not
+        run. Raises ValueError where inputs, labels, cache or counts do not fit together.
         """
         if isinstance(inputs, Tensor):
-            inputs = TransformerInput.of_features(inputs) if inputs.is_floating_point() else TransformerInput(inputs)
+            inputs = TransformerInput.of(inputs)
         with torch.no_grad() if inference or cache is not None else nullcontext():
-            ctx = self.context(inputs, cache, expert_counts, keys_N)
-            hidden, stats = self.run(self.units if units is None else units, x, inputs, ctx)
+            ctx = self.context(inputs, cache, expert_counts, keys_N, memory)
+            hidden, stats = self.run(units or self.units, x, inputs, ctx, self.taken(memory, ctx))
             if cache is not None:
                 cache.forget()
             return self.results(hidden, stats, inputs.tokens, labels, return_hidden, losses)
 
     def run(
-        self, units: Sequence[str], x: Tensor | None, inputs: TransformerInput, ctx: Context
+        self,
+        units: Sequence[str],
+        x: Tensor | None,
+        inputs: TransformerInput,
+        ctx: Context,
+        memory: Tensor | None = None,
     ) -> tuple[Tensor, list[RouterStats]]:
         """What consecutive units make of the vectors that the unit before them left: (B, T, D), or with sequence
         parallelism this rank's part of them, (n, D); after the norm final hidden states (B, T, D). The output leaves
-        those as they are, for `logits` and the losses. The second result is of the MoE layers passed.
+        those as they are, for `logits` and the losses. The second result is of the MoE layers passed. Of an
+        encoder-decoder, vectors before the norm are those of both sides: see llm/sides.py.
         """
         stats = []
+        flows = self.source_flows(units, ctx, memory)
+        if flows and x is not None:
+            x, memory = apart(x, ctx)
         for unit in units:
+            layer_stats = None
             if unit == EMBEDDING:
                 x = self.embed(inputs, ctx)
+                memory = self.embed_source(inputs, ctx) if flows else memory
             elif unit == NORM:
                 x = self.finish(x, ctx)  # type: ignore[arg-type]  # a block or the caller made it
+            elif unit.startswith(ENCODER):
+                memory, layer_stats = self.encoded(unit, memory, ctx) if flows else (memory, None)
             elif unit not in (VISION, OUTPUT):
-                assert x is not None
-                x, layer_stats = self._through(unit, x, ctx)
-                if layer_stats is not None:
-                    stats.append(layer_stats)
+                x, layer_stats = self._through(unit, x, ctx, memory)
+            if layer_stats is not None:
+                stats.append(layer_stats)
         assert x is not None
-        return x, stats
+        return (together(x, memory) if flows and NORM not in units else x), stats
 
-    def _through(self, name: str, x: Tensor, ctx: Context) -> tuple[Tensor, RouterStats | None]:
+    def _through(
+        self, name: str, x: Tensor | None, ctx: Context, memory: Tensor | None = None
+    ) -> tuple[Tensor, RouterStats | None]:
         """What the block of this name makes of x, compiled and recomputed as the model is to."""
         compiled = self.compiled.get(name) if torch.is_grad_enabled() else None
         block = self.get_submodule(name) if compiled is None else compiled
-        return recomputed(self.activation_checkpointing, block, x, ctx)
+        return recomputed(self.activation_checkpointing, block, x, ctx, *([] if memory is None else [memory]))
 
     def finish(self, x: Tensor, ctx: Context) -> Tensor:
         """Final hidden states (B, T, D) of what the last layer made."""
         hidden = self.region.enter(x if self.norm is None else self.norm(x), ctx.cut_sequence)
         return hidden.view(*ctx.shape, -1)
-
-    def embed(self, inputs: TransformerInput, ctx: Context) -> Tensor:
-        """Token vectors, and in the slots of images the tower's: both are terms of one sum over the ranks. Of values
-        what the linear map makes, which is whole."""
-        if isinstance(self.tok_embeddings, FeatureEmbedding):
-            x_BTD = self.tok_embeddings(inputs.features, ctx.cut_sequence)
-        else:
-            x_BTD = self.tok_embeddings(inputs.tokens)
-            if self.args.vision is not None:
-                parts = self.args.vision, self.vision_embeddings, self.vision_projection
-                x_BTD = with_images(x_BTD, inputs, ctx, *parts, self._through_tower, self.gathers_weights)
-            x_BTD = self.region.leave(x_BTD, ctx.cut_sequence)
-        if self.args.embed_scale is not None:
-            # rounded on the host: a number made on a GPU would make the host wait for it
-            x_BTD = x_BTD * torch.tensor(self.args.embed_scale, dtype=x_BTD.dtype, device="cpu").item()
-        if self.args.embed_norm:
-            x_BTD = rms_normalise(x_BTD, self.args.norm_eps)
-        if ctx.positions_BT is not None:
-            x_BTD = x_BTD + self._of_positions(ctx.positions_BT.clamp(min=0), ctx).to(x_BTD.dtype)
-        return x_BTD if self.embed_dropout is None else self.embed_dropout(x_BTD, ctx.residual_keys_n)
-
-    def _of_positions(self, positions_BT: Tensor, ctx: Context) -> Tensor:
-        """What is added to token vectors, of this rank's tokens alone where they are cut."""
-        if ctx.cut_sequence:
-            positions_BT = self.region.own(positions_BT.expand(ctx.shape).flatten())
-        return self.pos_embeddings(positions_BT)
-
-    def _through_tower(self, name: str, x: Tensor, ctx: Context) -> tuple[Tensor, RouterStats | None]:
-        return self._through(f"{TOWER}.{name}", x, ctx)
 
     def context(
         self,
@@ -228,15 +217,17 @@ class LLM(Conveniences, Heads):
         cache: Remembered | None = None,
         expert_counts: Tensor | None = None,
         keys_N: Tensor | None = None,
+        memory: Tensor | None = None,
     ) -> Context:
         """What the layers share in one forward over these inputs, which are checked before the cache changes."""
         # a graph is compiled for one row of positions or for one a row, so compiled blocks always get the latter
         each_row = bool(self.compiled) and torch.is_grad_enabled()
-        cut_sequence = self.region.cuts(inputs.tokens.numel())
+        inputs = self.with_source(inputs, memory)
+        cut_sequence = self.cuts_sides(inputs)
         keys_N = keys_or_drawn(keys_N, inputs.tokens, self.training and self.args.drops)
-        how = each_row, cut_sequence, self.first_head
-        ctx = make_context(self.args, self.specs, inputs, cache, expert_counts, keys_N, *how)
-        return replace(ctx, residual_keys_n=self.region.own(keys_N)) if cut_sequence and keys_N is not None else ctx
+        how = inputs, cache, expert_counts, keys_N, each_row, cut_sequence, self.first_head
+        ctx = make_contexts(self.args, self.specs, self.encoder_specs, *how)
+        return self.with_own_keys(ctx) if cut_sequence and keys_N is not None else ctx
 
     def moe_layers(self) -> list[MoE]:
         """The MoE feed-forwards, in order."""

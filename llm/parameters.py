@@ -13,6 +13,7 @@ from llm.args.lora import adapter, vision_adapters
 from llm.boxes import Box
 from llm.layers.block import Block
 from llm.layers.embedding import Embedding
+from llm.layers.encoder import Encoder
 from llm.layers.features import FeatureEmbedding, ValueOutput
 from llm.layers.norm import norm_rows
 from llm.layers.output import Output
@@ -20,7 +21,7 @@ from llm.layers.parameter import VISION, ParamInfo, Rows, in_unit, of_unit, unde
 from llm.layers.positions import POSITION_TABLE, position_rows
 from llm.layers.prediction import PREDICTION, PredictionHead
 from vision.adapter import Projection
-from vision.encoder import Encoder
+from vision.encoder import Encoder as VisionEncoder
 
 
 class ParameterTable(Mapping[str, ParamInfo]):
@@ -34,6 +35,7 @@ class ParameterTable(Mapping[str, ParamInfo]):
         """The table of a model with these args, which must have a vocabulary, or values on both sides."""
         rows = vision_rows(args) | in_unit("tok_embeddings", _embedding_rows(args))
         rows |= of_unit("tok_embeddings", under(POSITION_TABLE, position_rows(args)))
+        rows |= Encoder.declare_embedding(args, "tok_embeddings") | Encoder.declare(args)
         for spec in args.layer_specs():
             rows |= in_unit(f"layers.{spec.index}", Block.declare(args, spec))
         rows |= in_unit("norm", norm_rows(args, args.dim, last=True)) if args.has_final_norm else {}
@@ -107,6 +109,6 @@ def vision_rows(args: ModelArgs) -> Rows:
     """Of the tower and its projection; none without."""
     if args.vision is None:
         return {}
-    tower = Encoder.declare(args.vision, vision_adapters(args.lora))
+    tower = VisionEncoder.declare(args.vision, vision_adapters(args.lora))
     projection = Projection.declare_onto(args.vision.output_dim, args.dim, adapter(args.lora, "vision_projection"))
     return of_unit(VISION, under("vision_embeddings", tower) | under("vision_projection", projection))

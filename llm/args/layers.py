@@ -86,6 +86,15 @@ class LayerSpec:
     norms: NormsSpec
     parallel: bool
     """Mixer and feed-forward read the same x."""
+    cross: bool = False
+    """Whether its tokens attend to a memory, what an encoder made, between mixer and feed-forward."""
+    encoder: bool = False
+    """Whether it is one of the encoder's."""
+
+    @property
+    def unit(self) -> str:
+        """What the model calls it, and which unit of it it is: `layers.0`, or `encoder.layers.0`."""
+        return f"{'encoder.' * self.encoder}layers.{self.index}"
 
     @property
     def attention(self) -> AttentionSpec | None:
@@ -176,6 +185,23 @@ def resolve_attention(args: "ModelArgs", item: LayerItem) -> AttentionSpec:
         rope=rope,
         qk_norm=args.qk_norm if rope or args.qk_norm != "l2" else None,
         temperature=args.attn_temperature_tuning and not rope,
+        gate=args.attn_gate,
+    )
+
+
+def cross_attention(args: "ModelArgs") -> AttentionSpec:
+    """Attention to a memory: to all of it, whatever the layer's own tokens see of each other, without RoPE, as the
+    positions of two texts are not comparable, and so without what depends on it.
+    """
+    return AttentionSpec(
+        name="cross",
+        mask="full",
+        span=None,
+        scale=args.score_scale,
+        softcap=args.attn_softcap,
+        rope=False,
+        qk_norm=None if args.qk_norm == "l2" else args.qk_norm,
+        temperature=False,
         gate=args.attn_gate,
     )
 

@@ -4,6 +4,7 @@ Names and rules follow Llama 4 (Meta's params.json); what other families need be
 """
 
 import math
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -66,6 +67,10 @@ class ModelArgs(Group):
     """Width of the residual stream."""
     n_layers: int = Field(gt=0, le=1 << 16)
     """Number of layers."""
+    encoder_layers: int = Field(0, ge=0, le=1 << 16, exclude_if=zero)
+    """Layers of an encoder, which reads the source of each document both ways; those of the decoder then attend to what
+    it makes of it. 0 = no encoder. It has the widths, norms, feed-forwards and pattern of the n_layers of the decoder.
+    """
     n_heads: int = Field(gt=0, le=1 << 20)
     """Query heads."""
     n_kv_heads: int | None = Field(None, gt=0)
@@ -244,10 +249,10 @@ class ModelArgs(Group):
             )
         if self.post_norm_eps is not None and self.norm_place == "pre":
             raise ValueError(f"model.post_norm_eps={self.post_norm_eps} is of norms that norm_place=pre does not have")
-        if self.moe is not None and any(not 0 <= i < self.n_layers for i in self.moe.dense_layers):
-            raise ValueError(
-                f"model.moe.dense_layers={list(self.moe.dense_layers)}: layers are 0 to {self.n_layers - 1}"
-            )
+        last = max(self.n_layers, self.encoder_layers) - 1
+        if self.moe is not None and any(not 0 <= i <= last for i in self.moe.dense_layers):
+            raise ValueError(f"model.moe.dense_layers={list(self.moe.dense_layers)}: layers are 0 to {last}")
+        self._check_encoder()
         for key in ("prediction", *OF_OUTPUTS):
             if key == "pool" and self.output_dim is not None:
                 continue  # the task `regression` pools what the output reads
@@ -263,13 +268,21 @@ class ModelArgs(Group):
         self._check_scaling()
         self._check_ssm()
         check_values(self)
-        specs = self.layer_specs()
-        if not self.causal and (other := next((spec for spec in specs if spec.attention is None), None)) is not None:
-            raise ValueError(
-                f"model.causal=false needs attention in every layer; layer {other.index} is {other.mixer.name}, which "
-                f"keeps a state of what came before"
-            )
+        self._check_both_ways()
         return self
+
+    def _check_both_ways(self) -> None:
+        """Raises ValueError where tokens are to see those behind them in layers that keep a state of what came before.
+        """
+        layers = self.layer_specs()  # which refuses patterns that mean nothing
+        both_ways = {"causal=false": () if self.causal else layers}
+        both_ways[f"encoder_layers={self.encoder_layers}"] = self.encoder_specs()
+        for key, specs in both_ways.items():
+            if (other := next((spec for spec in specs if spec.attention is None), None)) is not None:
+                raise ValueError(
+                    f"model.{key} needs attention in every layer; layer {other.index} is {other.mixer.name}, which "
+                    f"keeps a state of what came before"
+                )
 
     def _check_ssm(self) -> None:
         """Raises ValueError where channels, heads and groups do not divide each other."""
@@ -282,6 +295,19 @@ class ModelArgs(Group):
             )
         if heads % self.ssm.groups:
             raise ValueError(f"model.ssm.groups={self.ssm.groups} does not divide the {heads} heads")
+
+    def _check_encoder(self) -> None:
+        """Raises ValueError where an encoder does not go with other keys."""
+        if self.encoder_layers and self.parallel_residual:
+            raise ValueError(
+                f"model.encoder_layers={self.encoder_layers}: layers that attend to a memory have it between attention "
+                f"and feed-forward, which model.parallel_residual=true computes side by side; leave one of them out"
+            )
+        if self.encoder_layers and self.vision is not None:
+            raise ValueError(
+                f"model.encoder_layers={self.encoder_layers} with model.vision: images stand among the tokens of a "
+                f"model without an encoder; leave one of them out"
+            )
 
     def _check_positions(self) -> None:
         """Raises ValueError where heads cannot be rotated, or keys of rotations are given to a model without them."""
@@ -368,13 +394,26 @@ class ModelArgs(Group):
         return -(-width // self.multiple_of) * self.multiple_of
 
     def layer_specs(self) -> tuple[LayerSpec, ...]:
-        """The layers, resolved: the pattern tiled over n_layers, unwritten parts filled by the rules of Llama 4."""
+        """The layers, resolved: the pattern tiled over n_layers, unwritten parts filled by the rules of Llama 4. Where
+        there is an encoder, they are the decoder's."""
+        return self._specs(self.n_layers, cross=self.encoder_layers > 0)
+
+    def encoder_specs(self) -> tuple[LayerSpec, ...]:
+        """The encoder's layers, by the same rules and the same pattern; none without an encoder."""
+        return self._specs(self.encoder_layers, encoder=True)
+
+    def all_specs(self) -> tuple[LayerSpec, ...]:
+        """The layers in the order in which vectors pass them: the encoder's, and the others."""
+        return (*self.encoder_specs(), *self.layer_specs())
+
+    def _specs(self, count: int, cross: bool = False, encoder: bool = False) -> tuple[LayerSpec, ...]:
         pattern = ["attn"] if self.layer_pattern is None else self.layer_pattern
         if isinstance(pattern, str):
             pattern = PATTERN_ALIASES.get(pattern) or [item.strip() for item in pattern.split(",")]
         if not pattern:
             raise ValueError("model.layer_pattern is empty; leave it out, or give items like attn:chunk+moe")
-        return tuple(self._resolve(index, pattern[index % len(pattern)]) for index in range(self.n_layers))
+        items = ((index, pattern[index % len(pattern)]) for index in range(count))
+        return tuple(replace(self._resolve(*item), cross=cross, encoder=encoder) for item in items)
 
     def _resolve(self, index: int, text: str) -> LayerSpec:
         item = parse_item(text, index)

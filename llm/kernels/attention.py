@@ -42,7 +42,7 @@ def segment_attention(
     if segments.common_length is not None:
         q, k, v = (x.reshape(-1, segments.common_length, *x.shape[2:]) for x in (q_BTHd, k_BTKd, v_BTKd))
         lost = None if dropout is None else dropout.folded(segments.common_length)
-        return _attended(q, k, v, scores, dropout=lost).reshape(q_BTHd.shape)
+        return attended(q, k, v, scores, dropout=lost).reshape(q_BTHd.shape)
     slots = segments.slots
     if not torch.is_grad_enabled() and dropout is None:
         return _by_bucket(q_BTHd, k_BTKd, v_BTKd, slots, scores)
@@ -56,7 +56,7 @@ def segment_attention(
     of_buckets = zip(slots.lengths, _seen(slots, scores), losses, q_slots, k_slots, v_slots, strict=True)
     for length, seen, lost, *bucket in of_buckets:
         q, k, v = (x.unflatten(0, (-1, length)) for x in bucket)
-        outs.append(_attended(q, k, v, scores, seen, lost).flatten(0, 1))
+        outs.append(attended(q, k, v, scores, seen, lost).flatten(0, 1))
     return _FromSlots.apply(torch.cat(outs), slots).view_as(q_BTHd)
 
 
@@ -68,10 +68,10 @@ def _by_bucket(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, slots: Slots, sco
         if bucket.start is not None:
             here = slice(bucket.start, bucket.start + len(bucket.token_of_slot))
             q, k, v = (x[here].unflatten(0, (-1, bucket.length)) for x in flat)
-            out[here] = _attended(q, k, v, scores, seen).flatten(0, 1)
+            out[here] = attended(q, k, v, scores, seen).flatten(0, 1)
         else:
             q, k, v = (x.index_select(0, bucket.token_of_slot).unflatten(0, (-1, bucket.length)) for x in flat)
-            made = _attended(q, k, v, scores, seen).flatten(0, 1)
+            made = attended(q, k, v, scores, seen).flatten(0, 1)
             out.index_copy_(0, bucket.tokens, made.index_select(0, bucket.slots))
     return out.view_as(q_BTHd)
 
@@ -150,7 +150,7 @@ class _FromSlots(torch.autograd.Function):
         return padded.index_copy_(0, ctx.slots.slot_of_token, grad), None
 
 
-def _attended(
+def attended(
     q_BLHd: Tensor,
     k_BLKd: Tensor,
     v_BLKd: Tensor,
@@ -158,8 +158,9 @@ def _attended(
     seen_BL: Tensor | None = None,
     dropout: LostWeights | None = None,
 ) -> Tensor:
-    """Of segments of one length. seen: bool, the keys that queries which see both ways may see; None = all."""
-    length, width = q_BLHd.shape[1], q_BLHd.shape[-1]
+    """Of segments of one length; (B, L, H, d). seen: bool, the keys that queries which see both ways may see; None =
+    all. Where scores are across, keys and values are as many as their own sequences have."""
+    length, width = max(q_BLHd.shape[1], k_BLKd.shape[1]), q_BLHd.shape[-1]
     if scores.softcap is not None or dropout is not None:
         return explicit_attention(q_BLHd, k_BLKd, v_BLKd, scores, seen_BL, dropout)
     mask = None if seen_BL is None else seen_BL[:, None, None]
@@ -284,9 +285,16 @@ def has_varlen_kernel(q: Tensor) -> bool:
 
 
 def varlen_attention(
-    q_NHd: Tensor, k_NKd: Tensor, v_NKd: Tensor, cu_seqlens: Tensor, max_length: int, scores: Scores = PLAIN
+    q_NHd: Tensor,
+    k_NKd: Tensor,
+    v_NKd: Tensor,
+    cu_seqlens: Tensor,
+    max_length: int,
+    scores: Scores = PLAIN,
+    of_keys: tuple[Tensor, int] | None = None,
 ) -> Tensor:
-    """Attention within the segments [cu_seqlens[i], cu_seqlens[i+1]) on a CUDA device; (N, H, d)."""
+    """Attention within the segments [cu_seqlens[i], cu_seqlens[i+1]) on a CUDA device; (N, H, d). of_keys: bounds and
+    largest length of the segments of the keys, where those are other ones."""
     from torch.nn.attention.varlen import varlen_attn
 
     groups = q_NHd.shape[1] // k_NKd.shape[1]
@@ -294,6 +302,7 @@ def varlen_attention(
     back = -1 if scores.window is None else scores.window - 1
     ahead = 0 if scores.causal else back
     given: dict[str, Any] = {} if scores.scale is None else {"scale": scores.scale}
-    out = varlen_attn(q_NHd, k, v, cu_seqlens, cu_seqlens, max_length, max_length, window_size=(back, ahead), **given)
+    key_bounds, max_keys = (cu_seqlens, max_length) if of_keys is None else of_keys
+    out = varlen_attn(q_NHd, k, v, cu_seqlens, key_bounds, max_length, max_keys, window_size=(back, ahead), **given)
     assert isinstance(out, Tensor)  # a pair only when auxiliary outputs are asked for
     return out

@@ -1,12 +1,13 @@
-"""Attention by weights that are made, causal or both ways: for what no fused kernel of torch knows, which are capped
-scores, c tanh(s / c), and dropout of weights by keys.
+"""Attention by weights that are made, causal, both ways or to another sequence: for what no fused kernel of torch
+knows, which are capped scores, c tanh(s / c), and dropout of weights by keys.
 
 For some queries at a time, in float32, and again in the backward, so that scores of (L, L) never exist, and no mask of
 dropout is kept. With dropout it takes two to four times as long as torch's fused attention, forward and backward
 (measured on one core of a CPU: 2.0 to 3.2 in float32, 2.3 to 4.3 in bf16, segments of 48 to 2048 tokens; on a GPU not
 measured), and BYTES_A_WEIGHT of memory for each weight that exists at a time.
 
-Shapes: B batch, L segment length, H query heads, K kv heads, d head width.
+Shapes: B batch, L segment length, of keys and values that of another sequence where scores are across, H query heads, K
+kv heads, d head width.
 """
 
 from collections.abc import Iterator
@@ -66,7 +67,7 @@ class _Explicit(torch.autograd.Function):
         ctx.what = scores, seen_BL, dropout
         q, k, v = _wide_heads(q_BLHd, k_BLKd, v_BLKd)
         pieces = []
-        for rows, keys in _query_blocks(q, scores, dropout):
+        for rows, keys in _query_blocks(q, k, scores, dropout):
             p, _ = _weights(q[:, :, :, rows], k[:, :, :, keys], rows, keys, scores, seen_BL)
             if dropout is not None:
                 p = _dropped_(p, _lost(dropout, p, rows, keys), dropout)
@@ -82,7 +83,7 @@ class _Explicit(torch.autograd.Function):
         grad_out = grad.to(q.dtype).transpose(1, 2).unflatten(1, (k.shape[1], -1))
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         scale = _scale(q, scores)
-        for rows, keys in _query_blocks(q, scores, dropout):
+        for rows, keys in _query_blocks(q, k, scores, dropout):
             p, slope = _weights(q[:, :, :, rows], k[:, :, :, keys], rows, keys, scores, seen_BL)
             g = grad_out[:, :, :, rows]
             grad_p = torch.matmul(g, v[:, :, :, keys].transpose(-1, -2))
@@ -107,14 +108,17 @@ def _wide_heads(q_BLHd: Tensor, k_BLKd: Tensor, v_BLKd: Tensor) -> tuple[Tensor,
     return q, k, v
 
 
-def _query_blocks(q: Tensor, scores: Scores, dropout: LostWeights | None) -> Iterator[tuple[slice, slice]]:
+def _query_blocks(
+    q: Tensor, k: Tensor, scores: Scores, dropout: LostWeights | None
+) -> Iterator[tuple[slice, slice]]:
     """Some queries at a time, and the keys that any of them sees."""
     n_rows, n_kv, groups, length, _ = q.shape
-    step = QUERIES if dropout is None else weights_at_once(n_rows, n_kv * groups, length)
-    reach = length if scores.window is None else scores.window - 1
+    n_keys = k.shape[3]
+    step = QUERIES if dropout is None else weights_at_once(n_rows, n_kv * groups, n_keys)
+    reach = max(length, n_keys) if scores.window is None else scores.window - 1
     for low in range(0, length, step):
         high = min(low + step, length)
-        yield slice(low, high), slice(max(0, low - reach), high if scores.causal else min(length, high + reach))
+        yield slice(low, high), slice(max(0, low - reach), high if scores.causal else min(n_keys, high + reach))
 
 
 def _scale(q: Tensor, scores: Scores) -> float:
@@ -134,7 +138,9 @@ def _weights(
     if scores.window is not None:
         hidden = hidden | ((key - row).abs() >= scores.window)
     if seen_BL is not None:
-        hidden = (hidden | ~seen_BL[:, None, None, None, keys]) & (key != row)  # padding must see something: itself
+        hidden = hidden | ~seen_BL[:, None, None, None, keys]
+        if not scores.across:
+            hidden = hidden & (key != row)  # padding must see something: itself
     weights = (curved if cap is None else curved * cap).masked_fill(hidden, -torch.inf).softmax(-1)
     return weights, None if cap is None else 1 - curved.square()
 

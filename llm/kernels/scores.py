@@ -14,6 +14,8 @@ class Scores(NamedTuple):
     """How many tokens a query sees at most, its own included; where it sees both ways, so many each way. None = all."""
     causal: bool = True
     """Whether a query sees no token after its own."""
+    across: bool = False
+    """Whether queries and keys are of two sequences, all of the keys to be seen; without a window, and not causal."""
 
 
 PLAIN = Scores()

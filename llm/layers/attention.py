@@ -1,4 +1,4 @@
-"""Grouped-query self-attention (Ainslie et al. 2023, arXiv:2305.13245) with the additions of Llama 4 and others.
+"""Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with the additions of Llama 4 and others.
 
 On RoPE layers queries and keys are rotated. qk_norm RMS-normalises them: "l2" each head without weights, after that
 (Llama 4); before it, "plain" each head without weights, on layers without RoPE too (Muse Glimmer), "head" each head
@@ -7,7 +7,9 @@ attn_softcap says so (Gemma 2). On NoPE layers with temperature tuning, queries 
 1 + attn_scale ln(1 + floor((p + 1) / floor_scale)). With a gate, what each head makes of the values is multiplied with
 the sigmoid of wg x, element by element, before wo (Qiu et al. 2025, arXiv:2505.06708).
 
-Shapes: B batch, T tokens, D model width, H query heads, K kv heads, d head width.
+Cross attention is the same, but that keys and values are those of a memory: of what an encoder made of the source.
+
+Shapes: B batch, T tokens, S source tokens, D model width, H query heads, K kv heads, d head width.
 """
 
 from dataclasses import replace
@@ -15,11 +17,12 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from llm.args import AttentionSpec, LayerSpec, ModelArgs
-from llm.args.layers import resolve_attention
+from llm.args.layers import cross_attention, resolve_attention
 from llm.args.lora import adapter
 from llm.kernels.graph_breaks import graph_break
 from llm.kernels.norms import rms_normalise
 from llm.kernels.rotate import rotate
+from llm.layers.across import AttendAcross
 from llm.layers.context import Context
 from llm.layers.linear import Linear
 from llm.layers.masks import Attend
@@ -29,13 +32,14 @@ from llm.layers.region import InRegion
 
 
 class Attention(nn.Module, InRegion):
-    """Self-attention of one layer, as its AttentionSpec says."""
+    """Self-attention of one layer, as its AttentionSpec says, or its cross attention."""
 
     resolve = staticmethod(resolve_attention)
 
-    def __init__(self, args: ModelArgs, spec: LayerSpec) -> None:
+    def __init__(self, args: ModelArgs, spec: LayerSpec, cross: bool = False) -> None:
         super().__init__()
-        self.layer, self.spec = spec.index, attention_spec(spec)
+        self.layer, self.cross = spec.index, cross
+        self.spec = cross_attention(args) if cross else attention_spec(spec)
         self.head_dim = args.head_width
         self.norm_eps = args.norm_eps
         self.interleaved = args.rope_interleaved
@@ -49,22 +53,23 @@ class Attention(nn.Module, InRegion):
         self.q_norm, self.k_norm = (head_norm(args, self.spec, heads) for heads in (args.n_heads, args.kv_heads))
 
     @staticmethod
-    def declare(args: ModelArgs, spec: LayerSpec) -> Rows:
+    def declare(args: ModelArgs, spec: LayerSpec, cross: bool = False) -> Rows:
         """What the parameters are: see llm/layers/parameter.py. Heads are cut whole."""
+        own = cross_attention(args) if cross else attention_spec(spec)
         dim, std = args.dim, weights(args)
         queries, keys = ((heads, heads * args.head_width) for heads in (args.n_heads, args.kv_heads))
         rows: Rows = {}
         for name, (heads, width) in (("wq", queries), ("wk", keys), ("wv", keys)):
             lora = adapter(args.lora, name)
             rows |= under(name, Linear.declare(dim, width, args.qkv_bias, std, tensor_dim=0, grain=heads, lora=lora))
-        if attention_spec(spec).gate:
+        if own.gate:
             lora = adapter(args.lora, "wg")
             rows |= under("wg", Linear.declare(dim, queries[1], False, std, tensor_dim=0, grain=queries[0], lora=lora))
         residual, lora = weights(args, writes_residual=True), adapter(args.lora, "wo")
         out = Linear.declare(queries[1], dim, args.o_bias, residual, tensor_dim=1, grain=args.n_heads, lora=lora)
         rows |= under("wo", out)
         for name, heads in (("q_norm", args.n_heads), ("k_norm", args.kv_heads)):
-            rows |= under(name, head_norm_rows(args, attention_spec(spec), heads))
+            rows |= under(name, head_norm_rows(args, own, heads))
         return rows
 
     @staticmethod
@@ -82,10 +87,22 @@ class Attention(nn.Module, InRegion):
             if isinstance(self.k_norm, HeadsNorm):
                 self.k_norm.rows = self.wk.rows
 
-    def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+    def forward(self, x_BTD: Tensor, ctx: Context, memory_BSD: Tensor | None = None) -> Tensor:
+        """memory: of cross attention, in the form of x, of the tokens of ctx.source; None where its keys and values are
+        remembered.
+        """
+        x = self._entered(x_BTD, ctx)
+        made = (self._across(x, ctx, memory_BSD) if self.cross else self._within(x, ctx)).flatten(-2)
+        if self.wg is not None:
+            made = made * self.wg(x, ctx.keys_N).sigmoid()
+        return self.region.leave(self.wo(made, ctx.keys_N), ctx.cut_sequence)
+
+    def _entered(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         x = self.region.enter(x_BTD, ctx.cut_sequence)
-        if x.ndim == 2:
-            x = x.unflatten(0, ctx.shape)
+        return x.unflatten(0, ctx.shape) if x.ndim == 2 else x
+
+    def _within(self, x: Tensor, ctx: Context) -> Tensor:
+        """What each head of each token makes of the values, (B, T, H, d)."""
         q, k, v = (w(x, ctx.keys_N).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -99,15 +116,30 @@ class Attention(nn.Module, InRegion):
         if self.spec.temperature:
             q = (q * ctx.temperature_BT11).to(q.dtype)
         assert ctx.attend is not None
-        made = self._attended(ctx.attend, q, k, v).flatten(-2)
-        if self.wg is not None:
-            made = made * self.wg(x, ctx.keys_N).sigmoid()
-        return self.region.leave(self.wo(made, ctx.keys_N), ctx.cut_sequence)
+        return self._attended(ctx.attend, q, k, v)
+
+    def _across(self, x: Tensor, ctx: Context, memory_BSD: Tensor | None) -> Tensor:
+        """The same, of the values of the memory."""
+        q = self._normed(self.wq(x, ctx.keys_N).unflatten(-1, (-1, self.head_dim)), self.q_norm)
+        k, v = None, None
+        if memory_BSD is not None:
+            assert ctx.source is not None
+            memory = self._entered(memory_BSD, ctx.source)
+            k, v = (w(memory, ctx.source.keys_N).unflatten(-1, (-1, self.head_dim)) for w in (self.wk, self.wv))
+            k = self._normed(k, self.k_norm)
+        assert ctx.across is not None
+        return self._attended(ctx.across, q, k, v)
+
+    def _normed(self, heads: Tensor, norm: nn.Module | None) -> Tensor:
+        heads = heads if norm is None else norm(heads)
+        return rms_normalise(heads, self.norm_eps) if self.spec.qk_norm == "plain" else heads
 
     @graph_break
-    def _attended(self, attend: Attend, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
+    def _attended(
+        self, attend: Attend | AttendAcross, q_BTHd: Tensor, k_BTKd: Tensor | None, v_BTKd: Tensor | None
+    ) -> Tensor:
         """What it does follows the documents of a batch; a graph with a layer's number would be that layer's alone."""
-        return attend(self.layer, self.spec, q_BTHd, k_BTKd, v_BTKd)
+        return attend(self.layer, self.spec, q_BTHd, k_BTKd, v_BTKd)  # type: ignore[arg-type]  # Attend has its own
 
 
 def head_norm(args: ModelArgs, spec: AttentionSpec, n_heads: int) -> nn.Module | None:

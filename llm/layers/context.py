@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llm.args import ModelArgs
+from llm.layers.across import AttendAcross
 from llm.layers.masks import Attend
 from llm.layers.rope import amplitude, dynamic_frequencies, inverse_frequencies, rotation
 from llm.layers.strides import Strides
@@ -72,6 +73,10 @@ class Context:
     """Those of the tokens whose residual stream is on this rank."""
     cut_sequence: bool = False
     """Whether each tensor-parallel rank has the residual stream of its own tokens only."""
+    source: "Context | None" = None
+    """That of the encoder's layers, of the same forward; None without an encoder, or where it has nothing to read."""
+    across: AttendAcross | None = None
+    """Attention to what the encoder made; None without."""
 
 
 def angles(args: ModelArgs, positions_BT: Tensor, lengths_BT: Tensor | None = None) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llm.kernels.graph_breaks import graph_break
-from llm.kernels.keyed import GOLDEN, LEVELS, LostWeights, lost, lowest, mixed
+from llm.kernels.keyed import GOLDEN, LEVELS, LostWeights, lost, lowest, mixed, with_numbers
 
 
 def key_of(*what: object) -> int:
@@ -30,6 +30,14 @@ def token_keys(seed: int, step: int, global_row_R: Tensor, n_tokens: int) -> Ten
     row_R = mixed(global_row_R * GOLDEN + key_of(seed, step))
     position = torch.arange(n_tokens // len(global_row_R), device=global_row_R.device)
     return mixed(row_R.unsqueeze(-1) + position * GOLDEN).flatten()
+
+
+def source_keys(keys_N: Tensor, n_rows: int, source_length: int) -> Tensor:
+    """A word for each token (n_rows * source_length,) of the source side of the rows that `keys_N` are of: made of that
+    of the row's first token, and so of step and row, and of the place in the source.
+    """
+    place_S = torch.arange(source_length, device=keys_N.device)
+    return with_numbers(keys_N.view(n_rows, -1)[:, :1] ^ key_of("source"), place_S).flatten()
 
 
 def keys_or_drawn(keys_N: Tensor | None, tokens_BT: Tensor, training: bool) -> Tensor | None:
@@ -95,7 +103,10 @@ class AttentionDropout:
     rate: float
     first_head: int = 0
     """Number of the first head that this rank has."""
+    place: str = "layers.{layer}"
+    """Where in the model it is."""
 
     def of_layer(self, layer: int) -> LostWeights:
         """Those of a layer."""
-        return LostWeights(self.keys_BT, key_of("weights", f"layers.{layer}"), lowest(self.rate), self.first_head)
+        site = key_of("weights", self.place.format(layer=layer))
+        return LostWeights(self.keys_BT, site, lowest(self.rate), self.first_head)

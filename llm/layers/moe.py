@@ -258,8 +258,11 @@ def moe_rows(args: ModelArgs) -> Rows:
 
 def build_moe(args: ModelArgs, spec: LayerSpec) -> MoE:
     """The MoE layer that `args` describes. Raises ValueError without args.moe."""
-    number = sum(before.ffn == "moe" for before in args.layer_specs()[: spec.index])
-    place = f"layers.{spec.index}.feed_forward"
+    earlier = args.encoder_specs()[: spec.index]
+    if not spec.encoder:
+        earlier = (*args.encoder_specs(), *args.layer_specs()[: spec.index])
+    number = sum(before.ffn == "moe" for before in earlier)
+    place = f"{spec.unit}.feed_forward"
     experts, shared = (dropout_at(args.ffn_dropout, "hidden", f"{place}.{of}") for of in ("experts", "shared_expert"))
     return MoE(args.dim, args.moe_width(), _moe_of(args), number, args.lora, (experts, shared))
 
@@ -272,5 +275,5 @@ def _moe_of(args: ModelArgs) -> MoEArgs:
 
 def routing_shape(args: ModelArgs) -> tuple[int, int]:
     """MoE layers of the whole model, and experts of each: (M, E); zeros without any."""
-    layers = sum(spec.ffn == "moe" for spec in args.layer_specs())
+    layers = sum(spec.ffn == "moe" for spec in args.all_specs())
     return layers, args.moe.n_experts if args.moe is not None and layers else 0

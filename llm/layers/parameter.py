@@ -47,8 +47,8 @@ class ParamInfo:
     active: float = 1.0
     """Share of it that a token meets in a product or norm: of experts, those that it visits; of a table, nothing."""
     unit: str = ""
-    """The part of the model that it belongs to, which no pipeline cuts: vision, tok_embeddings, layers.N, norm or
-    output."""
+    """The part of the model that it belongs to, which no pipeline cuts: vision, tok_embeddings, encoder.layers.N,
+    encoder.norm, layers.N, norm or output."""
     trainable: bool = True
     beside_adapters: bool = False
     """Whether it trains whole where the model has adapters, which freeze all else."""
