@@ -49,6 +49,8 @@ class Row:
     """The dimension that several files cut, where it is not the one that ours are cut at."""
     ffn: str = ""
     """The feed-forward (dense, moe) of the layers that are written so; empty = of all layers. Read it is anywhere."""
+    mixer: str = ""
+    """The same of their mixer (attn, ssm)."""
 
 
 def row(
@@ -111,7 +113,7 @@ class Family:
             yield entry
             if entry.bias:
                 ours = tuple(f"{name.removesuffix('.weight')}.bias" for name in entry.ours)
-                yield Row(f"{entry.theirs.removesuffix('.weight')}.bias", ours, entry.transform, ffn=entry.ffn)
+                yield replace(entry, theirs=f"{entry.theirs.removesuffix('.weight')}.bias", ours=ours, bias=False)
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ def export_pairs(family: Family, args: ModelArgs, ours: Mapping[str, Shape], sha
         names = [name.format(i=layer, j=layer) for name in entry.ours]
         if any(name not in ours for name in names) or filled & set(names):
             continue
-        if entry.ffn and entry.ffn != specs[layer].ffn:
+        if entry.ffn not in ("", specs[layer].ffn) or entry.mixer not in ("", specs[layer].mixer.name):
             continue
         pairs += _cut(entry, _keys(entry, layer, args), names, args, table, ours, {}, shards, False)
         filled |= set(names)

@@ -86,11 +86,11 @@ class StridedState:
 
 
 class Taps(nn.Module):
-    """Weight (C, K) and bias (C,) of a convolution of each channel by itself, with its SiLU."""
+    """Weight (C, 1, K), as those of convolutions are, and bias (C,) of one of each channel by itself, with its SiLU."""
 
     def __init__(self, channels: int, taps: int, bias: bool) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels, taps))
+        self.weight = nn.Parameter(torch.empty(channels, 1, taps))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
     @staticmethod
@@ -98,11 +98,11 @@ class Taps(nn.Module):
         """cut: whether tensor parallelism cuts the channels, `grain` parts of which stay whole."""
         where = (0, grain) if cut else (None, None)
         init = Uniform(1 / math.sqrt(taps))
-        rows = {"weight": ParamInfo((channels, taps), "bias", init, *where)}
+        rows = {"weight": ParamInfo((channels, 1, taps), "bias", init, *where)}
         return rows | ({"bias": ParamInfo((channels,), "bias", init, *where)} if bias else {})
 
     def forward(self, x_BTC: Tensor, documents_BT: Tensor | None, history_BKC: Tensor | None) -> Tensor:
-        return short_conv(x_BTC, self.weight, self.bias, documents_BT, history_BKC)
+        return short_conv(x_BTC, self.weight.squeeze(1), self.bias, documents_BT, history_BKC)
 
 
 class SSM(nn.Module, InRegion):
@@ -256,7 +256,7 @@ class SSM(nn.Module, InRegion):
 
     def _new_state(self, z_BTI: Tensor, dtype: torch.dtype) -> SSMState:
         """Of rows that have no token yet. z: of these rows. dtype: of what the linear layers make."""
-        n_rows, taps, shared = len(z_BTI), self.conv_x.weight.shape[1], self.conv_bc.weight.shape[0]
+        n_rows, taps, shared = len(z_BTI), self.conv_x.weight.shape[-1], self.conv_bc.weight.shape[0]
         x, bc = (z_BTI.new_zeros(n_rows, taps - 1, width, dtype=dtype) for width in (z_BTI.shape[-1], shared))
         shape = n_rows, len(self.A_log), self.head_width, self.d_state
         return SSMState(x, bc, z_BTI.new_zeros(shape, dtype=wide_dtype(z_BTI)))
@@ -267,7 +267,7 @@ class SSM(nn.Module, InRegion):
         """The convolutions of rows that go on, after which the last tokens of each row are remembered. Padding is moved
         before what is remembered, and its places come out as they may: it has no time step.
         """
-        taps, length = self.conv_x.weight.shape[1], x_BTI.shape[1]
+        taps, length = self.conv_x.weight.shape[-1], x_BTI.shape[1]
         x_BLI = torch.cat([remembered.history_x_BKC, x_BTI], dim=1)
         bc_BLC = torch.cat([remembered.history_bc_BKC, bc_BTC], dim=1)
         back = None

@@ -16,6 +16,8 @@ BASE = dict(
     vocab_size=VOCAB, hidden_size=48, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
     intermediate_size=80, max_position_embeddings=128, initializer_range=0.1,
 )  # fmt: skip
+OF_ATTENTION = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "max_position_embeddings")
+"""Keys of models that have attention and a feed-forward."""
 LINEAR = dict(rope_type="linear", rope_theta=1e4, factor=4.0)
 DYNAMIC = dict(rope_type="dynamic", rope_theta=1e4, factor=4.0)
 LLAMA3 = dict(
@@ -28,6 +30,11 @@ QWEN_MOE = dict(head_dim=16, num_experts=8, moe_intermediate_size=24)
 LLAMA4 = dict(
     head_dim=8, intermediate_size=40, intermediate_size_mlp=64, num_local_experts=4, attention_chunk_size=8,
     no_rope_layer_interval=3, floor_scale=4, attn_scale=0.3,
+)  # fmt: skip
+
+MAMBA2 = dict(num_heads=12, head_dim=8, state_size=16, n_groups=1, chunk_size=8)
+BAMBA = dict(
+    attn_layer_indices=[1], mamba_n_heads=12, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=16, mamba_chunk_size=8,
 )  # fmt: skip
 
 # heads are 6: 2 of keys and values are a ratio of 3, 6 of 1, and 1 is all queries on one
@@ -147,13 +154,28 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
         ),
         "masks by list, odd width": LLAMA4 | dict(layer_types=[FULL, CHUNK, CHUNK], head_dim=10),
     },
+    "mamba2": {
+        "one group": MAMBA2,
+        "groups, biases, tied": MAMBA2 | dict(n_groups=3, use_bias=True, tie_word_embeddings=True, conv_kernel=3),
+    },
+    "bamba": {
+        "one of three attends": BAMBA,
+        "the first attends, all rotated": BAMBA | dict(
+            attn_layer_indices=[0], rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=1.0)
+        ),
+        "two attend, biases, tied, ratio 1": BAMBA | dict(
+            attn_layer_indices=[0, 2], attention_bias=True, mlp_bias=True, mamba_proj_bias=True,
+            tie_word_embeddings=True, num_key_value_heads=6, mamba_conv_bias=False,
+        ),
+    },
 }  # fmt: skip
 TABLE = [(family, name) for family, configs in CONFIGS.items() for name in configs]
 
 
 def config_of(family: str, name: str) -> Any:
     changes = copy.deepcopy(CONFIGS[family][name])  # transformers writes into what it gets
-    return transformers.AutoConfig.for_model(family, **(BASE | changes))
+    base = {key: value for key, value in BASE.items() if family != "mamba2" or key not in OF_ATTENTION}
+    return transformers.AutoConfig.for_model(family, **(base | changes))
 
 
 def reference(family: str, name: str, seed: int = 0) -> nn.Module:

@@ -165,9 +165,13 @@ def read(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def older(config: dict[str, Any]) -> dict[str, Any]:
     """A config of transformers 5 as 4 spelt it."""
+    if "rope_parameters" not in config:
+        return {("torch_dtype" if key == "dtype" else key): value for key, value in config.items()}
     params = dict(config["rope_parameters"])
     kind, old = params.pop("rope_type"), {key: value for key, value in config.items() if key != "rope_parameters"}
-    names = ("rotary_emb_base", "rotary_pct") if config["model_type"] == "gpt_neox" else ("rope_theta", "no such key")
+    names = {"gpt_neox": ("rotary_emb_base", "rotary_pct"), "bamba": ("rope_theta", "partial_rotary_factor")}.get(
+        config["model_type"], ("rope_theta", "no such key")
+    )
     old[names[0]] = params.pop("rope_theta")
     if "partial_rotary_factor" in params:
         old[names[1]] = params.pop("partial_rotary_factor")
@@ -379,4 +383,6 @@ def test_a_model_is_written_as_transformers_has_it_or_refused(family, tmp_path):
     assert "moe of no one" not in written and "attention alone" not in written
 
 
-UNSAYABLE = dict.fromkeys(CONFIGS, frozenset[str]()) | {"gpt_neox": frozenset({"wide heads"})}
+UNSAYABLE = dict.fromkeys(CONFIGS, frozenset[str]()) | {
+    "gpt_neox": frozenset({"wide heads"}), "mamba2": frozenset({"wide heads", "linear"}),
+}  # fmt: skip

@@ -163,7 +163,7 @@ def test_a_layer_is_transformers_mamba_2_with_limits_of_the_time_step_too(groups
     with torch.no_grad():
         fused = torch.cat([block.wz.weight, block.wx.weight, block.wbc.weight, block.wdt.weight])
         theirs.in_proj.weight.copy_(fused)
-        theirs.conv1d.weight.copy_(torch.cat([block.conv_x.weight, block.conv_bc.weight])[:, None])
+        theirs.conv1d.weight.copy_(torch.cat([block.conv_x.weight, block.conv_bc.weight]))
         theirs.conv1d.bias.copy_(torch.cat([block.conv_x.bias, block.conv_bc.bias]))
         theirs.A_log.copy_(block.A_log), theirs.D.copy_(block.D), theirs.dt_bias.copy_(block.dt_bias)
         theirs.norm.weight.copy_(block.norm.weight), theirs.out_proj.weight.copy_(block.wo.weight)
