@@ -5,6 +5,7 @@
 #                 the long ones, which .ci/run runs too (SLICE=N another share)
 # make layouts-vision   compare every layout of a model with a vision tower with one process, on rows with and without images
 # make chem       .venv-chem: what runs need, and RDKit and scikit-learn for molecules; use .venv-chem/bin/python
+# make export     .venv-export: what runs need, and onnx and onnxruntime for exported models; use .venv-export/bin/python
 # make lint       style and types
 # make vision-reference   what the image processor of transformers makes of generated pictures, again
 #
@@ -27,12 +28,13 @@ PEERS := .venv-peers
 HARNESS := .venv-eval
 VISION := .venv-vision
 CHEM := .venv-chem
+EXPORT := .venv-export
 RUNTIME := .venv/.runtime-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 INSTALL_TORCH = $(if $(TORCH),$(1)/pip install -q $(TORCH),\
     $(1)/pip install -q torch==2.13.0+cpu 2>/dev/null || $(1)/pip install -q torch==2.13.0)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: pretrain pretrain-long evaluate layouts layouts-vision test test-slice test-full vision-reference chem lint setup clean
+.PHONY: pretrain pretrain-long evaluate layouts layouts-vision test test-slice test-full vision-reference chem export lint setup clean
 
 setup: $(RUNTIME)
 
@@ -86,6 +88,16 @@ $(CHEM)/.made: $(RUNTIME) requirements-chem.txt constraints.txt
 
 chem: $(CHEM)/.made
 
+# onnx, onnxscript and onnxruntime beside what runs need, for models that other programs run (docs/export.md)
+$(EXPORT)/.made: $(RUNTIME) requirements-export.txt constraints.txt
+	$(PYTHON) -m venv $(EXPORT)
+	$(call INSTALL_TORCH,$(EXPORT)/bin)
+	$(EXPORT)/bin/pip install -q -r requirements-export.txt -c constraints.txt
+	$(EXPORT)/bin/pip install -q --no-deps -e .
+	touch $@
+
+export: $(EXPORT)/.made
+
 vision-reference: $(VISION)/.made
 	$(VISION)/bin/python -m tests.vision.reference
 
@@ -118,9 +130,10 @@ test: .venv/.dev
 test-slice: .venv/.dev
 	$(BIN)/python -m tests.slices $(if $(SLICE),--number $(SLICE))
 
-test-full: .venv/.dev $(PEERS)/.made $(HARNESS)/.made $(CHEM)/.made
+test-full: .venv/.dev $(PEERS)/.made $(HARNESS)/.made $(CHEM)/.made $(EXPORT)/.made
 	$(BIN)/python -m pytest -m "not distributed" $(SIDE_BY_SIDE)
 	$(CHEM)/bin/python -m pytest tests/data/test_enumeration.py tests/tools/test_molecules.py
+	$(EXPORT)/bin/python -m pytest tests/export
 	$(BIN)/python -m pytest -m distributed
 
 lint: .venv/.dev
@@ -128,4 +141,4 @@ lint: .venv/.dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv $(PEERS) $(HARNESS) $(VISION) $(CHEM) build *.egg-info
+	rm -rf .venv $(PEERS) $(HARNESS) $(VISION) $(CHEM) $(EXPORT) build *.egg-info

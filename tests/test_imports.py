@@ -18,7 +18,7 @@ ROOMS = (
     # files, and many ranks
     "adapters.int8", "tokenizers", "tokenizer", "data.json_rows", "data.sample", "data.image_source",
     "data.conversation", "tokenizers.chat", "data", "parallel", "plan", "checkpoint", "foreign", "adapters",
-    "pretrained",
+    "pretrained", "export",
     # what users ask for
     "generation", "evaluate", "tasks", "extensions", "cli", "train", "siblings", "jobs",
 )  # fmt: skip

@@ -3,7 +3,7 @@
 Shapes: B batch, T tokens, H heads, d head width, m rotated pairs.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,18 @@ from torch.autograd.function import once_differentiable
 from llm.kernels.dtypes import wide_dtype
 
 
-def rotate(x_BTHd: Tensor, rotation_BT1m: Tensor, interleaved: bool) -> Tensor:
-    """Turn every pair of x by its angle, in float32; the result has x's dtype. Elements from 2m on stay as they are."""
+class Turns(NamedTuple):
+    """Complex numbers as two float tensors, for graphs of programs that know no complex ones (llm/export)."""
+
+    real: Tensor
+    imag: Tensor
+
+
+def rotate(x_BTHd: Tensor, rotation_BT1m: Tensor | Turns, interleaved: bool) -> Tensor:
+    """Turn every pair of x by its angle, in float32; the result has x's dtype. Elements from 2m on stay as they are.
+    `Turns` have no gradient of their own."""
+    if isinstance(rotation_BT1m, Turns):
+        return _turn(x_BTHd, rotation_BT1m, interleaved)
     return _Rotate.apply(x_BTHd, rotation_BT1m, interleaved)
 
 
@@ -33,12 +43,13 @@ class _Rotate(torch.autograd.Function):
         return _turn(grad, turn.conj().resolve_conj(), ctx.interleaved), None, None
 
 
-def _turn(x: Tensor, turn: Tensor, interleaved: bool) -> Tensor:
-    width = 2 * turn.shape[-1]
+def _turn(x: Tensor, turn: Tensor | Turns, interleaved: bool) -> Tensor:
+    width = 2 * turn.real.shape[-1]
     if width < x.shape[-1]:
         return torch.cat([_turn(x[..., :width], turn, interleaved), x[..., width:]], dim=-1)
     wide = x.to(wide_dtype(x))
-    if torch.compiler.is_compiling():  # complex numbers are not fused with what is around them
+    # complex numbers are not fused with what is around them by the compiler
+    if isinstance(turn, Turns) or torch.compiler.is_compiling():
         a, b = wide.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else wide.chunk(2, dim=-1)
         pair = a * turn.real - b * turn.imag, a * turn.imag + b * turn.real
         turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)

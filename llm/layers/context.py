@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llm.args import ModelArgs
+from llm.kernels.rotate import Turns
 from llm.layers.across import AttendAcross
 from llm.layers.masks import Attend
 from llm.layers.rope import amplitude, dynamic_frequencies, inverse_frequencies, rotation
@@ -56,7 +57,7 @@ class Context:
     """Attention over the batch itself, or over a cache; None where no layer attends."""
     states: "States | None" = None
     """What mixers with a state remember of earlier tokens of the rows; None without a cache."""
-    rotation_BT1m: Tensor | None = None
+    rotation_BT1m: Tensor | Turns | None = None
     """complex64, for RoPE layers."""
     positions_BT: Tensor | None = None
     """int64, negative for padding, B = 1 where all rows have the same; for what is added to token vectors."""

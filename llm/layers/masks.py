@@ -8,7 +8,7 @@ Shapes: B batch, T tokens, N = B*T, H query heads, K kv heads, d head width, S s
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -161,11 +161,23 @@ def _check_consecutive(positions_BT: Ints, document_starts: Ints) -> None:
 
 def visible(query_BT: Ints, key_BS: Ints, mask: Mask, span: int | None) -> NDArray[np.bool_]:
     """Whether each query sees each key, by position; (B, T, S). Padding sees padding, as no query may see nothing."""
-    query, key = query_BT[:, :, None], key_BS[:, None, :]
-    seen = (key <= query) & (key >= 0)
-    if span is not None:
-        seen &= key // span == query // span if mask == "chunk" else key > query - span
-    return np.where(query < 0, key < 0, seen)
+    seen: NDArray[np.bool_] = seen_by_position(query_BT[:, :, None], key_BS[:, None, :], mask, span)
+    return seen
+
+
+def seen_by_position(query: Any, key: Any, mask: Mask, span: int | None, causal: bool = True) -> Any:
+    """The same of positions that broadcast together, arrays of numpy or tensors. causal: whether no query sees a key
+    behind its own position."""
+    seen = (key >= 0) & (query >= 0)
+    if causal:
+        seen = seen & (key <= query)
+    if span is not None and mask == "chunk":
+        seen = seen & (key // span == query // span)
+    elif span is not None:
+        seen = seen & (key > query - span)
+        if not causal:
+            seen = seen & (key < query + span)
+    return seen | ((query < 0) & (key < 0))
 
 
 def document_lengths(positions_BT: Ints, document_starts: Ints) -> Ints:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llm.args import RopeScaling
+from llm.kernels.rotate import Turns
 
 
 def inverse_frequencies(width: int, theta: float, scaling: RopeScaling | None) -> Tensor:
@@ -79,5 +80,15 @@ def rotation(positions_BT: Tensor, frequency: Tensor, amplitude: float = 1.0) ->
     Made on demand from positions: a table would have to guess the longest text, and a buffer would be cast to bf16 with
     the model.
     """
-    angle_BT1m = positions_BT[..., None, None].float() * frequency.to(positions_BT.device)
+    angle_BT1m = _angles(positions_BT, frequency)
     return torch.polar(torch.full_like(angle_BT1m, amplitude), angle_BT1m)
+
+
+def turns(positions_BT: Tensor, frequency: Tensor, amplitude: float = 1.0) -> Turns:
+    """`rotation` as two float32 tensors."""
+    angle_BT1m = _angles(positions_BT, frequency)
+    return Turns(angle_BT1m.cos() * amplitude, angle_BT1m.sin() * amplitude)
+
+
+def _angles(positions_BT: Tensor, frequency: Tensor) -> Tensor:
+    return positions_BT[..., None, None].float() * frequency.to(positions_BT.device)
