@@ -217,17 +217,22 @@ class RouterStats(NamedTuple):
     up to the whole."""
 
     balance_sum: Tensor
-    """float32 scalar: aux_alpha * E * sum over tokens t and experts e of f_e P_te."""
+    """float32 scalar: aux_alpha * E * sum over tokens t and experts e of f_e P_te; without E where
+    moe.aux_times_experts is off."""
     z_sum: Tensor
     """float32 scalar: z_alpha * sum over tokens of logsumexp(logits)^2."""
     expert_counts: Tensor
-    """(E,) int64: assignments to each expert; of several layers together (M, E)."""
+    """(E,) int64: assignments to each expert, those that it has no place for among them; of several layers together
+    (M, E)."""
+    rejected: Tensor | None = None
+    """int64 scalar: assignments that found their expert full; None where experts have no capacity."""
 
     @classmethod
     def together(cls, layers: Sequence["RouterStats"]) -> "RouterStats":
         """Those of several layers."""
-        balance, z, counts = (torch.stack(parts) for parts in zip(*layers, strict=True))
-        return cls(balance.sum(), z.sum(), counts)
+        balance, z, counts = (torch.stack(parts) for parts in zip(*(stats[:3] for stats in layers), strict=True))
+        rejected = [stats.rejected for stats in layers if stats.rejected is not None]
+        return cls(balance.sum(), z.sum(), counts, torch.stack(rejected).sum() if rejected else None)
 
 
 @dataclass
@@ -253,10 +258,12 @@ class TransformerOutput:
     """float32 scalar, in the same way."""
     expert_counts: Tensor | None = None
     """(M, E) int64: assignments to each expert of each MoE layer in this call."""
+    rejected: Tensor | None = None
+    """int64 scalar: those of them that found their expert full; None where experts have no capacity."""
 
     @property
     def router(self) -> "RouterStats | None":
         """What the MoE layers reported, all together; None without such layers."""
         if self.balance_sum is None or self.z_sum is None or self.expert_counts is None:
             return None
-        return RouterStats(self.balance_sum, self.z_sum, self.expert_counts)
+        return RouterStats(self.balance_sum, self.z_sum, self.expert_counts, self.rejected)

@@ -47,7 +47,7 @@ class Heads(InRegion):
         """What a forward over these tokens was asked for, of what its last unit made; stats: of each MoE layer."""
         out = TransformerOutput(hidden=hidden_BTD if return_hidden else None)
         if stats:
-            out.balance_sum, out.z_sum, out.expert_counts = RouterStats.together(stats)
+            out.balance_sum, out.z_sum, out.expert_counts, out.rejected = RouterStats.together(stats)
         if labels_BT is not None:
             if self.args.output_dim is not None:
                 raise ValueError(f"labels are of tokens; model.output_dim={self.args.output_dim} predicts values")

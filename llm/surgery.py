@@ -61,6 +61,9 @@ def upcycle(args: ModelArgs, state: State, moe: MoEArgs, seed: int = 0) -> tuple
             raise UserError(
                 f"model.{key}={value}: experts are gated silu feed-forwards without biases, so these cannot become any"
             )
+    for key, given in (("overflow", moe.overflow), ("swiglu=false", not moe.swiglu)):
+        if given:
+            raise UserError(f"model.moe.{key}: the dense feed-forward has no weights for such experts; leave it out")
     if moe.hidden is None:
         moe = moe.model_copy(update={"hidden": args.ffn_width()})
     new = _changed(args, moe=moe.model_dump())

@@ -22,7 +22,7 @@ from llm.args.layers import (
     parse_item,
     refuse,
 )
-from llm.args.lora import LoraArgs
+from llm.args.lora import LoraArgs, adapter
 from llm.args.moe import MoEArgs
 from llm.args.rope import RopeScaling
 from llm.args.ssm import SSMArgs
@@ -268,6 +268,8 @@ class ModelArgs(Group):
         self._check_scaling()
         self._check_ssm()
         check_values(self)
+        if self.moe is not None and not self.moe.swiglu and adapter(self.lora, "experts") is not None:
+            raise ValueError("lora.targets: experts of model.moe.swiglu=false have no adapters; name the other targets")
         self._check_both_ways()
         return self
 

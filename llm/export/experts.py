@@ -6,15 +6,15 @@ Shapes: N tokens, D model width, E experts, k experts a token.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llm.layers.activations import ACTIVATIONS
 from llm.layers.context import Context
 from llm.layers.moe import MoE, route
 
 
 class DenseMoE(nn.Module):
-    """What an MoE layer computes, by its router, experts and shared expert."""
+    """What an MoE layer computes outside of training, by its router, experts and shared expert."""
 
     def __init__(self, sparse: MoE) -> None:
         super().__init__()
@@ -38,8 +38,16 @@ class DenseMoE(nn.Module):
 
     def _of_each(self, x_END: Tensor) -> Tensor:
         """Every expert's result of its tokens, (E, N, D)."""
-        gate, up = torch.bmm(x_END, self.experts.w1), torch.bmm(x_END, self.experts.w3)
-        return torch.bmm(F.silu(gate) * up, self.experts.w2)
+        experts = self.experts
+
+        def product(x: Tensor, weight: Tensor, bias_En: Tensor | None) -> Tensor:
+            y = torch.bmm(x, weight)
+            return y if bias_En is None else y + bias_En.unsqueeze(1)
+
+        hidden = ACTIVATIONS[experts.kind.act](product(x_END, experts.w1, experts.b1))
+        if experts.w3 is not None:
+            hidden = hidden * product(x_END, experts.w3, experts.b3)
+        return product(hidden, experts.w2, experts.b2)
 
 
 def with_dense_experts(module: nn.Module) -> None:

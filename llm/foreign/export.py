@@ -119,6 +119,7 @@ def meaning(args: ModelArgs, settled_by_weights: bool = False) -> dict[str, Any]
         moe = args.moe
         found |= {f"moe.{key}": getattr(moe, key) for key in ("n_experts", "top_k", "score", "apply", "shared")}
         found |= {"moe.hidden": args.moe_width(), "moe.renorm": moe.renorm}
+        found |= {"moe.swiglu": moe.swiglu, "moe.overflow": moe.overflow}
     return found
 
 

@@ -18,7 +18,7 @@ class Dispatch:
     """Where each (token, choice) pair sits when pairs are sorted by expert. Pair p belongs to token p // k."""
 
     row_of_pair: Tensor
-    """(P,) int64."""
+    """(P,) int64; of a pair that has no row, 0."""
     pair_of_row: Tensor
     """(R,) int64; padding rows repeat pair 0 and are never read back."""
     padding: Tensor
@@ -28,10 +28,16 @@ class Dispatch:
     sizes: Tensor
     """(E,) int64 rows of each expert: its pairs and padding."""
     top_k: int
+    rejected_P: Tensor | None = None
+    """bool: pairs that have no row, and whose result is 0."""
 
     @classmethod
-    def sort(cls, expert_Nk: Tensor, n_experts: int, padding: Padding) -> "Dispatch":
-        """Stable sort of the pairs by expert."""
+    def sort(
+        cls, expert_Nk: Tensor, n_experts: int, padding: Padding, rejected_Nk: Tensor | None = None
+    ) -> "Dispatch":
+        """Stable sort of the pairs by expert, but for those that are rejected."""
+        if rejected_Nk is not None:
+            return cls._of_admitted(expert_Nk, n_experts, padding, rejected_Nk)
         expert_P = expert_Nk.flatten()
         order_P = torch.argsort(expert_P, stable=True)
         counts_E = torch.bincount(expert_P, minlength=n_experts)
@@ -48,6 +54,17 @@ class Dispatch:
         row_of_pair = torch.empty_like(order_P).scatter_(0, order_P, row_of_sorted)
         return cls(row_of_pair, pair_of_row.clamp_(min=0), filler, counts_E, sizes_E, expert_Nk.shape[1])
 
+    @classmethod
+    def _of_admitted(cls, expert_Nk: Tensor, n_experts: int, padding: Padding, rejected_Nk: Tensor) -> "Dispatch":
+        """As if the others were all there are."""
+        rejected_P, k = rejected_Nk.flatten(), expert_Nk.shape[1]
+        pair_of_admitted = (~rejected_P).nonzero().flatten()  # the host waits for the device, as it must know how many
+        among = cls.sort(expert_Nk.flatten()[pair_of_admitted, None], n_experts, padding)
+        row_of_pair = torch.zeros_like(rejected_P, dtype=torch.int64)
+        row_of_pair[pair_of_admitted] = among.row_of_pair
+        pair_of_row = pair_of_admitted[among.pair_of_row]
+        return cls(row_of_pair, pair_of_row, among.padding, among.counts, among.sizes, k, rejected_P)
+
     def scatter(self, x_ND: Tensor) -> Tensor:
         """Each pair's token, at the pair's row; (R, D)."""
         return _Scatter.apply(x_ND, self)
@@ -61,6 +78,8 @@ class Dispatch:
 
     def tokens_from_rows(self, y_RD: Tensor) -> Tensor:
         y_PD = y_RD.index_select(0, self.row_of_pair)
+        if self.rejected_P is not None:
+            y_PD.masked_fill_(self.rejected_P.unsqueeze(-1), 0)
         if self.top_k == 1:
             return y_PD
         y_NkD = y_PD.view(-1, self.top_k, y_PD.shape[-1])

@@ -120,8 +120,10 @@ class _Walk:
         assert moe is not None
         weights = self.call(f"{module}.router", x)
         routed = self.call(f"{module}.experts", x or (moe.apply == "input" and weights))
-        shared = moe.shared and self._linears(f"{module}.shared_expert", GATED, x)
-        return routed or weights or shared
+        linears, into = _linears_of_experts(self.args), x or (moe.apply == "input" and weights)
+        overflow = moe.overflow and self._linears(f"{module}.overflow_expert", linears, into)
+        shared = moe.shared and self._linears(f"{module}.shared_expert", linears, x)
+        return routed or weights or overflow or shared
 
     def _linears(self, module: str, names: tuple[str, ...], x: bool) -> bool:
         *first, last = names
@@ -147,5 +149,13 @@ def feed_forward_modules(args: ModelArgs, spec: LayerSpec) -> tuple[str, ...]:
         return GATED if args.gated else PLAIN
     if spec.ffn != "moe":
         return _declared(FFNS[spec.ffn].declare(args))
-    shared = tuple(f"shared_expert.{name}" for name in GATED)
-    return ROUTED + (shared if args.moe is not None and args.moe.shared else ())
+    moe = args.moe
+    assert moe is not None
+    beside = (*["overflow_expert"] * moe.overflow, *["shared_expert"] * moe.shared)
+    return (*ROUTED, *(f"{expert}.{name}" for expert in beside for name in _linears_of_experts(args)))
+
+
+def _linears_of_experts(args: ModelArgs) -> tuple[str, ...]:
+    """Of an expert that every token, or any that overflows, visits."""
+    assert args.moe is not None
+    return GATED if args.moe.swiglu or args.gated else PLAIN

@@ -135,7 +135,7 @@ def _experts(work: Workload) -> Iterator[Sent]:
     if moe is None or e == 1:
         return
     # what comes back is needed again only where something after it keeps what it was made of
-    again = 2 if moe.shared or moe.apply == "output" or auxiliary_losses(work.args) else 1
+    again = 2 if moe.shared or moe.overflow or moe.apply == "output" or auxiliary_losses(work.args) else 1
     forwards = swaps = 0
     for spec in work.args.layer_specs():
         if spec.ffn == "moe":
@@ -155,7 +155,9 @@ def _experts(work: Workload) -> Iterator[Sent]:
 def _sums(work: Workload) -> Iterator[Sent]:
     """The engine's one sum of losses and expert counts."""
     moe, world = work.args.moe, work.layout.world
-    numbers = work.losses + (work.moe_layers * moe.n_experts if moe is not None else 0)
+    numbers = work.losses
+    if moe is not None:
+        numbers += work.moe_layers * moe.n_experts + (moe.capacity is not None)
     yield Sent("world", "loss", 2 * (world - 1) * FLOAT64 * numbers)
 
 

@@ -15,7 +15,8 @@
 | tiles | of images in the step; this and the next two only where there are any |
 | tile_imbalance, tile_imbalance_in_order | most tiles of a data-parallel rank over their mean; were rows not moved |
 | routing_checksum | of how many tokens each expert got; equal on every layout |
-| expert_load, expert_rank_load | most tokens of an expert, of a rank's experts, over an even share; none are dropped |
+| expert_load, expert_rank_load | most tokens that chose an expert, a rank's experts, over an even share |
+| moe_overflow | share of assignments that found their expert full; only with model.moe.capacity |
 | tokens_per_s, tokens_per_s_per_device | of the whole job, of one of its ranks |
 | mfu | share of the device's peak that the model's own arithmetic took (llm/flops.py); null where none is known |
 | step_time_s, data_wait_s | seconds of the step, and of them waiting for data |
@@ -79,6 +80,7 @@ class StepMetrics:
             "routing_checksum": result.routing_checksum,
             "expert_load": result.expert_load,
             "expert_rank_load": result.expert_rank_load,
+            **({} if result.moe_overflow is None else {"moe_overflow": result.moe_overflow}),
             "lr": lr,
             "tokens": tokens,
             "epoch": epoch,

@@ -273,7 +273,7 @@ def _tensors(module: nn.Module, output: Any) -> Iterator[tuple[str, Tensor]]:
     if isinstance(output, Tensor):
         yield "output", output
     elif isinstance(output, RouterStats):
-        yield from output._asdict().items()
+        yield from ((name, value) for name, value in output._asdict().items() if value is not None)
     elif isinstance(output, TransformerOutput):
         yield from ((name, value) for name, value in vars(output).items() if isinstance(value, Tensor))
         further = list((output.losses or {}).items())[1:]  # the first is loss_sum

@@ -80,6 +80,11 @@ def test_a_model_file_is_read_from_its_path(tmp_path: Path) -> None:
         ({"optim": {"decay_steps": 5}}, "optim.decay_steps belongs to optim.schedule=wsd"),
         ({"parallel": {"zero_stage": 4}}, "parallel.zero_stage=4"),
         ({"parallel": {"context": 2}}, "parallel.context=2 is not available yet; use parallel.context=1"),
+        (
+            {"model": {"moe": {"n_experts": 4, "capacity": 3, "capacity_scope": "call"}}},
+            "model.moe.capacity_scope=call counts over a whole forward",
+        ),
+        ({"model": {"moe": {"n_experts": 4, "balance": "call"}}}, "model.moe.balance=call is of the counts"),
         ({"parallel": {"context": 2}}, "parallel.context=2 is not available yet; use parallel.context=1"),
         ({"parallel": {"tensor": 0}}, "parallel.tensor=0"),
         ({"parallel": {"sequence_parallel": 2}}, "parallel.sequence_parallel=2"),

@@ -17,7 +17,7 @@ from torch import Tensor
 from llm.args import ModelArgs
 from llm.batch import Batch, Counts, Rows
 from llm.data.batch import StepBatch
-from llm.datatypes import TransformerOutput
+from llm.datatypes import RouterStats, TransformerOutput
 from llm.layers.dropout import token_keys
 from llm.layers.moe import routing_shape
 from llm.objectives import Objectives, measured_as
@@ -47,10 +47,12 @@ class StepResult:
     is.
     """
     expert_load: float | None = None
-    """Most tokens that an expert of any layer got, over an even share. All were served: nothing overflows."""
+    """Most tokens that chose an expert of any layer, over an even share. Without a capacity all were served."""
     expert_rank_load: float | None = None
     """The same of the ranks that experts lie on: how much longer the slowest one works; 1 where all have all experts.
     """
+    moe_overflow: float | None = None
+    """Share of all assignments to experts that found theirs full; None where experts have no capacity."""
     loss_scale: float | None = None
     """Of fp16."""
     skipped: Skipped | None = None
@@ -107,9 +109,10 @@ class Tally:
         self._weights, self._measured = objectives.weights, objectives.measured
         self._world = world
         routing = routing_shape(args)
-        self._sizes = len(self._weights), len(self._measured), len(counts.sources), math.prod(routing)
+        bounded = args.moe is not None and args.moe.capacity is not None
+        self._sizes = len(self._weights), len(self._measured), len(counts.sources), math.prod(routing), int(bounded)
         self._sums = torch.zeros(sum(self._sizes), dtype=torch.float64, device=world.device)
-        losses, measures, self._sources, routed = self._sums.split(self._sizes)
+        losses, measures, self._sources, routed, self._rejected = self._sums.split(self._sizes)
         self._losses = dict(zip(self._weights, losses.unbind(), strict=True))
         self._measures = dict(zip(self._measured, measures.unbind(), strict=True))
         self._routed = routed.view(routing)
@@ -138,9 +141,11 @@ class Tally:
         source = torch.from_numpy(rows.source).to(sums_R.device)
         self._sources.index_add_(0, source.clamp(min=0), sums_R)  # a row that is not there adds nothing
 
-    def add_routing(self, counts_mE: Tensor, first: int = 0) -> None:
+    def add_routing(self, stats: RouterStats, first: int = 0) -> None:
         """A micro-batch's expert counts in MoE layers from the `first` on."""
-        self._routed[first : first + len(counts_mE)] += counts_mE
+        self._routed[first : first + len(stats.expert_counts)] += stats.expert_counts
+        if stats.rejected is not None:
+            self._rejected += stats.rejected
 
     def sum_over_ranks(self) -> None:
         """From now on the sums are those of all ranks (collective)."""
@@ -162,7 +167,7 @@ class Tally:
         """The step's numbers, once the ranks' sums are there; waits for the device."""
         numbers = self._sums.tolist()
         ends = np.cumsum(self._sizes)[:-1]
-        sums, measured, of_sources, routed = (part.tolist() for part in np.split(numbers, ends))
+        sums, measured, of_sources, routed, rejected = (part.tolist() for part in np.split(numbers, ends))
         losses = {name: self._mean(name, value) for name, value in zip(self._weights, sums, strict=True)}
         counts = [self.step_counts.objectives[objective] for objective in self._measured.values()]
         sources = self.step_counts.sources
@@ -180,6 +185,8 @@ class Tally:
             result.routing_checksum = zlib.crc32(self.counts.numpy().tobytes())
             result.expert_load = highest_share(self.counts)
             result.expert_rank_load = highest_share(self.counts.unflatten(1, (expert_ranks, -1)).sum(-1))
+            if rejected:  # both are counts, exact below 2^53
+                result.moe_overflow = rejected[0] / max(1, int(self.counts.sum()))
         return result
 
 
@@ -229,7 +236,7 @@ class Step:
             of_layers = self.objectives.layer_sums(out.router)
             for name, loss_sum in of_layers.items():
                 tally.add_loss(name, loss_sum)
-            tally.add_routing(out.router.expert_counts, first_moe_layer)
+            tally.add_routing(out.router, first_moe_layer)
             sums |= of_layers
         if not sums:
             return None

@@ -112,6 +112,7 @@ class RunConfig(Section):
     def _consistent(self) -> "RunConfig":
         if self.train.seq_len > self.model.max_seq_len:
             raise ValueError(f"train.seq_len={self.train.seq_len} is above model.max_seq_len={self.model.max_seq_len}")
+        self._experts_count_what_no_layout_cuts()
         if self.data.valid is None and is_of_validation(self.eval.best):
             for key in ("best", "patience"):
                 value = getattr(self.eval, key)
@@ -232,6 +233,19 @@ class RunConfig(Section):
                 f"{self.train.global_batch_size} = {rows} rows) both say how much is read; set eval.batches to null"
             )
         return self
+
+    def _experts_count_what_no_layout_cuts(self) -> None:
+        moe = self.model.moe
+        if moe is not None and moe.capacity_scope == "call":
+            raise ValueError(
+                "model.moe.capacity_scope=call counts over a whole forward, which micro-batches and ranks cut; a run "
+                "needs model.moe.capacity_scope=row"
+            )
+        if moe is not None and moe.balance == "call":
+            raise ValueError(
+                "model.moe.balance=call is of the counts of a whole forward, which micro-batches and ranks cut; a run "
+                "needs model.moe.balance=lag"
+            )
 
     def _keys_are_known(self) -> None:
         known = keys_of(RunConfig)
