@@ -88,6 +88,12 @@ class Batch:
         return self.inputs.tokens.numel()
 
     @property
+    def n_tokens_of_both(self) -> int:
+        """Tokens of target and source, filling included; `n_tokens` where there is no source."""
+        source = self.inputs.source
+        return self.n_tokens + (0 if source is None else source.tokens.numel())
+
+    @property
     def seq_len(self) -> int:
         """Tokens of a sequence, T."""
         return self.inputs.tokens.shape[1]
@@ -145,6 +151,7 @@ class Counts:
     """What the means of a step divide by. Of one rank, or of all ranks."""
 
     tokens: int
+    """Filling included; of target and source, where there is one."""
     targets: int
     """Labels of the main objectives that count, whatever their weights."""
     objectives: Mapping[str, float]

@@ -3,9 +3,12 @@ shared out among the tokens.
 
 Counted as in PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): 6 for each parameter that a token meets in a
 matrix product or norm, and what a layer's mixer adds to that. Attention adds 12 times the width of its heads times the
-tokens that it spans: those of the sequence, or of a shorter window or chunk. Work that a layout or a setting adds
-(recomputed activations, padding) does not count. A parameter beside which adapters train makes no gradient of its own:
-it counts 4.
+tokens that it spans: those of the sequence, or of a shorter window or chunk; across to an encoder, those of the source.
+Work that a layout or a setting adds (recomputed activations, padding) does not count. A parameter beside which adapters
+train makes no gradient of its own: it counts 4.
+
+Of an encoder-decoder, a token is one of the target, with its share of the work on the source: that on as many source
+tokens as there are for each of the target.
 """
 
 from collections import Counter
@@ -21,32 +24,51 @@ TEXT_PER_SLOT = 3
 """Tokens of text for each that an image takes, where nothing is known of the data."""
 
 
-def unit_flops(args: ModelArgs, seq_len: int, tiles_per_token: Fraction | None = None) -> dict[str, int]:
+def unit_flops(
+    args: ModelArgs, seq_len: int, tiles_per_token: Fraction | None = None, source_len: int | None = None
+) -> dict[str, int]:
     """Of each unit (`ParamInfo.unit`) but the token table, on sequences of `seq_len`; args must have a vocabulary. A
     table copies rows, which is no arithmetic; where it is the output matrix, too, that work is the output's. Of a model
     of values what stands in its place is a product.
 
-    tiles_per_token: of images, for the vision tower; by default a quarter of all tokens stand for images.
+    tiles_per_token: of images, for the vision tower; by default a quarter of all tokens stand for images. source_len:
+    source tokens of a row, where there is an encoder; by default as many as target tokens.
     """
-    found: Counter[str] = Counter()
-    for row in ParameterTable.of(args).values():
+    source = seq_len if source_len is None else source_len
+    share, found = Fraction(source, seq_len), Counter[str]()
+    for name, row in ParameterTable.of(args).items():
         if row.unit != VISION:
-            copied = row.unit == "tok_embeddings" and args.input_dim is None
-            found["output" if copied else row.unit] += _product(args, row)
+            copied, work = row.unit == "tok_embeddings" and args.input_dim is None, _product(args, row)
+            found["output" if copied else row.unit] += round(work * share) if _meets_source(name) else work
     if args.vision is not None:
         tiles = usual_tiles(args.vision) if tiles_per_token is None else tiles_per_token
         found[VISION] = round(tile_flops(args) * tiles)
     for spec in args.layer_specs():
-        found[f"layers.{spec.index}"] += MIXERS[spec.mixer.name].flops(args, spec, seq_len)
+        found[spec.unit] += MIXERS[spec.mixer.name].flops(args, spec, seq_len)
+        if spec.cross:
+            found[spec.unit] += 12 * args.n_heads * args.head_width * source
+    for spec in args.encoder_specs():
+        found[spec.unit] += round(MIXERS[spec.mixer.name].flops(args, spec, source) * share)
     return dict(found)
 
 
+def _meets_source(name: str) -> bool:
+    """Whether it is source tokens that a parameter meets: in the encoder, and where keys and values are made of what it
+    made of them.
+    """
+    return name.startswith("encoder.") or ".cross.wk." in name or ".cross.wv." in name
+
+
 def token_flops(
-    args: ModelArgs, seq_len: int, tiles_per_token: Fraction | None = None, logits: bool = True
+    args: ModelArgs,
+    seq_len: int,
+    tiles_per_token: Fraction | None = None,
+    logits: bool = True,
+    source_len: int | None = None,
 ) -> int:
     """Of the whole model. logits: whether tokens meet the output matrix, as they do not where labels alone are learned.
     """
-    found = unit_flops(args, seq_len, tiles_per_token)
+    found = unit_flops(args, seq_len, tiles_per_token, source_len)
     return sum(found.values()) - (0 if logits else found["output"])
 
 

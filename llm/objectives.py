@@ -96,8 +96,8 @@ class LayerObjective(Named):
     """A loss that the layers report, with its coefficient already in it."""
 
     def count(self, batch: Batch) -> float:
-        """Tokens."""
-        return batch.n_tokens
+        """Tokens: of an encoder-decoder those of both sides, each of which passes the layers of its side."""
+        return batch.n_tokens_of_both
 
     @abstractmethod
     def loss_sum(self, stats: RouterStats) -> Tensor:
@@ -147,7 +147,7 @@ class Objectives:
         counted = {o.name: sum(o.count(batch) for batch in batches) for o in self._all}
         n_targets = sum(objective.n_targets(batch) for objective in self.mains for batch in batches)
         by_source = self._by_source(batches, sources)
-        return Counts(sum(batch.n_tokens for batch in batches), n_targets, counted, by_source)
+        return Counts(sum(batch.n_tokens_of_both for batch in batches), n_targets, counted, by_source)
 
     def _by_source(self, batches: Sequence[Batch], sources: Sequence[str]) -> dict[str, float]:
         if len(sources) < 2 or not self.of_tokens:

@@ -2,7 +2,7 @@
 
 Each rank has one run of the model's units, a stage, or with the DualPipeV schedule two: one on the way from the first
 rank to the last, one on the way back. Where nothing cuts the layers there is one stage of all units. One tensor goes
-from stage to stage: the residual stream. Token ids, labels and document boundaries are the same on all stages, because
+from stage to stage: the residual stream, or of an encoder-decoder both of them (llm/sides.py). Token ids, labels and document boundaries are the same on all stages, because
 each rank reads the same micro-batches.
 
 Without gradients there is no schedule: all micro-batches go through one stage of a rank and then through the other, and
@@ -77,8 +77,8 @@ class Replica:
         self.stages = tuple(stages)
         self.table = table or ParameterTable.of(model.args)
         """Of the whole model."""
-        is_moe = [spec.ffn == "moe" for spec in model.specs]
-        self.moe_layers = [range(sum(is_moe[: s.layers.start]), sum(is_moe[: s.layers.stop])) for s in stages]
+        is_moe = [spec.ffn == "moe" for spec in model.args.all_specs()]
+        self.moe_layers = [range(sum(is_moe[: s.blocks.start]), sum(is_moe[: s.blocks.stop])) for s in stages]
         """Of each stage, its numbers among the MoE layers of the whole model."""
         self._expert_counts = torch.zeros(routing_shape(model.args), dtype=torch.int64, device=self.world.device)
 
@@ -91,14 +91,15 @@ class Replica:
         *,
         storage: Storage | None = None,
         seq_len: int | None = None,
+        source_len: int | None = None,
         logits: bool = True,
         table: ParameterTable | None = None,
     ) -> "Replica":
         """This rank's part, with its initial values, or without a seed with none. storage: where they lie; by default
-        whole, in float32. seq_len: of training, by which the stages are balanced; by default the longest that the model
-        is for. logits: whether any loss reads them. table: where some of its parameters are frozen.
+        whole, in float32. seq_len, source_len, logits: of training, by which the stages are balanced: see
+        llm.parallel.stages.split. table: where some of its parameters are frozen.
         """
-        every = split(args, grid.layout.stages, seq_len, logits)
+        every = split(args, grid.layout.stages, seq_len, logits, source_len)
         stages = [every[number] for number in grid.layout.stages_of(grid.pipeline.rank)]
         units = [unit for stage in stages for unit in stage.units]
         model = build_model(args, seed, grid, units=units, storage=storage, table=table)

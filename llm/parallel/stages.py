@@ -1,6 +1,7 @@
 """Which layers each stage of a pipeline has: consecutive ones, cut so that the slowest stage is as fast as can be.
 
-A stage costs what its arithmetic for a token does (llm/flops.py). The embedding is a copy of a row and weighs nearly
+The layers of an encoder come before the others. A stage costs what its arithmetic for a token does (llm/flops.py), of
+an encoder for the source tokens that there are for each. The embedding is a copy of a row and weighs nearly
 nothing: 6 for each of its elements. A vision tower lies beside it and weighs what llm/flops.py says of a token.
 """
 
@@ -20,11 +21,24 @@ class Stage:
 
     number: int
     count: int
-    layers: range
+    blocks: range
+    """Its layers, numbered through the whole model in the order in which vectors pass them."""
     share: float
     """Its part of the model's work; 1 / count where all have as much."""
     vision: bool = False
     """Whether the model has a vision tower, which is the first stage's."""
+    encoder_layers: int = 0
+    """Of the whole model: the first of its blocks."""
+
+    @property
+    def encoder(self) -> range:
+        """The numbers of its layers of the encoder."""
+        return range(*(min(end, self.encoder_layers) for end in (self.blocks.start, self.blocks.stop)))
+
+    @property
+    def layers(self) -> range:
+        """The numbers of its other layers."""
+        return range(*(max(0, end - self.encoder_layers) for end in (self.blocks.start, self.blocks.stop)))
 
     @property
     def first(self) -> bool:
@@ -39,27 +53,32 @@ class Stage:
     @property
     def units(self) -> tuple[str, ...]:
         """The units of the model (ParamInfo.unit) that are its own, in their order."""
+        encoder = [f"encoder.layers.{number}" for number in self.encoder]
+        encoder += ["encoder.norm"] * (self.encoder_layers - 1 in self.encoder)
         layers = (f"layers.{number}" for number in self.layers)
         first = [*[VISION] * self.vision, "tok_embeddings"] * self.first
-        return (*first, *layers, *["norm", "output"] * self.last)
+        return (*first, *encoder, *layers, *["norm", "output"] * self.last)
 
     def owns(self, row: ParamInfo) -> bool:
         """Whether this parameter is one of the stage's own: a tied table is the first stage's."""
         return row.unit in self.units
 
 
-def split(args: ModelArgs, stages: int, seq_len: int | None = None, logits: bool = True) -> list[Stage]:
-    """The stages of a model, each with one layer at least. logits: whether any loss reads them, as none does where
-    labels alone are learned. ValueError where it has fewer layers.
+def split(
+    args: ModelArgs, stages: int, seq_len: int | None = None, logits: bool = True, source_len: int | None = None
+) -> list[Stage]:
+    """The stages of a model, each with one layer at least. seq_len, source_len: target and source tokens of a row; by
+    default the most that the model is for, and as many of the source. logits: whether any loss reads them, as none does
+    where labels alone are learned. ValueError where it has fewer layers.
     """
-    flops = unit_flops(args, seq_len or args.max_seq_len)
-    weights = [flops[f"layers.{spec.index}"] for spec in args.layer_specs()]
+    flops = unit_flops(args, seq_len or args.max_seq_len, source_len=source_len)
+    weights = [flops[spec.unit] for spec in args.all_specs()]
     weights[0] += flops.get("tok_embeddings", 6 * args.dim) + flops.get(VISION, 0)
     weights[-1] += flops["output"] if logits else 0
     bounds, total = balanced(weights, stages), sum(weights)
     ends = list(zip(bounds, bounds[1:], strict=False))
-    vision = args.vision is not None
-    return [Stage(i, stages, range(a, b), sum(weights[a:b]) / total, vision) for i, (a, b) in enumerate(ends)]
+    of_model = args.vision is not None, args.encoder_layers
+    return [Stage(i, stages, range(a, b), sum(weights[a:b]) / total, *of_model) for i, (a, b) in enumerate(ends)]
 
 
 def balanced(weights: Sequence[int], parts: int) -> list[int]:

@@ -7,7 +7,9 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from llm.args import LayerSpec, ModelArgs
+from llm.args.layers import cross_attention
 from llm.args.lora import TOWER
+from llm.layers.encoder import ENCODER_NORM
 from llm.layers.feed_forwards import FFNS
 from llm.layers.mixers import MIXERS
 from llm.layers.parameter import Rows
@@ -17,6 +19,8 @@ from llm.parameters import ParameterTable
 from vision.encoder import layer_args
 
 QKV = ("wq", "wk", "wv")
+CROSS = "cross"
+SOURCE_POSITIONS = f"encoder.{POSITION_TABLE}"
 ROUTED = ("router", "experts")
 GATED, PLAIN = ("w1", "w3", "w2"), ("w1", "w2")
 ADAPTER = ("fc1", "fc2")
@@ -24,6 +28,10 @@ HEAD = "head"
 """The output, or the table that stands for it."""
 VECTORS = "vectors"
 """Token vectors, with those of images among them."""
+SOURCE_VECTORS = "encoder.vectors"
+"""Those of the source, where there is an encoder."""
+MEMORY = "memory"
+"""What a layer is given of the encoder, by the name of its cross attention."""
 PROJECTION = "vision_projection"
 
 
@@ -36,9 +44,9 @@ class Flow(NamedTuple):
     """Whether its result has one."""
 
 
-def gradient_flow(args: ModelArgs, table: ParameterTable, starts: Collection[int] = ()) -> dict[str, Flow]:
+def gradient_flow(args: ModelArgs, table: ParameterTable, starts: Collection[str] = ()) -> dict[str, Flow]:
     """The modules of a model by name. starts: layers that later stages of a pipeline begin with, which always hand a
-    gradient back."""
+    gradient back: of both sides, where there is an encoder."""
     walk = _Walk(args, table)
     x = walk.call("tok_embeddings", False)
     if args.vision is not None:
@@ -47,8 +55,22 @@ def gradient_flow(args: ModelArgs, table: ParameterTable, starts: Collection[int
     if any(name.startswith(f"{POSITION_TABLE}.") for name in table):
         x = walk.call(POSITION_TABLE, False) or x
     walk.found[VECTORS] = Flow(False, x)
+    memory, reached = False, False
+    if args.encoder_layers:
+        memory = walk.call("tok_embeddings", False)
+        if any(name.startswith(f"{SOURCE_POSITIONS}.") for name in table):
+            memory = walk.call(SOURCE_POSITIONS, False) or memory
+        walk.found[SOURCE_VECTORS] = Flow(False, memory)
+    for spec in args.encoder_specs():
+        reached = reached or spec.unit in starts
+        memory = walk.layer(spec, memory or spec.unit in starts)
+    if args.encoder_layers and args.has_final_norm:
+        memory = walk.call(ENCODER_NORM, memory)
+    x = x or reached
     for spec in args.layer_specs():
-        x = walk.layer(spec, x or spec.index in starts)
+        start = spec.unit in starts
+        x, memory = x or start, memory or start
+        x = walk.layer(spec, x, memory)
     x = walk.call("norm", x) if args.has_final_norm else x
     trains = ("tok_embeddings" if args.tie_embeddings else "output") in walk.training
     walk.found[HEAD] = Flow(x, x or trains)
@@ -84,9 +106,13 @@ class _Walk:
         self.found[f"{TOWER}.adapter"], self.found[TOWER] = Flow(x, after), Flow(False, after)
         return after
 
-    def layer(self, spec: LayerSpec, x: bool) -> bool:
-        block = f"{self.prefix}layers.{spec.index}"
+    def layer(self, spec: LayerSpec, x: bool, memory: bool = False) -> bool:
+        """memory: whether what its cross attention reads of an encoder has a gradient, where it has any."""
+        block = f"{self.prefix}{spec.unit}"
         mid = self._part(block, "attention", "attention", spec, x) or x
+        if spec.cross:
+            self.found[f"{block}.{CROSS}.{MEMORY}"] = Flow(memory, memory)
+            mid = self._part(block, CROSS, CROSS, spec, mid) or mid
         y = mid
         if spec.ffn != "none":
             y = self._part(block, "ffn", "feed_forward", spec, x if spec.parallel else mid) or mid
@@ -95,7 +121,7 @@ class _Walk:
 
     def _part(self, block: str, short: str, module: str, spec: LayerSpec, x: bool) -> bool:
         before = self.call(f"{block}.{short}_norm", x) if spec.norms.before else x
-        inside = self._attention if short == "attention" else self._feed_forward
+        inside = {"attention": self._attention, CROSS: self._cross}.get(short, self._feed_forward)
         after = inside(f"{block}.{module}", spec, before)
         self.found[f"{block}.{module}"] = Flow(before, after)
         of_norm = after or (x and spec.norms.of_sum)
@@ -110,6 +136,16 @@ class _Walk:
             q, k = self.call(f"{module}.q_norm", q), self.call(f"{module}.k_norm", k)
         gate = "wg" in names and self.call(f"{module}.wg", x)
         return self.call(f"{module}.wo", q or k or v or gate)
+
+    def _cross(self, module: str, spec: LayerSpec, x: bool) -> bool:
+        memory, found = self.found[f"{module}.{MEMORY}"].before, [False]
+        reads = {"q_norm": "wq", "k_norm": "wk"}
+        for name in cross_modules(self.args)[:-1]:
+            before = memory if name in ("wk", "wv") else x
+            if name in reads:
+                before = self.found[f"{module}.{reads[name]}"].after
+            found.append(self.call(f"{module}.{name}", before))
+        return self.call(f"{module}.wo", any(found))
 
     def _feed_forward(self, module: str, spec: LayerSpec, x: bool) -> bool:
         if spec.ffn == "dense":
@@ -136,6 +172,14 @@ def attention_modules(args: ModelArgs, spec: LayerSpec) -> tuple[str, ...]:
         return _declared(MIXERS[spec.mixer.name].declare(args, spec))
     norms = ("q_norm", "k_norm") if spec.attention.qk_norm in ("head", "full") else ()
     return (*QKV, *norms, *(("wg",) if spec.attention.gate else ()), "wo")
+
+
+def cross_modules(args: ModelArgs) -> tuple[str, ...]:
+    """The modules with weights inside cross attention, in the order of their calls."""
+    spec = cross_attention(args)
+    normed = spec.qk_norm in ("head", "full")
+    queries, keys = ("wq", *["q_norm"] * normed), ("wk", "wv", *["k_norm"] * normed)
+    return (*queries, *keys, *["wg"] * spec.gate, "wo")
 
 
 def _declared(rows: Rows) -> tuple[str, ...]:

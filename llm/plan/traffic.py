@@ -14,14 +14,16 @@ from collections.abc import Iterator
 from itertools import chain, pairwise
 from typing import NamedTuple
 
+from llm.args.layers import cross_attention
 from llm.args.lora import TOWER, adapter
 from llm.parallel.tensor import is_partial
 from llm.parallel.traffic_counter import Along, dimension_names
-from llm.plan.gradient_flow import HEAD, PROJECTION, VECTORS
+from llm.plan.gradient_flow import CROSS, HEAD, MEMORY, PROJECTION, SOURCE_VECTORS, VECTORS
 from llm.plan.workload import BYTES, OptimizerGroup, RankKind, Workload
 from llm.plan.zero3_gathers import auxiliary_losses, gathers, norms_around
 
 FLOAT32, FLOAT64, INT64 = 4, 8, 8
+QK_NORMS = ("q_norm", "k_norm")
 
 
 class Sent(NamedTuple):
@@ -61,35 +63,45 @@ def _tensor(work: Workload) -> Iterator[Sent]:
     if t == 1:
         return
     times = work.accumulation * layout.world // (t * layout.pipeline)  # each stage has its layers alone
-    edges = mean_squares = 0
+    crossings = mean_squares = 0  # of tokens
     flow, cut = work.flow, layout.sequence_parallel
-    for spec in args.layer_specs():
-        block = f"layers.{spec.index}"
-        regions = ["attention"] if spec.ffn == "none" else ["attention", "feed_forward"]
-        means = 2 if spec.attention is not None and spec.attention.qk_norm == "full" else 0
+    for spec in args.all_specs():
+        block, tokens = spec.unit, work.tokens_of(spec)
+        regions = ["attention"] + [CROSS] * spec.cross + ["feed_forward"] * (spec.ffn != "none")
+        repeated = work.recompute != "none" and flow[block].after
         for region in regions:
             enter, leave = flow[f"{block}.{region}"]
-            edges += 2 + (enter + leave if cut else 2 * enter)
-        mean_squares += means
-        if means:
-            mean_squares += flow[f"{block}.attention.q_norm"].before + flow[f"{block}.attention.k_norm"].before
-        if work.recompute != "none" and flow[block].after:
+            crossings += tokens * (2 + (enter + leave if cut else 2 * enter))
+        if spec.cross:  # the encoder's stream enters, too
+            memory = flow[f"{block}.{CROSS}.{MEMORY}"].before
+            crossings += work.source_tokens * (1 + memory + repeated if cut else 2 * memory)
+        if spec.attention is not None and spec.attention.qk_norm == "full":
+            mean_squares += sum(tokens * _means(work, f"{block}.attention.{norm}", repeated) for norm in QK_NORMS)
+        if spec.cross and cross_attention(args).qk_norm == "full":
+            for norm, of in zip(QK_NORMS, (tokens, work.source_tokens), strict=True):
+                mean_squares += of * _means(work, f"{block}.{CROSS}.{norm}", repeated)
+        if repeated:
             last = not norms_around(args)[1]  # then the last leave makes nothing that the backward needs
             enters, leaves = (len(regions), len(regions) - last) if cut else (0, 2 * (len(regions) - last))
-            edges += enters + leaves
-            mean_squares += means
+            crossings += tokens * (enters + leaves)
     # out of the embedding, into the head
-    edges += 2 + (flow[VECTORS].after + flow[HEAD].before if cut else 2 * flow[HEAD].before)
-    per_edge = (t - 1) * work.tokens * args.dim * BYTES[work.precision]
-    yield Sent("tensor", "activations", times * edges * per_edge)
+    crossings += work.tokens * (2 + (flow[VECTORS].after + flow[HEAD].before if cut else 2 * flow[HEAD].before))
+    if args.encoder_layers:
+        crossings += work.source_tokens * (1 + flow[SOURCE_VECTORS].after if cut else 2)
+    yield Sent("tensor", "activations", times * (t - 1) * crossings * args.dim * BYTES[work.precision])
     yield Sent("tensor", "activations", round(times * (t - 1) * BYTES[work.precision] * _tower_numbers(work)))
-    yield Sent("tensor", "activations", times * mean_squares * 2 * (t - 1) * work.tokens * FLOAT32)
+    yield Sent("tensor", "activations", times * mean_squares * 2 * (t - 1) * FLOAT32)
     yield Sent("tensor", "loss", times * work.head_calls * (t - 1) * t * 2 * work.tokens * FLOAT32)
     sizes = {name: numel for kind in work.kinds for name, numel in kind.sizes.items()}
     summed = (name for name, row in work.table.items() if row.trainable and is_partial(row, layout))
     partial = sum(sizes[name] for name in summed)
     sums = times if work.stage >= 2 else times // work.accumulation
     yield Sent("tensor", "gradients", sums * 2 * (t - 1) * FLOAT32 * partial)
+
+
+def _means(work: Workload, norm: str, repeated: bool) -> int:
+    """How often the ranks add up what a norm over all heads divides by."""
+    return 1 + work.flow[norm].before + repeated
 
 
 def _tower_numbers(work: Workload) -> float:
@@ -111,7 +123,7 @@ def _tower_numbers(work: Workload) -> float:
 
 
 def _pipeline(work: Workload) -> Iterator[Sent]:
-    """Vectors go to the next stage and their gradients come back; the last stage's copy of a tied table sends its
+    """Vectors go to the next stage, of both sides where there is an encoder, and their gradients come back; the last stage's copy of a tied table sends its
     gradient and gets new weights; DeepSpeed sends all stages the loss.
     """
     layout = work.layout
@@ -121,7 +133,7 @@ def _pipeline(work: Workload) -> Iterator[Sent]:
     between = [layout.holder(stage) for stage in range(layout.stages)]
     hops = sum(here != there for here, there in pairwise(between))
     cut = layout.tensor if layout.sequence_parallel else 1
-    vectors = work.tokens * work.args.dim * BYTES[work.precision] // cut
+    vectors = (work.tokens + work.source_tokens) * work.args.dim * BYTES[work.precision] // cut
     yield Sent("pipeline", "activations", pipelines * work.accumulation * hops * 2 * vectors)
     copied = layout.data * sum(kind.ranks * kind.copied_gradients for kind in work.kinds)
     yield Sent("pipeline", "tied table", copied * (FLOAT32 + BYTES[work.precision]))
@@ -136,20 +148,19 @@ def _experts(work: Workload) -> Iterator[Sent]:
         return
     # what comes back is needed again only where something after it keeps what it was made of
     again = 2 if moe.shared or moe.overflow or moe.apply == "output" or auxiliary_losses(work.args) else 1
-    forwards = swaps = 0
-    for spec in work.args.layer_specs():
-        if spec.ffn == "moe":
-            block = f"layers.{spec.index}"
-            repeated = work.recompute != "none" and work.flow[block].after
-            forwards += 1 + repeated
-            swaps += 2 + sum(work.flow[f"{block}.feed_forward.experts"]) + repeated * again
-    rows = work.tokens * moe.top_k * work.args.dim * BYTES[work.precision]
     lora = adapter(work.args.lora, "experts")
     dropped = work.args.ffn_dropout or (lora is not None and lora.dropout)
-    keys = work.tokens * moe.top_k * INT64 if dropped else 0  # of the rows, to the experts
-    bytes_ = (e - 1) * (forwards * (moe.n_experts * INT64 + keys) + swaps * rows)
+    bytes_ = 0
+    for spec in work.args.all_specs():
+        if spec.ffn == "moe":
+            repeated = work.recompute != "none" and work.flow[spec.unit].after
+            rows = work.tokens_of(spec) * moe.top_k
+            keys = rows * INT64 if dropped else 0  # of the rows, to the experts
+            swaps = 2 + sum(work.flow[f"{spec.unit}.feed_forward.experts"]) + repeated * again
+            bytes_ += (1 + repeated) * (moe.n_experts * INT64 + keys)
+            bytes_ += swaps * rows * work.args.dim * BYTES[work.precision]
     groups_of_a_layer = work.layout.world // (e * work.layout.pipeline)
-    yield Sent("expert", "tokens", work.accumulation * groups_of_a_layer * bytes_)
+    yield Sent("expert", "tokens", work.accumulation * groups_of_a_layer * (e - 1) * bytes_)
 
 
 def _sums(work: Workload) -> Iterator[Sent]:

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from llm.adapters.int8 import SUMMED
-from llm.args import ModelArgs
+from llm.args import LayerSpec, ModelArgs
 from llm.boxes import box_shape
 from llm.flops import usual_tiles
 from llm.parallel.engine.options import ZERO3_SUB_GROUP
@@ -80,6 +80,8 @@ class Workload:
     seq_len: int
     accumulation: int
     """Micro-batches of a step."""
+    source_len: int | None = None
+    """Source tokens of a row, where there is an encoder; None = as many as target tokens."""
     losses: int = 3
     """Sums of a step: of its objectives, and where there are several sources, of each."""
     head_calls: int = 1
@@ -110,8 +112,18 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch."""
+        """Tokens of a micro-batch; with an encoder, of its target."""
         return self.micro_batch_size * self.seq_len
+
+    @property
+    def source_tokens(self) -> int:
+        """Source tokens of a micro-batch; 0 without an encoder."""
+        length = self.seq_len if self.source_len is None else self.source_len
+        return self.micro_batch_size * length if self.args.encoder_layers else 0
+
+    def tokens_of(self, spec: LayerSpec) -> int:
+        """Tokens of a micro-batch that pass a layer."""
+        return self.source_tokens if spec.encoder else self.tokens
 
     @property
     def tiles_of_micro_batch(self) -> float:
@@ -134,7 +146,8 @@ class Workload:
     @cached_property
     def flow(self) -> dict[str, Flow]:
         """Which modules have gradients in the backward."""
-        starts = {stage.layers.start for stage in self.stages[1:]}
+        specs = self.args.all_specs()
+        starts = {specs[stage.blocks.start].unit for stage in self.stages[1:]}
         return gradient_flow(self.args, self.table, starts)
 
     def trained(self, kind: RankKind) -> int:
@@ -147,12 +160,12 @@ class Workload:
 
     @property
     def moe_layers(self) -> int:
-        return sum(spec.ffn == "moe" for spec in self.args.layer_specs())
+        return sum(spec.ffn == "moe" for spec in self.args.all_specs())
 
     @cached_property
     def stages(self) -> list[Stage]:
         """The stages of the pipeline; without one, a single stage."""
-        return split(self.args, self.layout.stages, self.seq_len, self.head_calls > 0)
+        return split(self.args, self.layout.stages, self.seq_len, self.head_calls > 0, self.source_len)
 
     @cached_property
     def kinds(self) -> tuple[RankKind, ...]:

@@ -16,9 +16,21 @@ from typing import Literal, NamedTuple
 
 from llm.args import LayerSpec, ModelArgs
 from llm.args.lora import TOWER
+from llm.layers.encoder import ENCODER_NORM
 from llm.layers.positions import POSITION_TABLE
 from llm.layers.prediction import PREDICTION
-from llm.plan.gradient_flow import ADAPTER, HEAD, PROJECTION, Flow, attention_modules, feed_forward_modules
+from llm.plan.gradient_flow import (
+    ADAPTER,
+    CROSS,
+    HEAD,
+    MEMORY,
+    PROJECTION,
+    SOURCE_POSITIONS,
+    Flow,
+    attention_modules,
+    cross_modules,
+    feed_forward_modules,
+)
 from llm.plan.workload import Workload
 from vision.encoder import layer_args
 
@@ -60,6 +72,8 @@ def events(work: Workload) -> Iterator[Event]:
         yield from _call(PROJECTION)
     if POSITION_TABLE in flow:
         yield from _call(POSITION_TABLE)
+    if args.encoder_layers:
+        yield from _encode(args, flow)
     for spec in specs:
         yield from _forward(args, spec)
     if args.has_final_norm:
@@ -77,11 +91,34 @@ def events(work: Workload) -> Iterator[Event]:
         yield from _around("norm", flow["norm"])
     for spec in reversed(specs):
         yield from _backward(args, spec, full, flow)
+    if args.encoder_layers:
+        yield from _encode_backward(args, full, flow)
     if POSITION_TABLE in flow:
         yield from _around(POSITION_TABLE, flow[POSITION_TABLE])
     if args.vision is not None:  # its call came later than that of the table
         yield from _around(PROJECTION, flow[PROJECTION])
         yield from _around(TOWER, flow[TOWER], _tower_backward(layer_args(args.vision), full, flow))
+    yield from _around("tok_embeddings", flow["tok_embeddings"])
+
+
+def _encode(args: ModelArgs, flow: Mapping[str, Flow]) -> Iterator[Event]:
+    """The encoder of the source, from the token table on."""
+    yield from _call("tok_embeddings")
+    if SOURCE_POSITIONS in flow:
+        yield from _call(SOURCE_POSITIONS)
+    for spec in args.encoder_specs():
+        yield from _forward(args, spec)
+    if args.has_final_norm:
+        yield from _call(ENCODER_NORM)
+
+
+def _encode_backward(args: ModelArgs, recompute: bool, flow: Mapping[str, Flow]) -> Iterator[Event]:
+    if args.has_final_norm:
+        yield from _around(ENCODER_NORM, flow[ENCODER_NORM])
+    for spec in reversed(args.encoder_specs()):
+        yield from _backward(args, spec, recompute, flow)
+    if SOURCE_POSITIONS in flow:
+        yield from _around(SOURCE_POSITIONS, flow[SOURCE_POSITIONS])
     yield from _around("tok_embeddings", flow["tok_embeddings"])
 
 
@@ -144,7 +181,7 @@ def auxiliary_losses(args: ModelArgs) -> int:
 
 
 def _forward(args: ModelArgs, spec: LayerSpec, prefix: str = "") -> Iterator[Event]:
-    block = f"{prefix}layers.{spec.index}"
+    block = f"{prefix}{spec.unit}"
     before, after = norms_around(args)
 
     def part(short: str, module: str, inner: tuple[str, ...]) -> Iterator[Event]:
@@ -156,6 +193,8 @@ def _forward(args: ModelArgs, spec: LayerSpec, prefix: str = "") -> Iterator[Eve
 
     def parts() -> Iterator[Event]:
         yield from part("attention", "attention", attention_modules(args, spec))
+        if spec.cross:
+            yield from part(CROSS, CROSS, cross_modules(args))
         if spec.ffn != "none":
             yield from part("ffn", "feed_forward", feed_forward_modules(args, spec))
 
@@ -166,7 +205,7 @@ def _backward(
     args: ModelArgs, spec: LayerSpec, recompute: bool, flow: Mapping[str, Flow], prefix: str = ""
 ) -> Iterator[Event]:
     """A module with several results is fetched once for each that has a gradient."""
-    block = f"{prefix}layers.{spec.index}"
+    block = f"{prefix}{spec.unit}"
     attention, ffn = f"{block}.attention", f"{block}.feed_forward"
     losses = auxiliary_losses(args) if spec.ffn == "moe" and flow[f"{ffn}.router"].after else 0
     yield from (Event(block, "fetch") for _ in range(flow[block].after + losses))
@@ -184,18 +223,29 @@ def _backward(
             yield Event(ffn, "release")
         if before:
             yield from _around(f"{block}.ffn_norm", flow[f"{block}.ffn_norm"])
-    if after:
-        yield from _around(f"{block}.attention_post_norm", flow[f"{block}.attention_post_norm"], repeat)
-    inside = (
-        event
-        for name in reversed(attention_modules(args, spec))
-        for event in _around(f"{attention}.{name}", flow[f"{attention}.{name}"], repeat)
-    )
-    yield from _around(attention, flow[attention], inside)
-    if before:
-        yield from _around(f"{block}.attention_norm", flow[f"{block}.attention_norm"])
-    if flow[block].after and flow[block].before:
+    parts = [("attention", attention_modules(args, spec))]
+    parts += [(CROSS, cross_modules(args))] if spec.cross else []
+    for short, names in reversed(parts):
+        module = f"{block}.{short}"
+        if after:
+            yield from _around(f"{module}_post_norm", flow[f"{module}_post_norm"], repeat)
+        inside = (
+            event
+            for name in reversed(names)
+            for event in _around(f"{module}.{name}", flow[f"{module}.{name}"], repeat)
+        )
+        yield from _around(module, _given(flow, module, module), inside)
+        if before:
+            yield from _around(f"{module}_norm", flow[f"{module}_norm"])
+    if flow[block].after and _given(flow, block, f"{block}.{CROSS}").before:
         yield Event(block, "release")
+
+
+def _given(flow: Mapping[str, Flow], module: str, cross: str) -> Flow:
+    """That of a module which also reads what the encoder made, where there is cross attention: it ends when all that it
+    reads has its gradient."""
+    memory = flow.get(f"{cross}.{MEMORY}", Flow(False, False))
+    return Flow(flow[module].before or memory.before, flow[module].after)
 
 
 def repeats_after_experts(args: ModelArgs) -> bool:

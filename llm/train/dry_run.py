@@ -162,9 +162,8 @@ def _pipeline(work: Workload) -> Iterator[str]:
     yield ""
     yield "stages, cut by estimated work (the head weighs its matrix, an expert what it is chosen):"
     for stage in work.stages:
-        first, last = stage.layers[0], stage.layers[-1]
-        layers = f"layer {first}" if first == last else f"layers {first} to {last}"
-        parts = ["embedding"] * stage.first + [layers] + ["head"] * stage.last
+        layers = [*_span_of("encoder layer", stage.encoder), *_span_of("layer", stage.layers)]
+        parts = ["embedding"] * stage.first + layers + ["head"] * stage.last
         what, place = ", ".join(parts), layout.holder(stage.number)
         yield f"  {stage_name(layout, stage.number):<14} {what:<34} {stage.share:6.1%} of the work, pipeline {place}"
     every = map(layout.stages_of, range(ranks))
@@ -176,6 +175,12 @@ def _pipeline(work: Workload) -> Iterator[str]:
         f"m={micro_batches} micro-batches on S={ranks} ranks ({layout.pipeline_schedule}), and all for the one with "
         f"{stage_name(layout, *slowest)}, which has {shares[slowest] * ranks:.2f} times the mean work"
     )
+
+
+def _span_of(noun: str, numbers: range) -> list[str]:
+    if len(numbers) < 2:
+        return [f"{noun} {number}" for number in numbers]
+    return [f"{noun}s {numbers[0]} to {numbers[-1]}"]
 
 
 def _vision(work: Workload) -> Iterator[str]:

@@ -17,7 +17,7 @@
 | routing_checksum | of how many tokens each expert got; equal on every layout |
 | expert_load, expert_rank_load | most tokens that chose an expert, a rank's experts, over an even share |
 | moe_overflow | share of assignments that found their expert full; only with model.moe.capacity |
-| tokens_per_s, tokens_per_s_per_device | of the whole job, of one of its ranks |
+| tokens_per_s, tokens_per_s_per_device | of the whole job, of one of its ranks; `tokens` are of source and target |
 | mfu | share of the device's peak that the model's own arithmetic took (llm/flops.py); null where none is known |
 | step_time_s, data_wait_s | seconds of the step, and of them waiting for data |
 | rows_passed_over | ranges [first row, end row) of the step that were not trained on; only where there are any |
@@ -48,20 +48,23 @@ class StepMetrics:
     def __init__(self, args: ModelArgs, world: World, configured_peak: float | None, logits: bool = True) -> None:
         self.world = world
         self._args, self._logits = args, logits
-        self._flops: dict[int, int] = {}  # of a token, by the length of its sequence
+        self._flops: dict[tuple[int, int | None], int] = {}  # of a token, by the lengths of its sequence and source
         self._tile_flops = tile_flops(args)
         self.peak = peak_flops(configured_peak, world.device)
 
-    def flops(self, seq_len: int) -> int:
-        """Of a token in a sequence of `seq_len`, forward and backward, images aside."""
-        if seq_len not in self._flops:
-            self._flops[seq_len] = token_flops(self._args, seq_len, Fraction(0), self._logits)
-        return self._flops[seq_len]
+    def flops(self, seq_len: int, source_len: int | None = None) -> int:
+        """Of a token in a sequence of `seq_len`, with its share of a source, forward and backward, images aside."""
+        if (seq_len, source_len) not in self._flops:
+            found = token_flops(self._args, seq_len, Fraction(0), self._logits, source_len)
+            self._flops[seq_len, source_len] = found
+        return self._flops[seq_len, source_len]
 
     def _flops_of(self, result: StepResult, batch: StepBatch) -> int:
         """Of a step, with the tiles that were read in it."""
-        tiles = 0 if batch.tiles is None else batch.tiles.total
-        return result.counts.tokens * self.flops(batch.micro_batches[0].seq_len) + tiles * self._tile_flops
+        tiles, first = 0 if batch.tiles is None else batch.tiles.total, batch.micro_batches[0]
+        source_len = None if first.inputs.source is None else first.inputs.source.tokens.shape[1]
+        of_target = result.counts.tokens * first.n_tokens // first.n_tokens_of_both
+        return of_target * self.flops(first.seq_len, source_len) + tiles * self._tile_flops
 
     def row(
         self, result: StepResult, batch: StepBatch, *, step: int, tokens: int, epoch: float, lr: float, seconds: float

@@ -26,18 +26,21 @@ def build_replica(
     zero_stage: int,
     precision: str,
     seq_len: int | None = None,
+    source_len: int | None = None,
     logits: bool = True,
     table: ParameterTable | None = None,
 ) -> Replica:
     """This rank's part of a model that is to be trained (collective). In fp32 it has its initial values, else only what
     is frozen has, as the engine draws the other's float32 masters and rounds them to parameters.
 
-    seq_len: of training, by which the stages are balanced; by default the longest that the model is for. logits:
-    whether any loss reads them. table: where some of its parameters are frozen.
+    seq_len, source_len, logits: of training, by which the stages are balanced: see llm.parallel.stages.split. table:
+    where some of its parameters are frozen.
     """
     values = seed if precision == "fp32" else None
     storage: Storage = Partitioned(DTYPES[precision], grid.reduce.handle) if zero_stage == 3 else Whole()
-    replica = Replica.build(args, values, grid, storage=storage, seq_len=seq_len, logits=logits, table=table)
+    replica = Replica.build(
+        args, values, grid, storage=storage, seq_len=seq_len, source_len=source_len, logits=logits, table=table
+    )
     replica.model.gathers_weights = zero_stage == 3
     if values is None:
         draw(frozen_parameters(replica.model), replica.table, grid, storage, seed)

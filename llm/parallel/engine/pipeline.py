@@ -39,7 +39,7 @@ class Pipelined:
         layout, ranks = replica.grid.layout, replica.grid.pipeline.ranks
         self._replica = replica
         self._queues: list[deque[Batch]] = [deque() for _ in replica.stages]
-        self._shape: tuple[int, ...] = ()
+        self._shapes: list[tuple[int, ...]] = []
         hooks = (self._next_forward, self._before_reduction)
         self.deepspeed = pipe.initialize(replica, *hooks, optimizer, config)
         ends = [ranks[layout.holder(stage)] for stage in (0, layout.stages - 1)]
@@ -65,10 +65,11 @@ class Pipelined:
     def _feed(self, micro_batches: list[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
         """The micro-batches for DeepSpeed, and for this rank's forwards."""
         self._queues = [deque(micro_batches) for _ in self._replica.stages]
-        shape = tuple(micro_batches[0].inputs.tokens.shape)
-        if shape != self._shape:
+        inputs = micro_batches[0].inputs
+        shapes = [tuple(side.tokens.shape) for side in (inputs, inputs.source) if side is not None]
+        if shapes != self._shapes:
             pipe.forget_shape(self.deepspeed)
-            self._shape = shape
+            self._shapes = shapes
         return ((batch.inputs.tokens, batch.inputs.tokens) for batch in micro_batches)
 
     def _next_forward(self, x: Tensor, phase: int) -> Tensor:
