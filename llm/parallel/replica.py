@@ -2,8 +2,8 @@
 
 Each rank has one run of the model's units, a stage, or with the DualPipeV schedule two: one on the way from the first
 rank to the last, one on the way back. Where nothing cuts the layers there is one stage of all units. One tensor goes
-from stage to stage: the residual stream, or of an encoder-decoder both of them (llm/sides.py). Token ids, labels and document boundaries are the same on all stages, because
-each rank reads the same micro-batches.
+from stage to stage: the residual stream, or of an encoder-decoder both of them (llm/sides.py). Token ids, labels and
+document boundaries are the same on all stages, because each rank reads the same micro-batches.
 
 Without gradients there is no schedule: all micro-batches go through one stage of a rank and then through the other, and
 ranks only wait for what they need.

@@ -35,12 +35,14 @@ class Needs:
     """(key, sequences) of every global batch that the run will have."""
     asked_for: tuple[str, ...] = ()
     """`key=value` of those of WHOLE_PARAMETERS_ONLY that the run asks for."""
+    source_len: int | None = None
+    """Source tokens of a row, of a model with an encoder; None = as many as seq_len."""
 
     @cached_property
     def widths(self) -> tuple[tuple[str, int], ...]:
         """(key, size) of what tensor parallelism cuts evenly: hidden widths of the kinds of feed-forward that the model
         has, heads of state-space layers, and of a vision tower its heads too."""
-        kinds = {spec.ffn for spec in self.args.layer_specs()}
+        kinds = {spec.ffn for spec in self.args.all_specs()}
         dense = (("model.ffn_hidden", self.args.ffn_width()),) if "dense" in kinds else ()
         widths = dense + ((("model.moe.hidden", self.args.moe_width()),) if "moe" in kinds else ())
         if self.args.ssm is not None:
@@ -58,7 +60,7 @@ class Needs:
     @cached_property
     def n_experts(self) -> int:
         """Experts of a mixture-of-experts layer; 0 without such layers."""
-        has_moe = any(spec.ffn == "moe" for spec in self.args.layer_specs())
+        has_moe = any(spec.ffn == "moe" for spec in self.args.all_specs())
         return self.args.moe.n_experts if self.args.moe is not None and has_moe else 0
 
     @cached_property
@@ -116,16 +118,19 @@ def _tensor(needs: Needs, choice: Choice) -> Iterator[str]:
 
 
 def _pipeline(needs: Needs, choice: Choice) -> Iterator[str]:
-    layout, layers = choice.layout, needs.args.n_layers
+    layout, args = choice.layout, needs.args
+    layers, said = len(args.all_specs()), f"model.n_layers={args.n_layers}"
+    if args.encoder_layers:
+        said = f"model.encoder_layers={args.encoder_layers} and {said} together"
     if layout.pipeline_schedule == "dualpipev" and layout.pipeline == 1:
         yield "parallel.pipeline_schedule=dualpipev needs parallel.pipeline=2 or more, not 1"
     elif layout.stages > layout.pipeline and layout.stages > layers:
         yield (
             f"parallel.pipeline_schedule=dualpipev cuts the layers in twice parallel.pipeline={layout.pipeline}, which "
-            f"is above model.n_layers={layers}"
+            f"is above {said}"
         )
     elif layout.stages > layers:
-        yield f"parallel.pipeline={layout.pipeline} is above model.n_layers={layers}"
+        yield f"parallel.pipeline={layout.pipeline} is above {said}"
 
 
 def _expert(needs: Needs, choice: Choice) -> Iterator[str]:
@@ -180,11 +185,15 @@ def _batch(needs: Needs, choice: Choice) -> Iterator[str]:
 
 def _sequence(needs: Needs, choice: Choice) -> Iterator[str]:
     layout, micro = choice.layout, choice.micro_batch_size
-    if layout.sequence_parallel and micro * needs.seq_len % layout.tensor:
-        yield (
-            f"parallel.sequence_parallel=true needs train.micro_batch_size={micro} x train.seq_len={needs.seq_len} "
-            f"to be divisible by parallel.tensor={layout.tensor}"
-        )
+    sides = [("train.seq_len", needs.seq_len)]
+    if needs.args.encoder_layers and needs.source_len is not None:
+        sides.append(("data.source_len", needs.source_len))
+    for key, length in sides:
+        if layout.sequence_parallel and micro * length % layout.tensor:
+            yield (
+                f"parallel.sequence_parallel=true needs train.micro_batch_size={micro} x {key}={length} "
+                f"to be divisible by parallel.tensor={layout.tensor}"
+            )
 
 
 LAYOUT_RULES: tuple[Rule, ...] = (_ranks, _tensor, _pipeline, _expert, _zero_stage, _whole_parameters)

@@ -123,8 +123,8 @@ def _tower_numbers(work: Workload) -> float:
 
 
 def _pipeline(work: Workload) -> Iterator[Sent]:
-    """Vectors go to the next stage, of both sides where there is an encoder, and their gradients come back; the last stage's copy of a tied table sends its
-    gradient and gets new weights; DeepSpeed sends all stages the loss.
+    """Vectors go to the next stage, those of both sides where there is an encoder, and their gradients come back; the
+    last stage's copy of a tied table sends its gradient and gets new weights; DeepSpeed sends all stages the loss.
     """
     layout = work.layout
     ranks, pipelines = layout.pipeline, layout.world // layout.pipeline

@@ -206,7 +206,7 @@ def _backward(
 ) -> Iterator[Event]:
     """A module with several results is fetched once for each that has a gradient."""
     block = f"{prefix}{spec.unit}"
-    attention, ffn = f"{block}.attention", f"{block}.feed_forward"
+    ffn = f"{block}.feed_forward"
     losses = auxiliary_losses(args) if spec.ffn == "moe" and flow[f"{ffn}.router"].after else 0
     yield from (Event(block, "fetch") for _ in range(flow[block].after + losses))
     repeat = _repetition(args, spec, prefix) if recompute else iter(())

@@ -22,10 +22,12 @@ from llm.parallel.grid import Grid, make_grid
 from llm.parallel.launch import process
 from llm.parallel.launch.world import World
 from llm.parallel.layout import Layout
+from llm.parameters import ParameterTable
 from llm.train.config import OptimConfig
 from llm.train.optimizer import make_optimizer
 from tests.data.helpers import LM
 from tests.distributed.harness import TINY_MODEL
+from tests.distributed.sources import SOURCE_LEN, with_sources
 from tools.layouts_job import RouterMargins
 
 ROWS, SEQ_LEN, VOCAB, SEED = 8, 48, 64, 3
@@ -61,12 +63,15 @@ def build(case: dict[str, Any], world: World) -> Engine:
     keys = ("tensor", "expert", "pipeline", "pipeline_schedule", "sequence_parallel")
     cut = {key: case[key] for key in keys if key in case}
     grid = make_grid(world, Layout(world.size, zero_stage=stage, **cut))
-    replica = build_replica(args, SEED, grid, zero_stage=stage, precision=precision, seq_len=SEQ_LEN)
+    lengths = {"seq_len": SEQ_LEN, "source_len": SOURCE_LEN if args.encoder_layers else None}
+    table = ParameterTable.of(args).frozen(case.get("freeze", ()))
+    table = table if args.lora is None else table.adapters_alone(args.lora.base == "int8")
+    replica = build_replica(args, SEED, grid, zero_stage=stage, precision=precision, table=table, **lengths)
     replica.model.activation_checkpointing = case.get("recompute", "none")
     optim = OptimConfig.model_validate({"name": case.get("optimizer", "adamw"), "lr": 1e-3, "min_lr": 0.0})
     engine = Engine(
         replica,
-        make_optimizer(replica.model, optim),
+        make_optimizer(replica.model, optim, table),
         objectives=LM,
         precision=precision,
         micro_batch_size=ROWS // (grid.rows.size * accumulation),
@@ -88,6 +93,8 @@ def train(engine: Engine, case: dict[str, Any], steps: range) -> list[dict[str, 
     margins = RouterMargins(engine.model) if engine.world.size == 1 and not case.get("compile") else None
     for step in steps:
         batch = cut_batch(step, engine.grid, case.get("accumulation", 1))
+        if engine.model.args.encoder_layers:
+            batch = with_sources(batch, case.get("packed", True))
         result = engine.step(batch, batch.counts, lr=1e-3)
         rows.append(
             {

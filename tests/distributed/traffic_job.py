@@ -31,6 +31,7 @@ from llm.train.run import build_engine
 from tests.distributed import vision_job
 from tests.distributed.engine_job import ROWS, SEQ_LEN, cut_batch
 from tests.distributed.harness import TINY_MODEL, tiny_config
+from tests.distributed.sources import SOURCE_LEN, with_sources
 
 # of odd sizes, so that vocabulary, flat groups and shares are all padded
 ODD_MODEL = {**TINY_MODEL, "dim": 30, "head_dim": 8, "vocab_size": 67, "n_layers": 3}
@@ -65,6 +66,8 @@ def compare(case: dict[str, Any], world: World) -> dict[str, Any]:
     config = validate(raw, "case")
     layout = check_layout(config, world.size)
     work = workload(config, layout)
+    if work.args.encoder_layers:
+        work = replace(work, source_len=SOURCE_LEN)
     if work.args.vision is not None:
         work = replace(work, tiles=tiles_of(SETTLING_STEPS, work))
     grid = make_grid(world, layout)
@@ -100,6 +103,8 @@ def compare(case: dict[str, Any], world: World) -> dict[str, Any]:
 def take_step(engine: Engine, step: int, work: Workload) -> None:
     cut = cut_batch if work.args.vision is None else vision_job.cut_batch
     batch = cut(step, engine.grid, work.accumulation)
+    if work.args.encoder_layers:
+        batch = with_sources(batch)
     main = engine.objectives.main.name
     if main != "lm":
         other = {"dpo": as_pairs, "prediction": as_samples}[main]
