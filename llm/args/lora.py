@@ -11,7 +11,7 @@ TOWER = "vision_embeddings"
 """Begins the names of the vision tower's parameters; those of its projection are names of their own."""
 OF_VISION = "vision."
 """Begins what `lora.targets` calls a weight of the vision tower."""
-DEFAULT_TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "experts")
+DEFAULT_TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "experts", "wz", "wx", "wbc", "wdt")
 
 
 def _names(value: object) -> object:
@@ -26,9 +26,9 @@ class LoraArgs(Group):
     alpha: float = Field(32.0, gt=0)
     """The adapter's product is multiplied by alpha / rank."""
     targets: Annotated[tuple[str, ...] | None, BeforeValidator(_names)] = None
-    """What gets adapters: wq, wk, wv, wo, w1, w2, w3 (a shared expert's too), experts, tok_embeddings, output; of the
-    vision tower vision.wq and so on, vision.fc1, vision.fc2, and vision_projection; unset = the first seven and
-    experts, as far as the model has them."""
+    """What gets adapters: wq, wk, wv, wo, w1, w2, w3 (a shared expert's too), experts, of state-space layers wz, wx,
+    wbc, wdt and wo; tok_embeddings, output; of the vision tower vision.wq and so on, vision.fc1, vision.fc2, and
+    vision_projection; unset = all of layers, as far as the model has them."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the inputs of adapters that is set to 0 in training, in attention, feed-forwards and experts."""
     base: Literal["float", "int8"] = "float"

@@ -219,8 +219,10 @@ def spellings(family: Family, args: ModelArgs) -> Iterator[tuple[BoxPair, ...]]:
     """Pairs of each row that holds parameters of the model, in the table's order. Several may hold the same ones; that
     of the names in memory is the last."""
     table = ParameterTable.of(args)
-    ours = table.shapes
+    ours, specs = table.shapes, args.layer_specs()
     for entry, layer in _instances(family, args):
+        if entry.mixer not in ("", specs[layer].mixer.name):
+            continue
         names = [name.format(i=layer, j=layer) for name in entry.ours]
         twin = names == ["output.weight"] and "output.weight" not in ours
         names = ["tok_embeddings.weight"] if twin else names
