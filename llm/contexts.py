@@ -53,7 +53,7 @@ def make_context(
     if args.rope_scaling is not None and args.rope_scaling.kind == "dynamic":
         lengths, agree = torch.tensor(document_lengths(positions_BT, document_starts), device=device), False
     positions = torch.tensor(positions_BT[:1] if agree else positions_BT, device=device)
-    attention = attention_specs(specs)
+    attention, heads = attention_specs(specs), [spec.heads for spec in specs if spec.heads is not None]
     stateful, strided = len(attention) < len(specs), any(spec.stride > 1 for spec in specs)
     padded = (args.moe is not None or stateful) and (positions_BT < 0).any()
     if inputs.parents is not None and (stateful or lengths is not None or cache is not None):
@@ -85,8 +85,9 @@ def make_context(
         attend=attend,
         states=cache,
         positions_BT=None if POSITIONS[args.pos].build is None else positions,
-        rotation_BT1m=angles(args, positions, lengths) if any(spec.rope for spec in attention) else None,
-        temperature_BT11=temperature(args, positions) if any(spec.temperature for spec in attention) else None,
+        rotation_BT1m=angles(args, positions, lengths) if any(one.rope for one in heads) else None,
+        temperature_BT11=temperature(args, positions) if any(one.temperature for one in heads) else None,
+        attention_dropout=dropout,
         valid_BT=torch.from_numpy(positions_BT >= 0).to(device) if padded else None,
         expert_counts=expert_counts,
         keys_N=keys_N,

@@ -66,6 +66,13 @@ class AttentionSpec(MixerSpec):
 
 
 @dataclass(frozen=True)
+class StridedAttentionSpec(StridedSpec):
+    """Attention to one vector for each `stride` tokens."""
+
+    each: AttentionSpec
+
+
+@dataclass(frozen=True)
 class NormsSpec:
     """Where a layer has norms, around the mixer and around the feed-forward alike."""
 
@@ -100,6 +107,11 @@ class LayerSpec:
     def attention(self) -> AttentionSpec | None:
         """Of a layer whose mixer is attention."""
         return self.mixer if isinstance(self.mixer, AttentionSpec) else None
+
+    @property
+    def heads(self) -> AttentionSpec | None:
+        """How queries and keys are made, also where the mixer attends to something else than its tokens."""
+        return self.mixer.each if isinstance(self.mixer, StridedAttentionSpec) else self.attention
 
     @property
     def stride(self) -> int:
@@ -143,7 +155,7 @@ def parse_item(text: str, index: int) -> LayerItem:
     mixer_text, *flags = head.split(":")
     mixer, at, stride_text = mixer_text.partition("@")
     if mixer not in MIXERS and mixer not in PLANNED:
-        known = list(dict.fromkeys([*MIXERS, *PLANNED]))
+        known = [name for name in dict.fromkeys([*MIXERS, *PLANNED]) if name != STRIDED_ATTENTION]
         refuse(
             text, f"unknown mixer {mixer!r}; the grammar is mixer[@stride][:flag...][+ffn], mixers {either(known)}"
         )
@@ -154,10 +166,21 @@ def parse_item(text: str, index: int) -> LayerItem:
     return LayerItem(text, index, mixer, int(stride_text) if at else 1, tuple(flags), ffn)
 
 
-def resolve_attention(args: "ModelArgs", item: LayerItem) -> AttentionSpec:
+STRIDED_ATTENTION = "strided_attn"
+"""In MIXERS; in patterns it is `attn@STRIDE`."""
+
+
+def resolve_attention(args: "ModelArgs", item: LayerItem) -> AttentionSpec | StridedAttentionSpec:
     """An attention layer: its flags, and where they say nothing the rules of Llama 4."""
-    if item.stride != 1:
-        refuse(item.text, f"stride @{item.stride} is not built yet; leave it out")
+    if item.stride > 1 and {"chunk", "window"} & set(item.flags):
+        refuse(item.text, "a layer with a stride sees all chunks before; leave out :chunk and :window")
+    spec = _each_token(args, item)
+    if item.stride == 1:
+        return spec
+    return StridedAttentionSpec(STRIDED_ATTENTION, item.stride, replace(spec, mask="full", span=None))
+
+
+def _each_token(args: "ModelArgs", item: LayerItem) -> AttentionSpec:
     flags: dict[str, str] = {}
     for flag in item.flags:
         if flag not in FLAGS:

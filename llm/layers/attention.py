@@ -21,7 +21,7 @@ from llm.args.layers import cross_attention, resolve_attention
 from llm.args.lora import adapter
 from llm.kernels.graph_breaks import graph_break
 from llm.kernels.norms import rms_normalise
-from llm.kernels.rotate import rotate
+from llm.kernels.rotate import Turns, rotate
 from llm.layers.across import AttendAcross
 from llm.layers.context import Context
 from llm.layers.linear import Linear
@@ -104,16 +104,9 @@ class Attention(nn.Module, InRegion):
     def _within(self, x: Tensor, ctx: Context) -> Tensor:
         """What each head of each token makes of the values, (B, T, H, d)."""
         q, k, v = (w(x, ctx.keys_N).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.spec.qk_norm == "plain":
-            q, k = (rms_normalise(y, self.norm_eps) for y in (q, k))
-        if self.spec.rope:
-            assert ctx.rotation_BT1m is not None
-            q, k = (rotate(y, ctx.rotation_BT1m, self.interleaved) for y in (q, k))
-        if self.spec.qk_norm == "l2":
-            q, k = (rms_normalise(y, self.norm_eps) for y in (q, k))
+        q, k = (self._placed(y, norm, ctx.rotation_BT1m) for y, norm in ((q, self.q_norm), (k, self.k_norm)))
         if self.spec.temperature:
+            assert ctx.temperature_BT11 is not None
             q = (q * ctx.temperature_BT11).to(q.dtype)
         assert ctx.attend is not None
         return self._attended(ctx.attend, q, k, v)
@@ -129,6 +122,14 @@ class Attention(nn.Module, InRegion):
             k = self._normed(k, self.k_norm)
         assert ctx.across is not None
         return self._attended(ctx.across, q, k, v)
+
+    def _placed(self, heads: Tensor, norm: nn.Module | None, rotation_BT1m: Tensor | Turns | None) -> Tensor:
+        """Queries or keys as scores are made of them."""
+        heads = self._normed(heads, norm)
+        if self.spec.rope:
+            assert rotation_BT1m is not None
+            heads = rotate(heads, rotation_BT1m, self.interleaved)
+        return rms_normalise(heads, self.norm_eps) if self.spec.qk_norm == "l2" else heads
 
     def _normed(self, heads: Tensor, norm: nn.Module | None) -> Tensor:
         heads = heads if norm is None else norm(heads)
@@ -162,7 +163,7 @@ def head_norm_rows(args: ModelArgs, spec: AttentionSpec, n_heads: int) -> Rows:
 
 
 def attention_spec(spec: LayerSpec) -> AttentionSpec:
-    """Of a layer that has attention; ValueError for another."""
-    if spec.attention is None:
+    """Of a layer that has attention, of whatever kind; ValueError for another."""
+    if spec.heads is None:
         raise ValueError(f"layer {spec.index} mixes its tokens by {spec.mixer.name}, not by attention")
-    return spec.attention
+    return spec.heads

@@ -13,6 +13,7 @@ from torch import Tensor
 from llm.args import ModelArgs
 from llm.kernels.rotate import Turns
 from llm.layers.across import AttendAcross
+from llm.layers.dropout import AttentionDropout
 from llm.layers.masks import Attend
 from llm.layers.rope import amplitude, dynamic_frequencies, inverse_frequencies, rotation
 from llm.layers.strides import Strides
@@ -63,6 +64,8 @@ class Context:
     """int64, negative for padding, B = 1 where all rows have the same; for what is added to token vectors."""
     temperature_BT11: Tensor | None = None
     """float32, for layers with temperature tuning."""
+    attention_dropout: AttentionDropout | None = None
+    """What layers with a stride drop of attention weights, of which `attend` knows nothing."""
     valid_BT: Tensor | None = None
     """bool: false for padding; None where there is none."""
     expert_counts: Tensor | None = None

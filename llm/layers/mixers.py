@@ -5,11 +5,12 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from llm.args import LayerSpec, ModelArgs
-from llm.args.layers import MIXERS, LayerItem, MixerSpec
+from llm.args.layers import MIXERS, STRIDED_ATTENTION, LayerItem, MixerSpec
 from llm.layers.attention import Attention
 from llm.layers.context import Context
 from llm.layers.parameter import Rows
 from llm.layers.ssm import SSM
+from llm.layers.strided_attention import StridedAttention
 
 
 class Mixer(Protocol):
@@ -50,3 +51,4 @@ def register(name: str, mixer: type[nn.Module]) -> None:
 
 register("attn", Attention)
 register("ssm", SSM)
+register(STRIDED_ATTENTION, StridedAttention)

@@ -42,6 +42,8 @@ class Chunks:
     """int64: and the last one that it sees among them; below the first where it sees none."""
     slots_BK: Tensor
     """int64: the number of each chunk in its document."""
+    filled: tuple[Tensor, Tensor]
+    """int64: rows and columns, among the K, of those that are there."""
     left_Bs: Tensor
     """int64, (B, s - 1): places in the stream of the last tokens, which a later call begins with."""
     kept: int
@@ -117,8 +119,9 @@ class Strides:
             first_BT=self._on_device(first_BT),
             last_BT=self._on_device(last_BT),
             slots_BK=self._on_device(slots_BK),
+            filled=(self._on_device(rows), self._on_device(numbers)),
             left_Bs=self._on_device(self._left(s)),
-            kept=int((self._first_B // s).max()) + count if self._continued else count,
+            kept=int(((positions_BT.max(1) + 1).clip(min=self._first_B) // s).max()) if self._continued else count,
         )
 
     def _places(self, columns: Ints, s: int) -> Ints:

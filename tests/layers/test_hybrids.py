@@ -1,4 +1,6 @@
-"""Models with state-space layers: against transformers' Mamba-2, and against themselves however their tokens come."""
+"""Models with state-space layers, and with strides: against transformers' Mamba-2, and against themselves however their
+tokens come.
+"""
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from llm.layers.ssm import SSM
 from llm.parameters import ParameterTable
 
 VOCABULARY, LENGTH = 50, 37
-PATTERNS = {"alternating": "alternating", "strides": "ssm,ssm@4,ssm@3"}
+PATTERNS = {"alternating": "alternating", "strides": "ssm,ssm@4,ssm@3", "hierarchy": "ssm@2,attn@5,attn,attn@3"}
 
 
 def hybrid(groups: int = 1, pattern: str = "alternating", **ssm: object) -> LLM:
@@ -120,6 +122,40 @@ def test_a_stride_of_one_is_none_and_one_of_s_says_nothing_before_its_first_chun
     ctx = model.context(TransformerInput(torch.zeros(1, 6, dtype=torch.int64)))
     said = layer(x, ctx)
     assert not said[:, :3].any() and said[:, 3:].all()
+
+
+def test_attention_with_a_stride_is_that_to_the_means_of_chunks_and_to_nothing():
+    model = hybrid(pattern="attn@4:nope")
+    layer = model.layers[0].attention
+    with torch.no_grad():
+        layer.pool.weight.fill_(1 / 4)
+    x = torch.randn(1, 10, 32, dtype=torch.float64)
+    found = layer(x, model.context(TransformerInput(torch.zeros(1, 10, dtype=torch.int64))))
+    means = x[0, :8].view(2, 4, 32).mean(1)
+    q, k, v = (y.unflatten(-1, (4, 8)) for y in (layer.wq(x[0]), layer.wk(means), layer.wv(means)))
+    for t in range(10):
+        n = (t + 1) // 4
+        weights = (torch.einsum("hd,khd->hk", q[t], k[:n]) / 8**0.5).exp()
+        made = torch.einsum("hk,khd->hd", weights, v[:n]) / (1 + weights.sum(1))[:, None]
+        torch.testing.assert_close(found[0, t], layer.wo(made.flatten()))
+
+
+def test_of_layers_with_a_stride_no_more_is_remembered_than_there_are_chunks():
+    model = hybrid(pattern="attn@5")
+    cache = Cache(model.args)
+    for token in tokens().split(1, dim=1):
+        hidden(model, token, cache)
+    keys = 2 * 3 * (LENGTH // 5) * 32
+    assert cache.nbytes == 8 * 4 * (keys + 3 * 4 * 32)
+
+
+@pytest.mark.parametrize(("state", "expected"), [(16, 134_723_112), (128, 136_281_480)])
+def test_the_hierarchical_model_of_768_by_12_has_so_many_parameters(state, expected):
+    args = ModelArgs(
+        dim=768, n_layers=12, n_heads=12, vocab_size=50257, layer_pattern="ssm,ssm@4,ssm@16,attn@16",
+        tie_embeddings=True, ssm={"d_state": state},
+    )  # fmt: skip
+    assert sum(row.numel for row in ParameterTable.of(args).values()) == expected
 
 
 def test_layers_with_a_stride_refuse_positions_that_do_not_count_from_the_first_token():
