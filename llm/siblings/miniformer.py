@@ -6,5 +6,12 @@ through them one by one.
 
 from llm.siblings.miniformer_config import TransformerConfig
 from llm.siblings.miniformer_model import Transformer
+from llm.siblings.miniformer_train import TrainConfig, run_config
 
-__all__ = ["Transformer", "TransformerConfig"]
+__all__ = ["TrainConfig", "Transformer", "TransformerConfig", "run_config"]
+
+if __name__ == "__main__":
+    from llm.parallel.launch import process
+    from llm.siblings.miniformer_command import main
+
+    process.run(main)

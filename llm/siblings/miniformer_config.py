@@ -94,8 +94,8 @@ class TransformerConfig:
         """`causal`, resolved."""
         return not self.of_rows if self.causal is None else self.causal
 
-    def args(self) -> ModelArgs:
-        """The model, as one stack of layers."""
+    def args(self, encoder_decoder: bool = False) -> ModelArgs:
+        """The model: one stack of layers, or an encoder and a decoder of so many each."""
         self._check()
         gated = self.activation == SWIGLU
         said: dict[str, Any] = {
@@ -116,6 +116,9 @@ class TransformerConfig:
             said |= {"prediction_causal": self.is_causal}
         else:
             said |= {"causal": self.is_causal}
+        if encoder_decoder:
+            self._check_encoder_decoder()
+            said |= {"encoder_layers": self.n_layers}
         try:
             return ModelArgs.model_validate(said | self._rotation() | self.model_args)
         except ValidationError as error:
@@ -148,6 +151,14 @@ class TransformerConfig:
             raise ValueError(f"num_labels={self.num_labels} with head={self.head}: {instead}")
         if self.num_labels is not None:
             _whole("num_labels", self.num_labels)
+
+    def _check_encoder_decoder(self) -> None:
+        """ValueError where an encoder-decoder cannot be what the keys say."""
+        if self.head != "tokens" or not self.is_causal:
+            raise ValueError(
+                f"head={self.head}, causal={self.causal}: an encoder-decoder writes tokens, one after the other; leave "
+                f"both out"
+            )
 
     def _rotation(self) -> dict[str, Any]:
         """How positions are known: int(head width x rotary_pct) rounded down to an even number is rotated."""

@@ -203,7 +203,11 @@ def settle_length(
         assert train.steps is not None
         warmup = default_warmup(train.steps, optim.decay_steps, optim.schedule)
         optim = optim.model_copy(update={"warmup_steps": warmup})
-    return config.model_copy(update={"train": train, "optim": optim})
+    evaluation = config.eval
+    if evaluation.interval_epochs is not None:
+        interval = steps_between(train, 0, epoch_rows(evaluation.interval_epochs, n_rows))
+        evaluation = evaluation.model_copy(update={"interval": max(interval, 1)})
+    return config.model_copy(update={"train": train, "optim": optim, "eval": evaluation})
 
 
 def rows_wanted(config: RunConfig) -> RowsWanted:

@@ -70,6 +70,8 @@ class CheckpointConfig(Section):
 class EvalConfig(Section):
     interval: int = Field(100, ge=1)
     """Steps between validations; the last step always gets one."""
+    interval_epochs: float | None = Field(None, gt=0, exclude_if=lambda epochs: epochs is None)
+    """The same in passes over the training rows: with it, interval is as many steps as these have."""
     at_start: bool = False
     """Validate before the first step too, as row 0 of metrics.jsonl: what a model that is trained further begins with;
     launch/finetune.py does, unless this is set."""
