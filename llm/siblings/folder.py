@@ -26,9 +26,12 @@ from llm.parameters import ParameterTable
 from llm.pretrained import is_foreign, weights_of
 from llm.safetensors_file import DTYPES as KNOWN
 from llm.safetensors_file import SafetensorsFile, header_bytes, write_tensors
+from llm.siblings.parts import Parts, check_names
 from llm.tokenizer import Tokenizer, load_tokenizer
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+PARTS = "parts"
+"""Key of config.json under which the classes stand that a user gave to the model."""
 INSIDE = "llm."
 """What stands before a parameter's name in the state dict of an adapter, which holds an LLM."""
 
@@ -100,13 +103,18 @@ class ModelTensors:
         self._weights.read(name.removeprefix(INSIDE), whole(self.shapes[name]), out)
 
 
-def open_folder(path: Path, family: type[Config]) -> tuple[Config, Tensors]:
-    """The model in a folder that `save_folder` wrote, or that LLM.from_pretrained reads. UserError naming the file
-    where there is none."""
+def open_folder(path: Path, family: type[Config], parts: Parts | None = None) -> tuple[Config, Tensors]:
+    """The model in a folder that `save_folder` wrote, or that LLM.from_pretrained reads, with the classes that it was
+    saved with, if it was with any. UserError naming the file where there is none, or where the classes are others.
+    """
+    given = Parts() if parts is None else parts
     if not path.is_dir():
         raise UserError(f"{path}: {'is a file; give its folder' if path.exists() else 'no such folder'}")
     if (path / CONFIG).is_file() and says(path / CONFIG, family.model_type):
-        return family.from_text((path / CONFIG).read_bytes(), str(path / CONFIG)), FileTensors(_weight_files(path))
+        text = (path / CONFIG).read_bytes()
+        check_names(path, json.loads(text).get(PARTS, {}), given)
+        return family.from_text(text, str(path / CONFIG)), FileTensors(_weight_files(path))
+    check_names(path, {}, given)
     tensors = ModelTensors(path)
     return family.of(tensors.args), tensors
 
@@ -134,20 +142,28 @@ def _weight_files(path: Path) -> list[Path]:
     raise UserError(f"{path}: holds no {WEIGHTS}; pickled weights are not read")
 
 
-def save_folder(path: Path, model: LLM, config: FamilyConfig, tokenizer: Tokenizer | None) -> None:
+def save_folder(
+    path: Path, model: LLM, config: FamilyConfig, tokenizer: Tokenizer | None, parts: Parts | None = None
+) -> None:
     """Write the folder, or write it anew; each file whole or not at all, the manifest last. Without a tokenizer one
-    that lies there stays. UserError where the folder holds another model."""
+    that lies there stays. parts: the classes that a user gave to the model: no manifest then, as nothing else can run
+    the model. UserError where the folder holds another model.
+    """
     _refuse_others(path, config.model_type)
     path.mkdir(parents=True, exist_ok=True)
     (path / MANIFEST).unlink(missing_ok=True)
     if tokenizer is not None:
         save_tokenizer(tokenizer, path)
+    said = {"model_type": config.model_type, **config.to_dict()}
+    if parts:
+        save_tensors(path / WEIGHTS, {f"{INSIDE}{name}": t for name, t in model.state_dict().items()}, {"format": "pt"})
+        write_file(path / CONFIG, _json({**said, PARTS: parts.names()}))
+        return
     outline = _outline(model)
     values = (parameter for _, parameter in model.named_parameters())
     with new_file(path / WEIGHTS) as file:
         fragments = write_values(file, outline, values)
-    said = {"model_type": config.model_type, **config.to_dict()}
-    write_file(path / CONFIG, (json.dumps(said, indent=2) + "\n").encode())
+    write_file(path / CONFIG, _json(said))
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -162,6 +178,10 @@ def save_folder(path: Path, model: LLM, config: FamilyConfig, tokenizer: Tokeniz
         },
     }
     write_file(path / MANIFEST, seal(manifest))
+
+
+def _json(said: dict[str, Any]) -> bytes:
+    return (json.dumps(said, indent=2) + "\n").encode()
 
 
 def _refuse_others(path: Path, model_type: str) -> None:

@@ -27,7 +27,7 @@ from llm.siblings.folder import load_tensors, open_folder, save_folder, save_ten
 from llm.siblings.hub import located
 from llm.siblings.hyformer_config import HyformerConfig, Pool, Prediction
 from llm.siblings.kv_caches import KVCache, listed, shared
-from llm.siblings.loading import LoadReport, compared, fill, refuse_pickle, unfilled, usable
+from llm.siblings.loading import LoadReport, compared, fill, refuse_pickle, shapes_of, unfilled, usable
 from llm.siblings.losses import check_tokens, compute_lm_loss, compute_mlm_loss, compute_prediction_loss
 from llm.siblings.padding import check_rows, positions_of, valid_of, without_padding
 from llm.tokenizer import Tokenizer
@@ -136,7 +136,7 @@ class Hyformer(nn.Module):
         path = located(name)
         said, tensors = open_folder(path, HyformerConfig)
         chosen = said if config is None else config
-        report = compared(chosen.args(), tensors, path, strict)
+        report = compared(shapes_of(chosen.args()), tensors, path, strict)
         model = unfilled(lambda: cls.from_config(chosen), drawn=bool(report.missing_keys)).to(tensors.dtype)
         fill(model, tensors)
         model.load_report = report

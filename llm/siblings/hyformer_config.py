@@ -29,7 +29,7 @@ OURS = {
 """Their keys and ours."""
 PRESET: dict[str, Any] = {"tie_embeddings": True, "rope_theta": 1e4, "rope_interleaved": False}
 """What its document says without a key."""
-ABOUT_FILES = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version")
+ABOUT_FILES = ("parts", "model_type", "architectures", "dtype", "torch_dtype", "transformers_version")
 """Keys of a config.json that say nothing of the model."""
 
 

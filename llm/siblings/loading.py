@@ -11,7 +11,7 @@ from torch import nn
 from llm.args import ModelArgs
 from llm.errors import UserError
 from llm.parameters import ParameterTable
-from llm.siblings.folder import INSIDE, Tensors
+from llm.siblings.folder import INSIDE, Shapes, Tensors
 
 Model = TypeVar("Model", bound=nn.Module)
 LOG = logging.getLogger(__name__)
@@ -51,9 +51,14 @@ def usable(device: str | torch.device | None) -> torch.device:
         raise UserError(f"device={device} cannot be used here: {reason}") from None
 
 
-def compared(args: ModelArgs, tensors: Tensors, path: Path, strict: bool) -> LoadReport:
-    """What the files miss and have beyond the model. UserError where that is not allowed, or shapes differ."""
-    ours = {f"{INSIDE}{name}": shape for name, shape in ParameterTable.of(args).shapes.items()}
+def shapes_of(args: ModelArgs) -> Shapes:
+    """The parameters of a sibling's model."""
+    return {f"{INSIDE}{name}": shape for name, shape in ParameterTable.of(args).shapes.items()}
+
+
+def compared(ours: Shapes, tensors: Tensors, path: Path, strict: bool) -> LoadReport:
+    """What the files miss and have beyond the model's parameters. UserError where that is not allowed, or shapes
+    differ."""
     report = LoadReport(
         tuple(name for name in ours if name not in tensors.shapes),
         tuple(sorted(name for name in tensors.shapes if name not in ours)),
@@ -85,7 +90,7 @@ def unfilled(build: Callable[[], Model], drawn: bool) -> Model:
 
 @torch.no_grad()
 def fill(model: nn.Module, tensors: Tensors) -> None:
-    """Copy into the model's parameters what the files have of them."""
-    for name, parameter in model.named_parameters():
+    """Copy into the model what the files have of it."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
         if name in tensors.shapes:
-            tensors.read(name, parameter)
+            tensors.read(name, tensor)

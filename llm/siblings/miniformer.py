@@ -5,10 +5,14 @@ through them one by one.
 """
 
 from llm.siblings.miniformer_config import TransformerConfig
+from llm.siblings.miniformer_layers import EncoderLayer, FeedForward, MultiHeadAttention
 from llm.siblings.miniformer_model import Transformer
 from llm.siblings.miniformer_train import TrainConfig, run_config
 
-__all__ = ["TrainConfig", "Transformer", "TransformerConfig", "run_config"]
+__all__ = [
+    "EncoderLayer", "FeedForward", "MultiHeadAttention", "TrainConfig", "Transformer", "TransformerConfig",
+    "run_config",
+]  # fmt: skip
 
 if __name__ == "__main__":
     from llm.parallel.launch import process

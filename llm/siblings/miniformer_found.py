@@ -19,8 +19,10 @@ def n_labels(train: TrainConfig) -> int:
     integers = all(name.lstrip("-").isdecimal() for name in names)
     found = max(map(int, names), default=0) + 1 if integers else len(names)
     if found < 2:
-        raise UserError(f"{train.train_path}: a classification has 2 classes or more; column {train.label_column!r} has "
-                        f"{', '.join(sorted(names)) or 'none'}")  # fmt: skip
+        has = ", ".join(sorted(names)) or "none"
+        raise UserError(
+            f"{train.train_path}: a classification has 2 classes or more; column {train.label_column!r} has {has}"
+        )
     return found
 
 

@@ -16,10 +16,15 @@ from llm.layers.prediction import in_units_of_labels
 from llm.model import LLM
 from llm.siblings.folder import open_folder, save_folder
 from llm.siblings.hub import located
-from llm.siblings.loading import LoadReport, compared, fill, refuse_pickle, unfilled, usable
+from llm.siblings.loading import LoadReport, compared, fill, refuse_pickle, shapes_of, unfilled, usable
 from llm.siblings.miniformer_config import TransformerConfig
+from llm.siblings.miniformer_layers import EncoderLayer, FeedForward, MultiHeadAttention
 from llm.siblings.padding import check_rows, positions_of, valid_of
+from llm.siblings.parts import Parts, installed
 from llm.tokenizer import Tokenizer
+
+BASES = {"attention": MultiHeadAttention, "feed_forward": FeedForward, "encoder_layer": EncoderLayer}
+"""What classes of one's own derive from, by the places that they take."""
 
 
 class Transformer(nn.Module):
@@ -28,11 +33,22 @@ class Transformer(nn.Module):
     load_report: LoadReport | None = None
     """What `from_pretrained` found; None where nothing was loaded."""
 
-    def __init__(self, config: TransformerConfig) -> None:
-        """Initial values are drawn by a seed that torch's generator gives (torch.manual_seed)."""
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        attention: type[MultiHeadAttention] | None = None,
+        feed_forward: type[FeedForward] | None = None,
+        encoder_layer: type[EncoderLayer] | None = None,
+    ) -> None:
+        """attention, feed_forward, encoder_layer: classes of your own in the places of the model's. Initial values are
+        drawn by a seed that torch's generator gives (torch.manual_seed)."""
         super().__init__()
         self.config = config
+        self.parts = Parts(attention, feed_forward, encoder_layer)
+        self.parts.check(BASES)
         self.llm = LLM(config.args(), seed=int(torch.randint(1 << 31, (), device="cpu")))
+        installed(self.llm, self.parts)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -127,23 +143,34 @@ class Transformer(nn.Module):
         """
         refuse_pickle(safe_serialization)
         kept = self.llm.tokenizer if tokenizer is None else tokenizer
-        save_folder(Path(save_directory), self.llm, self.config, kept)
+        save_folder(Path(save_directory), self.llm, self.config, kept, self.parts)
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, device: str | torch.device | None = None, strict: bool = True
+        cls,
+        name: str | Path,
+        device: str | torch.device | None = None,
+        strict: bool = True,
+        **parts: Any,
     ) -> "Transformer":
         """The model in a folder that `save_pretrained` wrote, in a run folder of the trainer, or in whatever else
         LLM.from_pretrained reads, in evaluation mode and in the dtype of its files.
 
         strict=False: what the files miss keeps initial values, what they have beyond is left out; `load_report` says
-        which. UserError in one line where it is not there, is damaged, does not fit, or device cannot be used.
+        which. parts: the classes that it was saved with, as the constructor takes them. UserError in one line where it
+        is not there, is damaged, does not fit, or device cannot be used.
         """
         place = usable(device)
         path = located(name)
-        config, tensors = open_folder(path, TransformerConfig)
-        report = compared(config.args(), tensors, path, strict)
-        model = unfilled(lambda: cls(config), drawn=bool(report.missing_keys)).to(tensors.dtype)
+        config, tensors = open_folder(path, TransformerConfig, Parts(**parts))
+        if parts:
+            model = cls(config, **parts)
+            shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+            report = compared(shapes, tensors, path, strict)
+        else:
+            report = compared(shapes_of(config.args()), tensors, path, strict)
+            model = unfilled(lambda: cls(config), drawn=bool(report.missing_keys))
+        model = model.to(tensors.dtype)
         fill(model, tensors)
         model.load_report = report
         model.llm.origin = path

@@ -30,7 +30,8 @@ def checked(record: Any, place: str) -> Record:
 def column_of(record: Record, column: str, place: str) -> Any:
     """The value of a column. UserError naming file, line and column where there is none."""
     if column not in record:
-        raise UserError(f"{place}: has no column {column!r}; it has {', '.join(map(repr, list(record)[:20])) or 'none'}")
+        names = ", ".join(map(repr, list(record)[:20])) or "none"
+        raise UserError(f"{place}: has no column {column!r}; it has {names}")
     return record[column]
 
 

@@ -74,7 +74,8 @@ def trained(train: TrainConfig, vocab_size: int | None) -> tuple[TokenizerConfig
     config = TokenizerConfig(kind="sentencepiece", path=str(file))
     size = SentencePieceTokenizer(model).vocab_size
     few = f" of {wanted:,}, as the text has no more pieces" if size < wanted else ""
-    return config, [f"tokenizer: none is named or beside the data; trained on --train_path: {size:,} tokens{few}: {file}"]
+    how = f"trained on {train.train_path}: {size:,} tokens{few}: {file}"
+    return config, [f"tokenizer: none is named or beside the data; {how}"]
 
 
 def _trained(train: TrainConfig, wanted: int) -> bytes:
