@@ -5,13 +5,14 @@ through them one by one.
 """
 
 from llm.siblings.miniformer_config import TransformerConfig
-from llm.siblings.miniformer_layers import EncoderLayer, FeedForward, MultiHeadAttention
+from llm.siblings.miniformer_layers import DecoderLayer, EncoderLayer, FeedForward, MultiHeadAttention
 from llm.siblings.miniformer_model import Transformer
+from llm.siblings.miniformer_seq2seq import Seq2SeqTransformer
 from llm.siblings.miniformer_train import TrainConfig, run_config
 
 __all__ = [
-    "EncoderLayer", "FeedForward", "MultiHeadAttention", "TrainConfig", "Transformer", "TransformerConfig",
-    "run_config",
+    "DecoderLayer", "EncoderLayer", "FeedForward", "MultiHeadAttention", "Seq2SeqTransformer", "TrainConfig",
+    "Transformer", "TransformerConfig", "run_config",
 ]  # fmt: skip
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from llm.malloc import keep_freed
 from llm.parallel.collectives import main_decides
 from llm.parallel.launch import process
 from llm.parallel.launch.world import World
-from llm.siblings.miniformer_config import TransformerConfig, json_object
+from llm.siblings.miniformer_config import EncoderDecoderConfig, TransformerConfig, json_object
 from llm.siblings.miniformer_found import longest_record, n_labels
 from llm.siblings.miniformer_tokenizer import beside, named, trained
 from llm.siblings.miniformer_train import TrainConfig, run_config
@@ -115,7 +115,8 @@ def resolve(asked: Flags, overrides: dict[str, Any], ranks: int = 1) -> tuple[Ru
             what = "classes" if asked.task == "classification" else "values a row"
             notes.append(f"{asked.train_path}: {said['num_labels']} {what}")
     model = TransformerConfig.from_dict({"vocab_size": 1} | said, GIVEN)
-    _args(model, asked)  # before a tokenizer is trained
+    if asked.model == "seq2seq":
+        _check_sides(model)  # before a tokenizer is trained
     tokenizer, about = _tokenizer(asked, size)
     opened = load_tokenizer(tokenizer)
     if size is not None and size < opened.vocab_size:
@@ -131,9 +132,9 @@ def resolve(asked: Flags, overrides: dict[str, Any], ranks: int = 1) -> tuple[Ru
     return config, [*about, *notes]
 
 
-def _args(model: TransformerConfig, asked: Flags) -> None:
+def _check_sides(model: TransformerConfig) -> None:
     try:
-        model.args(encoder_decoder=asked.model == "seq2seq")
+        EncoderDecoderConfig.like(model)
     except ValueError as error:
         raise UserError(f"{GIVEN}: {error}") from None
 

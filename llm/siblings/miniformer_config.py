@@ -7,7 +7,7 @@ layer norms, two matrices, biases. RoPE has base 10,000 and turns the two halves
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import ValidationError
 
@@ -94,8 +94,8 @@ class TransformerConfig:
         """`causal`, resolved."""
         return not self.of_rows if self.causal is None else self.causal
 
-    def args(self, encoder_decoder: bool = False) -> ModelArgs:
-        """The model: one stack of layers, or an encoder and a decoder of so many each."""
+    def args(self) -> ModelArgs:
+        """The model."""
         self._check()
         gated = self.activation == SWIGLU
         said: dict[str, Any] = {
@@ -116,11 +116,8 @@ class TransformerConfig:
             said |= {"prediction_causal": self.is_causal}
         else:
             said |= {"causal": self.is_causal}
-        if encoder_decoder:
-            self._check_encoder_decoder()
-            said |= {"encoder_layers": self.n_layers}
         try:
-            return ModelArgs.model_validate(said | self._rotation() | self.model_args)
+            return ModelArgs.model_validate(said | self._sides() | self._rotation() | self.model_args)
         except ValidationError as error:
             raise ValueError(_first_fault(error)) from None
 
@@ -152,13 +149,9 @@ class TransformerConfig:
         if self.num_labels is not None:
             _whole("num_labels", self.num_labels)
 
-    def _check_encoder_decoder(self) -> None:
-        """ValueError where an encoder-decoder cannot be what the keys say."""
-        if self.head != "tokens" or not self.is_causal:
-            raise ValueError(
-                f"head={self.head}, causal={self.causal}: an encoder-decoder writes tokens, one after the other; leave "
-                f"both out"
-            )
+    def _sides(self) -> dict[str, Any]:
+        """Which layers there are beside those of the stack."""
+        return {}
 
     def _rotation(self) -> dict[str, Any]:
         """How positions are known: int(head width x rotary_pct) rounded down to an even number is rotated."""
@@ -170,8 +163,9 @@ class TransformerConfig:
         return {"rope_pct": share if int(head * share) == width else math.nextafter(share, 1)}
 
     @classmethod
-    def of(cls, args: ModelArgs) -> "TransformerConfig":
-        """The config that says what a model is."""
+    def of(cls, args: ModelArgs) -> Self:
+        """The config that says what a model is. UserError where this class has no such model."""
+        cls._check_sides(args)
         rotates = args.pos == "rope"
         said: dict[str, Any] = {
             "vocab_size": args.vocab_size,
@@ -200,15 +194,20 @@ class TransformerConfig:
         return cls(**said, model_args=others)
 
     @classmethod
-    def from_text(cls, text: str | bytes, name: str) -> "TransformerConfig":
+    def _check_sides(cls, args: ModelArgs) -> None:
+        if args.encoder_layers:
+            raise UserError("the model has an encoder and a decoder; Seq2SeqTransformer reads it")
+
+    @classmethod
+    def from_text(cls, text: str | bytes, name: str) -> Self:
         """The config that JSON says. UserError naming where it stands, `name`, and the key."""
         found = json_object(text, name)
-        if found.get("model_type", MODEL_TYPE) != MODEL_TYPE:
-            raise UserError(f"{name}: model_type={found['model_type']}; a Miniformer's is {MODEL_TYPE}")
+        if found.get("model_type", cls.model_type) != cls.model_type:
+            raise UserError(f"{name}: model_type={found['model_type']}; this model's is {cls.model_type}")
         return cls.from_dict({key: value for key, value in found.items() if key not in ABOUT_FILES}, name)
 
     @classmethod
-    def from_dict(cls, said: dict[str, Any], name: str) -> "TransformerConfig":
+    def from_dict(cls, said: dict[str, Any], name: str) -> Self:
         """The config of these keys. UserError naming where they stand, `name`, and the key."""
         known = [entry.name for entry in fields(cls)]
         if unknown := sorted(said.keys() - set(known)):
@@ -228,6 +227,36 @@ class TransformerConfig:
             for key, value in asdict(self).items()
             if key not in usual or value not in (usual[key].default, {})
         }
+
+
+@dataclass
+class EncoderDecoderConfig(TransformerConfig):
+    """The same of an encoder and a decoder of n_layers each. model_args may give the encoder another number."""
+
+    model_type: ClassVar[str] = "miniformer_seq2seq"
+
+    @classmethod
+    def like(cls, config: TransformerConfig) -> "EncoderDecoderConfig":
+        """The config whose sides are as those of a stack. ValueError where they cannot be."""
+        return config if isinstance(config, cls) else cls(**asdict(config))
+
+    def _sides(self) -> dict[str, Any]:
+        if self.head != "tokens" or not self.is_causal:
+            raise ValueError(
+                f"head={self.head}, causal={self.causal}: an encoder-decoder writes tokens, one after the other; leave "
+                f"both out"
+            )
+        return {"encoder_layers": self.n_layers}
+
+    @classmethod
+    def _check_sides(cls, args: ModelArgs) -> None:
+        if not args.encoder_layers:
+            raise UserError("the model is one stack of layers; Transformer reads it")
+
+
+def config_of(args: ModelArgs) -> TransformerConfig:
+    """The config that says what a model is, of either class."""
+    return EncoderDecoderConfig.of(args) if args.encoder_layers else TransformerConfig.of(args)
 
 
 def json_object(text: str | bytes, name: str) -> dict[str, Any]:

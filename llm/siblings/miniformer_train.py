@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from llm.args.layers import either
-from llm.siblings.miniformer_config import TransformerConfig
+from llm.siblings.miniformer_config import EncoderDecoderConfig, TransformerConfig
 from llm.tokenizer import TokenizerConfig
 from llm.train.config import RunConfig
 from llm.train.config.load import validate
@@ -116,7 +116,7 @@ def run_config(
 def raw_config(train: TrainConfig, model: TransformerConfig, tokenizer: TokenizerConfig, ranks: int) -> dict[str, Any]:
     """The same as it would stand in a YAML file."""
     seq_len = model.max_seq_len if train.seq_len is None else train.seq_len
-    args = model.args(encoder_decoder=train.model == "seq2seq")
+    args = (EncoderDecoderConfig.like(model) if train.model == "seq2seq" else model).args()
     raw: dict[str, Any] = {
         "model": args.model_dump(mode="json", exclude_unset=True),
         "tokenizer": tokenizer.model_dump(mode="json", exclude_unset=True),

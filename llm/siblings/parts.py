@@ -23,7 +23,7 @@ from llm.model import LLM
 
 Part = type[Any]
 """A class of modules with a class method of_layer(args, spec): the module of one layer, called as the one whose place
-it takes."""
+it takes. Of attention also with cross=True, for a decoder's attention to the encoder."""
 
 
 @dataclass(frozen=True)
@@ -62,26 +62,24 @@ def installed(model: LLM, parts: Parts) -> LLM:
     """The model with these classes in the places of its own, in place."""
     blocks = {name: module for name, module in model.named_modules() if isinstance(module, Block)}
     for name, block in blocks.items():
-        layer = parts.decoder_layer if _crosses(block.spec) else parts.encoder_layer
+        layer = parts.decoder_layer if block.spec.cross else parts.encoder_layer
         if layer is not None:
             block = _put(model, name, layer, model.args, block.spec)
         if parts.attention is not None and block.spec.attention is not None:
             _put(model, f"{name}.attention", parts.attention, model.args, block.spec)
+        if parts.attention is not None and block.spec.cross:
+            _put(model, f"{name}.cross", parts.attention, model.args, block.spec, cross=True)
         if parts.feed_forward is not None and block.spec.ffn == "dense":
             _put(model, f"{name}.feed_forward", parts.feed_forward, model.args, block.spec)
     return model
 
 
-def _crosses(spec: LayerSpec) -> bool:
-    return bool(getattr(spec, "cross", False))
-
-
-def _put(model: LLM, name: str, part: Part, args: ModelArgs, spec: LayerSpec) -> Any:
+def _put(model: LLM, name: str, part: Part, args: ModelArgs, spec: LayerSpec, **how: bool) -> Any:
     """Put a part in the place of a module of the model, with its values, device, dtype and mode."""
     before = model.get_submodule(name)
     like = next(model.parameters())
     with torch.device(like.device):
-        made = part.of_layer(args, spec).to(like.dtype)
+        made = part.of_layer(args, spec, **how).to(like.dtype)
     made.train(before.training)
     _take_values(made, before)
     holder, _, last = name.rpartition(".")

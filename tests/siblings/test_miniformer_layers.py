@@ -2,6 +2,7 @@
 saved, and read only with their classes."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,36 +17,36 @@ from tests.siblings.test_miniformer import CLOSE, config, ids, transformer
 class ScaledAttention(MultiHeadAttention):
     """Multiplies what attention gives with a number that is learned."""
 
-    def __init__(self, config: TransformerConfig, spec: object = None) -> None:
-        super().__init__(config, spec)  # type: ignore[arg-type]
+    def __init__(self, config: TransformerConfig, *place: Any) -> None:
+        super().__init__(config, *place)
         self.scale = nn.Parameter(torch.full((config.d_model,), 0.5))
 
-    def forward(self, x: Tensor, ctx: object = None) -> Tensor:
-        return super().forward(x, ctx) * self.scale  # type: ignore[arg-type]
+    def forward(self, x: Tensor, *call: Any) -> Tensor:
+        return super().forward(x, *call) * self.scale
 
 
 class WiderFeedForward(FeedForward):
     """Adds a second, linear way, and counts its calls."""
 
-    def __init__(self, config: TransformerConfig, spec: object = None) -> None:
-        super().__init__(config, spec)  # type: ignore[arg-type]
+    def __init__(self, config: TransformerConfig, *place: Any) -> None:
+        super().__init__(config, *place)
         self.bypass = nn.Linear(config.d_model, config.d_model)
         self.register_buffer("calls", torch.zeros((), dtype=torch.float32))
 
-    def forward(self, x: Tensor, ctx: object = None) -> Tensor:
+    def forward(self, x: Tensor, *call: Any) -> Tensor:
         self.calls += 1
-        return super().forward(x, ctx) + self.bypass(x)  # type: ignore[arg-type]
+        return super().forward(x, *call) + self.bypass(x)
 
 
 class GatedLayer(EncoderLayer):
     """Passes only a learned share of what the layer changes."""
 
-    def __init__(self, config: TransformerConfig, spec: object = None) -> None:
-        super().__init__(config, spec)  # type: ignore[arg-type]
+    def __init__(self, config: TransformerConfig, *place: Any) -> None:
+        super().__init__(config, *place)
         self.share = nn.Parameter(torch.tensor([0.25]))
 
-    def forward(self, x: Tensor, ctx: object = None) -> Tensor:
-        return x + self.share * (super().forward(x, ctx) - x)  # type: ignore[arg-type]
+    def forward(self, x: Tensor, *call: Any) -> Tensor:
+        return x + self.share * (super().forward(x, *call) - x)
 
 
 OWN = {"attention": ScaledAttention, "feed_forward": WiderFeedForward, "encoder_layer": GatedLayer}
