@@ -18,7 +18,7 @@ import torch
 from llm.cli import run_cli
 from llm.errors import NoTokenizer
 from llm.export.files import Format, export_model, refuse_without_packages
-from llm.export.graphs import What
+from llm.export.kinds import What
 from llm.export.refusals import refuse_unexportable
 from llm.paths import PathText, check_free
 from llm.pretrained import args_of, load_model, taken_from, tokenizer_of
@@ -38,8 +38,9 @@ def export(
     model: run, checkpoint, model folder, or foreign folder
     output: folder to make: model.onnx or model.pt2, and export.json, which says what goes in and what comes out
     format: onnx, or torch (torch.export)
-    what: llm, logits of whole rows; step, the same of new tokens after keys and values that come in and go out; or
-        encoder, hidden states of a model that reads both ways
+    what: llm, logits of whole rows; step, the same of new tokens after keys and values that come in and go out;
+        encoder, hidden states of a model that reads both ways, or what the encoder of an encoder-decoder makes of a
+        source; encoder_decoder, logits of whole targets and their sources
     check: run the graph before the folder is there, and compare its numbers with the model's
     average: the moving average of the weights, of a run with optim.ema_decay
     text_only: leave out the vision tower of a foreign folder

@@ -30,10 +30,7 @@ class GraphAttend:
 
     def __call__(self, layer: int, spec: AttentionSpec, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
         seen = seen_by_position(self._query, self._key, spec.mask, spec.span, self._causal)
-        groups = q_BTHd.shape[2] // k_BTKd.shape[2]
-        k, v = (x.repeat_interleave(groups, dim=2) if groups > 1 else x for x in (k_BTKd, v_BTKd))
-        q, k, v = (x.transpose(1, 2) for x in (q_BTHd, k, v))
-        return masked_attention(q, k, v, seen, scores_of(spec)).transpose(1, 2)
+        return _attended(spec, q_BTHd, k_BTKd, v_BTKd, seen)
 
 
 class StepAttend(GraphAttend):
@@ -57,6 +54,32 @@ class StepAttend(GraphAttend):
         """Keys and values of all tokens, (L, B, S + T, K, d)."""
         keys, values = zip(*self._made, strict=True)
         return torch.stack(keys), torch.stack(values)
+
+
+class GraphAcross:
+    """Attention of a decoder's tokens to the source of the same row, which is one document; padding is not seen."""
+
+    def __init__(
+        self, source_positions_BS: Tensor, keys: Tensor | None = None, values: Tensor | None = None
+    ) -> None:
+        """keys, values: (L, B, S, K, d), where they come with the call; otherwise the layers make them of a memory."""
+        self._seen = (source_positions_BS >= 0)[:, None, None, :]
+        self._keys, self._values = keys, values
+
+    def __call__(
+        self, layer: int, spec: AttentionSpec, q_BTHd: Tensor, k_BSKd: Tensor | None, v_BSKd: Tensor | None
+    ) -> Tensor:
+        if k_BSKd is None or v_BSKd is None:
+            assert self._keys is not None and self._values is not None
+            k_BSKd, v_BSKd = self._keys[layer], self._values[layer]
+        return _attended(spec, q_BTHd, k_BSKd, v_BSKd, self._seen)
+
+
+def _attended(spec: AttentionSpec, q_BTHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, seen_B1TS: Tensor) -> Tensor:
+    groups = q_BTHd.shape[2] // k_BSKd.shape[2]
+    k, v = (x.repeat_interleave(groups, dim=2) if groups > 1 else x for x in (k_BSKd, v_BSKd))
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHd, k, v))
+    return masked_attention(q, k, v, seen_B1TS, scores_of(spec)).transpose(1, 2)
 
 
 def graph_context(

@@ -21,7 +21,8 @@ from torch.export import Dim, ExportedProgram
 from llm.atomic import new_directory
 from llm.errors import UserError
 from llm.export.check import Runner, largest_difference
-from llm.export.graphs import Graph, Port, What, graph_of, most_tokens, sized
+from llm.export.graphs import Graph, Port, Ports, most_tokens, sized
+from llm.export.kinds import What, graph_of
 from llm.model import LLM
 from llm.paths import check_free
 from llm.tokenizer import Tokenizer
@@ -117,16 +118,16 @@ def program_of(graph: Graph) -> ExportedProgram:
         "past": Dim("past", min=0),
         "source": Dim("source", min=1) if longest is None else Dim("source", min=1, max=longest),
     }
-    free = {
-        name: {i: sizes[size] for i, size in enumerate(port.shape) if isinstance(size, str)}
-        for name, port in graph.inputs.items()
-    }
-    example = tuple(_example(graph, name, port) for name, port in graph.inputs.items())
+    free = tuple(
+        {i: sizes[size] for i, size in enumerate(port.shape) if isinstance(size, str)}
+        for port in graph.inputs.values()
+    )
+    example = tuple(_example(name, port) for name, port in graph.inputs.items())
     with _quiet():
         return torch.export.export(graph, example, dynamic_shapes=free)
 
 
-def _example(graph: Graph, name: str, port: Port) -> Tensor:
+def _example(name: str, port: Port) -> Tensor:
     shape = sized(port.shape, EXAMPLE)
     if "positions" in name:
         return torch.arange(shape[1]).expand(shape).contiguous()
@@ -188,7 +189,7 @@ def runner_of(folder: Path, format: Format, graph: Graph) -> Runner:
     return run_onnx
 
 
-def _ports(ports: Mapping[str, Port]) -> list[dict[str, Any]]:
+def _ports(ports: Ports) -> list[dict[str, Any]]:
     return [
         {"name": name, "dtype": str(port.dtype).removeprefix("torch."), "shape": list(port.shape)}
         for name, port in ports.items()

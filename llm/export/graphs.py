@@ -1,11 +1,11 @@
-"""The graphs that a model can be exported as: modules whose inputs and outputs are tensors alone.
+"""The graphs that a model without an encoder can be exported as: modules whose inputs and outputs are tensors alone.
 
 Shapes: B batch, T new tokens, S earlier ones, L layers, K kv heads, d head width, D model width, V vocabulary.
 """
 
 import copy
-from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,9 @@ from llm.datatypes import TransformerInput
 from llm.errors import UserError
 from llm.export.attend import GraphAttend, StepAttend, graph_context
 from llm.export.experts import with_dense_experts
-from llm.export.refusals import refuse_unexportable
+from llm.layers.context import Context
 from llm.model import LLM
 
-What = Literal["llm", "step", "encoder"]
 Shape = tuple[str | int, ...]
 """Sizes that change from call to call have a name."""
 
@@ -30,18 +29,23 @@ class Port(NamedTuple):
     shape: Shape
 
 
+Ports = dict[str, Port]
+"""By name, in the order of arguments or results."""
+
+
 def sized(shape: Shape, sizes: Mapping[str, int]) -> list[int]:
     """A shape with these sizes in the place of their names."""
     return [sizes[size] if isinstance(size, str) else size for size in shape]
 
 
 class Graph(nn.Module):
-    """A model to be exported, without gradients; it shares the model's parameters."""
+    """A model to be exported, without gradients; it shares the model's parameters. What it reads are tokens, or values
+    of a model that reads those; what it predicts likewise."""
 
-    inputs: Mapping[str, Port]
-    """By name, in the order of the arguments of `forward`."""
-    outputs: Mapping[str, Port]
-    """By name, in the order of the results of `forward`."""
+    inputs: Ports
+    """Arguments of `forward`."""
+    outputs: Ports
+    """Results of `forward`, which returns a tensor where there is one."""
 
     def __init__(self, model: LLM) -> None:
         super().__init__()
@@ -49,13 +53,43 @@ class Graph(nn.Module):
         self.model = copy.deepcopy(model, {id(one): one for one in shared})
         with_dense_experts(self.model)
         self.args = model.args
+        self.dtype = next(model.parameters()).dtype
         self.eval()
 
-    def hidden(self, tokens: Tensor, positions: Tensor, attend: GraphAttend) -> Tensor:
+    def rows(self, size: str = "length", tokens: str = "tokens", values: str = "values") -> Ports:
+        """What comes in of one side, by the name of either kind."""
+        if self.args.input_dim is None:
+            return {tokens: Port(torch.int64, ("batch", size))}
+        return {values: Port(torch.float32, ("batch", size, self.args.input_dim))}
+
+    def predictions(self) -> Ports:
+        """What goes out of each row."""
+        if self.args.output_dim is None:
+            return {"logits": Port(torch.float32, ("batch", "length", self.args.vocab_size))}
+        return {"outputs": Port(torch.float32, ("batch", "length", self.args.output_dim))}
+
+    def predicted(self, hidden: Tensor) -> Tensor:
+        """That, of final hidden states."""
+        if self.args.output_dim is None:
+            return self.model.logits(hidden)
+        return self.model.in_units(self.model.values(hidden))
+
+    def context(self, rows: Tensor, positions: Tensor, attend: GraphAttend) -> Context:
+        """What the decoder's layers share, or those of a model without an encoder."""
+        return graph_context(self.args, self.model.specs, rows, positions, attend)
+
+    def hidden(self, rows: Tensor, ctx: Context, source: Tensor | None = None) -> Tensor:
         """Final hidden states (B, T, D)."""
-        ctx = graph_context(self.args, self.model.specs, tokens, positions, attend)
-        found, _ = self.model.run(self.model.units, None, TransformerInput(tokens), ctx)
+        inputs = TransformerInput.of(rows)
+        if source is not None:
+            inputs.source = TransformerInput.of(source)
+        found, _ = self.model.run(self.model.units, None, inputs, ctx)
         return found
+
+
+def counted(rows: Tensor) -> Tensor:
+    """Positions from 0, (1, T)."""
+    return torch.arange(rows.shape[1], device=rows.device)[None]
 
 
 class Plain(Graph):
@@ -66,12 +100,11 @@ class Plain(Graph):
         super().__init__(model)
         if not model.args.causal:
             raise UserError("model.causal=false: tokens see padding behind them; export it as `encoder`")
-        self.inputs = {"tokens": Port(torch.int64, ("batch", "length"))}
-        self.outputs = {"logits": Port(torch.float32, ("batch", "length", model.args.vocab_size))}
+        self.inputs, self.outputs = self.rows(), self.predictions()
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        return self.model.logits(self.hidden(tokens, positions, GraphAttend(positions, causal=True)))
+    def forward(self, rows: Tensor) -> Tensor:
+        positions = counted(rows)
+        return self.predicted(self.hidden(rows, self.context(rows, positions, GraphAttend(positions, causal=True))))
 
 
 class Step(Graph):
@@ -81,31 +114,32 @@ class Step(Graph):
 
     def __init__(self, model: LLM) -> None:
         super().__init__(model)
-        args = model.args
-        if not args.causal:
+        if not model.args.causal:
             raise UserError("model.causal=false: tokens see those behind them, so there are no steps")
-        layers, heads, dtype = args.n_layers, (args.kv_heads, args.head_width), next(model.parameters()).dtype
-        self.inputs = {
-            "tokens": Port(torch.int64, ("batch", "length")),
+        past, whole = self.kept("past"), self.kept("past + length")
+        self.inputs = self.rows() | {
             "positions": Port(torch.int64, ("batch", "length")),
             "past_positions": Port(torch.int64, ("batch", "past")),
-            "past_keys": Port(dtype, (layers, "batch", "past", *heads)),
-            "past_values": Port(dtype, (layers, "batch", "past", *heads)),
+            "past_keys": past,
+            "past_values": past,
         }
-        whole = "past + length"
-        self.outputs = {
-            "logits": Port(torch.float32, ("batch", "length", args.vocab_size)),
-            "all_positions": Port(torch.int64, ("batch", whole)),
-            "keys": Port(dtype, (layers, "batch", whole, *heads)),
-            "values": Port(dtype, (layers, "batch", whole, *heads)),
+        self.outputs = self.predictions() | {
+            "all_positions": Port(torch.int64, ("batch", "past + length")),
+            "keys": whole,
+            "values": whole,
         }
 
+    def kept(self, size: str) -> Port:
+        """Keys or values of so many tokens, for all layers."""
+        args = self.args
+        return Port(self.dtype, (args.n_layers, "batch", size, args.kv_heads, args.head_width))
+
     def forward(
-        self, tokens: Tensor, positions: Tensor, past_positions: Tensor, past_keys: Tensor, past_values: Tensor
+        self, rows: Tensor, positions: Tensor, past_positions: Tensor, past_keys: Tensor, past_values: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         attend = StepAttend(positions, past_positions, past_keys, past_values)
-        logits = self.model.logits(self.hidden(tokens, positions, attend))
-        return logits, attend.positions, *attend.remembered()
+        found = self.predicted(self.hidden(rows, self.context(rows, positions, attend)))
+        return found, attend.positions, *attend.remembered()
 
 
 class Encoder(Graph):
@@ -116,23 +150,11 @@ class Encoder(Graph):
         args = model.args
         if args.causal and (not args.n_prediction or args.prediction_causal):
             raise UserError("model.causal=true: the model reads from left to right; export it as `llm` or `step`")
-        self.inputs = {
-            "tokens": Port(torch.int64, ("batch", "length")),
-            "positions": Port(torch.int64, ("batch", "length")),
-        }
-        self.outputs = {"hidden": Port(next(model.parameters()).dtype, ("batch", "length", args.dim))}
+        self.inputs = self.rows() | {"positions": Port(torch.int64, ("batch", "length"))}
+        self.outputs = {"hidden": Port(self.dtype, ("batch", "length", args.dim))}
 
-    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        return self.hidden(tokens, positions, GraphAttend(positions, causal=False))
-
-
-GRAPHS: Mapping[What, Callable[[LLM], Graph]] = {"llm": Plain, "step": Step, "encoder": Encoder}
-
-
-def graph_of(model: LLM, what: What) -> Graph:
-    """The model as the graph of this name. UserError naming what of it cannot be exported."""
-    refuse_unexportable(model.args)
-    return GRAPHS[what](model)
+    def forward(self, rows: Tensor, positions: Tensor) -> Tensor:
+        return self.hidden(rows, self.context(rows, positions, GraphAttend(positions, causal=False)))
 
 
 def most_tokens(args: ModelArgs) -> int | None:

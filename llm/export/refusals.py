@@ -17,10 +17,6 @@ def refuse_unexportable(args: ModelArgs) -> None:
             "model.vision: pictures are cut into tiles by their contents, which a graph cannot do; a foreign folder "
             "can be read with --text_only"
         )
-    if args.input_dim is not None or args.output_dim is not None:
-        raise UserError("model.input_dim and output_dim: models of values are not exported; those of tokens are")
-    if args.encoder_layers:
-        raise UserError(f"model.encoder_layers={args.encoder_layers}: encoder-decoders are not exported yet")
     if args.rope_scaling is not None and args.rope_scaling.kind == "dynamic":
         raise UserError(
             "model.rope_scaling.kind=dynamic turns by the length of the whole document, which a step does not know; "

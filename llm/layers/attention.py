@@ -114,14 +114,16 @@ class Attention(nn.Module, InRegion):
     def _across(self, x: Tensor, ctx: Context, memory_BSD: Tensor | None) -> Tensor:
         """The same, of the values of the memory."""
         q = self._normed(self.wq(x, ctx.keys_N).unflatten(-1, (-1, self.head_dim)), self.q_norm)
-        k, v = None, None
-        if memory_BSD is not None:
-            assert ctx.source is not None
-            memory = self._entered(memory_BSD, ctx.source)
-            k, v = (w(memory, ctx.source.keys_N).unflatten(-1, (-1, self.head_dim)) for w in (self.wk, self.wv))
-            k = self._normed(k, self.k_norm)
+        k, v = (None, None) if memory_BSD is None else self.of_memory(memory_BSD, ctx)
         assert ctx.across is not None
         return self._attended(ctx.across, q, k, v)
+
+    def of_memory(self, memory_BSD: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Keys and values of a memory for cross attention, (B, S, K, d)."""
+        assert ctx.source is not None
+        memory = self._entered(memory_BSD, ctx.source)
+        k, v = (w(memory, ctx.source.keys_N).unflatten(-1, (-1, self.head_dim)) for w in (self.wk, self.wv))
+        return self._normed(k, self.k_norm), v
 
     def _placed(self, heads: Tensor, norm: nn.Module | None, rotation_BT1m: Tensor | Turns | None) -> Tensor:
         """Queries or keys as scores are made of them."""

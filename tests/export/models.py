@@ -31,6 +31,7 @@ DECODERS: Mapping[str, dict[str, Any]] = {
     "learned": {"pos": "learned", "max_seq_len": 40},
     "yarn": {"rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_position": 16}},
     "llama3": {"rope_scaling": {"kind": "llama3", "factor": 4.0, "original_max_position": 16}},
+    "values": {"input_dim": 3, "output_dim": 2, "output_mean": (1.0, 2.0), "output_std": (3.0, 0.5)},
     "linear": {"rope_scaling": {"kind": "linear", "factor": 4.0, "original_max_position": 16}},
 }  # fmt: skip
 ENCODERS: Mapping[str, dict[str, Any]] = {
@@ -40,6 +41,15 @@ ENCODERS: Mapping[str, dict[str, Any]] = {
     },
     "modern": {"causal": False, "sliding_window": 4, "layer_pattern": ["attn:full", "attn:window"]},
 }  # fmt: skip
+SIDED: Mapping[str, dict[str, Any]] = {
+    "transformer": {
+        "encoder_layers": 2, "pos": "sinusoidal", "norm": "layer", "norm_place": "post_add", "gated": False,
+        "act": "relu", "ffn_bias": True, "qkv_bias": True, "o_bias": True, "n_kv_heads": 4,
+    },
+    "modern": {"encoder_layers": 3, "qk_norm": "head", "moe": MOE, "tie_embeddings": True, "sliding_window": 4},
+    "values": {"encoder_layers": 1, "pos": "learned", "max_seq_len": 40, "input_dim": 3, "output_dim": 2},
+}  # fmt: skip
+"""Encoder-decoders."""
 
 
 def model_of(**keys: Any) -> LLM:

@@ -10,9 +10,9 @@ from llm import LLM
 from llm.errors import UserError
 from llm.export.check import TOLERANCE, largest_difference
 from llm.export.files import export_model, program_of
-from llm.export.graphs import graph_of
+from llm.export.kinds import graph_of
 from llm.tokenizer import ByteTokenizer
-from tests.export.models import DECODERS, ENCODERS, MOE, eager, model_of
+from tests.export.models import DECODERS, ENCODERS, MOE, SIDED, eager, model_of
 from tools.export import main
 
 # other sums than those of the model: masked attention for attention by segments, all experts for those chosen
@@ -31,6 +31,14 @@ def test_a_graph_equals_the_model(name: str, what: str) -> None:
 def test_an_encoder_equals_the_model_beside_padding(name: str) -> None:
     model = model_of(**ENCODERS[name])
     graph = graph_of(model, "encoder")
+    assert largest_difference(model, graph, eager(graph)) < ROUNDING
+
+
+@pytest.mark.parametrize("name", SIDED)
+@pytest.mark.parametrize("what", ["encoder_decoder", "encoder", "step"])
+def test_the_graphs_of_an_encoder_decoder_equal_it_beside_padding(name: str, what: str) -> None:
+    model = model_of(**SIDED[name])
+    graph = graph_of(model, what)
     assert largest_difference(model, graph, eager(graph)) < ROUNDING
 
 
@@ -58,7 +66,7 @@ def test_a_graph_that_computes_something_else_is_refused() -> None:
     graph = graph_of(model, "llm")
     with torch.no_grad():
         other = eager(graph_of(model_of(rope_theta=1e4), "llm"))
-    with pytest.raises(UserError, match="the graph's logits differs from the model's by .* in 1 rows of 2 tokens"):
+    with pytest.raises(UserError, match="the graph's logits differs from the model's by .* in 1 rows of 2"):
         largest_difference(model, graph, other)
 
 
@@ -69,6 +77,8 @@ def test_a_graph_that_computes_something_else_is_refused() -> None:
         ({"lora": {"rank": 2}}, "llm", "model.lora: adapters are exported merged"),
         ({"causal": False}, "llm", "export it as `encoder`"),
         ({"causal": False}, "step", "there are no steps"),
+        ({"encoder_layers": 1}, "llm", "llm: model.encoder_layers=1; possible are encoder_decoder, encoder, step"),
+        ({}, "encoder_decoder", "encoder_decoder: model.encoder_layers=0; possible are llm, step, encoder"),
         ({}, "encoder", "export it as `llm` or `step`"),
     ],
 )

@@ -8,17 +8,23 @@ import pytest
 from llm.errors import UserError
 from llm.export.check import TOLERANCE
 from llm.export.files import export_model
-from tests.export.models import DECODERS, ENCODERS, model_of
+from tests.export.models import DECODERS, ENCODERS, SIDED, model_of
 
-KINDS = [*((name, what) for name in DECODERS for what in ("llm", "step")), *((name, "encoder") for name in ENCODERS)]
+KINDS = [
+    *((keys, what) for keys in DECODERS.values() for what in ("llm", "step")),
+    *((keys, "encoder") for keys in ENCODERS.values()),
+    *((keys, what) for keys in SIDED.values() for what in ("encoder_decoder", "encoder", "step")),
+]
+NAMES = [*(f"{name}-{what}" for name in DECODERS for what in ("llm", "step")), *ENCODERS]
+NAMES += [f"{name}-{what}" for name in SIDED for what in ("encoder_decoder", "encoder", "step")]
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("name", "what"), KINDS)
-def test_onnxruntime_computes_what_the_model_does(name: str, what: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("keys", "what"), KINDS, ids=NAMES)
+def test_onnxruntime_computes_what_the_model_does(keys: dict, what: str, tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
-    model = model_of(**{**DECODERS, **ENCODERS}[name])
+    model = model_of(**keys)
     made = export_model(model, tmp_path / "out", what=what, check=True)
     assert made.difference is not None and made.difference < TOLERANCE
     said = json.loads((tmp_path / "out" / "export.json").read_text())
