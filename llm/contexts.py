@@ -12,11 +12,12 @@ from torch import Tensor
 
 from llm.args import LayerSpec, ModelArgs
 from llm.args.layers import attention_specs
+from llm.args.route import RouteArgs
 from llm.cache import Ints, Remembered
 from llm.datatypes import TransformerInput
 from llm.layers.across import AcrossMasks
 from llm.layers.branches import BranchMasks
-from llm.layers.context import Context, angles, temperature
+from llm.layers.context import Budget, Context, angles, temperature
 from llm.layers.dropout import AttentionDropout, source_keys
 from llm.layers.features import check_features
 from llm.layers.masks import Attend, AttentionMasks, document_lengths, starts
@@ -82,6 +83,7 @@ def make_context(
         starts_BT=torch.from_numpy(starts(positions_BT, document_starts)).to(device) if stateful else None,
         documents_BT=_documents(positions_BT, document_starts, device) if stateful and cache is None else None,
         strides=Strides(positions_BT, document_starts, first_position_B, device) if strided else None,
+        budget=_budget(args.route, positions_BT, document_starts, device) if args.route is not None else None,
         attend=attend,
         states=cache,
         positions_BT=None if POSITIONS[args.pos].build is None else positions,
@@ -94,6 +96,21 @@ def make_context(
         residual_keys_n=keys_N,
         cut_sequence=cut_sequence,
     )
+
+
+def _budget(route: RouteArgs, positions_BT: Ints, document_starts: Ints, device: torch.device) -> Budget:
+    """What the documents of these rows may spend in a routed layer."""
+    # in float64, where a rate times a length is rounded alike everywhere
+    bounds_BT = np.floor(route.max_rate * (positions_BT.astype(np.float64) + 1) + route.burst).astype(np.int64)
+    begins = np.zeros(positions_BT.size, dtype=np.int64)
+    begins[document_starts] = 1
+    documents, there = begins.cumsum() - 1, positions_BT.reshape(-1) >= 0
+    tokens, bound = np.zeros(begins.sum(), np.int64), np.zeros(begins.sum(), np.int64)
+    np.add.at(tokens, documents, there)
+    np.maximum.at(bound, documents, np.where(there, bounds_BT.reshape(-1), 0))
+    rows = np.zeros(len(positions_BT), np.int64)
+    np.add.at(rows, document_starts // positions_BT.shape[1], np.minimum(tokens, bound))
+    return Budget(torch.from_numpy(bounds_BT).to(device), max(1, int(rows.max())))
 
 
 def _documents(positions_BT: Ints, document_starts: Ints, device: torch.device) -> Tensor | None:

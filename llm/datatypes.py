@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, D model width, V vocabulary, S documents, n outputs o
 of MoE layers.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -235,6 +236,42 @@ class RouterStats(NamedTuple):
         return cls(balance.sum(), z.sum(), counts, torch.stack(rejected).sum() if rejected else None)
 
 
+BINS = 1 << 14
+"""In which the scores of routed layers are counted."""
+ROUTE_NUMBERS = BINS + 3
+"""That a routed layer reports."""
+
+
+class RouteCounts(NamedTuple):
+    """What a routed layer reports of a forward: sums over its tokens."""
+
+    numbers: Tensor
+    """float64, (ROUTE_NUMBERS,): scores in each bin, tokens that wanted to attend, those that did, and the sum of the
+    gates of these. All but the last are counts."""
+
+    @property
+    def scores(self) -> Tensor:
+        """Counts of the bins."""
+        return self.numbers[:BINS]
+
+    def rate(self) -> float:
+        """Share of tokens that attended."""
+        return self._of_tokens(BINS + 1)
+
+    def overflow(self) -> float:
+        """Share of tokens that wanted to attend and did not, as the budget of their document was spent."""
+        return self._of_tokens(BINS) - self.rate()
+
+    def gate(self) -> float:
+        """Mean gate of those that attended."""
+        attended = self.numbers[BINS + 1].item()
+        return self.numbers[BINS + 2].item() / attended if attended else math.nan
+
+    def _of_tokens(self, place: int) -> float:
+        n_tokens = self.scores.sum().item()
+        return self.numbers[place].item() / n_tokens if n_tokens else math.nan
+
+
 @dataclass
 class TransformerOutput:
     """What was asked for; the rest is None."""
@@ -260,6 +297,9 @@ class TransformerOutput:
     """(M, E) int64: assignments to each expert of each MoE layer in this call."""
     rejected: Tensor | None = None
     """int64 scalar: those of them that found their expert full; None where experts have no capacity."""
+
+    routes: "Mapping[int, RouteCounts] | None" = None
+    """What routed layers report, by their numbers, in training."""
 
     @property
     def router(self) -> "RouterStats | None":

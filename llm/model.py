@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, D model width, V vocabulary, E experts, M number of M
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from llm.args.lora import adapter, vision_adapters
 from llm.cache import Remembered
 from llm.contexts import make_contexts
 from llm.conveniences import Conveniences
-from llm.datatypes import RouterStats, TransformerInput, TransformerOutput
+from llm.datatypes import RouteCounts, RouterStats, TransformerInput, TransformerOutput
 from llm.embeds import Embeds
 from llm.heads import OUTPUT, Heads, Losses
 from llm.init import initialise
@@ -36,6 +37,7 @@ from llm.layers.output import Output
 from llm.layers.parameter import VISION
 from llm.layers.positions import POSITIONS
 from llm.layers.prediction import PredictionHead
+from llm.layers.routed import thresholds_of
 from llm.parameters import ParameterTable
 from llm.recompute import Recompute, recomputed
 from llm.sides import Sides, apart, together
@@ -87,6 +89,8 @@ class LLM(Conveniences, Embeds, Heads, Sides):
         """What the forwards to come forget and their backwards recompute, to save memory: see llm/recompute.py."""
         self.gathers_weights = False
         """Whether ranks with other rows gather weights together in a forward (ZeRO-3), so that all must do it alike."""
+        self.thresholds = thresholds_of(args)
+        """Of routed layers, by their numbers; training moves them after each step."""
         self.compiled: dict[str, Callable[..., Any]] = {}
         """Blocks as llm/compile.py compiled them, by the name of the unit, for forwards with gradients."""
         self.output: Output | ValueOutput | None = None
@@ -163,7 +167,9 @@ class LLM(Conveniences, Embeds, Heads, Sides):
             hidden, stats = self.run(units or self.units, x, inputs, ctx, self.taken(memory, ctx))
             if cache is not None:
                 cache.forget()
-            return self.results(hidden, stats, inputs.tokens, labels, return_hidden, losses)
+            out = self.results(hidden, stats, inputs.tokens, labels, return_hidden, losses)
+            out.routes = ctx.reports
+            return out
 
     def run(
         self,
@@ -227,6 +233,8 @@ class LLM(Conveniences, Embeds, Heads, Sides):
         keys_N = keys_or_drawn(keys_N, inputs.tokens, self.training and self.args.drops)
         how = inputs, cache, expert_counts, keys_N, each_row, cut_sequence, self.first_head
         ctx = make_contexts(self.args, self.specs, self.encoder_specs, *how)
+        reports: dict[int, RouteCounts] | None = {} if self.training and torch.is_grad_enabled() else None
+        ctx = replace(ctx, thresholds=self.thresholds, reports=reports) if self.args.route is not None else ctx
         return self.with_own_keys(ctx) if cut_sequence and keys_N is not None else ctx
 
     def moe_layers(self) -> list[MoE]:

@@ -9,10 +9,11 @@ from llm.args.lora import LoraArgs
 from llm.args.model import ModelArgs
 from llm.args.moe import MoEArgs
 from llm.args.rope import RopeScaling
+from llm.args.route import RouteArgs
 from llm.args.ssm import SSMArgs
 from llm.args.vision import VisionArgs
 
 __all__ = [
     "AttentionSpec", "LayerSpec", "LoraArgs", "Mask", "ModelArgs", "MoEArgs", "QKNorm",
-    "RopeScaling", "SSMArgs", "VisionArgs",
+    "RopeScaling", "RouteArgs", "SSMArgs", "VisionArgs",
 ]  # fmt: skip

@@ -19,7 +19,7 @@ Mask = Literal["full", "chunk", "window"]
 QKNorm = Literal["l2", "plain", "head", "full"]
 
 PATTERN_ALIASES = {"alternating": ["ssm", "attn"]}
-PLANNED = ("routed", "none")
+PLANNED = ("none",)
 """Mixers that the grammar knows and nothing implements."""
 FLAGS = {"full": "mask", "chunk": "mask", "window": "mask", "rope": "rope", "nope": "rope"}
 
@@ -73,6 +73,13 @@ class StridedAttentionSpec(StridedSpec):
 
 
 @dataclass(frozen=True)
+class RoutedSpec(MixerSpec):
+    """A state-space mixer for all tokens, and attention for some."""
+
+    each: AttentionSpec
+
+
+@dataclass(frozen=True)
 class NormsSpec:
     """Where a layer has norms, around the mixer and around the feed-forward alike."""
 
@@ -111,7 +118,7 @@ class LayerSpec:
     @property
     def heads(self) -> AttentionSpec | None:
         """How queries and keys are made, also where the mixer attends to something else than its tokens."""
-        return self.mixer.each if isinstance(self.mixer, StridedAttentionSpec) else self.attention
+        return self.mixer.each if isinstance(self.mixer, StridedAttentionSpec | RoutedSpec) else self.attention
 
     @property
     def stride(self) -> int:
@@ -178,6 +185,18 @@ def resolve_attention(args: "ModelArgs", item: LayerItem) -> AttentionSpec | Str
     if item.stride == 1:
         return spec
     return StridedAttentionSpec(STRIDED_ATTENTION, item.stride, replace(spec, mask="full", span=None))
+
+
+def resolve_routed(args: "ModelArgs", item: LayerItem) -> RoutedSpec:
+    """A routed layer, whose flags are those of its attention."""
+    if item.stride != 1:
+        refuse(item.text, "a routed layer has no stride")
+    if {"chunk", "window"} & set(item.flags):
+        refuse(item.text, "tokens that attend see all before that do; leave out :chunk and :window")
+    for key in ("ssm", "route"):
+        if getattr(args, key) is None:
+            refuse(item.text, f"routed needs the group model.{key}; {{}} takes its defaults")
+    return RoutedSpec(item.mixer, replace(_each_token(args, item), mask="full", span=None))
 
 
 def _each_token(args: "ModelArgs", item: LayerItem) -> AttentionSpec:

@@ -25,6 +25,7 @@ from llm.args.layers import (
 from llm.args.lora import LoraArgs, adapter
 from llm.args.moe import MoEArgs
 from llm.args.rope import RopeScaling
+from llm.args.route import RouteArgs
 from llm.args.ssm import SSMArgs
 from llm.args.values import check_values
 from llm.args.vision import VisionArgs
@@ -211,6 +212,8 @@ class ModelArgs(Group):
     """Mixture of experts; unset = every layer is dense."""
     ssm: SSMArgs | None = Field(None, exclude_if=unset)
     """State-space layers, which layer_pattern places; unset = there are none."""
+    route: RouteArgs | None = Field(None, exclude_if=unset)
+    """Routed layers, which layer_pattern places; unset = there are none."""
     vision: VisionArgs | None = Field(None, exclude_if=unset)
     """A tower that reads pictures; unset = text alone, and then no key in what is written."""
     lora: LoraArgs | None = None
@@ -267,6 +270,7 @@ class ModelArgs(Group):
             )
         self._check_scaling()
         self._check_ssm()
+        self._check_thresholds()
         check_values(self)
         if self.moe is not None and not self.moe.swiglu and adapter(self.lora, "experts") is not None:
             raise ValueError("lora.targets: experts of model.moe.swiglu=false have no adapters; name the other targets")
@@ -310,6 +314,15 @@ class ModelArgs(Group):
                 f"model.encoder_layers={self.encoder_layers} with model.vision: images stand among the tokens of a "
                 f"model without an encoder; leave one of them out"
             )
+
+    def _check_thresholds(self) -> None:
+        """Raises ValueError where they are not one for each routed layer."""
+        if self.route is None or self.route.thresholds is None:
+            return
+        count = sum(spec.mixer.name == "routed" for spec in self.layer_specs())
+        if len(self.route.thresholds) != count:
+            given = len(self.route.thresholds)
+            raise ValueError(f"model.route.thresholds: there are {count} routed layers, not {given}")
 
     def _check_positions(self) -> None:
         """Raises ValueError where heads cannot be rotated, or keys of rotations are given to a model without them."""

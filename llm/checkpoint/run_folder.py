@@ -26,6 +26,8 @@ def model_args(checkpoint: Checkpoint) -> ModelArgs:
     try:
         model = dict(checkpoint.meta_with("config")["config"]["model"])
         model.pop("init_from", None)  # says where a run began
+        if "thresholds" in checkpoint.meta:
+            model["route"] = {**model["route"], "thresholds": checkpoint.meta["thresholds"]}
         return ModelArgs.model_validate(model)
     except (KeyError, TypeError, ValueError):
         raise DamagedFile(

@@ -3,14 +3,15 @@
 Shapes: B batch, T tokens, m rotated pairs, M number of MoE layers, E experts.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from llm.args import ModelArgs
+from llm.datatypes import RouteCounts
 from llm.kernels.rotate import Turns
 from llm.layers.across import AttendAcross
 from llm.layers.dropout import AttentionDropout
@@ -41,6 +42,16 @@ class States(Protocol):
 
 
 @dataclass(frozen=True)
+class Budget:
+    """How many tokens of a document may attend in a routed layer."""
+
+    bounds_BT: Tensor
+    """int64: until each token, itself included."""
+    most: int
+    """Tokens of a row of this forward, at most."""
+
+
+@dataclass(frozen=True)
 class Context:
     """What all layers of one forward share; made once from its inputs."""
 
@@ -54,6 +65,13 @@ class Context:
     row is one document, or no mixer has a state."""
     strides: Strides | None = None
     """Of layers with a stride; None without such layers."""
+    budget: Budget | None = None
+    """Of tokens that may attend, in routed layers; None without such layers."""
+    thresholds: Mapping[int, float] = field(default_factory=dict)
+    """Of the scores of routed layers, by their numbers; 0 where there is none."""
+    reports: "dict[int, RouteCounts] | None" = None
+    """What routed layers report, by their numbers; None where nothing is to be reported. A forward that is repeated
+    reports the same again."""
     attend: Attend | None = None
     """Attention over the batch itself, or over a cache; None where no layer attends."""
     states: "States | None" = None

@@ -9,6 +9,7 @@ from llm.args.layers import MIXERS, STRIDED_ATTENTION, LayerItem, MixerSpec
 from llm.layers.attention import Attention
 from llm.layers.context import Context
 from llm.layers.parameter import Rows
+from llm.layers.routed import Routed
 from llm.layers.ssm import SSM
 from llm.layers.strided_attention import StridedAttention
 
@@ -52,3 +53,4 @@ def register(name: str, mixer: type[nn.Module]) -> None:
 register("attn", Attention)
 register("ssm", SSM)
 register(STRIDED_ATTENTION, StridedAttention)
+register("routed", Routed)

@@ -23,10 +23,11 @@ from torch import Tensor
 from llm.args import ModelArgs
 from llm.batch import Batch
 from llm.cache import Cache, Remembered
-from llm.datatypes import LossSum, Predictions, TransformerInput, TransformerOutput
+from llm.datatypes import LossSum, Predictions, RouteCounts, TransformerInput, TransformerOutput
 from llm.decoder import Decoder
 from llm.heads import Losses
 from llm.layers.moe import routing_shape
+from llm.layers.routed import moved
 from llm.model import LLM
 from llm.objectives import Objective, Objectives, TokenObjective
 from llm.parallel.build import Storage, build_model
@@ -149,6 +150,23 @@ class Replica:
                 f"expert counts must have shape {tuple(expected)} (MoE layers, experts); got {tuple(counts.shape)}"
             )
         self._expert_counts = counts.to(self.world.device)
+
+    def thresholds(self) -> dict[int, float]:
+        """Of the routed layers of the whole model, by their numbers, as far as a step has set them."""
+        return dict(self.model.thresholds)
+
+    def set_thresholds(self, thresholds: Mapping[int, float]) -> None:
+        """Set them."""
+        self.model.thresholds = dict(thresholds)
+
+    def move_thresholds(self, routes: Mapping[int, RouteCounts]) -> None:
+        """Move them by what a whole step's tokens scored."""
+        route = self.model.args.route
+        for layer, counts in routes.items():
+            assert route is not None
+            found = moved(self.model.thresholds.get(layer), counts, route)
+            if found is not None:
+                self.model.thresholds[layer] = found
 
     @torch.no_grad()
     def sum_losses(

@@ -17,6 +17,8 @@
 | routing_checksum | of how many tokens each expert got; equal on every layout |
 | expert_load, expert_rank_load | most tokens that chose an expert, a rank's experts, over an even share |
 | moe_overflow | share of assignments that found their expert full; only with model.moe.capacity |
+| route_rate, route_overflow | shares of tokens that attended in routed layers, that would have with a larger budget |
+| route_gate | mean gate of those that attended; these are means over the layers, and only where there are any |
 | tokens_per_s, tokens_per_s_per_device | of the whole job, of one of its ranks; `tokens` are of source and target |
 | mfu | share of the device's peak that the model's own arithmetic took (llm/flops.py); null where none is known |
 | step_time_s, data_wait_s | seconds of the step, and of them waiting for data |
@@ -84,6 +86,7 @@ class StepMetrics:
             "expert_load": result.expert_load,
             "expert_rank_load": result.expert_rank_load,
             **({} if result.moe_overflow is None else {"moe_overflow": result.moe_overflow}),
+            **route_means(result),
             "lr": lr,
             "tokens": tokens,
             "epoch": epoch,
@@ -128,3 +131,12 @@ def peak_memory_gb(device: torch.device) -> float:
 def _finite(value: float) -> float | None:
     """JSON has no infinities."""
     return value if math.isfinite(value) else None
+
+
+def route_means(result: StepResult) -> dict[str, float | None]:
+    """What routed layers report, as means over the layers; nothing without such layers."""
+    if not result.routes:
+        return {}
+    of_layers = [(counts.rate(), counts.overflow(), counts.gate()) for counts in result.routes.values()]
+    means = (sum(values) / len(values) for values in zip(*of_layers, strict=True))
+    return dict(zip(("route_rate", "route_overflow", "route_gate"), map(_finite, means), strict=True))

@@ -68,6 +68,7 @@ class Saver:
             "tokenizer": run.tokenizer.fingerprint,
             "data": run.mixture.state(progress.consumed_rows, progress.earlier_rows),
             "expert_counts": run.engine.replica.expert_counts().tolist(),
+            **({"thresholds": list(found.values())} if (found := run.engine.replica.thresholds()) else {}),
             "optimizer_scalars": run.engine.state.scalars(),
             **progress.state(),
             **self._frozen(),

@@ -56,7 +56,7 @@ def test_dense_layers_stay_dense():
     ("item", "reason"),
     [
         ("ssm", "ssm needs the group model.ssm"),
-        ("routed", "mixer routed is not built yet"),
+        ("routed", "routed needs the group model.ssm"),
         ("none+dense", "mixer none is not built yet"),
         ("alternating", "ssm needs the group model.ssm"),
         ("ssm:full", "unknown flag :full; ssm has none"),

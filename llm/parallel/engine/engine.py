@@ -144,6 +144,7 @@ class Engine:
         if math.isfinite(norm):
             if tally.counts is not None:
                 self.replica.set_expert_counts(tally.counts)
+            self.replica.move_thresholds(result.routes)
             self.state.averages.update()
             self._overflows.applied()
         else:

@@ -17,7 +17,7 @@ from torch import Tensor
 from llm.args import ModelArgs
 from llm.batch import Batch, Counts, Rows
 from llm.data.batch import StepBatch
-from llm.datatypes import RouterStats, TransformerOutput
+from llm.datatypes import ROUTE_NUMBERS, RouteCounts, RouterStats, TransformerOutput
 from llm.layers.dropout import token_keys
 from llm.layers.moe import routing_shape
 from llm.objectives import Objectives, measured_as
@@ -53,6 +53,8 @@ class StepResult:
     """
     moe_overflow: float | None = None
     """Share of all assignments to experts that found theirs full; None where experts have no capacity."""
+    routes: dict[int, RouteCounts] = field(default_factory=dict)
+    """Of routed layers, by their numbers."""
     loss_scale: float | None = None
     """Of fp16."""
     skipped: Skipped | None = None
@@ -110,9 +112,13 @@ class Tally:
         self._world = world
         routing = routing_shape(args)
         bounded = args.moe is not None and args.moe.capacity is not None
-        self._sizes = len(self._weights), len(self._measured), len(counts.sources), math.prod(routing), int(bounded)
+        self._routes = [spec.index for spec in args.layer_specs() if spec.mixer.name == "routed"]
+        of_routes = len(self._routes) * ROUTE_NUMBERS
+        named = len(self._weights), len(self._measured), len(counts.sources)
+        self._sizes = *named, math.prod(routing), int(bounded), of_routes
         self._sums = torch.zeros(sum(self._sizes), dtype=torch.float64, device=world.device)
-        losses, measures, self._sources, routed, self._rejected = self._sums.split(self._sizes)
+        losses, measures, self._sources, routed, self._rejected, route_numbers = self._sums.split(self._sizes)
+        self._of_route = dict(zip(self._routes, route_numbers.split(ROUTE_NUMBERS), strict=True)) if of_routes else {}
         self._losses = dict(zip(self._weights, losses.unbind(), strict=True))
         self._measures = dict(zip(self._measured, measures.unbind(), strict=True))
         self._routed = routed.view(routing)
@@ -147,6 +153,11 @@ class Tally:
         if stats.rejected is not None:
             self._rejected += stats.rejected
 
+    def add_routes(self, routes: Mapping[int, RouteCounts]) -> None:
+        """What routed layers report of a micro-batch."""
+        for layer, counts in routes.items():
+            self._of_route[layer] += counts.numbers
+
     def sum_over_ranks(self) -> None:
         """From now on the sums are those of all ranks (collective)."""
         if self._world.size > 1:
@@ -167,7 +178,7 @@ class Tally:
         """The step's numbers, once the ranks' sums are there; waits for the device."""
         numbers = self._sums.tolist()
         ends = np.cumsum(self._sizes)[:-1]
-        sums, measured, of_sources, routed, rejected = (part.tolist() for part in np.split(numbers, ends))
+        sums, measured, of_sources, routed, rejected, of_routes = (part.tolist() for part in np.split(numbers, ends))
         losses = {name: self._mean(name, value) for name, value in zip(self._weights, sums, strict=True)}
         counts = [self.step_counts.objectives[objective] for objective in self._measured.values()]
         sources = self.step_counts.sources
@@ -180,6 +191,9 @@ class Tally:
             counts=self.step_counts,
             routing_checksum=None,
         )
+        for i, layer in enumerate(self._routes):
+            row = of_routes[i * ROUTE_NUMBERS : (i + 1) * ROUTE_NUMBERS]
+            result.routes[layer] = RouteCounts(torch.tensor(row, dtype=torch.float64))
         if self._routed.numel():
             self.counts = torch.tensor(routed, dtype=torch.int64).view(self._routed.shape)
             result.routing_checksum = zlib.crc32(self.counts.numpy().tobytes())
@@ -238,6 +252,7 @@ class Step:
                 tally.add_loss(name, loss_sum)
             tally.add_routing(out.router, first_moe_layer)
             sums |= of_layers
+        tally.add_routes(out.routes or {})
         if not sums:
             return None
         first, *others = (tally.weighted(name, loss_sum, ranks) for name, loss_sum in sums.items())

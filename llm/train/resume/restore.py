@@ -8,6 +8,8 @@ import torch
 
 from llm.checkpoint.frozen import Frozen, frozen_in, origin_of
 from llm.checkpoint.reader import Checkpoint, list_steps, resolve
+from llm.checkpoint.run_folder import model_args
+from llm.layers.routed import thresholds_of
 from llm.parallel.collectives import agreed_error, all_or_none, main_decides
 from llm.pretrained import open_origin
 from llm.train.best import best_on
@@ -96,6 +98,7 @@ class Restorer:
             run.engine.finish_load()
             if meta["expert_counts"]:
                 run.engine.replica.set_expert_counts(torch.tensor(meta["expert_counts"], dtype=torch.int64))
+            run.engine.replica.set_thresholds(thresholds_of(model_args(checkpoint)))
             self._notes = self._take_over(checkpoint, meta)
 
         return apply
