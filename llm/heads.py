@@ -67,7 +67,7 @@ class Heads(InRegion):
         return out
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
-        """Float32 logits (B, T, V) of final hidden states."""
+        """Float32 logits (B, T, V) of final hidden states; of a model that predicts values these, as `values`."""
         return self._head(hidden_BTD)
 
     def loss_sum(

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm.args import ModelArgs
 from llm.batch import Batch, Counts, Targets
 from llm.datatypes import LossSum, RouterStats
 from llm.heads import Losses
@@ -51,10 +52,14 @@ class Objective(Named):
     """What it says besides where gradients are off, among the measures of its losses: in a validation too."""
 
     predicts: bool = False
-    """Whether it predicts whole documents: where gradients are off, its losses have `predictions`."""
+    """Whether it predicts whole documents, or values: where gradients are off, its losses have `predictions`."""
 
     head_calls: int = 1
     """How often a training micro-batch passes the output matrix, once of them with a gradient."""
+
+    def n_outputs(self, args: ModelArgs) -> int:
+        """What it predicts of a document, where it predicts them."""
+        return args.n_prediction
 
     def n_targets(self, batch: Batch) -> int:
         """How many targets the batch has, for the metrics; on the CPU."""

@@ -36,6 +36,8 @@ OF_OUTPUTS = ("pool", "prediction_causal")
 """Further keys of a prediction head."""
 SETTLED = ("prediction_names", "prediction_mean", "prediction_std")
 """Keys of a prediction head that a run learns from its rows."""
+OF_VALUES = ("input_mean", "input_std", "output_mean", "output_std")
+"""Keys of a model of values that a run learns from its rows."""
 DROPPED_BY_ONE_KEY = ("attn_dropout", "resid_dropout", "embed_dropout")
 """What `dropout` sets."""
 

@@ -8,8 +8,6 @@ if TYPE_CHECKING:
 
 SCALES = (("input_dim", "input_mean", "input_std"), ("output_dim", "output_mean", "output_std"))
 """Of each side: how many numbers there are, and how they are scaled."""
-SETTLED_VALUES = ("input_mean", "input_std", "output_mean", "output_std")
-"""Keys that a run learns from its rows."""
 
 
 def check_values(args: "ModelArgs") -> None:

@@ -44,11 +44,13 @@ def collate(
     sequence_len: int | None = None,
     targets: Sequence[str] = ("lm",),
     values: Sequence[str] = (),
+    features: int | None = None,
 ) -> Batch:
     """Rows side by side, each filled up to `seq_len` positions with tokens `fill` without labels, in a segment of their
     own; None stands for a row that is not there. The batch has the targets and values of these names, whichever rows
     have them. Its images are those of the rows, (n, 3, S, S), in the order of their slots; None where no row has any.
-    Causal is each row as it says; one that is not there is as the first that is.
+    Causal is each row as it says; one that is not there is as the first that is. features: values of a position, of
+    rows of values; 0 where there is no data.
 
     `sequence_len`, a divisor of seq_len, cuts each row into sequences of that many tokens, in order: the tensors are
     then (rows x seq_len / sequence_len, sequence_len). Labels stay: the last token of a sequence still predicts the
@@ -62,6 +64,7 @@ def collate(
     labels = {name: np.full(shape, IGNORE, dtype=np.int64) for name in targets}
     weights: dict[str, np.ndarray] = {}
     numbers = {name: np.zeros(shape, dtype=np.float32) for name in values}
+    read_BTF = None if features is None else np.zeros((*shape, features), dtype=np.float32)
     n_filled = np.zeros(len(rows), dtype=np.int64)
     bounds = [np.arange(0, len(rows) * seq_len + 1, width)]
     for b, row in enumerate(rows):
@@ -69,6 +72,8 @@ def collate(
             continue
         n_filled[b] = n = len(row.tokens)
         tokens_BT[b, :n] = row.tokens
+        if read_BTF is not None and row.features is not None:
+            read_BTF[b, :n] = row.features
         bounds.append(row.starts + b * seq_len)
         for name, of_row in row.targets.items():
             labels[name][b, :n] = of_row.labels
@@ -84,9 +89,15 @@ def collate(
         return torch.from_numpy(array).view(-1, width)
 
     tiles = torch.from_numpy(np.concatenate(images)) if images else None
-    causal = _causal(rows, seq_len // width)
+    inputs = TransformerInput(
+        tensor(tokens_BT),
+        cu_seqlens=torch.from_numpy(cu_seqlens),
+        images=tiles,
+        causal=_causal(rows, seq_len // width),
+        features=None if read_BTF is None else torch.from_numpy(read_BTF).view(-1, width, read_BTF.shape[2]),
+    )
     return Batch(
-        TransformerInput(tensor(tokens_BT), cu_seqlens=torch.from_numpy(cu_seqlens), images=tiles, causal=causal),
+        inputs,
         {name: Targets(tensor(labels[name]), tensor(weights[name]) if name in weights else None) for name in targets},
         None if not len(short) else tensor(np.arange(seq_len) < n_filled[:, None]),
         values={name: tensor(number) for name, number in numbers.items()},

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from llm.batch import Batch, Rows
 from llm.data.batch import collate
 from llm.data.order import ORDER_VERSION, permute, round_keys
-from llm.data.rows import Row, RowSource
+from llm.data.rows import Row, RowSource, features_in
 
 
 class HeldOut:
@@ -64,7 +64,8 @@ class HeldOut:
             places = np.arange(first, first + micro_batch_size)
             source, row = self.locate(places)
             rows = [self._read(*place) for place in zip(source.tolist(), row.tolist(), strict=True)]
-            batch = collate(rows, self.seq_len, self.fill, targets=self.targets, values=self.values)
+            of = features_in(self.sources)
+            batch = collate(rows, self.seq_len, self.fill, targets=self.targets, values=self.values, features=of)
             number = np.where(source < 0, -1, places)
             yield replace(batch, rows=Rows(source, row, number, np.zeros_like(number)))
 

@@ -25,6 +25,7 @@ from llm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llm.args.vision import VisionArgs
+    from llm.data.values import ValueOptions
 
 PackingName = Literal["best_fit", "concat", "none"]
 
@@ -62,7 +63,9 @@ class Asked:
     """`data.packing`."""
     chat: ChatOptions = field(default_factory=ChatOptions)
     labels: LabelOptions | None = None
-    """What the run's model predicts of whole texts; None: nothing."""
+    """What the run's model predicts of whole texts, or of rows of values; None: nothing."""
+    values: "ValueOptions | None" = None
+    """How the run's model reads values; None: it does not."""
     tokenizer_path: str | None = None
     """Where the tokenizer came from, with its template."""
     threads: int = 1

@@ -30,7 +30,6 @@ def value_of(label: int) -> str:
 class LabelledRows(Packed):
     """Rows of `seq_len` positions of the labelled samples of a source."""
 
-    max_length_key = "prediction.max_length"
     most = "train.seq_len"
     extra = 0
     cut_where = "cut after their beginning"
@@ -47,18 +46,22 @@ class LabelledRows(Packed):
         causal: bool = False,
         augmentation: Augmentation | None = None,
         encode: Callable[[str], NDArray[np.int64]] | None = None,
+        max_length_key: str = "prediction.max_length",
     ) -> None:
-        """causal: texts are read from left to right; augmentation: how a text is written anew each time it is read,
-        for rows of one sample each; encode: the tokens of such a text.
+        """max_length_key: of the config, that says max_length; causal: texts are read from left to right; augmentation:
+        how a text is written anew each time it is read, for rows of one sample each; encode: the tokens of such a text.
 
         UserError naming file and row where a sample does not fit and max_length is `error`, or where none fits.
         """
+        self.max_length_key = max_length_key
         super().__init__(
             source, seq_len, seed, target=PREDICTION, together=together, max_length=max_length, given=given
         )
         assert source.manifest.labels is not None
         self.labels: LabelsEntry = source.manifest.labels
         self.causal, self.augmentation, self.encode = causal, augmentation, encode
+        self.features: int | None = source.manifest.features
+        """Values of a position, of rows of values."""
         self.values = tuple(value_of(label) for label in range(len(self.labels.names)))
         self._places: NDArray[np.float32] | None = None
         if augmentation is not None:
@@ -70,11 +73,14 @@ class LabelledRows(Packed):
 
     def read(self, k: int, epoch: int) -> Row:
         tokens, starts, at = [], [], 0
+        features: list[NDArray[np.float32]] = []
         of_labels = [], []  # type: tuple[list[NDArray[np.float32]], list[float]]
         for item in self.items(k, epoch).tolist():
             sample, n = self.source.sample(item), int(self._kept[item, 0])
             assert sample.labels is not None
             tokens.append(self._tokens(item, epoch, sample.tokens[:n], sample.text))
+            if sample.features is not None:
+                features.append(sample.features[:n])
             starts.append(at)
             of_labels[0].append(self._placed(sample.labels))
             of_labels[1].append(float(sample.weights[0]))
@@ -88,11 +94,16 @@ class LabelledRows(Packed):
             of_label[first] = labels_SL[:, number]
         plain = bool((weights_S == 1).all())
         targets = {PREDICTION: RowTargets(labels, None if plain else weights)}
-        return Row(np.concatenate(tokens), targets, first, values, causal=self.causal)
+        read = np.concatenate(features) if features else None
+        return Row(np.concatenate(tokens), targets, first, values, causal=self.causal, features=read)
 
     def labels_kept(self) -> NDArray[np.float32]:
         """(samples, L) the labels of what rows hold, as they are stored, in the order of the source."""
         return self.source.labels()[self.samples_in_rows()]
+
+    def features_kept(self) -> list[NDArray[np.float32]]:
+        """Of rows of values, those of each sample that rows hold, (n, F), as far as they hold it."""
+        return [self.source.features(item)[: int(self._kept[item, 0])] for item in self.samples_in_rows().tolist()]
 
     def _placed(self, labels_L: NDArray[np.float32]) -> NDArray[np.float32]:
         if self._places is None or np.isnan(labels_L[0]):

@@ -34,6 +34,8 @@ class LabelOptions:
     n: int
     max_length: MaxLength = "error"
     causal: bool = False
+    key: str = "model.n_prediction"
+    """Of the config, that says n."""
 
     @property
     def labels(self) -> int:
@@ -71,7 +73,7 @@ class Labels:
         if len(self.columns) != len(set(self.columns)):
             raise UserError(f"{key}={list(columns)}: names a column twice")
         if len(self.columns) not in (1, n):
-            why = "a classification has one label" if kind == "classification" else f"model.n_prediction={options.n}"
+            why = "a classification has one label" if kind == "classification" else f"{options.key}={options.n}"
             raise UserError(f"{key}={list(columns)}: names {len(self.columns)} columns, and {why}")
         self.in_a_list = len(self.columns) < n
         self.names = tuple(f"{self.columns[0]}.{i}" for i in range(n)) if self.in_a_list else self.columns
@@ -90,11 +92,11 @@ class Labels:
             if is_missing(values):
                 values = [None] * self.options.n
             if isinstance(values, str) or not isinstance(values, Sequence):
-                raise UserError(f"its column {self.columns[0]!r} is {_told(values)}, where a list of "
-                                f"{self.options.n} labels must be (model.n_prediction)")  # fmt: skip
+                raise UserError(f"its column {self.columns[0]!r} is {shown_value(values)}, where a list of "
+                                f"{self.options.n} labels must be ({self.options.key})")  # fmt: skip
             if len(values) != self.options.n:
                 raise UserError(f"its column {self.columns[0]!r} has {len(values)} labels, and "
-                                f"model.n_prediction={self.options.n}")  # fmt: skip
+                                f"{self.options.key}={self.options.n}")  # fmt: skip
         named = zip(self.names, values, strict=True)
         return tuple(read_label(self.options.kind, f"its label {name!r}", value) for name, value in named)
 
@@ -131,7 +133,7 @@ def read_label(kind: Prediction, called: str, value: Any) -> float | str | None:
     try:
         return READ[kind](value)
     except ValueError as error:
-        raise UserError(f"{called} is {_told(value)}, {error}") from None
+        raise UserError(f"{called} is {shown_value(value)}, {error}") from None
 
 
 def is_missing(value: Any) -> bool:
@@ -147,11 +149,11 @@ def weight_of(row: Mapping[str, Any], column: str) -> float:
         raise UserError(f"has no column {column!r} for its weight (see columns); it has {columns_of(row)}")
     value = row[column]
     try:
-        weight = math.nan if is_missing(value) else _finite(value)
+        weight = math.nan if is_missing(value) else finite(value)
     except ValueError:
         weight = math.nan
     if not 0 <= weight < 1 << 20:
-        raise UserError(f"its weight {column!r} is {_told(value)}, where a number from 0 to {1 << 20:,} must be")
+        raise UserError(f"its weight {column!r} is {shown_value(value)}, where a number from 0 to {1 << 20:,} must be")
     return weight
 
 
@@ -173,7 +175,7 @@ def _integer_text(value: str) -> str | None:
     return str(int(number)) if number.is_integer() else None
 
 
-def _finite(value: Any) -> float:
+def finite(value: Any) -> float:
     """A number, or a text of one."""
     wrong = "where a number must be"
     if isinstance(value, bool) or not isinstance(value, int | float | str):
@@ -193,17 +195,17 @@ def _bit(value: Any) -> float:
     """0 or 1; true and false count as such."""
     if isinstance(value, bool) or str(value).strip().lower() in ("true", "false"):
         return float(str(value).strip().lower() == "true")
-    if (number := _finite(value)) not in (0, 1):
+    if (number := finite(value)) not in (0, 1):
         raise ValueError("where 0 or 1 must be")
     return number
 
 
 READ: dict[Prediction, Callable[[Any], float | str]] = {
-    "classification": _class, "regression": _finite, "multilabel": _bit,
+    "classification": _class, "regression": finite, "multilabel": _bit,
 }  # fmt: skip
 
 
-def _told(value: Any) -> str:
+def shown_value(value: Any) -> str:
     """A value in a message."""
     if isinstance(value, str | int | float):
         text = repr(value)

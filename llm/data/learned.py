@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llm.data.labelled_rows import LabelledRows
 from llm.data.rows import RowSource
@@ -46,6 +47,15 @@ def scaling(sources: Sequence[LabelledRows]) -> Scaling:
         deviation = float(known.std())
         std.append(deviation if deviation > 0 else 1.0)
     return Scaling(tuple(mean), tuple(std))
+
+
+def scaling_of(parts: Sequence[NDArray[np.float32]]) -> Scaling:
+    """Mean and standard deviation, as of `scaling`, of each column of (n, F) values, in float64."""
+    n = sum(len(part) for part in parts)
+    mean = sum(part.sum(0, dtype=np.float64) for part in parts) / n
+    std = np.sqrt(sum(np.square(part - mean).sum(0) for part in parts) / n)
+    varies = np.max([part.max(0) for part in parts], 0) > np.min([part.min(0) for part in parts], 0)
+    return Scaling(tuple(mean.tolist()), tuple(np.where(varies, std, 1.0).tolist()))
 
 
 def classes_in(sources: Sequence[LabelledRows]) -> list[str]:

@@ -168,7 +168,8 @@ class TrainLoader:
         mixture = self.mixture
         places = zip(rows.source.tolist(), rows.row.tolist(), rows.epoch.tolist(), strict=True)
         found = [mixture.read(*place) for place in places]
-        batch = collate(found, mixture.seq_len, mixture.fill, sequence_len, mixture.targets, mixture.values)
+        names = mixture.targets, mixture.values, mixture.features
+        batch = collate(found, mixture.seq_len, mixture.fill, sequence_len, *names)
         return dataclasses.replace(batch, rows=rows)
 
     def _drop_one(self) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from llm.data.order import ORDER_VERSION, permute, round_keys
-from llm.data.rows import Row, RowSource, tiles_of
+from llm.data.rows import Row, RowSource, features_in, tiles_of
 from llm.errors import UserError
 
 CYCLE = 4096
@@ -52,6 +52,11 @@ class Mixture:
     def values(self) -> tuple[str, ...]:
         """Names of the values that rows have; those of some sources are only known when a run has begun."""
         return tuple(dict.fromkeys(name for source in self.sources for name in source.values))
+
+    @property
+    def features(self) -> int | None:
+        """Values of a position, where rows are of values."""
+        return features_in(self.sources)
 
     @property
     def n_rows(self) -> int:

@@ -6,7 +6,8 @@ import llm.data.captions
 import llm.data.chats
 import llm.data.enumeration
 import llm.data.labelled
-import llm.data.text  # noqa: F401  (they register their kinds, or augmentations)
+import llm.data.text
+import llm.data.values  # noqa: F401  (they register their kinds, or augmentations)
 from llm.data.documents import option
 from llm.data.kinds import KINDS, Asked, Kind, Opened
 from llm.data.sources import Side, SourceFiles, source_files

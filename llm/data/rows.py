@@ -3,7 +3,7 @@
 Shapes: T positions of a row, n of them in use; S pixels a side of a tile.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -35,6 +35,8 @@ class Row:
     """(n,) each: further numbers of each position, by name."""
     images: NDArray[np.uint8] | None = None
     """(tiles, 3, S, S), in the order of their slots among the tokens; None without images."""
+    features: NDArray[np.float32] | None = None
+    """(n, F): the values that are read in the place of tokens, which are 0 then; None where tokens are read."""
     causal: bool = True
     """Whether its tokens see none behind them; false = they see their document or sample both ways."""
 
@@ -93,6 +95,19 @@ class WithImages(Protocol):
 
     def tiles(self, k: int, epoch: int) -> int:
         """Tiles of row k in a pass over the source, without reading them."""
+
+
+@runtime_checkable
+class OfValues(Protocol):
+    """A source of rows of values."""
+
+    features: int | None
+    """Values of a position, F; None where its rows are of tokens."""
+
+
+def features_in(sources: Iterable[RowSource]) -> int | None:
+    """Values of a position in rows of these sources; None where they are of tokens."""
+    return next((source.features for source in sources if isinstance(source, OfValues)), None)
 
 
 def tiles_of(rows: RowSource, k: int, epoch: int) -> int:

@@ -24,6 +24,8 @@ class Sample:
     """(tiles, 3, S, S): the tiles of its images, in the order of their slots among the tokens; None without images."""
     labels: NDArray[np.float32] | None = None
     """(L,): what is to be predicted of the whole, NaN where it is missing; None where tokens are predicted."""
+    features: NDArray[np.float32] | None = None
+    """(n, F): what is read in the place of tokens, which are 0 then; None where they are read."""
     text: str | None = None
     """What the tokens were made of, where it is to be written anew each time that it is read."""
 

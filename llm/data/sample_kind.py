@@ -2,7 +2,7 @@
 
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -15,9 +15,10 @@ from llm.data.found import Inventory, count, found_lines, listed
 from llm.data.images import BrokenImage, ImageReader
 from llm.data.json_rows import called
 from llm.data.kinds import Asked, Kind, Opened, PackingName, cached
-from llm.data.labels import LabelsEntry
+from llm.data.labels import LabelsEntry, MaxLength
 from llm.data.listing import InputFile, Listing
-from llm.data.packed import Packed
+from llm.data.packed import Packed, Shortened
+from llm.data.rows import RowSource
 from llm.data.sample import Sample
 from llm.data.samples import ImagesEntry, SampleManifest, SampleSource, StoredItem, write_samples
 from llm.data.source import MANIFEST, TokenizerEntry
@@ -72,6 +73,32 @@ class Labelling(Encoder, Protocol):
 
     def labels_entry(self) -> LabelsEntry:
         """What is known of the labels so far."""
+
+
+@runtime_checkable
+class Joining(Encoder, Protocol):
+    """Makes samples of rows of which several of a file may be one."""
+
+    def joined_rows(self, file: InputFile, where: str) -> Iterator[RawRow]:
+        """The rows of a file, each a sample. UserError naming file and row."""
+
+
+class PackedRows(RowSource, Protocol):
+    """Samples as rows."""
+
+    seq_len: int
+    source: SampleSource
+    max_length: MaxLength
+
+    @property
+    def shortened(self) -> Sequence[Shortened]:
+        """What was cut or left out."""
+
+    def notes(self) -> list[str]:
+        """Lines about how the samples lie in rows, and which do not lie there whole."""
+
+    def listed(self) -> Iterable[Mapping[str, object]]:
+        """What was cut or left out, each as its file, row, tokens and those of them that are kept."""
 
 
 class SampleKind(Kind):
@@ -162,7 +189,7 @@ class SampleKind(Kind):
             verify=source.verify if _is_soon_verified(source) else None,
         )
 
-    def rows(self, files: SourceFiles, asked: Asked, source: SampleSource) -> Packed:
+    def rows(self, files: SourceFiles, asked: Asked, source: SampleSource) -> PackedRows:
         """The samples of a source as rows."""
         return Packed(
             source,
@@ -227,7 +254,8 @@ class _Reader:
             where = f"{self.listing.key}={shown(file.path)}"
             items = trained = 0
             encoder = self.encoder.beside(file.path.parent) if isinstance(self.encoder, ImageEncoder) else self.encoder
-            for row in raw_rows(file, where):
+            rows = encoder.joined_rows(file, where) if isinstance(encoder, Joining) else raw_rows(file, where)
+            for row in rows:
                 item = self._item(encoder, file, row, f"{where}, {row.place}")
                 move(before + row.consumed)
                 if item is not None:
@@ -269,7 +297,7 @@ def _is_soon_verified(source: SampleSource) -> bool:
     return manifest.tokens <= VERIFY_TOKENS and sum(entry.file_bytes for entry in manifest.shards) <= VERIFY_BYTES
 
 
-def _list_of(rows: Packed) -> Path:
+def _list_of(rows: PackedRows) -> Path:
     """Where the samples that do not lie whole in rows of a length are listed."""
     return rows.source.path / f"longer_than_{rows.seq_len}_{rows.max_length}.jsonl"
 

@@ -3,8 +3,8 @@ weights of the targets beside them. Made once from raw rows, whatever the length
 
 A shard has the columns tokens, weights (in 1,024ths, so that their sums are exact), turn_ends, name (file and row) and
 digest (of the content that the sample was made from); where rows may have images, tiles (bytes of (n, 3, S, S)) and
-tiles_crc32 too, so that a sample is checked without reading the others; where samples have labels, labels. An item is
-what is packed as one: a sample, or the samples of a pair, which follow one another.
+tiles_crc32 too, so that a sample is checked without reading the others; where samples have labels, labels; where they
+are of values, features. An item is what is packed as one: a sample, or the samples of a pair, which follow one another.
 
 Shapes: n tokens of a sample, L labels of one, S pixels a side of a tile.
 """
@@ -95,18 +95,21 @@ class SampleManifest(BaseModel):
     """None where rows have no images: the fingerprint is then that of a manifest which knows of none."""
     labels: LabelsEntry | None = None
     """None where tokens are predicted; the same holds then."""
+    features: int | None = None
+    """Values of a position; None where samples are of tokens; the same holds then."""
 
     def fingerprint(self) -> str:
         """Hex digest of everything but `folders`, `found` and which rows were dropped: the same samples give the same
         one, wherever they lay.
         """
         images = True if self.images is None else {"dropped", "dropped_first"}
-        exclude = {"folders": True, "found": True, "images": images, **({} if self.labels else {"labels": True})}
+        exclude = {"folders": True, "found": True, "images": images}
+        exclude |= {name: True for name in ("labels", "features") if getattr(self, name) is None}
         return digest_of(self.model_dump(mode="json", exclude=exclude))
 
     def serialized(self) -> bytes:
         """The content of manifest.json: the fields, and a digest of all of them."""
-        absent = {name for name in ("images", "labels") if getattr(self, name) is None}
+        absent = {name for name in ("images", "labels", "features") if getattr(self, name) is None}
         fields = self.model_dump(mode="json", exclude=absent or None)
         return (json.dumps({**fields, "digest": digest_of(fields), "fingerprint": self.fingerprint()}) + "\n").encode()
 
@@ -166,6 +169,7 @@ def write_samples(
             found=found(),
             images=None if images is None else images().model_copy(update={"tiles": totals.tiles}),
             labels=None if labels is None else labels(),
+            features=totals.features,
         )
         (folder / MANIFEST).write_bytes(manifest.serialized())
         return True
@@ -180,6 +184,7 @@ class _Totals:
     def __init__(self, images: ImagesEntry | None) -> None:
         self.images = images
         self.trained = self.without_target = self.tiles = 0
+        self.features: int | None = None
         self.folders: list[tuple[str, int]] = []
 
     def counted(self, items: Iterable[StoredItem]) -> Iterator[StoredItem]:
@@ -188,6 +193,8 @@ class _Totals:
             self.trained += trained
             self.without_target += not trained
             self.tiles += sum(_tiles(sample, self.images) for sample in item.samples)
+            if (features := item.samples[0].features) is not None:
+                self.features = features.shape[1]
             if not self.folders or self.folders[-1][0] != item.folder:
                 self.folders.append((item.folder, 0))
             self.folders[-1] = (item.folder, self.folders[-1][1] + len(item.samples))
@@ -241,6 +248,8 @@ def _write_shard(path: Path, items: list[StoredItem], vocab_size: int, images: I
         columns["tiles_crc32"] = pa.array([zlib.crc32(content) for content in tiles], pa.uint32())
     if (labels := [sample.labels for sample in samples if sample.labels is not None]):
         columns["labels"] = _lists(np.concatenate(labels), [len(of_sample) for of_sample in labels])
+    if (features := [sample.features for sample in samples if sample.features is not None]):
+        columns["features"] = _lists(np.concatenate(features).reshape(-1), [of.size for of in features])
     if samples[0].text is not None:
         columns["text"] = pa.array([sample.text for sample in samples], pa.large_string())
     batch = pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
@@ -312,8 +321,17 @@ class SampleSource:
             turn_ends=shard.turn_ends[shard.first_turn[inside] : shard.first_turn[inside + 1]].astype(np.int64),
             images=None if shard.tiles is None else shard.tiles.of(inside),
             labels=None if shard.labels is None else shard.labels[inside],
+            features=None if shard.features is None else shard.features[start:stop],
             text=None if shard.texts is None else str(shard.texts[inside].as_py()),
         )
+
+    def features(self, number: int) -> NDArray[np.float32]:
+        """The values of sample `number`, (n, F), mapped. UserError naming the shard when it is damaged."""
+        place, inside = self._place(number)
+        shard = self._mapped.get(place) or self._map(place)
+        assert shard.features is not None
+        start, stop = shard.starts[inside : inside + 2]
+        return shard.features[start:stop]
 
     def labels(self) -> NDArray[np.float32]:
         """The labels of all samples as they are stored, (samples, L). UserError naming the shard that is damaged."""
@@ -353,13 +371,14 @@ class SampleSource:
         if int(shard.tokens.max(initial=0)) >= self.manifest.tokenizer.vocab_size:
             raise damaged(path, f"tokens outside the vocabulary of {self.manifest.tokenizer.vocab_size}")
         weights, turns = shard.column("weights"), shard.column("turn_ends")
-        labels = self.manifest.labels
+        labels, width = self.manifest.labels, self.manifest.features
         mapped = _Mapped(
             shard, shard.tokens, shard.starts, weights.values.to_numpy(), turns.values.to_numpy(),
             turns.offsets.to_numpy(),
             None if self.manifest.images is None else _Tiles(shard, self.manifest.images.image_size),
             None if labels is None else shard.column("labels").values.to_numpy().reshape(-1, len(labels.names)),
             None if labels is None or not labels.with_text else shard.column("text"),
+            None if width is None else shard.column("features").values.to_numpy().reshape(-1, width),
         )  # fmt: skip
         self._mapped[place] = mapped
         return mapped
@@ -379,6 +398,8 @@ class _Mapped:
     labels: NDArray[np.float32] | None
     """(samples, L)"""
     texts: pa.Array | None
+    features: NDArray[np.float32] | None
+    """(tokens, F)"""
 
 
 class _Tiles:

@@ -35,9 +35,11 @@ class SourceSpec(BaseModel):
     text_field: str = "text"
     """column of JSON, CSV, Parquet and Arrow rows that holds the text"""
     kind: str = Field(default="text", min_length=1)
-    """what its rows are: text | chat | completion | preference | image_text | labelled, or a kind of an extension"""
+    """what its rows are: text | chat | completion | preference | image_text | labelled | values, or a kind of an
+    extension"""
     columns: dict[str, str | list[str]] = {}
-    """of other kinds than text: our names of columns -> the file's, as {messages: dialog}; label may be a list"""
+    """of other kinds than text: our names of columns -> the file's, as {messages: dialog}; label and values may be
+    lists"""
     augment: str | None = Field(default=None, min_length=1, exclude_if=lambda value: value is None)
     """of kind labelled: how texts are written anew each time they are trained on"""
     separator: str | None = Field(default=None, min_length=1)

@@ -21,6 +21,7 @@ from llm.datatypes import TransformerInput
 from llm.errors import DamagedFile, UserError
 from llm.foreign.files import is_foreign
 from llm.generation.text import context_length
+from llm.layers.features import in_units
 from llm.parallel.replica import Replica
 
 FILE = "fingerprint"
@@ -35,7 +36,8 @@ router may choose another expert. Logits of another model differ by 1.4."""
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """`logits`: at places all over the vocabulary, after the fixed ids; `dtype`: in which they were computed."""
+    """`logits`: at places all over the vocabulary, after the fixed ids, or scaled values at all of these; `dtype`: in
+    which they were computed."""
 
     dtype: str
     logits: tuple[float, ...]
@@ -54,12 +56,26 @@ class Fingerprint:
 def fingerprint(replica: Replica) -> Fingerprint | None:
     """Of the present weights (collective, over all ranks that compute together). None where logits are not finite."""
     args = replica.model.args
-    ids = torch.tensor([fixed_ids(args)], device=replica.world.device)
-    found = replica.logits(TransformerInput(ids, causal=True), [Cache(args) for _ in replica.stages])[0]
+    inputs = fixed_inputs(args, replica.world.device)
+    at = None
+    if args.output_dim is not None:  # a few numbers: those of all places
+        columns = torch.arange(inputs.tokens.shape[1])
+        at = torch.zeros_like(columns), columns
+    found = replica.logits(inputs, [Cache(args) for _ in replica.stages], at).flatten()
     places = [i * len(found) // KEPT for i in range(KEPT)]
     logits = found.float().cpu()[places]
     dtype = str(next(replica.model.parameters()).dtype).removeprefix("torch.")
     return Fingerprint(dtype, tuple(logits.tolist())) if bool(logits.isfinite().all()) else None
+
+
+def fixed_inputs(args: ModelArgs, device: torch.device) -> TransformerInput:
+    """One row of fixed ids, or of a model of values of waves, which are about as large as what it is trained on."""
+    if args.input_dim is None:
+        return TransformerInput(torch.tensor([fixed_ids(args)], device=device), causal=True)
+    n = min(TOKENS, context_length(args)) * args.input_dim
+    waves = torch.sin(torch.arange(1, n + 1, dtype=torch.float64)).float().view(1, -1, args.input_dim)
+    features = in_units(waves, args.input_mean, args.input_std).to(device)
+    return TransformerInput.of_features(features, causal=True)
 
 
 def fixed_ids(args: ModelArgs) -> Sequence[int]:

@@ -201,7 +201,7 @@ class Replica:
             n = len(names[k])
             predicted = None
             if objective.predicts:
-                predicted = Predicted.of(gather_rows(documents[k], self.world), self.model.args.n_prediction)
+                predicted = Predicted.of(gather_rows(documents[k], self.world), objective.n_outputs(self.model.args))
             found.append(Sums(total, dict(zip(names[k], rest[:n], strict=True)), rest[n:], predicted))
         return found
 
@@ -231,15 +231,17 @@ class Replica:
     def logits(
         self, inputs: TransformerInput, caches: Sequence[Remembered], at: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """Float32 logits (B, V) of each row's last token, on all ranks of the replica (collective). The tokens continue
-        the rows of the caches, one for each stage of this rank. at: rows and columns (B,) of other tokens instead.
+        """Float32 logits (B, V) of each row's last token, or the scaled values (B, O) of a model that predicts them, on
+        all ranks of the replica (collective). The tokens continue the rows of the caches, one for each stage of this
+        rank. at: rows and columns (B,) of other tokens instead.
         """
         found = self._through_stages([inputs], caches=caches)
         logits_BV = None
         if found:
             hidden_BTD = _hidden(found[0])
             logits_BV = self.model.logits(hidden_BTD[:, -1:] if at is None else hidden_BTD[at][:, None])[:, 0]
-        shape = len(inputs.tokens if at is None else at[0]), self.model.args.vocab_size
+        args = self.model.args
+        shape = len(inputs.tokens if at is None else at[0]), args.output_dim or args.vocab_size
         return self.from_last_stage(logits_BV, shape, torch.float32)
 
     @torch.no_grad()

@@ -7,10 +7,13 @@ from llm.tasks.dpo import Preferences
 from llm.tasks.lm import LanguageModelling
 from llm.tasks.mlm import MaskedLanguageModelling
 from llm.tasks.prediction import PredictionTask
+from llm.tasks.values import AutoregressiveTask, RegressionTask
 
 register(LanguageModelling())
 register(MaskedLanguageModelling())
 register(Preferences())
 register(PredictionTask())
+register(RegressionTask())
+register(AutoregressiveTask())
 
 __all__ = ["REFERENCE", "OpenedRows", "RowsWanted", "Task", "register", "task_named"]

@@ -19,6 +19,7 @@ from llm.data.kinds import ChatOptions, Opened, PackingName
 from llm.data.labels import LabelOptions
 from llm.data.mixture import Mixture
 from llm.data.sources import DataSpec
+from llm.data.values import ValueOptions
 from llm.decoder import Decoder
 from llm.errors import UserError
 from llm.model import LLM
@@ -61,6 +62,8 @@ class RowsWanted:
     """Which of them are read."""
     labels: LabelOptions | None = None
     """What the model predicts of whole samples; None: nothing."""
+    values: ValueOptions | None = None
+    """How the model reads values; None: it does not."""
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """The config's sections of tasks, by a task's name."""
 

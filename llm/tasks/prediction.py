@@ -95,7 +95,12 @@ class Prediction(Objective):
 
 def labels_of(batch: Batch) -> Tensor:
     """(B, T, L) float32: the labels of each sample at its first token; NaN = missing."""
-    names = sorted((name for name in batch.values if name.startswith(f"{PREDICTION}.")), key=_number)
+    return numbers_of(batch, PREDICTION)
+
+
+def numbers_of(batch: Batch, kind: str) -> Tensor:
+    """(B, T, L) float32: the values `KIND.0`, `KIND.1` and so on of a batch."""
+    names = sorted((name for name in batch.values if name.startswith(f"{kind}.")), key=_number)
     return torch.stack([batch.values[name] for name in names], -1)
 
 

@@ -58,6 +58,7 @@ def asked_of(wanted: RowsWanted, tokenizer: Tokenizer, role: str, side: Side) ->
         vision=wanted.vision,
         images=wanted.images,
         labels=wanted.labels,
+        values=wanted.values,
     )
 
 

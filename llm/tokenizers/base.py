@@ -19,7 +19,10 @@ from llm.paths import PathText
 from llm.tokenizers.parts import PART_CHARACTERS
 
 TokenIds = Sequence[int] | np.ndarray
-TokenizerKind = Literal["sentencepiece", "tiktoken", "hf", "bytes", "characters", "smiles"]
+TokenizerKind = Literal["sentencepiece", "tiktoken", "hf", "bytes", "characters", "smiles", "none"]
+
+FILELESS = ("bytes", "none")
+"""Kinds without a file."""
 
 ENDS_A_TURN = (
     "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eom|>", "<end_of_turn>", "<|end|>", "</s>", "<eos>"
@@ -45,8 +48,8 @@ class TokenizerConfig(BaseModel):
     kind: TokenizerKind
     """sentencepiece (a .model file) or characters (a JSON file), which tools/train_tokenizer.py makes; tiktoken (the
     file of ranks of Llama 3 and 4), hf (a tokenizer.json, or a folder, read as transformers reads it), bytes (256
-    ids, no file) or smiles (atoms and bonds of molecules; a file with one token a line, which
-    tools/train_tokenizer.py makes)
+    ids, no file), smiles (atoms and bonds of molecules; a file with one token a line, which
+    tools/train_tokenizer.py makes) or none (a model that reads and predicts values; left out there)
     """
     path: PathText | None = None
     """the tokenizer's file, or with kind hf its folder; none for bytes"""
@@ -69,7 +72,9 @@ class TokenizerConfig(BaseModel):
     def _file_goes_with_kind(self) -> "TokenizerConfig":
         if self.kind == "bytes" and self.path is not None:
             raise ValueError(f"tokenizer.path={self.path}: the bytes tokenizer has no file; leave the path out")
-        if self.kind != "bytes" and self.path is None:
+        if self.kind == "none" and (self.path is not None or self.added_tokens):
+            raise ValueError("tokenizer.kind=none: is of runs without text, and has no file and no tokens")
+        if self.kind not in FILELESS and self.path is None:
             raise ValueError(f"tokenizer.path is missing: kind {self.kind} needs a file{where_from(self.kind)}")
         return self
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llm.errors import UserError
 from llm.tokenizers.base import Tokenizer, TokenizerConfig, where_from
+from llm.tokenizers.none import NoText
 from llm.tokenizers.sentencepiece import SentencePieceTokenizer
 from llm.tokenizers.simple import ByteTokenizer, CharacterTokenizer, read_characters
 from llm.tokenizers.smiles import SmilesTokenizer, read_smiles_vocabulary
@@ -14,6 +15,8 @@ from llm.tokenizers.smiles import SmilesTokenizer, read_smiles_vocabulary
 
 def open_file(config: TokenizerConfig, base: Path | None = None) -> Tokenizer:
     """`llm.tokenizer.load_tokenizer` for a config whose path is no folder."""
+    if config.kind == "none":
+        return NoText()
     if config.path is None:
         return ByteTokenizer()
     path = Path(base or ".") / config.path

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.args.layers import attention_specs
+from llm.args.model import OF_VALUES
 from llm.data.sources import source_specs
 from llm.errors import UserError
 from llm.flops import tile_flops, token_flops, usual_tiles
@@ -108,6 +109,9 @@ def _lines(config: RunConfig, layout: Layout, run_dir: Path | None) -> Iterator[
     if config.optim.warmup_steps is None and config.train.steps is not None:
         steps = default_warmup(config.train.steps, config.optim.decay_steps, config.optim.schedule)
         yield f"optim.warmup_steps=null is {_count(steps, 'step')} of train.steps={config.train.steps}"
+    unscaled = [key for key in OF_VALUES if getattr(config.model, key) is None]
+    if (config.model.input_dim or config.model.output_dim) and unscaled:
+        yield "how values are scaled is learned from the training rows as the run begins"
     if config.model.n_prediction and config.model.prediction_names is None:
         yield "model.prediction_names, and how values are scaled, are learned from the training rows as the run begins"
     if task_in(config).compares_with_start:

@@ -37,6 +37,8 @@ def encode_prompts(
 
 def _encoded(config: RunConfig, tokenizer: Tokenizer, template: ChatTemplate | None) -> SamplePrompts:
     given = config.eval
+    if tokenizer.kind == "none":  # what a config says of samples then has no effect, which its notes say
+        return SamplePrompts([], [])
     pictures = Pictures(config.model.vision, "the model", config.data.images.limits)
     prompts: list[list[int]] = []
     images: list[Tensor | None] = []

@@ -4,12 +4,14 @@ stands.
 The functions that take a `world` are called by all ranks together, and what one of them meets, all raise.
 """
 
-from typing import Any
+from typing import Any, get_args
 
-from llm.args.model import SETTLED, same_head
+from llm.args import ModelArgs
+from llm.args.model import OF_VALUES, SETTLED, same_head
 from llm.checkpoint.reader import newest_valid, resolve
 from llm.checkpoint.store import CheckpointStore
 from llm.data.labels import LabelOptions
+from llm.data.values import ValueOptions, ValueTask
 from llm.errors import UserError
 from llm.objectives import Objectives, objectives_of
 from llm.parallel.collectives import agreed_error, main_decides
@@ -78,8 +80,8 @@ def settle_warmup(config: RunConfig, store: CheckpointStore, world: World) -> Ru
 def settle_outputs(config: RunConfig, store: CheckpointStore, world: World) -> RunConfig:
     """The config with what the run that it goes on with has learned of labels, where it does not say it itself."""
     model = config.model
-    keys = [key for key in SETTLED if getattr(model, key) is None]
-    if not model.n_prediction or not keys:
+    keys = [key for key in (*SETTLED, *OF_VALUES) if getattr(model, key) is None]
+    if not learns_outputs(model) or not keys:
         return config
     saved = _saved(config, store, world, "model")
     if saved is None:
@@ -94,7 +96,7 @@ def settle_model(config: RunConfig, task: Task, rows: OpenedRows, goes_on: bool)
     """
     source = config.model.init_from
     began_from = None
-    if source is not None and not goes_on and config.model.n_prediction:
+    if source is not None and not goes_on and learns_outputs(config.model):
         from llm.pretrained import args_of  # of no use to others
 
         began_from = args_of(source, tell=None)
@@ -105,9 +107,25 @@ def settle_model(config: RunConfig, task: Task, rows: OpenedRows, goes_on: bool)
     return config.model_copy(update={"model": model})
 
 
+def learns_outputs(model: ModelArgs) -> bool:
+    """Whether the rows say something of the model: what its outputs stand for, or how values are scaled."""
+    return model.n_prediction > 0 or model.input_dim is not None or model.output_dim is not None
+
+
+def values_wanted(config: RunConfig) -> ValueOptions | None:
+    """How a config's model reads values."""
+    task = next((name for name in config.task_names if name in get_args(ValueTask)), None)
+    if task is None or config.model.input_dim is None:
+        return None
+    return ValueOptions(task, config.model.input_dim, config.autoregressive.stride)  # type: ignore[arg-type]
+
+
 def labels_wanted(config: RunConfig) -> LabelOptions | None:
     """What a config's model predicts of whole samples."""
     model, options = config.model, config.prediction
+    if model.output_dim is not None:
+        of_values = config.regression.max_length, model.causal, "model.output_dim"
+        return LabelOptions("regression", model.output_dim, *of_values)
     if not model.n_prediction:
         return None
     return LabelOptions(model.prediction, model.n_prediction, options.max_length, model.prediction_causal)
@@ -135,6 +153,8 @@ def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
     """
     config = _with_slot(config, tokenizer)
     args = config.model
+    if tokenizer.kind == "none":
+        return config
     new = _added_tokens(config, tokenizer)
     if new is not None:
         size, lora = max(args.vocab_size, tokenizer.vocab_size), config.lora
@@ -225,5 +245,6 @@ def rows_wanted(config: RunConfig) -> RowsWanted:
         vision=config.model.vision,
         images=config.data.images,
         labels=labels_wanted(config),
+        values=values_wanted(config),
         options=options_in(config),
     )

@@ -1,6 +1,6 @@
 """The first rows of a run as the model will see them: text, which of its tokens train, how much of a row is filled up.
 
-A token is written as its text, a control token as its name or <number>, an image as the grid of its tiles; what trains
+Values are written as numbers. A token is written as its text, a control token as its name or <number>, an image as the grid of its tiles; what trains
 stands in brackets, with its weight where that is not 1; of tokens that are to be guessed what the model sees and,
 behind an arrow, what they are. The labels of a sample stand above its text.
 """
@@ -26,6 +26,8 @@ from vision.tokens import NAMES, ImageTokens
 
 OPEN, CLOSE = "\u27e6", "\u27e7"
 """Around what trains."""
+MOST_POSITIONS = 12
+"""Positions of values that are shown of a sample."""
 ARROW = "\u2192"
 """Between what a model sees in the place of tokens, and these."""
 
@@ -42,7 +44,8 @@ def show(config: RunConfig, run_dir: Path, n_rows: int) -> Iterator[str]:
     args = settle_model(run.settled, task, opened, goes_on).model
     yield from opened.notes
     yield from _settled(args)
-    yield f"what trains stands between {OPEN} and {CLOSE}"
+    if opened.train.features is None:
+        yield f"what trains stands between {OPEN} and {CLOSE}"
     for i in range(n_rows):
         yield from show_row(opened.train, i, run.tokenizer, args)
 
@@ -69,6 +72,9 @@ def show_row(mixture: Mixture, i: int, tokenizer: Tokenizer, args: ModelArgs | N
         n_targets = _count(int((labels[start:end] >= 0).sum()), "target")
         of_sample = _labels(row, start, args) if target == PREDICTION else n_targets
         yield f"--- {place.origin}{part}{_side(row, start)}: {of_sample}, {_count(end - start, 'position')}"
+        if row.features is not None:
+            yield numbers(row.features[start:end])
+            continue
         if target == PREDICTION:
             yield _text(row.tokens[start:end].tolist(), tokenizer, names)
             continue
@@ -79,6 +85,13 @@ def show_row(mixture: Mixture, i: int, tokenizer: Tokenizer, args: ModelArgs | N
         if labels[end - 1] >= 0:  # the last token is only a label
             ids = np.append(ids, labels[end - 1])
         yield marked(ids, weight_of[: len(ids)], tokenizer, names)
+
+
+def numbers(features_nF: NDArray[np.float32]) -> str:
+    """The values of a sample, position by position, those of one in brackets where they are several."""
+    shown = [" ".join(f"{value:.6g}" for value in of_one) for of_one in features_nF[:MOST_POSITIONS].tolist()]
+    parts = shown if features_nF.shape[1] == 1 else [f"({of_one})" for of_one in shown]
+    return " ".join([*parts, *["..."] * (len(features_nF) > MOST_POSITIONS)])
 
 
 def marked(ids: NDArray[np.int64], weights: NDArray, tokenizer: Tokenizer, names: Mapping[int, str]) -> str:
@@ -145,7 +158,12 @@ def _side(row: Row, start: int) -> str:
 
 
 def _settled(args: ModelArgs) -> Iterator[str]:
-    """What the rows say of the model's outputs."""
+    """What the rows say of the model's outputs, and of values."""
+    for side in ("input", "output"):
+        mean, std = (getattr(args, f"{side}_{key}") for key in ("mean", "std"))
+        if mean is not None and std is not None:
+            scales = [f"(x - {m:.6g}) / {s:.6g}" for m, s in zip(mean, std, strict=True)][:MOST_POSITIONS]
+            yield f"{side}: x is scaled as {', '.join(scales)}{', ...' if len(mean) > MOST_POSITIONS else ''}"
     if args.prediction_names is None:
         return
     for i, name in enumerate(args.prediction_names):

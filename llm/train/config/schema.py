@@ -22,6 +22,13 @@ from llm.train.config.section import BY_COMMAS, Section
 from llm.train.config.synonyms import meant
 from llm.train.config.tasks import DpoConfig, MlmConfig, TaskEntry, source_problems
 from llm.train.config.train import GuardConfig, TrainConfig
+from llm.train.config.values import (
+    AutoregressiveConfig,
+    RegressionConfig,
+    check_tasks_of_values,
+    kind_problem,
+    reads_and_predicts_values,
+)
 
 
 class ModelSection(ModelArgs):
@@ -66,7 +73,8 @@ class RunConfig(Section):
     model: ModelSection
     """ModelArgs, or the path of a YAML file with them."""
     tokenizer: TokenizerConfig
-    """kind: sentencepiece | bytes | characters, and the path of its file."""
+    """kind: sentencepiece | bytes | characters, and the path of its file; left out where the model reads and predicts
+    values."""
     data: DataConfig
     """Training and held-out text."""
     chat: ChatOptions = ChatOptions()
@@ -74,8 +82,8 @@ class RunConfig(Section):
     task: str | list[TaskEntry] = "lm"
     """What the model is trained to do; lm: the next token of texts, conversations and completions; mlm: hidden tokens
     of these, from both sides; prediction: labels of data of kind labelled; dpo: to prefer the chosen answers of data of
-    kind preference; or a list of {task, weight, source} for several in one run, source being the name of one under
-    data.train."""
+    kind preference; regression: labels of data of kind values; autoregressive: the next values of these; or a list of
+    {task, weight, source} for several in one run, source being the name of one under data.train."""
     extensions: Annotated[tuple[PathText, ...], BY_COMMAS] = ()
     """Python files, separated by commas, that are run first and register objectives, tasks and the like."""
     parallel: ParallelConfig = ParallelConfig()
@@ -86,6 +94,12 @@ class RunConfig(Section):
     """How a run with task: prediction learns labels."""
     mlm: MlmConfig = Field(MlmConfig(), exclude_if=lambda section: section == MlmConfig())
     """What is hidden in a run with task: mlm."""
+    regression: RegressionConfig = Field(RegressionConfig(), exclude_if=lambda section: section == RegressionConfig())
+    """How a run with task: regression learns labels of values."""
+    autoregressive: AutoregressiveConfig = Field(
+        AutoregressiveConfig(), exclude_if=lambda section: section == AutoregressiveConfig()
+    )
+    """How a run with task: autoregressive reads series."""
     lora: LoraConfig | None = None
     """Train low-rank adapters alone; unset = all weights train."""
     optim: OptimConfig = OptimConfig()
@@ -102,6 +116,13 @@ class RunConfig(Section):
     """What is written where."""
     deepspeed: dict[str, Any] = {}
     """Expert options passed through to DeepSpeed's JSON, but for those that the other sections decide."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _values_need_no_tokenizer(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "tokenizer" not in given and reads_and_predicts_values(given.get("model")):
+            return given | {"tokenizer": {"kind": "none"}}
+        return given
 
     @field_validator("deepspeed")
     @classmethod
@@ -123,6 +144,7 @@ class RunConfig(Section):
         self._sources_go_with_tasks()
         self._kinds_suit_the_task()
         self._options_go_with_their_task()
+        check_tasks_of_values(self.model, self.task_names, self.tokenizer.kind != "none")
         forward = [name for name in self.task_names if name in ("lm", "dpo")]
         if forward and not self.model.causal:
             raise ValueError(
@@ -166,7 +188,8 @@ class RunConfig(Section):
 
     def _options_go_with_their_task(self) -> None:
         names = ",".join(self.task_names)
-        for task, section in (("dpo", self.dpo), ("mlm", self.mlm), ("prediction", self.prediction)):
+        for task in ("dpo", "mlm", "prediction", "regression", "autoregressive"):
+            section = getattr(self, task)
             for key, value in section.model_dump().items():
                 if task not in self.task_names and value != type(section).model_fields[key].default:
                     given = f"{task}.{key}={value}: is for task={task}, and task={names}"
@@ -200,6 +223,9 @@ class RunConfig(Section):
             for i, spec in enumerate([] if data is None else source_specs(data)):
                 given = f"data.{key}.{i}.kind={spec.kind}"
                 task = self._task_of(spec.resolved_name())
+                problem = kind_problem(task, spec.kind)
+                if problem is not None:
+                    raise ValueError(f"{given}: {problem}")
                 if task in ("lm", "mlm") and spec.kind == "preference":
                     raise ValueError(f"{given}: preferences are compared, not learned by heart; set task=dpo")
                 if task == "dpo" and spec.kind in ("text", "chat", "completion"):
