@@ -41,6 +41,7 @@ from llm.layers.routed import thresholds_of
 from llm.parameters import ParameterTable
 from llm.recompute import Recompute, recomputed
 from llm.sides import Sides, apart, together
+from llm.value_methods import ValueMethods
 from vision.adapter import Projection
 from vision.encoder import Tower
 from vision.native import NativeTower
@@ -56,7 +57,7 @@ def unit_names(args: ModelArgs) -> tuple[str, ...]:
     return (*[VISION] * (args.vision is not None), EMBEDDING, *encoder_units(args), *layers, NORM, OUTPUT)
 
 
-class LLM(Conveniences, Embeds, Heads, Sides):
+class LLM(Conveniences, ValueMethods, Embeds, Heads, Sides):
     """A language model, initialised from (args, seed) alone; works without process groups.
 
     On device="meta" it has shapes but no values. Raises ValueError while args.vocab_size is unset, unless it reads and

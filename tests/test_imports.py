@@ -13,8 +13,8 @@ ROOMS = (
     "scorers", "prediction_scores",
     # what a model is, and the model
     "args", "init", "kernels", "datatypes", "layers", "parameters", "flops", "recompute", "batch", "cache", "row_cache",
-    "conveniences", "contexts", "embeds", "heads", "sides", "model", "compile", "generation.sampling", "decoder",
-    "generation.beams", "generate", "objectives", "surgery",
+    "conveniences", "value_methods", "contexts", "embeds", "heads", "sides", "model", "compile", "generation.sampling",
+    "decoder", "generation.beams", "generate", "objectives", "surgery",
     # files, and many ranks
     "adapters.int8", "tokenizers", "tokenizer", "data.json_rows", "data.sample", "data.image_source",
     "data.conversation", "tokenizers.chat", "data", "parallel", "plan", "checkpoint", "foreign", "adapters",

@@ -231,5 +231,5 @@ def test_a_registered_objective_is_made_with_the_options_of_the_config(monkeypat
 
 
 def test_an_unknown_task_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="task=ml: no such task; known are dpo, lm"):
+    with pytest.raises(ValueError, match="task=ml: no such task; known are autoregressive, dpo, lm"):
         task_named("ml")

@@ -1,8 +1,8 @@
 """The first rows of a run as the model will see them: text, which of its tokens train, how much of a row is filled up.
 
-Values are written as numbers. A token is written as its text, a control token as its name or <number>, an image as the grid of its tiles; what trains
+A token is written as its text, a control token as its name or <number>, an image as the grid of its tiles; what trains
 stands in brackets, with its weight where that is not 1; of tokens that are to be guessed what the model sees and,
-behind an arrow, what they are. The labels of a sample stand above its text.
+behind an arrow, what they are. The labels of a sample stand above its text. Values are written as numbers.
 """
 
 from collections.abc import Iterator, Mapping
@@ -162,8 +162,8 @@ def _settled(args: ModelArgs) -> Iterator[str]:
     for side in ("input", "output"):
         mean, std = (getattr(args, f"{side}_{key}") for key in ("mean", "std"))
         if mean is not None and std is not None:
-            scales = [f"(x - {m:.6g}) / {s:.6g}" for m, s in zip(mean, std, strict=True)][:MOST_POSITIONS]
-            yield f"{side}: x is scaled as {', '.join(scales)}{', ...' if len(mean) > MOST_POSITIONS else ''}"
+            of_each = [f"(x - {m:.6g}) / {s:.6g}" for m, s in zip(mean, std, strict=True)][:MOST_POSITIONS]
+            yield f"{side}: x is scaled as {', '.join(of_each)}{', ...' if len(mean) > MOST_POSITIONS else ''}"
     if args.prediction_names is None:
         return
     for i, name in enumerate(args.prediction_names):
@@ -180,7 +180,7 @@ def _labels(row: Row, start: int, args: ModelArgs | None) -> str:
     if args is not None and args.prediction == "classification" and names is not None:
         parts = ["no label" if np.isnan(x) else f"label {names[int(x)]!r}" for x in numbers]
     else:
-        called = names or [str(i) for i in range(len(numbers))]
+        called = names or [f"label {i}" if row.features is not None else str(i) for i in range(len(numbers))]
         parts = [f"{name} {'missing' if np.isnan(x) else f'{x:.6g}'}" for name, x in zip(called, numbers, strict=True)]
     weights = row.targets[PREDICTION].weights
     weight = [] if weights is None or weights[start] == 1 else [f"weight {weights[start]:g}"]
