@@ -142,7 +142,8 @@ def _pipeline(work: Workload) -> Iterator[Sent]:
 
 
 def _experts(work: Workload) -> Iterator[Sent]:
-    """Rows go to their experts and come back, in the forward and in the backward."""
+    """Rows go to their experts and come back, in the forward and in the backward. With a capacity it is the most that
+    can be: what finds its expert full is not sent."""
     moe, e = work.args.moe, work.layout.expert
     if moe is None or e == 1:
         return

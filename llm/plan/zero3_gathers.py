@@ -253,7 +253,9 @@ def repeats_after_experts(args: ModelArgs) -> bool:
     moe = args.moe
     if norms_around(args)[1]:
         return False  # a norm is the last module
-    return moe is not None and (auxiliary_losses(args) > 0 or (moe.apply == "output" and not moe.shared))
+    if moe is None or auxiliary_losses(args) > 0:
+        return moe is not None
+    return not moe.shared and (moe.apply == "output" or moe.overflow)
 
 
 def _repetition(args: ModelArgs, spec: LayerSpec, prefix: str) -> Iterator[Event]:

@@ -101,6 +101,7 @@ def train(engine: Engine, case: dict[str, Any], steps: range) -> list[dict[str, 
                 "loss": result.loss,
                 "grad_norm": result.grad_norm,
                 "checksum": result.routing_checksum,
+                "overflow": result.moe_overflow,
                 "skipped": result.skipped,
                 "margin": margins.take() if margins else None,
             }

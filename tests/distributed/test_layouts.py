@@ -42,6 +42,10 @@ BERT = {
     "norm": "layer", "norm_place": "post_add", "act": "gelu", "gated": False, "ffn_bias": True, "qkv_bias": True,
     "o_bias": True, "pos": "learned", "causal": False, "qk_norm": None, "nope_layer_interval": None,
 }  # fmt: skip
+FULL_EXPERTS = {
+    "gated": False, "act": "gelu", "ffn_bias": True,
+    "moe": {**TINY_MODEL["moe"], "swiglu": False, "capacity": 9, "overflow": True, "aux_times_experts": False},
+}  # fmt: skip
 MODELS: dict[str, Case] = {
     "top2": {"model": WIDE, "first": 300},
     "top1 tied": {"model": {**WIDE, "moe": {**TINY_MODEL["moe"], "top_k": 1}}, "tied": True, "first": 300},
@@ -54,6 +58,8 @@ MODELS: dict[str, Case] = {
     "olmo2": {"model": {**WIDE, **OLMO2}, "first": 400},
     "muse": {"model": {**WIDE, **MUSE}, "first": 0},
     "bert": {"model": {**WIDE, **BERT}, "first": 400},
+    # five of eight assignments find their expert full
+    "full experts": {"model": {**WIDE, **FULL_EXPERTS}, "first": 200},
     "small weights": {},  # init_std=0.02, for what rounds too much to compare choices
 }
 """`first` is the first batch of data in whose 20 steps no choice comes near a tie."""
@@ -72,6 +78,8 @@ ON_TWO_RANKS: list[Case] = [
     {"tensor": 2, "of": "neox", "recompute": "selective"},
     {"tensor": 2, "of": "muse"},
     {"tensor": 2, "of": "bert"},
+    {"tensor": 2, "of": "full experts", "recompute": "full"},
+    {"expert": 2, "of": "full experts", "accumulation": 2},
     {"pipeline": 2, "accumulation": 4},
     {"pipeline": 2, "of": "top1 tied", "optimizer": "sgd", "accumulation": 2, "recompute": "full"},
     {"pipeline": 2, "pipeline_schedule": "dualpipev", "of": "top1 tied", "accumulation": 4},
@@ -138,7 +146,7 @@ def more_pipelines() -> dict[int, list[Case]]:
     """Pipelines of both schedules with other models, optimizers and precisions."""
     layouts = {2: [{"pipeline": 2}], 4: [{"pipeline": 2, "tensor": 2}, {"pipeline": 2}, {"pipeline": 4}]}
     others: list[Case] = [
-        *({"of": of} for of in ("one kv head", "neox", "gemma2", "olmo2", "muse", "bert")),
+        *({"of": of} for of in ("one kv head", "neox", "gemma2", "olmo2", "muse", "bert", "full experts")),
         {"optimizer": "muon"},
         {"offload": True},
         {"precision": "bf16", "of": "small weights"},
@@ -167,7 +175,7 @@ def extras() -> dict[int, list[Case]]:
         4: [
             *(
                 {**layout, "of": of, "optimizer": optimizer}
-                for of, optimizer in product(("neox", "gemma2", "olmo2", "muse", "bert"), OPTIMIZERS)
+                for of, optimizer in product(("neox", "gemma2", "olmo2", "muse", "bert", "full experts"), OPTIMIZERS)
                 for layout in (both, {"tensor": 4}, {"tensor": 2, "stage": 3}, {"expert": 4, "stage": 2})
             ),
             {**both, "of": "neox", "recompute": "full", "sequence_parallel": False},

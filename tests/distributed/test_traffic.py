@@ -95,6 +95,17 @@ BERT = {
     "nope_layer_interval": None,
 }  # fmt: skip
 POSITIONS_FROZEN = ("pos_embeddings.*", "layers.0.*")
+FULL_EXPERTS: dict[str, Any] = {
+    "gated": False, "act": "gelu", "ffn_bias": True,
+    "moe": {"n_experts": 4, "top_k": 2, "hidden": 24, "interleave": 2, "swiglu": False, "capacity": 9, "overflow": True},
+}  # fmt: skip
+
+
+def full_experts(**moe: Any) -> dict[str, Any]:
+    """Without a shared expert, and so with the overflow expert as the last module."""
+    return {**FULL_EXPERTS, "moe": {**FULL_EXPERTS["moe"], "shared": False, **moe}}
+
+
 ONE_MOE_KIND = {"n_experts": 4, "hidden": 24, "interleave": 1}
 MORE_ON_TWO_RANKS = [
     *(
@@ -207,6 +218,13 @@ MORE_ON_TWO_RANKS = [
     *(
         case("pipeline", pipeline=2, **LABELS | {"model": {"n_prediction": 5, "tie_embeddings": tied}})
         for tied in (True, False)
+    ),
+    case("data", zero_stage=3, deepspeed=fetching(100, 0, 1500), model=FULL_EXPERTS),
+    case("data", zero_stage=3, recompute="full", deepspeed=fetching(50, 900, 800), model=FULL_EXPERTS),
+    case("tensor", tensor=2, micro=4, recompute="selective", model=FULL_EXPERTS),
+    *(
+        case("data", zero_stage=3, recompute="full", deepspeed=fetching(0, 0, 0), model=full_experts(apply=apply))
+        for apply in ("input", "output")
     ),
     case("data", zero_stage=0),
     case("data", zero_stage=2),
