@@ -95,9 +95,10 @@ BERT = {
     "nope_layer_interval": None,
 }  # fmt: skip
 POSITIONS_FROZEN = ("pos_embeddings.*", "layers.0.*")
+ONE_MOE_KIND = {"n_experts": 4, "hidden": 24, "interleave": 1}
 FULL_EXPERTS: dict[str, Any] = {
     "gated": False, "act": "gelu", "ffn_bias": True,
-    "moe": {"n_experts": 4, "top_k": 2, "hidden": 24, "interleave": 2, "swiglu": False, "capacity": 9, "overflow": True},
+    "moe": {**ONE_MOE_KIND, "top_k": 2, "interleave": 2, "swiglu": False, "capacity": 9, "overflow": True},
 }  # fmt: skip
 
 
@@ -106,7 +107,6 @@ def full_experts(**moe: Any) -> dict[str, Any]:
     return {**FULL_EXPERTS, "moe": {**FULL_EXPERTS["moe"], "shared": False, **moe}}
 
 
-ONE_MOE_KIND = {"n_experts": 4, "hidden": 24, "interleave": 1}
 MORE_ON_TWO_RANKS = [
     *(
         case("data", zero_stage=stage, precision=bits, freeze=freeze)
