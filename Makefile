@@ -5,6 +5,7 @@
 #                 the long ones, which .ci/run runs too (SLICE=N another share)
 # make layouts-vision   compare every layout of a model with a vision tower with one process, on rows with and without images
 # make chem       .venv-chem: what runs need, and RDKit and scikit-learn for molecules; use .venv-chem/bin/python
+# make lightning  .venv-lightning: what runs need, and Lightning for Miniformer's modules; use .venv-lightning/bin/python
 # make export     .venv-export: what runs need, and onnx and onnxruntime for exported models; use .venv-export/bin/python
 # make lint       style and types
 # make vision-reference   what the image processor of transformers makes of generated pictures, again
@@ -29,12 +30,13 @@ HARNESS := .venv-eval
 VISION := .venv-vision
 CHEM := .venv-chem
 EXPORT := .venv-export
+LIGHTNING := .venv-lightning
 RUNTIME := .venv/.runtime-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 INSTALL_TORCH = $(if $(TORCH),$(1)/pip install -q $(TORCH),\
     $(1)/pip install -q torch==2.13.0+cpu 2>/dev/null || $(1)/pip install -q torch==2.13.0)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: pretrain pretrain-long evaluate layouts layouts-vision test test-slice test-full vision-reference chem export lint setup clean
+.PHONY: pretrain pretrain-long evaluate layouts layouts-vision test test-slice test-full vision-reference chem export lightning lint setup clean
 
 setup: $(RUNTIME)
 
@@ -98,6 +100,16 @@ $(EXPORT)/.made: $(RUNTIME) requirements-export.txt constraints.txt
 
 export: $(EXPORT)/.made
 
+# Lightning beside what runs need, for the modules of docs/siblings/miniformer.md
+$(LIGHTNING)/.made: $(RUNTIME) requirements-lightning.txt constraints.txt
+	$(PYTHON) -m venv $(LIGHTNING)
+	$(call INSTALL_TORCH,$(LIGHTNING)/bin)
+	$(LIGHTNING)/bin/pip install -q -r requirements-lightning.txt -c constraints.txt
+	$(LIGHTNING)/bin/pip install -q --no-deps -e .
+	touch $@
+
+lightning: $(LIGHTNING)/.made
+
 vision-reference: $(VISION)/.made
 	$(VISION)/bin/python -m tests.vision.reference
 
@@ -130,10 +142,11 @@ test: .venv/.dev
 test-slice: .venv/.dev
 	$(BIN)/python -m tests.slices $(if $(SLICE),--number $(SLICE))
 
-test-full: .venv/.dev $(PEERS)/.made $(HARNESS)/.made $(CHEM)/.made $(EXPORT)/.made
+test-full: .venv/.dev $(PEERS)/.made $(HARNESS)/.made $(CHEM)/.made $(EXPORT)/.made $(LIGHTNING)/.made
 	$(BIN)/python -m pytest -m "not distributed" $(SIDE_BY_SIDE)
 	$(CHEM)/bin/python -m pytest tests/data/test_enumeration.py tests/tools/test_molecules.py
 	$(EXPORT)/bin/python -m pytest tests/export
+	$(LIGHTNING)/bin/python -m pytest tests/siblings/test_miniformer_lightning.py
 	$(BIN)/python -m pytest -m distributed
 
 lint: .venv/.dev
@@ -141,4 +154,4 @@ lint: .venv/.dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv $(PEERS) $(HARNESS) $(VISION) $(CHEM) $(EXPORT) build *.egg-info
+	rm -rf .venv $(PEERS) $(HARNESS) $(VISION) $(CHEM) $(EXPORT) $(LIGHTNING) build *.egg-info
