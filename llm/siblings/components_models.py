@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llm.cache import Cache
 from llm.datatypes import RouterStats, TransformerInput
+from llm.errors import UserError
 from llm.layers.encoder import encoder_units
 from llm.model import EMBEDDING, LLM
 from llm.siblings.components_config import ComponentsConfig, FFNConfig
@@ -103,7 +104,7 @@ class _Model(nn.Module):
     @classmethod
     def _checked(cls, config: ComponentsConfig, path: Path) -> ComponentsConfig:
         if config.kind != cls.kind:
-            raise ValueError(f"{path}: holds a model of kind {config.kind}, and {cls.__name__} is {cls.kind}")
+            raise UserError(f"{path}: holds a model of kind {config.kind}, and {cls.__name__} is {cls.kind}")
         return config
 
 
@@ -265,6 +266,10 @@ class EncoderDecoder(_Model):
 
     kind = "encoder_decoder"
     bases = {**_Model.bases, "decoder_layer": TransformerDecoderLayer}
+    _read: tuple[weakref.ref[Tensor], RouterStats | None, TransformerInput] | None = None
+    """What `encode` made last, and of what."""
+    _written: "_Written | None" = None
+    """What `decode` made with the cache."""
 
     def __init__(
         self,
@@ -299,8 +304,6 @@ class EncoderDecoder(_Model):
             dropout=dropout,
         )  # fmt: skip
         super().__init__(config, Parts(attention, feed_forward, encoder_layer, decoder_layer))
-        self._read: tuple[weakref.ref[Tensor], RouterStats | None, TransformerInput] | None = None
-        self._written: _Written | None = None
 
     def encode(self, source: Tensor, expanding_context: bool = True, mask: Tensor | None = None) -> Tensor:
         """What the encoder makes of sources: (B, S, D). expanding_context is accepted; an encoder reads whole rows.
