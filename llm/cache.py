@@ -5,11 +5,14 @@ different lengths, several new tokens at once and chunk boundaries are all the s
 below the current chunk, and those with a window what has left it. A cache grows with its rows, or slides along them:
 with a window of its own every layer sees no more than so many of the newest positions, which keep counting.
 
-Shapes: B batch, T new tokens, S remembered slots, H query heads, K kv heads, d head width.
+An encoder-decoder's cache also keeps keys and values of what the encoder made of each row's source, which are computed
+once.
+
+Shapes: B batch, T new tokens, S remembered slots, or tokens of a source, H query heads, K kv heads, d head width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 import numpy as np
@@ -20,6 +23,8 @@ from torch import Tensor
 from llm.args import AttentionSpec, Mask, ModelArgs
 from llm.args.layers import attention_specs
 from llm.kernels.attention import masked_attention
+from llm.kernels.scores import Scores
+from llm.layers.across import AcrossMasks, AttendAcross
 from llm.layers.context import LayerState, State
 from llm.layers.masks import Attend, AttentionMasks, scores_of, visible
 
@@ -41,6 +46,12 @@ class Remembered(Protocol):
     def state(self, layer: int, make: Callable[[], State]) -> State:
         """What a layer with a state remembers (llm/layers/context.py), made when first asked for."""
 
+    def across(
+        self, positions_BT: Ints, document_starts: Ints, source: tuple[Ints, Ints] | None, device: torch.device
+    ) -> AttendAcross:
+        """Attention of new tokens to what the encoder made of the rows' sources, asked for before `extend`. source:
+        positions and documents of the sources, with the first tokens; None with all later ones."""
+
     def forget(self) -> None:
         """Drop what no later token can see. Called after each forward."""
 
@@ -54,6 +65,7 @@ class Cache:
         self._specs = attention_specs(args.layer_specs())
         self._memories = {(spec.mask, spec.span): _Memory(longest) for spec in self._specs}
         self._states: dict[int, LayerState] = {}
+        self._sources: _Sources | None = None
         self.window = window
         self.length = 0
         """Tokens seen in each row, padding included."""
@@ -83,13 +95,32 @@ class Cache:
 
     @property
     def _held(self) -> list[LayerState]:
-        return [*self._memories.values(), *self._states.values()]
+        sources = [] if self._sources is None else [self._sources]
+        return [*self._memories.values(), *self._states.values(), *sources]
 
     def state(self, layer: int, make: Callable[[], State]) -> State:
         """What a layer with a state remembers (llm/layers/context.py), made when first asked for."""
         if layer not in self._states:
             self._states[layer] = make()
         return cast(State, self._states[layer])
+
+    def across(
+        self, positions_BT: Ints, document_starts: Ints, source: tuple[Ints, Ints] | None, device: torch.device
+    ) -> AttendAcross:
+        """Attention to the encoder's memory, whose keys and values are computed with the first tokens alone. ValueError
+        where a source comes later than these, or not at all."""
+        if source is None:
+            if self._sources is None or self.length == 0:
+                raise ValueError("the cache holds no source yet: the first tokens of its rows need inputs.source")
+            return self._sources
+        if self.length:
+            raise ValueError("the cache holds what its rows read already: rows go on without inputs.source or memory")
+        source_positions_BS, source_starts = source
+        if len(source_starts) != len(source_positions_BS):
+            raise ValueError("inputs.source.cu_seqlens cannot be used with a cache: each row has one source")
+        masks = AcrossMasks(positions_BT, document_starts, source_positions_BS, source_starts, device)
+        self._sources = _Sources(torch.from_numpy(source_positions_BS >= 0).to(device))
+        return _Filling(self._sources, masks)
 
     def reorder(self, rows: Tensor | Sequence[int]) -> None:
         """Keep row rows[i] as row i; rows may repeat (beam search) or be left out."""
@@ -194,6 +225,57 @@ class CachedAttention:
 def _mask(kind: MaskKind, query_BT: Ints, memory: "_Memory", device: torch.device) -> Tensor | None:
     seen = visible(query_BT, memory.positions_BS, *kind)
     return None if seen.all() else torch.from_numpy(seen[:, None]).to(device)
+
+
+class _Sources:
+    """Keys and values of what an encoder made of the rows' sources. Rows of one source have the same of each layer, so
+    that nothing moves where rows change places with others of theirs."""
+
+    def __init__(self, seen_BS: Tensor) -> None:
+        """seen_BS: bool, which of the source tokens are no padding."""
+        self._seen_BS = seen_BS
+        self._source_of_row = torch.arange(len(seen_BS), device="cpu")
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for pair in self._layers.values() for x in pair)
+
+    def remember(self, layer: int, k_BSKd: Tensor, v_BSKd: Tensor) -> None:
+        self._layers[layer] = k_BSKd.transpose(1, 2).contiguous(), v_BSKd.transpose(1, 2).contiguous()
+
+    def reorder(self, index: Tensor) -> None:
+        found = self._source_of_row[index]
+        if torch.equal(found, self._source_of_row):
+            return
+        self._source_of_row, rows = found, index.to(self._seen_BS.device)
+        self._seen_BS = self._seen_BS.index_select(0, rows)
+        for layer, (k, v) in self._layers.items():
+            self._layers[layer] = k.index_select(0, rows), v.index_select(0, rows)
+
+    def __call__(
+        self, layer: int, spec: AttentionSpec, q_BTHd: Tensor, k_BSKd: Tensor | None, v_BSKd: Tensor | None
+    ) -> Tensor:
+        """Attention to what is remembered."""
+        k, v = self._layers[layer]
+        seen = None if self._seen_BS.all() else self._seen_BS[:, None, None]
+        scores = Scores(spec.scale, spec.softcap, None, causal=False, across=True)
+        return masked_attention(q_BTHd.transpose(1, 2), k, v, seen, scores).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class _Filling:
+    """Attention to the memory of a batch, whose keys and values are kept."""
+
+    sources: _Sources
+    masks: AcrossMasks
+
+    def __call__(
+        self, layer: int, spec: AttentionSpec, q_BTHd: Tensor, k_BSKd: Tensor | None, v_BSKd: Tensor | None
+    ) -> Tensor:
+        assert k_BSKd is not None and v_BSKd is not None
+        self.sources.remember(layer, k_BSKd, v_BSKd)
+        return self.masks(layer, spec, q_BTHd, k_BSKd, v_BSKd)
 
 
 class _Memory:

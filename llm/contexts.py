@@ -15,7 +15,7 @@ from llm.args.layers import attention_specs
 from llm.args.route import RouteArgs
 from llm.cache import Ints, Remembered
 from llm.datatypes import TransformerInput
-from llm.layers.across import AcrossMasks
+from llm.layers.across import AcrossMasks, AttendAcross
 from llm.layers.branches import BranchMasks
 from llm.layers.context import Budget, Context, angles, temperature
 from llm.layers.dropout import AttentionDropout, source_keys
@@ -147,27 +147,33 @@ def make_contexts(
     """What `make_context` makes; where there is an encoder, with what its layers share, and attention to what they
     make. ValueError where `inputs.source` does not fit."""
     how = each_row, cut_sequence, first_head
-    ctx = make_context(args, specs, inputs, cache, expert_counts, keys_N, *how)
     if not encoder_specs:
-        return ctx
-    source = inputs.source
-    if cache is not None:
-        raise ValueError("an encoder-decoder does not decode with a cache")
-    if source is None:
+        return make_context(args, specs, inputs, cache, expert_counts, keys_N, *how)
+    source, device = inputs.source, inputs.tokens.device
+    if source is not None:
+        _check_source(source, len(inputs.tokens))
+    elif cache is None:
         raise ValueError(
             f"model.encoder_layers={args.encoder_layers}: the encoder needs inputs.source, what it is to read"
         )
-    _check_source(source, len(inputs.tokens))
+    across: AttendAcross
+    sides = None if source is None else source.resolve()
+    if cache is not None:
+        across = cache.across(*inputs.resolve(cache.first_positions(len(inputs.tokens))), sides, device)
+    ctx = make_context(args, specs, inputs, cache, expert_counts, keys_N, *how)
+    if source is None or sides is None:
+        return replace(ctx, across=across)
     of_source = None if keys_N is None else source_keys(keys_N, *source.tokens.shape)
     both_ways = replace(source, causal=False)
     of_encoder = make_context(
         args, encoder_specs, both_ways, None, expert_counts, of_source, *how, place="encoder.layers.{layer}"
     )
-    dropout = None
-    if args.attn_dropout and keys_N is not None:
-        place = "layers.{layer}.cross"
-        dropout = AttentionDropout(keys_N.view(inputs.tokens.shape), args.attn_dropout, first_head, place)
-    across = AcrossMasks(*inputs.resolve(), *source.resolve(), inputs.tokens.device, dropout)
+    if cache is None:
+        dropout = None
+        if args.attn_dropout and keys_N is not None:
+            place = "layers.{layer}.cross"
+            dropout = AttentionDropout(keys_N.view(inputs.tokens.shape), args.attn_dropout, first_head, place)
+        across = AcrossMasks(*inputs.resolve(), *sides, device, dropout)
     return replace(ctx, source=of_encoder, across=across)
 
 

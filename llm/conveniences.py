@@ -96,9 +96,10 @@ class Conveniences(nn.Module):
     ) -> str | list[str]:
         """The continuation of a text, or of each of several in one batch: what comes after it, with its first space.
 
-        An empty text begins a document; `stop` ends at an end mark, `stop_texts` before the first of these texts that
-        the continuation comes to; llm/generation/sampling.py and beams.py say what the other settings mean. A
-        continuation ends where the context (args.max_seq_len) does.
+        An empty text begins a document; an encoder-decoder reads the text, and what comes back is its answer. `stop`
+        ends at an end mark, `stop_texts` before the first of these texts that the continuation comes to;
+        llm/generation/sampling.py and beams.py say what the other settings mean. A continuation ends where the context
+        (args.max_seq_len) does.
 
         images: those of the text, of a model with vision: paths, what files hold as bytes, or images of Pillow; of
         several texts a list of these for each. The first `<image>` of a text stands for the first one; they stand

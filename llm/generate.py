@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm.decoder import Cached, Decoder, check_finite, check_prompts, left_padded, seen_ids
+from llm.decoder import Beginnings, Decoder, check_finite, left_padded, seen_ids
 from llm.generation.beams import Beams, beam_search
 from llm.generation.sampling import Sampling, penalised, sample
 from llm.init import uniform
@@ -35,11 +35,12 @@ def generate(
     num_beams: int = 1,
     length_penalty: float = 1.0,
     early_stopping: bool = False,
+    sources: Sequence[Sequence[int]] | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt, at most max_new_tokens (of all rows, or of each); a stop token ends its row and is
     kept as the row's last.
 
-    Sampling and Beams say what the settings mean; `n_ids`, `images` and errors are as of `stream`.
+    Sampling and Beams say what the settings mean; `n_ids`, `images`, `sources` and errors are as of `stream`.
     """
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
     beams = Beams(num_beams, length_penalty, early_stopping)
@@ -47,13 +48,14 @@ def generate(
     if num_beams > 1:
         found = beam_search(
             model, prompts, beams, max_new_tokens=max_new_tokens, stop_ids=stop_ids, n_ids=n_ids, images=images,
-            repetition_penalty=repetition_penalty,
+            sources=sources, repetition_penalty=repetition_penalty,
         )  # fmt: skip
         return [best.tokens for best, *_ in found]
     new_tokens: list[list[int]] = [[] for _ in prompts]
     made = stream(
-        model, prompts, sampling, max_new_tokens=max_new_tokens, stop_ids=stop_ids, n_ids=n_ids, images=images
-    )
+        model, prompts, sampling, max_new_tokens=max_new_tokens, stop_ids=stop_ids, n_ids=n_ids, images=images,
+        sources=sources,
+    )  # fmt: skip
     for row, token in made:
         new_tokens[row].append(token)
     return new_tokens
@@ -69,6 +71,7 @@ def stream(
     n_ids: int | None = None,
     keys: Sequence[str] | None = None,
     images: Sequence[Tensor | None] | None = None,
+    sources: Sequence[Sequence[int]] | None = None,
     ended: Callable[[int], bool] = lambda row: False,
 ) -> Iterator[tuple[int, int]]:
     """(row, token) of each new token as it is made, step by step.
@@ -78,37 +81,34 @@ def stream(
         n_ids: ids from here on are never chosen: rows of the table that the tokenizer has no token for.
         keys: what a row's random numbers depend on beside the seed; default: its number among the prompts.
         images: of each prompt, the tiles that fill its slots, in their order: uint8 (n, 3, S, S), or floats.
+        sources: of each prompt, what the encoder of an encoder-decoder reads; a prompt is then what the answer begins
+            with, tokenizer.bos_id.
         ended: whether a row has ended with the tokens that were taken of it, asked before each further step.
 
     Raises ValueError for an empty prompt or a setting out of range, NonFiniteLogits (a FloatingPointError) where the
     model's logits are not finite.
     """
-    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    check_prompts(prompts, limits)
+    beginnings = Beginnings.of(prompts, max_new_tokens, images, sources)
     keys = [str(row) for row in range(len(prompts))] if keys is None else keys
-    tiles = [of_row for of_row in images or () if of_row is not None]
-    return _stream(
-        model, prompts, sampling, limits, frozenset(stop_ids), n_ids, keys, torch.cat(tiles) if tiles else None, ended
-    )
+    return _stream(beginnings.decoder(model), beginnings, sampling, frozenset(stop_ids), n_ids, keys, ended)
 
 
 def _stream(
-    model: LLM | Decoder,
-    prompts: Sequence[Sequence[int]],
+    decoder: Decoder,
+    beginnings: Beginnings,
     sampling: Sampling,
-    limits: Sequence[int],
     stop_ids: frozenset[int],
     n_ids: int | None,
     keys: Sequence[str],
-    images: Tensor | None,
     ended: Callable[[int], bool],
 ) -> Iterator[tuple[int, int]]:
+    prompts, limits = beginnings.prompts, beginnings.limits
     tokens, positions = left_padded(prompts)
-    decoder = Cached(model, tokens.shape[1] + max(limits)) if isinstance(model, LLM) else model
     active, going = list(range(len(prompts))), list(range(len(prompts)))
     seen_BV: Tensor | None = None
     for step in range(max(limits)):
-        logits_BV = decoder.logits(tokens, positions, images if step == 0 else None)[:, :n_ids]
+        made_BV = decoder.logits(tokens, positions) if step else beginnings.logits(decoder, tokens, positions)
+        logits_BV = made_BV[:, :n_ids]
         check_finite(logits_BV, active, step)
         if sampling.repetition_penalty != 1:
             if seen_BV is None:

@@ -21,6 +21,7 @@ from llm.args import AttentionSpec, Mask, ModelArgs
 from llm.args.layers import attention_specs
 from llm.cache import visible
 from llm.kernels.attention import attend_few
+from llm.layers.across import AttendAcross
 from llm.layers.context import State
 from llm.layers.masks import AttentionMasks, scores_of
 
@@ -58,6 +59,8 @@ class RowCache:
         self._specs = attention_specs(args.layer_specs())
         if len(self._specs) < args.n_layers:
             raise ValueError("a layer without attention keeps a state of its own, which rows cannot join")
+        if args.encoder_layers:
+            raise ValueError("an encoder-decoder's rows have sources of their own, which others cannot join")
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
         self._shape = (0, 0)  # places and slots of each buffer
         self._expected = 0
@@ -77,6 +80,12 @@ class RowCache:
     def state(self, layer: int, make: Callable[[], State]) -> State:
         """None has one: the constructor refuses such models."""
         raise ValueError(f"layer {layer} keeps a state, which rows that come and go cannot have")
+
+    def across(
+        self, positions_BT: Ints, document_starts: Ints, source: tuple[Ints, Ints] | None, device: torch.device
+    ) -> AttendAcross:
+        """There are no sources: the constructor refuses such models."""
+        raise ValueError("an encoder-decoder's rows have sources of their own, which others cannot join")
 
     def expect(self, tokens: int) -> None:
         """Rows may have so many in the end: buffers that are made anew have room for them."""

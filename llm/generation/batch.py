@@ -140,7 +140,7 @@ def _parts(tasks: Sequence[Task], settings: BatchSettings) -> Iterator[list[list
     part: list[Task] = []
     held = 0
     for task in tasks:
-        size = len(task.prompt.ids) + settings.max_new_tokens
+        size = task.prompt.n_tokens + settings.max_new_tokens
         if part and (held + size > BATCHES_AT_ONCE * settings.batch_tokens or len(part) >= BATCHES_AT_ONCE * MOST_ROWS):
             yield list(_batches(part, settings))
             part, held = [], 0
@@ -152,8 +152,8 @@ def _parts(tasks: Sequence[Task], settings: BatchSettings) -> Iterator[list[list
 
 def _batches(tasks: Sequence[Task], settings: BatchSettings) -> Iterator[list[Task]]:
     batch: list[Task] = []
-    for task in sorted(tasks, key=lambda t: len(t.prompt.ids), reverse=True):  # the longest of a batch comes first
-        if batch and len(batch) == settings.most_prompts(len(batch[0].prompt.ids)):
+    for task in sorted(tasks, key=lambda t: t.prompt.n_tokens, reverse=True):  # the longest of a batch comes first
+        if batch and len(batch) == settings.most_prompts(batch[0].prompt.n_tokens):
             yield batch
             batch = []
         batch.append(task)

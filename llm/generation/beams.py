@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm.decoder import Cached, Decoder, check_finite, check_prompts, left_padded, seen_ids
+from llm.decoder import Beginnings, Decoder, check_finite, left_padded, seen_ids
 from llm.generation.sampling import Sampling, penalised
 from llm.model import LLM
 
@@ -103,6 +103,7 @@ def beam_search(
     stop_ids: Collection[int] = (),
     n_ids: int | None = None,
     images: Sequence[Tensor | None] | None = None,
+    sources: Sequence[Sequence[int]] | None = None,
     repetition_penalty: float = 1.0,
     ended: Ended | None = None,
 ) -> list[list[Hypothesis]]:
@@ -118,6 +119,7 @@ def beam_search(
             stop_ids=stop_ids,
             n_ids=n_ids,
             images=images,
+            sources=sources,
             repetition_penalty=repetition_penalty,
             ended=ended,
         )
@@ -134,34 +136,28 @@ def beam_stream(
     stop_ids: Collection[int] = (),
     n_ids: int | None = None,
     images: Sequence[Tensor | None] | None = None,
+    sources: Sequence[Sequence[int]] | None = None,
     repetition_penalty: float = 1.0,
     ended: Ended | None = None,
 ) -> Iterator[tuple[int, list[Hypothesis]]]:
     """(row, what `beam_search` gives of it) of each prompt once its search has ended."""
-    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    check_prompts(prompts, limits)
-    tiles = [of_row for of_row in images or () if of_row is not None]
+    beginnings = Beginnings.of(prompts, max_new_tokens, images, sources)
     ends = _Ends(beams, frozenset(stop_ids), ended)
-    return _search(model, prompts, ends, limits, n_ids, torch.cat(tiles) if tiles else None, repetition_penalty)
+    return _search(beginnings.decoder(model), beginnings, ends, n_ids, repetition_penalty)
 
 
 @torch.no_grad()
 def _search(
-    model: LLM | Decoder,
-    prompts: Sequence[Sequence[int]],
-    ends: "_Ends",
-    limits: Sequence[int],
-    n_ids: int | None,
-    images: Tensor | None,
-    penalty: float,
+    decoder: Decoder, beginnings: Beginnings, ends: "_Ends", n_ids: int | None, penalty: float
 ) -> Iterator[tuple[int, list[Hypothesis]]]:
+    prompts, limits = beginnings.prompts, beginnings.limits
     tokens, positions = left_padded(prompts)
-    decoder = Cached(model, tokens.shape[1] + max(limits)) if isinstance(model, LLM) else model
     rows = [_Row(number, limit) for number, limit in enumerate(limits)]
     looked_at = (1 + max(1, len(ends.stop_ids))) * ends.beams.num_beams
     seen_NV: Tensor | None = None
     for step in range(max(limits)):
-        logits_NV = decoder.logits(tokens, positions, images if step == 0 else None)[:, :n_ids]
+        made_NV = decoder.logits(tokens, positions) if step else beginnings.logits(decoder, tokens, positions)
+        logits_NV = made_NV[:, :n_ids]
         check_finite(logits_NV, [row.number for row in rows for _ in row.running], step)
         log_p_NV = logits_NV.float().log_softmax(-1)
         if penalty != 1:

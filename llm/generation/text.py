@@ -97,6 +97,13 @@ class Prompt:
     """what its random numbers depend on beside the seed"""
     pictures: tuple[Picture, ...] = ()
     """whose tiles fill the slots among the ids"""
+    source: tuple[int, ...] = ()
+    """of an encoder-decoder: what its encoder reads; the ids begin the answer"""
+
+    @property
+    def n_tokens(self) -> int:
+        """That are computed before the first new one."""
+        return len(self.ids) + len(self.source)
 
 
 @dataclass(frozen=True)
@@ -128,15 +135,21 @@ class Continuer:
         self.pictures = Pictures(model.args.vision, name, limits)
         self.end_ids = tokenizer.end_ids if end_ids is None else tuple(end_ids)
         self.context = context_length(model.args)
+        self.reads_sources = model.args.encoder_layers > 0
+        """whether a text is what an encoder reads, and not what is continued"""
 
     def prompt(
         self, text: str, name: str = "the prompt", key: str = "0", pictures: Sequence[Picture] = ()
     ) -> Prompt:
         """The ids of a text, and of the images that stand in it where it says `<image>`, or before it. UserError where
-        it cannot be encoded, has ids that the model lacks, or fills the context."""
+        it cannot be encoded, has ids that the model lacks, or fills the context. Of an encoder-decoder the text is what
+        its encoder reads."""
         try:
             text.encode()  # not every library says what is wrong with half a character
-            ids = self.pictures.prompt_ids(text, pictures, self.tokenizer)
+            if self.reads_sources:
+                ids = self.tokenizer.source_ids(text)
+            else:
+                ids = self.pictures.prompt_ids(text, pictures, self.tokenizer)
         except UnicodeEncodeError as error:
             broken = error.object[error.start]
             raise UserError(
@@ -145,7 +158,7 @@ class Continuer:
             ) from None
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
-        return self.prompt_of(ids, name, key, pictures)
+        return self.source_of(ids, name, key) if self.reads_sources else self.prompt_of(ids, name, key, pictures)
 
     def prompt_of(self, ids: list[int], name: str, key: str = "0", pictures: Sequence[Picture] = ()) -> Prompt:
         """A prompt in tokens, with the slots of its images. UserError where it has ids that the model lacks, other
@@ -154,18 +167,32 @@ class Continuer:
             self.pictures.check_slots(ids, pictures)
         except UserError as error:
             raise UserError(f"{name} {error}") from None
-        rows = self.model.args.vocab_size
-        if max(ids) >= rows:
-            raise UserError(
-                f"{name} has token id {max(ids)} by the tokenizer of {self.name}, but the model has rows for ids 0 to "
-                f"{rows - 1} only (vocab_size={rows}): the tokenizer belongs to another model"
-            )
+        self._check_rows(ids, name)
         if len(ids) >= self.context:
             raise UserError(
                 f"{name} has {len(ids)} tokens; the context of {self.name} is {self.context} tokens (max_seq_len), "
                 f"prompt and continuation together: shorten it to {self.context - 1} or fewer"
             )
         return Prompt(ids, name, key, tuple(pictures))
+
+    def source_of(self, source: list[int], name: str, key: str = "0") -> Prompt:
+        """A source in tokens, and what begins the answer to it. UserError where it has ids that the model lacks, or is
+        longer than the context."""
+        self._check_rows(source, name)
+        if len(source) > self.context:
+            raise UserError(
+                f"{name} has {len(source)} tokens; the encoder of {self.name} reads {self.context} at most "
+                f"(max_seq_len): shorten it"
+            )
+        return Prompt([self.tokenizer.bos_id], name, key, source=tuple(source))
+
+    def _check_rows(self, ids: Sequence[int], name: str) -> None:
+        rows = self.model.args.vocab_size
+        if max(ids) >= rows:
+            raise UserError(
+                f"{name} has token id {max(ids)} by the tokenizer of {self.name}, but the model has rows for ids 0 to "
+                f"{rows - 1} only (vocab_size={rows}): the tokenizer belongs to another model"
+            )
 
     def limits(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[int]:
         """Most new tokens of each prompt: max_new_tokens, or fewer where the context ends before."""
@@ -223,6 +250,7 @@ class Continuer:
             n_ids=self.tokenizer.vocab_size,
             keys=[prompt.key for prompt in prompts],
             images=[self._tiles(prompt) for prompt in prompts],
+            sources=self._sources(prompts),
             ended=lambda row: stops[row].stopped,
         )
         for row, token in made:
@@ -261,6 +289,7 @@ class Continuer:
             stop_ids=end_ids,
             n_ids=self.tokenizer.vocab_size,
             images=[self._tiles(prompt) for prompt in prompts],
+            sources=self._sources(prompts),
             repetition_penalty=sampling.repetition_penalty,
             ended=(lambda row, ids: text(row, ids)[1]) if stop_texts else None,
         )
@@ -269,6 +298,9 @@ class Continuer:
             reason = self._finish(stopped, len(best.tokens), limits[row], max_new_tokens)
             assert reason is not None  # nothing else is finished
             yield row, found, Completion(found, len(best.tokens), reason)
+
+    def _sources(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]] | None:
+        return [prompt.source for prompt in prompts] if self.reads_sources else None
 
     def _tiles(self, prompt: Prompt) -> Tensor | None:
         try:

@@ -52,7 +52,7 @@ def continue_prompt(
 
     model: run folder, checkpoint, model folder, or a Hugging Face or Meta folder
     prompt: text to continue; empty = begin a document; left out = read prompts from the terminal, or a line a prompt
-        from a pipe
+        from a pipe. Of an encoder-decoder it is what the encoder reads, and what is written is the answer to it
     max_new_tokens: most tokens to add; a continuation also ends where the model's context does
     temperature: 0 = greedy; 1 = the model's own distribution
     top_k: keep only the k likeliest tokens
@@ -194,4 +194,6 @@ def _open(
     set_threads(threads, 0)
     network = LLM.from_pretrained(model, dtype_for(Path(model), dtype, where), average=average).to(where)
     set_threads(threads, sum(parameter.numel() for parameter in network.parameters()))
+    if talks is not None and network.args.encoder_layers:
+        raise UserError(f"--chat: {model} is an encoder-decoder, which answers a text and keeps no conversation")
     return Continuer(network, tokenizer, model, None if talks is None else talks.template.end_ids, limits), talks

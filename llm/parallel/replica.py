@@ -24,7 +24,7 @@ from llm.args import ModelArgs
 from llm.batch import Batch
 from llm.cache import Cache, Remembered
 from llm.datatypes import LossSum, Predictions, RouteCounts, TransformerInput, TransformerOutput
-from llm.decoder import Decoder
+from llm.decoder import Decoder, inputs_of
 from llm.heads import Losses
 from llm.layers.moe import routing_shape
 from llm.layers.routed import moved
@@ -323,11 +323,13 @@ class _Rows:
         self._caches = [Cache(replica.model.args) for _ in replica.stages]
 
     def logits(
-        self, tokens: NDArray[np.int64], positions: NDArray[np.int64], images: Tensor | None = None
+        self,
+        tokens: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        images: Tensor | None = None,
+        source: TransformerInput | None = None,
     ) -> Tensor:
-        device = self._replica.world.device
-        tiles = None if images is None else images.to(device)
-        inputs = TransformerInput(torch.from_numpy(tokens).to(device), torch.from_numpy(positions), images=tiles)
+        inputs = inputs_of(tokens, positions, images, source, self._replica.world.device)
         return self._replica.logits(inputs, self._caches)
 
     def keep(self, rows: list[int]) -> None:

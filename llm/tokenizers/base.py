@@ -148,6 +148,11 @@ class Tokenizer(Protocol):
         """
         return [*self.begin_ids, *self.encode(text)] or [self.bos_id]
 
+    def source_ids(self, text: str) -> list[int]:
+        """Ids of a text that an encoder reads: as a training document has it, with the mark after it. What a decoder
+        writes about it begins with `bos_id`."""
+        return [*self.begin_ids, *self.encode(text), self.eos_id]
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without begin and end marks. UnicodeEncodeError (a ValueError) on a lone surrogate."""
         ...
