@@ -6,9 +6,13 @@ import torch
 import torch.nn.functional as F
 
 from llm.args import MoEArgs
+from llm.batch import Counts
 from llm.datatypes import RouterStats
 from llm.layers.capacity import rejected
 from llm.layers.moe import SWIGLU, ExpertKind, MoE
+from llm.objectives import NextToken, Objectives
+from llm.parallel.engine.step import Tally
+from llm.parallel.launch.world import World
 from tests.layers.test_moe import VARIANTS, context
 from tests.model.models import MOE, llama4, tokens
 
@@ -201,3 +205,17 @@ def test_a_model_reports_what_all_its_layers_reject_and_decodes_without_a_limit(
     evaluated = model.eval()(ids)
     assert int(evaluated.rejected) == 0
     assert not torch.equal(evaluated.logits, trained.logits)
+
+
+def test_a_step_reports_the_share_of_the_counts_of_all_its_micro_batches():
+    model = llama4(moe=MOE | dict(capacity=2, overflow=True)).train()
+    objectives, rows, alone = Objectives([NextToken("lm")]), tokens(4, 12), World(0, 1, 0, torch.device("cpu"))
+    counts = Counts(48, 48, {"lm": 48}, {})
+    tally = Tally(model.args, objectives, counts, alone)
+    outs = [model(part) for part in rows.split(2)]
+    for out in outs:
+        tally.add_routing(out.router)
+    of_parts = sum(int(out.rejected) for out in outs)
+    assert tally.result(1.0, 1).moe_overflow == of_parts / (48 * len(model.moe_layers()))
+    assert int(model(rows).rejected) == of_parts, "however rows are cut"
+    assert Tally(llama4(moe=MOE).args, objectives, counts, alone).result(1.0, 1).moe_overflow is None
