@@ -1,4 +1,4 @@
-"""Transformer Components' `decode` with a cache: what it returns, when it begins anew, and that it is the whole row's."""
+"""Transformer Components' `decode` with a cache: what it returns, when it begins anew, that it equals the whole row."""
 
 import pytest
 import torch
