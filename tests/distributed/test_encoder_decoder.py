@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.distributed.harness import TINY_MODEL
 from tests.distributed.test_layouts import MARGIN
 from tests.distributed.test_traffic import BERT, DUALPIPEV, EVERYWHERE, INT8, LORA, case, check_all, fetching
 from tests.distributed.test_zero import check, train
@@ -21,15 +22,18 @@ Case = dict[str, Any]
 FEW, STEPS = 4, 12
 DROPPED = {"dropout": 0.1, "ffn_dropout": 0.1}
 OF_BOTH = {"init_std": 0.1, "vocab_size": 67, "n_layers": 2, "encoder_layers": 2, **DROPPED}
+FULL_EXPERTS = {**TINY_MODEL["moe"], "capacity": 11, "overflow": True}
 MODELS: dict[str, Case] = {
-    "experts": {"model": OF_BOTH, "first": 100},
-    "tied": {"model": {**OF_BOTH, "encoder_layers": 4}, "tied": True, "first": 100},
-    "single": {"model": OF_BOTH, "packed": False, "first": 300},
+    "experts": {"model": OF_BOTH, "first": 200},
+    "tied": {"model": {**OF_BOTH, "encoder_layers": 4}, "tied": True, "first": 300},
+    "single": {"model": OF_BOTH, "packed": False, "first": 100},
     "learned": {"model": {**OF_BOTH, **BERT, "attn_dropout": 0.1}, "first": 100},
     "frozen encoder": {"model": OF_BOTH, "freeze": ["encoder.*"], "first": 100},
-    "frozen decoder": {"model": OF_BOTH, "freeze": ["layers.*", "norm.*"], "first": 100},
-    "adapted": {"model": {**OF_BOTH, "lora": {"rank": 3, "dropout": 0.1}}, "first": 100},
-    "int8": {"model": {**OF_BOTH, "lora": {"rank": 3, "base": "int8"}}, "first": 100},
+    "frozen decoder": {"model": OF_BOTH, "freeze": ["layers.*", "norm.*"], "first": 200},
+    "adapted": {"model": {**OF_BOTH, "lora": {"rank": 3, "dropout": 0.1}}, "first": 200},
+    "int8": {"model": {**OF_BOTH, "lora": {"rank": 3, "base": "int8"}}, "first": 200},
+    "muon": {"model": OF_BOTH, "optimizer": "muon", "first": 100},
+    "capacity": {"model": {**OF_BOTH, "moe": FULL_EXPERTS}, "first": 100},
     "small weights": {"model": {**OF_BOTH, "init_std": 0.02}},
 }
 """`first` is the first batch of data in whose steps no choice comes near a tie."""
@@ -56,7 +60,6 @@ MORE_ON_TWO_RANKS: list[Case] = [
         )
         if "expert" not in layout or of != "int8"
     ),
-    *({**layout, "optimizer": "muon"} for layout in ({}, {"stage": 3}, {"tensor": 2}, {"pipeline": 2})),
     *({**layout, "compile": True} for layout in ({}, {"tensor": 2}, {"pipeline": 2})),
     *({**layout, "precision": "bf16", "of": "small weights"} for layout in ({}, {"stage": 3}, {"tensor": 2})),
 ]
@@ -64,7 +67,7 @@ ON_FOUR_RANKS: list[Case] = [
     {"pipeline": 4, "of": "tied", "accumulation": 4},
     *(
         {**layout, "of": of}
-        for of in ("experts", "tied", "single", "learned", "adapted")
+        for of in ("experts", "tied", "single", "learned", "adapted", "capacity")
         for layout in (
             {"pipeline": 2, "tensor": 2, "accumulation": 2},
             {"pipeline": 2, "expert": 2, "accumulation": 2},
@@ -85,17 +88,16 @@ def prepared(given: Case, steps: int) -> Case:
 
 def compare(folder: Path, cases: list[Case], ranks: int, steps: int, subtests: pytest.Subtests) -> None:
     """The cases with what one process makes of their models."""
-    names = sorted({(given.get("of", "experts"), given.get("optimizer", "adamw")) for given in cases})
-    rows = train(folder, [prepared({"of": of, "optimizer": name}, steps) for of, name in names], 1)
-    expected = dict(zip(names, rows, strict=True))
-    for (of, _), found in expected.items():
+    names = sorted({given.get("of", "experts") for given in cases})
+    expected = dict(zip(names, train(folder, [prepared({"of": of}, steps) for of in names], 1), strict=True))
+    for of, found in expected.items():
         if of != "small weights":
             assert min(row["margin"] for row in found) > MARGIN, of
         assert len({row["checksum"] for row in found}) == steps, "routing must change for its checksum to tell"
     for given, found in zip(cases, train(folder, [prepared(given, steps) for given in cases], ranks), strict=True):
         with subtests.test(**given):
             needs(given.get("precision", "fp32"))
-            check(given, found, expected[given.get("of", "experts"), given.get("optimizer", "adamw")])
+            check(given, found, expected[given.get("of", "experts")])
 
 
 def test_one_layout_of_each_kind_equals_one_process(tmp_path: Path, subtests: pytest.Subtests) -> None:
