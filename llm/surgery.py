@@ -67,16 +67,16 @@ def upcycle(args: ModelArgs, state: State, moe: MoEArgs, seed: int = 0) -> tuple
     if moe.hidden is None:
         moe = moe.model_copy(update={"hidden": args.ffn_width()})
     new = _changed(args, moe=moe.model_dump())
-    layers = [spec.index for spec in new.layer_specs() if spec.ffn == "moe"]
+    layers = [spec.unit for spec in new.all_specs() if spec.ffn == "moe"]
     if not layers:
         raise UserError(
             f"model.moe.interleave={moe.interleave} with dense_layers={list(moe.dense_layers)} and the layer pattern "
-            f"makes none of the {args.n_layers} layers a mixture of experts"
+            f"makes none of the {len(new.all_specs())} layers a mixture of experts"
         )
     split = _Split.of(moe, args.ffn_width(), new.moe_width())
     made = dict(state)
     for layer in layers:
-        prefix = f"layers.{layer}.feed_forward."
+        prefix = f"{layer}.feed_forward."
         dense = {w: made.pop(f"{prefix}{w}.weight") for w in ("w1", "w2", "w3")}
         made.update(_experts(new, split, prefix, dense, seed))
     _check(new, made)

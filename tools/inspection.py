@@ -277,9 +277,10 @@ def model_line(model: dict[str, Any] | None) -> str | None:
         args = ModelArgs.model_validate({k: v for k, v in (model or {}).items() if k != "init_from"})
     except ValidationError:
         return None
-    specs = args.layer_specs()
+    specs = args.all_specs()
     n_moe = sum(spec.ffn == "moe" for spec in specs)
-    parts = [f"{args.n_layers} layers", f"dim {args.dim}"]
+    encoder = [f"an encoder of {args.encoder_layers} layers"] * (args.encoder_layers > 0)
+    parts = [*encoder, f"{args.n_layers} layers", f"dim {args.dim}"]
     parts.append(f"{args.n_heads} heads of {args.head_width} ({args.kv_heads} for keys and values)")
     if n_moe < len(specs):
         parts.append(f"feed-forward {args.ffn_width()}")

@@ -30,6 +30,8 @@ def shrunk(config: RunConfig, ranks: int) -> RunConfig:
         "max_seq_len": seq_len,
         "floor_scale": min(args.floor_scale, max(seq_len // CHUNKS_PER_ROW, 1)),
     }
+    if args.encoder_layers:
+        model["encoder_layers"] = layers_of_every_kind(args, encoder=True)
     for key in ("attention_chunk_size", "sliding_window"):
         if model[key] is not None:
             model[key] = min(model[key], max(seq_len // CHUNKS_PER_ROW, 1))
@@ -37,7 +39,7 @@ def shrunk(config: RunConfig, ranks: int) -> RunConfig:
         model["moe"] |= {
             "n_experts": alike(args.moe.n_experts, args.moe.top_k + 1, ranks),
             "hidden": alike(args.moe_width(), HIDDEN, ranks),
-            "dense_layers": [layer for layer in args.moe.dense_layers if layer < model["n_layers"]],
+            "dense_layers": [layer for layer in args.moe.dense_layers if layer < _most_layers(model)],
         }
     raw: dict[str, Any] = config.model_dump(mode="json")
     raw["model"] = model
@@ -52,9 +54,14 @@ def shrunk(config: RunConfig, ranks: int) -> RunConfig:
     return validate(raw, "the config made small")
 
 
-def layers_of_every_kind(args: ModelArgs) -> int:
-    """How many of the first layers have every kind that the model has."""
-    kinds = [spec.kind for spec in args.layer_specs()]
+def _most_layers(model: dict[str, Any]) -> int:
+    """Of the two sides."""
+    return int(max(model["n_layers"], model.get("encoder_layers", 0)))
+
+
+def layers_of_every_kind(args: ModelArgs, encoder: bool = False) -> int:
+    """How many of the first layers, or of an encoder's, have every kind that the model has there."""
+    kinds = [spec.kind for spec in (args.encoder_specs() if encoder else args.layer_specs())]
     return max(kinds.index(kind) for kind in set(kinds)) + 1
 
 

@@ -56,6 +56,11 @@ def estimated(work: Workload) -> bool:
     return work.stage == 3 and work.recompute != "none" and not all(row.trainable for row in work.table.values())
 
 
+def upper_bound(work: Workload) -> bool:
+    """Whether tokens may send less to experts than is predicted: as many as fit are, and fewer may choose an expert."""
+    return work.layout.expert > 1 and work.args.moe is not None and work.args.moe.capacity is not None
+
+
 def _tensor(work: Workload) -> Iterator[Sent]:
     """Edges of regions: an edge gathers, or sums and cuts, all tokens' vectors; an all-reduce is two edges."""
     layout, args = work.layout, work.args
@@ -156,6 +161,8 @@ def _experts(work: Workload) -> Iterator[Sent]:
         if spec.ffn == "moe":
             repeated = work.recompute != "none" and work.flow[spec.unit].after
             rows = work.tokens_of(spec) * moe.top_k
+            if moe.capacity is not None:  # what finds its expert full is not sent
+                rows = min(rows, work.micro_batch_size * moe.n_experts * moe.capacity)
             keys = rows * INT64 if dropped else 0  # of the rows, to the experts
             swaps = 2 + sum(work.flow[f"{spec.unit}.feed_forward.experts"]) + repeated * again
             bytes_ += (1 + repeated) * (moe.n_experts * INT64 + keys)

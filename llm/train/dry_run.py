@@ -269,6 +269,8 @@ def _traffic(work: Workload) -> Iterator[str]:
     yield "reduce-scatter, (n-1)/n of all ranks' buffers of an all-to-all"
     if traffic.estimated(work):
         yield "weights are estimated: parameters are frozen, and gathered again for activation checkpointing"
+    if traffic.upper_bound(work):
+        yield "tokens are those of full experts (model.moe.capacity): fewer are sent where fewer choose one"
     for along, purposes in sent.items():
         yield _sent(along, sum(purposes.values()), work.layout.world)
         if len(purposes) > 1:

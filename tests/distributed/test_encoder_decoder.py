@@ -139,6 +139,7 @@ MORE_SENT_BY_TWO = [
     ),
     sent("tensor", tensor=2, micro=4, **LORA),
     sent("data expert", expert=2),
+    sent("data expert", expert=2, recompute="full", model={"moe": {**FULL_EXPERTS, "capacity": 2}}),  # all are full
     *(
         sent("data", zero_stage=3, model=model, recompute=again, deepspeed=fetching(*options))
         for options in ((50, 900, 800), (0, 0, 0), (500, 3000, 2000), (100, 0, 1500))
