@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from llm.init import Constant
+from llm.kernels.graph_breaks import graph_break
 from llm.layers.parameter import ParamInfo, Rows
 
 Ints = NDArray[np.int64]
@@ -68,6 +69,7 @@ class Strides:
         self._found: dict[int, Chunks] = {}
         self._check()
 
+    @graph_break  # it works with numbers on the host
     def of(self, stride: int) -> Chunks:
         """Those of a stride."""
         if stride not in self._found:
