@@ -32,7 +32,7 @@ def grouped_feed_forward(
     def product(x: Tensor, number: int) -> Tensor:
         weight, bias = weights[number], biases[number]
         assert weight is not None
-        y = grouped_matmul(x, weight, sizes)
+        y = grouped_matmul(x.to(weight.dtype), weight, sizes)  # which autocast does not reach
         return y if bias is None else y + _OfEachRow.apply(bias, sizes_E, len(y)).to(y.dtype)
 
     hidden_RF = act(product(x_RD, 0))

@@ -130,7 +130,7 @@ class MoE(nn.Module, InRegion):
             y_nD = self.overflow_expert.inside(x_nD * weight_n1, here)
         else:
             y_nD = self.overflow_expert.inside(x_nD, here) * weight_n1
-        return torch.zeros_like(x_ND).index_copy(0, token_n, y_nD)
+        return y_nD.new_zeros(x_ND.shape).index_copy(0, token_n, y_nD)
 
     def take_share(self, rank: int, ranks: int) -> None:
         self.experts.adds_bias = rank == 0

@@ -31,6 +31,14 @@ from llm.layers.parameter import Rows
 from llm.siblings.components_config import FFNConfig, kv_heads, layer_keys, model_args, moe_keys
 from llm.siblings.components_functions import create_causal_mask, scaled_dot_product_attention
 
+OF_CALLS = ("held", "aux_loss", "overflow_rate", "_cache", "_stats", "_read", "_written")
+"""What parts and models keep of their calls."""
+
+
+def without_calls(module: nn.Module) -> dict[str, Any]:
+    """What a copy of a module takes over: no graph, nor rows, of earlier calls."""
+    return {key: value for key, value in module.__dict__.items() if key not in OF_CALLS}
+
 
 class Part(nn.Module):
     """What they have in common."""
@@ -39,6 +47,9 @@ class Part(nn.Module):
     """What a model gave for the call that is going on."""
     own_args: ModelArgs
     """Of a model of this layer alone."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return without_calls(self)
 
     @contextmanager
     def holding(self, ctx: Context) -> Iterator[None]:
@@ -83,6 +94,7 @@ class MultiHeadAttention(Attention, Part):
     """softmax(q k^T / sqrt(d)) v of every head, each with keys and values of its own."""
 
     attention_type: ClassVar[str] = "mha"
+    _cache: Cache | None = None
 
     def __init__(
         self, embed_dim: int, num_heads: int, apply_causal_mask: bool = False, use_kv_cache: bool = False
@@ -98,7 +110,6 @@ class MultiHeadAttention(Attention, Part):
         super().__init__(args, args.layer_specs()[0])
         self.embed_dim, self.num_heads, self.num_groups = embed_dim, num_heads, heads
         self.apply_causal_mask, self.use_kv_cache = apply_causal_mask, use_kv_cache
-        self._cache: Cache | None = None
         self.begin(args, Attention.declare(args, args.layer_specs()[0]))
 
     @classmethod

@@ -25,6 +25,7 @@ from llm.siblings.components_layers import (
     TransformerDecoderLayer,
     TransformerEncoderLayer,
     overflow_rate,
+    without_calls,
 )
 from llm.siblings.folder import open_folder, save_folder
 from llm.siblings.loading import compared, fill, usable
@@ -47,6 +48,7 @@ class _Model(nn.Module):
     experts."""
     overflow_rate: float | None = None
     """Share of the assignments of the last call that found their expert full; None without a capacity."""
+    _cache: Cache | None = None
 
     def __init__(self, config: ComponentsConfig, parts: Parts) -> None:
         """Initial values are drawn by a seed that torch's generator gives (torch.manual_seed)."""
@@ -57,7 +59,9 @@ class _Model(nn.Module):
             config = replace(config, attention_type=kind.attention_type)
         self.config, self.parts = config, parts
         self.llm = installed(LLM(config.args(), seed=int(torch.randint(1 << 31, (), device="cpu"))), parts)
-        self._cache: Cache | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return without_calls(self)
 
     def reset_cache(self) -> None:
         """Forget the rows of earlier calls."""

@@ -1,6 +1,7 @@
 """Transformer Components' models: what they compute against the parts, caches against whole rows, the experts' losses,
 classes of one's own, folders."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,17 @@ def test_the_loss_of_both_sides_is_that_of_encode_and_decode_one_after_the_other
     assert 0 < of_encoder.item() < both.item()
 
 
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_a_loop_of_torch_trains_in_mixed_precision_with_experts_and_without(make):
+    for changes in ({}, {"ffn_config": FULL}):
+        model, x = make(**changes).train(), states(2, 6, 3)
+        with torch.amp.autocast("cpu", dtype=torch.bfloat16):
+            loss = called(model, x).float().square().mean()
+        (loss if model.aux_loss is None else loss + model.aux_loss).backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        torch.testing.assert_close(loss, called(model, x).square().mean(), rtol=0.1, atol=0)  # of bfloat16 products
+
+
 def test_without_experts_there_is_no_such_loss():
     model = regression()
     model(states(2, 6, 3))
@@ -285,6 +297,17 @@ def test_a_class_of_ones_own_works_with_experts_and_a_cache():
     found = torch.cat([model(part) for part in x.split(2, dim=1)], dim=1)
     model.reset_cache()
     torch.testing.assert_close(found, model(x), **CLOSE)
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_a_copy_is_the_same_model_without_what_calls_have_left(make):
+    model, x = make(ffn_config=FULL, use_kv_cache=True), states(2, 6, 3)
+    called(model.train(), x)
+    called(model.eval(), x)
+    copied = copy.deepcopy(model)
+    assert copied.aux_loss is None and copied._cache is None
+    model.reset_cache()
+    torch.testing.assert_close(called(copied, x), called(model, x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
