@@ -17,7 +17,7 @@ from llm.errors import UserError
 from llm.layers.activations import ACTIVATIONS
 from llm.siblings.hyformer_config import ABOUT_FILES
 
-Head = Literal["tokens", "classification", "regression", "multilabel", "none"]
+Head = Literal["tokens", "classification", "regression", "multilabel", "values", "none"]
 Pool = Literal["mean", "first", "last"]
 
 MODEL_TYPE = "miniformer"
@@ -27,7 +27,7 @@ OURS = {
     "vocab_size": "vocab_size", "d_model": "dim", "n_heads": "n_heads", "n_layers": "n_layers", "d_ff": "ffn_hidden",
     "dropout": "resid_dropout", "activation": "act", "rotary_pct": "rope_pct", "pre_norm": "norm_place",
     "max_seq_len": "max_seq_len", "tie_weights": "tie_embeddings", "causal": "causal", "num_labels": "n_prediction",
-    "head": "prediction", "pool": "pool",
+    "head": "prediction", "pool": "pool", "input_dim": "input_dim", "output_dim": "output_dim",
 }  # fmt: skip
 """Their keys and those of ours that say the same."""
 PRESET: dict[str, Any] = {"rope_theta": 1e4, "rope_interleaved": False}
@@ -36,7 +36,7 @@ FIRST: dict[str, Any] = {
     "gated": False, "norm": "layer", "norm_eps": 1e-5, "ffn_bias": True, "qkv_bias": True, "o_bias": True,
 }  # fmt: skip
 """The first Transformer's, whose activation is said."""
-DERIVED = {"attn_dropout", "embed_dropout", "pos", "norm_place", "prediction_causal", *PRESET, *LLAMA, *FIRST}
+DERIVED = {"attn_dropout", "embed_dropout", "pos", "norm_place", "pool", "prediction_causal", *PRESET, *LLAMA, *FIRST}
 """Keys of ours that follow from theirs, but may be given beside them."""
 OF_LABELS = ("classification", "regression", "multilabel")
 
@@ -47,8 +47,8 @@ class TransformerConfig:
 
     model_type: ClassVar[str] = MODEL_TYPE
 
-    vocab_size: int
-    """Rows of the token table."""
+    vocab_size: int | None = None
+    """Rows of the token table, and logits of a token; None = neither is needed."""
     d_model: int = 512
     """Width of the residual stream."""
     n_heads: int = 8
@@ -72,9 +72,14 @@ class TransformerConfig:
     causal: bool | None = field(default=None, kw_only=True)
     """Whether a token sees none behind it; None = yes, but not where the head predicts labels of whole rows."""
     head: Head = field(default="tokens", kw_only=True)
-    """What the model gives: logits of tokens, of classes or labels of a row, values of a row, or hidden states."""
+    """What the model gives: logits of tokens; of classes or labels of a row; values of a row; values of each position;
+    or hidden states."""
     num_labels: int | None = field(default=None, kw_only=True)
     """Classes, labels or values of a row."""
+    input_dim: int | None = field(default=None, kw_only=True)
+    """Numbers of each position of a model that reads feature vectors in place of tokens."""
+    output_dim: int | None = field(default=None, kw_only=True)
+    """Numbers that the head "values" gives for each position."""
     pool: Pool = field(default="mean", kw_only=True)
     """What of a row labels are predicted of: the mean of its tokens' vectors, or that of the first or last token."""
     model_args: dict[str, Any] = field(default_factory=dict, kw_only=True)
@@ -99,7 +104,7 @@ class TransformerConfig:
         self._check()
         gated = self.activation == SWIGLU
         said: dict[str, Any] = {
-            "vocab_size": self.vocab_size,
+            "vocab_size": -1 if self.vocab_size is None else self.vocab_size,
             "dim": self.d_model,
             "n_heads": self.n_heads,
             "n_layers": self.n_layers,
@@ -107,11 +112,15 @@ class TransformerConfig:
             "dropout": self.dropout,
             "norm_place": "pre" if self.pre_norm else "post_add",
             "max_seq_len": self.max_seq_len,
-            "tie_embeddings": self.tie_weights or self.head != "tokens",  # else a matrix that nothing reads
+            "tie_embeddings": self.tie_weights or self._needs_no_matrix,
             **PRESET,
             **(LLAMA if gated else {**FIRST, "act": self.activation}),
         }
-        if self.of_rows:
+        if self.input_dim is not None:
+            said |= self._of_values()
+        elif self.head == "values":
+            said |= {"output_dim": self.output_dim, "causal": self.is_causal}
+        elif self.of_rows:
             said |= {"n_prediction": self.num_labels, "prediction": self.head, "pool": self.pool}
             said |= {"prediction_causal": self.is_causal}
         else:
@@ -120,6 +129,19 @@ class TransformerConfig:
             return ModelArgs.model_validate(said | self._sides() | self._rotation() | self.model_args)
         except ValidationError as error:
             raise ValueError(_first_fault(error)) from None
+
+    @property
+    def _needs_no_matrix(self) -> bool:
+        """Whether nothing would read a matrix of its own for the logits of tokens, so that the table stands for it."""
+        return self.head not in ("tokens", "values") and self.input_dim is None
+
+    def _of_values(self) -> dict[str, Any]:
+        """Of a model that reads feature vectors: what it says of a row is the output of the row's pooled states."""
+        said: dict[str, Any] = {"input_dim": self.input_dim, "causal": self.is_causal}
+        if self.head == "tokens":
+            return said
+        outputs = {"values": self.output_dim, "none": 1}.get(self.head, self.num_labels)
+        return said | {"output_dim": outputs} | ({"pool": self.pool} if self.of_rows else {})
 
     def _check(self) -> None:
         """ValueError for what ModelArgs would not see, or would say in its own words alone."""
@@ -131,23 +153,29 @@ class TransformerConfig:
         known = (SWIGLU, *ACTIVATIONS)
         if self.activation not in known:
             raise ValueError(f"activation={self.activation!r} is not known; use {either(known)}")
-        for key in ("vocab_size", "d_model", "n_heads", "n_layers", "max_seq_len"):
+        for key in ("d_model", "n_heads", "n_layers", "max_seq_len"):
             _whole(key, getattr(self, key))
-        if self.d_ff is not None:
-            _whole("d_ff", self.d_ff)
+        for key in ("vocab_size", "d_ff", "input_dim", "output_dim", "num_labels"):
+            if getattr(self, key) is not None:
+                _whole(key, getattr(self, key))
         _number("dropout", self.dropout, 0, 1, below=True)
         _number("rotary_pct", self.rotary_pct, 0, 1)
         for key in ("pre_norm", "tie_weights"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"{key}={getattr(self, key)!r}: expected true or false")
-        heads = ("tokens", *OF_LABELS, "none")
+        heads = ("tokens", *OF_LABELS, "values", "none")
         if self.head not in heads:
             raise ValueError(f"head={self.head!r} is not known; use {either(heads)}")
         if self.of_rows != (self.num_labels is not None):
             instead = "give how many" if self.of_rows else "leave it out, or give head=classification or another"
             raise ValueError(f"num_labels={self.num_labels} with head={self.head}: {instead}")
-        if self.num_labels is not None:
-            _whole("num_labels", self.num_labels)
+        if (self.head == "values") != (self.output_dim is not None):
+            instead = "give how many numbers" if self.head == "values" else "leave it out, or give head=values"
+            raise ValueError(f"output_dim={self.output_dim} with head={self.head}: {instead}")
+        if self.vocab_size is None and (self.input_dim is None or self.head == "tokens"):
+            raise ValueError("vocab_size is missing: the model reads tokens, or says them")
+        if self.tie_weights and (self.input_dim is not None or self.head == "values"):
+            raise ValueError("tie_weights=true: one table is of models of tokens on both sides")
 
     def _sides(self) -> dict[str, Any]:
         """Which layers there are beside those of the stack."""
@@ -180,11 +208,14 @@ class TransformerConfig:
             "max_seq_len": args.max_seq_len,
             "tie_weights": args.tie_embeddings,
         }
+        if args.vocab_size == -1:
+            said["vocab_size"] = None
+        said |= {"input_dim": args.input_dim, "causal": args.causal}
         if args.n_prediction:
             said |= {"head": args.prediction, "num_labels": args.n_prediction, "pool": args.pool}
             said |= {"causal": args.prediction_causal}
-        else:
-            said |= {"causal": args.causal}
+        elif args.output_dim is not None:
+            said |= {"head": "values", "output_dim": args.output_dim}
         plain = cls(**said).args().model_dump(mode="json")
         others = {
             key: value
@@ -212,8 +243,6 @@ class TransformerConfig:
         known = [entry.name for entry in fields(cls)]
         if unknown := sorted(said.keys() - set(known)):
             raise UserError(f"{name}: {unknown[0]} is no key of a model; they are {', '.join(known)}")
-        if "vocab_size" not in said:
-            raise UserError(f"{name}: vocab_size is missing")
         try:
             return cls(**said)
         except ValueError as error:
@@ -241,6 +270,9 @@ class EncoderDecoderConfig(TransformerConfig):
         return config if isinstance(config, cls) else cls(**asdict(config))
 
     def _sides(self) -> dict[str, Any]:
+        if self.input_dim is not None:
+            raise ValueError(f"input_dim={self.input_dim}: an encoder-decoder reads tokens here; of feature vectors "
+                             f"llm.siblings.components has one")  # fmt: skip
         if self.head != "tokens" or not self.is_causal:
             raise ValueError(
                 f"head={self.head}, causal={self.causal}: an encoder-decoder writes tokens, one after the other; leave "

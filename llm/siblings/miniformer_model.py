@@ -51,32 +51,53 @@ class Transformer(Kept):
         cache: Cache | None = None,
         return_hidden: bool = False,
     ) -> Tensor:
-        """Logits (B, T, V) of tokens (B, T) int64; with a head for rows (B, n), values in the units of labels; with
-        head="none", or return_hidden, the states (B, T, D) after the last norm. All float32 but states.
+        """Logits (B, T, V) of tokens (B, T) int64, or of feature vectors (B, T, input_dim) floats; with a head for rows
+        (B, n), with head="values" (B, T, output_dim), in the units of what was learned; with head="none", or
+        return_hidden, the states (B, T, D) after the last norm. All float32 but states.
 
         attention_mask: (B, T), 1 = token, 0 = padding, which no token sees. causal: whether a token sees none behind
         it; None = as the config says. cache: of `new_cache`; the tokens continue its rows, without gradients.
         ValueError in one line where arguments do not fit together.
         """
-        valid = valid_of(attention_mask, inputs, 0 if cache is None else cache.length)
+        self._check_kind(inputs)
+        tokens = inputs if self.config.input_dim is None else inputs[..., 0]
+        valid = valid_of(attention_mask, tokens, 0 if cache is None else cache.length)
         n_rows, row_length = inputs.shape[:2]
         first = torch.zeros(n_rows, dtype=torch.int64).numpy() if cache is None else cache.first_positions(n_rows)
         if (longest := int(first.max(initial=0)) + row_length) > self.config.max_seq_len:
             raise ValueError(f"rows of {longest} tokens are longer than max_seq_len={self.config.max_seq_len}")
         positions = None if valid is None else positions_of(valid, first)
         reads = self.config.is_causal if causal is None else causal
-        given = TransformerInput(inputs, positions, causal=reads)
+        if self.config.input_dim is None:
+            given = TransformerInput(inputs, positions, causal=reads)
+        else:
+            given = TransformerInput.of_features(inputs, tokens_position=positions, causal=reads)
         if self.config.head == "none" or return_hidden:
             return self._hidden(given, cache)
         if not self.config.of_rows:
-            logits = self.llm(given, cache=cache).logits
-            assert logits is not None
-            return logits
+            out = self.llm(given, cache=cache)
+            found: Tensor | None = out.outputs if self.config.head == "values" else out.logits
+            assert found is not None
+            return found
         if cache is not None:
             raise ValueError(f"head={self.config.head} predicts labels of whole rows, which no cache continues")
         check_rows(valid)
-        found = self.llm.predictions(self._hidden(given, None), given)
-        return in_units_of_labels(self.llm.args, found) if self.config.head == "regression" else found
+        hidden, regression = self._hidden(given, None), self.config.head == "regression"
+        if self.config.input_dim is not None:
+            pooled = self.llm.pooled_values(hidden, given)
+            return self.llm.in_units(pooled) if regression else pooled
+        predicted = self.llm.predictions(hidden, given)
+        return in_units_of_labels(self.llm.args, predicted) if regression else predicted
+
+    def _check_kind(self, inputs: Tensor) -> None:
+        """ValueError where these are tokens and the model reads feature vectors, or the other way round."""
+        n = self.config.input_dim
+        if n is None and inputs.is_floating_point():
+            raise ValueError(f"inputs are {inputs.dtype}: the model reads tokens (B, T) int64; for feature vectors its "
+                             f"config needs input_dim")  # fmt: skip
+        if n is not None and (not inputs.is_floating_point() or inputs.ndim != 3 or inputs.shape[-1] != n):
+            raise ValueError(f"inputs are {inputs.dtype} {tuple(inputs.shape)}: the model reads feature vectors "
+                             f"(B, T, {n}) of floats (input_dim)")  # fmt: skip
 
     def _hidden(self, given: TransformerInput, cache: Cache | None) -> Tensor:
         hidden = self.llm(given, cache=cache, return_hidden=True).hidden
@@ -102,8 +123,8 @@ class Transformer(Kept):
 
         settings: temperature (0 = greedy), top_k, top_p, num_beams, ... as `llm.generate.generate` has them.
         """
-        if self.config.head != "tokens" or not self.config.is_causal:
-            raise ValueError("only a causal model with head=tokens continues rows")
+        if self.config.head != "tokens" or not self.config.is_causal or self.config.input_dim is not None:
+            raise ValueError("only a causal model of tokens with head=tokens continues rows")
         trained = self.training
         self.eval()
         made = generate(

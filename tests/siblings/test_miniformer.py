@@ -163,6 +163,42 @@ def test_without_a_head_the_model_gives_its_states_and_has_no_matrix_for_tokens(
     assert not any(name.startswith("llm.output") for name, _ in model.named_parameters())
 
 
+def features(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_feature_vectors_take_the_place_of_tokens_through_a_linear_map(causal: bool) -> None:
+    x = features(2, 6, 3)
+    mask = torch.full((6, 6), float("-inf")).triu(1) if causal else None
+    plain = transformer(input_dim=3, rotary_pct=0, causal=causal)
+    states = x @ plain.llm.tok_embeddings.weight.T + plain.llm.tok_embeddings.bias
+    states = states + transformer(rotary_pct=0).llm.pos_embeddings(torch.arange(6)[None])
+    for block in plain.layers:
+        states = torchs_layer(block, "gelu", True)(states, src_mask=mask)
+    torch.testing.assert_close(plain(x), plain.llm.norm(states) @ plain.llm.output.weight.T, **CLOSE)
+
+
+@pytest.mark.parametrize("head", ["classification", "regression", "values", "none"])
+def test_every_head_is_there_for_feature_vectors_too_and_padding_changes_nothing(head: str) -> None:
+    sizes = {"num_labels": 3} if head in ("classification", "regression") else {}
+    sizes |= {"output_dim": 2} if head == "values" else {}
+    model, x = transformer(input_dim=4, head=head, vocab_size=None, **sizes), features(2, 5, 4)
+    shape = {"values": (2, 5, 2), "none": (2, 5, 16)}.get(head, (2, 3))
+    found = model(x)
+    assert found.shape == shape
+    padded = model(torch.cat([x, features(2, 2, 4)], dim=1), torch.tensor([[1] * 5 + [0] * 2] * 2))
+    torch.testing.assert_close(padded if len(shape) == 2 else padded[:, :5], found, **CLOSE)
+
+
+def test_a_model_of_feature_vectors_is_kept_and_read_again(tmp_path: Path) -> None:
+    model = transformer(input_dim=4, head="regression", num_labels=2, vocab_size=None, pool="last")
+    x = features(2, 5, 4)
+    model.save_pretrained(tmp_path / "model")
+    again = Transformer.from_pretrained(tmp_path / "model")
+    assert again.config == model.config and torch.equal(again(x), model(x))
+
+
 def test_a_tied_head_is_the_token_table() -> None:
     model = transformer(tie_weights=True)
     logits = model(ids(), return_hidden=True) @ model.llm.tok_embeddings.weight.T
@@ -223,6 +259,9 @@ def test_a_config_is_found_again_in_the_model_that_it_makes(changes: dict[str, o
         ({"model_args": {"dim": 8}}, r"model_args.dim is d_model here"),
         ({"model_args": {"kv": 8}}, r"model_args.kv=8: is no key of ModelArgs"),
         ({"head": "words"}, r"head='words' is not known"),
+        ({"vocab_size": None}, r"vocab_size is missing"),
+        ({"head": "values"}, r"output_dim=None with head=values: give how many numbers"),
+        ({"input_dim": 2, "tie_weights": True}, r"tie_weights=true: one table is of models of tokens"),
         ({"head": "regression"}, r"num_labels=None with head=regression: give how many"),
         ({"num_labels": 2}, r"num_labels=2 with head=tokens: leave it out"),
     ],
@@ -240,6 +279,8 @@ def test_calls_that_cannot_be_are_refused_in_one_line() -> None:
         (lambda: model(tokens, torch.ones(3, 5)), "must have the shape of input_ids"),
         (lambda: model(tokens, causal=False, cache=model.new_cache()), "cannot continue a cache"),
         (lambda: transformer(causal=False).generate(tokens, 2), "only a causal model"),
+        (lambda: model(features(1, 2, 3)), "the model reads tokens"),
+        (lambda: transformer(input_dim=4)(features(1, 2, 3)), r"the model reads feature vectors \(B, T, 4\)"),
         (lambda: model(tokens + VOCAB), "token ids go from"),
     ):
         with pytest.raises(ValueError, match=line):
