@@ -132,7 +132,8 @@ class JSONLinesDataset(Dataset[Item]):
             ids = tokenizer.encode(text_in(record, self._columns["text"], place))
             source, target = ids[: len(ids) // 2], ids[len(ids) // 2 :]
         target = self._cut([tokenizer.bos_id, *target, tokenizer.eos_id], 1)
-        return {"input_ids": self._cut([*source, tokenizer.eos_id]), "decoder_input_ids": target[:-1],
+        source = [*tokenizer.begin_ids, *source, tokenizer.eos_id]  # as Tokenizer.source_ids of a text
+        return {"input_ids": self._cut(source), "decoder_input_ids": target[:-1],
                 "labels": target[1:]}  # fmt: skip
 
     def _cut(self, ids: list[int], more: int = 0) -> list[int]:

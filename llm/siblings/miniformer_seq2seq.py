@@ -3,12 +3,16 @@
 Shapes: B rows, S tokens of a source, T of a target, D model width, V vocabulary.
 """
 
+from typing import Any
+
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from llm.datatypes import TransformerInput
+from llm.generate import generate
 from llm.siblings.miniformer_config import EncoderDecoderConfig, TransformerConfig
-from llm.siblings.miniformer_kept import Kept
+from llm.siblings.miniformer_kept import Kept, filled
 from llm.siblings.miniformer_layers import DecoderLayer, EncoderLayer, FeedForward, MultiHeadAttention
 from llm.siblings.padding import positions_of, valid_of
 from llm.siblings.parts import Parts
@@ -77,6 +81,49 @@ class Seq2SeqTransformer(Kept):
         """What the encoder makes of sources: (B, S, D)."""
         self._check_length("src", src)
         return self.llm.encode(_source(src, src_mask))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        src: Tensor,
+        max_new_tokens: int,
+        num_beams: int = 1,
+        bos_id: int = 1,
+        eos_id: int | None = 2,
+        *,
+        src_mask: Tensor | None = None,
+        pad_id: int | None = None,
+        **settings: Any,
+    ) -> Tensor:
+        """What the decoder writes of sources (B, S), through a cache: (B, n) int64 of what follows bos_id, n at most
+        max_new_tokens; rows that ended at eos_id, which is kept, are filled with pad_id (None = eos_id).
+
+        num_beams: 1 = the likeliest token again and again, more = beam search. src_mask: (B, S), 0 = padding. settings:
+        length_penalty, early_stopping, temperature, ... as `llm.generate.generate` has them. ValueError in one line
+        where arguments are out of range.
+        """
+        self._check_length("src", src)
+        if max_new_tokens > self.config.max_seq_len:
+            raise ValueError(f"max_new_tokens={max_new_tokens} is above max_seq_len={self.config.max_seq_len}")
+        valid = valid_of(src_mask, src)
+        sources = src.tolist()
+        if valid is not None:
+            sources = [row[kept].tolist() for row, kept in zip(src.cpu(), valid, strict=True)]
+        if not all(sources):
+            raise ValueError(f"src_mask: row {sources.index([]) + 1} is padding alone, so there is no source")
+        trained = self.training
+        self.eval()
+        made = generate(
+            self.llm,
+            [[bos_id]] * len(sources),
+            sources=sources,
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            stop_ids=() if eos_id is None else (eos_id,),
+            **settings,
+        )
+        self.train(trained)
+        return filled(made, eos_id if pad_id is None else pad_id, src.device)
 
     def _check_length(self, name: str, tokens: Tensor) -> None:
         if tokens.ndim == 2 and tokens.shape[1] > self.config.max_seq_len:

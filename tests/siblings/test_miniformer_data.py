@@ -30,14 +30,14 @@ def test_a_text_of_language_modelling_is_learned_token_by_token_with_its_marks(t
 
 def test_a_text_for_an_encoder_decoder_is_split_in_its_middle(tmp_path: Path) -> None:
     item = JSONLinesDataset(written(tmp_path, {"text": "abcde"}), BYTES, model="seq2seq")[0]
-    assert item["input_ids"].tolist() == [*b"ab", END]
+    assert item["input_ids"].tolist() == [*BEGIN, *b"ab", END]
     assert item["decoder_input_ids"].tolist() == [BYTES.bos_id, *b"cde"] and item["labels"].tolist() == [*b"cde", END]
 
 
 def test_a_pair_is_a_source_and_a_target_that_begins_with_its_mark(tmp_path: Path) -> None:
     rows = written(tmp_path, {"question": "ab", "answer": "c"})
     data = JSONLinesDataset(rows, BYTES, "seq2seq", model="seq2seq", source_column="question", target_column="answer")
-    assert data[0]["input_ids"].tolist() == [*b"ab", END]
+    assert data[0]["input_ids"].tolist() == BYTES.source_ids("ab")
     assert data[0]["decoder_input_ids"].tolist() == [BYTES.bos_id, *b"c"] and data[0]["labels"].tolist() == [*b"c", END]
 
 
@@ -62,7 +62,8 @@ def test_values_are_one_or_several_and_may_be_missing(tmp_path: Path) -> None:
 def test_a_batch_is_padded_behind_with_masks_and_labels_that_do_not_count(tmp_path: Path) -> None:
     data = JSONLinesDataset(written(tmp_path, {"text": "abcd"}, {"text": "x"}), BYTES, model="seq2seq")
     (batch,) = DataLoader(data, batch_size=2, collate_fn=data.collate)
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]], "a text of one token has it in its target"
+    more = len(BEGIN)
+    assert batch["attention_mask"].tolist() == [[1] * (more + 3), [1] * (more + 1) + [0, 0]], "x is its target alone"
     assert batch["decoder_attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["labels"].tolist() == [[*b"cd", END], [*b"x", END, -100]]
 

@@ -127,6 +127,46 @@ def test_a_saved_encoder_decoder_is_read_again_by_its_own_class_and_by_the_proje
         Seq2SeqTransformer.from_pretrained(tmp_path / "stack")
 
 
+def test_greedy_generation_writes_the_likeliest_token_again_and_again() -> None:
+    model, src = seq2seq(rotary_pct=0.5), ids(2, 6)
+    row = torch.full((2, 1), 1)
+    for _ in range(5):
+        row = torch.cat([row, model(src, row)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(model.generate(src, 5, eos_id=None), row[:, 1:]), "what follows the begin id"
+    end = int(row[0, 2])
+    ended = model.generate(src, 5, eos_id=end, pad_id=VOCAB + 1)[0].tolist()
+    stop = row[0, 1:].tolist().index(end) + 1
+    assert ended[:stop] == row[0, 1 : 1 + stop].tolist() and set(ended[stop:]) <= {VOCAB + 1}
+
+
+@torch.no_grad()
+def log_probability(model: Seq2SeqTransformer, src: Tensor, made: Tensor) -> float:
+    tgt = torch.cat([torch.ones(1, 1, dtype=torch.int64), made], dim=1)
+    logs = model(src, tgt)[:, :-1].log_softmax(-1)
+    return float(logs.gather(-1, made[..., None]).sum())
+
+
+def test_as_many_beams_as_tokens_find_the_likeliest_of_all_targets_of_two() -> None:
+    model, src = seq2seq(vocab_size=8), ids(1, 5) % 8
+    found = model.generate(src, 2, num_beams=8, eos_id=None)
+    pairs = [torch.tensor([[first, second]]) for first in range(8) for second in range(8)]
+    best = max(log_probability(model, src, pair) for pair in pairs)
+    assert log_probability(model, src, found) == pytest.approx(best, abs=1e-4)
+    assert torch.equal(model.generate(src, 4, num_beams=1), model.generate(src, 4))
+
+
+def test_sources_of_other_lengths_and_padding_do_not_change_what_is_written() -> None:
+    model, short, long = seq2seq(), ids(1, 4), ids(1, 7, seed=5)
+    rows = torch.cat([torch.cat([short, ids(1, 3, seed=9)], dim=1), long])
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0, 0], [1] * 7])
+    for beams in (1, 3):
+        both = model.generate(rows, 4, num_beams=beams, eos_id=None, src_mask=mask)
+        alone = [model.generate(src, 4, num_beams=beams, eos_id=None) for src in (short, long)]
+        assert torch.equal(both, torch.cat(alone))
+    with pytest.raises(ValueError, match="src_mask: row 2 is padding alone"):
+        model.generate(rows, 4, src_mask=torch.tensor([[1] * 7, [0] * 7]))
+
+
 class GatedDecoderLayer(DecoderLayer):
     """Passes only a learned share of what the layer changes."""
 
