@@ -130,7 +130,6 @@ class TakenAttention(Attention):
         out: Tensor = self.wo(made, keys_N)
         return out
 
-    @graph_break
     def _attended_taken(
         self,
         q: Tensor,
@@ -187,26 +186,31 @@ class Routed(nn.Module, InRegion):
         said = self.ssm(x_BTD, ctx)
         u = self.region.enter(x_BTD, ctx.cut_sequence)
         u = u.unflatten(0, ctx.shape) if u.ndim == 2 else u
-        scores_BT = self.route(u)
-        remembered = None
-        if ctx.states is not None:  # not under the number of the layer, where the other mixer's state is
-            remembered = ctx.states.state(~self.layer, lambda: self.attn.none(u))
-        attends_BT, columns_BL, there_BL = self._chosen(scores_BT.detach(), remembered, ctx)
-        taken = at_chunks(u, columns_BL)
-        gates_BL = at_chunks((scores_BT - self._threshold(ctx)).sigmoid(), columns_BL) * there_BL
-        made = self.attn.of_taken(taken, columns_BL, there_BL, remembered, ctx) * gates_BL[..., None].to(u.dtype)
-        spread = torch.zeros_like(u).scatter(1, columns_BL[..., None].expand_as(made), made.to(u.dtype))
-        attended = self.region.leave(spread, ctx.cut_sequence)
+        made, attends_BT = self._attended(u, ctx)
+        attended = self.region.leave(made, ctx.cut_sequence)
         if not self.adds:
             chosen = attends_BT.flatten()
             chosen = self.region.own(chosen)[:, None] if ctx.cut_sequence else chosen.view(*ctx.shape, 1)
             said = said.masked_fill(chosen, 0)
         return said + attended
 
+    @graph_break  # how many tokens attend follows the batch
+    def _attended(self, u: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """What attention adds to each token, (B, T, D), a term of the sum over ranks; and which tokens attend."""
+        scores_BT = self.route(u)
+        remembered = None
+        if ctx.states is not None:  # not under the number of the layer, where the other mixer's state is
+            remembered = ctx.states.state(~self.layer, lambda: self.attn.none(u))
+        attends_BT, columns_BL, there_BL = self._chosen(scores_BT.detach(), remembered, ctx)
+        gates_BL = at_chunks((scores_BT - self._threshold(ctx)).sigmoid(), columns_BL) * there_BL
+        made = self.attn.of_taken(at_chunks(u, columns_BL), columns_BL, there_BL, remembered, ctx)
+        made = made * gates_BL[..., None].to(u.dtype)
+        spread = torch.zeros_like(u).scatter(1, columns_BL[..., None].expand_as(made), made.to(u.dtype))
+        return spread, attends_BT
+
     def _threshold(self, ctx: Context) -> float:
         return ctx.thresholds.get(self.layer, 0.0)
 
-    @graph_break
     @torch.no_grad()
     def _chosen(
         self, scores_BT: Tensor, remembered: RoutedKeys | None, ctx: Context

@@ -106,6 +106,7 @@ def of_layer(model: LLM, x: Tensor) -> Tensor:
 
 
 def test_a_token_attends_to_those_before_it_that_do_and_counts_by_its_gate():
+    torch.manual_seed(0)
     for combine in ("add", "select"):
         model = routed(combine, "routed:nope", threshold=-0.5)
         layer, x = layer_of(model), torch.randn(1, 30, 32, dtype=torch.float64)
@@ -125,6 +126,7 @@ def test_a_token_attends_to_those_before_it_that_do_and_counts_by_its_gate():
 
 
 def test_above_all_scores_a_threshold_leaves_the_state_space_mixer_alone():
+    torch.manual_seed(0)
     model, x = routed(pattern="routed", threshold=math.inf), torch.randn(1, 30, 32, dtype=torch.float64)
     ctx = model.context(TransformerInput(torch.zeros(1, 30, dtype=torch.int64)))
     assert torch.equal(of_layer(model, x), layer_of(model).ssm(x, ctx))
