@@ -63,6 +63,8 @@ class Embeds(InRegion):
             x_BTD = rms_normalise(x_BTD, self.args.norm_eps)
         if ctx.positions_BT is not None:
             x_BTD = x_BTD + self._of_positions(side, ctx.positions_BT.clamp(min=0), ctx).to(x_BTD.dtype)
+        if self.args.input_norm:
+            x_BTD = side.input_norm(x_BTD)  # type: ignore[operator]
         return x_BTD if self.embed_dropout is None else self.embed_dropout(x_BTD, ctx.residual_keys_n)
 
     def _of_positions(self, side: nn.Module, positions_BT: Tensor, ctx: Context) -> Tensor:

@@ -30,12 +30,12 @@ from llm.layers.embedding import Embedding, TiedEmbedding
 from llm.layers.encoder import ENCODER, Encoder, encoder_units
 from llm.layers.features import FeatureEmbedding, ValueOutput
 from llm.layers.foreign_names import accept_foreign_names
+from llm.layers.inputs import add_inputs
 from llm.layers.lora import Adapted
 from llm.layers.moe import EXPERT_WEIGHTS, Experts, MoE
 from llm.layers.norm import make_norm
 from llm.layers.output import Output
 from llm.layers.parameter import VISION
-from llm.layers.positions import POSITIONS
 from llm.layers.prediction import PredictionHead
 from llm.layers.routed import thresholds_of
 from llm.parameters import ParameterTable
@@ -112,8 +112,8 @@ class LLM(Conveniences, ValueMethods, Embeds, Heads, Sides):
                 self.tok_embeddings = FeatureEmbedding(args)
             elif EMBEDDING in self.units:
                 self.tok_embeddings = Embedding(args.vocab_size, args.dim, args.lora)
-            if EMBEDDING in self.units and (build := POSITIONS[args.pos].build) is not None:
-                self.pos_embeddings = build(args)
+            if EMBEDDING in self.units:
+                add_inputs(self, args)
             if args.encoder_layers:
                 self.encoder = Encoder(args, self.units, EMBEDDING in self.units)
             blocks = (Block(args, spec) if spec.unit in self.units else None for spec in self.specs)

@@ -15,10 +15,10 @@ from llm.layers.block import Block
 from llm.layers.embedding import Embedding
 from llm.layers.encoder import Encoder
 from llm.layers.features import FeatureEmbedding, ValueOutput
+from llm.layers.inputs import input_rows
 from llm.layers.norm import norm_rows
 from llm.layers.output import Output
 from llm.layers.parameter import VISION, ParamInfo, Rows, in_unit, of_unit, under, weights
-from llm.layers.positions import POSITION_TABLE, position_rows
 from llm.layers.prediction import PREDICTION, PredictionHead
 from vision.adapter import Projection
 from vision.encoder import Encoder as VisionEncoder
@@ -34,10 +34,10 @@ class ParameterTable(Mapping[str, ParamInfo]):
     def of(cls, args: ModelArgs) -> "ParameterTable":
         """The table of a model with these args, which must have a vocabulary, or values on both sides."""
         rows = vision_rows(args) | in_unit("tok_embeddings", _embedding_rows(args))
-        rows |= of_unit("tok_embeddings", under(POSITION_TABLE, position_rows(args)))
+        rows |= of_unit("tok_embeddings", input_rows(args))
         rows |= Encoder.declare_embedding(args, "tok_embeddings") | Encoder.declare(args)
         for spec in args.layer_specs():
-            rows |= in_unit(f"layers.{spec.index}", Block.declare(args, spec))
+            rows |= in_unit(spec.unit, Block.declare(args, spec))
         rows |= in_unit("norm", norm_rows(args, args.dim, last=True)) if args.has_final_norm else {}
         rows |= {} if args.tie_embeddings else in_unit("output", _output_rows(args))
         if args.n_prediction:

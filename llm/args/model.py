@@ -136,6 +136,9 @@ class ModelArgs(Group):
     """Added to the mean square in norms after attention and feed-forward; unset = norm_eps."""
     embed_norm: bool = Field(False, exclude_if=unset)
     """An RMS norm without weights of token vectors, those of images included."""
+    input_norm: bool = Field(False, exclude_if=unset)
+    """A norm with weights of what enters the first layer, positions included (BERT, BART); of an encoder-decoder one of
+    each side."""
     parallel_residual: bool = False
     """Attention and feed-forward read the same x, each through its own norm (GPT-NeoX)."""
     qk_norm: QKNorm | None = None

@@ -88,7 +88,8 @@ def meaning(args: ModelArgs, settled_by_weights: bool = False) -> dict[str, Any]
         key: getattr(args, key)
         for key in (
             "dim", "n_layers", "n_heads", "kv_heads", "head_width", "qkv_bias", "o_bias", "norm", "norm_eps",
-            "norm_offset", "norm_place", "parallel_residual", "logit_softcap", "causal", "pos",
+            "norm_offset", "norm_place", "parallel_residual", "logit_softcap", "causal", "pos", "encoder_layers",
+            "input_norm",
         )
     }  # fmt: skip
     if not settled_by_weights:
@@ -169,10 +170,9 @@ def laid_out_by_rope(args: ModelArgs, name: str) -> bool:
     norms = ("attention.q_norm", "attention.k_norm")
     if not module.endswith(("attention.wq", "attention.wk", *norms)) or name.endswith(LORA_A):
         return False
-    if not name.startswith("layers."):  # of a vision tower, which rotates pairs everywhere
-        return False
-    attention = args.layer_specs()[int(name.split(".")[1])].attention
-    return attention is not None and attention.rope
+    # a vision tower has no spec here: it rotates pairs everywhere
+    spec = next((spec for spec in args.all_specs() if name.startswith(f"{spec.unit}.")), None)
+    return spec is not None and spec.attention is not None and spec.attention.rope
 
 
 def export_hf(
@@ -311,6 +311,8 @@ def _tensors(
 
 
 def _fill(out: Tensor, pairs: list[BoxPair], weights: Weights) -> None:
+    if sum(prod(box_shape(pair.theirs)) for pair in pairs) < out.numel():
+        out.zero_()  # rows that nothing reads
     for pair in pairs:
         for box in _chunks(pair.mine):
             part = pair.within(box)

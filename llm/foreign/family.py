@@ -2,9 +2,9 @@
 what ModelArgs say.
 
 Adding a family is adding one file to llm/foreign/families, or calling `register` from an extension. In a table `{i}`
-stands for a layer, `{j}` for one of the vision tower, and `{e}` for an expert; rows whose parameters a model does not
-have do not count for it, and of several rows for the same parameter the first one holds whose tensors are there. What a
-family must do beside that is done by the knobs of ModelArgs.
+stands for a layer, `{j}` for one of the vision tower, `{k}` for one of the encoder, and `{e}` for an expert; rows whose
+parameters a model does not have do not count for it, and of several rows for the same parameter the first one holds
+whose tensors are there. What a family must do beside that is done by the knobs of ModelArgs.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llm.args import ModelArgs
+from llm.args import LayerSpec, ModelArgs
 from llm.boxes import box_shape, share_of, whole
 from llm.errors import UserError
 from llm.foreign.transforms import TRANSFORMS, BoxPair, FilePart, Shape, Transform, foreign_shapes
@@ -51,13 +51,25 @@ class Row:
     """The feed-forward (dense, moe) of the layers that are written so; empty = of all layers. Read it is anywhere."""
     mixer: str = ""
     """The same of their mixer (attn, ssm)."""
+    twin: bool = False
+    """Whether it holds once more what another row holds, where it is there: the same values. It is not written."""
+
+    def of_layer(self, spec: LayerSpec) -> bool:
+        """Whether a layer like this is written so."""
+        return self.ffn in ("", spec.ffn) and self.mixer in ("", spec.mixer.name)
 
 
 def row(
-    theirs: str, *ours: str, transform: Transform = "same", bias: bool = False, cut: int | None = None, ffn: str = ""
+    theirs: str,
+    *ours: str,
+    transform: Transform = "same",
+    bias: bool = False,
+    cut: int | None = None,
+    ffn: str = "",
+    twin: bool = False,
 ) -> Row:
     """A row of a table."""
-    return Row(theirs, ours, transform, bias, cut, ffn)
+    return Row(theirs, ours, transform, bias, cut, ffn, twin=twin)
 
 
 @dataclass(frozen=True)
@@ -92,6 +104,8 @@ class Family:
     needs_tower: bool = False
     """Whether what is written must have the tower."""
     computed: tuple[Computed, ...] = ()
+    zeros: tuple[str, ...] = ()
+    """Names of tensors that no model of ours has, and that must be 0."""
     format: str = "hf"
     """hf or meta: how its files are laid out."""
     architecture: str = ""
@@ -101,7 +115,7 @@ class Family:
         """Whether a foreign tensor is one that a model with these args does not need: one of the tower, where that is
         left out, or a buffer that no model needs."""
         without_tower = args.vision is None and self.of_tower(key)
-        return without_tower or any(re.fullmatch(pattern, key) for pattern in self.drop)
+        return without_tower or key in self.zeros or any(re.fullmatch(pattern, key) for pattern in self.drop)
 
     def of_tower(self, key: str) -> bool:
         """Whether a foreign tensor belongs to what reads other than text."""
@@ -164,9 +178,10 @@ def match(
     used: set[tuple[int, str]] = set()
     incomplete: dict[str, str] = {}
     for entry, layer in _instances(family, args):
-        names = [name.format(i=layer, j=layer) for name in entry.ours]
-        twin = names == ["output.weight"] and "output.weight" not in ours  # of a tied table, if it is there
-        names = ["tok_embeddings.weight"] if twin else names
+        names = [name.format(i=layer, j=layer, k=layer) for name in entry.ours]
+        tied = names == ["output.weight"] and "output.weight" not in ours
+        twin = tied or entry.twin  # of a tied table, if it is there
+        names = ["tok_embeddings.weight"] if tied else names
         if any(name not in ours for name in names) or (not twin and filled & set(names)):
             continue
         keys = _keys(entry, layer, args)
@@ -203,10 +218,10 @@ def export_pairs(family: Family, args: ModelArgs, ours: Mapping[str, Shape], sha
     filled: set[str] = set()
     specs = args.layer_specs()
     for entry, layer in _instances(family, args):
-        names = [name.format(i=layer, j=layer) for name in entry.ours]
-        if any(name not in ours for name in names) or filled & set(names):
+        names = [name.format(i=layer, j=layer, k=layer) for name in entry.ours]
+        if entry.twin or any(name not in ours for name in names) or filled & set(names):
             continue
-        if entry.ffn not in ("", specs[layer].ffn) or entry.mixer not in ("", specs[layer].mixer.name):
+        if (entry.ffn or entry.mixer) and not entry.of_layer(specs[layer]):
             continue
         pairs += _cut(entry, _keys(entry, layer, args), names, args, table, ours, {}, shards, False)
         filled |= set(names)
@@ -221,33 +236,39 @@ def spellings(family: Family, args: ModelArgs) -> Iterator[tuple[BoxPair, ...]]:
     table = ParameterTable.of(args)
     ours, specs = table.shapes, args.layer_specs()
     for entry, layer in _instances(family, args):
-        if entry.mixer not in ("", specs[layer].mixer.name):
+        if entry.mixer and entry.mixer != specs[layer].mixer.name:
             continue
-        names = [name.format(i=layer, j=layer) for name in entry.ours]
-        twin = names == ["output.weight"] and "output.weight" not in ours
-        names = ["tok_embeddings.weight"] if twin else names
+        names = [name.format(i=layer, j=layer, k=layer) for name in entry.ours]
+        tied = names == ["output.weight"] and "output.weight" not in ours
+        twin = tied or entry.twin
+        names = ["tok_embeddings.weight"] if tied else names
         if all(name in ours for name in names):
             yield tuple(_cut(entry, _keys(entry, layer, args), names, args, table, ours, {}, 1, twin))
 
 
 def _instances(family: Family, args: ModelArgs) -> Iterator[tuple[Row, int]]:
-    """Rows of the model as a whole, then those of each layer, then those of each layer of the vision tower."""
+    """Rows of the model as a whole, then those of each layer, of the vision tower and of the encoder."""
     rows = list(family.expanded())
-    yield from ((entry, 0) for entry in rows if "{i}" not in entry.theirs and "{j}" not in entry.theirs)
-    for mark, n_layers in (("{i}", args.n_layers), ("{j}", args.vision.n_layers if args.vision is not None else 0)):
+    layers = {
+        "{i}": args.n_layers,
+        "{j}": args.vision.n_layers if args.vision is not None else 0,
+        "{k}": args.encoder_layers,
+    }
+    yield from ((entry, 0) for entry in rows if not any(mark in entry.theirs for mark in layers))
+    for mark, n_layers in layers.items():
         for layer in range(n_layers):
             yield from ((entry, layer) for entry in rows if mark in entry.theirs)
 
 
 def _keys(entry: Row, layer: int, args: ModelArgs) -> list[str]:
     experts = range(args.moe.n_experts if args.moe is not None else 0) if "{e}" in entry.theirs else (0,)
-    return [entry.theirs.format(i=layer, j=layer, e=expert) for expert in experts]
+    return [entry.theirs.format(i=layer, j=layer, k=layer, e=expert) for expert in experts]
 
 
 def own_names(family: Family, args: ModelArgs) -> set[str]:
     """Names of foreign tensors that ours do not have, be they enough to fill a parameter or not."""
     entries = list(_instances(family, args))
-    ours = {name.format(i=layer, j=layer) for entry, layer in entries for name in entry.ours}
+    ours = {name.format(i=layer, j=layer, k=layer) for entry, layer in entries for name in entry.ours}
     return {key for entry, layer in entries for key in _keys(entry, layer, args)} - ours
 
 

@@ -203,7 +203,7 @@ def _about_config(family: Family, config: Mapping[str, Any]) -> Iterator[str]:
 
 def _of_base_model(family: Family, files: WeightFiles) -> tuple[Family, list[str]]:
     """The family with names as a model without its head writes them, where these are such; and a line that says so."""
-    (table,) = [entry.theirs for entry in family.rows if entry.ours == ("tok_embeddings.weight",)]
+    (table,) = [entry.theirs for entry in family.rows if entry.ours == ("tok_embeddings.weight",) and not entry.twin]
     prefix = f"{table.partition('.')[0]}."
     keys = files.shards[0].keys()
     if table in keys or table.removeprefix(prefix) not in keys:

@@ -151,7 +151,7 @@ def silu_experts(config: Config) -> None:
         raise UserError(f"config.json: hidden_act={config['hidden_act']} of experts is not supported; only silu is")
 
 
-def _written_activation(args: ModelArgs) -> str:
+def written_activation(args: ModelArgs) -> str:
     if args.act not in WRITTEN_ACTIVATIONS:
         raise UserError(f"a Hugging Face config cannot say model.act={args.act}")
     return WRITTEN_ACTIVATIONS[args.act]
@@ -289,7 +289,7 @@ def write_common(args: ModelArgs, architecture: str, model_type: str, *, eps: st
         "max_position_embeddings": args.max_seq_len,
         "intermediate_size": args.ffn_width(),
         eps: args.norm_eps,
-        "hidden_act": _written_activation(args),
+        "hidden_act": written_activation(args),
         "tie_word_embeddings": args.tie_embeddings,
         "initializer_range": args.init_std,
         "use_cache": True,

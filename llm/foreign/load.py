@@ -96,7 +96,16 @@ class ForeignWeights:
                 yield part.key, out
 
     def check_twins(self) -> None:
-        """UserError where tensors that hold the same parameter differ: replicas in several files, or a tied head."""
+        """UserError where tensors that hold the same parameter differ: replicas in several files, or a tied head; and
+        where one that must be 0 is not.
+        """
+        for (shard, key), shape in self.source.shapes().items():
+            if key not in self.family.zeros:
+                continue
+            out = torch.empty(shape)
+            self.source.read(BoxPair(key, shard, whole(shape), key, whole(shape)), out)
+            if out.any():
+                raise UserError(f"{self.source.name}: {key} is not 0, and our models have no such thing")
         for twin in self._twins:
             for part in _rows_of(twin, TWIN_ELEMENTS):
                 ours, theirs = (torch.empty(box_shape(part.mine)) for _ in range(2))
@@ -128,8 +137,8 @@ def identify(args: ModelArgs, ours: Mapping[str, Shape], source: Source) -> Matc
 def translate(module: nn.Module, args: ModelArgs, place: str, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     """`state`, a foreign state dict of one of our modules, in our names; None where none of its names is foreign.
 
-    place: what stands before the module's names in a model, with `{i}` for its layer. UserError when a foreign state
-    dict does not fill the module or holds more, or nothing in it belongs to the module.
+    place: what stands before the module's names in a model, with `{i}` for its layer, or `{k}` for that of the encoder.
+    UserError when a foreign state dict does not fill the module or holds more, or nothing in it belongs to the module.
     """
     parameters = dict(module.named_parameters())
     others = state.keys() - parameters.keys() - {name for name, _ in module.named_buffers()}

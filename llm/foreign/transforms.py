@@ -17,7 +17,7 @@ from torch import Tensor
 from llm.boxes import Box, box_shape, whole
 
 Shape = tuple[int, ...]
-Transform = Literal["same", "turned", "rows", "heads", "columns", "turned_rows", "flat_experts"]
+Transform = Literal["same", "turned", "rows", "heads", "columns", "turned_rows", "flat_experts", "behind_two"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,13 @@ def _same(keys: Sequence[str], parts: Sequence[FilePart], _: int, shard: int) ->
     """A rename."""
     (key,), (part,) = keys, parts
     yield BoxPair(key, shard, whole(box_shape(part.box)), part.name, part.box, twin=part.twin)
+
+
+def _behind_two(keys: Sequence[str], parts: Sequence[FilePart], _: int, shard: int) -> Iterator[BoxPair]:
+    """Ours behind two rows that are never read: a table of positions that begin at 2."""
+    (key,), (part,) = keys, parts
+    n, *rest = box_shape(part.box)
+    yield BoxPair(key, shard, ((2, 2 + n), *whole(tuple(rest))), part.name, part.box, twin=part.twin)
 
 
 def _turned(keys: Sequence[str], parts: Sequence[FilePart], _: int, shard: int) -> Iterator[BoxPair]:
@@ -154,6 +161,7 @@ TRANSFORMS: dict[Transform, Cut] = {
     "columns": _columns,
     "turned_rows": _turned_rows,
     "flat_experts": _flat_experts,
+    "behind_two": _behind_two,
 }
 
 

@@ -27,7 +27,7 @@ class Block(nn.Module):
     def __init__(self, args: ModelArgs, spec: LayerSpec) -> None:
         super().__init__()
         self.spec = spec
-        foreign = f"{'encoder.' * spec.encoder}layers.{{i}}."
+        foreign = "encoder.layers.{k}." if spec.encoder else "layers.{i}."
         accept_foreign_names(self, args, foreign)
         before, after = spec.norms.before, spec.norms.after
         self.attention_norm = make_norm(args, args.dim) if before else None

@@ -10,12 +10,11 @@ from collections.abc import Collection
 from torch import nn
 
 from llm.args import ModelArgs
-from llm.args.layers import POSITIONS
 from llm.layers.block import Block
 from llm.layers.features import FeatureEmbedding
+from llm.layers.inputs import add_inputs, input_rows
 from llm.layers.norm import make_norm, norm_rows
 from llm.layers.parameter import Rows, in_unit, of_unit, under
-from llm.layers.positions import POSITION_TABLE, position_rows
 
 ENCODER = "encoder"
 """What a model calls it."""
@@ -35,8 +34,8 @@ class Encoder(nn.Module):
         super().__init__()
         if embeds and args.input_dim is not None:
             self.tok_embeddings = FeatureEmbedding(args)
-        if embeds and (build := POSITIONS[args.pos].build) is not None:
-            self.pos_embeddings = build(args)
+        if embeds:
+            add_inputs(self, args)
         blocks = (Block(args, spec) if spec.unit in units else None for spec in args.encoder_specs())
         self.layers = nn.ModuleList(blocks)  # type: ignore[arg-type]  # None keeps the others' numbers
         if ENCODER_NORM in units:
@@ -48,7 +47,7 @@ class Encoder(nn.Module):
         if not args.encoder_layers:
             return {}
         rows = {} if args.input_dim is None else under(f"{ENCODER}.tok_embeddings", FeatureEmbedding.declare(args))
-        return of_unit(unit, rows | under(f"{ENCODER}.{POSITION_TABLE}", position_rows(args)))
+        return of_unit(unit, rows | under(ENCODER, input_rows(args)))
 
     @staticmethod
     def declare(args: ModelArgs) -> Rows:

@@ -71,5 +71,5 @@ def feed_forward_rows(args: ModelArgs) -> Rows:
 
 def build_feed_forward(args: ModelArgs, spec: LayerSpec) -> FeedForward:
     """The dense feed-forward of a layer."""
-    dropout = dropout_at(args.ffn_dropout, "hidden", f"layers.{spec.index}.feed_forward")
+    dropout = dropout_at(args.ffn_dropout, "hidden", f"{spec.unit}.feed_forward")
     return FeedForward(args.dim, args.ffn_width(), args.act, args.gated, args.ffn_bias, args.lora, dropout)

@@ -11,7 +11,7 @@ from llm.args import ModelArgs
 
 Translate = Callable[[nn.Module, ModelArgs, str, Mapping[str, Tensor]], dict[str, Tensor] | None]
 """(module, args, place, state dict) -> the state dict in our names; None where none of its names is foreign. The place
-is what stands before the module's names in a model, with `{i}` for its layer."""
+is what stands before the module's names in a model, with `{i}` for its layer, or `{k}` for that of the encoder."""
 
 _translators: list[Translate] = []
 
