@@ -64,7 +64,8 @@ def test_every_feature_has_a_file_and_a_test_or_says_why_not() -> None:
 
 
 def test_what_is_done_promises_nothing_for_later() -> None:
-    assert not [feature for feature in FEATURES if feature.seed in ("000", "001", "004") and "not yet" in feature.where]
+    done = [feature for feature in FEATURES if feature.seed in ("000", "001", "003", "004")]
+    assert not [feature for feature in done if "not yet" in feature.where]
 
 
 @needs_seeds

@@ -1,6 +1,7 @@
 """Every Python block and command of Miniformer's document (seed 003) runs, after its import lines are replaced, and the
 shapes in its comments hold."""
 
+import ast
 from typing import Any
 
 import torch
@@ -39,3 +40,15 @@ def test_the_models_block_gives_the_shape_that_its_comment_says() -> None:
     run(block, names, NAMES)
     assert "# shape: [2, 128, 10000]" in block and names["logits"].shape == (2, 128, 10000)
     assert names["logits"].dtype == torch.float32
+
+
+def test_the_configs_have_the_keys_of_the_document() -> None:
+    names: dict[str, Any] = {}
+    block = of("Configuration").text
+    run(block, names, NAMES)
+    calls = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)]
+    stated = [{word.arg: ast.literal_eval(word.value) for word in call.keywords} for call in calls]
+    for found, keys in zip((names["model_cfg"], names["train_cfg"]), stated, strict=True):
+        assert {key: getattr(found, key) for key in keys if key is not None} == keys
+    args = names["model_cfg"].args()
+    assert (args.rotated_width, args.ffn_width(), args.norm) == (32, 2048, "rms")

@@ -14,7 +14,10 @@ from llm.siblings import miniformer
 from llm.siblings.miniformer import Seq2SeqTransformer, TrainConfig, Transformer, TransformerConfig
 from llm.train.config import OptimConfig
 from llm.train.schedule import lr_factor
+from tests.siblings.running import run
+from tests.siblings.seeds import blocks_of_file
 from tests.siblings.test_miniformer_command import text
+from tests.siblings.test_miniformer_page import PAGE
 
 THERE = importlib.util.find_spec("lightning") is not None
 needs_lightning = pytest.mark.skipif(not THERE, reason="the package lightning is not installed: make lightning")
@@ -126,6 +129,17 @@ def test_a_model_that_cannot_learn_the_task_is_refused(tmp_path: Path) -> None:
         miniformer.MiniFormerLitModule(made(asked(tmp_path, "language_modeling", "encoder")), config)
     with pytest.raises(ValueError, match="model=seq2seq is a Seq2SeqTransformer; got Transformer"):
         miniformer.MiniFormerLitModule(made(config), asked(tmp_path, "language_modeling", "seq2seq"))
+
+
+@needs_lightning
+def test_the_block_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, "train.jsonl", 24, "language_modeling")
+    written(tmp_path, "val.jsonl", 8, "language_modeling")
+    (block,) = (block for block in blocks_of_file(PAGE) if block.heading == "Lightning")
+    names: dict[str, Any] = {"TrainConfig": TrainConfig, "model": made(TrainConfig("train.jsonl"))}
+    run(block.text, names)
+    assert Path("runs/lit/checkpoints/last.ckpt/tensors.safetensors").is_file()
 
 
 @needs_lightning
