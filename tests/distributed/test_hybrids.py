@@ -1,5 +1,6 @@
 """Hybrids of state-space, routed and strided layers train alike on every layout, and go on bit for bit."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 
 from llm import LLM
 from tests.distributed.harness import metrics, without_timing, write_text
+from tests.distributed.hybrids_job import PATTERNS as CUT_PATTERNS
+from tests.distributed.pool import run_job
 from tests.distributed.runs import LAYOUTS, Runs, perform
 
 pytestmark = pytest.mark.distributed
@@ -82,3 +85,19 @@ def test_every_layout_trains_alike(tmp_path: Path, pattern: str, rate: float) ->
         for name in chosen:
             assert_alike(tmp_path, name, "one process", 1e-5)
             assert_routed_alike(tmp_path, name, "one process")
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, float]]]:
+    file = tmp_path_factory.mktemp("cut") / "report.json"
+    done = run_job("tests/distributed/hybrids_job.py", str(file), nproc=2)
+    assert done.returncode == 0, done.stderr
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("name", CUT_PATTERNS)
+def test_a_hybrid_of_two_ranks_is_the_whole_one_however_its_tokens_come(
+    faults: dict[str, list[dict[str, float]]], name: str
+) -> None:
+    for of_rank in faults[name]:
+        assert of_rank and max(of_rank.values()) < 1e-12, of_rank
