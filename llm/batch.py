@@ -119,8 +119,8 @@ class Batch:
         return self if self.inputs.images is None else replace(self, inputs=replace(self.inputs, images=None))
 
     def span(self, first: int, end: int, patch_token: int | None = None) -> "Batch":
-        """Some of the flattened tokens as one row, which is one document, with the images whose slots, tokens equal to
-        `patch_token`, are among them. ValueError where an image's are not all.
+        """Some of the flattened tokens as one row, which is one document, with its source where there are any, and the
+        images whose slots, tokens equal to `patch_token`, are among them. ValueError where an image's are not all.
         """
         tokens = self.inputs.tokens.reshape(1, -1)
         images = None if patch_token is None else self._images_of(tokens[0] == patch_token, first, end)
@@ -128,10 +128,25 @@ class Batch:
         if isinstance(causal, Tensor):
             causal = bool(causal[first // self.seq_len])
         features = None if self.inputs.features is None else self.inputs.features.flatten(0, 1)[None, first:end]
-        inputs = TransformerInput(tokens[:, first:end], images=images, causal=causal, features=features)
+        inputs = TransformerInput(
+            tokens[:, first:end], images=images, causal=causal, features=features, source=self._source_of(first)
+        )
         values = {name: value.reshape(1, -1)[:, first:end] for name, value in self.values.items()}
         targets = {name: targets.span(first, end) for name, targets in self.targets.items()}
         return Batch(inputs, targets, values=values)
+
+    def _source_of(self, place: int) -> TransformerInput | None:
+        """The source of the document in which a token stands, as one row."""
+        source = self.inputs.source
+        if source is None:
+            return None
+        (starts, _), (of_source, ends) = (_documents(inputs) for inputs in (self.inputs, source))
+        row, length = place // self.seq_len, source.tokens.shape[1]
+        number = int((starts <= place).sum()) - 1 - int((starts < row * self.seq_len).sum())
+        document = int((of_source < row * length).sum()) + number
+        first, end = int(of_source[document]), int(ends[document])
+        features = None if source.features is None else source.features.flatten(0, 1)[None, first:end]
+        return TransformerInput(source.tokens.reshape(1, -1)[:, first:end], features=features)
 
     def _images_of(self, is_slot_N: Tensor, first: int, end: int) -> Tensor | None:
         images = self.inputs.images
@@ -144,6 +159,14 @@ class Batch:
         if cut or cut_too:
             raise ValueError(f"tokens {first} to {end} of a batch begin or end inside an image")
         return images[start:stop] if stop > start else None
+
+
+def _documents(inputs: TransformerInput) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where those begin and end, among the flattened tokens, that are not padding alone; padding stands last."""
+    positions_BT, starts = inputs.resolve()
+    ends = np.append(starts[1:], positions_BT.size)
+    held = positions_BT.reshape(-1)[starts] >= 0
+    return starts[held], ends[held]
 
 
 @dataclass(frozen=True)

@@ -187,6 +187,20 @@ class NextToken(TokenObjective):
         return batch.targets[self.name]
 
 
+class GuessedTokens(NextToken):
+    """The same; in a validation also the share of the targets that are the likeliest tokens."""
+
+    held_out_measures = ("acc",)
+
+    def loss_sum(self, model: LLM, hidden_BTD: Tensor, batch: Batch) -> LossSum:
+        found = super().loss_sum(model, hidden_BTD, batch)
+        if torch.is_grad_enabled():
+            return found
+        targets = self.targets(batch)
+        hits_BT = model.token_hits(hidden_BTD, targets.labels)
+        return found._replace(measures={"acc": (hits_BT * targets.weight_of_each()).sum().float()})
+
+
 class RouterBalance(LayerObjective):
     """The balance loss of MoE layers (model.moe.aux_alpha)."""
 

@@ -1,10 +1,10 @@
 """Micro-batches: rows side by side, boundaries of documents and samples beside them.
 
-Shapes: B rows, T tokens of a row, S pixels a side of a tile.
+Shapes: B rows, T tokens and M source tokens of a row, S pixels a side of a tile.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ def collate(
     targets: Sequence[str] = ("lm",),
     values: Sequence[str] = (),
     features: int | None = None,
+    source_len: int | None = None,
 ) -> Batch:
     """Rows side by side, each filled up to `seq_len` positions with tokens `fill` without labels, in a segment of their
     own; None stands for a row that is not there. The batch has the targets and values of these names, whichever rows
@@ -55,6 +56,9 @@ def collate(
     `sequence_len`, a divisor of seq_len, cuts each row into sequences of that many tokens, in order: the tensors are
     then (rows x seq_len / sequence_len, sequence_len). Labels stay: the last token of a sequence still predicts the
     next one's first.
+
+    `source_len`, M, makes the batch one for an encoder-decoder: its sources are those of the rows, each filled up to so
+    many positions, and what fills up either side is padding. ValueError where a row has no source.
     """
     width = sequence_len or seq_len
     if seq_len % width:
@@ -96,12 +100,50 @@ def collate(
         causal=_causal(rows, seq_len // width),
         features=None if read_BTF is None else torch.from_numpy(read_BTF).view(-1, width, read_BTF.shape[2]),
     )
+    if source_len is not None:
+        if width < seq_len:
+            raise ValueError("rows with a source are not cut into sequences")
+        inputs = replace(
+            inputs,
+            tokens_position=_positions(n_filled, seq_len, cu_seqlens) if len(short) else None,
+            source=_sources(rows, source_len, fill),
+        )
     return Batch(
         inputs,
         {name: Targets(tensor(labels[name]), tensor(weights[name]) if name in weights else None) for name in targets},
         None if not len(short) else tensor(np.arange(seq_len) < n_filled[:, None]),
         values={name: tensor(number) for name, number in numbers.items()},
     )
+
+
+def _sources(rows: Sequence[Row | None], length: int, fill: int) -> TransformerInput:
+    """The encoder's side of rows, (B, length)."""
+    shape = (len(rows), length)
+    tokens_BM, n_filled = np.full(shape, fill, dtype=np.int64), np.zeros(len(rows), dtype=np.int64)
+    bounds = [np.arange(0, len(rows) * length + 1, length)]
+    for b, row in enumerate(rows):
+        if row is None:
+            continue
+        if row.source is None:
+            raise ValueError("a row without a source stands among those of an encoder-decoder")
+        n_filled[b] = m = len(row.source.tokens)
+        tokens_BM[b, :m] = row.source.tokens
+        bounds.append(row.source.starts + b * length)
+    short = np.flatnonzero(n_filled < length)
+    cu_seqlens = np.unique(np.concatenate([*bounds, short * length + n_filled[short]])).astype(np.int32)
+    return TransformerInput(
+        torch.from_numpy(tokens_BM),
+        tokens_position=_positions(n_filled, length, cu_seqlens) if len(short) else None,
+        cu_seqlens=torch.from_numpy(cu_seqlens),
+    )
+
+
+def _positions(n_filled: np.ndarray, length: int, cu_seqlens: np.ndarray) -> torch.Tensor:
+    """(B, length) int64: of each token in its document, -1 of what fills rows up."""
+    sizes = np.diff(cu_seqlens)
+    positions = np.arange(len(n_filled) * length) - np.repeat(cu_seqlens[:-1], sizes)
+    there = np.arange(length) < n_filled[:, None]
+    return torch.from_numpy(np.where(there, positions.reshape(there.shape), -1))
 
 
 def _causal(rows: Sequence[Row | None], sequences: int) -> bool | torch.Tensor:

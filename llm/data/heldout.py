@@ -22,7 +22,7 @@ from llm.data.rows import Row, RowSource, features_in
 
 class HeldOut:
     """The first `limit` rows (None: all) of the held-out order over `sources`, of whatever kinds, rows being at most
-    `seq_len` tokens and filled up with `fill`.
+    `seq_len` tokens, and `source_len` on the side of an encoder where there is one, and filled up with `fill`.
 
     names: what its user calls each of `sources`, in their order here; empty where nobody asks. n_rows: how many rows
     that are, of the `total` there are. fingerprint: digest of what they are made of; equal where two
@@ -32,12 +32,18 @@ class HeldOut:
     """
 
     def __init__(
-        self, sources: Sequence[RowSource], seq_len: int, limit: int | None, fill: int = 0, names: Sequence[str] = ()
+        self,
+        sources: Sequence[RowSource],
+        seq_len: int,
+        limit: int | None,
+        fill: int = 0,
+        names: Sequence[str] = (),
+        source_len: int | None = None,
     ) -> None:
         order = sorted(range(len(sources)), key=lambda i: sources[i].fingerprint)  # the config's does not matter
         self.sources = [sources[i] for i in order]
         self.names = [names[i] for i in order] if names else []
-        self.seq_len = seq_len
+        self.seq_len, self.source_len = seq_len, source_len
         self.fill = fill
         self.targets = tuple(dict.fromkeys(name for source in self.sources for name in source.targets))
         counts = [source.n_rows for source in self.sources]
@@ -50,6 +56,7 @@ class HeldOut:
             self._rows = np.sort(permute(np.arange(self.n_rows), self.total, keys))
         self._ends = np.cumsum(counts)
         parts = [ORDER_VERSION, seq_len, self.n_rows, [source.fingerprint for source in self.sources]]
+        parts += [] if source_len is None else [source_len]
         self.fingerprint = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
     @property
@@ -64,8 +71,8 @@ class HeldOut:
             places = np.arange(first, first + micro_batch_size)
             source, row = self.locate(places)
             rows = [self._read(*place) for place in zip(source.tolist(), row.tolist(), strict=True)]
-            of = features_in(self.sources)
-            batch = collate(rows, self.seq_len, self.fill, targets=self.targets, values=self.values, features=of)
+            named = self.targets, self.values, features_in(self.sources), self.source_len
+            batch = collate(rows, self.seq_len, self.fill, None, *named)
             number = np.where(source < 0, -1, places)
             yield replace(batch, rows=Rows(source, row, number, np.zeros_like(number)))
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from llm.data.images import ImageOptions
-from llm.data.labels import LabelOptions
+from llm.data.labels import LabelOptions, MaxLength
 from llm.data.rows import RowSource
 from llm.data.sources import SourceFiles, SourceSpec
 from llm.data.split import Split
@@ -62,6 +62,10 @@ class Asked:
     packing: PackingName | None = None
     """`data.packing`."""
     chat: ChatOptions = field(default_factory=ChatOptions)
+    source_len: int | None = None
+    """Positions of a row for what the encoder reads; None: the run's model has no encoder."""
+    pair_max_length: MaxLength = "error"
+    """`pair.max_length`."""
     labels: LabelOptions | None = None
     """What the run's model predicts of whole texts, or of rows of values; None: nothing."""
     values: "ValueOptions | None" = None

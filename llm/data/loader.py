@@ -168,8 +168,8 @@ class TrainLoader:
         mixture = self.mixture
         places = zip(rows.source.tolist(), rows.row.tolist(), rows.epoch.tolist(), strict=True)
         found = [mixture.read(*place) for place in places]
-        names = mixture.targets, mixture.values, mixture.features
-        batch = collate(found, mixture.seq_len, mixture.fill, sequence_len, *names)
+        named = mixture.targets, mixture.values, mixture.features, mixture.source_len
+        batch = collate(found, mixture.seq_len, mixture.fill, sequence_len, *named)
         return dataclasses.replace(batch, rows=rows)
 
     def _drop_one(self) -> None:

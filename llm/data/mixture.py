@@ -24,14 +24,20 @@ class Mixture:
     """Named, weighted sources read as one endless sequence of rows of `seq_len` tokens."""
 
     def __init__(
-        self, sources: Sequence[tuple[str, RowSource, float]], seq_len: int, seed: int, fill: int = 0
+        self,
+        sources: Sequence[tuple[str, RowSource, float]],
+        seq_len: int,
+        seed: int,
+        fill: int = 0,
+        source_len: int | None = None,
     ) -> None:
         """`sources`: (name, source, weight); weights count rows. fill: the token that rows are filled up with.
+        source_len: positions of a row on the encoder's side; None where there is none.
         UserError when a source is too short or its weight too small.
         """
         self.names = [name for name, _, _ in sources]
         self.sources = [source for _, source, _ in sources]
-        self.seq_len = seq_len
+        self.seq_len, self.source_len = seq_len, source_len
         self.seed = seed
         self.fill = fill
         self.targets = tuple(dict.fromkeys(name for source in self.sources for name in source.targets))
@@ -136,6 +142,7 @@ class Mixture:
         return {
             "cycle": CYCLE,
             "seq_len": self.seq_len,
+            **({} if self.source_len is None else {"source_len": self.source_len}),
             "sources": {
                 name: {"fingerprint": source.fingerprint, "slots": slots}
                 for name, source, slots in zip(self.names, self.sources, self.slots, strict=True)

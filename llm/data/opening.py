@@ -6,6 +6,7 @@ import llm.data.captions
 import llm.data.chats
 import llm.data.enumeration
 import llm.data.labelled
+import llm.data.pairs
 import llm.data.text
 import llm.data.values  # noqa: F401  (they register their kinds, or augmentations)
 from llm.data.documents import option

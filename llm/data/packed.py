@@ -77,7 +77,7 @@ class Packed:
         self._items = np.flatnonzero(kept[:, 0])
         if not len(self._items):
             raise UserError(f"{self.given}: none of its samples fits into a row of train.seq_len={seq_len}")
-        self.packing = Packing(self._positions(kept[self._items]), seq_len, together)
+        self.packing = self._packing(kept[self._items], together)
         self.n_rows, self.fill = self.packing.n_rows, self.packing.fill
         how = [PACKING_VERSION, source.fingerprint, together, max_length if self.shortened else "error", target]
         self.fingerprint = digest_of(how)
@@ -161,10 +161,7 @@ class Packed:
     def notes(self) -> list[str]:
         """Lines about how the samples lie in rows, and which do not lie there whole."""
         what = "pairs" if self._each == 2 else "samples"
-        lines = [
-            f"{self.given}: {len(self._items):,} {what} in {self.n_rows:,} rows of {self.seq_len:,} positions, "
-            f"{self.fill:.2%} of them used"
-        ]
+        lines = [f"{self.given}: {len(self._items):,} {what} in {self.n_rows:,} rows of {self._used()}"]
         dropped = [entry for entry in self.shortened if not entry.kept]
         cut = [entry for entry in self.shortened if entry.kept]
         bare = sum(self._is_bare(entry) for entry in cut)
@@ -172,7 +169,7 @@ class Packed:
         for done, entries in (("left out", dropped), (at_turn, cut)):
             if entries:
                 lines.append(
-                    f"{self.given}: {len(entries):,} {what} {done}, longer than a row of train.seq_len={self.seq_len}: "
+                    f"{self.given}: {len(entries):,} {what} {done}, longer than a row of {self._row_size()}: "
                     f"{self._listed(entries)}"
                 )
         return lines
@@ -182,6 +179,16 @@ class Packed:
         for entry in self.shortened:
             origin = self.source.origin(entry.item * self._each)
             yield {"file": origin.file, "row": origin.row, "tokens": entry.tokens, "kept": entry.kept}
+
+    def _packing(self, kept: NDArray[np.int64], together: bool) -> Packing:
+        """Which row holds which of the items, whose samples have so many tokens, (items, samples an item)."""
+        return Packing(self._positions(kept), self.seq_len, together)
+
+    def _row_size(self) -> str:
+        return f"train.seq_len={self.seq_len}"
+
+    def _used(self) -> str:
+        return f"{self.seq_len:,} positions, {self.fill:.2%} of them used"
 
     def _fitted(self, kept: NDArray[np.int64], max_length: MaxLength) -> list[Shortened]:
         """Change `kept` (items, samples an item), tokens of each sample, to what fits into a row, 0 for what is left
@@ -228,10 +235,13 @@ class Packed:
         parts = []
         for entry in entries[:NAMED]:
             origin = self.source.origin(entry.item * self._each)
-            kept = f", {entry.kept:,} kept" if entry.kept else ""
-            parts.append(f"{origin.file}, row {origin.row} ({entry.tokens:,} tokens{kept})")
+            parts.append(f"{origin.file}, row {origin.row} ({self._size(entry)})")
         more = f" and {len(entries) - NAMED:,} more" if len(entries) > NAMED else ""
         return f"{'; '.join(parts)}{more}"
+
+    def _size(self, entry: Shortened) -> str:
+        kept = f", {entry.kept:,} kept" if entry.kept else ""
+        return f"{entry.tokens:,} tokens{kept}"
 
     @staticmethod
     def _positions(tokens: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -10,6 +10,8 @@ that they were made for, the longest first.
 """
 
 from bisect import bisect_left, insort
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,16 +39,18 @@ class Packing:
         if len(lengths) == 0 or int(lengths.min()) < 1 or int(lengths.max()) > seq_len:
             raise ValueError(f"lengths must be from 1 to {seq_len}")
         self.lengths, self.seq_len = lengths, seq_len
-        self._by_length = np.argsort(-lengths, kind="stable")
-        if together:
-            self._row_of_slot = _best_fit(lengths[self._by_length], seq_len)
-        else:
-            self._row_of_slot = self._by_length
+        by_length = np.argsort(-lengths, kind="stable")
+        self._plan(by_length, _best_fit(lengths[by_length], seq_len) if together else None)
+        self.fill = int(lengths.sum()) / (self.n_rows * seq_len)
+
+    def _plan(self, by_length: Ints, row_of_slot: Ints | None) -> None:
+        """by_length: (n,) the items, the longest first; row_of_slot: None for a row each."""
+        self._by_length = by_length
+        self._row_of_slot = by_length if row_of_slot is None else row_of_slot
         self.n_rows = int(self._row_of_slot.max()) + 1
-        self._together = together and self.n_rows > 1
+        self._together = row_of_slot is not None and self.n_rows > 1
         self._slots_by_row = np.argsort(self._row_of_slot, kind="stable")
         self._ends = np.cumsum(np.bincount(self._row_of_slot, minlength=self.n_rows))
-        self.fill = int(lengths.sum()) / (self.n_rows * seq_len)
         self._last: list[tuple[tuple[int, int], Ints]] = []
 
     def items(self, row: int, seed: int, epoch: int) -> Ints:
@@ -73,32 +77,59 @@ class Packing:
 
     def _deal(self, seed: int, epoch: int) -> Ints:
         """(n,) the item in each slot."""
-        n, lengths, rows = len(self.lengths), self.lengths, self._row_of_slot
+        n, rows = len(self.lengths), self._row_of_slot
         drawn = permute(np.arange(n), n, round_keys(seed, "pack", epoch))
-        items = np.lexsort((drawn, -lengths))
-        size = lengths[items]
-        room = self.seq_len - np.bincount(rows, size, self.n_rows).astype(np.int64)
+        items = self._in_slots(drawn)
+        sides = [
+            Side(lengths[items], seq_len - np.bincount(rows, lengths[items], self.n_rows).astype(np.int64))
+            for lengths, seq_len in self._sides()
+        ]
         for number in range(ROUNDS):
             keys = round_keys(seed, "pack", epoch, number)
             distance = 1 + int(keys[0] % np.uint64(min(n - 1, 1 << number)))
             first = np.arange(int(keys[1] % np.uint64(distance + 1)), n - distance)
             first = first[(first - first[0]) // distance % 2 == 0] if len(first) else first
-            _trade(items, size, room, rows, first, first + distance, drawn[first] % 8 != number % 8)
+            _trade(items, sides, rows, first, first + distance, drawn[first] % 8 != number % 8)
         return items
 
+    def _in_slots(self, drawn: Ints) -> Ints:
+        """(n,) items in the order of the slots that were made for them, those of one length as drawn."""
+        return np.lexsort((drawn, -self.lengths))
 
-def _trade(items: Ints, size: Ints, room: Ints, rows: Ints, one: Ints, other: Ints, wanted: NDArray[np.bool_]) -> None:
-    """Let slots trade their items, each with one other at most, where all that a row gains fits into its room."""
+    def _sides(self) -> Sequence[tuple[Ints, int]]:
+        """Positions of each item, and of a row, on each side on which it takes some."""
+        return [(self.lengths, self.seq_len)]
+
+
+class Side(NamedTuple):
+    """What slots and rows have of positions on one side."""
+
+    size: Ints
+    """(n,) of the item in each slot."""
+    room: Ints
+    """(R,) that are free in each row."""
+
+
+def _trade(
+    items: Ints, sides: Sequence[Side], rows: Ints, one: Ints, other: Ints, wanted: NDArray[np.bool_]
+) -> None:
+    """Let slots trade their items, each with one other at most, where all that a row gains fits into its room on every
+    side.
+    """
     one, other = one[wanted], other[wanted]
-    gain = size[one] - size[other]  # of the other's row
-    grows = np.where(gain > 0, rows[other], rows[one])
-    asked = np.bincount(grows, np.abs(gain), len(room)).astype(np.int64)
-    fits = asked[grows] <= room[grows]
-    one, other, gain = one[fits], other[fits], gain[fits]
+    fits = np.ones(len(one), dtype=bool)
+    for size, room in sides:
+        gain = size[one] - size[other]  # of the other's row
+        grows = np.where(gain > 0, rows[other], rows[one])
+        asked = np.bincount(grows, np.abs(gain), len(room)).astype(np.int64)
+        fits &= asked[grows] <= room[grows]
+    one, other = one[fits], other[fits]
     items[one], items[other] = items[other], items[one]
-    size[one], size[other] = size[other], size[one]
-    np.add.at(room, rows[one], gain)
-    np.subtract.at(room, rows[other], gain)
+    for size, room in sides:
+        gain = size[one] - size[other]
+        size[one], size[other] = size[other], size[one]
+        np.add.at(room, rows[one], gain)
+        np.subtract.at(room, rows[other], gain)
 
 
 def _best_fit(lengths: Ints, seq_len: int) -> Ints:

@@ -1,6 +1,6 @@
 """What a row of training data is, whatever it was made of, and what a source of rows can do.
 
-Shapes: T positions of a row, n of them in use; S pixels a side of a tile.
+Shapes: T positions of a row, n of them in use; m positions of its source in use; S pixels a side of a tile.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,6 +22,16 @@ class RowTargets:
 
 
 @dataclass(frozen=True)
+class SourceSide:
+    """What the encoder of an encoder-decoder reads of a row."""
+
+    tokens: NDArray[np.int64]
+    """(m,)"""
+    starts: NDArray[np.int64]
+    """Positions at which the source of each document or sample of the row begins, in their order, the first 0."""
+
+
+@dataclass(frozen=True)
 class Row:
     """One row: what goes into the model side by side with other rows, and is filled up to T."""
 
@@ -39,6 +49,8 @@ class Row:
     """(n, F): the values that are read in the place of tokens, which are 0 then; None where tokens are read."""
     causal: bool = True
     """Whether its tokens see none behind them; false = they see their document or sample both ways."""
+    source: SourceSide | None = None
+    """None: there is nothing for an encoder."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class SourceSpec(BaseModel):
     text_field: str = "text"
     """column of JSON, CSV, Parquet and Arrow rows that holds the text"""
     kind: str = Field(default="text", min_length=1)
-    """what its rows are: text | chat | completion | preference | image_text | labelled | values, or a kind of an
+    """what its rows are: text | chat | completion | preference | image_text | labelled | values | pair, or a kind of an
     extension"""
     columns: dict[str, str | list[str]] = {}
     """of other kinds than text: our names of columns -> the file's, as {messages: dialog}; label and values may be

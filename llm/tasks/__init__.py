@@ -7,6 +7,7 @@ from llm.tasks.dpo import Preferences
 from llm.tasks.lm import LanguageModelling
 from llm.tasks.mlm import MaskedLanguageModelling
 from llm.tasks.prediction import PredictionTask
+from llm.tasks.seq2seq import SequenceToSequence
 from llm.tasks.values import AutoregressiveTask, RegressionTask
 
 register(LanguageModelling())
@@ -15,5 +16,6 @@ register(Preferences())
 register(PredictionTask())
 register(RegressionTask())
 register(AutoregressiveTask())
+register(SequenceToSequence())
 
 __all__ = ["REFERENCE", "OpenedRows", "RowsWanted", "Task", "register", "task_named"]

@@ -16,7 +16,7 @@ from llm.batch import Batch
 from llm.data.heldout import HeldOut
 from llm.data.images import ImageOptions
 from llm.data.kinds import ChatOptions, Opened, PackingName
-from llm.data.labels import LabelOptions
+from llm.data.labels import LabelOptions, MaxLength
 from llm.data.mixture import Mixture
 from llm.data.sources import DataSpec
 from llm.data.values import ValueOptions
@@ -64,6 +64,10 @@ class RowsWanted:
     """What the model predicts of whole samples; None: nothing."""
     values: ValueOptions | None = None
     """How the model reads values; None: it does not."""
+    source_len: int | None = None
+    """Positions of a row for what the encoder reads; None: the model has no encoder."""
+    pair_max_length: MaxLength = "error"
+    """`pair.max_length`."""
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """The config's sections of tasks, by a task's name."""
 

@@ -10,18 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from llm.args import ModelArgs
 from llm.batch import Batch
 from llm.data.kinds import Opened
 from llm.data.masked import TARGET, Masked, Masking
-from llm.datatypes import LossSum
 from llm.errors import UserError
-from llm.model import LLM
-from llm.objectives import NextToken, Objective
+from llm.objectives import GuessedTokens, Objective
 from llm.parallel.launch.world import World
 from llm.tasks.base import OpenedRows, RowsWanted, Task
 from llm.tasks.rows import opened_rows
@@ -31,27 +27,13 @@ MASK_TOKENS = ("<mask>", "[MASK]", "<|mask|>")
 """Usual names; a token that is added is called as the first."""
 
 
-class HiddenTokens(NextToken):
-    """Cross entropy of hidden tokens; in a validation also the share of them that are the likeliest ones."""
-
-    held_out_measures = ("acc",)
-
-    def loss_sum(self, model: LLM, hidden_BTD: Tensor, batch: Batch) -> LossSum:
-        found = super().loss_sum(model, hidden_BTD, batch)
-        if torch.is_grad_enabled():
-            return found
-        targets = self.targets(batch)
-        hits_BT = model.token_hits(hidden_BTD, targets.labels)
-        return found._replace(measures={"acc": (hits_BT * targets.weight_of_each()).sum().float()})
-
-
 class MaskedLanguageModelling(Task):
     name = TARGET
     target = "lm"
     continues = False
 
     def objectives(self, options: Mapping[str, Any] | None = None) -> tuple[Objective, ...]:
-        return (HiddenTokens(self.name),)
+        return (GuessedTokens(self.name),)
 
     def check(self, tokenizer: Tokenizer, options: Mapping[str, Mapping[str, Any]]) -> None:
         masking_of(tokenizer, options.get(self.name, {}))

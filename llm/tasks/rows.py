@@ -33,12 +33,13 @@ def opened_rows(wanted: RowsWanted, tokenizer: Tokenizer, world: World, task: Ta
     train, valid = ([source for _, source, _ in opened[role]] for role in ("data.train", "data.valid"))
     contamination = main_decides(partial(contamination_notes, train, valid), world)
     rows = [(name, source.rows, weight) for name, source, weight in opened["data.train"]]
-    mixture = all_or_none(lambda: Mixture(rows, wanted.seq_len, wanted.seed, tokenizer.eos_id), world)
+    of_rows = tokenizer.eos_id, wanted.source_len
+    mixture = all_or_none(lambda: Mixture(rows, wanted.seq_len, wanted.seed, *of_rows), world)
     held_out = None
     if valid:
         held = ([source.rows for source in valid], wanted.seq_len, wanted.held_out_rows, tokenizer.eos_id)
         names = [name for name, _, _ in opened["data.valid"]]
-        held_out = all_or_none(lambda: HeldOut(*held, names), world)
+        held_out = all_or_none(lambda: HeldOut(*held, names, wanted.source_len), world)
     notes = [note for source in train + valid for note in source.notes] + contamination
     return OpenedRows(mixture, held_out, notes)
 
@@ -57,6 +58,8 @@ def asked_of(wanted: RowsWanted, tokenizer: Tokenizer, role: str, side: Side) ->
         tokenizer_path=wanted.tokenizer_path,
         vision=wanted.vision,
         images=wanted.images,
+        source_len=wanted.source_len,
+        pair_max_length=wanted.pair_max_length,
         labels=wanted.labels,
         values=wanted.values,
     )

@@ -67,6 +67,7 @@ def workload(config: RunConfig, layout: Layout) -> Workload:
         groups=groups,
         micro_batch_size=train.micro_batch_size,
         seq_len=train.seq_len,
+        source_len=config.source_len,
         losses=len(objectives.weights) + len(objectives.measured) + of_sources,
         head_calls=sum(objective.head_calls for objective in objectives.mains),
         head_gradients=sum(objective.head_calls > 0 for objective in objectives.mains),

@@ -154,6 +154,7 @@ def build_engine(config: RunConfig, grid: Grid) -> Engine:
         zero_stage=parallel.zero_stage,
         precision=train.precision,
         seq_len=train.seq_len,
+        source_len=config.source_len,
         logits=any(objective.head_calls for objective in objectives.mains),
         table=table,
     )

@@ -246,5 +246,7 @@ def rows_wanted(config: RunConfig) -> RowsWanted:
         images=config.data.images,
         labels=labels_wanted(config),
         values=values_wanted(config),
+        source_len=config.source_len,
+        pair_max_length=config.pair.max_length,
         options=options_in(config),
     )

@@ -2,7 +2,8 @@
 
 A token is written as its text, a control token as its name or <number>, an image as the grid of its tiles; what trains
 stands in brackets, with its weight where that is not 1; of tokens that are to be guessed what the model sees and,
-behind an arrow, what they are. The labels of a sample stand above its text. Values are written as numbers.
+behind an arrow, what they are. The labels of a sample stand above its text, and so does what an encoder reads. Values
+are written as numbers.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from llm.args import ModelArgs
 from llm.data.labelled_rows import PREDICTION
 from llm.data.masked import TARGET as MASKED
 from llm.data.mixture import Mixture
+from llm.data.pair_rows import source_of
 from llm.data.rows import Row
 from llm.tokenizer import Tokenizer
 from llm.train.config import RunConfig
@@ -60,13 +62,16 @@ def show_row(mixture: Mixture, i: int, tokenizer: Tokenizer, args: ModelArgs | N
     weight = (labels >= 0).astype(np.float32) if weights is None else np.where(labels >= 0, weights, 0)
     n, room = len(row.tokens), mixture.seq_len
     filled = f", {room - n:,} filled up" if n < room else ""
+    if row.source is not None:
+        filled += f"; {len(row.source.tokens):,} of {mixture.source_len:,} positions of sources"
     images = "" if row.images is None else f", {_count(len(row.images), 'tile')}"
     yield (
         f"=== row {i + 1}: row {k + 1} of {mixture.names[number]} in pass {epoch + 1}; {n:,} of {room:,} positions used"
         f"{filled}; {_count(len(row.starts), 'sample')}, {_count(int((labels >= 0).sum()), 'target')}{images}"
     )
     names = {number: name for name, number in tokenizer.control_tokens.items()}
-    for start, end in zip(row.starts.tolist(), [*row.starts[1:].tolist(), n], strict=True):
+    bounds = zip(row.starts.tolist(), [*row.starts[1:].tolist(), n], strict=True)
+    for document, (start, end) in enumerate(bounds):
         place = mixture.sources[number].origin(k, epoch, start)
         part = f", from token {place.offset + 1}" if place.offset else ""
         n_targets = _count(int((labels[start:end] >= 0).sum()), "target")
@@ -81,6 +86,8 @@ def show_row(mixture: Mixture, i: int, tokenizer: Tokenizer, args: ModelArgs | N
         if target == MASKED:
             yield guessed(row.tokens[start:end], labels[start:end], tokenizer, names)
             continue
+        if row.source is not None:
+            yield f"source: {_text(source_of(row, document).tolist(), tokenizer, names)}"
         ids, weight_of = row.tokens[start:end], np.concatenate(([0], weight[start:end]))
         if labels[end - 1] >= 0:  # the last token is only a label
             ids = np.append(ids, labels[end - 1])

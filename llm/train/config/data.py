@@ -31,6 +31,8 @@ class DataConfig(Section):
     packing: PackingName | None = None
     """How samples become rows: best_fit (several whole ones in a row) or none (one in a row); text is one stream
     (concat); null: as is best for the kind."""
+    source_len: int | None = Field(default=None, ge=1, exclude_if=lambda value: value is None)
+    """Positions of a row for what the encoder of an encoder-decoder reads; null: train.seq_len."""
     cache_dir: PathText = "runs/cache"
     """Where raw text and samples are kept as token shards after their first use."""
     image_root: PathText | None = None

@@ -37,6 +37,7 @@ def check_layout(config: RunConfig, world: int) -> Layout:
         precision=train.precision,
         offload_optimizer=config.parallel.offload_optimizer,
         seq_len=train.seq_len,
+        source_len=config.source_len,
         batches=_global_batches(train),
         asked_for=tuple(f"{key}={_as_typed(value)}" for key, value in settings if value),
     )

@@ -17,6 +17,7 @@ from llm.train.config.length import misfit, untraced
 from llm.train.config.lora import LoraConfig
 from llm.train.config.optim import OptimConfig
 from llm.train.config.outputs import CheckpointConfig, EvalConfig, LogConfig, is_of_validation
+from llm.train.config.pairs import PairConfig, check_tasks_of_sources, pair_problem
 from llm.train.config.prediction import PredictionConfig
 from llm.train.config.section import BY_COMMAS, Section
 from llm.train.config.synonyms import meant
@@ -81,9 +82,10 @@ class RunConfig(Section):
     """How conversations are written and trained on."""
     task: str | list[TaskEntry] = "lm"
     """What the model is trained to do; lm: the next token of texts, conversations and completions; mlm: hidden tokens
-    of these, from both sides; prediction: labels of data of kind labelled; dpo: to prefer the chosen answers of data of
-    kind preference; regression: labels of data of kind values; autoregressive: the next values of these; or a list of
-    {task, weight, source} for several in one run, source being the name of one under data.train."""
+    of these, from both sides; prediction: labels of data of kind labelled; seq2seq: targets of data of kind pair, from
+    their sources; dpo: to prefer the chosen answers of data of kind preference; regression: labels of data of kind
+    values; autoregressive: the next values of these; or a list of {task, weight, source} for several in one run, source
+    being the name of one under data.train."""
     extensions: Annotated[tuple[PathText, ...], BY_COMMAS] = ()
     """Python files, separated by commas, that are run first and register objectives, tasks and the like."""
     parallel: ParallelConfig = ParallelConfig()
@@ -100,6 +102,8 @@ class RunConfig(Section):
         AutoregressiveConfig(), exclude_if=lambda section: section == AutoregressiveConfig()
     )
     """How a run with task: autoregressive reads series."""
+    pair: PairConfig = Field(PairConfig(), exclude_if=lambda section: section == PairConfig())
+    """How a run with task: seq2seq reads pairs."""
     lora: LoraConfig | None = None
     """Train low-rank adapters alone; unset = all weights train."""
     optim: OptimConfig = OptimConfig()
@@ -145,7 +149,8 @@ class RunConfig(Section):
         self._kinds_suit_the_task()
         self._options_go_with_their_task()
         check_tasks_of_values(self.model, self.task_names, self.tokenizer.kind != "none")
-        forward = [name for name in self.task_names if name in ("lm", "dpo")]
+        check_tasks_of_sources(self.model, self.task_names, self.data.source_len)
+        forward = [name for name in self.task_names if name in ("lm", "dpo", "seq2seq")]
         if forward and not self.model.causal:
             raise ValueError(
                 f"model.causal=false: task={forward[0]} is of models whose tokens do not see what comes; leave it out"
@@ -188,12 +193,18 @@ class RunConfig(Section):
 
     def _options_go_with_their_task(self) -> None:
         names = ",".join(self.task_names)
-        for task in ("dpo", "mlm", "prediction", "regression", "autoregressive"):
-            section = getattr(self, task)
+        for task in ("dpo", "mlm", "prediction", "regression", "autoregressive", "seq2seq"):
+            name = "pair" if task == "seq2seq" else task
+            section = getattr(self, name)
             for key, value in section.model_dump().items():
                 if task not in self.task_names and value != type(section).model_fields[key].default:
-                    given = f"{task}.{key}={value}: is for task={task}, and task={names}"
+                    given = f"{name}.{key}={value}: is for task={task}, and task={names}"
                     raise ValueError(f"{given}; set that, or leave it out")
+
+    @property
+    def source_len(self) -> int | None:
+        """Positions of a row for the encoder; None: the model has none."""
+        return (self.data.source_len or self.train.seq_len) if self.model.encoder_layers else None
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -223,7 +234,7 @@ class RunConfig(Section):
             for i, spec in enumerate([] if data is None else source_specs(data)):
                 given = f"data.{key}.{i}.kind={spec.kind}"
                 task = self._task_of(spec.resolved_name())
-                problem = kind_problem(task, spec.kind)
+                problem = kind_problem(task, spec.kind) or pair_problem(task, spec.kind)
                 if problem is not None:
                     raise ValueError(f"{given}: {problem}")
                 if task in ("lm", "mlm") and spec.kind == "preference":
@@ -237,7 +248,8 @@ class RunConfig(Section):
                     raise ValueError(f"{given}: task=prediction trains on kind labelled (text, label)")
 
     def _rows_can_be_cut(self) -> None:
-        kinds = [spec.kind for spec in source_specs(self.data.train) if spec.kind != "text"]
+        specs = source_specs(self.data.train)
+        kinds = [spec.kind for spec in specs if spec.kind != "text" or self.model.encoder_layers]
         if kinds and self.train.seq_len_schedule:
             raise ValueError(
                 f"train.seq_len_schedule={self.train.seq_len_schedule}: cuts rows into sequences, and rows of kind "

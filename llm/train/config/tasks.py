@@ -13,7 +13,7 @@ class TaskEntry(Section):
     """One of several tasks of a run."""
 
     task: str = Field(min_length=1)
-    """lm | mlm | prediction, or a task that an extension adds"""
+    """lm | mlm | prediction | seq2seq, or a task that an extension adds"""
     weight: float = Field(1.0, gt=0)
     """What its loss is multiplied with; how often its rows are read is said by the weight of its source."""
     source: str = Field(min_length=1)
