@@ -8,12 +8,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from llm.args import ModelArgs
 from llm.batch import Batch
 from llm.data.halved import Halved
 from llm.data.kinds import Opened
 from llm.data.pair_rows import SEQ2SEQ
+from llm.decoder import Decoder
 from llm.errors import UserError
+from llm.generate import generate
+from llm.generation.text import continuation
+from llm.model import LLM
 from llm.objectives import GuessedTokens, Objective
 from llm.parallel.launch.world import World
 from llm.tasks.base import OpenedRows, RowsWanted, Task
@@ -23,8 +29,6 @@ from llm.tokenizer import Tokenizer
 
 class SequenceToSequence(Task):
     name = SEQ2SEQ
-    continues = False
-
     def objectives(self, options: Mapping[str, Any] | None = None) -> tuple[Objective, ...]:
         return (GuessedTokens(self.name),)
 
@@ -53,6 +57,36 @@ class SequenceToSequence(Task):
         """Loss per token of a target (nats), and perplexity."""
         loss = loss_sum / counts[0]
         return {"valid_loss": loss, "valid_ppl": math.exp(min(loss, 700.0))}
+
+    def sample(
+        self,
+        decoder: LLM | Decoder,
+        tokenizer: Tokenizer,
+        prompts: Sequence[Sequence[int]],
+        *,
+        most_tokens: int,
+        context: int,
+        temperature: float,
+        seed: int,
+        end_ids: Sequence[int] | None = None,
+        images: Sequence[Tensor | None] | None = None,
+    ) -> list[str]:
+        """The prompts are sources."""
+        begin = [tokenizer.bos_id]
+        try:
+            found = generate(
+                decoder,
+                [begin] * len(prompts),
+                max_new_tokens=min(most_tokens, context - 1),
+                temperature=temperature,
+                stop_ids=tokenizer.end_ids if end_ids is None else end_ids,
+                seed=seed,
+                n_ids=tokenizer.vocab_size,
+                sources=prompts,
+            )
+        except FloatingPointError as error:  # on all ranks alike; whether such a run goes on is the guard's to say
+            return [f" ({error})"] * len(prompts)
+        return [continuation(tokenizer, begin, ids) for ids in found]
 
     def fields(self, args: ModelArgs) -> tuple[str, ...]:
         return ("loss", "ppl", "acc")

@@ -29,8 +29,8 @@ def encode_prompts(
     config: RunConfig, tokenizer: Tokenizer, world: World, template: ChatTemplate | None = None
 ) -> SamplePrompts:
     """`eval.prompts` as token ids, each begun as the tokenizer begins a text, or with a template the user's turn of a
-    conversation; with `eval.images`. UserError where the tokenizer cannot say one, an image cannot be read, or samples
-    are asked for and one leaves no room for a token behind it.
+    conversation, of an encoder-decoder what the encoder reads; with `eval.images`. UserError where the tokenizer cannot
+    say one, an image cannot be read, or samples are asked for and one leaves no room for a token behind it.
     """
     return all_or_none(lambda: _encoded(config, tokenizer, template), world)
 
@@ -45,7 +45,9 @@ def _encoded(config: RunConfig, tokenizer: Tokenizer, template: ChatTemplate | N
     for i, text in enumerate(given.prompts):
         shown = [pictures.look(Path(path), f"eval.images.{i}: {path}") for path in given.images_of(i)]
         try:
-            if template is None:
+            if config.model.encoder_layers:
+                ids = tokenizer.source_ids(text)
+            elif template is None:
                 ids = pictures.prompt_ids(text, shown, tokenizer)
             else:
                 said = said_first(text, [picture.name for picture in shown])

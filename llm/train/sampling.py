@@ -18,7 +18,8 @@ def sample(run: Run, step: int, log: RunLog | None, requests: Requests) -> None:
         texts = main_decides(lambda: [] if requests.stop else continuations(run, step), run.world)
     if log and texts:
         for prompt, text, images in zip(run.config.eval.prompts, texts, run.prompts.images, strict=True):
-            log.sample(step, prompt, prompt + text if run.template is None else f"{prompt}\n-> {text}", images)
+            goes_on = run.template is None and not run.config.model.encoder_layers
+            log.sample(step, prompt, prompt + text if goes_on else f"{prompt}\n-> {text}", images)
 
 
 def continuations(run: Run, step: int) -> list[str]:
