@@ -153,6 +153,33 @@ def test_causal_rows_others_and_both_together_share_graphs():
     assert made[0] > 0 and len(set(made)) == 1
 
 
+def with_source(inputs: TransformerInput, seed: int) -> TransformerInput:
+    """The same with as many sources, of random lengths, in 30 places of each row; what is left is padding."""
+    assert inputs.cu_seqlens is not None
+    rows, length = inputs.tokens.shape
+    of_row = (inputs.cu_seqlens[:-1] // length).bincount(minlength=rows)
+    places, draw = torch.full((rows, 30), -1), torch.Generator().manual_seed(seed)
+    bounds = [0]
+    for row, count in enumerate(of_row.tolist()):
+        ends = (torch.randperm(28, generator=draw)[:count] + 1).sort().values.tolist()
+        for first, end in zip([0, *ends], ends, strict=False):
+            places[row, first:end] = torch.arange(end - first)
+        bounds += [row * 30 + end for end in ends] + [(row + 1) * 30]
+    source = TransformerInput(tokens(rows, 30, seed=seed + 50), places, torch.tensor(bounds))
+    return replace(inputs, source=source)
+
+
+@pytest.mark.full
+def test_both_sides_of_an_encoder_decoder_compile_once_however_pairs_are_packed():
+    eager, compiled = (llama4(**EVERYTHING | dict(encoder_layers=2)) for _ in range(2))
+    compile_blocks(compiled, "aot_eager")
+    found = []
+    for seed in range(4):
+        assert_same_step(compiled, eager, with_source(packed(3, 24, seed), seed))
+        found.append(graphs())
+    assert found[0] > 0 and len(set(found)) == 1
+
+
 def test_without_gradients_nothing_is_compiled():
     eager, compiled = (llama4(**EVERYTHING) for _ in range(2))
     compile_blocks(compiled, "aot_eager")
