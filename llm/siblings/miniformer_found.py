@@ -44,14 +44,11 @@ def _n_values(train: TrainConfig) -> int:
 
 
 def longest_record(train: TrainConfig, tokenizer: Tokenizer) -> int:
-    """Tokens of the longest record of both files, marks included: of a pair, or of a text cut in the middle, those of
-    its longer side."""
+    """Tokens of the longest record of both files, marks included: of a pair those of its longer side."""
     longest = 0
     for path in filter(None, (train.train_path, train.val_path)):
         for place, record in records(path):
             lengths = [len(tokenizer.encode(text_in(record, column, place))) for column in train.text_columns]
-            if train.task == "language_modeling":
-                lengths = [-(-lengths[0] // 2)]
             longest = max(longest, *lengths)
     if not longest:
         raise UserError(f"{train.train_path}: has no text")

@@ -49,8 +49,8 @@ class TrainConfig:
     task: TaskName = field(default="language_modeling", kw_only=True)
     """What is learned."""
     model: ModelName = field(default="encoder", kw_only=True)
-    """One stack of layers, or an encoder and a decoder; language modelling with the latter reads the first half of a
-    text and writes the second."""
+    """One stack of layers, or an encoder and a decoder; language modelling with the latter reads the first half of each
+    text in a row and writes the second."""
     seq_len: int | None = field(default=None, kw_only=True)
     """Tokens of a row; None = max_seq_len of the model for language modelling, else what the longest record needs."""
     warmup_steps: int | None = field(default=None, kw_only=True)
@@ -94,7 +94,7 @@ class TrainConfig:
     @property
     def packed(self) -> bool:
         """Whether rows are cut from one stream of text."""
-        return self.task == "language_modeling" and self.model == "encoder"
+        return self.task == "language_modeling"
 
 
 def run_config(
@@ -150,6 +150,8 @@ def raw_config(train: TrainConfig, model: TransformerConfig, tokenizer: Tokenize
     if train.val_path is not None:
         raw["data"]["valid"] = [_source(train, train.val_path)]
         raw["eval"] = {"interval_epochs": 1, "rows": None, "patience": train.patience}
+    if train.task == "seq2seq":
+        raw["pair"] = {"max_length": "cut"}
     if model.of_rows:
         raw["prediction"] = {"max_length": "cut", "causal": model.is_causal}
     return raw
