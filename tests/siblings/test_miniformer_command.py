@@ -90,6 +90,20 @@ def test_values_of_a_regression_are_one_or_as_many_as_a_list_has(tmp_path: Path)
     assert of(tmp_path, *words, text=text, y=lambda i: [i, -i]).model.n_prediction == 2
 
 
+def test_an_encoder_decoder_learns_pairs_or_the_halves_of_texts(tmp_path: Path) -> None:
+    words = ["--model=seq2seq", "--tokenizer=bytes", f"--model_config={json.dumps(MODEL | {'n_layers': 2})}"]
+    run = of(tmp_path, *words)
+    assert (run.task, run.model.encoder_layers, run.model.n_layers, run.train.seq_len) == ("seq2seq", 2, 2, 32)
+    columns = {"question": text, "answer": lambda i: text(i)[::-1]}
+    names = ["--task=seq2seq", "--source_column=question", "--target_column=answer"]
+    run = of(tmp_path, *words, *names, **columns)
+    assert run.pair.max_length == "cut" and run.data.packing == "none"
+    (source,) = run.data.train  # type: ignore[misc]
+    assert source.kind == "pair" and source.columns == {"source": "question", "target": "answer"}  # type: ignore[union-attr]
+    with pytest.raises(UserError, match="--model_config: head=none, causal=None: an encoder-decoder writes tokens"):
+        of(tmp_path, "--model=seq2seq", "--tokenizer=bytes", '--model_config={"head": "none"}')
+
+
 def test_the_tokenizer_is_the_one_named_else_beside_the_data_else_trained_on_it(tmp_path: Path) -> None:
     model = f"--model_config={json.dumps(MODEL)}"
     trained = of(tmp_path, model).tokenizer
