@@ -186,6 +186,7 @@ def module(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
 
 
+@pytest.mark.full
 def test_the_module_trains_stops_early_and_its_run_is_read_by_the_transformer(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", 60, text=text, label=lambda i: int("cat" in text(i)))
     write(tmp_path / "valid.jsonl", 12, text=text, label=lambda i: i % 2)
