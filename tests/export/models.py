@@ -26,7 +26,10 @@ DECODERS: Mapping[str, dict[str, Any]] = {
     },
     "qwen3": {"qk_norm": "head", "head_dim": 8, "attn_gate": True, "rope_interleaved": False},
     "olmo2": {"qk_norm": "full", "norm_place": "post", "norm_fp32_weight": True, "n_kv_heads": 4},
-    "neox": {"parallel_residual": True, "norm": "layer", "rope_pct": 0.5, "gated": False, "ffn_bias": True},
+    "neox": {
+        "parallel_residual": True, "norm": "layer", "rope_pct": 0.5, "gated": False, "ffn_bias": True,
+        "moe": MOE | {"swiglu": False, "capacity": 2, "overflow": True},
+    },
     "mqa": {"n_kv_heads": 1, "pos": "sinusoidal"},
     "learned": {"pos": "learned", "max_seq_len": 40},
     "yarn": {"rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_position": 16}},
