@@ -101,8 +101,8 @@ SPLITS = {
     "sigmoid without shared": (dict(shared=False), "model.moe.renorm=False"),
     "mixtral on the input": (dict(top_k=2, score="softmax", renorm=True, shared=False), "model.moe.apply=input"),
     "a shared expert too narrow": (dict(hidden=40), "model.moe.renorm=False"),
-    "an overflow expert": (dict(capacity=3, overflow=True), "model.moe.overflow: the dense feed-forward has no weights"),
-    "no swiglu": (dict(swiglu=False), "model.moe.swiglu=false: the dense feed-forward has no weights"),
+    "an overflow expert": (dict(capacity=3, overflow=True), "model.moe.overflow: the dense feed-forward"),
+    "no swiglu": (dict(swiglu=False), "model.moe.swiglu=false: the dense feed-forward"),
     "top_k not of groups": (
         dict(n_experts=8, top_k=3, hidden=32, apply="output", renorm=True, shared=False), "model.moe.top_k=3",
     ),
