@@ -110,12 +110,15 @@ class Uncached:
         self.rows, self.sources = [self.rows[i] for i in rows], [self.sources[i] for i in rows]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["post_add", "local"])
 def test_a_search_through_the_cache_is_that_of_full_forwards(kind: str) -> None:
-    model, settings = encoder_decoder(**KINDS[kind]), dict(max_new_tokens=[9, 6, 8, 1], stop_ids=ENDS, sources=SOURCES)
-    for beams in (Beams(1), Beams(3, 0.8)):
-        found, slow = (beam_search(one, PROMPTS, beams, **settings) for one in (model, Uncached(model)))  # type: ignore[arg-type]
-        assert [[one.tokens for one in row] for row in found] == [[one.tokens for one in row] for row in slow]
+    model = encoder_decoder(**KINDS[kind])
+    settings = dict(max_new_tokens=[6, 1, 5], stop_ids=ENDS, sources=SOURCES[:3])
+    found, slow = (
+        beam_search(one, PROMPTS[:3], Beams(3, 0.8), **settings)  # type: ignore[arg-type]
+        for one in (model, Uncached(model))
+    )
+    assert [[one.tokens for one in row] for row in found] == [[one.tokens for one in row] for row in slow]
 
 
 @pytest.mark.parametrize("drawn", [dict(), dict(temperature=1.0, seed=4), dict(num_beams=3)], ids=str)
