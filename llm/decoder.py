@@ -137,8 +137,7 @@ class Beginnings:
         images = torch.cat(tiles) if tiles else None
         if self.sources is None:
             return decoder.logits(tokens, positions, images)
-        ids, places = map(torch.from_numpy, right_padded(self.sources))
-        return decoder.logits(tokens, positions, images, TransformerInput(ids, places))
+        return decoder.logits(tokens, positions, images, source_of(self.sources))
 
 
 def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -161,6 +160,12 @@ def right_padded(sources: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], N
         tokens[row, : len(source)] = source
         positions[row, : len(source)] = np.arange(len(source))
     return tokens, positions
+
+
+def source_of(sources: Sequence[Sequence[int]]) -> TransformerInput:
+    """What `Decoder.logits` takes of the rows' sources."""
+    ids, positions = map(torch.from_numpy, right_padded(sources))
+    return TransformerInput(ids, positions)
 
 
 def seen_ids(logits_BV: Tensor, prompts: Sequence[Sequence[int]]) -> Tensor:

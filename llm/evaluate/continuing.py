@@ -61,7 +61,7 @@ def continue_(
     """
     args = replica.model.args
     for index, request in enumerate(requests):
-        _check(request, index, context_length(args), args.vocab_size)
+        _check(request, index, args)
     searched = [one for one in enumerate(requests) if one[1].beams.num_beams > 1]
     yield from search(replica, tokenizer, end_ids, searched, batch_tokens, pictures)
     n_ids = min(tokenizer.vocab_size, args.vocab_size)
@@ -71,7 +71,7 @@ def continue_(
         first.setdefault(_beginning(request), index)
     order = sorted(
         (index for index, request in enumerate(requests) if request.beams.num_beams == 1),
-        key=lambda index: (-len(requests[index].prompt), first[_beginning(requests[index])], index),
+        key=lambda index: (-requests[index].n_tokens, first[_beginning(requests[index])], index),
     )
     waiting = deque(_Row.of(index, requests[index], tokenizer, args) for index in order)
     while waiting or batch.rows:
@@ -88,7 +88,7 @@ def _joining(waiting: deque["_Row"], batch: "_Batch", batch_tokens: int) -> list
     width = max((row.width for row in batch.rows), default=0)
     count = 0
     for row in waiting:
-        width = max(width, row.width)
+        width = max(width, row.width + len(row.request.source))
         n_rows = there + count + 1
         if n_rows > MOST_ROWS or (n_rows > 1 and n_rows * width > batch_tokens):
             break
@@ -100,17 +100,22 @@ def _joining(waiting: deque["_Row"], batch: "_Batch", batch_tokens: int) -> list
 
 def _beginning(request: Continue) -> tuple[object, ...]:
     """The same of requests that go on from the same."""
-    return request.prompt, tuple(picture.digest for picture in request.pictures)
+    return request.prompt, request.source, tuple(picture.digest for picture in request.pictures)
 
 
-def _check(request: Continue, index: int, context: int, vocab_size: int) -> None:
+def _check(request: Continue, index: int, args: ModelArgs) -> None:
     name, length = f"request {index}", len(request.prompt)
+    context, vocab_size = context_length(args), args.vocab_size
     if not request.prompt:
         raise ValueError(f"{name}: a prompt needs at least one token")
     if length >= context:
         raise ValueError(f"{name}: its prompt of {length} tokens leaves no room in the context of {context}")
     if not 0 <= min(request.prompt) <= max(request.prompt) < vocab_size:
         raise ValueError(f"{name}: token ids must lie between 0 and {vocab_size - 1}")
+    if bool(request.source) != (args.encoder_layers > 0):
+        raise ValueError(f"{name}: a source is of an encoder-decoder, and of no other model")
+    if len(request.source) > context or not all(0 <= token < vocab_size for token in request.source):
+        raise ValueError(f"{name}: its source is longer than the context of {context}, or has other ids than the model")
     if request.max_new_tokens < 1:
         raise ValueError(f"{name}: max_new_tokens={request.max_new_tokens} must be at least 1")
     if "" in request.stop:
@@ -144,6 +149,8 @@ class _Row:
         said = hashlib.blake2b(np.array(request.prompt, dtype="<i8").tobytes(), digest_size=16)
         for picture in request.pictures:
             said.update(picture.digest.encode())
+        if request.source:
+            said.update(np.array(request.source, dtype="<i8").tobytes())
         key = f"evaluate.prompt{said.hexdigest()}.sample{request.sample}"
         context = context_length(args)
         limit = min(request.max_new_tokens, context - len(request.prompt))
@@ -200,7 +207,8 @@ class _Batch:
         beginnings = []
         for _, alike in groupby(rows, lambda row: _beginning(row.request)):
             first, *others = (row.request for row in alike)
-            beginnings.append(Beginning(first.prompt, self._pictures.tiles(first.pictures), 1 + len(others)))
+            tiles = self._pictures.tiles(first.pictures)
+            beginnings.append(Beginning(first.prompt, tiles, 1 + len(others), first.source))
         there, newest = self.rows, self._newest
         width = max(row.width for row in [*there, *rows])
         logits_BV = self._model.join(beginnings, width)

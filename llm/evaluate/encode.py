@@ -49,8 +49,9 @@ class _Ids:
 class Encoder:
     """The ids of a tokenizer, cut to a model's context."""
 
-    def __init__(self, tokenizer: Tokenizer, context_length: int) -> None:
-        self.tokenizer, self.context_length = tokenizer, context_length
+    def __init__(self, tokenizer: Tokenizer, context_length: int, reads_sources: bool = False) -> None:
+        """reads_sources: the model is an encoder-decoder: what is asked is what its encoder reads."""
+        self.tokenizer, self.context_length, self.reads_sources = tokenizer, context_length, reads_sources
         self._first = tuple(tokenizer.begin_ids) or (tokenizer.bos_id,)
         self._context_ids = lru_cache(KEPT)(self._ids)
         self._chat_context_ids = lru_cache(KEPT)(self._chat_ids)
@@ -87,6 +88,7 @@ class Encoder:
     def _pair(
         self, context: str, continuation: str, ids_of_context: Callable[[str], _Ids], ids: Callable[[str], _Ids]
     ) -> Pair:
+        self._check_continues()
         before = context.rstrip()
         whole, alone = ids(context + continuation), ids_of_context(before)
         shared = _common(whole.rest, alone.rest)
@@ -108,6 +110,18 @@ class Encoder:
         """A text to continue, and whether it was cut on the left to leave room. UserError where there is none."""
         found = self._ids(text)
         return self.cut(found.begin + found.rest or self._first, max_new_tokens, len(found.begin))
+
+    def source(self, text: str) -> tuple[tuple[int, ...], bool]:
+        """What an encoder reads of a text, and whether it was cut on the left, after what begins it."""
+        ids = tuple(self.tokenizer.source_ids(checked(text)))
+        kept = self._cut(ids, len(self.tokenizer.begin_ids), self.context_length)
+        return kept, len(kept) < len(ids)
+
+    def _check_continues(self) -> None:
+        if self.reads_sources:
+            raise UserError(
+                "the model is an encoder-decoder, which answers texts: kind generate alone can be asked of it"
+            )
 
     def conversation(
         self, template: ChatTemplate, messages: Sequence[Message], max_new_tokens: int
@@ -139,6 +153,7 @@ class Encoder:
         """A text in windows of the model's context in which each of its tokens is scored once: the first begins as a
         text does, the others with the last token before them, the last with as many as fit. [] for "".
         """
+        self._check_continues()
         found = self._ids(text)
         begin, rest = found.begin or self._first, found.rest
         size = self.context_length

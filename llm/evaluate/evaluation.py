@@ -71,7 +71,7 @@ class Model:
         choice = settings.chat_template
         self.chat: ChatTemplate | None = None if choice is None else chat_template_of(path, self.tokenizer, choice)
         self.end_ids = self.tokenizer.end_ids if self.chat is None else self.chat.end_ids
-        self.encoder = Encoder(self.tokenizer, context_length(self.args))
+        self.encoder = Encoder(self.tokenizer, context_length(self.args), self.args.encoder_layers > 0)
         self.head = Head.of(self.args)
         self.pictures = Pictures(self.args.vision, str(path), LIMITS)
 

@@ -6,7 +6,7 @@ written; this says whether what they hold means what it did: names, layouts and 
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,13 @@ def fingerprint(replica: Replica) -> Fingerprint | None:
 
 
 def fixed_inputs(args: ModelArgs, device: torch.device) -> TransformerInput:
-    """One row of fixed ids, or of a model of values of waves, which are about as large as what it is trained on."""
+    """One row of fixed ids, or of a model of values of waves, which are about as large as what it is trained on. An
+    encoder reads the same."""
+    inputs = _one_side(args, device)
+    return replace(inputs, source=replace(inputs, causal=None)) if args.encoder_layers else inputs
+
+
+def _one_side(args: ModelArgs, device: torch.device) -> TransformerInput:
     if args.input_dim is None:
         ids = torch.tensor([fixed_ids(args)], device=device)
         return TransformerInput(ids, causal=True, source=TransformerInput(ids) if args.encoder_layers else None)

@@ -102,7 +102,7 @@ class LatticeLM(LM):
         self._device = self.grid.world.device
         args = args_of(self.path)
         self.tokenizer = tokenizer_of(self.path)
-        self.encoder = Encoder(self.tokenizer, context_length(args))
+        self.encoder = Encoder(self.tokenizer, context_length(args), args.encoder_layers > 0)
         self.batch_tokens, self._choice = batch_tokens, chat_template
         self._opened: ChatTemplate | None = None
         self._pictures = Pictures(args.vision, str(path), LIMITS)
@@ -242,6 +242,13 @@ class LatticeLM(LM):
 
         def continued() -> Continue:
             new_tokens, stop, sampling, beams = read_settings(settings)
+            if self.encoder.reads_sources:
+                if isinstance(context, Rendered):
+                    raise UserError("an encoder-decoder keeps no conversation; leave the chat template out")
+                source, cut = self.encoder.source(context)
+                self.counts["truncated"] += cut
+                begin = (self.tokenizer.bos_id,)
+                return Continue(begin, new_tokens, stop, sampling, beams=beams, source=source)
             if isinstance(context, Rendered):
                 ids, cut = self.encoder.rendered_prompt(self.template(), context, new_tokens)
             else:

@@ -43,6 +43,13 @@ class Continue:
     """whose tiles fill the slots of the prompt"""
     beams: Beams = Beams()
     """with num_beams above 1 the answer is the best that a search finds"""
+    source: tuple[int, ...] = ()
+    """what the encoder of an encoder-decoder reads; the prompt then begins the answer"""
+
+    @property
+    def n_tokens(self) -> int:
+        """That are computed before the first new one."""
+        return len(self.prompt) + len(self.source)
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,8 @@ def digest(request: Request) -> str:
     if isinstance(request, Continue):
         said["sampling"] = vars(request.sampling)
         del said["beams"]
+        if not request.source:
+            del said["source"]
         if request.beams.num_beams > 1:
             said["beams"] = vars(request.beams)
     if not isinstance(request, Predict):

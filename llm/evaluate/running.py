@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llm.args.layers import attention_specs
 from llm.datatypes import TransformerInput
-from llm.decoder import left_padded
+from llm.decoder import left_padded, source_of
 from llm.kernels.grouped import FEWEST_ROWS
 from llm.parallel.replica import Replica
 from llm.row_cache import RowCache, rounded
@@ -39,6 +39,8 @@ class Beginning:
     images: Tensor | None = None
     """the tiles that fill its slots"""
     rows: int = 1
+    source: Sequence[int] = ()
+    """what the encoder of an encoder-decoder reads"""
 
 
 class Rows(Protocol):
@@ -63,7 +65,8 @@ class Rows(Protocol):
 def open_rows(replica: Replica) -> Rows:
     """No rows yet."""
     args = replica.model.args
-    return ApartRows(replica) if len(attention_specs(args.layer_specs())) == args.n_layers else TogetherRows(replica)
+    apart = len(attention_specs(args.layer_specs())) == args.n_layers and not args.encoder_layers
+    return ApartRows(replica) if apart else TogetherRows(replica)
 
 
 class ApartRows:
@@ -135,8 +138,8 @@ class ApartRows:
 
 
 class TogetherRows:
-    """Rows that begin together, for models some of whose layers keep a state that others cannot join. Their last bits
-    may follow their neighbours."""
+    """Rows that begin together, for models some of whose layers keep a state that others cannot join, and for
+    encoder-decoders. Their last bits may follow their neighbours."""
 
     joins = False
 
@@ -145,7 +148,9 @@ class TogetherRows:
 
     def join(self, beginnings: Sequence[Beginning], width: int) -> Tensor:
         self._decoder = self._replica.decoder()
-        logits_BV = self._decoder.logits(*left_padded([one.prompt for one in beginnings]), _tiles(beginnings))
+        source = source_of([one.source for one in beginnings]) if beginnings[0].source else None
+        prompts = left_padded([one.prompt for one in beginnings])
+        logits_BV = self._decoder.logits(*prompts, _tiles(beginnings), source)
         rows = _repeated(beginnings)
         if len(rows) > len(beginnings):
             self._decoder.keep(rows)

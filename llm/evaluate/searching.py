@@ -52,6 +52,7 @@ def _searched(
         stop_ids=end_ids,
         n_ids=min(tokenizer.vocab_size, args.vocab_size),
         images=[pictures.tiles(request.pictures) for _, request in batch],
+        sources=[request.source for _, request in batch] if first.source else None,
         repetition_penalty=first.sampling.repetition_penalty,
         ended=(lambda row, ids: text(row, ids)[1]) if first.stop else None,
     )
@@ -82,11 +83,11 @@ def _batches(
         _, request = one
         return repr((request.beams, request.stop, request.sampling))
 
-    for _, alike in groupby(sorted(requests, key=lambda one: (settings(one), -len(one[1].prompt), one[0])), settings):
+    for _, alike in groupby(sorted(requests, key=lambda one: (settings(one), -one[1].n_tokens, one[0])), settings):
         batch: list[tuple[int, Continue]] = []
         for one in alike:
             together = [*batch, one]
-            width = len(together[0][1].prompt) + max(_limit(request, context) for _, request in together)
+            width = together[0][1].n_tokens + max(_limit(request, context) for _, request in together)
             if batch and len(together) * one[1].beams.num_beams * width > batch_tokens:
                 yield batch
                 together = [one]

@@ -118,7 +118,7 @@ def open_run_tasks(
     unread = RunTasks([OpenTask(task, ()) for task in tasks], groups)
     if not is_of_validation(given.best):
         _check_best(given.best, unread.named())
-    encoder = Encoder(tokenizer, context_length(config.model))
+    encoder = Encoder(tokenizer, context_length(config.model), config.model.encoder_layers > 0)
     chat = template if given.apply_chat_template else None
     pictures = _pictures(config)
     return RunTasks([OpenTask(task, task.documents(encoder, chat, pictures, head)) for task in tasks], groups)

@@ -74,7 +74,8 @@ def test_answers_are_those_of_transformers(
         ids, attention_mask=mask, max_new_tokens=14, num_beams=num_beams, do_sample=False, **settings
     )
     assert found == [_up_to_end(row[1:].tolist()) for row in made]
-    assert len({len(row) for row in found}) > 1
+    if early_stopping or length_penalty < 1:  # else the longest win
+        assert len({len(row) for row in found}) > 1
 
 
 def _up_to_end(ids: list[int]) -> list[int]:

@@ -85,6 +85,18 @@ class Asked:
             return encoder.conversation(chat, self._messages(prompt), max_new_tokens)
         return encoder.prompt(self.text(prompt), max_new_tokens)
 
+    def begun(self, prompt: str, max_new_tokens: int) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
+        """What a model's answer goes on from, what its encoder reads, which is () without one, and whether something
+        was cut. UserError as of `prompt`, and where an encoder-decoder is to talk."""
+        encoder = self._setting.encoder
+        if not encoder.reads_sources:
+            ids, cut = self.prompt(prompt, max_new_tokens)
+            return ids, (), cut
+        if self._setting.chat is not None:
+            raise UserError("an encoder-decoder keeps no conversation; leave the chat template out")
+        source, cut = encoder.source(self.text(prompt))
+        return (encoder.tokenizer.bos_id,), source, cut
+
     def with_pictures(self, prompt: str, pictures: Sequence[Picture], max_new_tokens: int) -> tuple[int, ...]:
         """The prompt's ids with the slots of its images. UserError where images and text do not fit: nothing is cut."""
         encoder, chat, reader = self._setting.encoder, self._setting.chat, self._setting.pictures

@@ -115,14 +115,14 @@ class GenerationTask(EvalTask):
     def document(self, row: EvalRow, asked: Asked, setting: Setting) -> Document:
         config = cast(GenerationConfig, self.config)
         prompt = self._prompt.text(row.columns)
-        ids, truncated = asked.prompt(prompt, config.max_new_tokens)
+        ids, source, truncated = asked.begun(prompt, config.max_new_tokens)
         return Document(
             row.number,
             row.place,
             as_json(row.columns),
             asked.text(prompt),
             tuple(
-                Continue(ids, config.max_new_tokens, config.stop, self.sampling, sample, beams=self.beams)
+                Continue(ids, config.max_new_tokens, config.stop, self.sampling, sample, (), self.beams, source)
                 for sample in range(config.samples)
             ),
             ("",) * config.samples,
