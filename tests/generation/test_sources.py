@@ -20,6 +20,7 @@ from llm.parallel.grid import make_grid
 from llm.parallel.launch.world import World
 from llm.parallel.replica import Replica
 from llm.tokenizer import ByteTokenizer
+from tests.evaluate.tasks import TEMPLATE
 from tests.model.models import tokens
 from tests.model.test_encoder import BASE, KINDS, encoder_decoder
 
@@ -169,8 +170,10 @@ def test_the_command_line_writes_answers_to_prompts(
     continue_prompt(str(model), **named)  # type: ignore[arg-type]
     written = [json.loads(line)["completion"] for line in output.read_text().splitlines()]
     assert written == texts.generate(["ab", "the other"], max_new_tokens=6, num_beams=2)
+    template = tmp_path / "chat.jinja"
+    template.write_text(TEMPLATE)
     with pytest.raises(UserError, match="is an encoder-decoder, which answers a text and keeps no conversation"):
-        continue_prompt(str(model), "ab", chat=True, chat_template="chatml", threads=1)
+        continue_prompt(str(model), "ab", chat=True, chat_template=str(template), threads=1)
 
 
 def test_what_does_not_fit_is_said(texts: LLM) -> None:
