@@ -63,11 +63,12 @@ def compare(case: dict[str, Any], world: World) -> dict[str, Any]:
     if case.get("task") == "prediction":
         rows = [{"path": "unused.jsonl", "kind": "labelled"}]
         raw |= {"task": "prediction", "data": {**raw["data"], "train": rows, "valid": rows}}
+    if raw["model"].get("encoder_layers"):
+        rows = [{"path": "unused.jsonl", "kind": "pair"}]
+        raw |= {"task": "seq2seq", "data": {**raw["data"], "train": rows, "valid": rows, "source_len": SOURCE_LEN}}
     config = validate(raw, "case")
     layout = check_layout(config, world.size)
     work = workload(config, layout)
-    if work.args.encoder_layers:
-        work = replace(work, source_len=SOURCE_LEN)
     if work.args.vision is not None:
         work = replace(work, tiles=tiles_of(SETTLING_STEPS, work))
     grid = make_grid(world, layout)
@@ -107,7 +108,7 @@ def take_step(engine: Engine, step: int, work: Workload) -> None:
         batch = with_sources(batch)
     main = engine.objectives.main.name
     if main != "lm":
-        other = {"dpo": as_pairs, "prediction": as_samples}[main]
+        other = {"dpo": as_pairs, "prediction": as_samples, "seq2seq": as_texts}[main]
         micro_batches = [other(micro_batch) for micro_batch in batch.micro_batches]
         others = {name: count for name, count in batch.counts.objectives.items() if name != "lm"}
         counts = replace(batch.counts, objectives={main: ROWS, **others})
@@ -133,6 +134,11 @@ def as_pairs(batch: Batch) -> Batch:
     pair[:, SEQ_LEN // 2 :] = -1
     values = {PAIR: pair, REFERENCE: torch.zeros_like(pair)}
     return replace(batch, targets={"dpo": batch.targets["lm"]}, values=values)
+
+
+def as_texts(batch: Batch) -> Batch:
+    """Its rows as the targets of their sources."""
+    return replace(batch, targets={"seq2seq": batch.targets["lm"]})
 
 
 def as_tasks(batch: Batch) -> Batch:
