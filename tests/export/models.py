@@ -19,6 +19,10 @@ DECODERS: Mapping[str, dict[str, Any]] = {
         "floor_scale": 4, "moe": MOE,
     },
     "mixtral": {"moe": MOE | {"apply": "output", "score": "softmax", "renorm": True, "shared": False}},
+    "experts": {
+        "moe": MOE | {"swiglu": False, "capacity": 2, "overflow": True}, "gated": False, "ffn_bias": True,
+        "act": "gelu",
+    },
     "gemma2": {
         "sliding_window": 5, "layer_pattern": ["attn:window", "attn:full"], "attn_softcap": 5.0, "logit_softcap": 8.0,
         "norm_offset": True, "norm_place": "sandwich", "embed_scale": 4.1, "act": "gelu_tanh", "tie_embeddings": True,
@@ -56,8 +60,12 @@ SIDED: Mapping[str, dict[str, Any]] = {
 
 
 def model_of(**keys: Any) -> LLM:
-    """Initial values of a size at which attention prefers something."""
-    return LLM(ModelArgs(**SIZES | {"init_std": 0.2} | keys)).eval()
+    """Initial values of a size at which attention prefers something, and biases that are not 0."""
+    model, drawn = LLM(ModelArgs(**SIZES | {"init_std": 0.2} | keys)).eval(), torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[2] in ("bias", "b1", "b2", "b3"):
+            torch.nn.init.normal_(parameter, std=0.2, generator=drawn)
+    return model
 
 
 def eager(graph: Graph) -> Runner:
