@@ -1,6 +1,7 @@
 # make pretrain   the main job on real text, from nothing to a sampled text
 # make evaluate   score what make pretrain made on held-out text:  make evaluate RUN=my/run TASKS=a,b EVALUATION=folder
 # make layouts    compare every layout of NPROC processes with one process:  make layouts NPROC=4 CONFIG=my.yaml
+# make reverse    an encoder-decoder learns to reverse sequences of letters, or with   make sort   to sort them (docs/seq2seq.md)
 # make test       all tests but the long ones;   make test-full   every test;   make test-slice   this commit's share of
 #                 the long ones, which .ci/run runs too (SLICE=N another share)
 # make layouts-vision   compare every layout of a model with a vision tower with one process, on rows with and without images
@@ -36,7 +37,7 @@ INSTALL_TORCH = $(if $(TORCH),$(1)/pip install -q $(TORCH),\
     $(1)/pip install -q torch==2.13.0+cpu 2>/dev/null || $(1)/pip install -q torch==2.13.0)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: pretrain pretrain-long evaluate layouts layouts-vision test test-slice test-full vision-reference chem export lightning lint setup clean
+.PHONY: pretrain pretrain-long reverse sort evaluate layouts layouts-vision test test-slice test-full vision-reference chem export lightning lint setup clean
 
 setup: $(RUNTIME)
 
@@ -122,6 +123,9 @@ pretrain-long: $(RUNTIME)
 	$(BIN)/python tools/quickstart.py prepare
 	$(BIN)/python launch/pretrain.py --config configs/pretrain/quickstart_long.yaml --run_dir $(RUN)_long --nproc $(NPROC)
 	$(BIN)/python tools/quickstart.py report --run_dir $(RUN)_long
+
+reverse sort: $(RUNTIME)
+	$(BIN)/python tools/sequences.py run --task $@
 
 evaluate: $(RUNTIME)
 	$(BIN)/python launch/evaluate.py --model $(RUN) --tasks $(TASKS) --output $(EVALUATION) --nproc $(NPROC)
