@@ -10,12 +10,17 @@ import torch
 from llm import LLM, ModelArgs
 from llm.batch import IGNORE, Batch, Targets
 from llm.data.batch import collate
+from llm.data.kinds import Opened
+from llm.data.mixture import Mixture
+from llm.data.stream import Stream
 from llm.datatypes import TransformerInput
 from llm.errors import UserError
 from llm.objectives import Objectives
-from llm.tasks import task_named
+from llm.tasks import RowsWanted, task_named
 from llm.tokenizer import ByteTokenizer
 from llm.train.config import validate
+from llm.train.show import CLOSE, OPEN, show_row
+from tests.data.helpers import make_source
 from tests.data.test_pairs import BOS, EOS, ROWS, S, T, pairs
 from tests.distributed.harness import tiny_config
 
@@ -79,6 +84,33 @@ def test_a_validation_says_loss_perplexity_and_the_share_of_likeliest_tokens(tmp
     assert metrics["valid_loss"] == float(found.total) / int((labels >= 0).sum())
     assert metrics["valid_ppl"] == math.exp(metrics["valid_loss"])
     assert TASK.fields(ARGS) == ("loss", "ppl", "acc")
+
+
+def test_rows_are_shown_with_what_the_encoder_reads(tmp_path: Path) -> None:
+    mixture = Mixture([("p", pairs(tmp_path, [{"source": "ab", "target": "xyz"}]), 1.0)], T, 0, EOS, S)
+    lines = list(show_row(mixture, 0, ByteTokenizer()))
+    assert lines[0].startswith("=== row 1: row 1 of p in pass 1; 4 of 24 positions used")
+    assert "4 of 16 positions of sources" in lines[0]
+    assert lines[1].endswith("p.jsonl:1: 4 targets, 4 positions")
+    assert lines[2:] == ["source: <s>ab</s>", f"<s>{OPEN}xyz</s>{CLOSE}"]
+
+
+def of_text(folder: Path, source_len: int) -> Opened:
+    source = make_source(folder / "text", ["abcdefgh", "xy"] * 9, ByteTokenizer())
+    opened = Opened(Stream(source, T), given="data.train=text")
+    wanted = RowsWanted("text", None, str(folder), T, 0, None, source_len=source_len)
+    return TASK.view("text", opened, wanted, ByteTokenizer(), held_out=False)
+
+
+def test_a_text_is_read_in_halves_and_a_side_too_short_for_them_is_refused(tmp_path: Path) -> None:
+    rows = of_text(tmp_path, T).rows
+    row = rows.read(0, 0)
+    assert rows.targets == ("seq2seq",) and row.source is not None
+    assert row.source.tokens.tolist()[:6] == [BOS, *b"abcd", EOS], "half of ten tokens, and the end"
+    assert row.tokens.tolist()[:5] == [BOS, *b"efgh"]
+    assert row.targets["seq2seq"].labels.tolist()[:5] == [*b"efgh", EOS]
+    with pytest.raises(UserError, match=r"data.source_len=8: data.train=text is text, and the first halves"):
+        of_text(tmp_path / "other", 8)
 
 
 def test_a_sample_answers_a_source(tmp_path: Path) -> None:
