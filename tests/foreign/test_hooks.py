@@ -122,14 +122,15 @@ def read_args(theirs: nn.Module) -> ModelArgs:
 def theirs_and_ours(both: Any) -> list[tuple[nn.Module, nn.Module, nn.Module]]:
     """Modules of transformers, an empty one of ours for each, and one filled right."""
     theirs, _, ours = both
-    blocks = theirs.gpt_neox.layers if hasattr(theirs, "gpt_neox") else theirs.model.layers
+    stem = next(name for name in ("gpt_neox", "backbone", "model") if hasattr(theirs, name))
     found = []
-    for i, block in enumerate(blocks):
+    for i, block in enumerate(getattr(theirs, stem).layers):
         empty, filled = fresh(ours).layers[i], ours.layers[i]
-        attention = getattr(block, "self_attn", None) or block.attention
-        feed_forward = getattr(block, "mlp", None) or block.feed_forward
-        found += [(block, copy.deepcopy(empty), filled), (attention, empty.attention, filled.attention)]
-        found += [(feed_forward, empty.feed_forward, filled.feed_forward)]
+        mixer = next(getattr(block, name) for name in ("self_attn", "attention", "mixer") if hasattr(block, name))
+        found += [(block, copy.deepcopy(empty), filled), (mixer, empty.attention, filled.attention)]
+        if hasattr(empty, "feed_forward"):
+            feed_forward = getattr(block, "mlp", None) or block.feed_forward
+            found += [(feed_forward, empty.feed_forward, filled.feed_forward)]
     return found
 
 
