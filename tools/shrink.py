@@ -19,6 +19,7 @@ def shrunk(config: RunConfig, ranks: int) -> RunConfig:
     """
     args, train = config.model, config.train
     seq_len = alike(train.seq_len, SEQ_LEN, ranks)
+    source_len = alike(config.source_len or seq_len, SEQ_LEN, ranks)
     stages = ranks * (2 if config.parallel.pipeline_schedule == "dualpipev" else 1)  # at most
     batch = alike(math.gcd(train.global_batch_size, *(size for _, size in train.batch_schedule)), stages, ranks)
     model = args.model_dump(mode="json") | {
@@ -32,6 +33,7 @@ def shrunk(config: RunConfig, ranks: int) -> RunConfig:
     }
     if args.encoder_layers:
         model["encoder_layers"] = layers_of_every_kind(args, encoder=True)
+        model["max_seq_len"] = max(seq_len, source_len)
     for key in ("attention_chunk_size", "sliding_window"):
         if model[key] is not None:
             model[key] = min(model[key], max(seq_len // CHUNKS_PER_ROW, 1))
@@ -43,6 +45,8 @@ def shrunk(config: RunConfig, ranks: int) -> RunConfig:
         }
     raw: dict[str, Any] = config.model_dump(mode="json")
     raw["model"] = model
+    if config.data.source_len is not None:
+        raw["data"]["source_len"] = source_len
     raw["train"] |= {
         "seq_len": seq_len,
         "global_batch_size": batch,

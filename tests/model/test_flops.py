@@ -47,3 +47,15 @@ def test_a_layer_attends_to_no_more_than_its_span(seq_len: int) -> None:
     chunked, whole = (unit_flops(local, seq_len)[f"layers.{i}"] for i in range(2))
     assert [spec.mixer.span for spec in local.layer_specs()] == [16, None]
     assert whole - chunked == 12 * D * (seq_len - min(seq_len, 16))
+
+
+@pytest.mark.parametrize("source_len", [None, 32, 96])
+def test_an_encoder_decoder_counts_the_share_of_the_source_of_a_target_token(source_len: int | None) -> None:
+    both = DENSE.model_copy(update={"encoder_layers": 3})
+    found, source = unit_flops(both, T, source_len=source_len), source_len or T
+    block, across = 6 * (BLOCK + 3 * D * F), 6 * (D + D * D + D * D)  # the norm, wq and wo of cross attention
+    of_source = 6 * D * D  # its wk and wv, at half width
+    assert found["layers.0"] == block + ATTENTION + across + of_source * source // T + 12 * D * source
+    assert found["encoder.layers.2"] == (block + 12 * D * source) * source // T
+    assert token_flops(both, T, source_len=source_len) == sum(found.values())
+    assert found["output"] == unit_flops(DENSE, T)["output"]

@@ -1,6 +1,7 @@
 """Pipelines before any process exists: which are accepted, how layers are cut into stages, what --dry_run says."""
 
 from collections import Counter, defaultdict, deque
+from dataclasses import replace
 from itertools import chain, combinations, product
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 
 from llm.args import ModelArgs
 from llm.errors import UserError
+from llm.model import unit_names
 from llm.parallel.layout import Layout, PipelineSchedule
 from llm.parallel.stages import balanced, bubble, split
 from llm.parallel.validate import Choice, Needs, changes, nearest, problem
@@ -114,6 +116,38 @@ def test_a_head_that_no_loss_reads_weighs_nothing() -> None:
     wide = ARGS.model_copy(update={"vocab_size": 4096})
     assert split(wide, 2, 48, logits=False) == split(wide.model_copy(update={"vocab_size": 1}), 2, 48, logits=False)
     assert list(split(wide, 2, 48, logits=False)[1].layers) == [2, 3]
+
+
+BOTH = ARGS.model_copy(update={"encoder_layers": 4, "vocab_size": 2})
+
+
+def test_stages_weigh_the_layers_of_an_encoder_by_the_length_of_the_source() -> None:
+    """The first stage has fewer layers of the encoder where their source is longer than the target, and with a short
+    one the whole encoder."""
+    cuts = [split(BOTH, 2, 48, source_len=source)[0] for source in (6, 48, 480)]
+    sizes = [len(stage.encoder) + len(stage.layers) for stage in cuts]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > 4 > sizes[-1]
+    assert list(cuts[0].encoder) == [0, 1, 2, 3] and not cuts[-1].layers
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 8])
+def test_the_stages_of_an_encoder_decoder_have_each_unit_once_and_in_order(stages: int) -> None:
+    units = [unit for stage in split(BOTH, stages, 48) for unit in stage.units]
+    assert tuple(units) == unit_names(BOTH)
+
+
+def test_a_pipeline_longer_than_both_sides_together_is_refused_by_both_keys() -> None:
+    needs = Needs(BOTH, "fp32", False, 48, (("b", 24),))
+    assert problem(needs, Choice(Layout(8, pipeline=8), 1)) is None
+    found = problem(needs, Choice(Layout(9, pipeline=9), 1))
+    assert found == "parallel.pipeline=9 is above model.encoder_layers=4 and model.n_layers=4 together"
+
+
+def test_each_side_must_be_cut_evenly_by_sequence_parallelism() -> None:
+    uneven = Needs(BOTH, "fp32", False, 48, (("b", 24),), source_len=7)
+    choice = Choice(Layout(2, tensor=2, sequence_parallel=True), 1)
+    assert problem(replace(uneven, source_len=8), choice) is None
+    assert "x data.source_len=7 to be divisible by parallel.tensor=2" in (problem(uneven, choice) or "")
 
 
 def test_a_dry_run_names_stages_their_work_and_the_bubble(tmp_path: Path) -> None:

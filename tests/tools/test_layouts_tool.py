@@ -120,6 +120,16 @@ def test_a_small_config_keeps_the_pipelines_of_two_stages_a_rank() -> None:
     assert {(1, 8, 1, 1), (2, 4, 1, 1)} <= found
 
 
+def test_a_small_encoder_decoder_keeps_a_row_for_both_sides() -> None:
+    rows = [{"path": "x.jsonl", "kind": "pair"}]
+    model = {"encoder_layers": 12, "n_layers": 8, "max_seq_len": 2048}
+    raw = tiny_config(Path("t"), model=model, data={"train": rows, "valid": rows, "source_len": 2048})
+    config = validate({**raw, "task": "seq2seq", "train": {**raw["train"], "seq_len": 1024}}, "test")
+    small = shrunk(config, 4)
+    assert numbers(small, 4) == numbers(config, 4)
+    assert (small.model.encoder_layers, small.data.source_len, small.train.seq_len) == (4, 128, 128)
+
+
 def test_layers_stop_where_the_last_kind_has_come() -> None:
     model = {"n_layers": 48, "nope_layer_interval": 4, "moe": {"n_experts": 4, "interleave": 2}}
     assert layers_of_every_kind(tiny(model={**tiny().model.model_dump(), **model}).model) == 4
