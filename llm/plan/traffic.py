@@ -89,14 +89,17 @@ def _tensor(work: Workload) -> Iterator[Sent]:
             last = not norms_around(args)[1]  # then the last leave makes nothing that the backward needs
             enters, leaves = (len(regions), len(regions) - last) if cut else (0, 2 * (len(regions) - last))
             crossings += tokens * (enters + leaves)
-    # out of the embedding, into the head
-    crossings += work.tokens * (2 + (flow[VECTORS].after + flow[HEAD].before if cut else 2 * flow[HEAD].before))
-    if args.encoder_layers:
+    # out of the embedding, unless it is the linear map of values, which every rank has whole; and into the head
+    if args.input_dim is None:
+        crossings += work.tokens * (1 + flow[VECTORS].after if cut else 2)
+    crossings += work.tokens * (1 + flow[HEAD].before if cut else 2 * flow[HEAD].before)
+    if args.encoder_layers and args.input_dim is None:
         crossings += work.source_tokens * (1 + flow[SOURCE_VECTORS].after if cut else 2)
     yield Sent("tensor", "activations", times * (t - 1) * crossings * args.dim * BYTES[work.precision])
     yield Sent("tensor", "activations", round(times * (t - 1) * BYTES[work.precision] * _tower_numbers(work)))
     yield Sent("tensor", "activations", times * mean_squares * 2 * (t - 1) * FLOAT32)
-    yield Sent("tensor", "loss", times * work.head_calls * (t - 1) * t * 2 * work.tokens * FLOAT32)
+    calls = work.head_calls if args.output_dim is None else 0  # values are predicted by all ranks alike
+    yield Sent("tensor", "loss", times * calls * (t - 1) * t * 2 * work.tokens * FLOAT32)
     sizes = {name: numel for kind in work.kinds for name, numel in kind.sizes.items()}
     summed = (name for name, row in work.table.items() if row.trainable and is_partial(row, layout))
     partial = sum(sizes[name] for name in summed)

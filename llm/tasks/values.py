@@ -90,8 +90,6 @@ class Regression(ValueObjective):
     """Labels of whole samples."""
 
     name, target = "regression", PREDICTION
-    head_calls = 0
-    """One vector of a sample meets the output."""
 
     def predicted(self, model: LLM, hidden_BTD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         starts_S = torch.from_numpy(batch.inputs.resolve()[1]).to(hidden_BTD.device)

@@ -53,9 +53,7 @@ def _without_effect(config: RunConfig) -> Iterator[str]:
 def _unread(config: RunConfig) -> Iterator[str]:
     """Matrices behind the final hidden states that train, and that no objective reads."""
     model, final = config.model, objectives_in(config).final
-    of_values = model.output_dim is not None
-    output = not model.tie_embeddings and model.lora is None
-    output = output and not any(objective.head_calls or (of_values and objective.predicts) for objective in final)
+    output = not model.tie_embeddings and model.lora is None and not any(objective.head_calls for objective in final)
     head = model.n_prediction > 0 and not any(objective.predicts for objective in final)
     for module, unread in (("output", output), (PREDICTION, head)):
         frozen = any(fnmatchcase(f"{module}.weight", pattern) for pattern in config.train.freeze)

@@ -57,6 +57,11 @@ DROPPED: dict[str, Any] = {"lora": {"rank": 3, "dropout": 0.5}}
 ALL_DROPPED: dict[str, Any] = {"model": {"dropout": 0.5, "ffn_dropout": 0.5}}
 PAIRS: dict[str, Any] = {"task": "dpo"}
 TASKS: dict[str, Any] = {"task": [{"task": "lm", "source": "plain"}, {"task": "mlm", "source": "hidden"}]}
+OF_VALUES: dict[str, dict[str, Any]] = {
+    "regression": {"input_dim": 3, "output_dim": 2, "causal": False},
+    "autoregressive": {"input_dim": 3, "output_dim": 3},
+}
+"""Models of values, by task."""
 LABELS: dict[str, Any] = {"task": "prediction", "model": {"n_prediction": 5}}
 SEEING: dict[str, Any] = {"model": {"vision": VISION}}
 TOWER, TEXT = ("vision_embeddings.*",), ("tok_embeddings.*", "layers.*", "norm.*", "output.*")
@@ -108,6 +113,15 @@ def full_experts(**moe: Any) -> dict[str, Any]:
 
 
 MORE_ON_TWO_RANKS = [
+    *(
+        case(along, task=task, model=model, recompute=again, **parallel)
+        for task, model in OF_VALUES.items()
+        for again in ("none", "full")
+        for along, parallel in (
+            ("data", dict(zero_stage=2)), ("data", dict(zero_stage=3)), ("pipeline", dict(pipeline=2)),
+            ("tensor", dict(tensor=2)), ("tensor", dict(tensor=2, sequence_parallel=False)),
+        )
+    ),
     *(
         case("data", zero_stage=stage, precision=bits, freeze=freeze)
         for stage, bits in ((0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (2, "fp32"))

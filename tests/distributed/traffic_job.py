@@ -35,6 +35,7 @@ from tests.distributed.sources import SOURCE_LEN, with_sources
 
 # of odd sizes, so that vocabulary, flat groups and shares are all padded
 ODD_MODEL = {**TINY_MODEL, "dim": 30, "head_dim": 8, "vocab_size": 67, "n_layers": 3}
+OF_VALUES = ("regression", "autoregressive")
 SETTLING_STEPS = 2  # in which ZeRO-3 records the order of modules, and decides what to keep gathered
 
 
@@ -66,6 +67,10 @@ def compare(case: dict[str, Any], world: World) -> dict[str, Any]:
     if raw["model"].get("encoder_layers"):
         rows = [{"path": "unused.jsonl", "kind": "pair"}]
         raw |= {"task": "seq2seq", "data": {**raw["data"], "train": rows, "valid": rows, "source_len": SOURCE_LEN}}
+    if str(case.get("task")) in OF_VALUES:
+        rows = [{"path": "unused.jsonl", "kind": "values"}]
+        raw |= {"task": case["task"], "data": {**raw["data"], "train": rows, "valid": rows}}
+        del raw["model"]["vocab_size"], raw["tokenizer"]
     config = validate(raw, "case")
     layout = check_layout(config, world.size)
     work = workload(config, layout)
@@ -108,7 +113,8 @@ def take_step(engine: Engine, step: int, work: Workload) -> None:
         batch = with_sources(batch)
     main = engine.objectives.main.name
     if main != "lm":
-        other = {"dpo": as_pairs, "prediction": as_samples, "seq2seq": as_texts}[main]
+        of_values = dict.fromkeys(OF_VALUES, as_values)
+        other = {"dpo": as_pairs, "prediction": as_samples, "seq2seq": as_texts, **of_values}[main]
         micro_batches = [other(micro_batch) for micro_batch in batch.micro_batches]
         others = {name: count for name, count in batch.counts.objectives.items() if name != "lm"}
         counts = replace(batch.counts, objectives={main: ROWS, **others})
@@ -149,6 +155,19 @@ def as_tasks(batch: Batch) -> Batch:
     inputs = replace(batch.inputs, causal=~hidden_B)
     rows = None if batch.rows is None else replace(batch.rows, source=hidden_B.long().numpy())
     return replace(batch, inputs=inputs, targets={name: Targets(x) for name, x in targets.items()}, rows=rows)
+def as_values(batch: Batch) -> Batch:
+    """Its rows as three values at each position, and two that are predicted of each row, or three of each position."""
+    shape = batch.inputs.tokens.shape
+    features = torch.sin(torch.arange(3 * batch.n_tokens).float()).view(*shape, 3)
+    inputs = replace(batch.inputs, tokens=torch.zeros_like(batch.inputs.tokens), features=features)
+    labels, some = torch.full(shape, IGNORE), torch.zeros(shape, dtype=torch.int64)
+    labels[:, 0] = 0
+    targets = {"prediction": Targets(labels), "autoregressive": Targets(some)}
+    values = {f"{name}.{i}": torch.ones(shape) for name, n in (("prediction", 2), ("autoregressive", 3))
+              for i in range(n)}  # fmt: skip
+    return replace(batch, inputs=inputs, targets=targets, values=values)
+
+
 def as_samples(batch: Batch) -> Batch:
     """Its rows as samples of class 1."""
     labels, values = torch.full_like(batch.inputs.tokens, IGNORE), torch.zeros(batch.inputs.tokens.shape)

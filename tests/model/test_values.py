@@ -141,3 +141,42 @@ def test_values_for_a_model_of_tokens_and_labels_for_one_of_values_are_refused()
         model_of(input_dim=None, vocab_size=5)(torch.zeros(1, 4, 3))
     with pytest.raises(ValueError, match="labels are of tokens; model.output_dim=2 predicts values"):
         model_of()(torch.zeros(1, 4, 3), labels=torch.zeros(1, 4, dtype=torch.int64))
+
+
+def test_generated_values_are_those_of_reading_the_whole_again_each_step() -> None:
+    model = model_of(output_dim=3, input_mean=(1.0, 2.0, 3.0), output_mean=(1.0, 2.0, 3.0), max_seq_len=16)
+    series = values(2, 5, 3)
+    found, rows = model.generate_values(series, 4), series
+    for _ in range(4):
+        rows = torch.cat([rows, model(rows).outputs[:, -1:].detach()], 1)
+    torch.testing.assert_close(found, rows[:, 5:], rtol=1e-4, atol=1e-5)  # sizes of products differ
+    torch.testing.assert_close(model.generate_values(series[1].tolist(), 4), found[1], rtol=1e-4, atol=1e-5)
+
+
+def test_predictions_of_rows_are_outputs_and_pooled_outputs_in_the_units_of_the_data() -> None:
+    scales = dict(output_mean=(5.0, -5.0), output_std=(2.0, 3.0))
+    model, x = model_of(**scales, causal=False, dropout=0.5).train(), values(2, 4, 3)
+    outputs = model.predict_values(x)
+    assert model.training, "what it was before"
+    torch.testing.assert_close(outputs, model.eval()(x).outputs.detach())
+    torch.testing.assert_close(model.predict_values(x, pooled=True), outputs.mean(1), rtol=1e-5, atol=1e-5)
+    assert model.predict_values(x[0].numpy(), pooled=True).shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "series", "n", "said"),
+    [
+        ({}, values(4, 3), 2, "model.output_dim=2: outputs can be read as the next values only where there"),
+        (dict(output_dim=3, causal=False), values(4, 3), 2, "model.causal=false"),
+        (dict(output_dim=3), values(4, 2), 2, r"values must have the shape \(T, 3\) or \(B, T, 3\)"),
+        (dict(output_dim=3), [[1.0, 2.0, float("nan")]], 2, "values must be finite"),
+        (dict(output_dim=3), [[1.0, 2.0, 3.0], [1.0]], 2, "values are no rows of as many numbers each"),
+        (dict(output_dim=3), values(4, 3), 0, "n=0: must be a whole number of steps"),
+        (dict(output_dim=3, max_seq_len=8), values(4, 3), 6, "too many for the context of 8 .* give at most 3"),
+        (dict(output_dim=None, vocab_size=5), values(4, 3), 2, "model.output_dim is not set"),
+        (dict(input_dim=None, output_dim=None, vocab_size=5), values(4, 3), 2, "model.input_dim is not set"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(changes: dict[str, object], series: object, n: int, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        model_of(**changes).generate_values(series, n)
