@@ -71,19 +71,13 @@ def fingerprint(replica: Replica) -> Fingerprint | None:
 def fixed_inputs(args: ModelArgs, device: torch.device) -> TransformerInput:
     """One row of fixed ids, or of a model of values of waves, which are about as large as what it is trained on. An
     encoder reads the same."""
-    inputs = _one_side(args, device)
-    return replace(inputs, source=replace(inputs, causal=None)) if args.encoder_layers else inputs
-
-
-def _one_side(args: ModelArgs, device: torch.device) -> TransformerInput:
     if args.input_dim is None:
-        ids = torch.tensor([fixed_ids(args)], device=device)
-        return TransformerInput(ids, causal=True, source=TransformerInput(ids) if args.encoder_layers else None)
-    n = min(TOKENS, context_length(args)) * args.input_dim
-    waves = torch.sin(torch.arange(1, n + 1, dtype=torch.float64)).float().view(1, -1, args.input_dim)
-    features = in_units(waves, args.input_mean, args.input_std).to(device)
-    source = TransformerInput.of_features(features) if args.encoder_layers else None
-    return TransformerInput.of_features(features, causal=True, source=source)
+        rows = TransformerInput(torch.tensor([fixed_ids(args)], device=device))
+    else:
+        n = min(TOKENS, context_length(args)) * args.input_dim
+        waves = torch.sin(torch.arange(1, n + 1, dtype=torch.float64)).float().view(1, -1, args.input_dim)
+        rows = TransformerInput.of_features(in_units(waves, args.input_mean, args.input_std).to(device))
+    return replace(rows, causal=True, source=rows if args.encoder_layers else None)
 
 
 def fixed_ids(args: ModelArgs) -> Sequence[int]:
