@@ -25,15 +25,15 @@ OF_BOTH = {"init_std": 0.1, "vocab_size": 67, "n_layers": 2, "encoder_layers": 2
 FULL_EXPERTS = {**TINY_MODEL["moe"], "capacity": 11, "overflow": True}
 MODELS: dict[str, Case] = {
     "experts": {"model": OF_BOTH, "first": 200},
-    "tied": {"model": {**OF_BOTH, "encoder_layers": 4}, "tied": True, "first": 300},
+    "tied": {"model": {**OF_BOTH, "encoder_layers": 4}, "tied": True, "first": 500},
     "single": {"model": OF_BOTH, "packed": False, "first": 100},
     "learned": {"model": {**OF_BOTH, **BERT, "attn_dropout": 0.1}, "first": 100},
-    "frozen encoder": {"model": OF_BOTH, "freeze": ["encoder.*"], "first": 100},
+    "frozen encoder": {"model": OF_BOTH, "freeze": ["encoder.*"], "first": 600},
     "frozen decoder": {"model": OF_BOTH, "freeze": ["layers.*", "norm.*"], "first": 200},
-    "adapted": {"model": {**OF_BOTH, "lora": {"rank": 3, "dropout": 0.1}}, "first": 200},
-    "int8": {"model": {**OF_BOTH, "lora": {"rank": 3, "base": "int8"}}, "first": 200},
-    "muon": {"model": OF_BOTH, "optimizer": "muon", "first": 100},
-    "capacity": {"model": {**OF_BOTH, "moe": FULL_EXPERTS}, "first": 100},
+    "adapted": {"model": {**OF_BOTH, "lora": {"rank": 3, "dropout": 0.1}}, "first": 700},
+    "int8": {"model": {**OF_BOTH, "lora": {"rank": 3, "base": "int8"}}, "first": 500},
+    "muon": {"model": OF_BOTH, "optimizer": "muon", "first": 600},
+    "capacity": {"model": {**OF_BOTH, "moe": FULL_EXPERTS}, "first": 400},
     "small weights": {"model": {**OF_BOTH, "init_std": 0.02}},
 }
 """`first` is the first batch of data in whose steps no choice comes near a tie."""
