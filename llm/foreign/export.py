@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llm.args import ModelArgs
 from llm.args.layers import attention_specs
+from llm.args.model import OF_VALUES
 from llm.atomic import new_directory
 from llm.boxes import Box, box_shape
 from llm.checkpoint.weights import Weights, boxed, check_range
@@ -35,6 +36,9 @@ PREFERRED = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "llam
 def choose_family(args: ModelArgs, format: str, name: str | None = None) -> Family:
     """The family of a format that can say what the model is. UserError with the reason when the named one, or any,
     cannot."""
+    for key in ("input_dim", "output_dim"):
+        if getattr(args, key) is not None:
+            raise UserError(f"model.{key}={getattr(args, key)}: foreign families are of models of tokens")
     known = {family.name: family for family in families().values() if family.format == format and family.write_config}
     if name is not None:
         if name not in known:
@@ -106,6 +110,8 @@ def meaning(args: ModelArgs, settled_by_weights: bool = False) -> dict[str, Any]
         found[f"layer {i}"] = dataclasses.replace(spec, mixer=same or spec.mixer)
     if args.n_prediction:
         found |= {key: getattr(args, key) for key in ("n_prediction", "prediction", "pool")}
+    of_values = {key: getattr(args, key) for key in ("input_dim", "output_dim", *OF_VALUES)}
+    found |= {key: value for key, value in of_values.items() if value is not None}
     if args.vision is not None:
         unsaid = {"max_tiles", "patch_token_id"} if settled_by_weights else {"max_tiles"}  # of the images, not of it
         found["vision"] = args.vision.model_dump(exclude=unsaid)

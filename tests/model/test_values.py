@@ -9,7 +9,9 @@ from torch import Tensor
 from llm import LLM, ModelArgs
 from llm.cache import Cache
 from llm.datatypes import TransformerInput
+from llm.errors import UserError
 from llm.flops import unit_flops
+from llm.foreign.export import choose_family
 from llm.parameters import ParameterTable
 
 SMALL = dict(dim=32, n_layers=2, n_heads=4, ffn_hidden=48, input_dim=3, output_dim=2)
@@ -180,3 +182,8 @@ def test_predictions_of_rows_are_outputs_and_pooled_outputs_in_the_units_of_the_
 def test_what_cannot_be_continued_is_refused(changes: dict[str, object], series: object, n: int, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         model_of(**changes).generate_values(series, n)
+
+
+def test_a_model_of_values_is_refused_by_name_where_it_is_to_be_written_for_others() -> None:
+    with pytest.raises(UserError, match="model.input_dim=3: foreign families are of models of tokens"):
+        choose_family(model_of().args, "hf")
