@@ -27,7 +27,9 @@ def refuse_unexportable(args: ModelArgs) -> None:
     for spec in args.layer_specs():
         mixer = MIXERS[spec.mixer.name]
         if spec.attention is None or not issubclass(mixer, Attention):
-            raise UserError(f"layer {spec.index} is {spec.mixer.name}; only layers with attention can be exported")
+            raise UserError(
+                f"layer {spec.index} is {spec.mixer.name}; only layers with attention to each token can be exported"
+            )
         if FFNS[spec.ffn].build not in (build_feed_forward, build_moe) and spec.ffn != "none":
             raise UserError(f"layer {spec.index} has the feed-forward {spec.ffn}; dense, moe and none can be exported")
     if args.pos not in EXPORTED_POSITIONS:

@@ -74,6 +74,7 @@ def test_a_graph_that_computes_something_else_is_refused() -> None:
     ("keys", "what", "named"),
     [
         ({"rope_scaling": {"kind": "dynamic", "factor": 2.0, "original_max_position": 16}}, "llm", "rope_scaling.kind"),
+        ({"layer_pattern": ["attn", "attn@2"]}, "llm", "layer 1 is strided_attn; only layers with attention"),
         ({"lora": {"rank": 2}}, "llm", "model.lora: adapters are exported merged"),
         ({"causal": False}, "llm", "export it as `encoder`"),
         ({"causal": False}, "step", "there are no steps"),
