@@ -20,6 +20,8 @@ from llm.parameters import ParameterTable
 from tests.foreign.models import CONFIGS, reference, tokens
 
 State = dict[str, Tensor]
+MIXERS = ("self_attn", "attention", "mixer", "mamba")
+"""What transformers calls what mixes the tokens of a block."""
 FIRST = [(family, next(iter(configs))) for family, configs in CONFIGS.items()]
 PARTLY_MOE = [
     ("qwen3_moe", "top 2, every second layer, renormalised"),
@@ -126,7 +128,7 @@ def theirs_and_ours(both: Any) -> list[tuple[nn.Module, nn.Module, nn.Module]]:
     found = []
     for i, block in enumerate(getattr(theirs, stem).layers):
         empty, filled = fresh(ours).layers[i], ours.layers[i]
-        mixer = next(getattr(block, name) for name in ("self_attn", "attention", "mixer") if hasattr(block, name))
+        mixer = next(getattr(block, name) for name in MIXERS if hasattr(block, name))
         found += [(block, copy.deepcopy(empty), filled), (mixer, empty.attention, filled.attention)]
         if hasattr(empty, "feed_forward"):
             feed_forward = getattr(block, "mlp", None) or block.feed_forward
