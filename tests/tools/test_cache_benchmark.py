@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llm.cache import Cache
+from llm.cli import run_cli
 from llm.errors import UserError
 from llm.model import LLM
 from tools.benchmarks import caches
@@ -33,7 +34,7 @@ def test_a_cache_takes_the_bytes_that_the_formula_says(kv_heads: int, longest: i
 
 
 def test_a_table_has_every_kind_of_heads_at_every_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    caches.benchmark([8, 12], rounds=7, dim=32, layers=1, output=str(tmp_path))
+    run_cli(caches.benchmark, ["--contexts=8,12", "--rounds=7", "--dim=32", "--layers=1", f"--output={tmp_path}"])
     (file,) = tmp_path.glob("*-caches.md")
     written = file.read_text()
     assert written.count("## 8 tokens") == written.count("## 12 tokens") == 1
@@ -43,4 +44,4 @@ def test_a_table_has_every_kind_of_heads_at_every_length(tmp_path: Path, capsys:
 
 def test_texts_without_a_token_before_the_last_are_refused() -> None:
     with pytest.raises(UserError, match="at least 2 tokens"):
-        caches.benchmark([1], rounds=7)
+        caches.benchmark((1,), rounds=7)

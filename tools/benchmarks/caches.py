@@ -2,7 +2,7 @@
 whose heads have keys of their own (MHA), share them by four (GQA) or share one (MQA).
 
     python tools/benchmarks/caches.py                                         # one result file
-    python tools/benchmarks/caches.py --contexts "[128]" --rounds 7           # a part
+    python tools/benchmarks/caches.py --contexts 128,512 --rounds 7          # a part
 
 A step makes one more token after the text: with a cache from the newest token alone, without one from all of it. Speeds
 are of CPU time, so that what else runs on the machine counts less.
@@ -119,7 +119,7 @@ def contestants(context: int, dim: int, layers: int) -> tuple[list[Making], dict
 
 
 def benchmark(
-    contexts: Sequence[int] = (128, 512, 2048),
+    contexts: tuple[int, ...] = (128, 512, 2048),
     rounds: int = 9,
     dim: int = 256,
     layers: int = 4,
@@ -164,7 +164,7 @@ def section(context: int, rounds: int, dim: int, layers: int) -> str:
 def row(kind: str, timing: Timing, size: Counted) -> list[str]:
     """Speeds of one kind, and what its cache takes."""
     cached, other = f"{kind}, cached", f"{kind}, not cached"
-    speeds = [f"{1 / _median(timing.cpu_seconds[name]):,.0f}" for name in (cached, other)]
+    speeds = [f"{1 / _median(timing.cpu_seconds[name]):.3g}" for name in (cached, other)]
     times = timing.cpu_speedup(cached, other).text(1)
     over_mha = timing.cpu_speedup(cached, "MHA, cached").text(2)
     return [kind, *speeds, times, over_mha, *(f"{n / MIB:.3f}" for n in (size.formula, size.counted))]
