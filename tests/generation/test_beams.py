@@ -47,8 +47,8 @@ def peer(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, LLM]:
 
 @pytest.mark.parametrize("ends", [[1], [1, 7, 12]], ids=["one end mark", "three"])
 @pytest.mark.parametrize("early_stopping", [False, True], ids=["patient", "early"])
-@pytest.mark.parametrize("length_penalty", [0.6, 1.0, 1.4])
-@pytest.mark.parametrize("num_beams", [2, 3, 5])
+@pytest.mark.parametrize("length_penalty", [0.6, 1.4])
+@pytest.mark.parametrize("num_beams", [3, 5])
 def test_all_kept_sequences_and_their_scores_are_those_of_transformers(
     peer: tuple[object, LLM], num_beams: int, length_penalty: float, early_stopping: bool, ends: list[int]
 ) -> None:
