@@ -32,7 +32,7 @@ def shrunk(config: RunConfig, ranks: int) -> RunConfig:
         "floor_scale": min(args.floor_scale, max(seq_len // CHUNKS_PER_ROW, 1)),
     }
     if args.encoder_layers:
-        model["encoder_layers"] = layers_of_every_kind(args, encoder=True)
+        model["encoder_layers"] = max(layers_of_every_kind(args, encoder=True), min(args.encoder_layers, stages))
         model["max_seq_len"] = max(seq_len, source_len)
     for key in ("attention_chunk_size", "sliding_window"):
         if model[key] is not None:

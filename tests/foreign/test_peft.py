@@ -23,7 +23,9 @@ from llm.tokenizer import ByteTokenizer
 from tests.foreign.models import TABLE, config_of, logits_of, reference, tokens
 
 USUAL = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "experts")
-EVERYWHERE = (*USUAL, "wz", "wx", "wbc", "wdt", "tok_embeddings", "output")
+OF_STATES = ("wz", "wx", "wbc", "wdt")
+"""Of state-space layers, which other models do not have."""
+EVERYWHERE = (*USUAL, *OF_STATES, "tok_embeddings", "output")
 # of PEFT: what it says of a tied table, and that patterns of parameters "match no module", though it uses them
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),

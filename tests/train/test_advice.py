@@ -33,7 +33,7 @@ def flags_of_commands() -> set[str]:
     """Names of all parameters of functions where commands are, which their command lines take, and of data classes that
     stand for some."""
     names: set[str] = set()
-    folders = ("launch", "tools", "llm/generation", "llm/jobs")
+    folders = ("launch", "tools", "llm/generation", "llm/jobs", "llm/siblings")
     for path in (p for folder in folders for p in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.arg):
