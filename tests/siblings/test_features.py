@@ -1,4 +1,4 @@
-"""docs/siblings/features.md: what it names exists, what it quotes stands in the documents, no feature is left out."""
+"""docs/siblings/features/: what they name exists, what they quote stands in the documents, no feature is left out."""
 
 import re
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import pytest
 from tests.shared import ROOT
 from tests.siblings.seeds import needs_seeds, seed
 
-PAGE = ROOT / "docs" / "siblings" / "features.md"
+PAGES = sorted((ROOT / "docs" / "siblings" / "features").glob("*.md"))
 LISTS = {
     "000": ("Overview", "Features", "Key Components", "Performance Considerations"),
     "001": ("Features", "Implementation Features", "Cache Lifecycle", "Routing Algorithm", "Best Practices",
@@ -22,7 +22,7 @@ LISTS = {
 
 
 class Feature(NamedTuple):
-    """A row of the page."""
+    """An item of a page; `tests` has each test as FILE::NAME, and FILE alone where all of it are meant."""
 
     seed: str
     text: str
@@ -31,15 +31,27 @@ class Feature(NamedTuple):
 
 
 def features() -> list[Feature]:
-    found, number = [], ""
-    for line in PAGE.read_text(encoding="utf-8").splitlines():
-        if match := re.match(r"## (\d{3}) ", line):
-            number = match[1]
-        elif line.startswith("|") and not line.startswith(("|---", "| feature |")):
-            cells = [cell.strip() for cell in line.strip("|").split("|")]
-            assert len(cells) == 3, line
-            found.append(Feature(number, *cells))
+    found = []
+    for page in PAGES:
+        text = re.sub(r"\n +(?![ -])", " ", page.read_text(encoding="utf-8"))  # an item goes on indented
+        heading, *items = re.split(r"^- ", text, flags=re.MULTILINE)
+        for item in items:
+            text, where, *tests = [part.strip() for part in item.split("\n  - ")]
+            assert len(tests) < 2 and all(part.startswith("tests: ") for part in tests), item
+            found.append(Feature(heading.removeprefix("# ")[:3], text, where, with_files("".join(tests))))
     return found
+
+
+def with_files(tests: str) -> str:
+    """The code spans of a list of tests, each test behind the file that was named before it."""
+    names, file = dict[str, None](), ""
+    for name in re.findall(r"`([^`]+)`", tests):
+        if name.startswith("test_"):
+            names.pop(file, None)
+            names[f"{file}::{name}"] = None
+        else:
+            file, names[name] = name, None
+    return ", ".join(f"`{name}`" for name in names)
 
 
 FEATURES = features()
