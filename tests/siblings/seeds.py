@@ -24,6 +24,8 @@ class CodeBlock(NamedTuple):
     heading: str
     language: str
     text: str
+    line: int
+    """Of its first fence."""
 
 
 def seed(number: str) -> str:
@@ -34,14 +36,14 @@ def seed(number: str) -> str:
 
 def blocks_of(text: str) -> list[CodeBlock]:
     """All fenced blocks of a Markdown text, indented ones too, with the heading that each stands under."""
-    found, heading, language = [], "", None
+    found, heading, language, begin = [], "", None, 0
     body: list[str] = []
-    for line in text.splitlines():
+    for number, line in enumerate(text.splitlines(), 1):
         fence = re.match(r"\s*```(\w*)", line)
         if fence and language is None:
-            language, body = fence[1], []
+            language, body, begin = fence[1], [], number
         elif fence:
-            found.append(CodeBlock(heading, str(language), textwrap.dedent("\n".join(body))))
+            found.append(CodeBlock(heading, str(language), textwrap.dedent("\n".join(body)), begin))
             language = None
         elif language is not None:
             body.append(line)

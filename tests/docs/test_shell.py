@@ -1,0 +1,41 @@
+"""Every command on a page is one that its program takes: script, flags, keys, targets and files of ours exist."""
+
+import pytest
+
+from llm.errors import UserError
+from tests.docs.commands import check, commands_of
+from tests.docs.pages import Block, all_blocks
+
+UNREAD = {
+    ("docs/siblings/miniformer.md", "The command"): "flags of another project, which its own tests know",
+}
+"""(page, heading) of blocks whose commands are not parsed here -> why."""
+
+
+@pytest.mark.parametrize("block", all_blocks("sh"), ids=lambda block: block.place)
+def test_commands_are_read_by_their_programs(block: Block) -> None:
+    commands = list(commands_of(block.text))
+    assert commands
+    for words in commands if (block.page, block.heading) not in UNREAD else []:
+        try:
+            check(words)
+        except (UserError, AssertionError) as error:
+            raise AssertionError(f"{block.place}: {' '.join(words)}: {error}") from error
+
+
+@pytest.mark.parametrize(
+    ("command", "problem"),
+    [
+        ("python launch/pretrain.py --config configs/pretrain/quickstart.yaml --optim.lrr=1", "optim.lrr"),
+        ("python launch/pretrain.py --config configs/pretrain/nothing.yaml", "nothing.yaml"),
+        ("python launch/evaluate.py --model A --tasks nothing --output B", "nothing"),
+        ("python tools/convert.py export A B --format onnx --fast", "unknown flag --fast"),
+        ("torchrun --nproc_per_node=2 launch/nothing.py", "no such script"),
+        ("make everything", "the Makefile has no everything"),
+        ("frobnicate", "does not know"),
+    ],
+)
+def test_what_no_program_takes_is_found(command: str, problem: str) -> None:
+    (words,) = commands_of(command)
+    with pytest.raises((UserError, AssertionError), match=problem):
+        check(words)
