@@ -5,6 +5,7 @@
     python tools/convert.py export SRC DST --format peft    the adapter of a run or checkpoint, for PEFT
                                                         (with --format hf SRC may be such an adapter: DST is the whole)
     python tools/convert.py inspect SRC                 what a foreign folder is; reads no weights
+    python tools/convert.py inspect config.json --yaml  a model config of ours from that file alone
     python tools/convert.py verify A B --text FILE      whether two models, of ours or foreign, say the same
     python tools/convert.py verify A --with transformers    whether that library reads A, or its export, as we do
 
@@ -32,6 +33,7 @@ from llm import LLM
 from llm.adapters.merge import refuse_incomplete
 from llm.adapters.peft_folder import is_peft, open_peft, write_peft
 from llm.args import ModelArgs
+from llm.args.written import model_file
 from llm.checkpoint.fragments import DTYPES
 from llm.checkpoint.frozen import Taken, frozen_in
 from llm.checkpoint.model_folder import write_model_folder
@@ -41,6 +43,7 @@ from llm.cli import run_cli
 from llm.datatypes import TransformerInput
 from llm.errors import UserError
 from llm.foreign import processor
+from llm.foreign.configs import open_config
 from llm.foreign.export import choose_family, export_hf, export_meta, fitting_family, meaning
 from llm.foreign.extra import BESIDE, Beside, kept_files
 from llm.foreign.files import is_foreign, open_foreign
@@ -48,6 +51,7 @@ from llm.foreign.finite import FiniteWeights
 from llm.foreign.probes import ROW, picture_rows, random_rows, without_slots
 from llm.foreign.reference import compare_with, open_reference
 from llm.malloc import give_back_freed
+from llm.parameters import ParameterTable
 from llm.paths import PathText, check_free
 from llm.pretrained import (
     base_of,
@@ -309,13 +313,21 @@ def _export_adapter(src: Path, dst: Path, family: str | None, dtype: torch.dtype
     print(f"{src}: its adapter written to {dst} for {target.name}, {_name(dtype)}")
 
 
-def inspect(src: PathText, family: str | None = None, text_only: bool = False) -> None:
+def inspect(src: PathText, family: str | None = None, text_only: bool = False, yaml: bool = False) -> None:
     """Say what a foreign folder is, from its config and the headers of its files.
 
-    src: folder with config.json or params.json
+    src: folder with config.json or params.json; with yaml, a config.json alone will do
     family: read it as this family, whatever its config says
     text_only: without the vision tower of a multimodal model
+    yaml: print the model's keys as a file for configs/model/, from its config.json alone; notes go to stderr
     """
+    if yaml:
+        bare = open_config(Path(src), family, text_only)
+        for line in bare.notes:
+            print(f"note: {line}", file=sys.stderr)
+        total = sum(row.numel for row in ParameterTable.of(bare.args).values())
+        print(model_file(bare.args, f"{bare.family.name}, {total:,} parameters"), end="")
+        return
     source = open_foreign(Path(src), family, text_only=text_only)
     for line in source.warnings:
         print(f"note: {line}")

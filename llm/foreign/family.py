@@ -108,6 +108,8 @@ class Family:
     """Names of tensors that no model of ours has, and that must be 0."""
     format: str = "hf"
     """hf or meta: how its files are laid out."""
+    silent: tuple[str, ...] = ()
+    """Keys of its config that are not always read, as they say nothing then, or never do of what a model computes."""
     architecture: str = ""
     """What Hugging Face calls the class of its language models."""
 

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from llm.args import ModelArgs
 from llm.checkpoint.reader import FORMAT, MANIFEST
 from llm.errors import UserError
 from llm.foreign import processor
-from llm.foreign.family import Family, Match, families, family_named, match
+from llm.foreign.configs import about_config, explained, family_of, model_args, refuse_other_inputs, refuse_quantised
+from llm.foreign.family import Family, Match, family_named, match
 from llm.foreign.load import ForeignWeights
 from llm.foreign.stored import Stored, StoredComputed
 from llm.foreign.transforms import BoxPair, Shape
@@ -28,8 +28,6 @@ from llm.safetensors_file import DTYPES
 
 LLAMA4_KEYS = {"moe_args", "use_qk_norm", "nope_layer_interval", "attention_chunk_size", "attn_temperature_tuning"}
 """Of Meta's params.json, which does not name its family; they matter to no earlier one."""
-MODALITIES = ("vision_config", "audio_config", "speech_config", "text_config", "mm_vision_tower")
-"""Keys of configs of models that read more than text."""
 Key = tuple[int, str]
 
 
@@ -117,11 +115,12 @@ def open_foreign(
         raise UserError(f"{path}: no such folder")
     notes: list[str] = []
     if (path / "config.json").is_file():
-        config = read_json(path / "config.json")
-        _refuse_quantised(config, path)
-        chosen = family_named(family) if family else _family_of(config, path)
-        _refuse_other_inputs(chosen, config, path)
-        notes += _about_config(chosen, config)
+        file = path / "config.json"
+        config = read_json(file)
+        refuse_quantised(config, file)
+        chosen = family_named(family) if family else family_of(config, file)
+        refuse_other_inputs(chosen, config, file)
+        notes += about_config(chosen, config)
         found_files = hugging_face_files(path, config)
         chosen, said = _of_base_model(chosen, found_files)
         notes += said
@@ -137,20 +136,15 @@ def open_foreign(
     notes += _about_computed(chosen, found_files.shards[0])
     files = Files(str(path), {(i, key): file for i, shard in enumerate(shards) for key, file in shard.items()})
     shapes = files.shapes()
-    try:
+    with explained(chosen, path / ("params.json" if chosen.format == "meta" else "config.json")):
         read = chosen.read_config(config, notes.append)
         if chosen.format == "meta":
             read |= _settled_by_weights(read, shapes, len(shards))
-    except UserError as error:  # it says in which file, not where that is
-        named = "params.json" if chosen.format == "meta" else "config.json"
-        raise UserError(str(error).replace("config.json", str(path / named), 1)) from None
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
-        raise UserError(f"{path}: its config makes no sense to {chosen.name}: {type(error).__name__} {error}") from None
     notes += _settle_tower(chosen, config, read, files, path, text_only)
     if read.get("vision") is not None:
         given = (overrides or {}).get("vision")
         notes += processor.settle(read["vision"], path, read["vocab_size"], given if isinstance(given, dict) else {})
-    args = _model_args(path, {**read, **_merged(read, overrides or {})})
+    args = model_args(path, {**read, **_merged(read, overrides or {})})
     found = match(chosen, args, ParameterTable.of(args).shapes, shapes, len(shards))
     used = {(pair.shard, pair.key) for pair in found.pairs}
     own = files.only(used)
@@ -162,43 +156,6 @@ def open_foreign(
         notes += _about_dtype(config, own)
     dropped = sorted({key for shard, key in shapes.keys() - used})
     return ForeignModel(path, chosen, args, config, found, own, tuple(notes), tuple(dropped))
-
-
-def _refuse_quantised(config: Mapping[str, Any], path: Path) -> None:
-    """UserError where weights are packed by another library, whose numbers are not the model's."""
-    text = config.get("text_config")
-    for holder in (config, text if isinstance(text, dict) else {}):
-        for key in ("quantization_config", "compression_config"):
-            if settings := holder.get(key):
-                method = settings.get("quant_method") or settings.get("format") if isinstance(settings, dict) else None
-                raise UserError(
-                    f"{path / 'config.json'}: {key}{f' ({method})' if method else ''}: quantised weights are not read; "
-                    f"take the model from before, or, where its files hold plain weights, remove {key} from config.json"
-                )
-
-
-def _refuse_other_inputs(family: Family, config: Mapping[str, Any], path: Path) -> None:
-    """UserError where a text family's config mentions images or sound."""
-    named = [key for key in MODALITIES if config.get(key)]
-    if named and not family.tower:
-        raise UserError(
-            f"{path / 'config.json'}: {named[0]} makes it a multimodal model, which {family.name} is not; "
-            f"of those only llama4 is read"
-        )
-
-
-def _about_config(family: Family, config: Mapping[str, Any]) -> Iterator[str]:
-    """Lines about keys that say nothing of numbers."""
-    if config.get("auto_map"):
-        yield f"config.json: auto_map names code that came with the model; it is not run, and read as {family.name}"
-    architectures = config.get("architectures")
-    known = {named.architecture: named.name for named in families().values() if named.architecture}
-    for name in architectures if isinstance(architectures, list) else []:
-        if known.get(name, family.name) != family.name:
-            yield (
-                f"config.json: model_type={config.get('model_type')} and architectures={name} contradict each other; "
-                f"read as {family.name}"
-            )
 
 
 def _of_base_model(family: Family, files: WeightFiles) -> tuple[Family, list[str]]:
@@ -268,26 +225,6 @@ def _merged(read: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, 
         key: {**read[key], **value} if isinstance(value, dict) and isinstance(read.get(key), dict) else value
         for key, value in overrides.items()
     }
-
-
-def _model_args(path: Path, raw: dict[str, Any]) -> ModelArgs:
-    try:
-        return ModelArgs.model_validate(raw)
-    except ValueError as error:
-        problems = error.errors() if isinstance(error, ValidationError) else []
-        said = "; ".join(f"{'.'.join(map(str, p['loc']))} {p['msg']}".strip() for p in problems) or str(error)
-        raise UserError(f"{path}: its config makes no model: {said}") from None
-
-
-def _family_of(config: Mapping[str, Any], path: Path) -> Family:
-    kind = config.get("model_type")
-    if not isinstance(kind, str):
-        raise UserError(f"{path / 'config.json'}: model_type is missing; give --family")
-    try:
-        return family_named(kind)
-    except UserError as error:
-        more = next((f"; it is a multimodal model ({key})" for key in MODALITIES if config.get(key)), "")
-        raise UserError(f"{path / 'config.json'}: model_type: {error}{more}") from None
 
 
 def _settled_by_weights(read: Mapping[str, Any], shapes: Mapping[Key, Shape], shards: int) -> dict[str, Any]:

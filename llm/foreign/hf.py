@@ -12,6 +12,7 @@ from typing import Any
 from llm.args import LayerSpec, ModelArgs, RopeScaling
 from llm.args.layers import attention_specs
 from llm.errors import UserError
+from llm.foreign.asked import with_values
 from llm.foreign.family import Row, Warn, row
 
 Config = Mapping[str, Any]
@@ -85,7 +86,12 @@ def with_defaults(config: Config, defaults: Config, warn: Warn) -> dict[str, Any
     known writer leaves them out."""
     for key in (key for key in SIZES if key in defaults and key not in config):
         warn(f"config.json: {key} is missing, taken as {defaults[key]}, the default of transformers")
-    return {**defaults, **config}
+    return with_values(config, {**defaults, **config})
+
+
+def filled(config: Config, defaults: Config) -> dict[str, Any]:
+    """A config with defaults in the place of what it leaves out, or says to be nothing."""
+    return with_values(config, {**defaults, **{key: value for key, value in config.items() if value is not None}})
 
 
 def one_of(config: Config, keys: Sequence[str], warn: Warn) -> Any:

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
 from llm import LLM, ModelArgs
+from llm.args.written import model_file
 from llm.cache import Cache
 from llm.checkpoint.weights import ModuleWeights
 from llm.errors import UserError
+from llm.foreign.configs import open_config
 from llm.foreign.export import choose_family, export_hf, meaning
 from llm.foreign.family import family_named
 from llm.foreign.files import open_foreign
@@ -94,6 +97,12 @@ def test_logits_equal_those_of_transformers(visit):
 
 def test_both_count_as_many_parameters(visit):
     assert sum(parameter.numel() for parameter in visit.ours.parameters()) == visit.theirs.num_parameters()
+
+
+def test_the_config_alone_says_the_same_and_comes_back_from_a_file(visit):
+    bare = open_config(visit.folder / "config.json")
+    assert bare.family.name == visit.family and bare.args == open_foreign(visit.folder).args == visit.ours.args
+    assert ModelArgs.model_validate(yaml.safe_load(model_file(bare.args, "a title"))) == bare.args
 
 
 def test_cached_decoding_equals_the_full_forward(visit):

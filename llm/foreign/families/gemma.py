@@ -100,5 +100,9 @@ def write_gemma2(args: ModelArgs) -> dict[str, Any]:
 
 FAMILIES = (
     Family("gemma", ROWS, read_gemma, write_gemma, CONTAINERS, architecture="GemmaForCausalLM"),
-    Family("gemma2", GEMMA2_ROWS, read_gemma2, write_gemma2, CONTAINERS, architecture="Gemma2ForCausalLM"),
+    Family(
+        "gemma2", GEMMA2_ROWS, read_gemma2, write_gemma2, CONTAINERS,
+        silent=("sliding_window_size",),  # of the first files, and of no code
+        architecture="Gemma2ForCausalLM",
+    ),
 )

@@ -155,6 +155,7 @@ FAMILIES = (
     Family("llama4_text", TABLE, read_config, write_config, CONTAINERS, architecture="Llama4ForCausalLM"),
     Family(
         "llama4", WITH_VISION, read_multimodal, write_multimodal, {"": ""}, tower=VISION, needs_tower=True,
+        silent=("tie_word_embeddings", "vision_feature_layer"),  # of the whole: what holds is in text_config
         architecture="Llama4ForConditionalGeneration",
     ),
 )  # fmt: skip

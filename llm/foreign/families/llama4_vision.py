@@ -89,7 +89,7 @@ FIXED: dict[str, Any] = {
 def read_hf(config: hf.Config, warn: Warn) -> dict[str, Any]:
     """`vision_config` as keys of VisionArgs. UserError naming a key that the tower cannot follow."""
     stated = config.get("vision_config") or {}
-    vision = {**DEFAULTS, **{key: value for key, value in stated.items() if value is not None}}
+    vision = hf.filled(stated, DEFAULTS)
     for key in sorted(DEFAULTS.keys() - stated.keys() - {"norm_eps", "num_channels", "pixel_shuffle_ratio"}):
         warn(f"config.json: vision_config.{key} is missing, taken as {DEFAULTS[key]}, the default of transformers")
     for key, value in FIXED.items():

@@ -204,8 +204,13 @@ BAMBA_ROWS = (
     *hf.feed_forward(f"{BLOCK}.feed_forward"),
     *hf.norms(BLOCK, attention_norm="input_layernorm", ffn_norm="pre_ff_layernorm"),
 )
+OF_INIT = (
+    "rescale_prenorm_residual", "residual_in_fp32", "time_step_rank", "time_step_min", "time_step_max",
+    "time_step_floor", "rms_norm",
+)  # fmt: skip
+"""Of initial values and of rounding; the norm is an RMS norm in transformers whatever rms_norm says."""
 FAMILIES = (
-    Family("mamba2", MAMBA2_ROWS, read_mamba2, write_mamba2, hf.containers(LAYER, "mixer", "mlp"),
+    Family("mamba2", MAMBA2_ROWS, read_mamba2, write_mamba2, hf.containers(LAYER, "mixer", "mlp"), silent=OF_INIT,
            architecture="Mamba2ForCausalLM"),
     Family("bamba", BAMBA_ROWS, read_bamba, write_bamba, hf.containers(BLOCK, "self_attn", "feed_forward"),
            architecture="BambaForCausalLM"),

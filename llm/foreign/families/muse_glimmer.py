@@ -141,6 +141,7 @@ FAMILIES = (
         INSIDE,
         tower=VISION,
         needs_tower=True,
+        silent=("max_position_embeddings",),  # of the tower, whose places are counted by its sides
         architecture="MuseGlimmerForConditionalGeneration",
     ),
 )

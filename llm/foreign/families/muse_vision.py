@@ -76,7 +76,7 @@ def _filled(config: hf.Config, defaults: dict[str, Any], above: str, warn: Warn)
     """A config with what transformers takes for what it leaves out, sizes of which are noted."""
     for key in (key for key in defaults if config.get(key) is None and key.endswith("_size")):
         warn(f"config.json: {above}{key} is missing, taken as {defaults[key]}, the default of transformers")
-    return {**defaults, **{key: value for key, value in config.items() if value is not None}}
+    return hf.filled(config, defaults)
 
 
 def _only(key: str, stated: Any, value: Any) -> None:

@@ -100,8 +100,13 @@ def write_qwen3_moe(args: ModelArgs) -> dict[str, Any]:
 
 
 MOE_ROWS = (*ROWS, *hf.experts(f"{BLOCK}.mlp", "gate_proj", "up_proj", "down_proj"))
+OF_WINDOWS = ("max_window_layers",)
+"""Says nothing where no window is in use."""
 FAMILIES = (
-    Family("qwen2", ROWS, read_qwen2, write_qwen2, CONTAINERS, architecture="Qwen2ForCausalLM"),
-    Family("qwen3", ROWS, read_qwen3, write_qwen3, CONTAINERS, architecture="Qwen3ForCausalLM"),
-    Family("qwen3_moe", MOE_ROWS, read_qwen3_moe, write_qwen3_moe, CONTAINERS, architecture="Qwen3MoeForCausalLM"),
-)
+    Family("qwen2", ROWS, read_qwen2, write_qwen2, CONTAINERS, silent=OF_WINDOWS, architecture="Qwen2ForCausalLM"),
+    Family("qwen3", ROWS, read_qwen3, write_qwen3, CONTAINERS, silent=OF_WINDOWS, architecture="Qwen3ForCausalLM"),
+    Family(
+        "qwen3_moe", MOE_ROWS, read_qwen3_moe, write_qwen3_moe, CONTAINERS, silent=OF_WINDOWS,
+        architecture="Qwen3MoeForCausalLM",
+    ),
+)  # fmt: skip
