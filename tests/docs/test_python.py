@@ -1,5 +1,6 @@
 """The Python of every page runs, block after block, names carried over, as a reader would type it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -34,16 +35,32 @@ def test_the_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytes
     for block in python(page):
         if (page, block.heading) in NOT_RUN:
             continue
-        if (page, block.heading) == ("docs/generation.md", "Encoder-decoders"):
-            kept, names["model"] = names["model"], encoder_decoder()
-            run(block.text, names)
-            names["model"] = kept
-            continue
+        of_another_model = (page, block.heading) == ("docs/generation.md", "Encoder-decoders")
+        kept = names.get("model")
+        if of_another_model:
+            names["model"] = encoder_decoder()
         try:
-            run(block.text, names)
+            printed = run(block.text, names).splitlines()
         except Exception as error:
             error.add_note(f"in the block at {block.place}")
             raise
+        if of_another_model:
+            names["model"] = kept
+        for line in said(block.text):
+            assert line in printed, f"{block.place}: printed {printed}, and not {line!r}"
+
+
+def said(code: str) -> list[str]:
+    """What the comments of a block say that it prints: behind a print, and in the lines at its end."""
+    lines = code.splitlines()
+    behind = [match[1] for line in lines if (match := re.match(r"\s*print\(.*\)\s+# ([^\[].*)$", line))]
+    last = next(i for i, line in enumerate(reversed(lines)) if not line.startswith("# "))
+    return behind + [line.removeprefix("# ") for line in lines[len(lines) - last :]]
+
+
+def test_comments_behind_prints_are_what_is_printed() -> None:
+    code = "x = 1  # one\nprint(x)  # 1\nprint(y)  # [2, 3]\nfor i in x:\n    print(i)\n# 4\n# 5"
+    assert said(code) == ["1", "4", "5"]
 
 
 def test_what_is_not_run_is_there() -> None:

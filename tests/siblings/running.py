@@ -11,8 +11,9 @@ PRINTED = re.compile(r"^print\(.*\)\s+# \[(?P<shape>[\d, ]+)\]$")
 """A line that prints a shape, and the shape as the comment beside it says."""
 
 
-def run(code: str, names: dict[str, Any], imports: Mapping[str, object] | None = None) -> None:
-    """Run a block in `names`. imports: what stands in the place of its import lines; None = they hold."""
+def run(code: str, names: dict[str, Any], imports: Mapping[str, object] | None = None) -> str:
+    """Run a block in `names`, and give what it prints. imports: what stands in the place of its import lines; None =
+    they hold."""
     if imports is not None:
         code = without_imports(code, imports)
         names.update(imports)
@@ -22,6 +23,7 @@ def run(code: str, names: dict[str, Any], imports: Mapping[str, object] | None =
     expected = [match["shape"] for line in code.splitlines() if (match := PRINTED.match(line))]
     found = re.findall(r"torch\.Size\(\[([\d, ]+)\]\)", printed.getvalue())
     assert found == expected, f"printed {found}, the comments say {expected}"
+    return printed.getvalue()
 
 
 def without_imports(code: str, imports: Mapping[str, object]) -> str:
