@@ -10,6 +10,7 @@ RUNTIME = [
     "jinja2>=3.1.6",
     "numpy>=2.0",
     "pillow>=11",
+    "plotly>=6.0",  # plotly.js of reports; its Python is never imported
     "pyarrow>=16",
     "pydantic>=2.7",
     "pyyaml>=6.0",
@@ -27,7 +28,11 @@ setup(
     description="Distributed training of large transformer models: one model, any layout, one answer",
     python_requires=">=3.11",
     packages=find_packages(include=["llm", "llm.*", "vision", "vision.*", "launch", "launch.*", "tools", "tools.*"]),
-    package_data={"llm.tokenizers.chat": ["templates/*.jinja"], "llm.evaluate": ["*.css"]},
+    package_data={
+        "llm.tokenizers.chat": ["templates/*.jinja"],
+        "llm.evaluate": ["*.css"],
+        "llm.report": ["*.css", "*.js"],
+    },
     install_requires=RUNTIME,
     extras_require={
         "dev": ["pytest>=8", "ruff>=0.8", "mypy>=1.13", "transformers>=5.0", "types-PyYAML", "types-tqdm"],

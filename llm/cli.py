@@ -38,6 +38,8 @@ class Verbatim(str):
 
 Repeated = typing.Annotated[tuple[str, ...], "repeated"]
 """Annotation of a flag that may be given several times: its values, each taken as it stands, in their order."""
+Places = typing.Annotated[tuple[str, ...], "places"]
+"""Annotation of a parameter that takes all values given by place, each as it stands."""
 
 
 def run_cli(
@@ -46,8 +48,8 @@ def run_cli(
     """Run `function` with the flags of the command line, or one of `commands` when the line begins with its name.
 
     Parameters are given by name (`--name=value`, `--name value`) or by place. Annotations decide how a value is read:
-    str, PathText, int, float, bool, `list[str]` (separated by commas), Repeated and any but that `| None`. Exits with 2
-    and one line on bad input. Every command takes `--extensions`, which are run first (llm/extensions.py).
+    str, PathText, int, float, bool, `list[str]` (separated by commas), Repeated, Places and any but these `| None`.
+    Exits with 2 and one line on bad input. Every command takes `--extensions`, which are run first (llm/extensions.py).
     """
     line = list(sys.argv[1:] if argv is None else argv)
     if line and line[0] in commands:
@@ -215,6 +217,11 @@ def bind(function: Callable[..., object], values: Sequence[str], flags: dict[str
     names = {_flag_of(name): name for name in inspect.signature(function).parameters}
     parameters = {flag: inspect.signature(function).parameters[name] for flag, name in names.items()}
     types_of = {flag: _hints(function)[name] for flag, name in names.items()}
+    gathering = next((flag for flag, kind in types_of.items() if kind == Places), None)
+    gathered = tuple(values) if gathering else ()
+    values = () if gathering else values
+    if gathered and gathering in flags:
+        raise UserError(f"--{gathering} is given twice: {gathered[0]!r} by place and {flags[gathering]!r} by name")
     if len(values) > len(parameters):
         raise UserError(f"{values[len(parameters)]!r} is one value too many; the flags are {_flag_list(parameters)}")
     given: dict[str, str] = dict(zip(parameters, values, strict=False))
@@ -231,11 +238,14 @@ def bind(function: Callable[..., object], values: Sequence[str], flags: dict[str
             raise UserError(f"--{name} has no value; one that looks like a flag is given as --{name}=VALUE")
         given[name] = "true" if text is None else text
     missing = [
-        name for name, parameter in parameters.items() if parameter.default is parameter.empty and name not in given
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty and name not in given and not (gathered and name == gathering)
     ]
     if missing:
         raise UserError(f"missing {' and '.join('--' + name for name in missing)}; see --help")
-    return {names[name]: convert(f"--{name}", text, types_of[name]) for name, text in given.items()}
+    found = {names[name]: convert(f"--{name}", text, types_of[name]) for name, text in given.items()}
+    return {**found, names[gathering]: gathered} if gathering and gathered else found
 
 
 def convert(name: str, text: str, kind: Any) -> Any:
@@ -245,7 +255,7 @@ def convert(name: str, text: str, kind: Any) -> Any:
         if text in ("None", "none", "null") and inner is not Verbatim:
             return None
         kind = inner
-    if kind == Repeated:
+    if kind in (Repeated, Places):
         return (text,)
     if typing.get_origin(kind) is typing.Annotated:
         value, checks = convert(name, text, kind.__origin__), kind.__metadata__

@@ -20,7 +20,7 @@ ROOMS = (
     "data.conversation", "tokenizers.chat", "data", "parallel", "plan", "checkpoint", "foreign", "adapters",
     "pretrained", "export",
     # what users ask for
-    "generation", "evaluate", "tasks", "extensions", "cli", "train", "siblings", "jobs",
+    "generation", "evaluate", "tasks", "extensions", "cli", "report", "train", "siblings", "jobs",
 )  # fmt: skip
 """A room is a module or a package of llm; it may import those before it."""
 LATE = {"llm.conveniences"}

@@ -5,6 +5,7 @@ A sink raises where it cannot take something; the log counts that and goes on (l
 
 import html
 import secrets
+import textwrap
 import threading
 from collections.abc import Collection
 from pathlib import Path
@@ -24,8 +25,13 @@ CURVES = {
     "seq_len": "optim/seq_len",
     "tokens_per_s": "throughput/tokens_per_s",
     "mfu": "throughput/mfu",
+    "step_time_s": "throughput/step_time_s",
     "data_wait_s": "throughput/data_wait_s",
     "memory_gb": "memory/peak_gb",
+    "epoch": "progress/epoch",
+    "expert_load": "moe/expert_load",
+    "expert_rank_load": "moe/expert_rank_load",
+    "moe_overflow": "moe/overflow",
 }
 """Fields of a row that are drawn, and under which name; beside them what a validation says, the metrics of tasks, and
 the losses and measures of objectives and sources."""
@@ -70,15 +76,19 @@ class TensorBoard:
 
     name = "tb/ (TensorBoard)"
 
-    def __init__(self, run_dir: Path, first_step: int) -> None:
-        self._folder, self._next_step = run_dir / "tb", first_step
+    def __init__(self, run_dir: Path, first_step: int, config: str = "") -> None:
+        """config: as YAML, shown as a text of the step before the first one."""
+        self._folder, self._next_step, self._config = run_dir / "tb", first_step, config
         self._board: Opened[Any] = Opened(self._open, lambda board: board.close())
 
     def _open(self) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
         threading.excepthook = _without_writer_threads
-        return SummaryWriter(str(self._folder), purge_step=self._next_step)
+        board = SummaryWriter(str(self._folder), purge_step=self._next_step)
+        if self._config:  # indented, which Markdown shows as it is
+            board.add_text("config", textwrap.indent(self._config, "    "), self._next_step - 1)
+        return board
 
     def numbers(self, step: int, values: dict[str, float]) -> None:
         def add(board: Any) -> None:

@@ -1,21 +1,27 @@
-"""A run's folder as it begins: what describes the run there, and its log."""
+"""A run's folder as it begins and ends: what describes the run there, its log, and its report."""
 
+import json
 from collections.abc import Callable, Sequence
 
 import yaml
 
 from llm.atomic import write_unless_same
 from llm.checkpoint.run_folder import save_template, save_tokenizer
+from llm.errors import UserError
+from llm.report.write import NAME, write_report
 from llm.train.csv_table import CsvTable
 from llm.train.curves import CurveSink, TensorBoard, WeightsAndBiases
 from llm.train.evaluation import opening_lines
 from llm.train.log import RunLog
+from llm.train.progress import Progress
+from llm.train.reporting import reason_of
 from llm.train.run import Run
+from llm.train.starts import start_record
 
 
-def open_log(run: Run, step: int, notes: Sequence[str]) -> RunLog:
-    """The run folder and its log, after `step` steps, with the opening lines (rank 0)."""
-    config, folder = run.config, run.folder
+def open_log(run: Run, progress: Progress, notes: Sequence[str]) -> RunLog:
+    """The run folder and its log, of a run that stands there, with the opening lines (rank 0)."""
+    config, folder, step = run.config, run.folder, progress.step
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     descriptions: tuple[Callable[[], str | None], ...] = (
@@ -26,7 +32,7 @@ def open_log(run: Run, step: int, notes: Sequence[str]) -> RunLog:
     lines = [*notes, *(_describe(run, step, write) for write in descriptions)]
     curves: list[CurveSink] = []
     if config.log.tensorboard:
-        curves.append(TensorBoard(folder, step + 1))
+        curves.append(TensorBoard(folder, step + 1, text))
     if config.log.csv:
         curves.append(CsvTable(folder, step + 1))
     if config.log.wandb:
@@ -39,6 +45,7 @@ def open_log(run: Run, step: int, notes: Sequence[str]) -> RunLog:
         curves=curves,
         measures=run.engine.objectives.measured,
     )
+    log.begin(json.dumps(start_record(run, step, progress.consumed_rows)))
     for line in filter(None, lines):
         log.say(line)
     log.say(
@@ -51,6 +58,22 @@ def open_log(run: Run, step: int, notes: Sequence[str]) -> RunLog:
     for line in opening_lines(run.config, run.tasks):
         log.say(line)
     return log
+
+
+def close_log(run: Run, log: RunLog) -> None:
+    """End the log of a run that is over, and write its report (rank 0). What keeps the report from being written is
+    said in one line, and changes nothing else.
+    """
+    if run.config.log.report:
+        path = run.folder / NAME
+        try:
+            write_report([run.folder], path)
+        except Exception as error:
+            why = str(error) if isinstance(error, UserError) else reason_of(error)
+            log.say(f"no report: {path}: {why}")
+        else:
+            log.say(f"report: {path}")
+    log.close()
 
 
 def _describe(run: Run, step: int, write: Callable[[], str | None]) -> str | None:

@@ -1,4 +1,6 @@
-"""What a run reports: lines on the screen and in log.txt, metrics.jsonl with one object per step, and curves.
+"""What a run reports: lines on the screen and in log.txt, metrics.jsonl with one object per step, and curves. Beside
+them samples.jsonl has its text samples, experts.jsonl how many tokens each expert got, and starts.jsonl what the run
+was each time that it began or went on.
 
 Only rank 0 owns one of these. After a resume, rows of steps that will be repeated are cut off first, so no curve
 doubles back. Nothing of it ever ends a run: what a place cannot take is counted, and the others hear of it
@@ -44,16 +46,19 @@ class RunLog:
         self._screen_channel = Channel("the screen", "lines")
         self._text_channel = Channel(str(run_dir / "log.txt"), "lines")
         self._metrics_channel = Channel(str(run_dir / "metrics.jsonl"), "rows")
+        self._more = {name: LineFile(run_dir / f"{name}.jsonl") for name in ("starts", "samples", "experts")}
+        self._more_channels = {name: Channel(str(run_dir / f"{name}.jsonl"), "rows") for name in self._more}
+        self._experts_every = max(interval, -(-steps // MOST_EXPERT_ROWS))
         self._curves = [(sink, Channel(sink.name, "points of steps")) for sink in curves]
-        healed = cut_from(run_dir / "metrics.jsonl", first_step)
+        healed = [cut_from(run_dir / f"{name}.jsonl", first_step) for name in ("metrics", "samples", "experts")]
         self._bar = None
         with suppress(OSError, ValueError):  # a terminal that is gone
             if sys.stderr is not None and sys.stderr.isatty():
                 self._bar = tqdm(total=steps, initial=first_step - 1, unit="step", dynamic_ncols=True)
         self._first_step = first_step
         self._started = time.monotonic()
-        if healed:
-            self.say(healed)
+        for line in filter(None, healed):
+            self.say(line)
 
     def say(self, text: str) -> None:
         """A line for the screen and log.txt."""
@@ -79,6 +84,18 @@ class RunLog:
         lost = screen.complaint()  # a protected one does not raise
         if lost is not None:
             raise lost
+
+    def begin(self, record: str) -> None:
+        """Record what the run is as it begins or goes on: JSON on one line."""
+        self._write("starts", record)
+
+    def _write(self, name: str, line: str) -> None:
+        self._pass_on(self._more_channels[name].send(lambda: self._more[name].write(line)))
+
+    def experts(self, step: int, counts_ME: Tensor | None) -> None:
+        """Record how many tokens each expert of each MoE layer got: every `interval` steps, in a long run at fewer."""
+        if counts_ME is not None and step % self._experts_every == 0:
+            self._write("experts", json.dumps({"step": step, "counts": counts_ME.tolist()}, separators=(",", ":")))
 
     def step(self, row: dict[str, Any]) -> None:
         """Record a step: always in metrics.jsonl and the curves, every `interval` steps and at a validation on the
@@ -111,6 +128,7 @@ class RunLog:
         """A text sample, on the screen, in log.txt and beside the curves; there also the images that it is about, uint8
         tiles (n, 3, S, S)."""
         self.say(f"--- sample at step {step}, prompt {prompt!r} ---\n{text}\n---")
+        self._write("samples", json.dumps({"step": step, "prompt": prompt, "text": text}))
         self._draw(lambda sink: sink.text(step, "sample", text))
         if images is not None:
             self._draw(lambda sink: sink.images(step, "sample", images))
@@ -125,6 +143,8 @@ class RunLog:
                 self._bar.close()
         self._pass_on(*(channel.end(sink.close) for sink, channel in self._curves))
         self._pass_on(self._metrics_channel.end(self._metrics.close), self._screen_channel.end(_nothing))
+        for name, file in self._more.items():
+            self._pass_on(self._more_channels[name].end(file.close))
         self._pass_on(self._text_channel.end(self._text.close))
 
     def _line(self, row: dict[str, Any]) -> str:
@@ -140,6 +160,8 @@ class RunLog:
         )
 
 
+MOST_EXPERT_ROWS = 1000
+"""Of experts.jsonl, whatever the length of the run: a row may have thousands of numbers, and a map no more columns."""
 SAID = {
     "valid_loss": ("validation loss", ".4f"),
     "valid_ppl": ("perplexity", ".2f"),

@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,16 +24,17 @@ from llm.tokenizers.folder import notes_of
 from llm.train import reference
 from llm.train.best import VALID_LOSS
 from llm.train.config import RunConfig
-from llm.train.config.length import misfit, untraced
+from llm.train.config.length import misfit, unwatched
 from llm.train.config.outputs import is_of_validation
 from llm.train.evaluation import evaluate
-from llm.train.folder import open_log
+from llm.train.folder import close_log, open_log
 from llm.train.freezing import frozen_notes
 from llm.train.guard import part_passed_over, rows_and_size
 from llm.train.init_from import read_adapter, read_weights
 from llm.train.log import RunLog
 from llm.train.metrics import StepMetrics
 from llm.train.notes import config_notes
+from llm.train.profiling import Profiler
 from llm.train.progress import Progress
 from llm.train.resume.restore import Restorer
 from llm.train.run import build_run
@@ -94,7 +95,7 @@ class Trainer:
         run = self.run
         optim, length = run.config.optim, f"train.epochs={run.epochs}, that is {run.steps} steps"
         wrong = misfit(optim.warmup_steps, optim.decay_steps, run.steps, length)
-        wrong = wrong or untraced(run.config.log.trace_steps, run.steps, length)
+        wrong = wrong or unwatched(run.config.log.watched, run.steps, length)
         if wrong and run.epochs is not None:
             raise agreed_error(wrong)
         lines = self._begin_with_weights() + self._begin_with_adapter()
@@ -144,13 +145,18 @@ class Trainer:
         requests = Requests(run.folder)
         try:
             while notes is not None:
-                opening = partial(open_log, run, progress.step, notes) if run.world.is_main else _nothing
+                opening = partial(open_log, run, progress, notes) if run.world.is_main else _nothing
                 log = all_or_none(opening, run.world)
+                ended = False
                 try:
                     notes = self._steps(log, requests)
+                    ended = notes is None
+                except (SystemExit, UserError):
+                    ended = True
+                    raise
                 finally:
                     if log:
-                        log.close()
+                        close_log(run, log) if ended else log.close()
         finally:
             requests.close()
 
@@ -164,9 +170,10 @@ class Trainer:
             return None
         first = progress.step + 1
         trace = Trace(run.engine.model, run.world, run.folder / "trace.jsonl", config.log.trace_steps, first)
+        profiler = Profiler(run.grid, run.folder, config.log.profile_steps)
         if progress.step == 0 and config.eval.at_start:
             self._validate_first(log, requests)
-        with self.loader() as loader:
+        with self.loader() as loader, closing(profiler):
             while end is None:
                 started = time.perf_counter()
                 work = self._next_work(loader, requests)
@@ -174,12 +181,13 @@ class Trainer:
                     self.saver.advance(log)
                 if work.stop or work.save:
                     self._obey(work.stop, log, requests)
-                with trace.step(progress.step + 1, run.engine.gradient_scale):
+                step = progress.step + 1
+                with profiler.step(step), trace.step(step, run.engine.gradient_scale):
                     result, lr = self.take_step(work.batch, work.counts)
                 if config.checkpoint.asynchronous and progress.step == first:  # the optimizer has its state now
                     run.store.prepare(run.engine.state.owned_fragments())
                 action, lines = progress.guard.judge(progress.step, result, *rows_and_size(work.batch))
-                lines = [*trace.notes(), *part_passed_over(progress.step, work.batch), *lines]
+                lines = [*trace.notes(), *profiler.notes(), *part_passed_over(progress.step, work.batch), *lines]
                 if action == "rewind":
                     return [*lines, *self._rewind(log)]
                 row = self.metrics.row(
@@ -191,6 +199,8 @@ class Trainer:
                     lr=lr,
                     seconds=time.perf_counter() - started,
                 )
+                if log:
+                    log.experts(progress.step, result.expert_counts)
                 end = self._after_step(row, log, lines, requests)
         self.saver.finish(log, last=True)
         if log:

@@ -51,7 +51,7 @@ def tiny_config(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
         "train": {"steps": 20, "global_batch_size": 16, "micro_batch_size": 4, "seq_len": 48, "precision": "fp32"},
         "checkpoint": {"interval": 1000, "keep": 2, "keep_best": False},
         "eval": {"interval": 1000},
-        "log": {"interval": 10, "tensorboard": False},
+        "log": {"interval": 10, "tensorboard": False, "report": False},
     }
     for name, section in sections.items():
         config[name] = {**config.get(name, {}), **section}

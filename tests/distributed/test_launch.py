@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train": {"steps": 12, "precision": "bf16" if has("bf16") else "fp32"},
         "checkpoint": {"interval": 4, "keep": 3},
         "eval": {"interval": 6, "sample_interval": 12, "sample_tokens": 8, "prompts": ["ab", ""]},
-        "log": {"tensorboard": True},
+        "log": {"tensorboard": True, "report": True},
     }
     write_config(folder / "config.yaml", tiny_config(folder, **sections))
     done = run("launch/pretrain.py", *arguments(folder), "--nproc", "2")
@@ -51,8 +51,12 @@ def test_the_run_folder_holds_what_the_readme_lists(folder: Path) -> None:
     assert {p.name for p in run_dir.iterdir()} == {
         "checkpoints",
         "config.yaml",
+        "experts.jsonl",
         "log.txt",
         "metrics.jsonl",
+        "report.html",
+        "samples.jsonl",
+        "starts.jsonl",
         "tb",
         "tokenizer",
     }
@@ -62,6 +66,8 @@ def test_the_run_folder_holds_what_the_readme_lists(folder: Path) -> None:
     assert rows[-1]["tokens"] == 12 * 16 * 48
     assert "sample at step 12, prompt 'ab'" in (run_dir / "log.txt").read_text()
     assert "sample at step 12" in (folder / "stdout").read_text()
+    assert f"report: {run_dir / 'report.html'}" == (folder / "stdout").read_text().splitlines()[-1]
+    assert (run_dir / "report.html").read_text().count("<figure") > 10
 
 
 def test_generate_continues_from_the_run_folder_and_from_a_checkpoint(folder: Path) -> None:

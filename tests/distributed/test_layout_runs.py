@@ -26,6 +26,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw = tiny_config(
         folder,
         parallel=CUT,
+        log={"interval": 2},
         train={"steps": STEPS},
         checkpoint={"interval": SAVED_STEP},
         eval={"interval": 2, "sample_interval": STEPS, "sample_tokens": 16, "temperature": 0.0, "prompts": ["ab", ""]},
@@ -42,6 +43,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def samples(run_dir: Path) -> list[str]:
     """The sampled texts in a run's log."""
     return re.findall(r"--- sample .*?\n---", (run_dir / "log.txt").read_text(), re.DOTALL)
+
+
+def loads(run_dir: Path) -> list[str]:
+    """The lines of experts.jsonl."""
+    return (run_dir / "experts.jsonl").read_text().splitlines()
 
 
 def assert_close(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
@@ -62,10 +68,12 @@ def test_the_same_layout_and_seed_give_the_same_bytes(runs: Path) -> None:
     assert len(fresh) == STEPS
     assert without_timing(metrics(runs / "again")) == fresh
     assert samples(runs / "again") == samples(runs / "fresh")
+    assert loads(runs / "again") == loads(runs / "fresh") and len(loads(runs / "fresh")) == STEPS // 2
 
 
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(runs: Path) -> None:
     assert without_timing(metrics(runs / "resumed")) == without_timing(metrics(runs / "fresh"))[SAVED_STEP:]
+    assert loads(runs / "resumed") == loads(runs / "fresh")[SAVED_STEP // 2 :]
     last = f"checkpoints/step_{STEPS:08d}"
     files = sorted(path.name for path in (runs / "fresh" / last).glob("rank_*.safetensors"))
     assert len(files) == 4
@@ -82,6 +90,7 @@ def test_cut_and_uncut_runs_record_the_same(runs: Path, other: str) -> None:
     texts = samples(runs / "fresh")
     assert len(texts) == 2 and all(len(text.splitlines()) > 2 for text in texts)
     assert samples(runs / other) == texts
+    assert loads(runs / other) == loads(runs / "fresh"), "how many tokens each expert got, however the work is cut"
 
 
 def test_a_cut_run_continues_on_another_layout(runs: Path) -> None:

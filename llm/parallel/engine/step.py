@@ -51,6 +51,8 @@ class StepResult:
     expert_rank_load: float | None = None
     """The same of the ranks that experts lie on: how much longer the slowest one works; 1 where all have all experts.
     """
+    expert_counts: Tensor | None = None
+    """(M, E) int64 on the host: how many tokens each expert of each MoE layer got."""
     moe_overflow: float | None = None
     """Share of all assignments to experts that found theirs full; None where experts have no capacity."""
     routes: dict[int, RouteCounts] = field(default_factory=dict)
@@ -196,6 +198,7 @@ class Tally:
             result.routes[layer] = RouteCounts(torch.tensor(row, dtype=torch.float64))
         if self._routed.numel():
             self.counts = torch.tensor(routed, dtype=torch.int64).view(self._routed.shape)
+            result.expert_counts = self.counts
             result.routing_checksum = zlib.crc32(self.counts.numpy().tobytes())
             result.expert_load = highest_share(self.counts)
             result.expert_rank_load = highest_share(self.counts.unflatten(1, (expert_ranks, -1)).sum(-1))

@@ -1,5 +1,7 @@
 """Whether warm-up, decay and traced steps fit into a run, and the warm-up of one that names none."""
 
+from collections.abc import Mapping
+
 DEFAULT_WARMUP = 100
 """Steps, but at most a tenth of the run."""
 
@@ -34,14 +36,14 @@ def misfit(warmup: int | None, decay: int | None, steps: int, length: str) -> st
     return f"{what} are longer than {length}; {remedy}, or more steps"
 
 
-def untraced(trace_steps: tuple[int, int] | None, steps: int, length: str) -> str | None:
-    """What is wrong with `log.trace_steps` in a run of `steps` steps, which came from `length`: steps that it has not
-    would be missed when it is over.
+def unwatched(watched: Mapping[str, tuple[int, int] | None], steps: int, length: str) -> str | None:
+    """What is wrong with `log.trace_steps` and the like, by their keys, in a run of `steps` steps, which came from
+    `length`: steps that it has not would be missed when it is over.
     """
-    if trace_steps is None or trace_steps[1] <= steps:
-        return None
-    first, last = trace_steps
-    return f"log.trace_steps=[{first}, {last}]: there is no step {last} in {length}"
+    for key, span in watched.items():
+        if span is not None and span[1] > steps:
+            return f"{key}=[{span[0]}, {span[1]}]: there is no step {span[1]} in {length}"
+    return None
 
 
 def cut_short(schedule: str, warmup: int | None, steps: int) -> str | None:

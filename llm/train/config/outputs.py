@@ -156,8 +156,18 @@ class LogConfig(Section):
     """Write the same curves to metrics.csv in the run folder, a row a step."""
     peak_flops: float | None = Field(None, gt=0)
     """Arithmetic peak of one device (FLOP/s), for mfu; null = known for common GPUs, mfu stays null elsewhere."""
+    report: bool = Field(True, exclude_if=lambda value: value is True)
+    """Write report.html to the run folder when the run ends (tools/report.py makes it at any time)."""
     trace_steps: Annotated[tuple[Count, Count] | None, BY_COMMAS] = None
     """[first, last]: write statistics of every module's output and every gradient of these steps to trace.jsonl."""
+    profile_steps: Annotated[tuple[Count, Count] | None, BY_COMMAS] = Field(None, exclude_if=lambda span: span is None)
+    """[first, last]: write PyTorch's profile of these steps to profile/ in the run folder, as Chrome traces of the
+    ranks that together hold the model once."""
+
+    @property
+    def watched(self) -> dict[str, tuple[int, int] | None]:
+        """The steps that are looked at more closely, by the keys that say so."""
+        return {"log.trace_steps": self.trace_steps, "log.profile_steps": self.profile_steps}
 
     @model_validator(mode="after")
     def _consistent(self) -> "LogConfig":
@@ -166,6 +176,7 @@ class LogConfig(Section):
                 'log.wandb=true: the package wandb is not installed; pip install "lattice-llm[wandb]", '
                 "or log.wandb=false"
             )
-        if self.trace_steps is not None and self.trace_steps[0] > self.trace_steps[1]:
-            raise ValueError(f"log.trace_steps={list(self.trace_steps)}: the first step lies after the last")
+        for key, steps in self.watched.items():
+            if steps is not None and steps[0] > steps[1]:
+                raise ValueError(f"{key}={list(steps)}: the first step lies after the last")
         return self

@@ -13,7 +13,7 @@ from llm.tokenizer import TokenizerConfig
 from llm.train.config.data import DataConfig
 from llm.train.config.deepspeed_options import checked_options
 from llm.train.config.explain import keys_of
-from llm.train.config.length import misfit, untraced
+from llm.train.config.length import misfit, unwatched
 from llm.train.config.lora import LoraConfig
 from llm.train.config.optim import OptimConfig
 from llm.train.config.outputs import CheckpointConfig, EvalConfig, LogConfig, is_of_validation
@@ -167,7 +167,7 @@ class RunConfig(Section):
         if steps is not None:  # of train.epochs only the data says how many they are
             length = f"train.steps={steps}"
             wrong = misfit(optim.warmup_steps, optim.decay_steps, steps, length)
-            wrong = wrong or untraced(self.log.trace_steps, steps, length)
+            wrong = wrong or unwatched(self.log.watched, steps, length)
             if wrong:
                 raise ValueError(wrong)
         return self._with_adapters()._with_prediction_mode()._with_held_out_rows()
