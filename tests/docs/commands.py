@@ -18,7 +18,7 @@ from llm.train.config.explain import keys_of
 from llm.train.config.flags import parse_run_flags
 from tests.shared import ROOT
 
-PLAIN = ("cd", "cp", "mkdir", "touch", "tail", "head", "ls", "cat", "git", "tensorboard", "kill", "nvidia-smi")
+PLAIN = ("cd", "cp", "mkdir", "touch", "tail", "head", "ls", "cat", "git", "tensorboard", "kill", "nvidia-smi", "hf")
 """Commands of the system, or of packages, with which pages do no more than anyone knows."""
 OPEN = ("train.objectives", "optim.lr_factors", "deepspeed", "data.train", "data.valid", "task")
 """Keys under which there are names or numbers of the reader's own."""
