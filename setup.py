@@ -1,6 +1,29 @@
 """Packaging. The ranges here say what the code accepts; what is installed is pinned in requirements*.txt."""
 
+import shutil
+from pathlib import Path
+
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+SHIPPED = {"launch": ("*.py", "*.sh", "*.sbatch"), "tools": ("*.py",), "configs": ("*/*.yaml", "*/*.jinja")}
+"""Files beside the packages that a wheel has in llm/_shipped (llm/shipped.py): as packages of their own, tools and
+launch would take these names from everybody else."""
+
+
+class BuildWithShipped(build_py):
+    """Packages, and what lies beside them; an editable installation finds that in the repository."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        for folder, patterns in SHIPPED.items():
+            for file in sorted(found for pattern in patterns for found in Path(folder).glob(pattern)):
+                target = Path(self.build_lib, "llm", "_shipped", file)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)
+
 
 RUNTIME = [
     "torch>=2.11",
@@ -27,7 +50,9 @@ setup(
     version="0.1.0",
     description="Distributed training of large transformer models: one model, any layout, one answer",
     python_requires=">=3.11",
-    packages=find_packages(include=["llm", "llm.*", "vision", "vision.*", "launch", "launch.*", "tools", "tools.*"]),
+    packages=find_packages(include=["llm", "llm.*", "vision", "vision.*"]),
+    cmdclass={"build_py": BuildWithShipped},
+    entry_points={"console_scripts": ["lattice = llm.command.main:main"]},
     package_data={
         "llm.tokenizers.chat": ["templates/*.jinja"],
         "llm.evaluate": ["*.css"],

@@ -324,7 +324,7 @@ def _is_flag(word: str) -> bool:
 
 
 def _type_name(kind: Any) -> str:
-    if typing.get_origin(kind) is typing.Union:  # as `| None` of an annotated type reads
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):  # the former is `| None` of an annotated type
         return " | ".join("None" if inner is types.NoneType else _type_name(inner) for inner in typing.get_args(kind))
     if typing.get_origin(kind) is typing.Literal:
         return " | ".join(typing.get_args(kind))

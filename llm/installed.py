@@ -8,6 +8,9 @@ import os
 import sys
 
 OLDEST = (3, 11)
+LLM = os.path.dirname(os.path.abspath(__file__))
+SHIPPED = os.path.join(LLM, "_shipped")
+"""Of a wheel: what a checkout has beside llm/ (llm/shipped.py)."""
 PACKAGES = ("torch", "numpy", "PIL", "pydantic", "yaml", "tqdm", "safetensors", "sentencepiece", "pyarrow")
 
 
@@ -15,6 +18,8 @@ def problem() -> "str | None":
     """One line for what is missing and what to do; None where nothing is."""
     python = f"{sys.executable or 'this'} is Python {sys.version_info[0]}.{sys.version_info[1]}"
     remedy = "`make setup` makes .venv with all of it: use .venv/bin/python"
+    if os.path.isdir(SHIPPED):
+        remedy = "`pip install` its wheel without --no-deps, which brings them"
     if sys.version_info[:2] < OLDEST:
         return f"{python}; Lattice needs {OLDEST[0]}.{OLDEST[1]} or later; {remedy}"
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
@@ -24,16 +29,25 @@ def problem() -> "str | None":
 
 
 def check() -> None:
-    """ImportError with that line; a command of this project (launch/, tools/) prints it and ends with status 2."""
+    """ImportError with that line; a command of this project (launch/, tools/, lattice) prints it and ends with status
+    2.
+    """
     line = problem()
     if line is None:
         return
-    script = os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "")
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    if os.path.dirname(script) in (os.path.join(root, "launch"), os.path.join(root, "tools")):
+    if _is_command():
         sys.stderr.write(f"error: {line}\n")
         sys.exit(2)
     raise ImportError(line)
+
+
+def _is_command() -> bool:
+    if sys.argv[:1] == ["-m"]:  # what Python has there while it looks for the module: `python -m llm`
+        return True
+    script = os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "")
+    folder, name = os.path.split(script)
+    scripts = [os.path.join(root, part) for root in (os.path.dirname(LLM), SHIPPED) for part in ("launch", "tools")]
+    return folder in scripts or os.path.splitext(name)[0] == "lattice"
 
 
 check()

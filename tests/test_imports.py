@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
     # what anything may use
-    "errors", "installed", "malloc", "environment", "signals", "paths", "screen", "atomic", "boxes", "safetensors_file",
-    "scorers", "prediction_scores",
+    "errors", "installed", "shipped", "malloc", "environment", "signals", "paths", "screen", "atomic", "boxes",
+    "safetensors_file", "scorers", "prediction_scores",
     # what a model is, and the model
     "args", "init", "kernels", "datatypes", "layers", "parameters", "flops", "recompute", "batch", "cache", "row_cache",
     "conveniences", "value_methods", "contexts", "embeds", "heads", "sides", "model", "compile", "generation.sampling",
@@ -20,11 +20,13 @@ ROOMS = (
     "data.conversation", "tokenizers.chat", "data", "parallel", "plan", "checkpoint", "foreign", "adapters",
     "pretrained", "export",
     # what users ask for
-    "generation", "evaluate", "tasks", "extensions", "cli", "report", "train", "siblings", "jobs",
+    "generation", "evaluate", "tasks", "extensions", "cli", "report", "train", "siblings", "jobs", "command",
+    "__main__",
 )  # fmt: skip
 """A room is a module or a package of llm; it may import those before it."""
-LATE = {"llm.conveniences"}
-"""The one deliberate exception: methods of LLM that read and write files, which know models, import when called."""
+LATE = {"llm.conveniences", "llm.layers.foreign_names"}
+"""The deliberate exceptions: methods of LLM that read and write files, and the loading of a state dict, whose names may
+be foreign, need what knows models; they import it when called."""
 
 
 def modules() -> dict[str, Path]:

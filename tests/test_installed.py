@@ -23,13 +23,21 @@ def test_what_is_missing_is_named_with_the_way_out(monkeypatch: pytest.MonkeyPat
 
 
 COMMANDS = ("launch/pretrain.py", "launch/generate.py", "tools/convert.py", "tools/shard.py", "tools/inspect.py")
+ISOLATED = ("-I", "-S")
+"""Neither this environment's packages nor PYTHONPATH."""
 
 
 @pytest.mark.parametrize("script", COMMANDS)
 def test_a_command_of_a_python_without_packages_says_one_line(script: str) -> None:
-    # -I -S: neither this environment's packages nor PYTHONPATH
-    words = [sys.executable, "-I", "-S", str(ROOT / script), "--help"]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, *ISOLATED, str(ROOT / script), "--help"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and "without torch, " in line and "use .venv/bin/python" in line
+
+
+def test_so_does_the_one_command() -> None:
+    # -S alone: -I would not look into the working directory for llm
+    done = subprocess.run([sys.executable, "-S", "-m", "llm", "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and "without torch, " in line

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tokenize
 from pathlib import Path
+from typing import Any
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -54,7 +55,7 @@ def prepare(data: PathText = "runs/data/stdlib", vocab_size: int = 8192) -> None
     for made, command in steps:
         if made.exists():
             print(f"{made}: there already")
-        elif subprocess.run([sys.executable, *command], cwd=ROOT).returncode != 0:
+        elif _call(command).returncode != 0:
             raise UserError(f"{command[0]} failed; its message is above")
 
 
@@ -115,7 +116,7 @@ def _baselines(folder: Path) -> dict[str, float]:
             f"--valid={text / 'valid.jsonl'}",
             f"--output={kept}",
         ]
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+        done = _call(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise UserError(f"tools/baselines.py failed: {done.stderr.strip().splitlines()[-1:]}")
     return {str(name): float(value) for name, value in json.loads(kept.read_text()).items()}
@@ -124,10 +125,15 @@ def _baselines(folder: Path) -> dict[str, float]:
 def _sample(run_dir: str, temperature: float, seed: int) -> str:
     command = ["launch/generate.py", f"--model={run_dir}", "--prompt=def ", f"--max_new_tokens={SAMPLE_TOKENS}"]
     command += [f"--temperature={temperature}", f"--seed={seed}"]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    done = _call(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise UserError(f"launch/generate.py failed: {done.stderr.strip().splitlines()[-1:]}")
     return "def " + done.stdout.rstrip("\n")
+
+
+def _call(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a script of ours, whose paths are those of the working directory."""
+    return subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], **options)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def _rows(file: Path) -> Iterator[dict[str, str]]:
 
 
 def _call(script: str, *words: str) -> None:
-    if subprocess.run([sys.executable, script, *words], cwd=ROOT).returncode != 0:
+    if subprocess.run([sys.executable, str(ROOT / script), *words]).returncode != 0:
         raise UserError(f"{script} failed; its message is above")
 
 

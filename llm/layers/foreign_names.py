@@ -26,6 +26,8 @@ def accept_foreign_names(module: nn.Module, args: ModelArgs, place: str) -> None
     not. One in our names loads as ever."""
 
     def hook(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        import llm.foreign.load  # noqa: F401  (it says here how to translate; it knows models, so it comes late)
+
         own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         for translate in _translators:
             translated = translate(module, args, place, own)

@@ -12,7 +12,9 @@ from unittest import mock
 
 from llm import cli
 from llm.cli import bind, split, taken_out, with_values
+from llm.command.main import find, with_processes
 from llm.jobs.evaluate import LAYOUT_FLAGS, read_flags
+from llm.shipped import run_config
 from llm.train.config import RunConfig
 from llm.train.config.explain import keys_of
 from llm.train.config.flags import parse_run_flags
@@ -99,9 +101,17 @@ def _check_python(words: list[str]) -> None:
 
 def _check_lattice(words: list[str]) -> None:
     """The one command, whose subcommands are scripts under other names."""
-    from llm.commands import COMMANDS  # type: ignore[import-not-found, unused-ignore]
-
-    assert words[0] in COMMANDS, f"lattice {words[0]}"
+    if words[0] in ("--help", "--version"):
+        return
+    command = find(words[0])
+    if "--help" in words:
+        return
+    rest = command.words(with_processes(words[1:]))
+    if command.script.endswith(".py"):
+        _check_python([command.script, *rest])
+        return
+    function = getattr(importlib.import_module(command.script), command.name)
+    bind(function, *split(with_values(rest, function)))
 
 
 def check_run(words: Sequence[str]) -> None:
@@ -111,6 +121,8 @@ def check_run(words: Sequence[str]) -> None:
     flags = parse_run_flags(list(words))
     for key in flags.overrides:
         assert key in keys_of(RunConfig) or any(key.startswith(f"{name}.") for name in OPEN), key
+    if not Path(flags.config).suffix and not flags.config.isupper():
+        run_config(flags.config)
     given = (flags.config, flags.overrides.get("model"))
     for path in (path for path in given if isinstance(path, str) and path.startswith("configs/")):
         assert (ROOT / path).is_file(), path

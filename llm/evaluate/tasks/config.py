@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from llm import shipped
 from llm.errors import UserError
 from llm.paths import PathText
 
-SHIPPED = Path(__file__).resolve().parents[3] / "configs" / "evaluate"
+SHIPPED = shipped.root() / "configs" / "evaluate"
 """Tasks that are called by name."""
 
 Schema = TypeVar("Schema", bound=BaseModel)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from llm import shipped
 from llm.errors import UserError
 from llm.tokenizers.auto import read_json
 from llm.tokenizers.base import Tokenizer
@@ -67,7 +68,7 @@ def find_source(choice: str, folder: str | Path | None) -> Source:
         )
     if not choice.endswith((".jinja", ".jinja2", ".j2")):
         raise UserError(f"chat.template={choice}: expected auto, {', '.join(CONTROLS)}, or the path of a .jinja file")
-    return Source(_text(Path(choice)), f"the chat template {choice}")
+    return Source(_text(shipped.found(choice)), f"the chat template {choice}")
 
 
 def template_in(folder: Path) -> Source | None:

@@ -10,6 +10,7 @@ from llm.args.lora import DEFAULT_TARGETS
 from llm.args.model import OF_OUTPUTS, OUTPUTS, SETTLED, with_dropout
 from llm.errors import UserError
 from llm.extensions import load as load_extensions
+from llm.shipped import found, run_config
 from llm.train.config.explain import by_commas, explain, prepared
 from llm.train.config.overrides import put
 from llm.train.config.schema import RunConfig
@@ -17,17 +18,18 @@ from llm.train.config.yaml_file import read_yaml
 
 
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> RunConfig:
-    """Read a YAML run config, apply `{"train.steps": 200}`-like overrides, validate.
+    """Read a YAML run config, apply `{"train.steps": 200}`-like overrides, validate. `path` may be the name of a config
+    that ships with Lattice.
 
     Raises UserError naming the file or the key; nothing else is touched.
     """
-    raw = read_yaml(Path(path))
+    raw = read_yaml(run_config(path))
     model = raw.get("model")
     for key, value in (overrides or {}).items():
         if key == "model":
             model = raw["model"] = value
     if isinstance(model, str):
-        raw["model"] = read_yaml(Path(model).expanduser())
+        raw["model"] = read_yaml(found(model))
     for key, value in (overrides or {}).items():
         if key != "model":
             put(raw, key, value, RunConfig)

@@ -1,0 +1,56 @@
+"""What comes with the program beside its packages: launch/, tools/ and configs/.
+
+In the repository they lie beside llm/; a wheel has them in llm/_shipped (setup.py puts them there), laid out as in the
+repository, so that a script finds its neighbours in both. What a user's own folder has under the same name goes first.
+"""
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+
+from llm.errors import UserError
+
+PACKAGE = Path(__file__).resolve().parent
+FOLDERS = ("pretrain", "finetune", "siblings")
+"""Of configs/, in which a run config may be called by its name alone."""
+
+
+def root() -> Path:
+    """The folder that has launch/, tools/ and configs/."""
+    inside = PACKAGE / "_shipped"
+    return inside if inside.is_dir() else PACKAGE.parent
+
+
+def found(path: str | Path) -> Path:
+    """The file of a relative path: in the working directory, else the one that ships under it; as given where neither
+    is there.
+    """
+    given = Path(path).expanduser()
+    shipped = root() / given
+    if given.exists() or given.is_absolute() or given.parts[:1] != ("configs",) or not shipped.is_file():
+        return given
+    return shipped
+
+
+def run_config(name_or_path: str | Path) -> Path:
+    """The file of a run config, by its path or by the name of a shipped one: `quickstart`. UserError naming the
+    nearest where a name is unknown.
+    """
+    given = Path(name_or_path).expanduser()
+    if given.exists() or given.suffix or given.is_absolute():
+        return found(name_or_path)
+    named = dict(run_configs())
+    for name in (str(given), *(f"{folder}/{given}" for folder in FOLDERS)):
+        if name in named:
+            return named[name]
+    short = {name.partition("/")[2] for name in named}
+    near = difflib.get_close_matches(str(given), [*short, *named], n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]}?" if near else "`lattice configs` lists the latter"
+    raise UserError(f"{name_or_path}: neither a file nor a config that ships with Lattice; {hint}")
+
+
+def run_configs() -> Iterator[tuple[str, Path]]:
+    """(`pretrain/quickstart`, its file) of each shipped run config."""
+    for folder in FOLDERS:
+        for file in sorted((root() / "configs" / folder).glob("*.yaml")):
+            yield f"{folder}/{file.stem}", file
