@@ -55,7 +55,7 @@ def make_context(
         lengths, agree = torch.tensor(document_lengths(positions_BT, document_starts), device=device), False
     positions = torch.tensor(positions_BT[:1] if agree else positions_BT, device=device)
     attention, heads = attention_specs(specs), [spec.heads for spec in specs if spec.heads is not None]
-    stateful, strided = len(attention) < len(specs), any(spec.stride > 1 for spec in specs)
+    stateful, strided = any(spec.stateful for spec in specs), any(spec.stride > 1 for spec in specs)
     padded = (args.moe is not None or stateful) and (positions_BT < 0).any()
     if inputs.parents is not None and (stateful or lengths is not None or cache is not None):
         raise ValueError(
@@ -194,7 +194,7 @@ def _check_both_ways(specs: Sequence[LayerSpec], inputs: TransformerInput, cache
         raise ValueError(f"{what} cannot continue a cache: what it remembers would have to see what comes later")
     if inputs.parents is not None:
         raise ValueError(f"{what} cannot have inputs.parents, from which documents go on without being seen")
-    other = next((spec for spec in specs if spec.attention is None), None)
+    other = next((spec for spec in specs if spec.stateful), None)
     if other is not None:
         raise ValueError(
             f"{what} need attention in every layer; layer {other.index} is {other.mixer.name}, which keeps a state of "

@@ -19,8 +19,8 @@ Mask = Literal["full", "chunk", "window"]
 QKNorm = Literal["l2", "plain", "head", "full"]
 
 PATTERN_ALIASES = {"alternating": ["ssm", "attn"]}
-PLANNED = ("none",)
-"""Mixers that the grammar knows and nothing implements."""
+NO_MIXER = "none"
+"""The mixer of a layer that is a feed-forward alone."""
 FLAGS = {"full": "mask", "chunk": "mask", "window": "mask", "rope": "rope", "nope": "rope"}
 
 
@@ -80,6 +80,13 @@ class RoutedSpec(MixerSpec):
 
 
 @dataclass(frozen=True)
+class SumSpec(MixerSpec):
+    """A state-space mixer and attention, both for all tokens."""
+
+    each: AttentionSpec
+
+
+@dataclass(frozen=True)
 class NormsSpec:
     """Where a layer has norms, around the mixer and around the feed-forward alike."""
 
@@ -118,7 +125,22 @@ class LayerSpec:
     @property
     def heads(self) -> AttentionSpec | None:
         """How queries and keys are made, also where the mixer attends to something else than its tokens."""
-        return self.mixer.each if isinstance(self.mixer, StridedAttentionSpec | RoutedSpec) else self.attention
+        return self.mixer.each if isinstance(self.mixer, StridedAttentionSpec | RoutedSpec) else self.attends
+
+    @property
+    def attends(self) -> AttentionSpec | None:
+        """How each token attends to those that it sees, where it does, beside a state too."""
+        return self.mixer.each if isinstance(self.mixer, SumSpec) else self.attention
+
+    @property
+    def mixes(self) -> bool:
+        """Whether it has a mixer; else it is a feed-forward alone."""
+        return self.mixer.name != NO_MIXER
+
+    @property
+    def stateful(self) -> bool:
+        """Whether it keeps a state of what came before, beside keys and values of each token."""
+        return self.mixes and self.attention is None
 
     @property
     def stride(self) -> int:
@@ -132,8 +154,8 @@ class LayerSpec:
 
 
 def attention_specs(specs: Iterable[LayerSpec]) -> list[AttentionSpec]:
-    """Of those layers that have attention."""
-    return [spec.attention for spec in specs if spec.attention is not None]
+    """Of those layers in which each token attends."""
+    return [spec.attends for spec in specs if spec.attends is not None]
 
 
 class MixerType(Protocol):
@@ -161,15 +183,13 @@ def parse_item(text: str, index: int) -> LayerItem:
         refuse(text, f"unknown feed-forward +{ffn_text}; use {either(FFNS)}")
     mixer_text, *flags = head.split(":")
     mixer, at, stride_text = mixer_text.partition("@")
-    if mixer not in MIXERS and mixer not in PLANNED:
-        known = [name for name in dict.fromkeys([*MIXERS, *PLANNED]) if name != STRIDED_ATTENTION]
+    if mixer not in MIXERS:
+        known = [name for name in MIXERS if name != STRIDED_ATTENTION]
         refuse(
             text, f"unknown mixer {mixer!r}; the grammar is mixer[@stride][:flag...][+ffn], mixers {either(known)}"
         )
     if at and not (stride_text.isdecimal() and int(stride_text) > 0):
         refuse(text, f"stride @{stride_text} must be a positive whole number")
-    if mixer not in MIXERS:
-        refuse(text, f"mixer {mixer} is not built yet; use {either(MIXERS)}")
     return LayerItem(text, index, mixer, int(stride_text) if at else 1, tuple(flags), ffn)
 
 
@@ -197,6 +217,24 @@ def resolve_routed(args: "ModelArgs", item: LayerItem) -> RoutedSpec:
         if getattr(args, key) is None:
             refuse(item.text, f"routed needs the group model.{key}; {{}} takes its defaults")
     return RoutedSpec(item.mixer, replace(_each_token(args, item), mask="full", span=None))
+
+
+def resolve_sum(args: "ModelArgs", item: LayerItem) -> SumSpec:
+    """A layer with a state and attention, whose flags are those of its attention."""
+    if item.stride != 1:
+        refuse(item.text, "a sum of a state and attention has no stride")
+    if args.ssm is None:
+        refuse(item.text, "sum needs the group model.ssm; {} takes its defaults")
+    return SumSpec(item.mixer, _each_token(args, item))
+
+
+def resolve_nothing(args: "ModelArgs", item: LayerItem) -> MixerSpec:
+    """A layer that is a feed-forward alone."""
+    if item.stride != 1 or item.flags:
+        refuse(item.text, "a layer without a mixer has no stride and no flags")
+    if item.ffn == "none":
+        refuse(item.text, "a layer is a mixer, a feed-forward or both")
+    return MixerSpec(NO_MIXER)
 
 
 def _each_token(args: "ModelArgs", item: LayerItem) -> AttentionSpec:

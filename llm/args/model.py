@@ -27,6 +27,7 @@ from llm.args.moe import MoEArgs
 from llm.args.rope import RopeScaling
 from llm.args.route import RouteArgs
 from llm.args.ssm import SSMArgs
+from llm.args.sum import SumArgs
 from llm.args.values import check_values
 from llm.args.vision import VisionArgs
 
@@ -99,7 +100,8 @@ class ModelArgs(Group):
     max_seq_len: int = Field(2048, gt=0)
     """Longest text the model is meant for; nothing in the model is sized by it."""
     layer_pattern: list[str] | str | None = None
-    """Items mixer[:flag...][+ffn] (attn, full|chunk|window, rope|nope, dense|moe|none), repeated over the layers."""
+    """Items mixer[@stride][:flag...][+ffn] (attn|ssm|routed|sum|none, full|chunk|window, rope|nope, dense|moe|none),
+    repeated over the layers."""
     ffn_hidden: int | None = Field(None, gt=0)
     """Width of the dense feed-forward; unset = 8/3 dim, times ffn_dim_multiplier, rounded up to multiple_of."""
     multiple_of: int = Field(256, gt=0)
@@ -109,12 +111,14 @@ class ModelArgs(Group):
     ffn_exp: float = Field(4.0, gt=0)
     """Expansion from which the width of an expert is made by rule."""
     act: str = "silu"
-    """Activation of dense feed-forwards: silu, gelu (the exact one), gelu_tanh (its approximation), relu, or one that
-    an extension adds. Experts use silu."""
+    """Activation of dense feed-forwards: silu, gelu (the exact one), gelu_tanh (its approximation), relu, relu2 (its
+    square), or one that an extension adds. Experts use silu."""
     gated: bool = True
     """Dense feed-forwards multiply the activation with a second product, w3 x; false = w2(act(w1 x))."""
     ffn_bias: bool = False
     """Biases in dense feed-forwards."""
+    ffn_scales: tuple[float, float] | None = Field(None, exclude_if=unset)
+    """Of dense feed-forwards: factors on what the activation is taken of, and on what they make; unset = 1."""
     qkv_bias: bool = False
     """Biases of queries, keys and values."""
     o_bias: bool = False
@@ -219,6 +223,8 @@ class ModelArgs(Group):
     """State-space layers, which layer_pattern places; unset = there are none."""
     route: RouteArgs | None = Field(None, exclude_if=unset)
     """Routed layers, which layer_pattern places; unset = there are none."""
+    sum: SumArgs | None = Field(None, exclude_if=unset)
+    """Of layers that are a state-space mixer and attention added, where layer_pattern has any; unset = defaults."""
     vision: VisionArgs | None = Field(None, exclude_if=unset)
     """A tower that reads pictures; unset = text alone, and then no key in what is written."""
     lora: LoraArgs | None = None
@@ -289,7 +295,7 @@ class ModelArgs(Group):
         both_ways = {"causal=false": () if self.causal else layers}
         both_ways[f"encoder_layers={self.encoder_layers}"] = self.encoder_specs()
         for key, specs in both_ways.items():
-            if (other := next((spec for spec in specs if spec.attention is None), None)) is not None:
+            if (other := next((spec for spec in specs if spec.stateful), None)) is not None:
                 raise ValueError(
                     f"model.{key} needs attention in every layer; layer {other.index} is {other.mixer.name}, which "
                     f"keeps a state of what came before"

@@ -1,5 +1,7 @@
 """Keys of state-space layers (Mamba-2; Dao and Gu 2024, arXiv:2405.21060)."""
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from llm.args.group import Group
@@ -16,6 +18,8 @@ class SSMArgs(Group):
     """Channels inside, as a multiple of model.dim."""
     head_width: int = Field(64, gt=0, le=1 << 16)
     """Channels that share a decay."""
+    heads: int | None = Field(None, gt=0, le=1 << 20, exclude_if=lambda value: value is None)
+    """Heads of head_width channels, whatever expand and model.dim are; unset = as many as expand says."""
     groups: int = Field(1, gt=0)
     """Groups of heads that share what is written to the state and read from it, and are normalised together."""
     chunk: int = Field(64, gt=0, le=1 << 12)
@@ -26,9 +30,19 @@ class SSMArgs(Group):
     """Biases of the linear layers."""
     conv_bias: bool = True
     """A bias of the convolution."""
+    norm: Literal["after_gate", "before_gate", "none"] = Field(
+        "after_gate", exclude_if=lambda value: value == "after_gate"
+    )
+    """Where what the recurrence says is normalised, with weights: after it is multiplied with silu of its gate, before,
+    or nowhere."""
+    scales: tuple[float, float, float, float, float] | None = Field(None, exclude_if=lambda value: value is None)
+    """Factors on gates, channels, what is written to the state, what is read from it, and time steps, as the first
+    linear layers make them; unset = 1."""
 
     def widths(self, dim: int) -> tuple[int, int]:
         """Channels and heads in a model of this width."""
+        if self.heads is not None:
+            return self.heads * self.head_width, self.heads
         return self.expand * dim, self.expand * dim // self.head_width
 
     @model_validator(mode="after")

@@ -65,7 +65,7 @@ class Rows(Protocol):
 def open_rows(replica: Replica) -> Rows:
     """No rows yet."""
     args = replica.model.args
-    apart = len(attention_specs(args.layer_specs())) == args.n_layers and not args.encoder_layers
+    apart = not any(spec.stateful for spec in args.layer_specs()) and not args.encoder_layers
     return ApartRows(replica) if apart else TogetherRows(replica)
 
 

@@ -246,4 +246,4 @@ def _shares(args: ModelArgs) -> bool:
     """Whether a model's tokens can go on from others of the same batch: if nothing but attention looks back, and RoPE
     does not turn by the length of a whole sequence."""
     dynamic = args.rope_scaling is not None and args.rope_scaling.kind == "dynamic"
-    return not dynamic and all(spec.attention is not None for spec in args.layer_specs())
+    return not dynamic and not any(spec.stateful for spec in args.layer_specs())

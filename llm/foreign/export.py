@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from llm.args import ModelArgs
-from llm.args.layers import attention_specs
+from llm.args.layers import SumSpec, attention_specs
 from llm.args.model import OF_VALUES
+from llm.args.sum import SumArgs
 from llm.atomic import new_directory
 from llm.boxes import Box, box_shape
 from llm.checkpoint.weights import Weights, boxed, check_range
@@ -29,6 +30,8 @@ from llm.safetensors_file import write_tensors
 CHUNK_BYTES = 8 << 20
 ENDS = ("bos_token_id", "eos_token_id")
 Tell = Callable[[int], object]
+UNSAID_OF_SSM = {"chunk", "expand", "heads"}
+"""What rounding alone depends on, and what is said by the widths."""
 PREFERRED = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "llama4_text", "olmo2", "gemma", "gemma2")
 """Families in the order in which they are tried for a model that names none."""
 
@@ -122,6 +125,13 @@ def meaning(args: ModelArgs, settled_by_weights: bool = False) -> dict[str, Any]
         found |= {"rope_theta": args.rope_theta, "rope_scaling": _scaling(args), "rope_pct": args.rope_pct}
     if any(spec.ffn == "dense" for spec in specs):
         found |= {key: getattr(args, key) for key in ("act", "gated", "ffn_bias")} | {"ffn_hidden": args.ffn_width()}
+        found["ffn_scales"] = args.ffn_scales or (1.0, 1.0)
+    if args.ssm is not None and any(spec.stateful for spec in specs):
+        found |= {f"ssm.{key}": value for key, value in args.ssm.model_dump(exclude=UNSAID_OF_SSM).items()}
+        found |= {"ssm.widths": args.ssm.widths(args.dim), "ssm.scales": args.ssm.scales or (1.0,) * 5}
+        found["ssm.norm"] = args.ssm.norm
+    if any(isinstance(spec.mixer, SumSpec) for spec in specs):
+        found["sum"] = args.sum or SumArgs()
     if args.moe is not None and any(spec.ffn == "moe" for spec in specs):
         moe = args.moe
         found |= {f"moe.{key}": getattr(moe, key) for key in ("n_experts", "top_k", "score", "apply", "shared")}

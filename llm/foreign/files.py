@@ -160,13 +160,15 @@ def open_foreign(
 
 def _of_base_model(family: Family, files: WeightFiles) -> tuple[Family, list[str]]:
     """The family with names as a model without its head writes them, where these are such; and a line that says so."""
-    (table,) = [entry.theirs for entry in family.rows if entry.ours == ("tok_embeddings.weight",) and not entry.twin]
-    prefix = f"{table.partition('.')[0]}."
+    tables = [entry.theirs for entry in family.rows if entry.ours == ("tok_embeddings.weight",) and not entry.twin]
     keys = files.shards[0].keys()
-    if table in keys or table.removeprefix(prefix) not in keys:
-        return family, []
-    rows = tuple(replace(entry, theirs=entry.theirs.removeprefix(prefix)) for entry in family.rows)
-    return replace(family, rows=rows), [f"names of tensors lack {prefix!r}, as of a model saved without its head"]
+    for table in tables:  # one for each spelling
+        prefix = f"{table.partition('.')[0]}."
+        if not keys & set(tables) and table.removeprefix(prefix) in keys:
+            rows = tuple(replace(entry, theirs=entry.theirs.removeprefix(prefix)) for entry in family.rows)
+            lacking = f"names of tensors lack {prefix!r}, as of a model saved without its head"
+            return replace(family, rows=rows), [lacking]
+    return family, []
 
 
 def _with_computed(family: Family, shard: Mapping[str, Stored]) -> dict[str, Stored]:

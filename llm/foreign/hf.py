@@ -19,9 +19,11 @@ Config = Mapping[str, Any]
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
 ACTIVATIONS: dict[str, str] = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
-    "relu": "relu",
+    "relu": "relu", "relu2": "relu2",
 }  # fmt: skip
-WRITTEN_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
+WRITTEN_ACTIVATIONS = {
+    "silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "relu2": "relu2",
+}  # fmt: skip
 
 
 def ends(embedding: str, norm: str, head: str, norm_bias: bool = False) -> Iterator[Row]:
@@ -31,12 +33,12 @@ def ends(embedding: str, norm: str, head: str, norm_bias: bool = False) -> Itera
     yield row(f"{head}.weight", "output.weight")
 
 
-def attention(path: str) -> Iterator[Row]:
-    """Rows of an attention with separate projections at `path`."""
+def attention(path: str, block: str = "layers.{i}.attention") -> Iterator[Row]:
+    """Rows of an attention with separate projections at `path`. block: what it is of ours."""
     for theirs, ours in (("q_proj", "wq"), ("k_proj", "wk"), ("v_proj", "wv"), ("o_proj", "wo")):
-        yield row(f"{path}.{theirs}.weight", f"layers.{{i}}.attention.{ours}.weight", bias=True)
+        yield row(f"{path}.{theirs}.weight", f"{block}.{ours}.weight", bias=True)
     for norm in ("q_norm", "k_norm"):
-        yield row(f"{path}.{norm}.weight", f"layers.{{i}}.attention.{norm}.weight")
+        yield row(f"{path}.{norm}.weight", f"{block}.{norm}.weight")
 
 
 def feed_forward(path: str, ours: str = "layers.{i}.feed_forward") -> Iterator[Row]:

@@ -19,7 +19,13 @@ def register(name: str, activation: Callable[[Tensor], Tensor]) -> None:
     ACTIVATIONS.register(name, activation)
 
 
+def relu2(x: Tensor) -> Tensor:
+    """max(x, 0) squared (So et al. 2021, arXiv:2109.08668)."""
+    return F.relu(x).square()
+
+
 register("silu", F.silu)
 register("gelu", F.gelu)
 register("gelu_tanh", partial(F.gelu, approximate="tanh"))
 register("relu", F.relu)
+register("relu2", relu2)

@@ -91,11 +91,16 @@ class Attention(nn.Module, InRegion):
         """memory: of cross attention, in the form of x, of the tokens of ctx.source; None where its keys and values are
         remembered.
         """
-        x = self._entered(x_BTD, ctx)
+        inside = self.inside(self._entered(x_BTD, ctx), ctx, memory_BSD)
+        return self.region.leave(inside, ctx.cut_sequence)
+
+    def inside(self, x: Tensor, ctx: Context, memory_BSD: Tensor | None = None) -> Tensor:
+        """The work between the edges of the region, for a layer that has entered it."""
         made = (self._across(x, ctx, memory_BSD) if self.cross else self._within(x, ctx)).flatten(-2)
         if self.wg is not None:
             made = made * self.wg(x, ctx.keys_N).sigmoid()
-        return self.region.leave(self.wo(made, ctx.keys_N), ctx.cut_sequence)
+        out: Tensor = self.wo(made, ctx.keys_N)
+        return out
 
     def _entered(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         x = self.region.enter(x_BTD, ctx.cut_sequence)

@@ -20,8 +20,8 @@ from llm.layers.parameter import Rows, under
 class Block(nn.Module):
     """One layer: h = x + mixer(norm(x)); y = h + feed_forward(norm(h)), with the norms where the spec says; in parallel
     y = x + mixer(norm(x)) + feed_forward(other_norm(x)); of sums h = norm(x + mixer(x)); y = norm(h + feed_forward(h)).
-    The mixer is called `attention`, whatever it is. A decoder's layer has cross attention to a memory between the two,
-    with norms as theirs.
+    The mixer is called `attention`, whatever it is; a layer may be a feed-forward alone. A decoder's layer has cross
+    attention to a memory between the two, with norms as theirs.
     """
 
     def __init__(self, args: ModelArgs, spec: LayerSpec) -> None:
@@ -30,12 +30,13 @@ class Block(nn.Module):
         foreign = "encoder.layers.{k}." if spec.encoder else "layers.{i}."
         accept_foreign_names(self, args, foreign)
         before, after = spec.norms.before, spec.norms.after
-        self.attention_norm = make_norm(args, args.dim) if before else None
-        self.attention = MIXERS[spec.mixer.name](args, spec)
-        accept_foreign_names(self.attention, args, f"{foreign}attention.")
-        self.attention_post_norm = make_norm(args, args.dim, args.post_norm_eps) if after else None
         place = spec.unit
-        self.attention_dropout = dropout_at(args.resid_dropout, "residual", f"{place}.attention")
+        if spec.mixes:
+            self.attention_norm = make_norm(args, args.dim) if before else None
+            self.attention = MIXERS[spec.mixer.name](args, spec)
+            accept_foreign_names(self.attention, args, f"{foreign}attention.")
+            self.attention_post_norm = make_norm(args, args.dim, args.post_norm_eps) if after else None
+            self.attention_dropout = dropout_at(args.resid_dropout, "residual", f"{place}.attention")
         self.ffn_dropout = dropout_at(args.resid_dropout, "residual", f"{place}.feed_forward")
         if spec.cross:
             self.cross_norm = make_norm(args, args.dim) if before else None
@@ -53,9 +54,11 @@ class Block(nn.Module):
     def declare(args: ModelArgs, spec: LayerSpec) -> Rows:
         """What the parameters are: see llm/layers/parameter.py."""
         norm, mixer, feed_forward = norm_rows(args, args.dim), MIXERS[spec.mixer.name], FFNS[spec.ffn]
-        rows = under("attention_norm", norm) if spec.norms.before else {}
-        rows |= under("attention", mixer.declare(args, spec))
-        rows |= under("attention_post_norm", norm) if spec.norms.after else {}
+        rows: Rows = {}
+        if spec.mixes:
+            rows |= under("attention_norm", norm) if spec.norms.before else {}
+            rows |= under("attention", mixer.declare(args, spec))
+            rows |= under("attention_post_norm", norm) if spec.norms.after else {}
         if spec.cross:
             rows |= under("cross_norm", norm) if spec.norms.before else {}
             rows |= under("cross", Attention.declare(args, spec, cross=True))
@@ -70,8 +73,10 @@ class Block(nn.Module):
         self, x_BTD: Tensor, ctx: Context, memory_BSD: Tensor | None = None
     ) -> tuple[Tensor, RouterStats | None]:
         """memory: for cross attention; None where the layer has none, or remembers what it needs of it."""
-        update_BTD = self.attention(_through(self.attention_norm, x_BTD), ctx)
-        h_BTD = self._joined(x_BTD, update_BTD, self.attention_post_norm, self.attention_dropout, ctx)
+        h_BTD = x_BTD
+        if self.spec.mixes:
+            update_BTD = self.attention(_through(self.attention_norm, x_BTD), ctx)
+            h_BTD = self._joined(x_BTD, update_BTD, self.attention_post_norm, self.attention_dropout, ctx)
         if self.spec.cross:
             update_BTD = self.cross(_through(self.cross_norm, h_BTD), ctx, memory_BSD)
             h_BTD = self._joined(h_BTD, update_BTD, self.cross_post_norm, self.cross_dropout, ctx)

@@ -25,10 +25,11 @@ class FeedForward(nn.Module, InRegion):
         bias: bool = False,
         lora: LoraArgs | None = None,
         dropout: Dropout | None = None,
+        scales: tuple[float, float] | None = None,
     ) -> None:
-        """dropout: of its hidden units."""
+        """dropout: of its hidden units. scales: factors on what the activation is taken of, and on what comes out."""
         super().__init__()
-        self.dropout = dropout
+        self.dropout, self.scales = dropout, scales
         self.act = ACTIVATIONS[act]
         self.w1 = Linear(dim, hidden, bias, adapter(lora, "w1"))
         self.w2 = Linear(hidden, dim, bias, adapter(lora, "w2"))
@@ -55,13 +56,15 @@ class FeedForward(nn.Module, InRegion):
 
     def inside(self, x: Tensor, ctx: Context) -> Tensor:
         """The work between the edges of the region, for a layer that has entered it."""
-        y = self.act(self.w1(x, ctx.keys_N))
+        y = self.w1(x, ctx.keys_N)
+        y = self.act(y if self.scales is None else y * self.scales[0])
         if self.w3 is not None:
             up = self.w3(x, ctx.keys_N)
             y = y * up if torch.is_grad_enabled() else y.mul_(up)  # no backward needs what it was
         if self.dropout is not None:
             y = self.dropout(y, ctx.keys_N)
-        return self.w2(y, ctx.keys_N)
+        y = self.w2(y, ctx.keys_N)
+        return y if self.scales is None else y * self.scales[1]
 
 
 def feed_forward_rows(args: ModelArgs) -> Rows:
@@ -72,4 +75,5 @@ def feed_forward_rows(args: ModelArgs) -> Rows:
 def build_feed_forward(args: ModelArgs, spec: LayerSpec) -> FeedForward:
     """The dense feed-forward of a layer."""
     dropout = dropout_at(args.ffn_dropout, "hidden", f"{spec.unit}.feed_forward")
-    return FeedForward(args.dim, args.ffn_width(), args.act, args.gated, args.ffn_bias, args.lora, dropout)
+    how = args.act, args.gated, args.ffn_bias, args.lora
+    return FeedForward(args.dim, args.ffn_width(), *how, dropout, args.ffn_scales)

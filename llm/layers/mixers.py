@@ -5,13 +5,15 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from llm.args import LayerSpec, ModelArgs
-from llm.args.layers import MIXERS, STRIDED_ATTENTION, LayerItem, MixerSpec
+from llm.args.layers import MIXERS, NO_MIXER, STRIDED_ATTENTION, LayerItem, MixerSpec, resolve_nothing
 from llm.layers.attention import Attention
 from llm.layers.context import Context
 from llm.layers.parameter import Rows
+from llm.layers.region import InRegion
 from llm.layers.routed import Routed
 from llm.layers.ssm import SSM
 from llm.layers.strided_attention import StridedAttention
+from llm.layers.summed import Summed
 
 
 class Mixer(Protocol):
@@ -50,7 +52,23 @@ def register(name: str, mixer: type[nn.Module]) -> None:
     MIXERS.register(name, mixer)
 
 
+class NoMixer(nn.Module, InRegion):
+    """Of layers that are a feed-forward alone: their block has no mixer, and no norm of one."""
+
+    resolve = staticmethod(resolve_nothing)
+
+    @staticmethod
+    def declare(args: ModelArgs, spec: LayerSpec) -> Rows:
+        return {}
+
+    @staticmethod
+    def flops(args: ModelArgs, spec: LayerSpec, seq_len: int) -> int:
+        return 0
+
+
 register("attn", Attention)
 register("ssm", SSM)
 register(STRIDED_ATTENTION, StridedAttention)
 register("routed", Routed)
+register("sum", Summed)
+register(NO_MIXER, NoMixer)

@@ -127,7 +127,9 @@ class SSM(nn.Module, InRegion):
         self.A_log = nn.Parameter(torch.empty(heads))
         self.D = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(heads))
-        self.norm = GroupsNorm(inner, ssm.groups, args.norm_eps)
+        self.scales = ssm.scales
+        self.norm = None if ssm.norm == "none" else GroupsNorm(inner, ssm.groups, args.norm_eps)
+        self.norm_first = ssm.norm == "before_gate"
         self.wo = Linear(inner, args.dim, ssm.bias, adapter(lora, "wo"))
 
     @staticmethod
@@ -155,7 +157,8 @@ class SSM(nn.Module, InRegion):
         rows["A_log"] = ParamInfo((heads,), "bias", LogUniform(LEAST_DECAY, MOST_DECAY), 0, heads)
         rows["D"] = ParamInfo((heads,), "bias", Constant(1.0), 0, heads)
         rows["dt_bias"] = ParamInfo((heads,), "bias", InverseSoftplus(LEAST_STEP, MOST_STEP), 0, heads)
-        rows["norm.weight"] = ParamInfo((inner,), "norm", Constant(1.0), 0, heads)
+        if ssm.norm != "none":
+            rows["norm.weight"] = ParamInfo((inner,), "norm", Constant(1.0), 0, heads)
         branches = args.n_layers if spec.ffn == "none" else 2 * args.n_layers
         last = Uniform(1 / math.sqrt(inner * branches))
         rows |= under("wo", Linear.declare(inner, args.dim, ssm.bias, last, 1, grain=heads, lora=adapter(lora, "wo")))
@@ -179,19 +182,35 @@ class SSM(nn.Module, InRegion):
         else:
             group = rank * self.n_groups // ranks
             self.groups = slice(group, group + 1)
-        self.norm.take_groups(max(1, self.n_groups // ranks), over_ranks=self.n_groups == 1 and ranks > 1)
+        if self.norm is not None:
+            self.norm.take_groups(max(1, self.n_groups // ranks), over_ranks=self.n_groups == 1 and ranks > 1)
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         u = self.region.enter(x_BTD, ctx.cut_sequence)
-        if u.ndim == 2:
-            u = u.unflatten(0, ctx.shape)
-        z = self.wz(u, ctx.keys_N)
-        y = self._said(u, z, ctx) if self.pool is None else self._said_of_chunks(self.pool, u, z, ctx)
-        gated = y * F.silu(z.to(y.dtype))
-        return self.region.leave(self.wo(self.norm(gated).to(z.dtype), ctx.keys_N), ctx.cut_sequence)
+        u = u.unflatten(0, ctx.shape) if u.ndim == 2 else u
+        return self.region.leave(self.inside(u, ctx), ctx.cut_sequence)
+
+    def inside(self, u_BTD: Tensor, ctx: Context) -> Tensor:
+        """The work between the edges of the region, for a layer that has entered it."""
+        z = self.wz(u_BTD, ctx.keys_N)
+        z = z if self.scales is None else z * self.scales[0]
+        y = self._said(u_BTD, z, ctx) if self.pool is None else self._said_of_chunks(self.pool, u_BTD, z, ctx)
+        y, gate = self.norm(y) if self.norm is not None and self.norm_first else y, F.silu(z.to(y.dtype))
+        y = y * gate
+        y = y if self.norm is None or self.norm_first else self.norm(y)
+        return self.wo(y.to(z.dtype), ctx.keys_N)
+
+    def _first(self, u: Tensor, keys_N: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x, B with C, and dt before its bias, as the linear layers make them."""
+        x, bc, dt = self.wx(u, keys_N), self.wbc(u, keys_N), self.wdt(u, keys_N)
+        if self.scales is None:
+            return x, bc, dt
+        _, of_x, of_b, of_c, of_dt = self.scales
+        b, c = bc.chunk(2, dim=-1)
+        return x * of_x, torch.cat([b * of_b, c * of_c], dim=-1), dt * of_dt
 
     def _said(self, u_BTD: Tensor, z_BTI: Tensor, ctx: Context) -> Tensor:
-        x, bc, dt = (w(u_BTD, ctx.keys_N) for w in (self.wx, self.wbc, self.wdt))
+        x, bc, dt = self._first(u_BTD, ctx.keys_N)
         remembered = None
         if ctx.states is not None:
             remembered = ctx.states.state(self.layer, lambda: self._new_state(z_BTI, u_BTD.dtype))
@@ -210,7 +229,7 @@ class SSM(nn.Module, InRegion):
             remembered.pending_BsD, before = at_chunks(stream, chunks.left_Bs), remembered.said_B1I
         pooled = pool(stream, chunks.tokens_BKs)
         keys = None if ctx.keys_N is None else at_chunks(ctx.keys_N.view(ctx.shape), chunks.ends_BK).flatten()
-        x, bc, dt = (w(pooled, keys) for w in (self.wx, self.wbc, self.wdt))
+        x, bc, dt = self._first(pooled, keys)
         state = None if remembered is None else remembered.ssm
         said = self._mixed(x, bc, dt, chunks.documents_BK, chunks.there_BK, state)
         said = torch.cat([before, said], dim=1)

@@ -109,7 +109,7 @@ class _Walk:
     def layer(self, spec: LayerSpec, x: bool, memory: bool = False) -> bool:
         """memory: whether what its cross attention reads of an encoder has a gradient, where it has any."""
         block = f"{self.prefix}{spec.unit}"
-        mid = self._part(block, "attention", "attention", spec, x) or x
+        mid = (spec.mixes and self._part(block, "attention", "attention", spec, x)) or x
         if spec.cross:
             self.found[f"{block}.{CROSS}.{MEMORY}"] = Flow(memory, memory)
             mid = self._part(block, CROSS, CROSS, spec, mid) or mid

@@ -72,7 +72,7 @@ def _tensor(work: Workload) -> Iterator[Sent]:
     flow, cut = work.flow, layout.sequence_parallel
     for spec in args.all_specs():
         block, tokens = spec.unit, work.tokens_of(spec)
-        regions = ["attention"] + [CROSS] * spec.cross + ["feed_forward"] * (spec.ffn != "none")
+        regions = ["attention"] * spec.mixes + [CROSS] * spec.cross + ["feed_forward"] * (spec.ffn != "none")
         repeated = work.recompute != "none" and flow[block].after
         for region in regions:
             enter, leave = flow[f"{block}.{region}"]

@@ -19,6 +19,7 @@ from llm.parallel.replica import Replica
 
 PATTERNS = {
     "state-space": "ssm", "strides": "ssm@4,attn@3", "routed": "routed", "all": "ssm,routed,ssm@3,attn@2",
+    "parts and sums": "sum,none+dense,ssm+none,attn+none",
 }  # fmt: skip
 LENGTH = 37
 SPLITS = ([1] * LENGTH, [5, 1, 12, 19])

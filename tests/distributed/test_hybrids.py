@@ -20,6 +20,7 @@ PATTERNS = {
     "v1": ["ssm", "attn"],
     "v2": ["ssm", "routed"],
     "v3": ["ssm", "ssm@2", "ssm@4", "attn@4"],
+    "parts": ["sum", "none+dense", "ssm+none", "attn+none"],
     "all": ["routed", "ssm@3+moe", "attn@4", "ssm+moe"],
 }
 MODEL: dict[str, Any] = {
@@ -67,7 +68,7 @@ def test_a_resume_goes_on_bit_for_bit_thresholds_too(runs: Path) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("rate", [0.1, 0.0])
-@pytest.mark.parametrize("pattern", ["v1", "v2", "v3"])
+@pytest.mark.parametrize("pattern", ["v1", "v2", "v3", "parts"])
 def test_every_layout_trains_alike(tmp_path: Path, pattern: str, rate: float) -> None:
     write_text(tmp_path, documents=80)
     given = {"model": {"layer_pattern": PATTERNS[pattern], "dropout": rate, "moe": None}}

@@ -36,6 +36,18 @@ MAMBA2 = dict(num_heads=12, head_dim=8, state_size=16, n_groups=1, chunk_size=8)
 BAMBA = dict(
     attn_layer_indices=[1], mamba_n_heads=12, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=16, mamba_chunk_size=8,
 )  # fmt: skip
+NEMOTRON_H = dict(
+    hybrid_override_pattern="M*-M-", head_dim=10, mamba_num_heads=10, mamba_head_dim=8, ssm_state_size=16, n_groups=2,
+    chunk_size=8,
+)  # fmt: skip
+FALCON_H1 = dict(
+    mamba_d_ssm=96, mamba_n_heads=12, mamba_d_head=8, mamba_n_groups=2, mamba_d_state=16, mamba_chunk_size=8,
+    embedding_multiplier=3.0, lm_head_multiplier=0.4, key_multiplier=0.7, attention_in_multiplier=0.8,
+    attention_out_multiplier=0.6, ssm_in_multiplier=1.2, ssm_out_multiplier=0.9,
+    ssm_multipliers=[0.5, 0.8, 0.7, 1.3, 0.6], mlp_multipliers=[0.7, 1.5],
+)  # fmt: skip
+READ_ONLY = ("falcon_h1",)
+"""Families that no model of ours is written as."""
 
 # heads are 6: 2 of keys and values are a ratio of 3, 6 of 1, and 1 is all queries on one
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
@@ -168,13 +180,33 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
             tie_word_embeddings=True, num_key_value_heads=6, mamba_conv_bias=False,
         ),
     },
+    "nemotron_h": {
+        "groups, channels apart from the width": NEMOTRON_H,
+        "by list, steps of at least 0.05, biases": NEMOTRON_H | dict(
+            hybrid_override_pattern=None, layers_block_type=["mlp", "linear_attention", "full_attention"],
+            time_step_min=0.05, use_bias=True, mlp_bias=True, use_conv_bias=False, num_key_value_heads=6,
+            mamba_num_heads=12, n_groups=1,
+        ),
+    },
+    "falcon_h1": {
+        "factors, no norm": FALCON_H1,
+        "norm before the gate, tied, channels apart": FALCON_H1 | dict(
+            mamba_rms_norm=True, mamba_d_ssm=64, mamba_n_heads=8, tie_word_embeddings=True,
+        ),
+        "norm after the gate, biases, limits, no factors": dict(
+            mamba_d_ssm=None, mamba_n_heads=12, mamba_d_state=16, mamba_n_groups=1, mamba_chunk_size=8,
+            mamba_rms_norm=True, mamba_norm_before_gate=False, mamba_proj_bias=True, projectors_bias=True,
+            attention_bias=True, mlp_bias=True, mamba_conv_bias=False, time_step_limit=(0.02, 0.3), head_dim=10,
+        ),
+    },
 }  # fmt: skip
 TABLE = [(family, name) for family, configs in CONFIGS.items() for name in configs]
 
 
 def config_of(family: str, name: str) -> Any:
     changes = copy.deepcopy(CONFIGS[family][name])  # transformers writes into what it gets
-    base = {key: value for key, value in BASE.items() if family != "mamba2" or key not in OF_ATTENTION}
+    missing = {"mamba2": OF_ATTENTION, "nemotron_h": ("num_hidden_layers",)}.get(family, ())
+    base = {key: value for key, value in BASE.items() if key not in missing}
     return transformers.AutoConfig.for_model(family, **(base | changes))
 
 

@@ -15,6 +15,7 @@ from llm.errors import UserError
 from llm.layers.attention import Attention
 from llm.layers.ffn import FeedForward
 from llm.layers.moe import MoE
+from llm.layers.summed import Summed
 from llm.model import Block
 from llm.parameters import ParameterTable
 from tests.foreign.models import CONFIGS, reference, tokens
@@ -128,11 +129,13 @@ def theirs_and_ours(both: Any) -> list[tuple[nn.Module, nn.Module, nn.Module]]:
     found = []
     for i, block in enumerate(getattr(theirs, stem).layers):
         empty, filled = fresh(ours).layers[i], ours.layers[i]
-        mixer = next(getattr(block, name) for name in MIXERS if hasattr(block, name))
-        found += [(block, copy.deepcopy(empty), filled), (mixer, empty.attention, filled.attention)]
+        mixer = next((getattr(block, name) for name in MIXERS if hasattr(block, name)), None)
+        found += [(block, copy.deepcopy(empty), filled)]
+        if filled.spec.mixes and not isinstance(filled.attention, Summed):  # of whose two parts theirs has no module
+            found += [(mixer, empty.attention, filled.attention)]
         if hasattr(empty, "feed_forward"):
-            feed_forward = getattr(block, "mlp", None) or block.feed_forward
-            found += [(feed_forward, empty.feed_forward, filled.feed_forward)]
+            named = (getattr(block, name, None) for name in ("mlp", "feed_forward"))
+            found += [(next(filter(None, named), mixer), empty.feed_forward, filled.feed_forward)]
     return found
 
 

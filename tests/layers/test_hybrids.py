@@ -14,7 +14,10 @@ from llm.layers.ssm import SSM
 from llm.parameters import ParameterTable
 
 VOCABULARY, LENGTH = 50, 37
-PATTERNS = {"alternating": "alternating", "strides": "ssm,ssm@4,ssm@3", "hierarchy": "ssm@2,attn@5,attn,attn@3"}
+PATTERNS = {
+    "alternating": "alternating", "strides": "ssm,ssm@4,ssm@3", "hierarchy": "ssm@2,attn@5,attn,attn@3",
+    "parts and sums": "sum,none+dense,ssm+none,attn+none",
+}  # fmt: skip
 
 
 def hybrid(groups: int = 1, pattern: str = "alternating", **ssm: object) -> LLM:
@@ -110,6 +113,38 @@ def test_no_token_sees_one_behind_it(pattern):
     before, after = hidden(model, tokens()), hidden(model, other)
     assert torch.equal(before[:, :20], after[:, :20])
     assert (before[:, 20:] != after[:, 20:]).any(-1).all()
+
+
+def test_factors_and_places_of_the_norm_are_what_weights_of_such_sizes_make():
+    """Every factor but that before the feed-forward's activation can be in weights as well."""
+    factors = {"attn": [0.5, 2.0], "ssm": [1.5, 0.25]}
+    args = ModelArgs(
+        dim=32, n_layers=2, n_heads=4, vocab_size=VOCABULARY, layer_pattern="sum", ffn_hidden=48, sum=factors,
+        ffn_scales=(1.0, 3.0),
+        ssm={
+            "d_state": 8, "head_width": 8, "heads": 6, "groups": 2, "norm": "none",
+            "scales": [0.5, 2.0, 3.0, 4.0, 0.25],
+        },
+    )  # fmt: skip
+    model = LLM(args).double()
+    ssm = args.ssm.model_copy(update={"scales": None})
+    plain = LLM(args.model_copy(update={"sum": None, "ffn_scales": None, "ssm": ssm})).double()
+    state, half = {name: tensor.clone() for name, tensor in model.state_dict().items()}, 2 * 8
+    for name, tensor in state.items():
+        if name.endswith(("attn.wq.weight", "attn.wk.weight", "attn.wv.weight")):
+            tensor *= 0.5
+        for part, factor in (("wz", 0.5), ("wx", 2.0), ("wdt", 0.25)):
+            if name.endswith(f"ssm.{part}.weight"):
+                tensor *= 1.5 * factor
+        if name.endswith("ssm.wbc.weight"):
+            tensor[:half] *= 1.5 * 3.0
+            tensor[half:] *= 1.5 * 4.0
+        for part, factor in (("attn.wo", 2.0), ("ssm.wo", 0.25), ("w2", 3.0)):
+            if name.endswith(f"{part}.weight"):
+                tensor *= factor
+    plain.load_state_dict(state)
+    assert apart(hidden(model, tokens()), hidden(plain, tokens())) < 1e-12
+    assert not any(name.endswith("ssm.norm.weight") for name in state)
 
 
 def test_a_stride_of_one_is_none_and_one_of_s_says_nothing_before_its_first_chunk_is_complete():

@@ -57,7 +57,10 @@ def test_dense_layers_stay_dense():
     [
         ("ssm", "ssm needs the group model.ssm"),
         ("routed", "routed needs the group model.ssm"),
-        ("none+dense", "mixer none is not built yet"),
+        ("none+none", "a layer is a mixer, a feed-forward or both"),
+        ("none:full", "a layer without a mixer has no stride and no flags"),
+        ("sum", "sum needs the group model.ssm"),
+        ("sum@2", "a sum of a state and attention has no stride"),
         ("alternating", "ssm needs the group model.ssm"),
         ("ssm:full", "unknown flag :full; ssm has none"),
         ("attn@4:window", "a layer with a stride sees all chunks before"),

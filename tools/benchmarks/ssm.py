@@ -107,9 +107,11 @@ def peer(mixer: SSM, dim: int, state: int, chunk: int) -> nn.Module:
     from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
     transformers.logging.set_verbosity_error()
+    norm = mixer.norm
+    assert norm is not None
     config: Any = transformers.Mamba2Config(
         hidden_size=dim, state_size=state, head_dim=64, num_heads=dim // 32, n_groups=1, chunk_size=chunk,
-        layer_norm_epsilon=mixer.norm.eps,
+        layer_norm_epsilon=norm.eps,
     )  # fmt: skip
     found = Mamba2Mixer(config, layer_idx=0)
     pairs = {
@@ -117,7 +119,7 @@ def peer(mixer: SSM, dim: int, state: int, chunk: int) -> nn.Module:
         found.conv1d.weight: torch.cat([mixer.conv_x.weight, mixer.conv_bc.weight]),
         found.conv1d.bias: torch.cat([mixer.conv_x.bias, mixer.conv_bc.bias]),  # type: ignore[list-item]
         found.A_log: mixer.A_log, found.D: mixer.D, found.dt_bias: mixer.dt_bias,
-        found.norm.weight: mixer.norm.weight, found.out_proj.weight: mixer.wo.weight,
+        found.norm.weight: norm.weight, found.out_proj.weight: mixer.wo.weight,
     }  # fmt: skip
     with torch.no_grad():
         for theirs, ours in pairs.items():

@@ -30,9 +30,8 @@ PARTIAL = 0.5
 """Of a head of Bamba's that is rotated, where the config does not say."""
 
 
-def mixer(path: str) -> Iterator[Row]:
+def mixer(path: str, ours: str = "layers.{i}.attention") -> Iterator[Row]:
     """Rows of a state-space mixer at `path`, whose first matrix is ours one after the other."""
-    ours = "layers.{i}.attention"
     parts = (f"{ours}.{name}.weight" for name in ("wz", "wx", "wbc", "wdt"))
     yield row(f"{path}.in_proj.weight", *parts, transform="rows", bias=True)
     taps = f"{ours}.conv_x", f"{ours}.conv_bc"
@@ -44,7 +43,7 @@ def mixer(path: str) -> Iterator[Row]:
     yield row(f"{path}.out_proj.weight", f"{ours}.wo.weight", bias=True)
 
 
-def _limits(config: hf.Config) -> tuple[float, float | None]:
+def limits(config: hf.Config) -> tuple[float, float | None]:
     """Of the time step; a number without bound may be written as JSON has it, or as transformers does."""
     low, high = (_number(value) for value in config["time_step_limit"])
     return low, None if math.isinf(high) else high
@@ -93,7 +92,7 @@ def read_mamba2(config: hf.Config, warn: Warn) -> dict[str, Any]:
             "head_width": _channels(config, "num_heads", "head_dim", "expand"),
             "groups": config["n_groups"],
             "chunk": config["chunk_size"],
-            "dt_limit": _limits(config),
+            "dt_limit": limits(config),
             "bias": bool(config["use_bias"]),
             "conv_bias": bool(config["use_conv_bias"]),
         },
@@ -119,7 +118,7 @@ def read_bamba(config: hf.Config, warn: Warn) -> dict[str, Any]:
             "head_width": _channels(config, "mamba_n_heads", "mamba_d_head", "mamba_expand"),
             "groups": config["mamba_n_groups"],
             "chunk": config["mamba_chunk_size"],
-            "dt_limit": _limits(config),
+            "dt_limit": limits(config),
             "bias": bool(config["mamba_proj_bias"]),
             "conv_bias": bool(config["mamba_conv_bias"]),
         },
