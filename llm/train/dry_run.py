@@ -71,7 +71,7 @@ def workload(config: RunConfig, layout: Layout) -> Workload:
         losses=len(objectives.weights) + len(objectives.measured) + of_sources,
         head_calls=sum(objective.head_calls for objective in objectives.mains),
         head_gradients=sum(objective.head_calls > 0 for objective in objectives.mains),
-        predicts=any(objective.predicts for objective in objectives.mains),
+        predicts=args.n_prediction > 0 and any(objective.predicts for objective in objectives.mains),
         accumulation=train.global_batch_size // (train.micro_batch_size * layout.data),
         offload_optimizer=config.parallel.offload_optimizer,
         recompute=train.activation_checkpointing,
