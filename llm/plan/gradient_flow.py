@@ -128,14 +128,44 @@ class _Walk:
         return self.call(f"{block}.{short}_post_norm", of_norm) if spec.norms.after else after
 
     def _attention(self, module: str, spec: LayerSpec, x: bool) -> bool:
-        names = attention_modules(self.args, spec)
-        if spec.attention is None:
-            return any([self.call(f"{module}.{name}", x) for name in names])
-        q, k, v = (self.call(f"{module}.{name}", x) for name in QKV)
-        if "q_norm" in names:
+        """Whatever the mixer is."""
+        said, attends = ssm_module(spec), heads_module(spec)
+        block = module.removesuffix("attention")
+        made, modules = [], {"ssm": f"{block}{said}", "heads": f"{block}{attends}"}
+        if said is None and spec.heads is None:
+            return any([self.call(f"{module}.{name}", x) for name in attention_modules(self.args, spec)])
+        if said is not None:
+            made.append(self._ssm(modules["ssm"], spec, x))
+            self.found[modules["ssm"]] = Flow(x, made[-1])
+        if spec.heads is not None:
+            scores = spec.mixer.name == "routed" and self.call(f"{module}.route", x)
+            made.append(self._heads(modules["heads"], spec, x, self._pooled(module, spec, x)) or scores)
+            self.found[modules["heads"]] = Flow(x, made[-1])
+        return any(made)
+
+    def _pooled(self, module: str, spec: LayerSpec, x: bool) -> bool:
+        return self.call(f"{module}.pool", x) if spec.stride > 1 else x
+
+    def _heads(self, module: str, spec: LayerSpec, x: bool, memory: bool) -> bool:
+        """memory: whether what keys and values are made of has a gradient."""
+        assert spec.heads is not None
+        q, k, v = (self.call(f"{module}.{name}", x if name == "wq" else memory) for name in QKV)
+        if spec.heads.qk_norm in ("head", "full"):
             q, k = self.call(f"{module}.q_norm", q), self.call(f"{module}.k_norm", k)
-        gate = "wg" in names and self.call(f"{module}.wg", x)
+        gate = spec.heads.gate and self.call(f"{module}.wg", x)
         return self.call(f"{module}.wo", q or k or v or gate)
+
+    def _ssm(self, module: str, spec: LayerSpec, x: bool) -> bool:
+        gate, pooled = self.call(f"{module}.wz", x), self._pooled(module, spec, x)
+        said = [self.call(f"{module}.wdt", pooled), module in self.training]  # decay, skip and steps are its own
+        for linear, taps in (("wx", "conv_x"), ("wbc", "conv_bc")):
+            said.append(self.call(f"{module}.{taps}", self.call(f"{module}.{linear}", pooled)))
+        norm = None if self.args.ssm is None else self.args.ssm.norm
+        if norm == "none":
+            return self.call(f"{module}.wo", gate or any(said))
+        if norm == "before_gate":
+            return self.call(f"{module}.wo", self.call(f"{module}.norm", any(said)) or gate)
+        return self.call(f"{module}.wo", self.call(f"{module}.norm", gate or any(said)))
 
     def _cross(self, module: str, spec: LayerSpec, x: bool) -> bool:
         memory, found = self.found[f"{module}.{MEMORY}"].before, [False]
@@ -166,6 +196,16 @@ class _Walk:
         return self.call(f"{module}.{last}", any([self.call(f"{module}.{name}", x) for name in first]))
 
 
+def ssm_module(spec: LayerSpec) -> str | None:
+    """The state-space mixer of a block by its name; None without one."""
+    return {"ssm": "attention", "routed": "attention.ssm", "sum": "attention.ssm"}.get(spec.mixer.name)
+
+
+def heads_module(spec: LayerSpec) -> str:
+    """Where a block that attends has its projections."""
+    return "attention.attn" if spec.mixer.name in ("routed", "sum") else "attention"
+
+
 def attention_modules(args: ModelArgs, spec: LayerSpec) -> tuple[str, ...]:
     """The modules with weights inside a mixer, in the order of their calls."""
     if spec.attention is None:
@@ -183,8 +223,8 @@ def cross_modules(args: ModelArgs) -> tuple[str, ...]:
 
 
 def _declared(rows: Rows) -> tuple[str, ...]:
-    """In the order of their declaration, which is the best guess."""
-    return tuple(dict.fromkeys(name.rpartition(".")[0] for name in rows))
+    """In the order of their declaration, which is the best guess; weights of the mixer itself come with it."""
+    return tuple(dict.fromkeys(name.rpartition(".")[0] for name in rows if "." in name))
 
 
 def feed_forward_modules(args: ModelArgs, spec: LayerSpec) -> tuple[str, ...]:

@@ -40,6 +40,11 @@ class Memory:
         return self.parameters + self.int8 + self.masters + self.optimizer + self.ema + (self.gradients or 0)
 
 
+def in_host_memory(work: Workload, kept: Memory) -> int:
+    """Bytes of these that lie in the memory of the rank's machine: what an offloaded optimizer steps on and keeps."""
+    return kept.masters + kept.optimizer + kept.ema if work.offload_optimizer else 0
+
+
 def predict(work: Workload) -> list[tuple[Memory, int]]:
     """Memory of each kind of rank, and how many ranks are of that kind."""
     rest = work.layout.world // (work.layout.tensor * work.layout.pipeline)

@@ -4,7 +4,9 @@ The unit is defined in llm/parallel/traffic_counter.py, whose instrument counts 
 Predicted is a step in the middle of a run: without validation, sample or checkpoint, and not dropped. Compiled blocks
 choose for themselves what they recompute: for those the numbers hold without activation checkpointing. With activation
 checkpointing and frozen parameters those of tensor parallelism and experts are an upper bound, as a repetition ends
-with the last thing that the backward needs; ZeRO-3's weights are then only estimated: see `estimated`.
+with the last thing that the backward needs; ZeRO-3's weights are then only estimated: see `estimated`. Of norms over
+all heads, chunks of strided attention are counted as those of one document a row, and the tokens that attend in routed
+layers are left out.
 
 Letters: t tensor-parallel, n data-parallel, e expert-parallel ranks.
 """
@@ -16,9 +18,19 @@ from typing import NamedTuple
 
 from llm.args.layers import cross_attention
 from llm.args.lora import TOWER, adapter
+from llm.datatypes import ROUTE_NUMBERS
 from llm.parallel.tensor import is_partial
 from llm.parallel.traffic_counter import Along, dimension_names
-from llm.plan.gradient_flow import CROSS, HEAD, MEMORY, PROJECTION, SOURCE_VECTORS, VECTORS
+from llm.plan.gradient_flow import (
+    CROSS,
+    HEAD,
+    MEMORY,
+    PROJECTION,
+    SOURCE_VECTORS,
+    VECTORS,
+    heads_module,
+    ssm_module,
+)
 from llm.plan.workload import BYTES, OptimizerGroup, RankKind, Workload
 from llm.plan.zero3_gathers import auxiliary_losses, gathers, norms_around
 
@@ -72,7 +84,8 @@ def _tensor(work: Workload) -> Iterator[Sent]:
     flow, cut = work.flow, layout.sequence_parallel
     for spec in args.all_specs():
         block, tokens = spec.unit, work.tokens_of(spec)
-        regions = ["attention"] * spec.mixes + [CROSS] * spec.cross + ["feed_forward"] * (spec.ffn != "none")
+        mixer = ["attention.ssm", "attention.attn"] if spec.mixer.name == "routed" else ["attention"] * spec.mixes
+        regions = mixer + [CROSS] * spec.cross + ["feed_forward"] * (spec.ffn != "none")
         repeated = work.recompute != "none" and flow[block].after
         for region in regions:
             enter, leave = flow[f"{block}.{region}"]
@@ -80,8 +93,12 @@ def _tensor(work: Workload) -> Iterator[Sent]:
         if spec.cross:  # the encoder's stream enters, too
             memory = flow[f"{block}.{CROSS}.{MEMORY}"].before
             crossings += work.source_tokens * (1 + memory + repeated if cut else 2 * memory)
-        if spec.attention is not None and spec.attention.qk_norm == "full":
-            mean_squares += sum(tokens * _means(work, f"{block}.attention.{norm}", repeated) for norm in QK_NORMS)
+        attends, said = heads_module(spec), ssm_module(spec)
+        if spec.heads is not None and spec.heads.qk_norm == "full" and spec.mixer.name != "routed":
+            for norm, of in zip(QK_NORMS, (tokens, tokens // spec.stride), strict=True):
+                mean_squares += of * _means(work, f"{block}.{attends}.{norm}", repeated)
+        if said is not None and args.ssm is not None and args.ssm.groups == 1 and args.ssm.norm != "none":
+            mean_squares += tokens * _means(work, f"{block}.{said}.norm", repeated)
         if spec.cross and cross_attention(args).qk_norm == "full":
             for norm, of in zip(QK_NORMS, (tokens, work.source_tokens), strict=True):
                 mean_squares += of * _means(work, f"{block}.{CROSS}.{norm}", repeated)
@@ -108,7 +125,7 @@ def _tensor(work: Workload) -> Iterator[Sent]:
 
 
 def _means(work: Workload, norm: str, repeated: bool) -> int:
-    """How often the ranks add up what a norm over all heads divides by."""
+    """How often the ranks add up what a norm over all heads, or all channels of a state-space layer, divides by."""
     return 1 + work.flow[norm].before + repeated
 
 
@@ -175,11 +192,12 @@ def _experts(work: Workload) -> Iterator[Sent]:
 
 
 def _sums(work: Workload) -> Iterator[Sent]:
-    """The engine's one sum of losses and expert counts."""
+    """The engine's one sum of losses, expert counts, and what routed layers report of their scores."""
     moe, world = work.args.moe, work.layout.world
     numbers = work.losses
     if moe is not None:
         numbers += work.moe_layers * moe.n_experts + (moe.capacity is not None)
+    numbers += ROUTE_NUMBERS * sum(spec.mixer.name == "routed" for spec in work.args.layer_specs())
     yield Sent("world", "loss", 2 * (world - 1) * FLOAT64 * numbers)
 
 

@@ -192,7 +192,8 @@ def _forward(args: ModelArgs, spec: LayerSpec, prefix: str = "") -> Iterator[Eve
             yield from _call(f"{block}.{short}_post_norm")
 
     def parts() -> Iterator[Event]:
-        yield from part("attention", "attention", attention_modules(args, spec))
+        if spec.mixes:
+            yield from part("attention", "attention", attention_modules(args, spec))
         if spec.cross:
             yield from part(CROSS, CROSS, cross_modules(args))
         if spec.ffn != "none":
@@ -223,7 +224,7 @@ def _backward(
             yield Event(ffn, "release")
         if before:
             yield from _around(f"{block}.ffn_norm", flow[f"{block}.ffn_norm"])
-    parts = [("attention", attention_modules(args, spec))]
+    parts = [("attention", attention_modules(args, spec))] if spec.mixes else []
     parts += [(CROSS, cross_modules(args))] if spec.cross else []
     for short, names in reversed(parts):
         module = f"{block}.{short}"

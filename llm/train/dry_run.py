@@ -221,6 +221,8 @@ def _memory(work: Workload, asynchronous: bool) -> Iterator[str]:
         if any(values):
             yield _row(part.name, values)
     yield _row("all", [rank.total for rank in kinds])
+    if work.offload_optimizer:
+        yield _row("in host memory", [memory.in_host_memory(work, rank) for rank in kinds])
     if asynchronous:
         copies = [(rank.masters or rank.parameters) + rank.optimizer + rank.ema for rank in kinds]
         yield f"and in host memory {_units(max(copies))} at most, for checkpoint.asynchronous, from the first save on"

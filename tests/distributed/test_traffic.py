@@ -69,6 +69,15 @@ ON_TOWER: dict[str, Any] = {
     **SEEING, "lora": {"rank": 3, "targets": ["wk", "vision.wq", "vision.w2", "vision.fc1", "vision_projection"]}
 }  # fmt: skip
 UPPER = ("layers.[12].*", "norm.*", "output.*")
+
+
+def mixers(*pattern: str, groups: int = 1, **more: Any) -> dict[str, Any]:
+    """A model whose layers have other mixers, too; the channels of a group of state-space heads lie on all ranks."""
+    ssm = {"d_state": 8, "head_width": 6, "chunk": 8, "groups": groups}
+    return {"model": {"layer_pattern": list(pattern), "ssm": ssm, "route": {}, **more}}
+
+
+HYBRID = mixers("ssm@2+dense", "routed+none", "attn@3+dense")
 ON_TWO_RANKS = [
     case("tensor", tensor=2, micro=4, freeze=LOWER),
     case("data", zero_stage=3, freeze=LOWER, deepspeed=fetching(50, 900, 800)),
@@ -84,6 +93,7 @@ ON_TWO_RANKS = [
     case("pipeline", pipeline=2, precision="bf16", model={"tie_embeddings": True}, optim={"ema_decay": 0.9}),
     case("tensor", tensor=2, micro=4, **SEEING),
     case("data", zero_stage=3, deepspeed=fetching(100, 900, 800), **SEEING),
+    case("tensor", tensor=2, micro=4, freeze=("layers.0.*", "tok_embeddings.*"), **HYBRID),
 ]
 ON_FOUR_RANKS = [
     case("data expert tensor world", tensor=2, expert=2),
@@ -282,6 +292,41 @@ MORE_ON_TWO_RANKS = [
         )
     ),
     case("tensor", tensor=2, recompute="full", model={"layer_pattern": ["attn+none", "attn+dense"]}),
+    *(
+        case("tensor", tensor=2, micro=4, recompute=again, sequence_parallel=cut, **mixers("ssm+dense", "ssm+none"))
+        for again in ("none", "full")
+        for cut in (True, False)
+    ),
+    case("tensor", tensor=2, micro=4, **mixers("ssm+dense", groups=2)),
+    case("tensor", tensor=2, micro=4, recompute="full", **mixers(
+        "ssm@2+moe", "attn@3+dense", "routed+dense", qk_norm="head"
+    )),
+    *(
+        case(along, recompute=again, **parallel, **mixers("sum+none", "none+dense", "sum+dense", qk_norm="full"))
+        for again in ("none", "full")
+        for along, parallel in (("tensor", dict(tensor=2, micro=4)), ("data", dict(zero_stage=3)))
+    ),
+    *(
+        case("tensor", tensor=2, micro=4, freeze=("*.wx.*",), model=HYBRID["model"] | {
+            "ssm": HYBRID["model"]["ssm"] | {"norm": place}
+        })
+        for place in ("before_gate", "none")
+    ),
+    case("tensor", tensor=2, micro=4, recompute="selective", **mixers(
+        "ssm@2+dense", "attn@3+dense", "routed+none", route={"combine": "select"}, norm_place="sandwich"
+    )),
+    case("tensor", tensor=2, micro=4, sequence_parallel=False, **HYBRID),
+    case("data", zero_stage=1, **HYBRID),
+    case("data", zero_stage=3, recompute="full", **mixers("ssm+none")),
+    case("pipeline", pipeline=2, **HYBRID),
+    *(
+        case(along, freeze=freeze, **parallel, **HYBRID)
+        for freeze in (
+            ("*.wx.*", "*.conv_*"), ("*.A_log", "*.D", "*.dt_bias", "tok_embeddings.*"), ("*.attention.*",),
+            ("layers.0.*", "tok_embeddings.*", "layers.1.attention.attn.*"),
+        )
+        for along, parallel in (("tensor", dict(tensor=2, micro=4)), ("data", dict(zero_stage=3)))
+    ),
 ]
 MORE_ON_FOUR_RANKS = [
     case("data expert tensor world", tensor=2, expert=2, freeze=LOWER),
