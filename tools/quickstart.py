@@ -19,6 +19,7 @@ if not __package__:
 from llm.cli import run_cli
 from llm.errors import UserError
 from llm.paths import PathText
+from llm.report.write import NAME
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE_TOKENS = 300
@@ -81,6 +82,8 @@ def report(run_dir: PathText, data: PathText = "runs/data/stdlib", temperature: 
         f"more text: python launch/generate.py --model {run_dir} --prompt 'class '; "
         f"next: make pretrain-long, or your own text in a copy of configs/pretrain/quickstart.yaml"
     )
+    page = Path(run_dir) / NAME
+    print(f"report: {page}" if page.exists() else f"report: python tools/report.py {run_dir}")
 
 
 def is_python_line(line: str) -> bool:

@@ -39,6 +39,7 @@ class Curve:
 
     name: str
     colour: int
+    dash: int
     style: str
     column: Column
     error: Column | None = None
@@ -67,7 +68,8 @@ class Chart:
 
 def _curve_json(curve: Curve, pixels: int, span: tuple[int, int]) -> dict[str, object]:
     thin = thinned(curve.column, pixels, span)
-    found: dict[str, object] = {"name": escape(curve.name), "colour": curve.colour, "style": curve.style}
+    found: dict[str, object] = {"name": escape(curve.name), "style": curve.style}
+    found |= {"colour": curve.colour % COLOURS, "dash": curve.dash + curve.colour // COLOURS}
     found |= {"x": packed(thin.steps, "u4"), "y": packed(thin.values, "f4")}
     if curve.error is not None and len(curve.error.steps) == len(thin.steps):
         found["error"] = packed(curve.error.values, "f4")
@@ -104,7 +106,10 @@ PLAIN = ("batch_size", "seq_len", "expert_rank_load")
 """Fields that say nothing where they never change."""
 UNSEEN = {"tokens", "targets", "routing_checksum", "tokens_per_s_per_device", "data_wait_s"}
 """Fields that are not drawn: sums that only grow, and what another field says better."""
-WORDS = {"ppl": "perplexity", "acc": "accuracy", "bits_per_byte": "bits per byte", "roc_auc": "ROC AUC", "f1": "F1"}
+WORDS = {
+    "ppl": "perplexity", "acc": "accuracy", "bits_per_byte": "bits per byte", "roc_auc": "ROC AUC", "f1": "F1",
+    "lm": "LM", "mlm": "MLM", "dpo": "DPO", "moe_balance": "MoE balance", "moe_z": "MoE z",
+}  # fmt: skip
 
 
 def sections(runs: Sequence[RunFolder]) -> list[tuple[str, list[Chart]]]:
@@ -169,7 +174,11 @@ def _chart(plan: Plan, runs: Sequence[RunFolder]) -> Chart:
             if not len(column.steps):
                 continue
             label = (f"{run.name}: {words}" if len(fields) > 1 else run.name) if several else words
-            _add(chart, label, place if several else number, column, run.metrics.column(f"{name}_stderr"))
+            colour, dash = (place, number) if several and plan is not LOSS else (place if several else number, 0)
+            made = _curves(label, colour, dash, column, run.metrics.column(f"{name}_stderr"))
+            if several and name == "loss" and made[0].style == "line":
+                made[0].style = "thin"  # behind what is held out, which has the run's colour too
+            chart.curves += made
         if plan is LOSS:
             chart.marks += _marks(run)
     return chart
@@ -180,15 +189,16 @@ def _is_worth_it(name: str, metrics: Sequence[Metrics]) -> bool:
     return name not in PLAIN or len(values) > 1
 
 
-def _add(chart: Chart, label: str, colour: int, column: Column, error: Column) -> None:
+def _curves(label: str, colour: int, dash: int, column: Column, error: Column) -> list[Curve]:
+    """A field's own, and where that goes up and down a lot a mean over it."""
     steps = column.steps
     now_and_then = len(steps) <= 400 and (len(steps) < 2 or int(steps[-1] - steps[0]) > len(steps) - 1)
     window = 0 if now_and_then else window_of(column)
     style = "dots" if now_and_then else "thin" if window else "line"
     matching = error if len(error.steps) == len(steps) and (error.steps == steps).all() and len(steps) else None
-    chart.curves.append(Curve(label, colour, style, column, matching))
-    if window:
-        chart.curves.append(Curve(f"{label}, mean of {window:,}", colour, "line", smoothed(column, window)))
+    own = Curve(label, colour, dash, style, column, matching)
+    mean = Curve(f"{label}, mean of {window:,}", colour, dash, "line", smoothed(column, window)) if window else None
+    return [own] if mean is None else [own, mean]
 
 
 def _marks(run: RunFolder) -> list[tuple[int, str]]:

@@ -40,7 +40,7 @@
       const trace = {
         type: "scatter", name: curve.name, x: steps(curve.x), y: values(curve.y),
         mode: dots ? "lines+markers" : "lines", opacity: curve.style === "thin" ? 0.38 : 1,
-        line: { color: colour, width: curve.style === "thin" ? 1 : 1.8, dash: dashes[Math.floor(curve.colour / 8) % 4] },
+        line: { color: colour, width: curve.style === "thin" ? 1 : 1.8, dash: dashes[curve.dash % 4] },
         marker: { color: colour, size: 5 }, hovertemplate: "%{y:.5~g}",
       };
       if (curve.error) {

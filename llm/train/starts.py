@@ -39,4 +39,5 @@ def _sources(mixture: Mixture) -> Iterator[dict[str, Any]]:
         counts = {word: getattr(source, attribute, None) for attribute, word in COUNTS}
         known = {word: int(n) for word, n in counts.items() if isinstance(n, int)}
         given = str(getattr(inner, "given", None) or getattr(source, "given", ""))
+        given = given.removeprefix("data.train=")
         yield {"name": name, "given": given, "rows": rows.n_rows, "slots": slots, **known}

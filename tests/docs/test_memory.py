@@ -1,5 +1,5 @@
-"""docs/memory.md: what it quotes of dry runs is what they print, and its bytes of activations are those that a forward
-keeps."""
+"""docs/memory.md: what its table quotes of dry runs is what they print, and its bytes of activations are those that a
+forward keeps."""
 
 import re
 from pathlib import Path
@@ -23,13 +23,6 @@ def dry_run(folder: Path, *flags: str) -> str:
     (folder / "8b.yaml").write_text(config)
     words = ["--config", str(folder / "8b.yaml"), "--nproc", "8", "--dry_run=config", *flags]
     return Pretrain.parse(words).report()
-
-
-def test_the_output_shown_is_what_is_printed(tmp_path: Path) -> None:
-    (shown,) = (block.text.splitlines() for block in blocks(PAGE) if block.language == "text")
-    printed = iter(dry_run(tmp_path).splitlines())
-    for line in shown:
-        assert line == "..." or line in printed, line  # in this order: each search goes on where the last one ended
 
 
 @pytest.mark.parametrize(("flags", "kept", "sent"), ROWS, ids=[flags for flags, _, _ in ROWS])

@@ -108,6 +108,8 @@ def test_a_model_file_is_read_from_its_path(tmp_path: Path) -> None:
         ({"eval": {"best": "eval/arc/acc"}}, "eval.best=eval/arc/acc is of a task, and eval.tasks has none"),
         ({"eval": {"tasks": "arc_easy", "tasks_interval": 0}}, "eval.tasks_interval=0"),
         ({"log": {"trace_steps": [5, 4]}}, "log.trace_steps=[5, 4]: the first step lies after the last"),
+        ({"log": {"profile_steps": [5, 4]}}, "log.profile_steps=[5, 4]: the first step lies after the last"),
+        ({"log": {"profile_steps": [9, 21]}}, "log.profile_steps=[9, 21]: there is no step 21 in train.steps=20"),
         ({"log": {"trace_steps": [21, 30]}}, "log.trace_steps=[21, 30]: there is no step 30 in train.steps=20"),
         ({"deepspeed": {"zero_optimization": {"offload_optimizer": {}}}}, "set by parallel.offload_optimizer"),
         ({"train": {"lr": 1}}, "unknown key train.lr; did you mean optim.lr?"),
