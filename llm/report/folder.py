@@ -97,6 +97,8 @@ def read_folder(path: Path) -> RunFolder:
 
 
 def _config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
     try:
         found = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (OSError, ValueError, yaml.YAMLError):
@@ -139,7 +141,7 @@ def _read_log(path: Path) -> tuple[list[Event], list[Sample]]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    if path.exists():
+    if path.is_file():
         with path.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 yield line.rstrip("\n")

@@ -44,7 +44,9 @@ class Metrics:
 
 
 class JsonLines:
-    """The objects of a file that have a step; `damaged` counts its other lines. Nothing where there is no such file."""
+    """The objects of a file that have a step; `damaged` counts its other lines. Nothing where there is no such file, or
+    something else than a file, as a pipe to which a run has written.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -52,7 +54,7 @@ class JsonLines:
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """(step, row) in the order of the file. OSError where it is there and cannot be read."""
-        if not self._path.exists():
+        if not self._path.is_file():  # a pipe would be waited for, and a device may never end
             return
         with self._path.open("rb") as lines:
             for line in lines:

@@ -2,7 +2,10 @@
 
 import base64
 import json
+import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +24,7 @@ from llm.report.thin import thinned
 from llm.report.write import MOST_BYTES, content, plotly_js, write_report
 from llm.train.folder import close_log
 from tests.report.folders import SCRIPT, SPIKE, add_start, write_run
+from tests.shared import ROOT
 from tools.report import report
 
 
@@ -117,6 +121,17 @@ def test_torn_and_damaged_lines_are_passed_over_and_counted(tmp_path: Path) -> N
     assert metrics.damaged == 4
     assert metrics.column("loss").steps.tolist() == [n for n in range(1, 31) if n not in (5, 10, 20)]
     assert "4 damaged lines of metrics.jsonl passed over" in page_of(folder)
+
+
+def test_a_pipe_or_device_in_the_place_of_a_file_is_not_read(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", 20)
+    for name in ("metrics.jsonl", "config.yaml"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+    (folder / "log.txt").symlink_to("/dev/zero")
+    run = read_folder(folder)
+    assert run.metrics.columns == {} and run.config == {} and run.events == []
+    assert "Run run" in page_of(folder)
 
 
 def test_of_a_step_that_is_there_twice_the_later_row_counts(tmp_path: Path) -> None:
@@ -239,3 +254,8 @@ def test_the_page_asks_for_nothing_from_elsewhere(tmp_path: Path) -> None:
     text = page_of(write_run(tmp_path / "run", 20))
     assert not re.search(r"\b(src|href)=\"(?!#)", text) and "url(" not in text
     assert "</script" not in plotly_js()
+
+
+def test_the_command_does_not_wait_for_torch() -> None:
+    code = "import sys, tools.report; sys.exit('torch' in sys.modules or 'plotly' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
