@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.shared import ROOT
-from tests.siblings.seeds import CodeBlock, blocks_of
+from tests.siblings.seeds import blocks_of
 
 FILES = (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
 PAGES = tuple(sorted(path.relative_to(ROOT).as_posix() for path in FILES))
-COMMANDS = re.compile(r"\$ |[A-Z_]+=\S+ |(\.venv[\w-]*/bin/)?(python|make|torchrun|pip|bash|sbatch|lattice)\b")
 LANGUAGES = ("python", "sh", "yaml", "text")
 """What a block can be called. What is no command, code or config is text: what a command prints, or a drawing."""
 SPELLED = {"bash": "sh", "shell": "sh", "console": "sh"}
@@ -40,21 +39,14 @@ def text_of(page: str) -> str:
 def blocks(page: str) -> tuple[Block, ...]:
     """All blocks of a page, in order."""
     return tuple(
-        Block(page, block.line, _language(block), block.text, block.heading) for block in blocks_of(text_of(page))
+        Block(page, block.line, SPELLED.get(block.language, block.language), block.text, block.heading)
+        for block in blocks_of(text_of(page))
     )
 
 
 def all_blocks(language: str) -> list[Block]:
     """Those of all pages in a language."""
     return [block for page in PAGES for block in blocks(page) if block.language == language]
-
-
-def _language(block: CodeBlock) -> str:
-    """What a block is: as its fence says; without a word there, commands are known by how they begin."""
-    if block.language:
-        return SPELLED.get(block.language, block.language)
-    first = next((line for line in block.text.splitlines() if line.strip() and not line.startswith("#")), "")
-    return "sh" if COMMANDS.match(first) else "text"
 
 
 def prose(page: str) -> str:

@@ -46,6 +46,6 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_blocks_are_of_known_kinds(page: str) -> None:
+def test_the_fence_of_a_block_says_what_it_is(page: str) -> None:
     assert {block.language for block in blocks(page)} <= set(LANGUAGES)
     assert text_of(page).count("```") % 2 == 0
