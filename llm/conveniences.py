@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from llm.args import ModelArgs
+    from llm.data.conversation import Message
     from llm.generation.text import Continuer, Prompt
     from llm.model import LLM
     from llm.tokenizer import Tokenizer
@@ -151,17 +152,54 @@ class Conveniences(nn.Module):
         made = continuer.stream(prompts, sampling, max_new_tokens, stop, stop_texts=stop_texts)
         return (piece for _, piece, _ in made if piece)
 
-    def _continuer(self) -> "Continuer":
+    def chat(
+        self,
+        messages: "str | Sequence[Message]",
+        *,
+        system: str | None = None,
+        template: str = "auto",
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+    ) -> str:
+        """What the assistant says next: to a text that the user says, or in a conversation, a list of messages with
+        `role` and `content`. Add the answer and the next message to the list, to go on.
+
+        system: what the system says first. template: auto (the chat template that came with the tokenizer), llama3,
+        llama4, chatml, gemma, mistral, or the path of a .jinja file. The other settings and errors are as of
+        `generate`; UserError where there is no template, or it cannot be used.
+        """
+        from llm.generation.chat import Chat
+        from llm.generation.sampling import Sampling
+        from llm.pretrained import template_for
+
+        sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+        if self.args.encoder_layers:
+            raise UserError(f"{self._called} is an encoder-decoder, which answers a text and keeps no conversation")
+        found = template_for(self.origin, self._tokenizer_for("texts cannot be read or written"), template)
+        asked = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        continuer = self._continuer(found.end_ids)
+        prompt = continuer.prompt_of(Chat(found, system).ids(asked), "the conversation")
+        return continuer.complete([prompt], sampling, max_new_tokens)[0].text
+
+    @property
+    def _called(self) -> str:
+        """For messages."""
+        return "this model" if self.origin is None else str(self.origin)
+
+    def _continuer(self, end_ids: Sequence[int] | None = None) -> "Continuer":
         from llm.generation.text import Continuer
 
-        name = "this model" if self.origin is None else str(self.origin)
         tokenizer = self.tokenizer
         if tokenizer is None:
             raise NoTokenizer(
-                f"{name} has no tokenizer, so text cannot be read or written; set model.tokenizer = "
+                f"{self._called} has no tokenizer, so text cannot be read or written; set model.tokenizer = "
                 f"llm.tokenizer.load_tokenizer(...), or give token ids to llm.generate.generate"
             )
-        return Continuer(cast("LLM", self), tokenizer, name)
+        return Continuer(cast("LLM", self), tokenizer, self._called, end_ids)
 
     @torch.no_grad()
     def predict(self, text: str | Sequence[str], *, batch_tokens: int = 16384) -> Tensor:
@@ -198,9 +236,8 @@ class Conveniences(nn.Module):
     def _tokenizer_for(self, so: str) -> "Tokenizer":
         """Raises NoTokenizer saying that there is none, so what cannot be done."""
         if self.tokenizer is None:
-            name = "this model" if self.origin is None else str(self.origin)
             raise NoTokenizer(
-                f"{name} has no tokenizer, so {so}; set model.tokenizer = llm.tokenizer.load_tokenizer(...)"
+                f"{self._called} has no tokenizer, so {so}; set model.tokenizer = llm.tokenizer.load_tokenizer(...)"
             )
         return self.tokenizer
 

@@ -122,6 +122,11 @@ def chat_template_of(path: str | Path, tokenizer: Tokenizer, choice: str = "auto
     return open_template(choice, tokenizer, folder)
 
 
+def template_for(origin: Path | None, tokenizer: Tokenizer, choice: str) -> ChatTemplate:
+    """The same for a model that may have been read nowhere."""
+    return open_template(choice, tokenizer) if origin is None else chat_template_of(origin, tokenizer, choice)
+
+
 def _foreign_tokenizer(path: Path, tell: Tell | None) -> tuple[Tokenizer, TokenizerConfig]:
     found, config = foreign_tokenizer(path)
     if tell is not None:

@@ -20,8 +20,8 @@ ROOMS = (
     "data.conversation", "tokenizers.chat", "data", "parallel", "plan", "checkpoint", "foreign", "adapters",
     "pretrained", "export",
     # what users ask for
-    "generation", "evaluate", "tasks", "extensions", "cli", "report", "train", "siblings", "jobs", "command",
-    "__main__",
+    "generation", "evaluate", "tasks", "extensions", "cli", "report", "train", "siblings", "jobs", "runs",
+    "command", "__main__",
 )  # fmt: skip
 """A room is a module or a package of llm; it may import those before it."""
 LATE = {"llm.conveniences", "llm.layers.foreign_names"}

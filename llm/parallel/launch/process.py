@@ -41,8 +41,7 @@ EXIT_FAILURE = 1
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl: the signal that a process gets when the thread that started it ends."""
 _roll: Roll | None = None  # of this process's job, from `start` on, for the end of `run`
-
-
+_world: World | None = None  # what `start` gave
 
 
 def name_roles(roles: dict[int, str]) -> None:
@@ -102,6 +101,20 @@ def start(timeout_s: float, threads: int) -> World:
         device_id=world.device if world.device.type == "cuda" else None,
     )
     return replace(world, store=store, timeout_s=timeout_s)
+
+
+def joined(timeout_s: float, threads: int) -> World:
+    """`start`, or where this process has started before, as in a notebook that trains again, the same place, with
+    these CPU threads. UserError where somebody else has made the default process group.
+    """
+    global _world
+    if not dist.is_initialized():
+        _world = start(timeout_s, threads)
+    elif _world is None:
+        raise UserError("torch.distributed has a default process group already, which Lattice makes itself; "
+                        "train before it is made, or in a process of its own (nproc=1)")  # fmt: skip
+    torch.set_num_threads(threads)
+    return _world
 
 
 def _meeting_place(timeout: timedelta) -> dist.Store:

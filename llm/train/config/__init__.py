@@ -7,7 +7,7 @@ prints.
 
 from llm.train.config.data import DataConfig
 from llm.train.config.layout import accumulation_steps, check_layout, layout_of
-from llm.train.config.load import load_config, validate
+from llm.train.config.load import config_of, load_config, validate
 from llm.train.config.optim import OptimConfig
 from llm.train.config.outputs import CheckpointConfig, EvalConfig, LogConfig
 from llm.train.config.schema import ModelSection, ParallelConfig, RunConfig
@@ -28,6 +28,7 @@ __all__ = [
     "TrainConfig",
     "accumulation_steps",
     "check_layout",
+    "config_of",
     "layout_of",
     "load_config",
     "validate",

@@ -1,5 +1,6 @@
 """A run config from its YAML file and the overrides of the command line."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,12 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Ru
 
     Raises UserError naming the file or the key; nothing else is touched.
     """
-    raw = read_yaml(run_config(path))
+    return config_of(read_yaml(run_config(path)), str(path), overrides)
+
+
+def config_of(raw: dict[str, Any], where: str, overrides: dict[str, Any] | None = None) -> RunConfig:
+    """The same of what such a file says, which is left as it is; `where` is what messages call it."""
+    raw = deepcopy(raw)
     model = raw.get("model")
     for key, value in (overrides or {}).items():
         if key == "model":
@@ -33,9 +39,9 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Ru
     for key, value in (overrides or {}).items():
         if key != "model":
             put(raw, key, value, RunConfig)
-    _complete_from_adapter(raw, str(path))
-    _complete_from_weights(raw, str(path))
-    return validate(raw, str(path))
+    _complete_from_adapter(raw, where)
+    _complete_from_weights(raw, where)
+    return validate(raw, where)
 
 
 def _complete_from_adapter(raw: dict[str, Any], where: str) -> None:
