@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import NamedTuple
 
+import numpy as np
+
 from llm.report.folder import MARKED, RunFolder
 from llm.report.rows import Column, Metrics, derived
 from llm.report.thin import packed, smoothed, thinned, window_of
@@ -102,6 +104,9 @@ SPEED = (
     Plan("Model FLOPs utilisation", "share of the peak", (("mfu", "mfu"),)),
 )
 DATA = (Plan("Passes over the data", "epochs", (("epoch", "epochs"),)),)
+SPEEDS = ("tokens_per_s", "step_time_s", "mfu")
+PASSED_OVER = "passed over"
+"""What metrics.jsonl says of a step that was not computed."""
 PLAIN = ("batch_size", "seq_len", "expert_rank_load")
 """Fields that say nothing where they never change."""
 UNSEEN = {"tokens", "targets", "routing_checksum", "tokens_per_s_per_device", "data_wait_s"}
@@ -116,6 +121,7 @@ def sections(runs: Sequence[RunFolder]) -> list[tuple[str, list[Chart]]]:
     """All charts of these runs on the same axes, by section; those without a point are left out."""
     metrics = [run.metrics for run in runs]
     for of_run in metrics:
+        _leave_out_uncomputed(of_run)
         wait = derived(of_run.column("data_wait_s"), of_run.column("step_time_s"))
         if len(wait.steps):
             of_run.columns[WAIT] = wait
@@ -126,6 +132,16 @@ def sections(runs: Sequence[RunFolder]) -> list[tuple[str, list[Chart]]]:
         if charts or (title == LOADS and any(run.experts for run in runs)):
             found.append((title, charts))
     return found
+
+
+def _leave_out_uncomputed(metrics: Metrics) -> None:
+    """Steps that were passed over take no time: their speed would be the only thing to be seen of a chart."""
+    steps = [step for step, why in metrics.skipped if why == PASSED_OVER]
+    for name in SPEEDS if steps else ():
+        if name in metrics.columns:
+            column = metrics.columns[name]
+            made = ~np.isin(column.steps, steps)
+            metrics.columns[name] = Column(column.steps[made], column.values[made])
 
 
 def _planned(names: Sequence[str], several: bool) -> Iterator[Section]:
@@ -192,7 +208,7 @@ def _is_worth_it(name: str, metrics: Sequence[Metrics]) -> bool:
 def _curves(label: str, colour: int, dash: int, column: Column, error: Column) -> list[Curve]:
     """A field's own, and where that goes up and down a lot a mean over it."""
     steps = column.steps
-    now_and_then = len(steps) <= 400 and (len(steps) < 2 or int(steps[-1] - steps[0]) > len(steps) - 1)
+    now_and_then = len(steps) <= 400 and (len(steps) < 2 or int(steps[-1] - steps[0]) >= 2 * (len(steps) - 1))
     window = 0 if now_and_then else window_of(column)
     style = "dots" if now_and_then else "thin" if window else "line"
     matching = error if len(error.steps) == len(steps) and (error.steps == steps).all() and len(steps) else None

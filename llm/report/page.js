@@ -39,7 +39,7 @@
       const dots = curve.style === "dots";
       const trace = {
         type: "scatter", name: curve.name, x: steps(curve.x), y: values(curve.y),
-        mode: dots ? "lines+markers" : "lines", opacity: curve.style === "thin" ? 0.38 : 1,
+        mode: dots ? "lines+markers" : "lines", opacity: curve.style === "thin" ? 0.5 : 1,
         line: { color: colour, width: curve.style === "thin" ? 1 : 1.8, dash: dashes[curve.dash % 4] },
         marker: { color: colour, size: 5 }, hovertemplate: "%{y:.5~g}",
       };
@@ -48,13 +48,14 @@
       }
       return trace;
     });
+    const large = traces.some((trace) => trace.y.some((value) => value >= 10000));
     const shapes = chart.marks.map(([at]) => ({
       type: "line", x0: at, x1: at, y0: 0, y1: 1, yref: "paper", layer: "below",
       line: { color: c.soft, width: 1, dash: "dot" },
     }));
     return Plotly.react(place, traces, layoutOf(c, {
       xaxis: axis(c, { hoverformat: ",d", exponentformat: "none", separatethousands: true, title: { text: "" } }),
-      yaxis: axis(c, { type: log ? "log" : "linear", exponentformat: "power", dtick: undefined, nticks: 6 }),
+      yaxis: axis(c, { type: log ? "log" : "linear", exponentformat: "power", nticks: 6, ...(large ? { tickformat: "~s" } : {}) }),
       shapes,
     }), config);
   };

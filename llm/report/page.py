@@ -219,13 +219,13 @@ def _config(runs: Sequence[RunFolder]) -> str:
     heads = "".join(
         f'<th><span class="key c{i % charts.COLOURS}"></span>{shown(run.name)}</th>' for i, run in enumerate(runs)
     )
-    head = f"<tr><th></th>{heads}</tr>" if several else ""
+    head, alone = (f"<tr><th></th>{heads}</tr>", "") if several else ("", " alone")
     body = "".join(_key_row(key, values) for key, values in keys.items())
     n = sum(len(set(values)) > 1 for values in keys.values())
     only = f'<label><input type="checkbox" id="only"> only the {n:,} keys that differ</label>' if several else ""
     find = '<input type="search" id="find" placeholder="find a key or value" aria-label="find a key or value">'
     search = f'<div class="find">{find}{only}</div>'
-    return f'{search}<div class="scroll"><table class="config">{head}{body}</table></div>'
+    return f'{search}<div class="scroll"><table class="config{alone}">{head}{body}</table></div>'
 
 
 def _key_row(key: str, values: Sequence[str]) -> str:

@@ -154,6 +154,19 @@ def test_several_runs_share_axes_and_the_keys_that_differ_are_marked(tmp_path: P
     assert "only the 2 keys that differ" in text
 
 
+def test_the_speed_of_a_step_that_was_passed_over_is_not_drawn(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", 20)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows[6] |= {"skipped": "passed over", "loss": None, "tokens_per_s": 1e9, "step_time_s": 1e-6}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = page_of(folder)
+    for title in ("Tokens per second", "Time of a step", "Waiting for data"):
+        steps, _ = points(chart(text, title)["curves"][0])
+        assert steps.tolist() == [step for step in range(1, 21) if step != 7]
+    assert points(chart(text, "Learning rate")["curves"][0])[0].tolist() == list(range(1, 21))
+    assert "steps without an update: passed over 1" in text
+
+
 def test_many_runs_are_thinned_until_they_fit(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / f"run{n}", 3000) for n in range(3)]
     runs = [read_folder(folder) for folder in folders]
