@@ -103,3 +103,25 @@ def test_the_short_convolution_is_a_library_s_on_each_document_by_itself():
             torch.testing.assert_close(found[row, own], torch.nn.functional.silu(expected))
     parts = short_conv(x[:, :9], weight, bias), short_conv(x[:, 9:], weight, bias, None, x[:, 6:9])
     torch.testing.assert_close(torch.cat(parts, 1), short_conv(x, weight, bias))
+
+
+@pytest.mark.full
+def test_pieces_of_a_view_of_more_than_2_to_the_31_elements_say_what_a_constant_input_leads_to():
+    """The view repeats one token, so it takes no memory; a state that goes on from piece to piece has a closed form."""
+    heads, width, state, piece = 2, 512, 4, 1 << 15
+    length = (1 << 31) // (heads * width) + piece + 5
+    torch.manual_seed(0)
+    x_1HP, bc = torch.randn(1, 1, heads, width), torch.randn(2, 1, 1, 1, state)
+    x_BTHP, (b_BTGN, c_BTGN) = x_1HP.expand(1, length, -1, -1), bc.expand(-1, -1, length, -1, -1)
+    assert x_BTHP.numel() > 1 << 31 and x_BTHP.stride(1) == 0
+    dt_BTH, a_H = torch.tensor([0.5, 0.01]).expand(1, length, -1), torch.tensor([-1.0, -0.5])
+    decay_H = (dt_BTH[0, 0] * a_H).double().exp()
+    went_on = None
+    for first in range(0, length, piece):
+        y, went_on = ssd(*(z[:, first : first + piece] for z in (x_BTHP, dt_BTH)), a_H,
+                         *(z[:, first : first + piece] for z in (b_BTGN, c_BTGN)), None, went_on)  # fmt: skip
+        n = torch.arange(first, first + y.shape[1]).double()[:, None] + 1
+        sums_TH = dt_BTH[0, 0] * (1 - decay_H**n) / (1 - decay_H)  # of what was written, as the state keeps it
+        said_TH = sums_TH * (bc[0] * bc[1]).sum().double()
+        expected = said_TH[..., None] * x_1HP[0].double()
+        assert ((y[0] - expected).abs().max() / expected.abs().max()).item() < 1e-5
