@@ -53,7 +53,7 @@ RUN = {
     "docs/generation.md": (),
     "docs/memory.md": (),
     "docs/model.md": (),
-    "docs/publishing.md": ("hf", "launch/evaluate.py"),
+    "docs/publishing.md": ("hf", "evaluate"),
 }
 """Pages whose commands are run as they stand -> words of those that are not: they send something, or want data."""
 
@@ -69,7 +69,8 @@ def test_commands_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         for words in commands_of(block.text) if block.language == "sh" else ():
             if set(words[:2]) & set(RUN[page]):
                 continue
-            program = sys.executable if Path(words[0]).name == "python" else words[0]
+            name = Path(words[0]).name
+            program = [sys.executable, "-m", "llm"] if name == "lattice" else [sys.executable if name == "python" else name]
             environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-            done = subprocess.run([program, *words[1:]], capture_output=True, text=True, env=environment, check=False)
+            done = subprocess.run([*program, *words[1:]], capture_output=True, text=True, env=environment, check=False)
             assert done.returncode == 0, f"{block.place}: {' '.join(words)}: {done.stderr}"
