@@ -70,7 +70,8 @@ def test_commands_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             if set(words[:2]) & set(RUN[page]):
                 continue
             name = Path(words[0]).name
-            program = [sys.executable, "-m", "llm"] if name == "lattice" else [sys.executable if name == "python" else name]
+            python = [sys.executable]
+            program = {"python": python, "lattice": [*python, "-m", "llm"]}.get(name, [name])
             environment = {**os.environ, "PYTHONPATH": str(ROOT)}
             done = subprocess.run([*program, *words[1:]], capture_output=True, text=True, env=environment, check=False)
             assert done.returncode == 0, f"{block.place}: {' '.join(words)}: {done.stderr}"
