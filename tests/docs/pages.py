@@ -8,7 +8,7 @@ from typing import NamedTuple
 from tests.shared import ROOT
 from tests.siblings.seeds import blocks_of
 
-FILES = (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
+FILES = (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"))
 PAGES = tuple(sorted(path.relative_to(ROOT).as_posix() for path in FILES))
 LANGUAGES = ("python", "sh", "yaml", "text")
 """What a block can be called. What is no command, code or config is text: what a command prints, or a drawing."""
