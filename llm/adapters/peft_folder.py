@@ -288,6 +288,8 @@ def _ours(names: AdapterNames, factors: peft.Factors) -> dict[str, Tensor]:
 
 def _laid_out(tensors: dict[str, Tensor], args: ModelArgs, family: Family, theirs: bool) -> dict[str, Tensor]:
     """Adapters with the rows of queries and keys as the family has them, or from there as `args` say."""
+    if family.write_config is None:  # a model is only ever one of these as it was read, with rows as they were
+        return tensors
     said = family.read_config(written_config(family, args.merged), lambda _: None)
     interleaved = bool(said.get("rope_interleaved", True))
     if interleaved == args.rope_interleaved:

@@ -31,6 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
     pytest.mark.filterwarnings("ignore:The following .* keys did not match:RuntimeWarning"),
 ]
+WITHOUT_OUT = ("mamba2", "nemotron_h", "falcon_h1")
 QUICK = {
     ("llama", "one kv head, tied"), ("llama4_text", "top 2, every second layer, ratio 1"),
     ("gpt_neox", "a quarter rotated"),
@@ -44,7 +45,7 @@ def args_of(family: str, name: str, targets: tuple[str, ...] = EVERYWHERE, **lor
     args = ModelArgs.model_validate(family_named(family).read_config(config, lambda _: None))
     held = {weight.split(".")[-2] for weight in ParameterTable.of(args).shapes if "experts" not in weight}
     held |= {"experts"} if any("experts" in weight for weight in ParameterTable.of(args)) else set()
-    held -= {"wo"} if family == "mamba2" else set()  # PEFT wraps no out_proj of such models
+    held -= {"wo"} if family in WITHOUT_OUT else set()  # PEFT wraps no out_proj of such models
     chosen = tuple(target for target in targets if target in held)
     return args.model_copy(update={"lora": LoraArgs(**{"rank": 3, "alpha": 6.0, "targets": chosen} | lora)})
 
