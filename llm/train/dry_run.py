@@ -18,7 +18,7 @@ from llm.parallel.engine.deepspeed_private import mark
 from llm.parallel.grid import stage_name
 from llm.parallel.layout import Dimension, Layout
 from llm.parallel.stages import bubble
-from llm.plan import memory, traffic
+from llm.plan import activations, memory, traffic
 from llm.plan.workload import ZERO3_DEFAULTS, OptimizerGroup, Workload
 from llm.pretrained import args_of
 from llm.tokenizer import load_tokenizer
@@ -223,11 +223,23 @@ def _memory(work: Workload, asynchronous: bool) -> Iterator[str]:
     yield _row("all", [rank.total for rank in kinds])
     if work.offload_optimizer:
         yield _row("in host memory", [memory.in_host_memory(work, rank) for rank in kinds])
+    yield from _activations(work)
     if asynchronous:
         copies = [(rank.masters or rank.parameters) + rank.optimizer + rank.ema for rank in kinds]
         yield f"and in host memory {_units(max(copies))} at most, for checkpoint.asynchronous, from the first save on"
     if kinds[0].gradients is None:
         yield "  gradients are not counted where the optimizer is offloaded"
+
+
+def _activations(work: Workload) -> Iterator[str]:
+    """What the forward keeps for the backward, where that is predicted."""
+    kept = activations.predict(work)
+    if kept is None:
+        return
+    inputs = work.recompute == "full"
+    yield f"and about {_units(kept.layers)} of activations, {'the inputs of' if inputs else 'all of'} its layers"
+    if inputs and kept.one is not None:
+        yield f"  and {_units(kept.one)} of the one layer that is computed again at a time"
 
 
 def _attention_dropout(work: Workload) -> Iterator[str]:
