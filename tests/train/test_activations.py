@@ -38,7 +38,7 @@ def kept(work: Workload, n_layers: int) -> int:
     args = work.args.model_copy(update={"n_layers": n_layers})
     model = LLM(args).to(torch.float32 if work.precision == "fp32" else torch.bfloat16).train()
     model.activation_checkpointing = work.recompute
-    ids = torch.randint(0, args.vocab_size, (1, TOKENS))
+    ids = torch.randint(0, args.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     tracker = MemTracker()
     tracker.track_external(model)
     with tracker:
@@ -93,8 +93,10 @@ def test_what_is_computed_again_leaves_its_input_whatever_it_is(model: dict[str,
     assert predicted is not None and predicted.layers == 4 * TOKENS * 128 * 2
     counted = kept(work, 8) - kept(work, 4)
     reported = 131_096 * sum("routed" in spec.mixer.name for spec in work.args.layer_specs())  # bins of its scores
-    # experts also leave the counts of their tokens
-    assert counted - reported == pytest.approx(predicted.layers, rel=0.15 if model is EXPERTS else 0.02)
+    if model is EXPERTS:  # which also leave what routers said of each token, a few numbers an expert
+        assert 0 <= counted - predicted.layers <= 4 * TOKENS * 4 * 12
+    else:
+        assert counted - reported == pytest.approx(predicted.layers, rel=0.02)
     assert (predicted.one is None) == (model in (MIXED, EXPERTS))
 
 
