@@ -42,7 +42,7 @@ from tools.benchmarks.machine import hardware, versions
 ROOT = Path(__file__).resolve().parents[2]
 WORK = "runs/hybrids"
 SEEDS = (0, 1, 2)
-STEPS, ROWS, SEQ_LEN = 200, 4, 1024
+STEPS, ROWS, SEQ_LEN = 120, 4, 1024
 VOCABULARY = 2048
 HELD_OUT = 20
 """Every so many-th book is held out."""
