@@ -9,6 +9,7 @@ from typing import Any
 
 from llm.errors import UserError
 from llm.foreign import hf
+from llm.foreign.asked import with_values
 from llm.foreign.families.llama import BLOCK
 from llm.foreign.families.mamba import limits, mixer
 from llm.foreign.family import Family, Warn
@@ -29,7 +30,7 @@ DEFAULTS: dict[str, Any] = {
 def read_config(config: hf.Config, warn: Warn) -> dict[str, Any]:
     given = {key: value for key, value in config.items() if value is not None or key not in DEFAULTS}
     given |= {"mamba_d_ssm": None} if "mamba_d_ssm" in config and config["mamba_d_ssm"] is None else {}
-    config = hf.with_defaults(given, DEFAULTS, warn)
+    config = hf.with_defaults(with_values(config, given), DEFAULTS, warn)
     if hf.activation(config) != "silu":
         raise UserError(f"config.json: hidden_act={config['hidden_act']} is not supported; only silu is")
     if bool(config["mamba_proj_bias"]) != bool(config["projectors_bias"]):

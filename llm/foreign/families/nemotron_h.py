@@ -155,6 +155,15 @@ def write_config(args: ModelArgs) -> dict[str, Any]:
     }
 
 
+SILENT = (
+    # of layers of experts, and of those that predict further tokens, which a model that is read has not
+    "moe_intermediate_size", "moe_latent_size", "moe_shared_expert_intermediate_size", "moe_shared_expert_overlap",
+    "n_group", "n_routed_experts", "n_shared_experts", "norm_topk_prob", "num_experts_per_tok", "routed_scaling_factor",
+    "topk_group", "mtp_layers_block_type", "mtp_hybrid_override_pattern", "num_nextn_predict_layers",
+    # of initial values, of other programs, and of what transformers does not read
+    "mamba_proj_bias", "mamba_ssm_cache_dtype", "rescale_prenorm_residual", "residual_in_fp32", "time_step_floor",
+    "time_step_max", "time_step_rank", "use_mamba_kernels",
+)  # fmt: skip
 LAYER = "backbone.layers.{i}"
 
 
@@ -172,5 +181,6 @@ def _rows(stem: str) -> Iterator[Row]:
 
 FAMILIES = (
     Family("nemotron_h", (*_rows("backbone"), *_rows("model")), read_config, write_config,
-           hf.containers(LAYER, "mixer", "mixer"), drop=(*DROP, r"mtp\..*"), architecture="NemotronHForCausalLM"),
+           hf.containers(LAYER, "mixer", "mixer"), drop=(*DROP, r"mtp\..*"), silent=SILENT,
+           architecture="NemotronHForCausalLM"),
 )  # fmt: skip
