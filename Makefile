@@ -35,6 +35,7 @@ LIGHTNING := .venv-lightning
 RUNTIME := .venv/.runtime-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 INSTALL_TORCH = $(if $(TORCH),$(1)/pip install -q $(TORCH),\
     $(1)/pip install -q torch==2.13.0+cpu 2>/dev/null || $(1)/pip install -q torch==2.13.0)
+STAGE := sh tools/stage.sh
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: pretrain pretrain-long reverse sort evaluate layouts layouts-vision test test-slice test-full vision-reference chem export lightning lint setup clean
@@ -47,15 +48,17 @@ $(RUNTIME): requirements.txt constraints.txt setup.py
 	    exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	    echo "error: $(PYTHON) lacks the module venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
-	$(PYTHON) -m venv .venv
-	$(call INSTALL_TORCH,$(BIN))
-	$(BIN)/pip install -q -r requirements.txt -c constraints.txt
-	$(BIN)/pip install -q --no-deps -e .
-	touch $@
+	@$(STAGE) "set-up 1 of 4: an environment in .venv" $(PYTHON) -m venv .venv
+	@$(STAGE) "set-up 2 of 4: torch, the largest of all" sh -c '$(call INSTALL_TORCH,$(BIN))'
+	@$(STAGE) "set-up 3 of 4: what a run needs, by requirements.txt" $(BIN)/pip install -q -r requirements.txt -c constraints.txt
+	@$(STAGE) "set-up 4 of 4: Lattice itself" $(BIN)/pip install -q --no-deps -e .
+	@touch $@
+	@$(STAGE) "set-up done: .venv/bin/lattice doctor looks at this machine"
 
 .venv/.dev: $(RUNTIME) requirements-dev.txt
-	$(BIN)/pip install -q -r requirements-dev.txt -c constraints.txt
-	touch $@
+	@$(STAGE) "set-up: what the tests need, by requirements-dev.txt" $(BIN)/pip install -q -r requirements-dev.txt -c constraints.txt
+	@touch $@
+	@$(STAGE) "set-up of the tests done"
 
 # what long tests of fine-tuning compare with: apart, because what these want must not hold back what a run needs
 $(PEERS)/.made: .venv/.dev requirements-peers.txt constraints.txt
