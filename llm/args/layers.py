@@ -165,13 +165,13 @@ class MixerType(Protocol):
         """What an item of the pattern means. Raises ValueError through `refuse`."""
 
 
-MIXERS: Registry[Any] = Registry("mixer")
+MIXERS: Registry[Any] = Registry("mixer", "llm.layers.mixers")
 """Classes: llm/layers/mixers.py."""
-FFNS: Registry[Any] = Registry("feed-forward")
+FFNS: Registry[Any] = Registry("feed-forward", "llm.layers.feed_forwards")
 """Each a FeedForwardKind: llm/layers/feed_forwards.py."""
-ACTIVATIONS: Registry[Any] = Registry("activation")
+ACTIVATIONS: Registry[Any] = Registry("activation", "llm.layers.activations")
 """Functions of a tensor: llm/layers/activations.py."""
-POSITIONS: Registry[Any] = Registry("kind of position")
+POSITIONS: Registry[Any] = Registry("kind of position", "llm.layers.positions")
 """Each a PositionKind: llm/layers/positions.py."""
 
 

@@ -1,5 +1,6 @@
 """Tables of what a config names: kinds of layers, which the layers' modules fill, and extensions add to."""
 
+import importlib
 from collections.abc import Iterator, Mapping
 from typing import Generic, TypeVar
 
@@ -9,9 +10,11 @@ Entry = TypeVar("Entry")
 class Registry(Mapping[str, Entry], Generic[Entry]):
     """Entries by name, in the order of registration."""
 
-    def __init__(self, what: str) -> None:
-        """what: one entry, for messages."""
-        self.what = what
+    def __init__(self, what: str, module: str) -> None:
+        """what: one entry, for messages; module: registers what Lattice itself has, and is imported when the table is
+        first read, whoever reads it: args are to be checked without a model, and known without torch."""
+        self.what, self._module = what, module
+        self._complete = False
         self._entries: dict[str, Entry] = {}
 
     def register(self, name: str, entry: Entry) -> None:
@@ -23,10 +26,16 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         self._entries[name] = entry
 
     def __getitem__(self, name: str) -> Entry:
-        return self._entries[name]
+        return self._all()[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self._all())
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._all())
+
+    def _all(self) -> dict[str, Entry]:
+        if not self._complete:
+            self._complete = True  # first, as the module may read the table
+            importlib.import_module(self._module)
+        return self._entries
