@@ -144,6 +144,8 @@ class Match:
     """Foreign tensors that no row knows."""
     misshapen: tuple[str, ...]
     """Lines about foreign tensors of another shape than expected."""
+    unnamed: int = 0
+    """How many parameters of ours the family has no name for."""
     alike: tuple[str, ...] = ()
     """Names of other families that fit as this one does, where no config says which is meant."""
 
@@ -210,7 +212,8 @@ def match(
         for (shard, key), shape in expected.items()
         if (shard, key) in theirs and theirs[shard, key] != shape
     ]
-    return Match(family, tuple(pairs), tuple(dict.fromkeys(missing)), tuple(unknown), tuple(misshapen))
+    unnamed = sum(name not in filled and name not in incomplete for name in ours)
+    return Match(family, tuple(pairs), tuple(dict.fromkeys(missing)), tuple(unknown), tuple(misshapen), unnamed)
 
 
 def export_pairs(family: Family, args: ModelArgs, ours: Mapping[str, Shape], shards: int = 1) -> tuple[BoxPair, ...]:
@@ -356,9 +359,10 @@ def family_named(name: str) -> Family:
 
 
 def best_match(matches: Iterable[Match]) -> Match:
-    """The one that fits, else the one with the fewest misfits; those with the very same misfits are named beside it."""
+    """The one that fits, else the one with the fewest misfits, of these one that has names for most of the model; those
+    with the very same misfits are named beside it."""
     known = list(matches)
-    best = min(known, key=lambda m: len(m.missing) + len(m.unknown) + len(m.misshapen))
+    best = min(known, key=lambda m: (len(m.missing) + len(m.unknown) + len(m.misshapen), m.unnamed))
     faults = best.missing, best.unknown, best.misshapen
     alike = [m.family.name for m in known if m is not best and (m.missing, m.unknown, m.misshapen) == faults]
     return replace(best, alike=tuple(alike))

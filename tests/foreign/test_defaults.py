@@ -22,7 +22,7 @@ def in_full(config: dict[str, Any]) -> dict[str, Any] | None:
     keys = {key: value for key, value in copy.deepcopy(config).items() if key != "model_type"}
     try:
         return transformers.AutoConfig.for_model(config["model_type"], **keys).to_dict()
-    except errors.StrictDataclassError:
+    except (errors.StrictDataclassError, KeyError):  # the second where a family has no default for a key of scaling
         return None
 
 

@@ -12,7 +12,7 @@ from tests.shared import ROOT
     "lines",
     [
         "from llm import ModelArgs; ModelArgs(dim=8, n_layers=1, n_heads=1, vocab_size=8)",
-        "from llm.args.layers import FFNS, MIXERS, POSITIONS; assert 'ssm' in MIXERS and FFNS['moe'] and len(POSITIONS)",
+        "from llm.args.layers import FFNS, MIXERS, POSITIONS; assert 'ssm' in MIXERS and FFNS['moe'] and POSITIONS",
         "from llm.train.config import load_config; load_config('configs/pretrain/reverse.yaml')",
     ],
     ids=["args", "tables", "config"],

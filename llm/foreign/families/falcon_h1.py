@@ -30,6 +30,8 @@ DEFAULTS: dict[str, Any] = {
 def read_config(config: hf.Config, warn: Warn) -> dict[str, Any]:
     given = {key: value for key, value in config.items() if value is not None or key not in DEFAULTS}
     given |= {"mamba_d_ssm": None} if "mamba_d_ssm" in config and config["mamba_d_ssm"] is None else {}
+    if "num_key_value_heads" in config and config["num_key_value_heads"] is None:  # as many as there are heads
+        given["num_key_value_heads"] = given.get("num_attention_heads", DEFAULTS["num_attention_heads"])
     config = hf.with_defaults(with_values(config, given), DEFAULTS, warn)
     if hf.activation(config) != "silu":
         raise UserError(f"config.json: hidden_act={config['hidden_act']} is not supported; only silu is")
