@@ -37,5 +37,9 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
     def _all(self) -> dict[str, Entry]:
         if not self._complete:
             self._complete = True  # first, as the module may read the table
-            importlib.import_module(self._module)
+            try:
+                importlib.import_module(self._module)
+            except BaseException:  # a KeyError would pass for an entry that is not there, and the table for whole
+                self._complete = False
+                raise
         return self._entries
