@@ -210,7 +210,10 @@ def _zero(work: Workload) -> Iterator[Sent]:
         for group in work.groups:
             n, times = work.cut_over(group), _groups(work, group, kind)
             along: Along = "expert_data" if group.on_expert_ranks else "data"
-            flat, exact = work.flat_numel(group, kind), sum(kind.sizes.get(name, 0) for name in group.names)
+            # after each micro-batch those with a gradient are reduced: an output matrix that nothing reads has none
+            left_out = {"output.weight"} if work.stage == 2 and not work.head_gradients else set()
+            exact = sum(kind.sizes.get(name, 0) for name in group.names if name not in left_out)
+            flat = work.flat_numel(group, kind)
             reduced = (flat if work.keeps_float32_gradients else exact) * (work.accumulation if work.stage == 2 else 1)
             yield Sent(along, "gradients", times * 2 * (n - 1) * FLOAT32 * reduced)
             if work.stage:
