@@ -49,7 +49,11 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[
     return dict(zip(models, rows, strict=True))
 
 
-@pytest.mark.parametrize("cases", [CASES[1::2], pytest.param(CASES[::2], marks=pytest.mark.full)], ids=["half", "rest"])
+@pytest.mark.parametrize(
+    "cases",
+    [CASES[1::4], pytest.param(CASES[::2] + CASES[3::4], marks=pytest.mark.full)],
+    ids=["a quarter", "the rest"],
+)
 def test_four_ranks_equal_one_process(
     tmp_path: Path, references: dict[str, list[dict[str, Any]]], cases: list[dict[str, Any]]
 ) -> None:
