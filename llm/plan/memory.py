@@ -71,8 +71,9 @@ def _of(work: Workload, kind: RankKind) -> Memory:
         gathered = sum(work.layout.data * work.share_numel(numel) for numel in stay)
         parameters = width * (own + sum(map(work.share_numel, work.frozen(kind).values())) + gathered)
     else:
-        held = whole if work.stage else work.trained(kind)
-        parameters = width * (held + sum(work.frozen(kind).values()) + kind.copied)
+        frozen = sum(work.frozen(kind).values())
+        trained = whole if work.stage else sum(kind.sizes.values()) - frozen
+        parameters = width * (trained + frozen + kind.copied)
     return Memory(
         parameters=parameters,
         int8=sum(kind.int8) + FLOAT32 * kind.int8_scales,
@@ -101,10 +102,11 @@ def _state(group: OptimizerGroup, sizes: list[int]) -> int:
 def _gradients(work: Workload, kind: RankKind, own: int, whole: int) -> int | None:
     if work.offload_optimizer:
         return None
+    copied = kind.copied_gradients if work.head_gradients else 0
     if work.keeps_float32_gradients:
-        return FLOAT32 * (whole + kind.copied_gradients)
+        return FLOAT32 * (whole + copied)
     if work.stage < 2:
-        return FLOAT32 * (work.trained(kind) + kind.copied_gradients)
+        return FLOAT32 * (work.reached(kind) + copied)
     if work.stage == 2 and work.precision == "fp32":
         return FLOAT32 * max(map(sum, zip(*(_touched(work, group, kind) for group in work.groups), strict=True)))
     return FLOAT32 * own

@@ -210,9 +210,9 @@ def _zero(work: Workload) -> Iterator[Sent]:
         for group in work.groups:
             n, times = work.cut_over(group), _groups(work, group, kind)
             along: Along = "expert_data" if group.on_expert_ranks else "data"
-            # after each micro-batch those with a gradient are reduced: an output matrix that nothing reads has none
-            left_out = {"output.weight"} if work.stage == 2 and not work.head_gradients else set()
-            exact = sum(kind.sizes.get(name, 0) for name in group.names if name not in left_out)
+            # ZeRO 2 reduces after each micro-batch, and then only what has a gradient
+            sent = [name for name in group.names if work.stage != 2 or work.has_gradient(name)]
+            exact = sum(kind.sizes.get(name, 0) for name in sent)
             flat = work.flat_numel(group, kind)
             reduced = (flat if work.keeps_float32_gradients else exact) * (work.accumulation if work.stage == 2 else 1)
             yield Sent(along, "gradients", times * 2 * (n - 1) * FLOAT32 * reduced)
@@ -229,7 +229,7 @@ def _groups(work: Workload, group: OptimizerGroup, kind: RankKind) -> int:
 def _zero3(work: Workload, kind: RankKind) -> Iterator[Sent]:
     n, width = work.layout.data, BYTES[work.precision]
     padded = {name: n * work.share_numel(numel) for name, numel in kind.sizes.items()}
-    reduced = work.accumulation * sum(numel for name, numel in padded.items() if work.table[name].trainable)
+    reduced = work.accumulation * sum(numel for name, numel in padded.items() if work.has_gradient(name))
     yield Sent("data", "gradients", kind.ranks * (n - 1) * FLOAT32 * reduced)
     often = gathers(work, kind.sizes)
     gathered = sum(

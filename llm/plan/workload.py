@@ -60,7 +60,7 @@ class RankKind(NamedTuple):
     copied: int = 0
     """Elements of a tied token table, and of its adapter, of which it has a copy."""
     copied_gradients: int = 0
-    """Of these, elements that have gradients."""
+    """Of these, elements that train: their gradient is sent, which is 0 where no task reads the copy."""
     int8: tuple[int, ...] = ()
     """Elements of each weight that is kept in int8, which is no parameter."""
     int8_scales: int = 0
@@ -150,9 +150,13 @@ class Workload:
         starts = {specs[stage.blocks.start].unit for stage in self.stages[1:]}
         return gradient_flow(self.args, self.table, starts)
 
-    def trained(self, kind: RankKind) -> int:
-        """Elements on such a rank that train, before ZeRO cuts them."""
-        return sum(numel for name, numel in kind.sizes.items() if self.table[name].trainable)
+    def has_gradient(self, name: str) -> bool:
+        """Whether a backward leaves a gradient of the parameter: an output matrix that no task reads has none."""
+        return self.table[name].trainable and (name != "output.weight" or self.head_gradients > 0)
+
+    def reached(self, kind: RankKind) -> int:
+        """Elements on such a rank that have gradients, before ZeRO cuts them."""
+        return sum(numel for name, numel in kind.sizes.items() if self.has_gradient(name))
 
     def frozen(self, kind: RankKind) -> dict[str, int]:
         """Elements on such a rank that do not."""
@@ -182,7 +186,7 @@ class Workload:
         int8 = [row for row in owned.values() if row.int8]
         copies = args.tie_embeddings and stages[-1].last and not stages[0].first
         copy = [name for name in self.table if copies and name.startswith("tok_embeddings.")]
-        trains = [self.table[name].trainable and self.head_gradients > 0 for name in copy]
+        trains = [self.table[name].trainable for name in copy]
         found: Counter[tuple[tuple[int, ...], ...]] = Counter()
         for rank in range(layout.tensor):
             place_in = (rank, layout.tensor), (0, layout.expert)
