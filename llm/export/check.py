@@ -141,4 +141,4 @@ def _steps(
         where = positions[:, low:high]
         made = run(given | {entry: rows[:, low:high], "positions": where})
         yield name, made[name][where >= 0], expected[:, low:high][where >= 0]
-        given |= {f"past_{of.removeprefix('all_')}": made[of] for of in ("all_positions", "keys", "values")}
+        given |= {f"past_{of.removeprefix('all_')}": made[of] for of in ("all_positions", "all_keys", "all_values")}

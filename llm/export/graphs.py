@@ -125,8 +125,8 @@ class Step(Graph):
         }
         self.outputs = self.predictions() | {
             "all_positions": Port(torch.int64, ("batch", "past + length")),
-            "keys": whole,
-            "values": whole,
+            "all_keys": whole,
+            "all_values": whole,
         }
 
     def kept(self, size: str) -> Port:
