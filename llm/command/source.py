@@ -6,7 +6,8 @@ llm/cli.py and llm/train/config/flags.py print after an import (tests/command/te
 
 import ast
 import inspect
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,11 @@ from typing import Any
 
 from llm import shipped
 
+ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.LShift: operator.lshift,
+}  # fmt: skip
+"""Of numbers in defaults, as 64 << 20."""
 REQUIRED = object()
 """The default of what has none."""
 
@@ -160,8 +166,10 @@ def value(module: Module, node: ast.expr) -> Any:
             for part in _fields(of[1]) if of is not None else ():
                 if part.target.id == node.attr and part.value is not None:
                     return value(of[0], part.value)  # type: ignore[index]
-    if isinstance(node, ast.BinOp):
-        return eval(compile(ast.Expression(node), "", "eval"), {"__builtins__": {}})  # of literals: 64 << 20
+    if isinstance(node, ast.BinOp) and (operation := ARITHMETIC.get(type(node.op))) is not None:
+        left, right = value(module, node.left), value(module, node.right)
+        if isinstance(left, int | float) and isinstance(right, int | float):
+            return operation(left, right)
     return ast.unparse(node)
 
 
