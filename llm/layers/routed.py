@@ -99,7 +99,7 @@ class Route(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, u_BTD: Tensor) -> Tensor:
-        """Scores (B, T), float32: its length has no say, so that a threshold can follow them."""
+        """Scores (B, T), float32: the router's length does not count, so that a threshold can follow them."""
         wide = wide_dtype(u_BTD)
         w = self.weight.to(wide)
         return u_BTD.to(wide) @ (w / torch.linalg.vector_norm(w))

@@ -41,7 +41,7 @@ from llm.layers.strides import Pool, at_chunks
 LEAST_DECAY, MOST_DECAY = 1.0, 16.0
 """Between which -A begins, evenly."""
 LEAST_STEP, MOST_STEP = 1e-3, 1e-1
-"""Between which dt begins where x has no say, evenly in its logarithm."""
+"""Bounds of the initial time step where the input adds nothing; drawn evenly in its logarithm."""
 
 
 @dataclass
