@@ -44,8 +44,10 @@ def check() -> None:
 def _is_command() -> bool:
     if sys.argv[:1] == ["-m"]:  # what Python has there while it looks for the module: `python -m llm`
         return True
-    script = os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "")
-    folder, name = os.path.split(script)
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    if file is None:  # a prompt, or `python -c`
+        return False
+    folder, name = os.path.split(os.path.abspath(file))
     scripts = [os.path.join(root, part) for root in (os.path.dirname(LLM), SHIPPED) for part in ("launch", "tools")]
     return folder in scripts or os.path.splitext(name)[0] == "lattice"
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,14 @@ def test_what_is_missing_is_named_with_the_way_out(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(installed, "OLDEST", (99, 0))
     with pytest.raises(ImportError, match=r"is Python 3\.\d+; Lattice needs 99\.0 or later; `make setup`"):
         installed.check()
+
+
+def test_python_in_a_folder_called_lattice_is_no_command(tmp_path: Path) -> None:
+    folder = tmp_path / "lattice"
+    folder.mkdir()
+    line = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import llm"
+    done = subprocess.run([sys.executable, "-S", "-c", line], capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 1 and "ImportError" in done.stderr
 
 
 COMMANDS = ("launch/pretrain.py", "launch/generate.py", "tools/convert.py", "tools/shard.py", "tools/inspect.py")
