@@ -84,33 +84,30 @@ $(VISION)/.made: requirements-vision.txt constraints.txt
 	$(VISION)/bin/pip install -q --no-deps torchvision==0.28.0
 	touch $@
 
+# an environment of its own for what runs need and an extra, as heavy packages stay out of .venv
+define BESIDE
+$(PYTHON) -m venv $(1)
+$(call INSTALL_TORCH,$(1)/bin)
+$(1)/bin/pip install -q -r $(2) -c constraints.txt
+$(1)/bin/pip install -q --no-deps -e .
+touch $@
+endef
+
 # RDKit and scikit-learn beside what runs need, for molecules (docs/molecules.md)
 $(CHEM)/.made: $(RUNTIME) requirements-chem.txt constraints.txt
-	$(PYTHON) -m venv $(CHEM)
-	$(call INSTALL_TORCH,$(CHEM)/bin)
-	$(CHEM)/bin/pip install -q -r requirements-chem.txt -c constraints.txt
-	$(CHEM)/bin/pip install -q --no-deps -e .
-	touch $@
+	$(call BESIDE,$(CHEM),requirements-chem.txt)
 
 chem: $(CHEM)/.made
 
 # onnx, onnxscript and onnxruntime beside what runs need, for models that other programs run (docs/export.md)
 $(EXPORT)/.made: $(RUNTIME) requirements-export.txt constraints.txt
-	$(PYTHON) -m venv $(EXPORT)
-	$(call INSTALL_TORCH,$(EXPORT)/bin)
-	$(EXPORT)/bin/pip install -q -r requirements-export.txt -c constraints.txt
-	$(EXPORT)/bin/pip install -q --no-deps -e .
-	touch $@
+	$(call BESIDE,$(EXPORT),requirements-export.txt)
 
 export: $(EXPORT)/.made
 
 # Lightning beside what runs need, for the modules of docs/siblings/miniformer.md
 $(LIGHTNING)/.made: $(RUNTIME) requirements-lightning.txt constraints.txt
-	$(PYTHON) -m venv $(LIGHTNING)
-	$(call INSTALL_TORCH,$(LIGHTNING)/bin)
-	$(LIGHTNING)/bin/pip install -q -r requirements-lightning.txt -c constraints.txt
-	$(LIGHTNING)/bin/pip install -q --no-deps -e .
-	touch $@
+	$(call BESIDE,$(LIGHTNING),requirements-lightning.txt)
 
 lightning: $(LIGHTNING)/.made
 
