@@ -73,8 +73,8 @@ def test_the_command_trains_an_encoder_decoder_on_text(tmp_path: Path, smaller: 
     sizes = stated | ({"vocab_size": 320, "d_model": 24, "n_layers": 1} if smaller else {})
     words[words.index("--model_config") + 1] = json.dumps(sizes)
     (tmp_path / "data").mkdir()
-    for name, n in (("train", 400 if smaller else 100), ("val", 60)):  # rows of 1,024 tokens
-        rows = "".join(json.dumps({"text": text(i)}) + "\n" for i in range(n))
+    for name, first, last in (("train", 0, 400), ("val", 400, 550)):  # 1,024 tokens a row; a large vocabulary makes few
+        rows = "".join(json.dumps({"text": f"{text(i)} {i}"}) + "\n" for i in range(first, last))
         (tmp_path / "data" / f"{name}.jsonl").write_text(rows)
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment)
