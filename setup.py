@@ -64,6 +64,7 @@ setup(
         "eval": ["lm-eval>=0.4.13,<0.5"],  # llm/evaluate/lm_eval.py
         "chem": ["rdkit>=2024.3", "scikit-learn>=1.4"],  # augment: enumerate_smiles; tools about molecules
         "export": ["onnx>=1.20", "onnxscript>=0.5", "onnxruntime>=1.23"],  # tools/export.py --format onnx
+        "mamba": ["mamba-ssm==2.3.2.post1"],  # llm/kernels/fused_ssd.py knows what this version indexes
         "lightning": ["lightning>=2.5"],  # llm/siblings/miniformer_lightning.py
         "wandb": ["wandb>=0.17"],  # log.wandb
         "gpu": ["nvidia-ml-py>=12"],  # names the GPU and its power cap in benchmark results

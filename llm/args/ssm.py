@@ -6,6 +6,9 @@ from pydantic import Field, model_validator
 
 from llm.args.group import Group
 
+LEAST_CHUNK = 16
+"""Of the kernels of mamba_ssm."""
+
 
 class SSMArgs(Group):
     """The mixers called ssm in the layer pattern."""
@@ -24,6 +27,9 @@ class SSMArgs(Group):
     """Groups of heads that share what is written to the state and read from it, and are normalised together."""
     chunk: int = Field(64, gt=0, le=1 << 12)
     """Tokens that are computed as one product; changes rounding, memory and speed alone."""
+    kernel: Literal["torch", "mamba_ssm"] = Field("torch", exclude_if=lambda value: value == "torch")
+    """What computes the recurrence over whole rows: torch, or the fused kernels of the package mamba_ssm on a CUDA
+    device; changes rounding, memory and speed alone. A model that is read from a checkpoint computes by torch."""
     dt_limit: tuple[float, float | None] = (0.0, None)
     """Least and greatest time step; null = none is too great."""
     bias: bool = False
@@ -50,4 +56,8 @@ class SSMArgs(Group):
         low, high = self.dt_limit
         if low < 0 or (high is not None and not low < high):
             raise ValueError(f"model.ssm.dt_limit={[low, high]}: the first must be at least 0 and below the second")
+        if self.kernel == "mamba_ssm" and (self.chunk < LEAST_CHUNK or self.chunk & (self.chunk - 1)):
+            raise ValueError(
+                f"model.ssm.chunk={self.chunk}: model.ssm.kernel=mamba_ssm takes powers of 2 from {LEAST_CHUNK}; use 64"
+            )
         return self

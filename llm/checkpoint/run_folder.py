@@ -26,6 +26,8 @@ def model_args(checkpoint: Checkpoint) -> ModelArgs:
     try:
         model = dict(checkpoint.meta_with("config")["config"]["model"])
         model.pop("init_from", None)  # says where a run began
+        if model.get("ssm") is not None:  # what the run computed with may not be where the model is read
+            model["ssm"] = {key: value for key, value in model["ssm"].items() if key != "kernel"}
         if "thresholds" in checkpoint.meta:
             model["route"] = {**model["route"], "thresholds": checkpoint.meta["thresholds"]}
         return ModelArgs.model_validate(model)

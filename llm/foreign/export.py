@@ -30,7 +30,7 @@ from llm.safetensors_file import write_tensors
 CHUNK_BYTES = 8 << 20
 ENDS = ("bos_token_id", "eos_token_id")
 Tell = Callable[[int], object]
-UNSAID_OF_SSM = {"chunk", "expand", "heads"}
+UNSAID_OF_SSM = {"chunk", "kernel", "expand", "heads"}
 """What rounding alone depends on, and what is said by the widths."""
 PREFERRED = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "llama4_text", "olmo2", "gemma", "gemma2")
 """Families in the order in which they are tried for a model that names none."""

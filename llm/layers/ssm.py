@@ -28,6 +28,7 @@ from llm.args.lora import adapter
 from llm.args.ssm import SSMArgs
 from llm.init import Constant, InverseSoftplus, LogUniform, Uniform
 from llm.kernels.dtypes import wide_dtype
+from llm.kernels.fused_ssd import fused_ssd
 from llm.kernels.graph_breaks import graph_break
 from llm.kernels.short_conv import short_conv
 from llm.kernels.ssd import ssd, ssd_step
@@ -42,6 +43,8 @@ LEAST_DECAY, MOST_DECAY = 1.0, 16.0
 """Between which -A begins, evenly."""
 LEAST_STEP, MOST_STEP = 1e-3, 1e-1
 """Bounds of the initial time step where the input adds nothing; drawn evenly in its logarithm."""
+SCANS = {"torch": ssd, "mamba_ssm": fused_ssd}
+"""model.ssm.kernel -> what computes the recurrence over whole rows."""
 
 
 @dataclass
@@ -117,7 +120,7 @@ class SSM(nn.Module, InRegion):
         self.head_width, self.d_state, self.n_groups = ssm.head_width, ssm.d_state, ssm.groups
         self.groups: slice | None = None
         """Of B and C, those that this rank's heads read; None = all."""
-        self.chunk, self.dt_limit = ssm.chunk, ssm.dt_limit
+        self.scan, self.chunk, self.dt_limit = SCANS[ssm.kernel], ssm.chunk, ssm.dt_limit
         self.wz = Linear(args.dim, inner, ssm.bias, adapter(lora, "wz"))
         self.wx = Linear(args.dim, inner, ssm.bias, adapter(lora, "wx"))
         self.wbc = Linear(args.dim, 2 * ssm.groups * ssm.d_state, ssm.bias, adapter(lora, "wbc"))
@@ -265,12 +268,12 @@ class SSM(nn.Module, InRegion):
             b, c = b[:, :, self.groups], c[:, :, self.groups]
         a_H = -self.A_log.to(wide).exp()
         if remembered is None:
-            y = ssd(x, dt_BTH, a_H, b, c, documents, chunk=self.chunk).y_BTHP
+            y = self.scan(x, dt_BTH, a_H, b, c, documents, chunk=self.chunk).y_BTHP
         elif x.shape[1] == 1:
             made, remembered.state_BHPN = ssd_step(x[:, 0], dt_BTH[:, 0], a_H, b[:, 0], c[:, 0], remembered.state_BHPN)
             y = made[:, None]
         else:
-            y, remembered.state_BHPN = ssd(x, dt_BTH, a_H, b, c, None, remembered.state_BHPN, self.chunk)
+            y, remembered.state_BHPN = self.scan(x, dt_BTH, a_H, b, c, None, remembered.state_BHPN, self.chunk)
         return (y + x * self.D.to(wide)[:, None]).flatten(-2)
 
     def _new_state(self, z_BTI: Tensor, dtype: torch.dtype) -> SSMState:

@@ -89,7 +89,7 @@ def _mixer_bytes(args: ModelArgs, spec: LayerSpec, width: int) -> int | None:
 
 def _ssm_bytes(args: ModelArgs, stride: int, width: int) -> int | None:
     ssm = args.ssm
-    if ssm is None or ssm.scales is not None or ssm.norm != "after_gate":
+    if ssm is None or ssm.scales is not None or ssm.norm != "after_gate" or ssm.kernel != "torch":
         return None
     inner, heads = ssm.widths(args.dim)
     shared = 2 * ssm.groups * ssm.d_state

@@ -18,6 +18,7 @@ from llm.checkpoint.store import CheckpointStore
 from llm.compile import check_compiler
 from llm.data.opening import check_rows, look_at_rows
 from llm.data.sources import Side, sides
+from llm.kernels.fused_ssd import check_device, find_kernel
 from llm.parallel.launch.world import World
 from llm.parallel.precision import check_precision
 from llm.paths import refuse_unwritable
@@ -150,6 +151,9 @@ def _machine(run: UnstartedRun) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if run.config.train.compile:
         check_compiler(device)
+    if run.config.model.ssm is not None and run.config.model.ssm.kernel == "mamba_ssm":
+        check_device(device)
+        find_kernel()
     if run.config.train.precision in ("bf16", "fp16"):
         logging.disable(logging.WARNING)  # DeepSpeed announces the accelerator that it found
         try:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,22 @@ def test_the_dry_run_refuses_what_the_run_refuses(tmp_path: Path, monkeypatch: p
     lines = {refused(monkeypatch, config, f"--run_dir={tmp_path / 'run'}", *flags) for flags in ([], ["--dry_run"])}
     assert len(lines) == 1 and expected in lines.pop()
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "expected"), [(False, "needs a CUDA device, and this one is cpu"), (True, "cannot be imported")]
+)
+def test_a_kernel_that_is_not_here_is_refused_by_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_gpu: bool, expected: str
+) -> None:
+    write_text(tmp_path)
+    model = {"layer_pattern": "ssm", "ssm": {"kernel": "mamba_ssm", "head_width": 8}, "moe": None}
+    config = write_config(tmp_path / "c.yaml", tiny_config(tmp_path, model=model))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+    monkeypatch.setitem(sys.modules, "mamba_ssm", None)
+    lines = {refused(monkeypatch, config, f"--run_dir={tmp_path / 'run'}", *flags) for flags in ([], ["--dry_run"])}
+    assert len(lines) == 1 and expected in lines.pop()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_folder_that_is_a_file_is_refused_by_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

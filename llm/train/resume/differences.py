@@ -7,10 +7,10 @@ from pydantic import BaseModel
 from llm.train.config import RunConfig
 from llm.train.config.explain import section_of
 
-# Keys whose change on resume keeps the mathematics of the run: how it is cut, how long it is, what is watched; and
-# model.lora, which the section lora sets.
+# Keys whose change on resume keeps the mathematics of the run: how it is cut and computed, how long it is, what is
+# watched; and model.lora, which the section lora sets.
 FREE_ON_RESUME = (
-    "model.init_from", "model.lora", "lora.init_from",
+    "model.init_from", "model.lora", "model.ssm.kernel", "lora.init_from",
     "parallel", "train.steps", "train.epochs", "train.global_batch_size", "train.batch_schedule",
     "train.micro_batch_size", "train.threads", "train.compile", "train.activation_checkpointing", "train.skip_steps",
     "guard", "checkpoint", "eval", "log", "data", "tokenizer", "deepspeed", "extensions",
