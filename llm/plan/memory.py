@@ -31,8 +31,8 @@ class Memory:
     """The moving average of the weights."""
     gradients: int | None
     """Float32 gradients that are kept until the step while micro-batches follow: whole ones below ZeRO-2, then those of
-    this rank's share. Under ZeRO-2 in fp32, whole ones of all parameters that the share touches, and this is the most
-    that any rank has. Not known with an offloaded optimizer.
+    this rank's share. Under ZeRO-2 in fp32, whole ones of all parameters that the share touches, twice of one that no
+    backward reaches, and this is the most that any rank has. Not known with an offloaded optimizer.
     """
 
     @property
@@ -113,13 +113,17 @@ def _gradients(work: Workload, kind: RankKind, own: int, whole: int) -> int | No
 
 
 def _touched(work: Workload, group: OptimizerGroup, kind: RankKind) -> list[int]:
-    """For each data-parallel rank the elements of the parameters that its share of a flat group touches."""
+    """For each data-parallel rank the elements that are kept for the parameters that its share of a flat group touches:
+    room for each in one buffer, beside which DeepSpeed keeps zeros for one without a gradient.
+    """
     ranks = work.cut_over(group)
     share = work.flat_numel(group, kind) // ranks
     ends = list(accumulate((kind.sizes[name] for name in group.names), initial=0))
+    times = (1 if work.has_gradient(name) else 2 for name in group.names)
+    kept = list(accumulate((n * kind.sizes[name] for n, name in zip(times, group.names, strict=True)), initial=0))
     found = []
     for rank in range(work.layout.data):
         start = rank // (work.layout.data // ranks) * share
         first, last = bisect_right(ends, start) - 1, bisect_left(ends, start + share)
-        found.append(ends[min(last, len(ends) - 1)] - ends[min(first, len(ends) - 1)])
+        found.append(kept[min(last, len(ends) - 1)] - kept[min(first, len(ends) - 1)])
     return found

@@ -237,7 +237,8 @@ MORE_ON_TWO_RANKS = [
         for options in ((0, 0, 0), (500, 3000, 2000), (100, 0, 1500))
     ),
     *(case("data", zero_stage=stage, precision=bits, **LABELS) for stage, bits in ((0, "fp32"), (1, "bf16"))),
-    case("data", zero_stage=2, **LABELS),
+    *(case("data", zero_stage=2, freeze=freeze, **LABELS) for freeze in ((), LOWER, SCATTERED)),
+    case("data", zero_stage=2, precision="bf16", **LABELS),
     *(case("tensor", tensor=2, micro=4, sequence_parallel=cut, **LABELS) for cut in (True, False)),
     *(
         case("pipeline", pipeline=2, **LABELS | {"model": {"n_prediction": 5, "tie_embeddings": tied}})
