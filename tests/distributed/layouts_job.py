@@ -1,5 +1,5 @@
 """Run under torchrun on four processes: runs of the tiny model through the Trainer, all in one job to save start-up
-time. Arguments: the config, the folder for the runs, and the run whose checkpoint some of them continue.
+time. Arguments: the config and the folder for the runs. Some of them continue a checkpoint of the first one.
 """
 
 import sys
@@ -14,6 +14,7 @@ from llm.train.config import validate
 CUT = {"tensor": 2, "expert": 2}
 SAVED_STEP = 4
 RUNS: dict[str, dict[str, Any]] = {
+    "fresh": CUT,
     "again": CUT,
     "data_parallel": {},
     "pipelined": {"pipeline": 2, "expert": 2},
@@ -24,14 +25,14 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    raw, out, saved = yaml.safe_load(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), Path(sys.argv[3])
+    raw, out = yaml.safe_load(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     process.quiet_libraries()
     world = process.start(60, 1)
     from llm.train.trainer import Trainer
 
     for name, layout in RUNS.items():
         parallel = {key: value for key, value in layout.items() if key != "continues"}
-        resume = str(saved / "checkpoints" / f"step_{SAVED_STEP:08d}") if "continues" in layout else "auto"
+        resume = str(out / "fresh" / "checkpoints" / f"step_{SAVED_STEP:08d}") if "continues" in layout else "auto"
         config = {
             **raw,
             "parallel": {"timeout_s": 60, **parallel},

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.harness import TINY_MODEL, run
+from tests.distributed.harness import TINY_MODEL
+from tests.distributed.pool import run_job
 from tests.machine import needs
 
 pytestmark = pytest.mark.distributed
@@ -20,8 +21,8 @@ GROWING = ((1, "fp16"), (2, "fp16"), (3, "fp16"))
 REPORT_KEYS = ("covered", "state_covered", "master_is_exact", "scalars", "kinds", "norm", "class")
 
 
-def main(out: Path) -> None:
-    """Run under torchrun: what each function of the private module gives, for both precisions."""
+def main() -> None:
+    """Run by tests/distributed/pool.py: what each function of the private module gives, for both precisions."""
     import torch
 
     from llm.args import ModelArgs
@@ -40,6 +41,7 @@ def main(out: Path) -> None:
     from llm.train.optimizer import make_optimizer
     from tests.data.helpers import LM
 
+    out = Path(sys.argv[1])
     process.quiet_libraries()
     world = process.start(60, 1)
     grid = make_grid(world)
@@ -106,7 +108,7 @@ def main(out: Path) -> None:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("private") / "report.json"
-    done = run("tests/distributed/test_deepspeed_private.py", str(out), nproc=2)
+    done = run_job("tests/distributed/test_deepspeed_private.py", str(out), nproc=2)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(out.read_text()))
 
@@ -157,9 +159,3 @@ def test_parameters_marked_as_frozen_are_not_sent_around_before_training() -> No
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     assert "hasattr(p, 'ds_optim_param')" in inspect.getsource(DeepSpeedEngine._broadcast_model)
-
-
-if __name__ == "__main__":
-    from llm.parallel.launch.process import run as run_process
-
-    run_process(lambda: main(Path(sys.argv[1])))

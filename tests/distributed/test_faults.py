@@ -11,7 +11,8 @@ import pytest
 
 from tests.checkpoint.faults import STEPS, all_faults
 from tests.distributed.faults_job import TRAINED_ON
-from tests.distributed.harness import metrics, run, tiny_config, without_timing, write_config, write_text
+from tests.distributed.harness import metrics, tiny_config, without_timing, write_config, write_text
+from tests.distributed.pool import run_job
 
 pytestmark = pytest.mark.distributed
 
@@ -57,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_no_fault_is_loaded_silently_and_no_other_config_goes_on(
     folder: Path, tmp_path: Path, names: tuple[str, ...]
 ) -> None:
-    done = run("tests/distributed/faults_job.py", str(folder / "c.yaml"), str(tmp_path), *names, nproc=2)
+    done = run_job("tests/distributed/faults_job.py", str(folder / "c.yaml"), str(tmp_path), *names, nproc=2)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     faults = {fault.name: fault for fault in all_faults()}

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.guard_job import BAD_STEP, CASES, DUALPIPEV, PIPELINE, SPOILED, STAGES
-from tests.distributed.harness import metrics, run, tiny_config, write_config, write_text
+from tests.distributed.harness import metrics, tiny_config, write_config, write_text
+from tests.distributed.pool import run_job
 from tests.machine import needs
 
 pytestmark = pytest.mark.distributed
@@ -36,7 +37,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, stage: int) -> Path:
         optim={"ema_decay": 0.9, "warmup_steps": 2},
     )
     words = [str(write_config(folder / "c.yaml", config)), str(folder), str(stage)]
-    done = run("tests/distributed/guard_job.py", *words, nproc=2)
+    done = run_job("tests/distributed/guard_job.py", *words, nproc=2)
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.harness import metrics, run, tiny_config, write_text
+from tests.distributed.harness import metrics, tiny_config, write_text
+from tests.distributed.pool import run_job
 
 pytestmark = pytest.mark.distributed
 
@@ -37,7 +38,7 @@ ROWS = 13
 def launch(folder: Path, ranks: int, plan: list[dict[str, Any]]) -> None:
     file = folder / f"plan{ranks}.json"
     file.write_text(json.dumps(plan))
-    done = run("tests/distributed/moves_job.py", str(file), str(folder), nproc=ranks, timeout=900)
+    done = run_job("tests/distributed/moves_job.py", str(file), str(folder), nproc=ranks, timeout=900)
     assert done.returncode == 0, done.stderr
 
 

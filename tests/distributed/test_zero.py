@@ -20,7 +20,13 @@ BF16_MEAN = 2e-3  # what does not average out over steps would be a bias
 # fp16 has 11 bits: 2.4e-4
 FP16 = 2e-3
 
-REFERENCE = [{"optimizer": name, "tied": tied} for name in ("adamw", "sgd", "muon") for tied in (False, True)]
+REFERENCE = [
+    {"optimizer": "adamw", "tied": False},
+    {"optimizer": "sgd", "tied": False},
+    {"optimizer": "sgd", "tied": True},
+    {"optimizer": "muon", "tied": False},
+]
+"""What the cases are compared with."""
 ON_TWO_RANKS: list[dict[str, Any]] = [
     {"stage": 0, "optimizer": "adamw", "accumulation": 2},
     {"stage": 1, "optimizer": "muon"},

@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.harness import TINY_MODEL, run
+from tests.distributed.harness import TINY_MODEL
+from tests.distributed.pool import run_job
 
 pytestmark = pytest.mark.distributed
 
 MODES = ("none", "selective", "full")
 
 
-def main(out: Path) -> None:
-    """Run under torchrun: losses, gradient norms and expert counts of a few steps in every mode, and what a weight
-    looks like between calls."""
+def main() -> None:
+    """Run by tests/distributed/pool.py: losses, gradient norms and expert counts of a few steps in every mode, and what
+    a weight looks like between calls.
+    """
     import torch
 
     from llm.args import ModelArgs
@@ -27,6 +29,7 @@ def main(out: Path) -> None:
     from llm.parallel.grid import make_grid
     from llm.parallel.launch import process
 
+    out = Path(sys.argv[1])
     process.quiet_libraries()
     world = process.start(60, 1)
     grid = make_grid(world)
@@ -71,7 +74,7 @@ def main(out: Path) -> None:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("zero3") / "report.json"
-    done = run("tests/model/test_zero3.py", str(out), nproc=2)
+    done = run_job("tests/model/test_zero3.py", str(out), nproc=2)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(out.read_text()))
 
@@ -87,9 +90,3 @@ def test_partitioned_weights_give_the_same_steps(report: dict[str, Any], tied: b
     assert found["counts"] == reference["counts"]
     for key in ("nll", "logits"):
         assert found[key] == pytest.approx(reference[key], rel=1e-5), key
-
-
-if __name__ == "__main__":
-    from llm.parallel.launch.process import run as run_process
-
-    run_process(lambda: main(Path(sys.argv[1])))

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.distributed.harness import metrics, run, tiny_config, without_timing, write_config, write_text
+from tests.distributed.harness import metrics, tiny_config, without_timing, write_config, write_text
+from tests.distributed.pool import run_job
 
 pytestmark = pytest.mark.distributed
 
@@ -16,7 +17,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trainer")
     write_text(folder, documents=80)
     config = tiny_config(folder, optim={"schedule": "constant", "warmup_steps": 2})  # does not see a run's length
-    done = run("tests/train/trainer_job.py", str(write_config(folder / "config.yaml", config)), str(folder))
+    words = [str(write_config(folder / "config.yaml", config)), str(folder)]
+    done = run_job("tests/train/trainer_job.py", *words, nproc=1)
     assert done.returncode == 0, done.stderr
     return folder
 
