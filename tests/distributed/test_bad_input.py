@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.harness import ROOT, command, environment, run, tiny_config, write_config, write_text
+from tests.distributed.runs import perform
 
 pytestmark = pytest.mark.distributed
 
@@ -19,6 +20,20 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
     write_text(folder, documents=60)
     return folder
+
+
+def finished_run(text: Path, **data: str) -> dict[str, Any]:
+    """The config of a run of four steps with a checkpoint after every second one."""
+    short = {"train": {"steps": 4}, "checkpoint": {"interval": 2}, "optim": {"warmup_steps": 2}}
+    return tiny_config(text, data=data, **short)
+
+
+@pytest.fixture(scope="module")
+def finished(text: Path) -> Path:
+    """Such a run, which tests copy with its cache, as starts of the training script take long."""
+    config = finished_run(text, cache_dir=str(text / "made" / "cache"))
+    perform(text, [{"name": "made/run", "config": config}], nproc=1)
+    return text / "made"
 
 
 def refuse(text: Path, tmp_path: Path, *flags: str, nproc: int | None = None, **sections: dict[str, Any]) -> str:
@@ -38,8 +53,15 @@ def refuse(text: Path, tmp_path: Path, *flags: str, nproc: int | None = None, **
     [
         (["--train.stesp=3"], {}, "unknown key train.stesp; did you mean train.steps?"),
         ([], {"data": {"train": "no/such/file.jsonl"}}, "no/such/file.jsonl"),
-        ([], {"data": {"valid": "no/such/valid.jsonl"}}, "data.valid=no/such/valid.jsonl"),
-        ([], {"tokenizer": {"kind": "sentencepiece", "path": "no/such/file.model"}}, "no/such/file.model"),
+        pytest.param(
+            [], {"data": {"valid": "no/such/valid.jsonl"}}, "data.valid=no/such/valid.jsonl", marks=pytest.mark.full
+        ),
+        pytest.param(
+            [],
+            {"tokenizer": {"kind": "sentencepiece", "path": "no/such/file.model"}},
+            "no/such/file.model",
+            marks=pytest.mark.full,
+        ),
         (["--nproc=2", "--parallel.expert=2", "--parallel.zero_stage=3"], {}, "parallel.zero_stage=3 needs"),
         ([], {"model": {"max_seq_len": 10**6}, "train": {"seq_len": 500_000}}, "train.seq_len=500000"),
     ],
@@ -83,6 +105,7 @@ def test_a_layout_that_does_not_work_is_refused_before_the_ranks_meet(text: Path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.full
 def test_torchrun_ends_a_layout_that_does_not_work_with_its_key(text: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "config.yaml", tiny_config(text, parallel={"tensor": 3}))
     done = run("launch/pretrain.py", "--config", str(config), "--run_dir", str(tmp_path / "run"), "--dry_run", nproc=2)
@@ -94,11 +117,10 @@ def test_torchrun_ends_a_layout_that_does_not_work_with_its_key(text: Path, tmp_
     ]
 
 
-def test_a_corrupt_shard_is_named(text: Path, tmp_path: Path) -> None:
+def test_a_corrupt_shard_is_named(text: Path, finished: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    first = write_config(tmp_path / "first.yaml", tiny_config(text, data={"cache_dir": str(cache)}, train={"steps": 1}))
-    made = run("launch/pretrain.py", "--config", str(first), "--run_dir", str(tmp_path / "first"))
-    assert made.returncode == 0, made.stderr
+    shutil.copytree(finished / "cache", cache)
+    assert list(cache.rglob("*.arrow"))
     for shard in cache.rglob("*.arrow"):
         content = bytearray(shard.read_bytes())
         content[len(content) // 2] ^= 1
@@ -106,11 +128,13 @@ def test_a_corrupt_shard_is_named(text: Path, tmp_path: Path) -> None:
     assert ".arrow" in refuse(text, tmp_path, data={"cache_dir": str(cache)})
 
 
-def test_a_truncated_checkpoint_is_named_when_asked_for_and_skipped_otherwise(text: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "config.yaml", tiny_config(text, train={"steps": 4}, checkpoint={"interval": 2}))
+def test_a_truncated_checkpoint_is_named_when_asked_for_and_skipped_otherwise(
+    text: Path, finished: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path / "config.yaml", finished_run(text))
     run_dir = tmp_path / "run"
     arguments = ["--config", str(config), "--run_dir", str(run_dir)]
-    assert run("launch/pretrain.py", *arguments).returncode == 0
+    shutil.copytree(finished / "run", run_dir)
     damaged = run_dir / "checkpoints" / "step_00000004"
     file = damaged / "rank_00000.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
@@ -137,16 +161,15 @@ def test_a_truncated_checkpoint_is_named_when_asked_for_and_skipped_otherwise(te
     assert "no valid checkpoint" in hopeless.stderr
 
 
-def test_a_config_of_another_model_is_refused_with_all_differences(text: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "config.yaml", tiny_config(text, train={"steps": 2}, checkpoint={"interval": 1}))
+def test_a_config_of_another_model_is_refused_with_all_differences(text: Path, finished: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "config.yaml", finished_run(text))
     arguments = ["--config", str(config), "--run_dir", str(tmp_path / "run")]
-    assert run("launch/pretrain.py", *arguments).returncode == 0
+    shutil.copytree(finished / "run", tmp_path / "run")
     before = (tmp_path / "run" / "config.yaml").read_text()
-    done = run("launch/pretrain.py", *arguments, "--optim.lr=0.5", "--model.ffn_hidden=64", "--train.steps=3")
+    done = run("launch/pretrain.py", *arguments, "--optim.lr=0.5", "--model.ffn_hidden=64", "--train.steps=5")
     assert done.returncode == 2
     assert "optim.lr: 0.001 -> 0.5" in done.stderr and "model.ffn_hidden: 48 -> 64" in done.stderr
     assert (tmp_path / "run" / "config.yaml").read_text() == before
-    shutil.rmtree(tmp_path / "run")
 
 
 def test_a_run_dir_that_is_a_file_is_named(text: Path, tmp_path: Path) -> None:
@@ -165,12 +188,12 @@ def test_text_without_documents_is_named_by_two_processes_in_one_line(tmp_path: 
     assert not list(tmp_path.glob("cache/*")), "a half-made cache was left"
 
 
-def test_a_named_checkpoint_begins_a_new_run_and_a_restart_goes_on_from_there(text: Path, tmp_path: Path) -> None:
-    config = write_config(
-        tmp_path / "config.yaml", tiny_config(text, checkpoint={"interval": 2}, optim={"warmup_steps": 2})
-    )
-    first = ["--config", str(config), "--run_dir", str(tmp_path / "first"), "--train.steps=4"]
-    assert run("launch/pretrain.py", *first).returncode == 0
+def test_a_named_checkpoint_begins_a_new_run_and_a_restart_goes_on_from_there(
+    text: Path, finished: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path / "config.yaml", finished_run(text))
+    first = ["--config", str(config), "--run_dir", str(tmp_path / "first")]
+    shutil.copytree(finished / "run", tmp_path / "first")
     back = f"--checkpoint.resume={tmp_path / 'first' / 'checkpoints' / 'step_00000002'}"
     inside = run("launch/pretrain.py", *first, back)
     assert inside.returncode == 2 and "give another --run_dir" in inside.stderr
