@@ -79,14 +79,17 @@ class MoE(nn.Module, InRegion):
         self.shared_expert = FeedForward(dim, hidden, *kind, lora, dropouts[1]) if moe.shared else None
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, RouterStats]:
-        """Padding goes to experts as the rest does but counts in no statistic."""
+        """Padding goes to experts as all else does, or to none if these have a capacity; it counts in no statistic."""
         x = self.region.enter(x_BTD, ctx.cut_sequence)
         x_ND = x.flatten(0, -2)
         valid_N = None if ctx.valid_BT is None else ctx.valid_BT.flatten()
         logits_NE = self.router(x_ND)
         weight_Nk, expert_Nk = route(logits_NE, self.moe)
         rejected_Nk = self.rejected(expert_Nk, valid_N, ctx)
-        y_ND, counts_E = self.routed(x_ND, weight_Nk, expert_Nk, valid_N, ctx.keys_N, rejected_Nk)
+        nowhere_Nk = rejected_Nk
+        if rejected_Nk is not None and valid_N is not None:  # so no rank sends more than what experts can hold
+            nowhere_Nk = rejected_Nk | ~valid_N[:, None]
+        y_ND, counts_E = self.routed(x_ND, weight_Nk, expert_Nk, valid_N, ctx.keys_N, nowhere_Nk)
         previous_E = self.previous_counts(ctx.expert_counts, counts_E)
         if self.overflow_expert is not None:
             y_ND = y_ND + self.overflowed(x_ND, weight_Nk, rejected_Nk, ctx)
@@ -143,12 +146,12 @@ class MoE(nn.Module, InRegion):
         expert_Nk: Tensor,
         valid_N: Tensor | None = None,
         keys_N: Tensor | None = None,
-        rejected_Nk: Tensor | None = None,
+        nowhere_Nk: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Sum of the chosen experts' results (N, D), and how many of this rank's own valid tokens chose each expert
-        (E,)."""
+        (E,). nowhere: of the choices (N, k), those that go to no expert."""
         padding = Padding.of(x_ND) if self.exchange is None else Padding()
-        dispatch = Dispatch.sort(expert_Nk, self.moe.n_experts, padding, rejected_Nk)
+        dispatch = Dispatch.sort(expert_Nk, self.moe.n_experts, padding, nowhere_Nk)
         weight_R1 = weight_Nk.to(x_ND.dtype).flatten()[dispatch.pair_of_row].unsqueeze(-1)
         x_RD = dispatch.scatter(x_ND)
         keys_R = None
@@ -162,7 +165,7 @@ class MoE(nn.Module, InRegion):
         n_experts, own, counts = self.moe.n_experts, self.region.own(expert_Nk), dispatch.counts
         if valid_N is not None:  # padding counts for an expert beyond the last
             own = own.masked_fill(~self.region.own(valid_N).unsqueeze(-1), n_experts)
-        if len(own) != len(expert_Nk) or valid_N is not None or rejected_Nk is not None:
+        if len(own) != len(expert_Nk) or valid_N is not None or nowhere_Nk is not None:
             counts = torch.bincount(own.flatten(), minlength=n_experts + 1)[:n_experts]
         return dispatch.gather(y_RD), counts
 

@@ -151,12 +151,13 @@ def test_outside_of_training_experts_take_all(how):
     assert int(stats.rejected) == 0
 
 
-def test_padding_overflows_nowhere_and_counts_nothing():
-    moe, x = layer(capacity=2, overflow=True), torch.randn(1, 10, 16)
+def test_padding_goes_to_no_expert_overflows_nowhere_and_counts_nothing():
+    moe, x = layer(capacity=2, overflow=True, shared=False), torch.randn(1, 10, 16)
     valid = torch.tensor([[True] * 6 + [False] * 4])
     padded, stats = moe(x, context(x, valid))
     alone, of_tokens = moe(x[:, :6], context(x[:, :6]))
     torch.testing.assert_close(padded[:, :6], alone, rtol=1e-6, atol=1e-6)  # products of other sizes
+    assert not padded[:, 6:].any()
     assert torch.equal(stats.rejected, of_tokens.rejected) and torch.equal(stats.expert_counts, of_tokens.expert_counts)
 
 
