@@ -5,6 +5,8 @@ repository, so that a script finds its neighbours in both. What a user's own fol
 """
 
 import difflib
+import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,21 @@ from llm.errors import UserError
 PACKAGE = Path(__file__).resolve().parent
 FOLDERS = ("pretrain", "finetune", "siblings")
 """Of configs/, in which a run config may be called by its name alone."""
+DATA = Path("runs/data")
+MADE_BY = {
+    "stdlib": "lattice quickstart prepare",
+    "sequences/reverse": "tools/sequences.py prepare --task reverse",
+    "sequences/sort": "tools/sequences.py prepare --task sort",
+    "values/diabetes": "tools/values.py --data diabetes",
+    "values/friedman": "tools/values.py --data friedman",
+    "values/mackey_glass": "tools/values.py --data mackey_glass",
+    "molecules": "tools/molecules.py prepare --data DIR",
+    "stories": "tools/stories_chats.py prepare --text FILE",
+    "captions": "tools/captions.py prepare --data FILE.parquet --text COLUMN",
+    "easy_vqa": "tools/easy_vqa.py prepare --data DIR",
+}
+"""What makes the data that the shipped configs read, by its folder in runs/data: a command, or a script and its words.
+What is written in capitals there is the user's own."""
 
 
 def root() -> Path:
@@ -54,3 +71,23 @@ def run_configs() -> Iterator[tuple[str, Path]]:
     for folder in FOLDERS:
         for file in sorted((root() / "configs" / folder).glob("*.yaml")):
             yield f"{folder}/{file.stem}", file
+
+
+def made_by(path: str | Path) -> str:
+    """What a message about a missing file goes on with: `; ... makes it` for data of the shipped configs, which a
+    command of ours makes in the working directory; else empty.
+    """
+    inside = Path(os.path.relpath(path, DATA)).parts
+    for folder, command in MADE_BY.items():
+        parts = Path(folder).parts
+        if inside[: len(parts)] == parts:
+            return f"; `{_as_typed(command)}` makes it"
+    return ""
+
+
+def _as_typed(command: str) -> str:
+    if not command.startswith("tools/"):
+        return command
+    script, _, words = command.partition(" ")
+    here = root().resolve() == Path.cwd().resolve()
+    return f"python {shlex.quote(str(script if here else root() / script))} {words}"

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from llm.data.formats import POSSIBLE, FileType, file_type, is_card, shown, why_left_out
 from llm.errors import UserError
+from llm.shipped import made_by
 
 HELD_OUT = re.compile(r"(valid|validation|val|dev|test|eval)([-_.].*)?")
 """Names of files and folders (lower case) that data sets give to what is not trained on."""
@@ -95,7 +96,7 @@ def list_input(path: str | Path, key: str = "input", cache_dir: str | Path | Non
         status = path.stat()
     except FileNotFoundError:
         what = f"a link to {shown(os.readlink(path))}, which is not there" if path.is_symlink() else None
-        raise UserError(f"{given}: {what or 'no such file or directory'}") from None
+        raise UserError(f"{given}: {what or 'no such file or directory'}{made_by(path)}") from None
     except OSError as error:
         raise UserError(f"{given}: cannot be read ({error.strerror or error})") from None
     if not stat.S_ISDIR(status.st_mode):

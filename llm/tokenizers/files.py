@@ -6,6 +6,7 @@ The packages tiktoken and tokenizers are imported by the first tokenizer that ne
 from pathlib import Path
 
 from llm.errors import UserError
+from llm.shipped import made_by
 from llm.tokenizers.base import Tokenizer, TokenizerConfig, where_from
 from llm.tokenizers.none import NoText
 from llm.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -24,7 +25,8 @@ def open_file(config: TokenizerConfig, base: Path | None = None) -> Tokenizer:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(
-            f"tokenizer.path={config.path}: cannot read {path} ({error.strerror}){where_from(config.kind)}"
+            f"tokenizer.path={config.path}: cannot read {path} ({error.strerror})"
+            f"{made_by(path) or where_from(config.kind)}"
         ) from None
     if config.kind == "tiktoken":
         from llm.tokenizers.tiktoken import TiktokenTokenizer

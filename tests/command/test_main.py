@@ -1,6 +1,7 @@
 """`lattice COMMAND ...` runs the script it names, unchanged; what is wrong is one line."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from llm.command import completion, main
 from llm.command.table import BY_NAME, COMMANDS, Command
 from llm.errors import UserError
 from llm.train.config import load_config
+from tests.docs.commands import check
 from tests.shared import ROOT
 
 
@@ -117,3 +119,37 @@ def test_a_config_is_found_by_name_and_the_users_own_goes_first(
 def test_every_command_has_an_example_of_itself() -> None:
     for command in COMMANDS:
         assert isinstance(command, Command) and command.example.split()[0] == command.name
+
+
+@pytest.mark.parametrize(
+    ("path", "command"),
+    [
+        ("runs/data/stdlib/train", "; `lattice quickstart prepare` makes it"),
+        ("./runs/data/stdlib/tokenizer.model", "; `lattice quickstart prepare` makes it"),
+        ("runs/data/values/friedman/split-0/train.csv", "tools/values.py --data friedman` makes it"),
+        ("runs/data/stdlib_of_mine", ""),
+        ("runs/data", ""),
+        ("elsewhere/runs/data/stdlib/train", ""),
+    ],
+)
+def test_missing_data_of_a_shipped_config_is_named_with_what_makes_it(path: str, command: str) -> None:
+    assert shipped.made_by(path).endswith(command) and bool(shipped.made_by(path)) == bool(command)
+
+
+def test_what_makes_data_is_a_command_that_exists_and_a_config_reads_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = "".join(file.read_text() for _, file in shipped.run_configs())
+    for folder, command in shipped.MADE_BY.items():
+        assert f"{shipped.DATA}/{folder}/" in configs
+        check(command.split() if command.startswith("lattice") else ["python", *command.split()])
+    monkeypatch.chdir(tmp_path)  # where the scripts do not lie
+    (script,) = shlex.split(shipped.made_by("runs/data/molecules/vocab.txt").split("`")[1])[1:2]
+    assert Path(script).is_file()
+
+
+def test_a_shipped_config_without_its_data_names_the_command(tmp_path: Path) -> None:
+    done = lattice("train", "--config", "quickstart", cwd=str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    expected = "data.train=runs/data/stdlib/train: no such file or directory; `lattice quickstart prepare` makes it"
+    assert done.stderr == f"error: {expected}\n"
