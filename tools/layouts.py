@@ -4,60 +4,52 @@ on its own data, on every layout that fits and compares them with one process.
 Layouts are tensor x pipeline x expert x data-parallel ranks x ZeRO stage; the validator of the run config says which
 fit. A layout is equal when loss and gradient norm of every step are: in float32 to 1e-5 of their size, with the same
 number of tokens at every expert; in bf16 to 1e-2, and to 2e-3 in the mean. Exit status 0: all are equal; 1: one is not;
-2: bad input.
+2: bad input. Any key of the run config can be given as in launch/pretrain.py (--section.key=value), but for those of
+the layout, and a few that have flags of their own here.
 
 Where float32 chose other experts, and one process had a token at that step whose choice hung on a rounding, the layout
-is right in its own way: it is called a tie and judged by the steps before.
+is right in its own way: it is called a tie and judged by the steps before. Where the first step is equal and the last
+is not, a line says how the difference grew.
 """
 
-import json as json_format
+import json
 import math
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     import llm.installed  # noqa: F401  (says in one line what is missing)
 
-import torch
-
 from llm.atomic import write_file
-from llm.cli import run_cli
+from llm.cli import HELP, describe, run_or_stop
 from llm.data.sources import check_data
 from llm.errors import UserError
 from llm.parallel.launch import local
-from llm.parallel.layout import Layout
-from llm.parallel.validate import divisors
-from llm.paths import PathText, refuse_existing
 from llm.train.chat import run_tokenizer
-from llm.train.config import RunConfig, check_layout, load_config, validate
+from llm.train.config import RunConfig, check_layout, load_config
 from llm.train.settle import task_in
 from tools.diff import every_difference
+from tools.layouts_plan import Candidate, Precision, Settings, alone, check_flags, fitting, parse, prepared
 from tools.shrink import shrunk
 
 JOB = Path(__file__).with_name("layouts_job.py")
-Precision = Literal["fp32", "bf16"]
 BOUND: dict[str, float] = {"fp32": 1e-5, "bf16": 1e-2}
 """Relative. Sums in another order differ by 1e-7 in float32, which a few steps may amplify; bf16 rounds to 2e-3."""
 MEAN_BOUND = 2e-3
 """Of the mean over the steps: what does not average out is a bias, not rounding."""
+FEW = 3
+"""Steps in which rounding has not grown to the bound, and a wrong gradient or update has shown."""
 TIE = 1e-6
 """Margin of a router's choice, relative to its logits, that rounding can undo."""
 
 Row = dict[str, Any]
-
-
-class Candidate(NamedTuple):
-    """A layout that fits, and the config that asks for it."""
-
-    layout: Layout
-    config: RunConfig
 
 
 @dataclass(frozen=True)
@@ -72,39 +64,27 @@ class Verdict:
     grad_norm: float | None = None
     mean: float | None = None
     """Mean over the steps of the loss's relative difference, with its sign."""
+    differences: tuple[float, ...] = ()
+    """Relative difference at each step compared: that of loss or gradient norm, whichever is larger."""
     failure: str | None = None
     """What stopped it."""
 
 
-def layouts(
-    config: PathText,
-    nproc: list[int],
-    steps: int = 5,
-    shrink: bool = False,
-    zero: list[int] | None = None,
-    precision: Precision = "fp32",
-    seed: int | None = None,
-    json: PathText | None = None,
-) -> None:
-    """Compare every layout of a run config with one process.
+def layouts(settings: Settings, overrides: Mapping[str, Any] | None = None) -> None:
+    """Print how every layout compares with one process, and write the table that was asked for. `overrides` maps
+    dotted keys of the run config to values.
 
-    config: the run config
-    nproc: numbers of processes whose layouts are tried, such as 4 or 1,2,4
-    steps: optimizer steps, at the peak learning rate
-    shrink: make the model small first, with every kind of layer and the same layouts
-    zero: ZeRO stages to try; default 1,2,3
-    precision: arithmetic of the layouts; the one process always has float32
-    seed: train.seed, if not the config's
-    json: file for the table with every step's numbers
+    SystemExit(1) where a layout is not equal; UserError where nothing can be compared.
     """
-    stages = [1, 2, 3] if zero is None else zero
-    check_flags(nproc, steps, stages, json)
-    run = prepared(load_config(config), precision, seed)
+    check_flags(settings)
+    config, steps, precision = settings.config, settings.steps, settings.precision
+    nproc, stages = settings.nproc, settings.stages
+    run = prepared(load_config(config, dict(overrides or {})), precision, settings.seed)
     if (task := task_in(run)).compares_with_start:
         raise UserError(f"{config}: task={task.name} compares with sums that only a run makes")
     check_data(run.data.train)
     run_tokenizer(run)
-    if shrink:
+    if settings.shrink:
         small = shrunk(run, max(nproc))
         print(f"made small: {'; '.join(every_difference(run.model_dump(), small.model_dump()))}")
         run = small
@@ -129,85 +109,16 @@ def layouts(
         for candidate, rows in zip(found, results, strict=True):
             verdict = compare(rows, expected, precision)
             print(line(candidate, verdict), flush=True)
+            if (growth := grown(verdict, precision)) is not None:
+                print(growth, flush=True)
             table.append(entry(candidate, verdict, rows))
     n_equal = sum(row["equal"] for row in table)
     print(f"{n_equal} of {len(table)} layouts are equal to one process")
-    if json is not None:
+    if settings.json is not None:
         document = {"config": run.model_dump(mode="json"), "steps": steps, "reference": expected, "layouts": table}
-        write_file(Path(json), (json_format.dumps(document, indent=1) + "\n").encode())
+        write_file(Path(settings.json), (json.dumps(document, indent=1) + "\n").encode())
     if n_equal < len(table):
         raise SystemExit(1)
-
-
-def check_flags(nproc: Sequence[int], steps: int, stages: Sequence[int], json: str | None) -> None:
-    """UserError naming the flag whose value is impossible."""
-    if not nproc or min(nproc) < 1:
-        raise UserError(f"--nproc={','.join(map(str, nproc))}: expected numbers of processes from 1 up")
-    devices = torch.cuda.device_count()
-    if devices and max(nproc) > devices:
-        raise UserError(f"--nproc={max(nproc)}: this machine has {devices} GPU(s), one for each process")
-    if steps < 1:
-        raise UserError(f"--steps={steps}: expected 1 or more")
-    if not stages or not set(stages) <= {0, 1, 2, 3}:
-        raise UserError(f"--zero={','.join(map(str, stages))}: possible are 0, 1, 2 and 3")
-    if json is not None and not Path(json).absolute().parent.is_dir():
-        raise UserError(f"--json={json}: no such folder")
-    if json is not None:
-        refuse_existing(json, "--json")
-
-
-def prepared(config: RunConfig, precision: Precision, seed: int | None) -> RunConfig:
-    """The config with this arithmetic and seed, and without what belongs to the rest of a run."""
-    raw = config.model_dump(mode="json")
-    raw["data"]["valid"] = raw["eval"]["patience"] = raw["log"]["trace_steps"] = None
-    raw["log"]["wandb"] = False
-    raw["train"] |= {"precision": precision} | ({} if seed is None else {"seed": seed})
-    return validate(raw, "config")
-
-
-def changed(config: RunConfig, parallel: dict[str, Any], train: dict[str, Any]) -> RunConfig:
-    """The config with other values in these two sections."""
-    raw = config.model_dump(mode="json")
-    raw["parallel"] |= parallel
-    raw["train"] |= train
-    return validate(raw, "config")
-
-
-def fitting(config: RunConfig, ranks: int, stages: Sequence[int]) -> Iterator[Candidate]:
-    """Every layout on so many ranks that the run config's validator accepts, each with the largest micro-batch that
-    does not exceed the config's.
-    """
-    sizes = micro_batch_sizes(config)
-    for tensor in divisors(ranks):
-        for pipeline in divisors(ranks // tensor):
-            for expert in divisors(ranks // tensor // pipeline):
-                for stage in stages:
-                    parallel: dict[str, Any] = {"tensor": tensor, "pipeline": pipeline}
-                    parallel |= {"expert": expert, "zero_stage": stage}
-                    if pipeline == 1:
-                        parallel["pipeline_schedule"] = "1f1b"  # there is none
-                    for micro in sizes:
-                        cut = changed(config, parallel, {"micro_batch_size": micro})
-                        try:
-                            yield Candidate(check_layout(cut, ranks), cut)
-                            break
-                        except UserError:
-                            continue
-
-
-def alone(config: RunConfig) -> RunConfig:
-    """The config for one process in float32 with nothing cut, compiled or moved."""
-    cut: dict[str, Any] = {"tensor": 1, "pipeline": 1, "pipeline_schedule": "1f1b", "expert": 1}
-    cut |= {"zero_stage": 1, "offload_optimizer": False}
-    micro = micro_batch_sizes(config)[0]
-    return changed(config, cut, {"precision": "fp32", "compile": False, "micro_batch_size": micro})
-
-
-def micro_batch_sizes(config: RunConfig) -> list[int]:
-    """Those that one process can have, up to the config's, the largest first."""
-    train = config.train
-    every = math.gcd(train.global_batch_size, *(size for _, size in train.batch_schedule))
-    return [size for size in reversed(divisors(every)) if size <= train.micro_batch_size]
 
 
 def trained(configs: Sequence[RunConfig], ranks: int, steps: int, job: Path = JOB) -> Iterator[list[Row] | str]:
@@ -220,7 +131,7 @@ def trained(configs: Sequence[RunConfig], ranks: int, steps: int, job: Path = JO
         while done < len(configs):
             began = done
             task, out, log = (Path(folder) / f"{name}{began}" for name in ("task.json", "out.jsonl", "log.txt"))
-            task.write_text(json_format.dumps([config.model_dump(mode="json") for config in configs[began:]]))
+            task.write_text(json.dumps([config.model_dump(mode="json") for config in configs[began:]]))
             with log.open("w") as file:
                 words = [str(job), str(task), str(steps), str(out)]
                 process = subprocess.Popen([*local.command(ranks), *words], stdout=file, stderr=subprocess.STDOUT)
@@ -231,7 +142,7 @@ def trained(configs: Sequence[RunConfig], ranks: int, steps: int, job: Path = JO
                     lines = out.read_text().split("\n")[:-1] if out.exists() else []
                     for text in lines[done - began :]:
                         done += 1
-                        yield json_format.loads(text)
+                        yield json.loads(text)
                     time.sleep(0.1 if running else 0)
             finally:
                 process.terminate()
@@ -271,7 +182,8 @@ def compare(rows: list[Row] | str, expected: list[Row], precision: Precision) ->
     largest = {key: max(map(abs, values)) for key, values in off.items()}
     mean = sum(off["loss"]) / n_compared
     equal = sound and max(largest.values()) <= BOUND[precision] and abs(mean) <= MEAN_BOUND
-    return Verdict(equal, routing, largest["loss"], largest["grad_norm"], mean)
+    differences = tuple(max(abs(loss), abs(norm)) for loss, norm in zip(off["loss"], off["grad_norm"], strict=True))
+    return Verdict(equal, routing, largest["loss"], largest["grad_norm"], mean, differences)
 
 
 def relative(value: float, right: float) -> float:
@@ -299,6 +211,25 @@ def line(candidate: Candidate, verdict: Verdict) -> str:
         for value, width in ((verdict.loss, 8), (verdict.grad_norm, 9))
     )
     return f"{numbers}  {sizes}  {verdict.routing}{'' if verdict.equal else '   NOT EQUAL'}"
+
+
+def grown(verdict: Verdict, precision: Precision) -> str | None:
+    """The line under a layout whose first step is equal and whose last is not; None for others.
+
+    Both rounding and a wrong update look like this after many steps. Few steps tell them apart, not these numbers.
+    """
+    off, bound = verdict.differences, BOUND[precision]
+    if not off or not off[0] <= bound < off[-1]:
+        return None
+    step = next(step for step, value in enumerate(off, 1) if value > bound)
+    ends = f"off by {off[0]:.1e} at step 1, {off[-1]:.1e} at step {len(off)}, beyond {bound:g} from step {step}"
+    text = f"       {ends}: "
+    if step <= FEW:
+        return f"{text}early for rounding, so look for a defect, unless the learning rate is far too high"
+    return (
+        f"{text}rounding grows with the steps, the faster the higher the learning rate; --steps {FEW} tells it from a "
+        f"defect"
+    )
 
 
 def described(expected: list[Row]) -> str:
@@ -330,5 +261,14 @@ def entry(candidate: Candidate, verdict: Verdict, rows: list[Row] | str) -> Row:
     }
 
 
+def main(words: Sequence[str]) -> None:
+    """The command line."""
+    if any(word in HELP for word in words):
+        print(describe(Settings) + "\n  --section.key=value: any key of the run config, as in launch/pretrain.py")
+        return
+    settings, flags = parse(words)
+    layouts(settings, flags.overrides)
+
+
 if __name__ == "__main__":
-    run_cli(layouts)
+    run_or_stop(lambda: main(sys.argv[1:]))

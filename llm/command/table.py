@@ -152,7 +152,8 @@ COMMANDS = (
         "compare every layout of a config with one process",
         "layouts --config quickstart --nproc 2 --shrink",
         "tools/layouts.py",
-        {"": "tools/layouts.py:layouts"},
+        {"": "tools/layouts_plan.py:Settings"},
+        keys=True,
     ),
     Command(
         "campaign",

@@ -24,7 +24,7 @@ PLAIN = ("cd", "cp", "mkdir", "touch", "tail", "head", "ls", "cat", "git", "tens
 """Commands of the system, or of packages, with which pages do no more than anyone knows."""
 OPEN = ("train.objectives", "optim.lr_factors", "deepspeed", "data.train", "data.valid", "task")
 """Keys under which there are names or numbers of the reader's own."""
-RUNS = ("launch/pretrain.py", "launch/finetune.py", "tools/campaign.py", "tools/sweep.py")
+RUNS = ("launch/pretrain.py", "launch/finetune.py", "tools/campaign.py", "tools/layouts.py", "tools/sweep.py")
 """Scripts that take any key of a run config."""
 
 

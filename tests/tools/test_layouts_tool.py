@@ -15,7 +15,8 @@ from llm.args.layers import attention_specs
 from llm.errors import UserError
 from llm.train.config import RunConfig, check_layout, load_config, validate
 from tests.distributed.harness import ROOT, TINY_MODEL, environment, tiny_config, write_config, write_text
-from tools.layouts import BOUND, alone, changed, compare, described, fitting, layouts, line, prepared, trained
+from tools.layouts import BOUND, compare, described, grown, layouts, line, main, trained
+from tools.layouts_plan import INSTEAD, Settings, alone, changed, fitting, parse, prepared
 from tools.shrink import alike, layers_of_every_kind, shrunk
 
 CONFIGS = [p for p in sorted((ROOT / "configs/pretrain").glob("*.yaml")) if "of 8 GPUs" not in p.read_text()]
@@ -175,6 +176,46 @@ def test_a_tie_at_the_first_step_shows_nothing_and_is_not_equal() -> None:
     assert (verdict.equal, verdict.routing, verdict.loss) == (False, "tie at step 1", None)
 
 
+def grows(*losses: float) -> str | None:
+    """The line about growth where losses are off by these shares; the first step's gradient norm is off by 3e-7."""
+    rows = [row(loss=2 * (1 + off), grad_norm=3 * (1 + 3e-7 * (step == 0))) for step, off in enumerate(losses)]
+    return grown(compare(rows, [row()] * len(rows), "fp32"), "fp32")
+
+
+def test_a_difference_that_grows_says_how_rounding_is_told_from_a_defect() -> None:
+    line = grows(1e-7, 1e-6, 4e-6, 2e-5, 1e-6, 5e-3)
+    assert line is not None and "off by 3.0e-07 at step 1, 5.0e-03 at step 6, beyond 1e-05 from step 4" in line
+    assert "rounding grows with the steps" in line and "--steps 3 tells it from a defect" in line
+    line = grows(1e-7, 1e-4, 1e-3)
+    assert line is not None and "beyond 1e-05 from step 2: early for rounding, so look for a defect" in line
+
+
+@pytest.mark.parametrize("losses", [(1e-7, 9e-6), (1e-4, 1e-3), (1e-7, 1e-3, 1e-7), (2e-5,)])
+def test_nothing_is_said_of_growth_where_steps_are_equal_or_the_first_is_not(losses: tuple[float, ...]) -> None:
+    assert grows(*losses) is None
+    assert grown(compare("no memory", SAME, "fp32"), "fp32") is None
+
+
+def test_keys_of_the_run_config_are_given_as_in_a_run(tmp_path: Path) -> None:
+    config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path))
+    given = ["--optim.lr=0.5", "--model.dim", "48", "--steps=7", "--parallel.sequence_parallel=false"]
+    settings, run = parse([f"--config={config}", "--nproc", "1,2", *given])
+    assert (settings.nproc, settings.steps, settings.stages) == ([1, 2], 7, [1, 2, 3])
+    assert run.overrides == {"optim.lr": 0.5, "model.dim": 48, "parallel.sequence_parallel": False}
+    assert parse([str(config), "2"])[0] == Settings(str(config), [2])
+    for words, message in (
+        ([f"--{key}=1"], f"--{key}: in a comparison of layouts {instead}") for key, instead in INSTEAD.items()
+    ):
+        with pytest.raises(UserError, match=message):
+            parse([f"--config={config}", "--nproc=2", *words])
+    for word, message in (
+        ("--optim.lrr=1", "optim.lrr"), ("--step=1", "did you mean --steps"), ("--run_dir=x", "which keeps no run"),
+        ("--model.dim=33", "model.n_heads=4 does not divide model.dim=33"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            main([f"--config={config}", "--nproc=2", word])
+
+
 def test_what_stopped_a_layout_is_told() -> None:
     verdict = compare("rank 1: out of memory", SAME, "fp32")
     assert not verdict.equal
@@ -202,18 +243,18 @@ def test_bad_input_is_refused_by_name(tmp_path: Path, flags: dict[str, Any], mes
     write_text(tmp_path, documents=1)
     config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path))
     with pytest.raises(UserError) as error:
-        layouts(str(config), **flags)
+        layouts(Settings(str(config), **flags))
     assert message in str(error.value)
 
 
 def test_missing_files_are_named_before_any_work(tmp_path: Path) -> None:
     raw = tiny_config(tmp_path)
     with pytest.raises(UserError, match=rf"data\.train={tmp_path}/train\.jsonl"):
-        layouts(str(write_config(tmp_path / "config.yaml", raw)), [2])
+        layouts(Settings(str(write_config(tmp_path / "config.yaml", raw)), [2]))
     write_text(tmp_path, documents=1)
     raw["tokenizer"] = {"kind": "sentencepiece", "path": f"{tmp_path}/no.model"}
     with pytest.raises(UserError, match=rf"{tmp_path}/no\.model"):
-        layouts(str(write_config(tmp_path / "config.yaml", raw)), [2])
+        layouts(Settings(str(write_config(tmp_path / "config.yaml", raw)), [2]))
 
 
 @pytest.mark.full

@@ -27,7 +27,7 @@ FLAGS = {
     "tools.quickstart.report": "run_dir data",
     "tools.shakespeare_char.prepare": "text output",
     "tools.stdlib_corpus.write_corpus": "output",
-    "tools.layouts.layouts": "config nproc json",
+    "tools.layouts_plan.Settings": "config nproc json",
     "tools.train_tokenizer.train": "input output",
     "tools.campaign_plan.Settings": "config nproc out keep_dir",
 }

@@ -32,6 +32,7 @@ from llm.paths import PathText
 from tools.benchmarks.harness import RESULTS
 from tools.benchmarks.machine import hardware, versions
 from tools.layouts import layouts
+from tools.layouts_plan import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "configs/pretrain/quickstart.yaml"
@@ -81,7 +82,7 @@ def measure(output: PathText | None = None, steps: int = STEPS) -> None:
     with tempfile.TemporaryDirectory() as folder:
         own, found = Path(folder) / "one_answer.yaml", Path(folder) / "found.json"
         own.write_text(yaml.safe_dump(config))
-        layouts(str(own), [RANKS], steps=steps, shrink=True, json=str(found))
+        layouts(Settings(str(own), [RANKS], steps=steps, shrink=True, json=str(found)))
         document = short(json.loads(found.read_text()))
     text = json.dumps({"hardware": hardware(), "versions": versions(), **document}, indent=1)
     write_file(file, (text + "\n").encode())
