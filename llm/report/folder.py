@@ -16,7 +16,9 @@ SAMPLE = re.compile(r"--- sample at step (\d+), prompt (.*) ---")
 STEP_LINE = re.compile(r"step +(\d+)/(\d+) ")
 NUMBERED = re.compile(r"step (\d+)\b")
 RESUMED = re.compile(r"resumed from .* \(step (\d+), ")
+ERROR = "error: "
 KINDS = (
+    ("error", re.compile(rf"^{ERROR}")),
     ("rewind", re.compile(r"going back to the last checkpoint")),
     ("resume", re.compile(r"^resumed from ")),
     ("change", re.compile(r"^changed: ")),
@@ -132,7 +134,8 @@ def _read_log(path: Path) -> tuple[list[Event], list[Sample]]:
             continue
         if sample := SAMPLE.fullmatch(line):
             continue
-        if at := STEP_LINE.match(line) or NUMBERED.match(line) or RESUMED.match(line):
+        told = line.removeprefix(ERROR)
+        if at := STEP_LINE.match(told) or NUMBERED.match(told) or RESUMED.match(told):
             step = int(at[1])
         kind = next((kind for kind, pattern in KINDS if pattern.search(line)), None)
         if kind is not None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llm import screen
+from llm.errors import UserError
 from llm.train.curves import CurveSink, curve_of
 from llm.train.reporting import Channel, LineFile, reason_of
 
@@ -67,6 +68,11 @@ class RunLog:
             self._text_channel.send(lambda: self._text.write(text), lines),
             self._screen_channel.send(lambda: self._show(text), lines),
         )
+
+    def failed(self, error: Exception) -> None:
+        """What ends the run, for log.txt alone: the process prints it as its last line when the run has been closed."""
+        why = str(error) if isinstance(error, UserError) else reason_of(error)
+        self._pass_on(self._text_channel.send(lambda: self._text.write("error: " + " ".join(why.split()))))
 
     def _pass_on(self, *notes: str | None) -> None:
         """Say what became of one place on those that work; what is lost of this is not counted."""

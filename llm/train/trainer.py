@@ -151,8 +151,10 @@ class Trainer:
                 try:
                     notes = self._steps(log, requests)
                     ended = notes is None
-                except (SystemExit, UserError):
-                    ended = True
+                except (SystemExit, Exception) as error:  # whatever it is, log.txt says why the run ended
+                    ended = isinstance(error, SystemExit | UserError)
+                    if log and isinstance(error, Exception):
+                        log.failed(error)
                     raise
                 finally:
                     if log:

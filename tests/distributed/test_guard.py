@@ -86,6 +86,8 @@ def test_raise_stops_all_ranks_with_finite_weights(runs: Path, stage: int) -> No
     for rank in (0, 1):
         text = (runs / f"{stage}-loss-raise" / f"error{rank}.txt").read_text()
         assert text.startswith(f"True step {BAD_STEP}: the loss is nan (rank {SPOILED.get(stage, 1)}")
+    log = (runs / f"{stage}-loss-raise" / "log.txt").read_text()
+    assert log.count(f"\nerror: step {BAD_STEP}: the loss is nan") == 1
     steps = sorted(path.name for path in (runs / f"{stage}-loss-raise" / "checkpoints").iterdir())
     assert steps == ["step_00000004", "step_00000008"]
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from llm.errors import UserError
+from llm.report.folder import read_folder
 from llm.train.curves import WANDB_ID, WeightsAndBiases
 from llm.train.log import RunLog
 
@@ -102,6 +103,20 @@ def test_rows_of_repeated_steps_are_replaced_and_a_torn_one_is_dropped(tmp_path:
     write_steps(tmp_path, 4, 6, loss=3.0)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 2.0), (2, 2.0), (3, 2.0), (4, 3.0), (5, 3.0), (6, 3.0)]
+
+
+def test_the_error_that_ends_a_run_is_in_its_log_and_an_event_of_its_report_but_not_twice_on_the_screen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = RunLog(tmp_path, first_step=1, steps=9, interval=5, curves=[])
+    log.step({**ROW, "step": 1})
+    log.failed(UserError("step 2: the gradient is not finite;\nguard.nonfinite=raise"))
+    log.failed(RuntimeError("out of memory"))
+    log.close()
+    *_, mended, bug = read_folder(tmp_path).events
+    assert mended == (2, "error", "error: step 2: the gradient is not finite; guard.nonfinite=raise")
+    assert bug == (2, "error", "error: RuntimeError: out of memory")
+    assert "error" not in capsys.readouterr().out, "the process prints it last"
 
 
 def test_a_step_that_was_passed_over_is_not_said_to_have_no_finite_loss(
