@@ -14,7 +14,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -52,10 +52,13 @@ def run_cli(
     Exits with 2 and one line on bad input. Every command takes `--extensions`, which are run first (llm/extensions.py).
     """
     line = list(sys.argv[1:] if argv is None else argv)
-    if line and line[0] in commands:
+    typed = line[0] if line and not _is_flag(line[0]) else ""
+    if typed in commands:
         function = commands[line.pop(0)]
 
     def job() -> None:
+        if typed not in commands and not os.path.lexists(typed):
+            _refuse_misspelt(typed, commands)
         if any(word in HELP for word in line):
             print(describe(function, commands))
         else:
@@ -68,6 +71,13 @@ def run_cli(
             function(**bind(function, values, flags), **repeated)
 
     run_or_stop(job)
+
+
+def _refuse_misspelt(word: str, commands: Collection[str]) -> None:
+    """UserError where a word that is no command looks like one, as it would be taken for a path."""
+    near = difflib.get_close_matches(word, commands, n=1, cutoff=0.7)
+    if word and near:
+        raise UserError(f"unknown command {word!r}; did you mean {near[0]}?")
 
 
 def run_or_stop(job: Callable[[], object]) -> None:
@@ -222,9 +232,10 @@ def bind(function: Callable[..., object], values: Sequence[str], flags: dict[str
     values = () if gathering else values
     if gathered and gathering in flags:
         raise UserError(f"--{gathering} is given twice: {gathered[0]!r} by place and {flags[gathering]!r} by name")
-    if len(values) > len(parameters):
-        raise UserError(f"{values[len(parameters)]!r} is one value too many; the flags are {_flag_list(parameters)}")
-    given: dict[str, str] = dict(zip(parameters, values, strict=False))
+    placed = [flag for flag, parameter in parameters.items() if parameter.kind is not parameter.KEYWORD_ONLY]
+    if len(values) > len(placed):
+        raise UserError(f"{values[len(placed)]!r} is one value too many; the flags are {_flag_list(parameters)}")
+    given: dict[str, str] = dict(zip(placed, values, strict=False))
     for name, text in flags.items():
         if name not in parameters:
             near = difflib.get_close_matches(name, parameters, n=1, cutoff=0.5)

@@ -15,21 +15,24 @@ from llm.errors import UserError
 PACKAGE = Path(__file__).resolve().parent
 FOLDERS = ("pretrain", "finetune", "siblings")
 """Of configs/, in which a run config may be called by its name alone."""
-DATA = Path("runs/data")
+RUNS = Path("runs")
 MADE_BY = {
-    "stdlib": "lattice quickstart prepare",
-    "sequences/reverse": "tools/sequences.py prepare --task reverse",
-    "sequences/sort": "tools/sequences.py prepare --task sort",
-    "values/diabetes": "tools/values.py --data diabetes",
-    "values/friedman": "tools/values.py --data friedman",
-    "values/mackey_glass": "tools/values.py --data mackey_glass",
-    "molecules": "tools/molecules.py prepare --data DIR",
-    "stories": "tools/stories_chats.py prepare --text FILE",
-    "captions": "tools/captions.py prepare --data FILE.parquet --text COLUMN",
-    "easy_vqa": "tools/easy_vqa.py prepare --data DIR",
+    "data/stdlib": "lattice quickstart prepare",
+    "data/sequences/reverse": "tools/sequences.py prepare --task reverse",
+    "data/sequences/sort": "tools/sequences.py prepare --task sort",
+    "data/values/diabetes": "tools/values.py --data diabetes",
+    "data/values/friedman": "tools/values.py --data friedman",
+    "data/values/mackey_glass": "tools/values.py --data mackey_glass",
+    "data/molecules": "tools/molecules.py prepare --data DIR",
+    "data/stories": "tools/stories_chats.py prepare --text FILE",
+    "data/captions": "tools/captions.py prepare --data FILE.parquet --text COLUMN",
+    "data/easy_vqa": "tools/easy_vqa.py prepare --data DIR",
+    "quickstart": "lattice train --config quickstart",
+    "chat_full": "lattice finetune --config chat_full",
+    "easy_vqa": "lattice finetune --config easy_vqa",
 }
-"""What makes the data that the shipped configs read, by its folder in runs/data: a command, or a script and its words.
-What is written in capitals there is the user's own."""
+"""What makes the data and models that the shipped configs read, by their folder in runs: a command, or a script and its
+words. What is written in capitals there is the user's own."""
 
 
 def root() -> Path:
@@ -60,10 +63,15 @@ def run_config(name_or_path: str | Path) -> Path:
     for name in (str(given), *(f"{folder}/{given}" for folder in FOLDERS)):
         if name in named:
             return named[name]
-    short = {name.partition("/")[2] for name in named}
-    near = difflib.get_close_matches(str(given), [*short, *named], n=1, cutoff=0.6)
+    near = difflib.get_close_matches(str(given), short_names(), n=1, cutoff=0.6)
     hint = f"did you mean {near[0]}?" if near else "`lattice configs` lists the latter"
     raise UserError(f"{name_or_path}: neither a file nor a config that ships with Lattice; {hint}")
+
+
+def short_names() -> list[str]:
+    """What --config may be called with: the last part of a name, and all of it."""
+    names = [name for name, _ in run_configs()]
+    return [*dict.fromkeys(name.partition("/")[2] for name in names), *names]
 
 
 def run_configs() -> Iterator[tuple[str, Path]]:
@@ -74,10 +82,10 @@ def run_configs() -> Iterator[tuple[str, Path]]:
 
 
 def made_by(path: str | Path) -> str:
-    """What a message about a missing file goes on with: `; ... makes it` for data of the shipped configs, which a
+    """What a message about a missing file goes on with: `; ... makes it` for what shipped configs read and a
     command of ours makes in the working directory; else empty.
     """
-    inside = Path(os.path.relpath(path, DATA)).parts
+    inside = Path(os.path.relpath(path, RUNS)).parts
     for folder, command in MADE_BY.items():
         parts = Path(folder).parts
         if inside[: len(parts)] == parts:

@@ -118,7 +118,7 @@ def as_checkpoint(place: Path) -> Path:
         raise UserError(f"{place}: no such file or folder")
     folder = place if place.is_dir() else place.parent
     if (folder / SHARDS).is_dir():
-        raise UserError(f"{place}: is a source of token shards; tools/shard.py check {folder} verifies it")
+        raise UserError(f"{place}: is a source of token shards; lattice shard check {folder} verifies it")
     if place.is_dir() and ((place / MANIFEST).is_file() or place.name.startswith(("step_", SET_ASIDE))):
         return place
     if place.is_file() and place.name == MANIFEST:
@@ -142,7 +142,7 @@ def _what_it_is(place: Path) -> str:
         return f"is one file of the run {place.parent}"
     if place.suffix in (".yaml", ".yml"):
         is_run = "data" in (keys := read_yaml(place).keys()) and keys <= RunConfig.model_fields.keys()
-        return "is a run config, which launch/pretrain.py --dry_run checks" if is_run else "is a YAML file"
+        return "is a run config, which lattice train --dry_run checks" if is_run else "is a YAML file"
     return f"is a file of {place.stat().st_size:,} bytes that is no checkpoint"
 
 

@@ -19,7 +19,7 @@ def samples_in(path: Path) -> SampleSource:
     if not (path / MANIFEST).is_file() or not (path / SHARDS).is_dir():
         raise UserError(
             f"{path}: --show is for a folder of samples, as data.cache_dir has them; what a run will read is shown by "
-            f"launch/finetune.py --config C --show 3"
+            f"lattice finetune --config C --show 3"
         )
     return SampleSource.open(path)
 

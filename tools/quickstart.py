@@ -60,7 +60,12 @@ def prepare(data: PathText = "runs/data/stdlib", vocab_size: int = 8192) -> None
             raise UserError(f"{command[0]} failed; its message is above")
 
 
-def report(run_dir: PathText, data: PathText = "runs/data/stdlib", temperature: float = 0.6, seed: int = 1) -> None:
+def report(
+    run_dir: PathText = "runs/quickstart",
+    data: PathText = "runs/data/stdlib",
+    temperature: float = 0.6,
+    seed: int = 1,
+) -> None:
     """Print held-out bits per byte beside the baselines, and a sampled text.
 
     run_dir: run folder of a finished quickstart
@@ -79,11 +84,11 @@ def report(run_dir: PathText, data: PathText = "runs/data/stdlib", temperature: 
     print(f"tokenize accepts {accepted} of its {len(lines)} lines")
     print(
         f"curves: tensorboard --logdir {Path(run_dir) / 'tb'}; "
-        f"more text: python launch/generate.py --model {run_dir} --prompt 'class '; "
-        f"next: make pretrain-long, or your own text in a copy of configs/pretrain/quickstart.yaml"
+        f"more text: lattice generate --model {run_dir} --prompt 'class '; "
+        f"next: lattice train --config quickstart_long, or your own text: lattice configs quickstart > mine.yaml"
     )
     page = Path(run_dir) / NAME
-    print(f"report: {page}" if page.exists() else f"report: python tools/report.py {run_dir}")
+    print(f"report: {page}" if page.exists() else f"report: lattice report {run_dir}")
 
 
 def is_python_line(line: str) -> bool:
@@ -139,5 +144,14 @@ def _call(command: list[str], **options: Any) -> subprocess.CompletedProcess[str
     return subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], **options)
 
 
+def quickstart(*, data: PathText = "runs/data/stdlib", vocab_size: int = 8192) -> None:
+    """Make the corpus, the tokenizer and the shards of the quickstart configs, as `prepare` does.
+
+    data: folder to fill
+    vocab_size: tokens of the tokenizer
+    """
+    prepare(data, vocab_size)  # data not by place: a misspelt `prepare` would be a folder
+
+
 if __name__ == "__main__":
-    run_cli(prepare, prepare=prepare, report=report)
+    run_cli(quickstart, prepare=prepare, report=report)

@@ -6,6 +6,7 @@ from typing import Literal
 from llm.cli import run_cli
 from llm.command.help import flags_of
 from llm.command.table import COMMANDS
+from llm.shipped import short_names
 
 Shell = Literal["bash", "zsh", "fish"]
 
@@ -29,7 +30,7 @@ def words_of() -> dict[str, tuple[list[str], list[str]]]:
         first = [word for word in command.described if word]
         if command.name == "completion":
             first = ["bash", "zsh", "fish"]
-        found[command.name] = (first, [f"--{name}" for name in [*flags_of(command), "help"]])
+        found[command.name] = (first, [f"--{name}" for name in dict.fromkeys([*flags_of(command), "help"])])
     return found
 
 
@@ -49,7 +50,9 @@ _lattice() {{
   fi
   case "${{COMP_WORDS[1]}}" in
 {cases}  esac
-  if [[ "$word" == -* ]]; then
+  if [ "${{COMP_WORDS[COMP_CWORD-1]}}" = --config ]; then
+    COMPREPLY=($(compgen -W "{" ".join(short_names())}" -- "$word") $(compgen -f -- "$word"))
+  elif [[ "$word" == -* ]]; then
     COMPREPLY=($(compgen -W "$flags" -- "$word"))
   elif [ "$COMP_CWORD" -eq 2 ] && [ -n "$first" ]; then
     COMPREPLY=($(compgen -W "$first" -- "$word") $(compgen -f -- "$word"))

@@ -30,16 +30,19 @@ def of(command: Command, word: str | None = None) -> str:
     """What `lattice COMMAND --help` prints; `word` chooses what the command has several of."""
     chosen = [word] if word in command.described else ["" if "" in command.described else None]
     typed = " ".join(["lattice", command.name, *(one for one in chosen if one)])
-    lines = [f"usage: {typed} [--flag=value ...]", ""]
-    lines += [*_filled("", f"{command.about[0].upper()}{command.about[1:]}."), "", f"  lattice {command.example}", ""]
-    if chosen == [None] and command.described:
+    place = command.described.get(chosen[0] or "")
+    several = chosen == [None] and bool(command.described)
+    lines = [f"usage: {typed} {'COMMAND ' if several else _by_place(place)}[--flag=value ...]", ""]
+    lines += [*_filled("", f"{command.about[0].upper()}{command.about[1:]}."), ""]
+    if not chosen[0] or command.example.split()[1:2] == chosen:
+        lines += [f"  lattice {command.example}", ""]
+    if several:
         lines.append("commands:")
         for name, where in command.described.items():
             first = source.signature(where).doc.split("\n\n")[0]
             lines += _filled(f"  {name:<12}", first.partition(". ")[0])
         lines += ["", f"`lattice {command.name} COMMAND --help` lists the flags of one."]
         return "\n".join(lines)
-    place = command.described.get(chosen[0] or "")
     if place is not None:
         lines += described(place)
     for listed in command.listed:
@@ -54,6 +57,13 @@ def of(command: Command, word: str | None = None) -> str:
     if command.keys:
         lines += ["", "config keys, each as --section.key=value:", *_keys()]
     return "\n".join(lines)
+
+
+def _by_place(place: str | None) -> str:
+    """What a function must be given, which may stand by place, as `SRC DST `."""
+    flags = source.signature(place).flags if place is not None else []
+    needed = [flag for flag in flags if flag.default is source.REQUIRED]
+    return "".join(f"{flag.name.upper()}{'...' if flag.kind.startswith('tuple') else ''} " for flag in needed)
 
 
 def described(place: str) -> list[str]:

@@ -47,6 +47,8 @@ def _run(line: list[str]) -> None:
     if any(word in help.HELP for word in rest):
         print(help.of(command, rest[0]), flush=True)
         return
+    if not rest and command.described and "" not in command.described:
+        raise UserError(f"{command.name} needs one of {', '.join(command.described)}: lattice {command.example}")
     start(command, command.words(with_processes(rest)))
 
 

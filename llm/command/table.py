@@ -51,7 +51,11 @@ COMMANDS = (
         "make the data of the quickstart configs, or report of a run of theirs",
         "quickstart prepare",
         "tools/quickstart.py",
-        {"": "tools/quickstart.py:prepare", "report": "tools/quickstart.py:report"},
+        {
+            "": "tools/quickstart.py:quickstart",
+            "prepare": "tools/quickstart.py:prepare",
+            "report": "tools/quickstart.py:report",
+        },
     ),
     Command(
         "train",

@@ -237,7 +237,7 @@ def _read_manifest(path: Path) -> Manifest:
         manifest = Manifest.model_validate(fields)
     except FileNotFoundError:
         raise UserError(
-            f"{path}: not a token source (it has no {MANIFEST}); tools/shard.py makes one from text"
+            f"{path}: not a token source (it has no {MANIFEST}); `lattice shard` makes one from text"
         ) from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
@@ -247,12 +247,12 @@ def _read_manifest(path: Path) -> Manifest:
             f"{file}: not a manifest of this version ({'.'.join(map(str, first['loc']))}: {first['msg']})"
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file}: damaged manifest ({error}); make the source again with tools/shard.py") from None
+        raise UserError(f"{file}: damaged manifest ({error}); make the source again with `lattice shard`") from None
     stated = {key: _digest(fields[key]) if fields.get(key) else None for key in digests}
     whole = manifest.fingerprint() == written and digests == stated
     if not whole or sum(folder.documents for folder in manifest.folders) not in (0, manifest.documents):
         raise UserError(
             f"{file}: damaged manifest (its content differs from its fingerprint); "
-            f"make the source again with tools/shard.py"
+            f"make the source again with `lattice shard`"
         )
     return manifest

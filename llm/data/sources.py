@@ -26,7 +26,7 @@ class SourceSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     path: PathText = Field(min_length=1)
-    """a source folder made by tools/shard.py, or raw text: a file or a folder of .txt, .md, source code, .jsonl,
+    """a source folder made by `lattice shard`, or raw text: a file or a folder of .txt, .md, source code, .jsonl,
     .ndjson, .json, .csv, .parquet, .arrow; text, JSON and CSV also with .gz, .bz2, .xz or .zst behind"""
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """share of the rows, relative to the other sources"""
@@ -207,6 +207,6 @@ def _is_native(path: Path, key: str) -> bool:
     if (path / SHARDS).is_dir():
         raise UserError(
             f"{key}={shown(path)}: has shards but no manifest.json, so it is not a whole source; "
-            f"make it again with tools/shard.py"
+            f"make it again with `lattice shard`"
         )
     return False

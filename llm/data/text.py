@@ -236,7 +236,7 @@ class TextFiles(SourceFiles):
             raise UserError(
                 f"{self.given}: made with another tokenizer ({made_with.kind}, {made_with.vocab_size} ids, "
                 f"{made_with.fingerprint}) than this run's ({tokenizer.kind}, {tokenizer.vocab_size} ids, "
-                f"{tokenizer.fingerprint}); shard the text again with tools/shard.py"
+                f"{tokenizer.fingerprint}); shard the text again with `lattice shard`"
             )
 
     def _lines_before(self) -> Iterator[str]:

@@ -208,7 +208,7 @@ def _settle_tower(
         why = f"{path / where} is missing, and there are {said}"
         if config.get("vision_config"):
             why = f"{path}: the vision tower of {family.name} is not read: {said}, would be lost"
-        raise UserError(f"{why}; the text model alone is taken by tools/convert.py import {path} DST --text_only")
+        raise UserError(f"{why}; the text model alone is taken by lattice convert import {path} DST --text_only")
 
 
 def _about_dtype(config: Mapping[str, Any], files: Files) -> Iterator[str]:

@@ -10,7 +10,7 @@ class Finetune(Pretrain):
     """As a pretraining, with the same config and run folder, but `eval.at_start` is true unless the config says."""
 
     script: ClassVar[str] = "launch/finetune.py"
-    example: ClassVar[str] = "configs/finetune/chat_full.yaml"
+    example: ClassVar[str] = "configs/finetune/own_chats.yaml"
 
     @classmethod
     def completed(cls, config: RunConfig) -> RunConfig:

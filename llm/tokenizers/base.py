@@ -46,10 +46,10 @@ class TokenizerConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     kind: TokenizerKind
-    """sentencepiece (a .model file) or characters (a JSON file), which tools/train_tokenizer.py makes; tiktoken (the
+    """sentencepiece (a .model file) or characters (a JSON file), which `lattice tokenizer` makes; tiktoken (the
     file of ranks of Llama 3 and 4), hf (a tokenizer.json, or a folder, read as transformers reads it), bytes (256
     ids, no file), smiles (atoms and bonds of molecules; a file with one token a line, which
-    tools/train_tokenizer.py makes) or none (a model that reads and predicts values; left out there)
+    `lattice tokenizer` makes) or none (a model that reads and predicts values; left out there)
     """
     path: PathText | None = None
     """the tokenizer's file, or with kind hf its folder; none for bytes"""
@@ -93,7 +93,7 @@ class TokenizerConfig(BaseModel):
 
 def where_from(kind: TokenizerKind) -> str:
     """End of a message about a missing file."""
-    return "; tools/train_tokenizer.py makes one" if kind in ("sentencepiece", "characters", "smiles") else ""
+    return "; `lattice tokenizer` makes one" if kind in ("sentencepiece", "characters", "smiles") else ""
 
 
 class Tokenizer(Protocol):

@@ -42,7 +42,7 @@ class SentencePieceTokenizer(TableTokenizer):
         if len(byte_ids) < 256 and not lossy:
             raise UserError(
                 f"{name}: the model has no byte fallback, so unknown characters would be lost; "
-                f"train one with tools/train_tokenizer.py"
+                f"train one with `lattice tokenizer`"
             )
         self._meta_space_ids = [byte_ids[byte] for byte in META_SPACE_UTF8] if len(byte_ids) == 256 else None
 
@@ -58,7 +58,7 @@ class SentencePieceTokenizer(TableTokenizer):
         if not lossy and self.decode(self.encode(LOSSLESS_PROBE)) != LOSSLESS_PROBE:
             raise UserError(
                 f"{name}: the model changes text (it normalises or drops characters); "
-                f"train one with tools/train_tokenizer.py"
+                f"train one with `lattice tokenizer`"
             )
 
     @property

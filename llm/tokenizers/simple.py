@@ -110,6 +110,6 @@ def read_characters(content: bytes, path: Path) -> str:
         characters.encode()
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{path}: not a characters tokenizer, or damaged ({error}); tools/train_tokenizer.py makes one"
+            f"{path}: not a characters tokenizer, or damaged ({error}); `lattice tokenizer` makes one"
         ) from None
     return characters

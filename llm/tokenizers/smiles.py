@@ -89,7 +89,7 @@ class SmilesTokenizer(TableTokenizer):
         if self._token.fullmatch(piece):
             raise UserError(
                 f"token {piece!r} (at position {at} of {shown!r}) is not among the {len(self._id_of)} tokens of the "
-                f"SMILES vocabulary; make one of files that have it (tools/train_tokenizer.py --kind smiles)"
+                f"SMILES vocabulary; make one of files that have it (lattice tokenizer --kind smiles)"
             )
         raise UserError(
             f"character {piece!r} (U+{ord(piece):04X}, at position {at} of {shown!r}) belongs to no token of SMILES"
@@ -123,7 +123,7 @@ def read_smiles_vocabulary(content: bytes, path: Path) -> list[str]:
     while lines and not lines[-1]:
         lines.pop()
     if not lines:
-        raise UserError(f"{path}: holds no token; tools/train_tokenizer.py --kind smiles makes a vocabulary")
+        raise UserError(f"{path}: holds no token; lattice tokenizer --kind smiles makes a vocabulary")
     first: dict[str, int] = {}
     for number, token in enumerate(lines, 1):
         if not token or token != token.strip():

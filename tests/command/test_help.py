@@ -25,7 +25,15 @@ def test_the_help_of_every_subcommand_comes_without_torch() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     for name, word in ASKED:
-        assert f"usage: lattice {name}{' ' * bool(word)}{word} [--flag=value ...]" in done.stdout
+        assert f"usage: lattice {name}{' ' * bool(word)}{word} " in done.stdout
+
+
+def test_the_usage_says_what_may_stand_by_place() -> None:
+    for name, word, places in (
+        ("diff", None, " RUN_A RUN_B"), ("report", None, " RUNS..."), ("convert", None, " COMMAND"),
+        ("convert", "export", " export SRC DST"), ("train", None, ""),
+    ):  # fmt: skip
+        assert help.of(BY_NAME[name], word).startswith(f"usage: lattice {name}{places} [--flag=value ...]\n")
 
 
 @pytest.mark.parametrize("place", sorted({place for command in COMMANDS for place in command.described.values()}))

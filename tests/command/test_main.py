@@ -1,6 +1,7 @@
 """`lattice COMMAND ...` runs the script it names, unchanged; what is wrong is one line."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -93,10 +94,12 @@ def test_bash_completes_a_command_and_a_flag(tmp_path: Path) -> None:
     script.write_text(completion.bash())
     program = (
         f"source {script}; COMP_WORDS=(lattice surg); COMP_CWORD=1; _lattice; echo ${{COMPREPLY[@]}}; "
-        "COMP_WORDS=(lattice train --replay); COMP_CWORD=2; _lattice; echo ${COMPREPLY[@]}"
+        "COMP_WORDS=(lattice train --replay); COMP_CWORD=2; _lattice; echo ${COMPREPLY[@]}; "
+        "COMP_WORDS=(lattice quickstart pre); COMP_CWORD=2; _lattice; echo ${COMPREPLY[@]}; "
+        "COMP_WORDS=(lattice train --config quickstart_); COMP_CWORD=3; _lattice; echo ${COMPREPLY[@]}"
     )
-    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True)
-    assert done.stdout.split() == ["surgery", "--replay_step"], done.stderr
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.split() == ["surgery", "--replay_step", "prepare", "quickstart_long"], done.stderr
 
 
 def test_a_config_is_found_by_name_and_the_users_own_goes_first(
@@ -116,6 +119,21 @@ def test_a_config_is_found_by_name_and_the_users_own_goes_first(
     assert load_config("quickstart").train.steps == full.train.steps
 
 
+def test_a_misspelt_word_of_a_command_is_neither_a_path_nor_the_name_of_a_folder_to_make(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words, said in (
+        (["convert"], "convert needs one of import, export, inspect, verify: lattice convert import"),
+        (["quickstart", "prepear"], "unknown command 'prepear'; did you mean prepare?"),
+        (["quickstart", "somewhere"], "'somewhere' is one value too many; the flags are --data, --vocab_size"),
+    ):
+        with pytest.raises(SystemExit):
+            main.main(words)
+        assert said in capsys.readouterr().err, words
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_command_has_an_example_of_itself() -> None:
     for command in COMMANDS:
         assert isinstance(command, Command) and command.example.split()[0] == command.name
@@ -129,6 +147,8 @@ def test_every_command_has_an_example_of_itself() -> None:
         ("runs/data/values/friedman/split-0/train.csv", "tools/values.py --data friedman` makes it"),
         ("runs/data/stdlib_of_mine", ""),
         ("runs/data", ""),
+        ("runs/quickstart", "; `lattice train --config quickstart` makes it"),
+        ("runs/quickstart_long", ""),
         ("elsewhere/runs/data/stdlib/train", ""),
     ],
 )
@@ -141,7 +161,7 @@ def test_what_makes_data_is_a_command_that_exists_and_a_config_reads_the_data(
 ) -> None:
     configs = "".join(file.read_text() for _, file in shipped.run_configs())
     for folder, command in shipped.MADE_BY.items():
-        assert f"{shipped.DATA}/{folder}/" in configs
+        assert re.search(rf"{shipped.RUNS}/{folder}\b", configs)
         check(command.split() if command.startswith("lattice") else ["python", *command.split()])
     monkeypatch.chdir(tmp_path)  # where the scripts do not lie
     (script,) = shlex.split(shipped.made_by("runs/data/molecules/vocab.txt").split("`")[1])[1:2]

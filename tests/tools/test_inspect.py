@@ -439,9 +439,9 @@ def bad_paths(folder: Path) -> dict[str, tuple[Path, str]]:
         "text": (folder / "web.jsonl", "bytes that is no checkpoint"),
         "an empty folder": (folder, "is a folder without checkpoints"),
         "a model of another format": (folder / "hf", "is a model of another format"),
-        "a run config": (folder / "ours.yaml", "is a run config, which launch/pretrain.py --dry_run checks"),
+        "a run config": (folder / "ours.yaml", "is a run config, which lattice train --dry_run checks"),
         "another YAML file": (folder / "other.yaml", "is a YAML file"),
-        "token shards": (source, r"is a source of token shards; tools/shard.py check"),
+        "token shards": (source, r"is a source of token shards; lattice shard check"),
         "their manifest": (source / "manifest.json", "is a source of token shards"),
     }
 

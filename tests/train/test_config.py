@@ -221,7 +221,8 @@ def test_a_checkpoint_written_before_a_key_existed_stands_at_its_default(tmp_pat
         (["--train.steps"], {}, "train.steps=true: expected a value other than true or false"),
         (["--optim.clip_norm=false"], {}, "optim.clip_norm=false: expected a value"),
         (["--run_dir"], {}, "--run_dir needs a value"),
-        (["stray"], {}, "unexpected word 'stray'"),
+        (["stray"], {}, "unexpected word 'stray'; every option is --key=value"),
+        (["quickstart"], {}, "every option is --key=value; did you mean --config quickstart?"),
         (
             [],
             {"train": {"global_batch_size": 7}},

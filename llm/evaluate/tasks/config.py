@@ -136,7 +136,7 @@ def found_paths(paths: Sequence[str], key: str, file: Path, data_dirs: Sequence[
         place = next((folder / path for folder in folders if (folder / path).exists()), None)
         if place is None:
             where = " nor ".join([str(file.parent), "the working directory", *map(str, folders[2:])])
-            hint = "" if data_dirs else "; --data_dir names the folder where it is"
+            hint = shipped.made_by(path) or ("" if data_dirs else "; --data_dir names the folder where it is")
             raise UserError(f"{file}: {key}={path}: no such file or directory, neither in {where}{hint}")
         found.append(place)
     return found

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel
 
+from llm import shipped
 from llm.cli import split
 from llm.errors import UserError
 from llm.paths import expanded
@@ -66,7 +67,9 @@ def parse_run_flags(words: list[str], example: str = "configs/pretrain/quickstar
     """
     values, texts = split(words)
     if values:
-        raise UserError(f"unexpected word {values[0]!r}; every option is --key=value")
+        named = values[0].endswith((".yaml", ".yml")) or values[0] in shipped.short_names()
+        hint = f"; did you mean --config {values[0]}?" if named else ""
+        raise UserError(f"unexpected word {values[0]!r}; every option is --key=value{hint}")
     flags: dict[str, Any] = {key: True if text is None else _value(key, text) for key, text in texts.items()}
     own = {key: flags.pop(key) for key in list(flags) if key in OWN_FLAGS}
     for key in ("config", "run_dir"):  # paths stay as they were typed

@@ -74,7 +74,7 @@ class EvalConfig(Section):
     """The same in passes over the training rows: with it, interval is as many steps as these have."""
     at_start: bool = False
     """Validate before the first step too, as row 0 of metrics.jsonl: what a model that is trained further begins with;
-    launch/finetune.py does, unless this is set."""
+    `lattice finetune` does, unless this is set."""
     rows: int | None = Field(512, ge=1)
     """Rows (of train.seq_len tokens) of the held-out text that a validation reads, a fixed choice over all of it, the
     same on every layout; null = all."""
@@ -89,7 +89,7 @@ class EvalConfig(Section):
     """Whether the lowest or the highest eval.best is the best; null = known of the metrics of lm, mlm, prediction, dpo
     and eval.tasks."""
     tasks: Annotated[tuple[PathText, ...], BY_COMMAS] = ()
-    """Tasks that the model is evaluated on in between, as launch/evaluate.py --tasks takes them: paths of YAML files,
+    """Tasks that the model is evaluated on in between, as `lattice evaluate` --tasks takes them: paths of YAML files,
     or names of those in configs/evaluate/; with eval.at_start before the first step too."""
     tasks_interval: int | None = Field(None, ge=1)
     """Steps between evaluations on eval.tasks; the last step always gets one; null = eval.interval."""
@@ -157,7 +157,7 @@ class LogConfig(Section):
     peak_flops: float | None = Field(None, gt=0)
     """Arithmetic peak of one device (FLOP/s), for mfu; null = known for common GPUs, mfu stays null elsewhere."""
     report: bool = Field(True, exclude_if=lambda value: value is True)
-    """Write report.html to the run folder when the run ends (tools/report.py makes it at any time)."""
+    """Write report.html to the run folder when the run ends (`lattice report` makes it at any time)."""
     trace_steps: Annotated[tuple[Count, Count] | None, BY_COMMAS] = None
     """[first, last]: write statistics of every module's output and every gradient of these steps to trace.jsonl."""
     profile_steps: Annotated[tuple[Count, Count] | None, BY_COMMAS] = Field(None, exclude_if=lambda span: span is None)
