@@ -70,9 +70,9 @@ def test_rows_asked_in_any_way_are_the_same(sources: list[TokenSource]) -> None:
 
 def test_a_far_row_is_found_at_once(sources: list[TokenSource]) -> None:
     mixture = mixture_of([("a", sources[0], 1.0), ("b", sources[1], 2.0)], T, seed=5)
-    began = time.perf_counter()
+    began = time.process_time()
     mixture.locate(987_654_321_012)
-    assert time.perf_counter() - began < 1.0  # milliseconds; anything that walks there would take days
+    assert time.process_time() - began < 1.0  # milliseconds; anything that walks there would take days
 
 
 def test_a_source_shorter_than_a_row_is_refused_by_name(sources: list[TokenSource]) -> None:

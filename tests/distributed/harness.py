@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from copy import deepcopy
@@ -70,6 +71,16 @@ def environment() -> dict[str, str]:
     kept = {key: value for key, value in alone().items() if not key.startswith("PYTEST")}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
+def keep_port() -> socket.socket:
+    """A socket with a TCP port of this machine that nobody else is given while it is open: whoever is told of it can
+    listen there all the same, as with SO_REUSEADDR two may be bound to one port of which one alone listens.
+    """
+    kept = socket.socket()
+    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    kept.bind(("127.0.0.1", 0))
+    return kept
 
 
 def command(script: str, *arguments: str, nproc: int | None = None) -> list[str]:

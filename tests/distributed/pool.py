@@ -11,7 +11,6 @@ import importlib
 import json
 import os
 import select
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from tests.distributed.harness import ROOT, environment
+from tests.distributed.harness import ROOT, environment, keep_port
 
 POOLS: dict[int, "Pool"] = {}
 CPU_SECONDS = [0.0]
@@ -54,9 +53,8 @@ class Pool:
     """Processes that read jobs from their standard input and answer on their standard output, a line each."""
 
     def __init__(self, size: int) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
+        self._port = keep_port()
+        port = str(self._port.getsockname()[1])
         self._folder = tempfile.TemporaryDirectory(prefix="lattice-ranks-")
         self._processes = []
         for rank in range(size):
@@ -105,6 +103,7 @@ class Pool:
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
                     pipe.close()
+        self._port.close()
         self._folder.cleanup()
 
 

@@ -1,6 +1,6 @@
 """A run from the command line to sampled text, and on another number of ranks."""
 
-import socket
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +11,16 @@ import torch
 from llm import LLM
 from llm.checkpoint.run_folder import load_run_tokenizer
 from llm.generate import generate
-from tests.distributed.harness import ROOT, environment, metrics, run, tiny_config, write_config, write_text
+from tests.distributed.harness import (
+    ROOT,
+    environment,
+    keep_port,
+    metrics,
+    run,
+    tiny_config,
+    write_config,
+    write_text,
+)
 from tests.machine import has, needs
 
 pytestmark = pytest.mark.distributed
@@ -97,19 +106,21 @@ def test_the_masters_are_float32_and_not_rounded(folder: Path) -> None:
     assert not torch.equal(weight, weight.bfloat16().float())
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(folder: Path) -> None:
+def test_a_run_goes_on_with_another_number_of_ranks(folder: Path, tmp_path: Path) -> None:
     """On the same rows with the same optimizer state: the step after the change is the step that two ranks would have
     made.
     """
-    two = run("launch/pretrain.py", *arguments(folder), "--train.steps=14", "--nproc=2")
+    longer = ["--config", str(folder / "config.yaml"), "--train.steps=14"]
+    longer += ["--log.tensorboard=false", "--log.report=false", "--eval.sample_interval=null"]
+    for name in ("two", "one"):
+        shutil.copytree(folder / "run", tmp_path / name)
+    two = run("launch/pretrain.py", *longer, "--run_dir", str(tmp_path / "two"), "--nproc=2")
     assert two.returncode == 0, two.stderr
-    expected = metrics(folder / "run")[12:14]
-    for path in (folder / "run" / "checkpoints").glob("step_00000014"):
-        path.rename(folder / "moved")
-    one = run("launch/pretrain.py", *arguments(folder), "--train.steps=14", "--train.micro_batch_size=16")
+    expected = metrics(tmp_path / "two")[12:14]
+    one = run("launch/pretrain.py", *longer, "--run_dir", str(tmp_path / "one"), "--train.micro_batch_size=16")
     assert one.returncode == 0, one.stderr
     assert "step_00000012 (step 12" in one.stdout
-    found = metrics(folder / "run")[12:14]
+    found = metrics(tmp_path / "one")[12:14]
     for row, wanted in zip(found, expected, strict=True):
         # bf16: the sums of one rank and of two round differently, at 2^-9 per value and far less in the
         # mean over 768 targets
@@ -121,17 +132,17 @@ def test_two_nodes_meet_by_the_readmes_command(tmp_path: Path) -> None:
     """Two torchruns on this machine stand for two nodes: the same command on each, one rendezvous address."""
     write_text(tmp_path, documents=60)
     config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path, train={"steps": 3}))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    options = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
+    port = keep_port()
+    address = f"127.0.0.1:{port.getsockname()[1]}"
+    options = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint={address}"]
     node = [sys.executable, "-m", "torch.distributed.run", *options, "--rdzv_id=test", str(ROOT / "launch/pretrain.py")]
     words = [*node, "--config", str(config), "--run_dir", str(tmp_path / "run")]
     nodes = [
         subprocess.Popen(words, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    outputs = [process.communicate(timeout=120) for process in nodes]
+    with port:
+        outputs = [process.communicate(timeout=240) for process in nodes]
     assert [process.returncode for process in nodes] == [0, 0], outputs
     assert sum("2 process(es)" in out for out, _ in outputs) == 1, "rank 0 alone reports"
     assert len(metrics(tmp_path / "run")) == 3

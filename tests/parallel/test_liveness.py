@@ -52,8 +52,8 @@ def meet(client: Callable[[], dist.TCPStore], size: int = 3) -> tuple[list[Roll]
 
 def test_a_missing_rank_is_named(client: Callable[[], dist.TCPStore]) -> None:
     rolls = [Roll(client(), rank, 3) for rank in range(3)]
-    for error in together(lambda: rolls[0].meet(0.3), lambda: rolls[2].meet(0.3)):
-        assert isinstance(error, PeerError) and "rank 1 did not come within 0.3 s" in str(error)
+    for error in together(lambda: rolls[0].meet(1.5), lambda: rolls[2].meet(1.5)):
+        assert isinstance(error, PeerError) and "rank 1 did not come within 1.5 s" in str(error)
 
 
 def test_rank_0_is_named_where_only_its_predecessor_has_been(client: Callable[[], dist.TCPStore]) -> None:
@@ -80,7 +80,7 @@ def test_a_restarted_job_reads_nothing_of_its_predecessor(client: Callable[[], d
 def test_the_rank_that_failed_first_is_the_reason(
     client: Callable[[], dist.TCPStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(liveness, "GRACE_S", 0.3)
+    monkeypatch.setattr(liveness, "GRACE_S", 1.0)  # a thread may begin late on a busy machine
     rolls, _ = meet(client)
     found = together(rolls[0].why_alone, after(0.1, lambda: rolls[2].failed("ValueError: boom")))
     assert found[0] == ("rank 2 failed: ValueError: boom", True)
@@ -89,7 +89,7 @@ def test_the_rank_that_failed_first_is_the_reason(
 def test_ranks_that_do_not_wait_are_named_where_no_reason_is_known(
     client: Callable[[], dist.TCPStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(liveness, "GRACE_S", 0.3)
+    monkeypatch.setattr(liveness, "GRACE_S", 1.0)  # a thread may begin late on a busy machine
     rolls, _ = meet(client)
     for reason in together(rolls[0].why_alone, rolls[1].why_alone):
         assert reason == ("rank 2 did not meet this failure", False)
