@@ -8,8 +8,8 @@ number of tokens at every expert; in bf16 to 1e-2, and to 2e-3 in the mean. Exit
 the layout, and a few that have flags of their own here.
 
 Where float32 chose other experts, and one process had a token at that step whose choice hung on a rounding, the layout
-is right in its own way: it is called a tie and judged by the steps before. Where the first step is equal and the last
-is not, a line says how the difference grew.
+is right in its own way: it is called a tie and judged by the steps before. Where the first step is equal and a later
+one is not, a line says how the difference grew.
 """
 
 import json
@@ -214,22 +214,22 @@ def line(candidate: Candidate, verdict: Verdict) -> str:
 
 
 def grown(verdict: Verdict, precision: Precision) -> str | None:
-    """The line under a layout whose first step is equal and whose last is not; None for others.
+    """The line under a layout whose first step is equal and a later one is not; None for others.
 
     Both rounding and a wrong update look like this after many steps. Few steps tell them apart, not these numbers.
     """
     off, bound = verdict.differences, BOUND[precision]
-    if not off or not off[0] <= bound < off[-1]:
+    if not off or not off[0] <= bound < max(off):
         return None
     step = next(step for step, value in enumerate(off, 1) if value > bound)
-    ends = f"off by {off[0]:.1e} at step 1, {off[-1]:.1e} at step {len(off)}, beyond {bound:g} from step {step}"
-    text = f"       {ends}: "
+    most = off.index(max(off))
+    text = (
+        f"       off by {off[0]:.1e} at step 1, {off[-1]:.1e} at step {len(off)}, most at step {most + 1} with "
+        f"{off[most]:.1e}, beyond {bound:g} first at step {step}: "
+    )
     if step <= FEW:
         return f"{text}early for rounding, so look for a defect, unless the learning rate is far too high"
-    return (
-        f"{text}rounding grows with the steps, the faster the higher the learning rate; --steps {FEW} tells it from a "
-        f"defect"
-    )
+    return f"{text}rounding grows with the steps and the learning rate; --steps {FEW} tells it from a defect"
 
 
 def described(expected: list[Row]) -> str:
