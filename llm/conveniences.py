@@ -243,13 +243,23 @@ class Conveniences(nn.Module):
 
     def save_pretrained(self, path: str | Path, tokenizer: "Tokenizer | None" = None) -> None:
         """Write a model folder, whole or not at all, that `from_pretrained` and model.init_from read, in the
-        parameters' dtype. Raises UserError when `path` exists.
+        parameters' dtype.
+
+        tokenizer: to lie beside the weights; default: the model's own, if it has one. With the tokenizer that came
+        with the model its chat template goes, too. Raises UserError when `path` exists.
         """
         from llm.checkpoint.model_folder import write_model_folder
         from llm.checkpoint.weights import ModuleWeights
+        from llm.pretrained import template_beside
 
-        dtype = next(self.parameters()).dtype
-        write_model_folder(Path(path), self.args, ModuleWeights(self), dtype=dtype, tokenizer=tokenizer)
+        template = None
+        with suppress(UserError):  # weights are worth saving without what text is read by
+            own = self.tokenizer
+            tokenizer = own if tokenizer is None else tokenizer
+            if self.origin is not None and own and tokenizer and tokenizer.fingerprint == own.fingerprint:
+                template = template_beside(self.origin)
+        dtype, weights = next(self.parameters()).dtype, ModuleWeights(self)
+        write_model_folder(Path(path), self.args, weights, dtype=dtype, tokenizer=tokenizer, template=template)
 
 
 def _prompts(continuer: "Continuer", texts: Sequence[str], images: Sequence[Sequence[object]]) -> "list[Prompt]":

@@ -38,6 +38,7 @@ from llm.model import LLM
 from llm.parameters import ParameterTable
 from llm.tokenizer import Tokenizer, TokenizerConfig
 from llm.tokenizers.chat import ChatTemplate, open_template
+from llm.tokenizers.chat.find import template_in
 from llm.tokenizers.folder import foreign_tokenizer
 
 Tell = Callable[[str], object]
@@ -117,9 +118,19 @@ def tokenizer_folder(path: Path) -> Path:
 def chat_template_of(path: str | Path, tokenizer: Tokenizer, choice: str = "auto") -> ChatTemplate:
     """The chat template that belongs to a model, or another `choice` (llm.tokenizers.chat.find); UserError when there
     is none that can be used with its tokenizer."""
+    return open_template(choice, tokenizer, _template_folder(path))
+
+
+def template_beside(path: str | Path) -> str | None:
+    """The text of the chat template that lies beside a model's tokenizer; None where there is none. UserError where
+    there is no tokenizer."""
+    found = template_in(_template_folder(path))
+    return None if found is None else found.text
+
+
+def _template_folder(path: str | Path) -> Path:
     path = tokenizer_folder(Path(path))
-    folder = path if is_foreign(path) or is_peft(path) else run_tokenizer_config(path)[1]
-    return open_template(choice, tokenizer, folder)
+    return path if is_foreign(path) or is_peft(path) else run_tokenizer_config(path)[1]
 
 
 def template_for(origin: Path | None, tokenizer: Tokenizer, choice: str) -> ChatTemplate:

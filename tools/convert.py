@@ -266,6 +266,10 @@ class Exported(NamedTuple):
 
 def _trained(src: str, average: bool) -> Exported:
     """The model of a run, checkpoint or model folder."""
+    if is_foreign(Path(src)):
+        raise UserError(
+            f"{src}: is a foreign folder already; import makes one of ours of it, and every command reads it as it is"
+        )
     checkpoint, args = load_checkpoint(src)
     family, dtype = checkpoint.meta.get("source", {}).get("family"), DTYPES[checkpoint.dtype()]
     return Exported(args, checkpoint_weights(checkpoint, average), family, dtype, Beside.checkpoint(checkpoint))

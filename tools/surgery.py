@@ -158,6 +158,7 @@ def _operate(
     new_args, state = operation(before.args, before.state_dict())
     after = operations.build(new_args, state)
     change, largest = _difference(before, after)
+    after.origin = before.origin  # its chat template is that of src, too
     after.save_pretrained(dst, tokenizer=_tokenizer(src))
     for key, old, new in _changes(before.args, new_args):
         print(f"{key}: {old} -> {new}")

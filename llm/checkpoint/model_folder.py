@@ -15,7 +15,7 @@ from llm.atomic import new_directory
 from llm.boxes import whole
 from llm.checkpoint.fragments import VERSION, outline_file, write_values
 from llm.checkpoint.reader import FORMAT, MANIFEST, seal
-from llm.checkpoint.run_folder import save_tokenizer
+from llm.checkpoint.run_folder import save_template, save_tokenizer
 from llm.checkpoint.weights import Weights, check_range
 from llm.parameters import ParameterTable
 from llm.paths import check_free
@@ -35,13 +35,15 @@ def write_model_folder(
     dtype: torch.dtype = torch.float32,
     source: Mapping[str, Any] | None = None,
     tokenizer: Tokenizer | None = None,
+    template: str | None = None,
     keep: Mapping[str, Path] | None = None,
     tell: Callable[[int], object] = lambda _: None,
 ) -> None:
     """Write the model folder `target`, whole or not at all, one parameter in memory at a time.
 
-    source: where the weights are from, kept in the manifest. keep: files to keep under their names. `tell` gets the
-    bytes of each parameter written. UserError when `target` exists or a value is beyond `dtype`.
+    source: where the weights are from, kept in the manifest. template: the text of the chat template that goes with the
+    tokenizer. keep: files to keep under their names. `tell` gets the bytes of each parameter written. UserError when
+    `target` exists or a value is beyond `dtype`.
     """
     shapes = ParameterTable.of(args).shapes
     name = str(dtype).removeprefix("torch.")
@@ -70,6 +72,8 @@ def write_model_folder(
         (folder / MANIFEST).write_bytes(seal(manifest))
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder)
+            if template is not None:
+                save_template(template, folder)
         for file, path in (keep or {}).items():
             (folder / KEPT).mkdir(exist_ok=True)
             (folder / KEPT / file).write_bytes(path.read_bytes())

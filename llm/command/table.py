@@ -185,7 +185,7 @@ COMMANDS = (
     Command(
         "surgery",
         "make a new model from a trained one: upcycle, deepen, vocabulary, nope",
-        "surgery upcycle runs/quickstart models/experts --n_experts 4",
+        "surgery deepen runs/quickstart models/deeper --n_layers 8",
         "tools/surgery.py",
         {
             "upcycle": "tools/surgery.py:upcycle",

@@ -10,10 +10,12 @@ import torch
 
 from llm import LLM
 from llm.args import RopeScaling
+from llm.checkpoint.run_folder import save_template
 from llm.errors import NoTokenizer, UserError
 from llm.generate import generate
 from llm.generation.sampling import Sampling
 from llm.generation.text import Continuer, TextStream, context_length, continuation
+from llm.pretrained import template_beside
 from llm.tokenizer import ByteTokenizer, CharacterTokenizer, SentencePieceTokenizer, Tokenizer
 from tests.generation.models import CONTEXT, folder, shared_model, with_tokenizer
 from tests.model.models import llama4
@@ -152,6 +154,18 @@ def test_a_model_from_a_folder_has_the_tokenizer_beside_it(tmp_path):
     assert model.tokenizer.fingerprint == ByteTokenizer.fingerprint
     assert model.tokenizer is model.tokenizer
     assert model.generate("ab", max_new_tokens=5) == with_tokenizer().generate("ab", max_new_tokens=5)
+
+
+def test_a_saved_model_keeps_its_tokenizer_and_chat_template_but_not_the_template_of_another_tokenizer(tmp_path):
+    made = folder(tmp_path / "model")
+    template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    save_template(template, made)
+    LLM.from_pretrained(made).save_pretrained(tmp_path / "saved")
+    saved = LLM.from_pretrained(tmp_path / "saved")
+    assert saved.tokenizer.fingerprint == ByteTokenizer.fingerprint
+    assert template_beside(tmp_path / "saved") == template
+    saved.save_pretrained(tmp_path / "other", CharacterTokenizer("abc"))
+    assert template_beside(tmp_path / "other") is None
 
 
 def test_a_model_without_a_tokenizer_works_and_says_what_is_missing(tmp_path):

@@ -185,7 +185,7 @@ def test_what_stands_in_the_config_can_be_overridden(foreign, tmp_path):
         (["export", "{native}", "{new}", "--average"], "holds no averaged weights"),
         (["export", "{native}", "{native}"], "exists already"),
         (["export", "{nowhere}", "{new}"], "no such file or folder"),
-        (["export", "{foreign}", "{new}"], "holds no checkpoint"),
+        (["export", "{foreign}", "{new}"], "is a foreign folder already; import makes one of ours"),
         (["inspect", "{nowhere}"], "no such folder"),
         (["verify", "{native}", "{nowhere}"], "no such file or folder"),
         (["verify", "{native}", "{native}", "--tokens=0"], "--tokens=0 must be at least 1"),

@@ -86,7 +86,7 @@ def test_nope_says_that_it_is_another_function(source, tmp_path, capsys):
         (["nope", "SRC", "DST", "--interval=4", "--dtype=int8"], "--dtype=int8 is not one of float32"),
         (["nope", "SRC", "SRC", "--interval=4"], "source: exists already"),
         (["nope", "NOWHERE", "DST", "--interval=4"], "NOWHERE"),
-        (["nop", "SRC", "DST", "--interval=4"], "'nop' is not one of upcycle, deepen, vocabulary, nope"),
+        (["nop", "SRC", "DST", "--interval=4"], "unknown command 'nop'; did you mean nope?"),
         ([], "missing --command"),
     ],
 )

@@ -64,7 +64,7 @@ def find_source(choice: str, folder: str | Path | None) -> Source:
             return found
         raise UserError(
             f"chat.template=auto: no chat template came with the tokenizer; give one of {', '.join(CONTROLS)}, or the "
-            f"path of a .jinja file"
+            f"path of a .jinja file, as chat.template of a run or --chat_template of a command"
         )
     if not choice.endswith((".jinja", ".jinja2", ".j2")):
         raise UserError(f"chat.template={choice}: expected auto, {', '.join(CONTROLS)}, or the path of a .jinja file")
