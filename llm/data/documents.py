@@ -13,7 +13,7 @@ from typing import IO
 
 from llm.data.formats import file_type, opened, shown
 from llm.data.found import Inventory
-from llm.data.json_rows import called, text_of
+from llm.data.json_rows import called, kind_hint, text_of
 from llm.data.listing import InputFile, Listing, list_input
 from llm.data.tables import RawRow, columns_of, raw_rows, readable, refuse_other_content
 from llm.errors import UserError
@@ -136,7 +136,8 @@ def _text(row: RawRow, where: str, text_field: str, option: str) -> str:
     if not row.in_columns:
         return text_of(row.value, f"{where}, {row.place}", text_field, option)
     if text_field not in row.value:
-        raise UserError(f"{where}: no column {text_field!r}; it has {columns_of(row.value)} (see {option})")
+        hint = kind_hint(row.value, option)
+        raise UserError(f"{where}: no column {text_field!r}; it has {columns_of(row.value)} (see {option}){hint}")
     text = row.value[text_field]
     if not isinstance(text, str):
         raise UserError(f"{where}, {row.place}: its column {text_field!r} is {called(text)}, not a text; see {option}")

@@ -4,7 +4,7 @@ other over several lines. Read in chunks, so a file may be larger than memory.
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
 from llm.errors import UserError
@@ -13,6 +13,11 @@ MAX_RECORD_BYTES = 1 << 28  # one record; also what a packed file can reach in m
 CHUNK_BYTES = 1 << 20
 BLANKS = " \t\r\n"
 DECODER = json.JSONDecoder()
+KIND_WITH = {
+    "messages": "chat", "conversations": "chat", "instruction": "chat", "chosen": "preference",
+    "completion": "completion",
+}  # fmt: skip
+"""The kind of data whose rows usually have a column of that name."""
 
 
 def json_lines(stream: IO[bytes], where: str) -> Iterator[tuple[int, str, Any]]:
@@ -71,8 +76,16 @@ def text_of(record: Any, where: str, text_field: str, option: str) -> str:
         raise UserError(f"{where}: its field {text_field!r} is {called(text)}, not a text (see {option})")
     if not isinstance(text, str):
         names = ", ".join(map(repr, list(record)[:20])) or "no fields"
-        raise UserError(f"{where}: no text in field {text_field!r} (see {option}); it has {names}")
+        raise UserError(
+            f"{where}: no text in field {text_field!r} (see {option}); it has {names}{kind_hint(record, option)}"
+        )
     return text
+
+
+def kind_hint(names: Iterable[str], option: str) -> str:
+    """End of a message about rows without text in a run's data: the kind of data that has columns of these names."""
+    kind = next((KIND_WITH[name] for name in names if name in KIND_WITH), None)
+    return f"; rows with such columns want `kind: {kind}` beside their path" if kind and "data." in option else ""
 
 
 def called(value: Any) -> str:

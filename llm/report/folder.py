@@ -16,11 +16,11 @@ SAMPLE = re.compile(r"--- sample at step (\d+), prompt (.*) ---")
 STEP_LINE = re.compile(r"step +(\d+)/(\d+) ")
 NUMBERED = re.compile(r"step (\d+)\b")
 RESUMED = re.compile(r"resumed from .* \(step (\d+), ")
-ERROR = "error: "
+ERROR, ANEW = "error: ", "begins anew: "
 KINDS = (
     ("error", re.compile(rf"^{ERROR}")),
     ("rewind", re.compile(r"going back to the last checkpoint")),
-    ("resume", re.compile(r"^resumed from ")),
+    ("resume", re.compile(rf"^resumed from |^{ANEW}")),
     ("change", re.compile(r"^changed: ")),
     ("skip", re.compile(r"^step \d+: .*(no update|passed over)")),
     ("spike", re.compile(r"^step \d+: loss .* is above ")),
@@ -137,6 +137,8 @@ def _read_log(path: Path) -> tuple[list[Event], list[Sample]]:
         told = line.removeprefix(ERROR)
         if at := STEP_LINE.match(told) or NUMBERED.match(told) or RESUMED.match(told):
             step = int(at[1])
+        elif line.startswith(ANEW):
+            step = 0
         kind = next((kind for kind, pattern in KINDS if pattern.search(line)), None)
         if kind is not None:
             events.append(Event(step, kind, line[:LONGEST_EVENT]))

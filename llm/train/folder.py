@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import yaml
 
 from llm.atomic import write_unless_same
 from llm.checkpoint.run_folder import save_template, save_tokenizer
 from llm.errors import UserError
+from llm.report.folder import ANEW
 from llm.report.write import NAME, write_report
 from llm.train.csv_table import CsvTable
 from llm.train.curves import CurveSink, TensorBoard, WeightsAndBiases
@@ -29,7 +31,7 @@ def open_log(run: Run, progress: Progress, notes: Sequence[str]) -> RunLog:
         lambda: save_tokenizer(run.tokenizer, folder),
         lambda: None if run.template is None else save_template(run.template.source, folder),
     )
-    lines = [*notes, *(_describe(run, step, write) for write in descriptions)]
+    lines = [*begun_before(folder, step), *notes, *(_describe(run, step, write) for write in descriptions)]
     curves: list[CurveSink] = []
     if config.log.tensorboard:
         curves.append(TensorBoard(folder, step + 1, text))
@@ -58,6 +60,13 @@ def open_log(run: Run, progress: Progress, notes: Sequence[str]) -> RunLog:
     for line in opening_lines(run.config, run.tasks):
         log.say(line)
     return log
+
+
+def begun_before(folder: Path, step: int) -> list[str]:
+    """A line where a run stands at its beginning though it has made steps, which are made again."""
+    metrics = folder / "metrics.jsonl"
+    anew = not step and metrics.is_file() and metrics.stat().st_size > 0
+    return [f"{ANEW}this run was ended before its first checkpoint"] if anew else []
 
 
 def close_log(run: Run, log: RunLog) -> None:

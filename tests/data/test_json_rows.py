@@ -118,3 +118,16 @@ def test_an_endless_record_is_refused_before_it_fills_memory(monkeypatch: pytest
     with pytest.raises(UserError, match="a record longer than 1000 bytes"):
         list(json_rows.json_file(stream, "a"))
     assert stream.tell() < 5000
+
+
+@pytest.mark.parametrize(("name", "rows", "kind"), [
+    ("a.jsonl", '{"messages": []}\n', "chat"), ("a.csv", "prompt,completion\na,b\n", "completion"),
+])  # fmt: skip
+def test_rows_of_another_kind_are_refused_with_its_name_where_a_run_reads_them(
+    name: str, rows: str, kind: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(rows)
+    for key, hinted in (("data.train", True), ("input", False)):
+        with pytest.raises(UserError, match="'text'") as refused:
+            list(read_documents(tmp_path / name, key=key))
+        assert str(refused.value).endswith(f"; rows with such columns want `kind: {kind}` beside their path") == hinted

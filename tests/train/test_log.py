@@ -11,6 +11,7 @@ import pytest
 from llm.errors import UserError
 from llm.report.folder import read_folder
 from llm.train.curves import WANDB_ID, WeightsAndBiases
+from llm.train.folder import begun_before
 from llm.train.log import RunLog
 
 ROW = {
@@ -117,6 +118,18 @@ def test_the_error_that_ends_a_run_is_in_its_log_and_an_event_of_its_report_but_
     assert mended == (2, "error", "error: step 2: the gradient is not finite; guard.nonfinite=raise")
     assert bug == (2, "error", "error: RuntimeError: out of memory")
     assert "error" not in capsys.readouterr().out, "the process prints it last"
+
+
+def test_a_run_that_was_ended_before_its_first_checkpoint_says_that_it_begins_anew(tmp_path: Path) -> None:
+    assert begun_before(tmp_path, 0) == []
+    log = RunLog(tmp_path, first_step=1, steps=9, interval=1, curves=[])
+    log.step({**ROW, "step": 1})
+    assert begun_before(tmp_path, 1) == []
+    (line,) = begun_before(tmp_path, 0)
+    log.say(line)
+    log.close()
+    (event,) = read_folder(tmp_path).events
+    assert event == (0, "resume", "begins anew: this run was ended before its first checkpoint")
 
 
 def test_a_step_that_was_passed_over_is_not_said_to_have_no_finite_loss(
