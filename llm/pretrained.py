@@ -41,7 +41,7 @@ from llm.tokenizers.chat import ChatTemplate, open_template
 from llm.tokenizers.chat.find import template_in
 from llm.tokenizers.folder import foreign_tokenizer
 
-Tell = Callable[[str], object]
+Notify = Callable[[str], object]
 LOG = logging.getLogger(__name__)
 
 
@@ -51,13 +51,13 @@ def log_note(line: str) -> None:
     LOG.warning("note: %s", line)
 
 
-def read_foreign(path: Path, tell: Tell | None = log_note, text_only: bool = False) -> ForeignModel:
-    """The model in a foreign folder, text_only: without its vision tower; `tell` gets a line for everything that the
-    folder leaves open or says twice; None where the same folder is read again by what tells it."""
+def read_foreign(path: Path, notify: Notify | None = log_note, text_only: bool = False) -> ForeignModel:
+    """The model in a foreign folder, text_only: without its vision tower; `notify` gets a line for everything that the
+    folder leaves open or says twice; None where the same folder is read again by what reports it."""
     source = open_foreign(path, text_only=text_only)
-    if tell is not None:
+    if notify is not None:
         for line in source.warnings:
-            tell(f"{path}: {line}")
+            notify(f"{path}: {line}")
     return source
 
 
@@ -100,11 +100,11 @@ def _filled(args: ModelArgs, weights: Weights, dtype: torch.dtype) -> LLM:
     return model.eval()
 
 
-def tokenizer_of(path: str | Path, tell: Tell | None = log_note) -> Tokenizer:
-    """The tokenizer that belongs to a model; UserError when there is none. `tell`: see read_foreign."""
+def tokenizer_of(path: str | Path, notify: Notify | None = log_note) -> Tokenizer:
+    """The tokenizer that belongs to a model; UserError when there is none. `notify`: see read_foreign."""
     path = tokenizer_folder(Path(path))
     if is_foreign(path) or is_peft(path):
-        return _foreign_tokenizer(path, tell)[0]
+        return _foreign_tokenizer(path, notify)[0]
     return load_run_tokenizer(path)
 
 
@@ -138,30 +138,30 @@ def template_for(origin: Path | None, tokenizer: Tokenizer, choice: str) -> Chat
     return open_template(choice, tokenizer) if origin is None else chat_template_of(origin, tokenizer, choice)
 
 
-def _foreign_tokenizer(path: Path, tell: Tell | None) -> tuple[Tokenizer, TokenizerConfig]:
+def _foreign_tokenizer(path: Path, notify: Notify | None) -> tuple[Tokenizer, TokenizerConfig]:
     found, config = foreign_tokenizer(path)
-    if tell is not None:
+    if notify is not None:
         for line in getattr(found, "notes", ()):
-            tell(f"{path}: {line}")
+            notify(f"{path}: {line}")
     return found, config
 
 
-def tokenizer_config_of(path: str | Path, tell: Tell | None = log_note) -> TokenizerConfig:
-    """How a run config names the tokenizer that belongs to a model. `tell`: see read_foreign."""
+def tokenizer_config_of(path: str | Path, notify: Notify | None = log_note) -> TokenizerConfig:
+    """How a run config names the tokenizer that belongs to a model. `notify`: see read_foreign."""
     path = tokenizer_folder(Path(path))
     if is_foreign(path) or is_peft(path):
-        config, folder = _foreign_tokenizer(path, tell)[1], path
+        config, folder = _foreign_tokenizer(path, notify)[1], path
     else:
         config, folder = run_tokenizer_config(path)
     return config if config.path is None else config.model_copy(update={"path": str((folder / config.path).resolve())})
 
 
-def args_of(path: str | Path, tell: Tell | None = log_note) -> ModelArgs:
-    """What the model is, from its config and the headers of its files. `tell`: see read_foreign."""
+def args_of(path: str | Path, notify: Notify | None = log_note) -> ModelArgs:
+    """What the model is, from its config and the headers of its files. `notify`: see read_foreign."""
     path = Path(path)
     if is_peft(path):
-        return _base_with(open_peft(path), tell)[0]
-    return read_foreign(path, tell).args if is_foreign(path) else load_checkpoint(path)[1]
+        return _base_with(open_peft(path), notify)[0]
+    return read_foreign(path, notify).args if is_foreign(path) else load_checkpoint(path)[1]
 
 
 def dtype_of(path: str | Path) -> torch.dtype:
@@ -177,14 +177,14 @@ def dtype_of(path: str | Path) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trained, DTYPES[checkpoint.dtype()])
 
 
-def weights_of(path: str | Path, tell: Tell | None = log_note) -> tuple[ModelArgs, Weights]:
-    """What the model is, and its parameters in boxes, of which only what is asked for is read. `tell`: see
+def weights_of(path: str | Path, notify: Notify | None = log_note) -> tuple[ModelArgs, Weights]:
+    """What the model is, and its parameters in boxes, of which only what is asked for is read. `notify`: see
     read_foreign."""
     path = Path(path)
     if is_peft(path):
-        return _with_base(open_peft(path), tell)
+        return _with_base(open_peft(path), notify)
     if is_foreign(path):
-        source = read_foreign(path, tell)
+        source = read_foreign(path, notify)
         return source.args, source.weights()
     checkpoint, args = load_checkpoint(path)
     return args, checkpoint_weights(checkpoint)
@@ -200,9 +200,9 @@ def base_of(folder: PeftFolder) -> Path:
     return folder.local_base
 
 
-def _with_base(folder: PeftFolder, tell: Tell | None) -> tuple[ModelArgs, Weights]:
+def _with_base(folder: PeftFolder, notify: Notify | None) -> tuple[ModelArgs, Weights]:
     """The model that an adapter of PEFT and its base make together."""
-    args, weights = _base_with(folder, tell)
+    args, weights = _base_with(folder, notify)
     base = base_of(folder)
     adapted, tensors = folder.adapter(args, transformers_family(base), weights)
     if isinstance(folder.origin, Taken):
@@ -210,10 +210,10 @@ def _with_base(folder: PeftFolder, tell: Tell | None) -> tuple[ModelArgs, Weight
     return args, Merged(Completed(HeldTensors(tensors), ParameterTable.of(args).keys(), weights), adapted)
 
 
-def _base_with(folder: PeftFolder, tell: Tell | None, base: str | Path | None = None) -> tuple[ModelArgs, Weights]:
+def _base_with(folder: PeftFolder, notify: Notify | None, base: str | Path | None = None) -> tuple[ModelArgs, Weights]:
     """The base of an adapter of PEFT, with its tokens. base: where it is, if not where the adapter says."""
     where = base_of(folder) if base is None else base
-    return folder.grown(*weights_of(where, tell), transformers_family(where))
+    return folder.grown(*weights_of(where, notify), transformers_family(where))
 
 
 def transformers_family(path: str | Path) -> Family:
@@ -303,7 +303,7 @@ def open_origin(origin: Origin, args: ModelArgs) -> Weights:
     more tokens than they were of."""
     if isinstance(origin, Seed):
         return Drawn(ParameterTable.of(args), origin.seed)
-    return grown(*weights_of(origin.path, tell=None), args.vocab_size)[1]
+    return grown(*weights_of(origin.path, notify=None), args.vocab_size)[1]
 
 
 def check_origin(origin: Taken) -> None:

@@ -1,4 +1,4 @@
-"""Page faults tell whether memory that was freed was kept: each page that comes from the system has one."""
+"""Page faults show whether memory that was freed was kept: each page that comes from the system has one."""
 
 import os
 import platform

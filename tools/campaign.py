@@ -186,7 +186,7 @@ class Campaign:
 
 @dataclass
 class Outcome:
-    """What became of a kill. `faults` are lines; what the next attempt has to tell is added when that is over."""
+    """What became of a kill. `faults` are lines; what the next attempt reports is added when that is over."""
 
     kill: Kill
     step: int = 0

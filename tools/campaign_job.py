@@ -101,7 +101,7 @@ class Killer:
         task = json.loads(file.read_text())
         self._kill = Kill(**task) if task is not None and task["rank"] == self._rank else None
 
-    def tell(self, event: str, **values: Any) -> None:
+    def notify(self, event: str, **values: Any) -> None:
         """Write an event; a killed process loses nothing of it."""
         with events_file(self._folder, self._attempt, self._rank).open("a") as file:
             file.write(json.dumps({"event": event, "time": time.time(), **values}) + "\n")
@@ -126,7 +126,7 @@ class Killer:
         """Kill what the task says."""
         assert self._kill is not None
         kill, self._kill = self._kill, None
-        self.tell("strike", step=step, **{"place": kill.place, "rank": kill.rank})
+        self.notify("strike", step=step, **{"place": kill.place, "rank": kill.rank})
         if kill.who != "rank":
             os.kill(self._launcher, signal.SIGKILL)
         if kill.who == "all":
@@ -188,7 +188,7 @@ def plant_in_training(killer: Killer) -> None:
 
     def resume(original: Callable[..., list[str]], trainer: Trainer) -> list[str]:
         lines = original(trainer)
-        killer.tell("resumed", step=trainer.progress.step)
+        killer.notify("resumed", step=trainer.progress.step)
         killer.here("resumed")
         return lines
 
@@ -201,7 +201,7 @@ def plant_in_training(killer: Killer) -> None:
         killer.step = 0
         if not trained:
             trained = True
-            killer.tell("trained", step=trainer.progress.step)
+            killer.notify("trained", step=trainer.progress.step)
         return result
 
     def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

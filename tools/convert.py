@@ -113,7 +113,7 @@ def import_(
             source={"family": source.family.name, "path": str(Path(src).resolve())},
             tokenizer=tokenizer,
             keep={name: Path(src) / name for name in _kept_names(source.args) if (Path(src) / name).is_file()},
-            tell=bar.update,
+            notify=bar.update,
         )
     for line in weights.found.values():
         print(f"note: {line}")
@@ -173,7 +173,7 @@ def _parameters(args: ModelArgs) -> int:
 def _tokenizer_or_note(path: Path) -> Tokenizer | None:
     """The tokenizer, if there is one that this project can use: weights are worth importing without."""
     try:
-        found = tokenizer_of(path, tell=None)
+        found = tokenizer_of(path, notify=None)
     except UserError as error:
         print(f"note: {error}")
         return None
@@ -234,7 +234,7 @@ def export(
                 max_shard_bytes=int(shard_gb * 1e9),
                 extra_files=extra.files,
                 extra_config=extra.config,
-                tell=bar.update,
+                notify=bar.update,
             )
         else:
             export_meta(
@@ -245,7 +245,7 @@ def export(
                 dtype=chosen,
                 shards=shards,
                 extra_files=extra.files,
-                tell=bar.update,
+                notify=bar.update,
             )
     for line in extra.notes:
         print(f"note: {line}")

@@ -49,10 +49,10 @@ def export(
     if format == "onnx":
         refuse_without_packages()
     if not text_only:
-        refuse_unexportable(args_of(model, tell=None).merged)
+        refuse_unexportable(args_of(model, notify=None).merged)
     tokenizer = None
     with suppress(NoTokenizer):
-        tokenizer = tokenizer_of(model, tell=None)
+        tokenizer = tokenizer_of(model, notify=None)
     source = taken_from(model)
     found = load_model(model, torch.float32, average, text_only)
     about = {"source": source.path, "weights_digest": source.digest}

@@ -216,7 +216,7 @@ def line(candidate: Candidate, verdict: Verdict) -> str:
 def grown(verdict: Verdict, precision: Precision) -> str | None:
     """The line under a layout whose first step is equal and a later one is not; None for others.
 
-    Both rounding and a wrong update look like this after many steps. Few steps tell them apart, not these numbers.
+    Both rounding and a wrong update look like this after many steps. Few steps distinguish them, not these numbers.
     """
     off, bound = verdict.differences, BOUND[precision]
     if not off or not off[0] <= bound < max(off):
@@ -229,7 +229,7 @@ def grown(verdict: Verdict, precision: Precision) -> str | None:
     )
     if step <= FEW:
         return f"{text}early for rounding, so look for a defect, unless the learning rate is far too high"
-    return f"{text}rounding grows with the steps and the learning rate; --steps {FEW} tells it from a defect"
+    return f"{text}rounding grows with the steps and the learning rate; --steps {FEW} distinguishes it from a defect"
 
 
 def described(expected: list[Row]) -> str:

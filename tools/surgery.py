@@ -150,7 +150,7 @@ def _operate(
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype={dtype} is not one of {', '.join(DTYPES)}")
     check_free(Path(dst))
-    args = args_of(src, tell=None)  # the notes are told below, where it is read
+    args = args_of(src, notify=None)  # the notes are given below, where it is read
     operation(args, dict(LLM(args, device="meta").named_parameters()))
     chosen = _kept_dtype(src, average) if dtype is None else DTYPES[dtype]
 

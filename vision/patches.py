@@ -1,4 +1,4 @@
-"""Pictures cut into patches, and the angles by which attention tells them apart.
+"""Pictures cut into patches, and the angles by which attention distinguishes them.
 
 Shapes: n tiles, S pixels a side, P pixels of a patch, G = S / P patches a side, d head width.
 """

@@ -354,7 +354,7 @@ def write_peft(
     origin: Origin,
     extra_files: Mapping[str, bytes | Path],
     base: Weights | None = None,
-    tell: Callable[[int], object] = lambda _: None,
+    notify: Callable[[int], object] = lambda _: None,
 ) -> list[str]:
     """Write the adapters of a model as PEFT reads them for the same base in transformers, whole or not at all; lines
     about what it lacks. UserError when `target` exists or the family cannot say what the base is.
@@ -383,7 +383,7 @@ def write_peft(
     with new_directory(target) as folder:
         described = {key: (dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
         metadata = {"format": "pt", BASE: json.dumps(origin.to_json())}
-        write_tensors(folder / WEIGHTS, described, _told(tensors, dtype, tell), metadata)
+        write_tensors(folder / WEIGHTS, described, _noted(tensors, dtype, notify), metadata)
         config = _config(args, family, sites, set(factors), origin)
         if args.lora.token_rows is not None:
             modules = (key.removesuffix(f".{peft.TOKEN_ROWS}").rpartition(".")[2] for key in tables)
@@ -420,9 +420,9 @@ def _token_tables(family: Family, args: ModelArgs) -> list[tuple[str, str]]:
     return [(table.name, f"{peft.PREFIX}{table.module}.{peft.TOKEN_ROWS}") for table in tables]
 
 
-def _told(tensors: Mapping[str, Tensor], dtype: torch.dtype, tell: Callable[[int], object]) -> Iterator[Tensor]:
+def _noted(tensors: Mapping[str, Tensor], dtype: torch.dtype, notify: Callable[[int], object]) -> Iterator[Tensor]:
     for tensor in tensors.values():
-        tell(tensor.numel() * dtype.itemsize)
+        notify(tensor.numel() * dtype.itemsize)
         yield tensor
 
 

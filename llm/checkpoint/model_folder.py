@@ -37,12 +37,12 @@ def write_model_folder(
     tokenizer: Tokenizer | None = None,
     template: str | None = None,
     keep: Mapping[str, Path] | None = None,
-    tell: Callable[[int], object] = lambda _: None,
+    notify: Callable[[int], object] = lambda _: None,
 ) -> None:
     """Write the model folder `target`, whole or not at all, one parameter in memory at a time.
 
     source: where the weights are from, kept in the manifest. template: the text of the chat template that goes with the
-    tokenizer. keep: files to keep under their names. `tell` gets the bytes of each parameter written. UserError when
+    tokenizer. keep: files to keep under their names. `notify` gets the bytes of each parameter written. UserError when
     `target` exists or a value is beyond `dtype`.
     """
     shapes = ParameterTable.of(args).shapes
@@ -54,7 +54,7 @@ def write_model_folder(
         for i, names in enumerate(_parts(shapes, dtype.itemsize)):
             owned = [(n, "master", whole(shapes[n]), 0, torch.empty(shapes[n], device="meta")) for n in names]
             outline = outline_file(f"weights_{i:05d}.safetensors", owned, name)
-            fragments += write_values(folder / outline.name, outline, _values(names, shapes, weights, dtype, tell))
+            fragments += write_values(folder / outline.name, outline, _values(names, shapes, weights, dtype, notify))
             files[outline.name] = outline.record.to_json()
         manifest = {
             "format": FORMAT,
@@ -97,7 +97,7 @@ def _values(
     shapes: Mapping[str, tuple[int, ...]],
     weights: Weights,
     dtype: torch.dtype,
-    tell: Callable[[int], object],
+    notify: Callable[[int], object],
 ) -> Iterator[Tensor]:
     sizes = {name: torch.Size(shapes[name]).numel() for name in names}
     buffer = torch.empty(max(sizes.values()), dtype=dtype)  # a new tensor each time would be there beside the last one
@@ -106,5 +106,5 @@ def _values(
         weights.read(name, box, values.view(shapes[name]))
         if dtype == torch.float16 and values.isinf().any():  # seldom, so they are read again, as they are
             check_range(name, weights.read(name, box, torch.empty(shapes[name])).view(-1), values)
-        tell(values.nbytes)
+        notify(values.nbytes)
         yield values

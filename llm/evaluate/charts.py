@@ -140,7 +140,7 @@ def curves(series: Sequence[Series], label_x: str, label_y: str) -> str:
 
 
 def whiskers(values: Sequence[tuple[float | None, float | None]]) -> str:
-    """Values with twice their standard error on one scale, a line each: which of them can be told apart."""
+    """Values with twice their standard error on one scale, a line each: which of them differ."""
     there = [(v, e or 0.0) for v, e in values if v is not None]
     if not there:
         return ""

@@ -65,9 +65,9 @@ class Model:
     def __init__(self, settings: Settings, quiet: bool) -> None:
         """quiet: without notes about its folder. UserError where it, its tokenizer or its chat template cannot be read.
         """
-        path, tell = settings.model, None if quiet else log_note
-        self.args: ModelArgs = args_of(path, tell)
-        self.tokenizer: Tokenizer = tokenizer_of(path, tell)
+        path, notify = settings.model, None if quiet else log_note
+        self.args: ModelArgs = args_of(path, notify)
+        self.tokenizer: Tokenizer = tokenizer_of(path, notify)
         choice = settings.chat_template
         self.chat: ChatTemplate | None = None if choice is None else chat_template_of(path, self.tokenizer, choice)
         self.end_ids = self.tokenizer.end_ids if self.chat is None else self.chat.end_ids

@@ -68,7 +68,7 @@ def facts_of(result: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def names_of(outputs: Sequence[Output], steps: Sequence[int] | None = None) -> list[str]:
-    """What to call evaluations that stand side by side: the step, or as much of the path as tells them apart."""
+    """What to call evaluations that stand side by side: the step, or as much of the path as distinguishes them."""
     if steps is not None:
         return [f"step {step:,}" for step in steps]
     paths = [Path(str(output.run.get("model") or output.folder)).parts for output in outputs]

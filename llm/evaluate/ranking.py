@@ -49,7 +49,7 @@ def is_binary(values: NDArray[np.float64]) -> bool:
 
 
 def sureness(samples: Sequence[Sample]) -> tuple[str, NDArray[np.float64]] | None:
-    """What tells documents with one score apart, and its name: how much likelier the likeliest answer is than the next,
+    """What distinguishes documents of one score, and its name: how much likelier the likeliest answer is than the next,
     or how likely the only one. None where nothing was scored.
     """
     scored = [_logprobs(sample.get("responses") or ()) for sample in samples]

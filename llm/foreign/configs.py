@@ -114,7 +114,7 @@ def _rates(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, An
     for key, value in config.items():
         if isinstance(value, AskedConfig):
             yield from _rates(value, f"{above}{key}.")
-        elif key in DROPOUTS and value and not above.startswith("vision_config"):  # of which its reader tells
+        elif key in DROPOUTS and value and not above.startswith("vision_config"):  # of which its reader reports
             yield above + key, value
 
 

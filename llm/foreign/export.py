@@ -29,7 +29,7 @@ from llm.safetensors_file import write_tensors
 
 CHUNK_BYTES = 8 << 20
 ENDS = ("bos_token_id", "eos_token_id")
-Tell = Callable[[int], object]
+Notify = Callable[[int], object]
 UNSAID_OF_SSM = {"chunk", "kernel", "expand", "heads"}
 """What rounding alone depends on, and what is said by the widths."""
 PREFERRED = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "llama4_text", "olmo2", "gemma", "gemma2")
@@ -201,10 +201,10 @@ def export_hf(
     max_shard_bytes: int,
     extra_files: Mapping[str, bytes | Path],
     extra_config: Mapping[str, Any],
-    tell: Tell = lambda _: None,
+    notify: Notify = lambda _: None,
 ) -> None:
     """Write `target` as transformers reads it: config.json, model.safetensors (in parts with an index where it is
-    larger than max_shard_bytes), and the extra files. `tell` is called with the bytes of each tensor written.
+    larger than max_shard_bytes), and the extra files. `notify` is called with the bytes of each tensor written.
 
     UserError when `target` exists or the family cannot say what the model is.
     """
@@ -229,7 +229,7 @@ def export_hf(
         for i, keys in enumerate(parts):
             file = "model.safetensors" if len(parts) == 1 else f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
             described = {key: (dtype, shapes[key]) for key in keys}
-            values = _tensors(keys, shapes, pairs, weights, buffer, tell)
+            values = _tensors(keys, shapes, pairs, weights, buffer, notify)
             write_tensors(folder / file, described, values, {"format": "pt"})
             files |= {key: file for key in keys}
         if len(parts) > 1:
@@ -250,7 +250,7 @@ def export_meta(
     dtype: torch.dtype,
     shards: int,
     extra_files: Mapping[str, bytes | Path],
-    tell: Tell = lambda _: None,
+    notify: Notify = lambda _: None,
 ) -> None:
     """Write `target` as Meta does: params.json and consolidated.NN.pth, one file in memory at a time."""
     if not args.rope_interleaved:
@@ -272,7 +272,7 @@ def export_meta(
             held = {key: torch.empty(shape, dtype=dtype) for key, shape in own.items()}
             for key, out in held.items():
                 _fill(out, mine[key], weights)
-                tell(out.nbytes)
+                notify(out.nbytes)
             torch.save(held, folder / f"consolidated.{shard:02d}.pth")
             del held, out
         _write_json(folder / "params.json", config)
@@ -316,13 +316,13 @@ def _tensors(
     pairs: Mapping[str, list[BoxPair]],
     weights: Weights,
     buffer: Tensor,
-    tell: Tell,
+    notify: Notify,
 ) -> Iterator[Tensor]:
     """Foreign tensors one at a time, each in the same memory."""
     for key in keys:
         out = buffer[: prod(shapes[key])].view(shapes[key])
         _fill(out, pairs[key], weights)
-        tell(out.nbytes)
+        notify(out.nbytes)
         yield out
 
 

@@ -4,7 +4,7 @@ The logits of a language model are its largest tensor by far (tokens x vocabular
 chunk of tokens at a time: the chunk's gradients are taken at once, while its logits are there, so that the backward has
 nothing to recompute.
 
-Where the vocabulary is cut over ranks, a rank has its part of a chunk's logits, and all that ranks tell each other is
+Where the vocabulary is cut over ranks, a rank has its part of a chunk's logits, and all that ranks exchange is
 two numbers a token, once a chunk.
 
 On a CPU in full precision a chunk's logits are made, turned into probabilities and multiplied with both weights block
@@ -349,7 +349,7 @@ def _softmax_into(out_nv: Tensor, scores_nv: Tensor, again: Callable[[Tensor], T
     the rows of the given indices once more.
 
     All of a softmax is done while a row is in the cache, but the sum that it divides by is not known: any probability
-    and its score tell it, but one that was rounded to nothing.
+    and its score show it, but one that was rounded to nothing.
     """
     first_n = scores_nv[:, 0].clone()
     first_p_n = torch.softmax(scores_nv, -1, out=out_nv)[:, 0]

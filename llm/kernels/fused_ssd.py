@@ -76,8 +76,8 @@ def find_kernel() -> Callable[..., Any]:
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
     except ImportError as error:
         raise UserError(
-            f'{KEY}: the package mamba_ssm cannot be imported ({error}); pip install "lattice-llm[mamba]" '
-            f"--no-build-isolation, or {OTHERWISE}"
+            f"{KEY}: the package mamba_ssm cannot be imported ({error}); docs/layouts.md says how to install it, or "
+            f"{OTHERWISE}"
         ) from None
     found: Callable[..., Any] = mamba_chunk_scan_combined
     return found

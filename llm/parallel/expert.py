@@ -1,6 +1,6 @@
 """Expert parallelism: experts on several ranks, tokens sent to them and back by one all-to-all each way.
 
-No token is dropped and none is padded on the way: ranks first tell each other how many rows come.
+No token is dropped and none is padded on the way: ranks first exchange how many rows come.
 
 Shapes: E experts, R rows, D model width.
 """

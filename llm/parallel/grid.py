@@ -76,7 +76,7 @@ def make_grid(world: World, layout: Layout | None = None) -> Grid:
         raise ValueError(f"the layout is for {layout.world} ranks, the job has {world.size}")
     grid = Grid(world, layout, **{name: _group(layout, along, world) for name, along in _GROUPS.items()})
     if layout.tensor > 1:
-        _tell_fairscale(grid)
+        _set_fairscale(grid)
     if layout.pipeline > 1:
         held = [layout.stages_of(layout.place(rank).pipeline) for rank in range(world.size)]
         name_roles({rank: stage_name(layout, *stages) for rank, stages in enumerate(held)})
@@ -123,7 +123,7 @@ def _made_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
     return dist.new_group(list(ranks))
 
 
-def _tell_fairscale(grid: Grid) -> None:
+def _set_fairscale(grid: Grid) -> None:
     """Set the groups that fairscale's mappings use: its own initialiser orders ranks another way once there are
     pipelines.
     """

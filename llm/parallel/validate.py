@@ -280,14 +280,14 @@ def _advice(needs: Needs, wanted: Choice) -> str:
     if near is not None:
         changed = changes(wanted, near)
         outside = changed.keys().isdisjoint(LAYOUT_NUMBERS)
-        return f"{'use' if outside else f'nearest that works on {_count(world)}:'} {_told(changed)}"
+        return f"{'use' if outside else f'nearest that works on {_count(world)}:'} {_described(changed)}"
     options = []
     for sizes in (range(world - 1, 0, -1), range(world + 1, 2 * world + 1)):
         size = next((size for size in sizes if _can_work(needs, wanted, size)), None)
         near = None if size is None else nearest(needs, wanted, size)
         if size is not None and near is not None:
             changed = changes(wanted, near)
-            options.append(_count(size) + (f" ({_told(changed)})" if changed else ""))
+            options.append(_count(size) + (f" ({_described(changed)})" if changed else ""))
     return f"no layout of {_count(world)} works" + (f": use {' or '.join(options)}" if options else "")
 
 
@@ -302,7 +302,7 @@ def _count(ranks: int) -> str:
     return f"{ranks} rank{'' if ranks == 1 else 's'}"
 
 
-def _told(numbers: dict[str, int | str]) -> str:
+def _described(numbers: dict[str, int | str]) -> str:
     return ", ".join(f"{key}={str(value).lower()}" for key, value in numbers.items())
 
 

@@ -64,7 +64,7 @@ def load_map(run: RunFolder, title: str = "") -> LoadMap | None:
 
 
 def _layers(run: RunFolder, n_layers: int) -> list[str]:
-    """What the layers with experts are called, by the newest start that tells of as many."""
+    """What the layers with experts are called, by the newest start that has as many."""
     for start in reversed(run.starts):
         names = start.get("moe_layers")
         if isinstance(names, list) and len(names) == n_layers:

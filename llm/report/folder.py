@@ -119,7 +119,7 @@ def _is_table(counts: Any) -> bool:
 
 
 def _read_log(path: Path) -> tuple[list[Event], list[Sample]]:
-    """Events, and the samples that an older run told of there alone."""
+    """Events, and the samples that an older run has there alone."""
     events: list[Event] = []
     samples: list[Sample] = []
     step, sample = 0, None
@@ -134,8 +134,8 @@ def _read_log(path: Path) -> tuple[list[Event], list[Sample]]:
             continue
         if sample := SAMPLE.fullmatch(line):
             continue
-        told = line.removeprefix(ERROR)
-        if at := STEP_LINE.match(told) or NUMBERED.match(told) or RESUMED.match(told):
+        reported = line.removeprefix(ERROR)
+        if at := STEP_LINE.match(reported) or NUMBERED.match(reported) or RESUMED.match(reported):
             step = int(at[1])
         elif line.startswith(ANEW):
             step = 0

@@ -44,7 +44,7 @@ def plotly_js() -> str:
 
 
 def name_apart(runs: Sequence[RunFolder]) -> None:
-    """Runs whose folders have one name are called by as much of their paths as tells them apart."""
+    """Runs whose folders have one name are called by as much of their paths as distinguishes them."""
     paths = [run.path.resolve() for run in runs]
     for run, path in zip(runs, paths, strict=True):
         others = [other for other in paths if other != path]

@@ -34,8 +34,8 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, mask
 
 
 class PositionalEncoding(nn.Module):
-    """Adds to states what tells positions apart: sin(p / 10000^(2i/D)) at 2i, the cosine at 2i + 1. No table: there is
-    no longest row."""
+    """Adds what distinguishes positions: sin(p / 10000^(2i/D)) at 2i, the cosine at 2i + 1. No table: there is no
+    longest row."""
 
     def __init__(self, embed_dim: int, max_seq_len: int = 512) -> None:
         """max_seq_len: accepted as the document has it; nothing depends on it."""

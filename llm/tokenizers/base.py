@@ -29,7 +29,7 @@ ENDS_A_TURN = (
 )  # fmt: skip
 """Marks that end a turn of a conversation, and begin no text."""
 
-META_SPACE = "\u2581"  # SentencePiece writes a space as this character, and so cannot tell the two apart
+META_SPACE = "\u2581"  # SentencePiece writes a space as this character, and so cannot distinguish the two
 META_SPACE_UTF8 = META_SPACE.encode()
 
 # A tokenizer that changes any of this changes real text too: runs of blanks, line ends, compatibility and combining

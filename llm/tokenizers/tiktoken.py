@@ -232,7 +232,7 @@ def _checked_variant(n_ranks: int, variant: VariantName | None, name: str) -> Va
     if variant is None:
         known = ", ".join(f"{known} ({facts.n_ranks} ranks)" for known, facts in VARIANTS.items())
         raise UserError(
-            f"{name}: its {n_ranks} ranks do not tell whose special tokens go with them; the file is cut off, or "
+            f"{name}: its {n_ranks} ranks do not show whose special tokens go with them; the file is cut off, or "
             f"tokenizer.variant must say one of {known}"
         )
     return variant

@@ -46,7 +46,7 @@ def _with_image_tokens(config: RunConfig, tokenizer: Tokenizer) -> Tokenizer:
 
 
 def _with_mask_token(config: RunConfig, tokenizer: Tokenizer) -> Tokenizer:
-    """What a run that hides tokens without a mask token is to be told, its rows say (llm/tasks/mlm.py)."""
+    """What a run that hides tokens without a mask token must be given, its rows say (llm/tasks/mlm.py)."""
     asked = config.mlm.mask_token
     if "mlm" not in config.task_names or not config.chat.add_tokens or isinstance(asked, int):
         return tokenizer

@@ -134,7 +134,7 @@ def _notes(config: RunConfig) -> list[str]:
     source = config.model.init_from
     found: list[str] = []
     if source is not None and Path(source).exists():
-        args_of(source, tell=lambda line: found.append(f"note: {line}"))
+        args_of(source, notify=lambda line: found.append(f"note: {line}"))
         found += [f"note: {line}" for line in notes_of(load_tokenizer(config.tokenizer))]
     prompts: list[list[int]] = []
     with suppress(UserError):  # --dry_run=config has no need of the tokenizer's file

@@ -99,7 +99,7 @@ def settle_model(config: RunConfig, task: Task, rows: OpenedRows, goes_on: bool)
     if source is not None and not goes_on and learns_outputs(config.model):
         from llm.pretrained import args_of  # of no use to others
 
-        began_from = args_of(source, tell=None)
+        began_from = args_of(source, notify=None)
     model = task.settle(config.model, rows, began_from)
     if began_from is not None and same_head(model, began_from):  # what no task here learns is kept
         there = {key: getattr(began_from, key) for key in SETTLED if getattr(model, key) is None}

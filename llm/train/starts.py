@@ -1,5 +1,5 @@
 """starts.jsonl of a run folder: what the run was, each time that it began, went on or went back, a line each. Unlike
-rows of metrics.jsonl none is ever cut off, so that changes of ranks, layout and data can be told afterwards.
+rows of metrics.jsonl none is ever cut off, so that changes of ranks, layout and data can be seen afterwards.
 """
 
 import time

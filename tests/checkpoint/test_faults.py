@@ -157,7 +157,7 @@ def moments_of_zero(rank: int) -> list[OwnedValues]:
 def test_files_of_equal_length_that_hold_zeros_are_not_taken_for_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every block of the moments is the same in both, so only the headers tell whose they are."""
+    """Every block of the moments is the same in both, so only the headers say whose they are."""
     path = save_as_ranks(monkeypatch, tmp_path, 1, [moments_of_zero(rank) for rank in range(2)], {})
     first, second = (path / file for file in FILES[:2])
     assert first.stat().st_size == second.stat().st_size
@@ -280,8 +280,8 @@ def test_a_pickle_in_the_place_of_a_file_is_never_executed(
     for reader in READ_BY[file]:
         with pytest.raises((UserError, SystemExit)) as raised:
             readers()[reader](copied)
-        told = capsys.readouterr().out if isinstance(raised.value, SystemExit) else str(raised.value)
-        assert path.name in told or (path.parent.name == "tokenizer" and str(path.parent) in told)
+        reported = capsys.readouterr().out if isinstance(raised.value, SystemExit) else str(raised.value)
+        assert path.name in reported or (path.parent.name == "tokenizer" and str(path.parent) in reported)
     assert not canary_of(copied).exists()
 
 

@@ -1,4 +1,4 @@
-"""One job at a time in a run folder: who comes second hears who is first, and the dead hold nothing."""
+"""One job at a time in a run folder: who comes second learns who is first, and the dead hold nothing."""
 
 import errno
 import fcntl

@@ -203,8 +203,8 @@ def test_a_rank_that_cannot_write_is_told_by_all_and_the_last_checkpoint_stays(
         assert raised.value.agreed and store.finish() is None
         return str(raised.value)
 
-    told = as_ranks(monkeypatch, RANKS, rank)
-    assert set(told) == {told[0]} and "No space left on device" in told[0] and "(rank 1)" in told[0]
+    reported = as_ranks(monkeypatch, RANKS, rank)
+    assert set(reported) == {reported[0]} and "No space left on device" in reported[0] and "(rank 1)" in reported[0]
     assert names(tmp_path) == ["step_00000001"]
     assert torch.equal(Checkpoint.open(tmp_path / "step_00000001").read("w"), torch.ones(N))
 

@@ -96,7 +96,7 @@ def meet(fault: Fault, trainer: Trainer, whole: Path, folder: Path) -> dict[str,
 
 
 def differences(config_path: Path, whole: Path, folder: Path, world: World) -> list[str]:
-    """What a run of another config is told in the folder of the whole run, and of a checkpoint of it by name, where
+    """What a run of another config reports in the folder of the whole run, and of a checkpoint of it by name, where
     neither data nor a model are to be had.
     """
     raw = yaml.safe_load(config_path.read_text())
@@ -105,7 +105,7 @@ def differences(config_path: Path, whole: Path, folder: Path, world: World) -> l
     raw["train"] |= {"seq_len": 32}
     raw["optim"] |= {"name": "sgd"}
     main_decides(lambda: (folder / "letters.json").write_bytes(CharacterTokenizer("abc").serialized()), world)
-    told = []
+    reported = []
     for run_dir, resume in ((whole, "auto"), (folder / "fresh", str(checkpoint(whole, STEPS[-1])))):
         config = validate(raw | {"checkpoint": {"resume": resume}}, "changed")
         with (
@@ -115,8 +115,8 @@ def differences(config_path: Path, whole: Path, folder: Path, world: World) -> l
             try:
                 Trainer(config, run_dir, world)
             except UserError as error:
-                told.append(str(error))
-    return told
+                reported.append(str(error))
+    return reported
 
 
 def main() -> None:

@@ -74,7 +74,7 @@ def environment() -> dict[str, str]:
 
 
 def keep_port() -> socket.socket:
-    """A socket with a TCP port of this machine that nobody else is given while it is open: whoever is told of it can
+    """A socket with a TCP port of this machine that nobody else is given while it is open: whoever is given it can
     listen there all the same, as with SO_REUSEADDR two may be bound to one port of which one alone listens.
     """
     kept = socket.socket()

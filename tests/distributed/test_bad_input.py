@@ -110,8 +110,8 @@ def test_torchrun_ends_a_layout_that_does_not_work_with_its_key(text: Path, tmp_
     config = write_config(tmp_path / "config.yaml", tiny_config(text, parallel={"tensor": 3}))
     done = run("launch/pretrain.py", "--config", str(config), "--run_dir", str(tmp_path / "run"), "--dry_run", nproc=2)
     assert done.returncode != 0 and not (tmp_path / "run").exists()
-    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert told == [
+    reported = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert reported == [
         "error: parallel.tensor=3 does not divide the number of ranks, 2; "
         "nearest that works on 2 ranks: parallel.tensor=2"
     ]

@@ -91,7 +91,7 @@ def compare(folder: Path, cases: list[Case], ranks: int, steps: int, subtests: p
     for of, found in expected.items():
         if of != "small weights":
             assert min(row["margin"] for row in found) > MARGIN, of
-        assert len({row["checksum"] for row in found}) == steps, "routing must change for its checksum to tell"
+        assert len({row["checksum"] for row in found}) == steps, "routing must change for its checksum to show it"
     for given, found in zip(cases, train(folder, [prepared(given, steps) for given in cases], ranks), strict=True):
         with subtests.test(**given):
             needs(given.get("precision", "fp32"))

@@ -94,8 +94,8 @@ def _automatic(found: dict[str, Any], damaged: tuple[int, ...], file: str, clean
     """What is wrong with the answer to an automatic resume."""
     answer, whole = found["auto"], [step for step in STEPS if step not in damaged]
     if not whole:
-        told = file in answer.get("error", "") and answer["step"] == 0
-        return [] if told else ["without a whole checkpoint it did not stop and name a file"]
+        reported = file in answer.get("error", "") and answer["step"] == 0
+        return [] if reported else ["without a whole checkpoint it did not stop and name a file"]
     skipped = [step for step in sorted(damaged, reverse=True) if step > max(whole)]
     *lines, last = answer.get("lines", [""])
     checks = {

@@ -215,7 +215,7 @@ def references(folder: Path, cases: list[Case], steps: int) -> dict[tuple[str, s
         if of != "small weights":
             assert min(row["margin"] for row in found) > MARGIN, (of, optimizer)
         assert min(row["grad_norm"] for row in found) > 0.5, "clipping at 0.5 must bite"
-        assert len({row["checksum"] for row in found}) == steps, "routing must change for its checksum to tell"
+        assert len({row["checksum"] for row in found}) == steps, "routing must change for its checksum to show it"
     return expected
 
 

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.distributed
 
 EQUAL = 1e-5  # float32 sums in another order
 
-# larger weights than usual: attention must matter for the gradient norm to tell a wrong gradient
+# larger weights than usual: attention must matter for the gradient norm to show a wrong gradient
 HEAD, FULL = {"qk_norm": "head", "init_std": 0.2}, {"qk_norm": "full", "init_std": 0.2}
 CASES: list[dict[str, Any]] = [  # on four ranks; where tensor is 4, the two kv heads are whole on all of them
     {"tensor": 2, "stage": 1, "optimizer": "muon"},

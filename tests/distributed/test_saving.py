@@ -1,5 +1,5 @@
 """Checkpoints written behind the training are those written before it; a full disk stops a run, or does not, as it is
-told; and a run folder takes one job."""
+reported; and a run folder takes one job."""
 
 import signal
 import subprocess
@@ -55,9 +55,9 @@ def test_a_full_disk_need_not_stop_the_training(job: tuple[Path, object], name: 
     # one written behind the training in step 4 may find the disk full too
     assert saved(folder / name) in ([kept] if name == "blocking-full" else [kept, [s for s in kept if s != 4]])
     assert without_timing(metrics(folder / name)) == without_timing(metrics(folder / "blocking"))
-    told = [line for line in (folder / name / "log.txt").read_text().splitlines() if "no checkpoint" in line]
-    assert len(told) == len(EVERY) - len(saved(folder / name))
-    for line in told:
+    reported = [line for line in (folder / name / "log.txt").read_text().splitlines() if "no checkpoint" in line]
+    assert len(reported) == len(EVERY) - len(saved(folder / name))
+    for line in reported:
         assert "checkpoint.on_failure=continue" in line and "rank_00001.safetensors: File too large" in line
 
 

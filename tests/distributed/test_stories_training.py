@@ -63,10 +63,10 @@ def test_its_validation_loss_falls(folder: Path) -> None:
 
 def test_transformers_tells_the_same_story_from_its_export(folder: Path) -> None:
     words = ("--prompt=", "--max_new_tokens=200", "--stop=false")
-    told = run("launch/generate.py", "--model", str(folder / "run"), *words)
-    assert told.returncode == 0, told.stderr
+    reported = run("launch/generate.py", "--model", str(folder / "run"), *words)
+    assert reported.returncode == 0, reported.stderr
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "exported").eval()
     (ids,) = theirs.generate(torch.tensor([[1]]), max_new_tokens=200, do_sample=False, eos_token_id=None)
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(folder / "exported" / "tokenizer.model"))
-    assert told.stdout == tokenizer.decode(ids[1:].tolist()).rstrip("\n") + "\n"
-    assert told.stdout != (FOLDER / "expected_greedy_200.txt").read_text().rstrip("\n") + "\n"  # it has learned
+    assert reported.stdout == tokenizer.decode(ids[1:].tolist()).rstrip("\n") + "\n"
+    assert reported.stdout != (FOLDER / "expected_greedy_200.txt").read_text().rstrip("\n") + "\n"  # it has learned

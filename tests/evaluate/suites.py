@@ -143,7 +143,7 @@ def write(folder: Path) -> None:
 
 
 def stories(folder: Path) -> Path:
-    """stories260K with what tells transformers to read its tokenizer as sentencepiece does."""
+    """stories260K with what makes transformers read its tokenizer as sentencepiece does."""
     folder.mkdir()
     for name in ("config.json", "model.safetensors", "generation_config.json"):
         shutil.copyfile(DATA / "weights/stories260K-hf" / name, folder / name)

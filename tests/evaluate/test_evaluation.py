@@ -40,9 +40,9 @@ def test_results_and_samples_say_what_was_asked_and_answered(folder):
     assert set(found["results"]) == {"choices", "texts", "questions"}
     assert found["model"]["dtype"] == "float32" and found["model"]["context"] == 64
     rows = [json.loads(line) for line in (folder / "one" / "samples" / "choices.jsonl").read_text().splitlines()]
-    told = [json.loads(line) for line in (folder / "tasks" / "choices.jsonl").read_text().splitlines()]
-    assert [row["doc"] for row in rows] == told
-    assert [len(row["responses"]) for row in rows] == [len(row["choices"]) for row in told]
+    reported = [json.loads(line) for line in (folder / "tasks" / "choices.jsonl").read_text().splitlines()]
+    assert [row["doc"] for row in rows] == reported
+    assert [len(row["responses"]) for row in rows] == [len(row["choices"]) for row in reported]
     assert sum(row["metrics"]["acc"] for row in rows) / len(rows) == found["results"]["choices"]["acc"]
 
 
@@ -171,10 +171,10 @@ def test_tasks_are_looked_at_before_any_rank_starts(folder, tmp_path):
 
 def test_a_dry_run_counts_what_would_be_asked_and_makes_nothing(folder, tmp_path):
     words = words_of(folder / "model", [folder / "tasks" / "choices.yaml"], tmp_path / "output")
-    told = Evaluate.parse([*words, "--nproc=2", "--parallel.pipeline=2", "--dry_run"]).report()
+    reported = Evaluate.parse([*words, "--nproc=2", "--parallel.pipeline=2", "--dry_run"]).report()
     rows = (folder / "tasks" / "choices.jsonl").read_text().splitlines()
     asked = sum(len(json.loads(row)["choices"]) for row in rows)
-    assert f"choices: 8 documents, {asked} requests" in told and "pipeline 2" in told and "weights" in told
+    assert f"choices: 8 documents, {asked} requests" in reported and "pipeline 2" in reported and "weights" in reported
     assert not (tmp_path / "output").exists()
 
 
@@ -193,8 +193,8 @@ def test_every_checkpoint_of_a_run_is_evaluated_for_itself_and_all_in_one_table(
     outputs = [tmp_path / "output" / f"step_{step:08d}" for step in (2, 10)]
     digests = {json.loads((path / "results.json").read_text())["model"]["digest"] for path in outputs}
     assert len(digests) == 2 and all(keys(path) for path in outputs)
-    told = (tmp_path / "output" / "results.md").read_text()
-    assert "step 2" in told and "step 10" in told and (tmp_path / "output" / "report.html").exists()
+    reported = (tmp_path / "output" / "results.md").read_text()
+    assert "step 2" in reported and "step 10" in reported and (tmp_path / "output" / "report.html").exists()
     newest = run / "checkpoints" / "step_00000010"
     evaluate(words_of(newest, tasks, tmp_path / "alone", "--dtype=fp32"))
     assert content(tmp_path / "alone") == content(outputs[1])

@@ -56,10 +56,10 @@ def test_a_config_of_its_family_alone_is_the_default_model_and_its_sizes_are_tol
     if family == "nemotron_h":  # which has layers of experts, unless it says its layers
         assert "layers of experts" in str(outcome({"model_type": family}))
         return
-    _, told = read({"model_type": family})
+    _, notes = read({"model_type": family})
     words = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
     expected = [word for word in words if family != "mamba2" or word not in OF_ATTENTION]
-    assert [line.split()[1] for line in told] == expected and all("is missing, taken as" in line for line in told)
+    assert [line.split()[1] for line in notes] == expected and all("is missing, taken as" in line for line in notes)
 
 
 BARE = {
@@ -114,16 +114,16 @@ def test_a_width_of_heads_of_null_is_the_models_width_over_its_heads():
 
 
 def test_layer_types_are_said_to_be_nothing_where_the_family_reads_none():
-    said, told = read({"model_type": "llama", **BARE, "layer_types": ["full_attention", "sliding_attention"]})
-    assert said == read({"model_type": "llama", **BARE})[0] and "layer_types" in told[0]
+    said, notes = read({"model_type": "llama", **BARE, "layer_types": ["full_attention", "sliding_attention"]})
+    assert said == read({"model_type": "llama", **BARE})[0] and "layer_types" in notes[0]
 
 
 def test_llama3_scaling_without_its_ramp_says_what_it_assumes():
     scaling = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16, "rope_theta": 1e4}
-    args, told = read({"model_type": "llama", **BARE, "rope_parameters": scaling})
+    args, notes = read({"model_type": "llama", **BARE, "rope_parameters": scaling})
     assert args == meaning(
         ModelArgs.model_validate(
-            family_named("llama").read_config({"model_type": "llama", **BARE, "rope_parameters": LLAMA3}, told.append)
+            family_named("llama").read_config({"model_type": "llama", **BARE, "rope_parameters": LLAMA3}, notes.append)
         )
     )
-    assert len(told) == 2 and all("taken as" in line for line in told)
+    assert len(notes) == 2 and all("taken as" in line for line in notes)

@@ -171,10 +171,10 @@ def assert_same_weights(a: nn.Module, b: nn.Module) -> None:
 
 
 def read(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """What the model of a config is, and what was told about it."""
-    told: list[str] = []
-    args = ModelArgs.model_validate(family_named(config["model_type"]).read_config(config, told.append))
-    return meaning(args), told
+    """What the model of a config is, and what was reported about it."""
+    reported: list[str] = []
+    args = ModelArgs.model_validate(family_named(config["model_type"]).read_config(config, reported.append))
+    return meaning(args), reported
 
 
 def older(config: dict[str, Any]) -> dict[str, Any]:
@@ -206,10 +206,10 @@ def older(config: dict[str, Any]) -> dict[str, Any]:
 def test_the_older_spelling_of_a_config_says_the_same(entry):
     config = config_of(*entry).to_dict()
     said, _ = read(config)
-    old, told = read(older(config))
+    old, reported = read(older(config))
     assert old == said
     by_list = {key for key in ("layer_types", "moe_layers", "no_rope_layers") if key in CONFIGS[entry[0]][entry[1]]}
-    assert bool(told) == (bool(by_list) and entry[0] != "gemma2" and "masks" not in entry[1]), told
+    assert bool(reported) == (bool(by_list) and entry[0] != "gemma2" and "masks" not in entry[1]), reported
 
 
 @pytest.mark.parametrize("entry", [entry for entry in TABLE if "by list" not in entry[1]], ids=": ".join)
@@ -259,8 +259,8 @@ CONTRADICTIONS = {
 @pytest.mark.parametrize("case", CONTRADICTIONS.values(), ids=CONTRADICTIONS)
 def test_contradictions_in_a_config_are_told_and_one_side_is_used(case):
     both, word, one_side = case
-    said, told = read(both)
-    assert len(told) == 1 and word in told[0] and "contradict" in told[0]
+    said, reported = read(both)
+    assert len(reported) == 1 and word in reported[0] and "contradict" in reported[0]
     assert (said, []) == read(config(both["model_type"], **one_side))
 
 

@@ -63,7 +63,7 @@ def test_a_run_that_begins_with_a_folder_says_its_notes_in_its_lines_and_the_dry
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(raw))
     config = load_config(tmp_path / "c.yaml")
     assert report(config, Layout(world=1)).count(f"# note: {folder}: {SAID}") == 1
-    told: list[str] = []
-    weights_of(folder, told.append)  # which llm/train/init_from.py makes lines of the run's log
-    assert len(told) == 1 and SAID in told[0]
+    reported: list[str] = []
+    weights_of(folder, reported.append)  # which llm/train/init_from.py makes lines of the run's log
+    assert len(reported) == 1 and SAID in reported[0]
     assert not caplog.records

@@ -43,7 +43,7 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Vendor, family and model, as Linux tells them; elsewhere what Python knows."""
+    """Vendor, family and model, as Linux names them; elsewhere what Python knows."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:

@@ -87,9 +87,9 @@ def _settle(name: str, runs: Runs, folder: Path, overwrite: bool) -> bool:
 def _described(golden: Golden) -> str:
     """How far the run is from a tie."""
     margins = {"choice of a router": golden.router_margin, "greedy token": golden.greedy and golden.greedy["margin"]}
-    told = [f"nearest other {what} {margin:.1e} of the logits" for what, margin in margins.items() if margin]
+    reported = [f"nearest other {what} {margin:.1e} of the logits" for what, margin in margins.items() if margin]
     losses = [golden.layouts["one"].steps[at]["loss"] for at in (0, -1)]
-    return "; ".join([f"{golden.config}: loss {losses[0]:.4f} to {losses[1]:.4f}", *told])
+    return "; ".join([f"{golden.config}: loss {losses[0]:.4f} to {losses[1]:.4f}", *reported])
 
 
 def _compared(kept: Golden, cases: list[Case], runs: Runs) -> list[str]:
@@ -105,8 +105,8 @@ def _compared(kept: Golden, cases: list[Case], runs: Runs) -> list[str]:
                     furthest[key] = max(furthest[key], relative(right.get(key), row.get(key)) or 0.0)
     others = other_machine(kept, runs.machine[1])
     print(f"  {'another machine: ' + ', '.join(others) if others else 'the machine of the file'}")
-    told = ", ".join(f"{key} {apart:.1e}" for key, apart in furthest.items())
-    print(f"  largest relative difference over all layouts and steps: {told}")
+    reported = ", ".join(f"{key} {apart:.1e}" for key, apart in furthest.items())
+    print(f"  largest relative difference over all layouts and steps: {reported}")
     return lines
 
 

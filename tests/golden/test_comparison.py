@@ -91,7 +91,7 @@ def test_no_recorded_choice_is_near_a_tie(config: str) -> None:
     if golden.precision == "fp32":
         assert golden.greedy is not None and golden.greedy["margin"] > 10 * MARGIN
         assert golden.router_margin is None or golden.router_margin > MARGIN
-        assert any(len(set(ids)) > 1 for ids in golden.greedy["ids"]), "one token for ever would tell little"
+        assert any(len(set(ids)) > 1 for ids in golden.greedy["ids"]), "one token for ever would show little"
     routed = [row["routing_checksum"] for row in golden.layouts["one"].steps]
     assert routed == [None] * STEPS or len(set(routed)) == STEPS
 

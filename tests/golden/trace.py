@@ -179,7 +179,7 @@ def differences(
             if allowed is not None and not agree(right.get(key), row.get(key), allowed):
                 yield (
                     f"{where}, step {right['step']}, {key}: {right.get(key)} recorded, {row.get(key)} found, "
-                    f"{_told(right.get(key), row.get(key), allowed, others)}"
+                    f"{_difference(right.get(key), row.get(key), allowed, others)}"
                 )
     if not others and kept.weights != trace.weights:
         yield f"{where}: other weights after the last step"
@@ -213,7 +213,7 @@ def agree(right: object, found: object, allowed: float) -> bool:
     return allowed > 0 and apart is not None and apart <= allowed
 
 
-def _told(right: object, found: object, allowed: float, others: list[str]) -> str:
+def _difference(right: object, found: object, allowed: float, others: list[str]) -> str:
     apart = relative(right, found)
     by = "" if apart is None else f" (relative {apart:.1e})"
     if not others:

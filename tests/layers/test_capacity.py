@@ -161,7 +161,7 @@ def test_padding_goes_to_no_expert_overflows_nowhere_and_counts_nothing():
     assert torch.equal(stats.rejected, of_tokens.rejected) and torch.equal(stats.expert_counts, of_tokens.expert_counts)
 
 
-def test_the_balance_loss_leaves_out_the_number_of_experts_where_it_is_told_to():
+def test_the_balance_loss_leaves_out_the_number_of_experts_where_its_key_says_so():
     x, previous = torch.randn(2, 9, 16), torch.tensor([3, 9, 1, 5])
     layers = (layer(aux_alpha=0.1, aux_times_experts=on) for on in (True, False))
     with_factor, without = (moe(x, context(x, counts=previous))[1].balance_sum for moe in layers)

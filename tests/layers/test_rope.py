@@ -30,7 +30,7 @@ def test_llama3_scaling_keeps_fast_frequencies_and_stretches_slow_ones(high):
 def test_a_bf16_model_keeps_its_angles_in_float32():
     model = llama4(layer_pattern="attn:rope:full").bfloat16()
     ids = tokens(1, 3)
-    # positions beyond 256 cannot be told apart in bf16
+    # positions beyond 256 cannot be distinguished in bf16
     near, far = (model.context(torch_input).rotation_BT1m for torch_input in (_at(ids, 1000), _at(ids, 1001)))
     assert not torch.equal(near, far) and near.dtype == torch.complex64
 

@@ -144,7 +144,7 @@ def config_of(
 
 def test_a_refusal_names_the_key_and_the_layout_that_changes_the_fewest_numbers(tmp_path: Path) -> None:
     draw = random.Random(5)
-    told: set[str] = set()
+    reported: set[str] = set()
     for _ in range(800):
         shape, (batch, micro), world = draw.choice(SHAPES), draw.choice(BATCHES), draw.randint(1, 8)
         precision, offload, trace = draw.choice(("fp32", "bf16")), draw.random() < 0.2, draw.random() < 0.2
@@ -178,10 +178,10 @@ def test_a_refusal_names_the_key_and_the_layout_that_changes_the_fewest_numbers(
                 assert parsed(numbers, wanted) in all_that_work(shape, int(size), *run), text
                 between = range(min(world, int(size)) + 1, max(world, int(size)))
                 assert not any(all_that_work(shape, other, *run) for other in between), text
-        told.add(key)
+        reported.add(key)
     rules = {key for key in KEYS if key != "train.micro_batch_size"}
     rules |= {"train.global_batch_size", "log.trace_steps", "parallel.offload_optimizer"}
-    assert told == rules, "the sample must reach every rule"
+    assert reported == rules, "the sample must reach every rule"
 
 
 def as_typed(config: Any, key: str) -> str:

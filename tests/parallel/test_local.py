@@ -24,9 +24,9 @@ def test_one_machine_needs_no_name_service_and_no_other_machines(monkeypatch: py
 
     for key, value in {"PET_NNODES": "4", "PET_NPROC_PER_NODE": "8", "PET_MAX_RESTARTS": "9"}.items():
         monkeypatch.setenv(key, value)  # as a cluster's operator sets them for torchrun
-    told = parse_args([*local.flags(2, max_restarts=1), "script.py"])
-    assert (told.local_addr, told.standalone, told.nnodes) == ("127.0.0.1", True, "1")
-    assert (told.nproc_per_node, told.max_restarts) == ("2", 1)
+    reported = parse_args([*local.flags(2, max_restarts=1), "script.py"])
+    assert (reported.local_addr, reported.standalone, reported.nnodes) == ("127.0.0.1", True, "1")
+    assert (reported.nproc_per_node, reported.max_restarts) == ("2", 1)
     assert local.command(2)[:3] == [sys.executable, "-m", "torch.distributed.run"]
 
 

@@ -269,16 +269,16 @@ def test_a_folder_that_changes_text_is_refused_where_that_was_not_allowed(tmp_pa
 
 
 def test_what_a_folder_leaves_open_or_says_twice_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told: list[str] = []
+    reported: list[str] = []
     spm = sentencepiece_model(400, prefix=True)
     bare = write(tmp_path / "a", config={"model_type": "llama", "vocab_size": 400}, tokenizer=spm)
-    tokenizer = tokenizer_of(bare, told.append)
+    tokenizer = tokenizer_of(bare, reported.append)
     assert tokenizer.begin_ids == (1,) and tokenizer.prompt_ids("Once")[0] == 1
-    assert "no tokenizer_config.json" in told.pop()
+    assert "no tokenizer_config.json" in reported.pop()
     settings = write(bare, tokenizer_config={"tokenizer_class": "LlamaTokenizer", "add_eos_token": True})
-    assert tokenizer_of(settings, told.append).prompt_ids("Once")[-1] == 2
-    assert any("no add_bos_token" in line for line in told) and any(
-        "end mark after every prompt" in line for line in told
+    assert tokenizer_of(settings, reported.append).prompt_ids("Once")[-1] == 2
+    assert any("no add_bos_token" in line for line in reported) and any(
+        "end mark after every prompt" in line for line in reported
     )
 
 

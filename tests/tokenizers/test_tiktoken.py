@@ -180,5 +180,5 @@ def test_a_damaged_rank_file_is_named(tmp_path: Path, content: bytes, reason: st
 def test_a_published_file_cut_off_at_a_line_end_is_named(tmp_path: Path) -> None:
     lines = (FILES / "llama3/tokenizer.model").read_bytes().splitlines(keepends=True)
     (tmp_path / "t.model").write_bytes(b"".join(lines[:-1]))
-    with pytest.raises(UserError, match=r"t\.model: its 127999 ranks do not tell .*cut off"):
+    with pytest.raises(UserError, match=r"t\.model: its 127999 ranks do not show .*cut off"):
         load_tokenizer(TokenizerConfig(kind="tiktoken", path="t.model"), base=tmp_path)

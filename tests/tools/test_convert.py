@@ -74,8 +74,8 @@ def test_tensors_of_more_precision_than_most_are_said_to_be_rounded(foreign, tmp
     shutil.copytree(foreign, tmp_path / "a")
     rewrite(tmp_path / "a", lambda key, tensor: tensor if "norm" in key else tensor.bfloat16())
     convert.main(["import", str(tmp_path / "a"), str(tmp_path / "b")])
-    told = capsys.readouterr().out
-    assert "note: 5 of 21 tensors are float32, rounded to bfloat16; --dtype=float32 keeps them\n" in told
+    reported = capsys.readouterr().out
+    assert "note: 5 of 21 tensors are float32, rounded to bfloat16; --dtype=float32 keeps them\n" in reported
     convert.main(["import", str(tmp_path / "a"), str(tmp_path / "c"), "--dtype=float32"])
     assert "rounded" not in capsys.readouterr().out
     convert.main(["verify", str(tmp_path / "a"), str(tmp_path / "c"), "--tolerance=0"])

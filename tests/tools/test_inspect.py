@@ -1,4 +1,4 @@
-"""tools/inspect.py on small checkpoints: what it tells, each kind of damage, and what it says of other paths."""
+"""tools/inspect.py on small checkpoints: what it reports, each kind of damage, and what it says of other paths."""
 
 import json
 import random
@@ -100,7 +100,7 @@ def trained(folder: Path, step: int = 12, best: int = 10, **sections: Any) -> tu
     return meta, mixture
 
 
-def told(capsys: pytest.CaptureFixture[str], path: Path, **flags: bool) -> tuple[int, str]:
+def reported(capsys: pytest.CaptureFixture[str], path: Path, **flags: bool) -> tuple[int, str]:
     """Exit status and output."""
     status = 0
     try:
@@ -111,7 +111,7 @@ def told(capsys: pytest.CaptureFixture[str], path: Path, **flags: bool) -> tuple
 
 
 def told_json(capsys: pytest.CaptureFixture[str], path: Path, **flags: bool) -> tuple[int, dict[str, Any]]:
-    status, out = told(capsys, path, json=True, **flags)
+    status, out = reported(capsys, path, json=True, **flags)
     return status, json.loads(out)
 
 
@@ -119,7 +119,7 @@ def test_a_checkpoint_tells_what_it_holds(
     save: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = save(12, **trained(tmp_path / "text")[0])
-    status, out = told(capsys, path)
+    status, out = reported(capsys, path)
     assert status == 0
     lines = out.splitlines()
     assert lines[0] == f"{path}: whole (by manifest and lengths; --verify reads it)"
@@ -136,7 +136,7 @@ def test_a_checkpoint_tells_what_it_holds(
     assert "  optim.lr: 0.5  (default 0.0003)" in lines and "  tokenizer.kind: bytes" in lines
     assert not any("optim.eps" in line for line in lines)
     assert not any(line.startswith("layers.2.wq.weight") for line in lines)
-    assert told(capsys, path / "manifest.json")[1].splitlines()[1:] == lines[1:]
+    assert reported(capsys, path / "manifest.json")[1].splitlines()[1:] == lines[1:]
 
 
 def test_every_tensor_and_the_whole_config_are_there_when_asked_for(
@@ -144,7 +144,7 @@ def test_every_tensor_and_the_whole_config_are_there_when_asked_for(
 ) -> None:
     meta, _ = trained(tmp_path / "text")
     path = save(12, **meta)
-    assert told(capsys, path, tensors=True)[1].splitlines()[-2:] == [
+    assert reported(capsys, path, tensors=True)[1].splitlines()[-2:] == [
         "layers.2.wq.weight (8, 10): master float32 in 2 fragments, exp_avg float32 in 2 fragments",
         "layers.10.norm.weight (11,): master float32 in 1 fragment",
     ]
@@ -224,7 +224,7 @@ def test_every_damage_that_needs_no_reading_is_named(
     damage, message = DAMAGES[case]
     path = save(12)
     damage(path)
-    status, out = told(capsys, path)
+    status, out = reported(capsys, path)
     assert status == 1
     assert out.startswith(f"{path}: damaged\n") and message in out
     assert told_json(capsys, path, verify=True)[0] == 1
@@ -242,20 +242,20 @@ def test_each_flipped_bit_is_found_in_the_block_that_holds_it(
         content = file.read_bytes()
         place = row["offset"] + rng.randrange(4 * row["numel"])
         file.write_bytes(content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :])
-        assert told(capsys, path)[0] == 0  # lengths and manifest are right
+        assert reported(capsys, path)[0] == 0  # lengths and manifest are right
         status, report = told_json(capsys, path, verify=True)
         (block,) = report["damaged_blocks"]
         assert status == 1 and not report["faults"]
         assert (block["file"], block["name"], block["kind"]) == (row["file"], row["name"], row["kind"])
         assert block["offset"] <= place < block["offset"] + block["bytes"] <= block["offset"] + BLOCK
         assert (block["offset"] - row["offset"]) % BLOCK == 0
-        out = told(capsys, path, verify=True)[1]
+        out = reported(capsys, path, verify=True)[1]
         assert f"{file}: damaged: {row['name']} ({row['kind']})" in out
         assert f"bytes {block['offset']} to {block['offset'] + block['bytes']}" in out
         with pytest.raises(DamagedFile, match=row["file"]):  # what a resume meets
             Checkpoint.open(path).read(row["name"], row["kind"])
         file.write_bytes(content)
-    assert told(capsys, path, verify=True)[0] == 0
+    assert reported(capsys, path, verify=True)[0] == 0
 
 
 @pytest.mark.parametrize("place", [0, 8, 40])
@@ -267,14 +267,14 @@ def test_a_flipped_bit_of_a_header_is_found(
     content = bytearray(file.read_bytes())
     content[place] ^= 2
     file.write_bytes(content)
-    assert told(capsys, path)[0] == 0
+    assert reported(capsys, path)[0] == 0
     status, report = told_json(capsys, path, verify=True)
     (block,) = report["damaged_blocks"]
     assert status == 1 and (block["file"], block["name"], block["kind"], block["offset"]) == (SECOND, "", "header", 0)
     first_value = min(row["offset"] for row in manifest_of(path)["fragments"] if row["file"] == SECOND)
     assert block["bytes"] == first_value
     assert f"{file}: damaged: its header does not match its digest at bytes 0 to {first_value}" in (
-        told(capsys, path, verify=True)[1]
+        reported(capsys, path, verify=True)[1]
     )
 
 
@@ -323,7 +323,7 @@ def test_a_run_says_which_checkpoint_a_resume_would_take(
     run_dir = tmp_path / "run"
     rows = [{"step": step, "tokens": step * 192, "epoch": 0.1} for step in range(1, 14)]
     (run_dir / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 14, "tok')
-    status, out = told(capsys, run_dir)
+    status, out = reported(capsys, run_dir)
     assert status == 0
     assert f"run {run_dir}: 3 checkpoints, recorded to step 13, 2,496 tokens" in out
     assert "step 12: whole (by manifest and lengths; --verify reads it); a resume takes this one" in out
@@ -334,7 +334,7 @@ def test_a_run_says_which_checkpoint_a_resume_would_take(
     (newest.parent / f"{HIDDEN}step_00000014").mkdir()
     (newest.parent / "damaged_step_00000004").mkdir()
     for path in (run_dir, run_dir / "checkpoints"):
-        status, out = told(capsys, path)
+        status, out = reported(capsys, path)
         assert status == 1
         assert "step 12: damaged\n" in out and "rank_00000.safetensors: damaged: is missing" in out
         resumed, _ = newest_valid(run_dir / "checkpoints")
@@ -345,7 +345,7 @@ def test_a_run_says_which_checkpoint_a_resume_would_take(
     assert report["resume"]["step"] == 10 and [entry["whole"] for entry in report["checkpoints"]] == [False, True, True]
     for path in (newest.parent / "step_00000010", newest.parent / "step_00000008"):
         (path / "manifest.json").write_text("")
-    assert "no valid checkpoint: a resume would stop" in told(capsys, run_dir)[1]
+    assert "no valid checkpoint: a resume would stop" in reported(capsys, run_dir)[1]
 
 
 def test_verify_of_a_run_moves_the_resume_to_a_checkpoint_that_can_be_read(
@@ -363,7 +363,7 @@ def test_verify_of_a_run_moves_the_resume_to_a_checkpoint_that_can_be_read(
 
 def test_a_run_without_checkpoints_yet_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 3, "tokens": 99}\n')
-    assert told(capsys, tmp_path) == (0, f"run {tmp_path}: 0 checkpoints, recorded to step 3, 99 tokens\n")
+    assert reported(capsys, tmp_path) == (0, f"run {tmp_path}: 0 checkpoints, recorded to step 3, 99 tokens\n")
 
 
 def test_the_rows_of_each_file_are_counted(
@@ -383,7 +383,7 @@ def test_the_rows_of_each_file_are_counted(
         (stretch,) = entry["stretches"]
         assert stretch["file"].endswith(("web.jsonl", "books.jsonl")[number])
         assert stretch["rows"] == [0, mixture.rows_of[number] - 1]
-    out = told(capsys, path.parent, data=True)[1]  # of a run: for the checkpoint that a resume takes
+    out = reported(capsys, path.parent, data=True)[1]  # of a run: for the checkpoint that a resume takes
     assert f"{tmp_path / 'text' / 'web.jsonl'} lines 1 to 9: rows 0 to {mixture.rows_of[0] - 1}: " in out
     assert "    00000.arrow" in out
 
@@ -402,7 +402,7 @@ def test_sources_that_are_gone_changed_or_damaged_say_so_and_rows_are_still_coun
     assert status == 0 and report["data"]["epochs"] is None
     assert "00000.arrow" in web["problem"] and web["rows"] > 0
     assert "books.jsonl is no folder of shards" in book["problem"] and book["rows"] == CONSUMED - web["rows"]
-    assert "more is not known" in told(capsys, path)[1] and "epochs not known" in told(capsys, path)[1]
+    assert "more is not known" in reported(capsys, path)[1] and "epochs not known" in reported(capsys, path)[1]
 
     native = json.loads(json.dumps(meta))
     native["config"]["data"]["train"][1]["path"] = str(tmp_path / "elsewhere")
@@ -419,7 +419,7 @@ def test_a_checkpoint_of_an_older_version_of_the_config_is_read_as_it_is(
     meta["layout"] = {"ranks": 2, "zero_stage": 1}
     del meta["config"]["guard"], meta["guard"], meta["config"]["data"]["cache_dir"]
     meta["config"]["model"] |= {"no_such_key": 1, "rope_scaling": {"kind": "llama3", "factor": 8.0}}
-    status, out = told(capsys, save(12, **meta))
+    status, out = reported(capsys, save(12, **meta))
     assert status == 0
     assert "written by ranks 2, zero_stage 1" in out and "model: not one that this version knows" in out
     assert "  model.no_such_key: 1\n" in out and "  model.rope_scaling: {" in out
@@ -463,7 +463,7 @@ def test_nothing_in_a_manifest_steers_the_terminal(
     save: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = save(12, versions={"torch": "\x1b[2J"})
-    assert "\x1b" not in told(capsys, path)[1]
+    assert "\x1b" not in reported(capsys, path)[1]
 
 
 def test_bad_flags_end_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -191,7 +191,7 @@ def test_a_difference_that_grows_says_how_rounding_is_told_from_a_defect() -> No
     line = grows(1e-7, 1e-6, 4e-6, 2e-5, 5e-3, 1e-6)
     assert line is not None and "off by 3.0e-07 at step 1, 1.0e-06 at step 6, most at step 5 with" in line
     assert "with 5.0e-03, beyond 1e-05 first at step 4" in line
-    assert "rounding grows with the steps" in line and "--steps 3 tells it from a defect" in line
+    assert "rounding grows with the steps" in line and "--steps 3 distinguishes it from a defect" in line
     line = grows(1e-7, 1e-4, 1e-3)
     assert line is not None and "beyond 1e-05 first at step 2: early for rounding, so look for a defect" in line
 

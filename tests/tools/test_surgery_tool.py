@@ -32,20 +32,20 @@ def operate(source: Path, target: Path, command: str, *flags: str) -> tuple[torc
 
 
 @pytest.mark.parametrize(
-    ("command", "flags", "told"),
+    ("command", "flags", "reported"),
     [
         ("upcycle", ["--n_experts=4", "--interleave=2", "--dense_layers=3"], "model.moe: None -> {'n_experts': 4"),
         ("deepen", ["--n_layers=6"], "model.n_layers: 4 -> 6"),
         ("vocabulary", ["--vocab_size", str(VOCAB + 6)], f"model.vocab_size: {VOCAB} -> {VOCAB + 6}"),
     ],
 )
-def test_the_folder_written_holds_the_same_function(command, flags, told, source, tmp_path, capsys):
+def test_the_folder_written_holds_the_same_function(command, flags, reported, source, tmp_path, capsys):
     before, after, model = operate(source, tmp_path / "new", command, *flags)
     # copies and zeros only, but that a BLAS may add up in another order in a larger output matrix
     assert (after[..., :VOCAB] - before).abs().max() <= 1e-6 * before.abs().max()
     assert tokenizer_of(tmp_path / "new").fingerprint == ByteTokenizer().fingerprint
     out = capsys.readouterr().out
-    assert told in out and "as bfloat16" in out
+    assert reported in out and "as bfloat16" in out
     assert command == "vocabulary" or "change by at most 0.0e+00" in out
     assert model.args != LLM.from_pretrained(source).args
 

@@ -89,7 +89,7 @@ def test_accumulation_repeats_what_is_per_micro_batch_and_nothing_else() -> None
     layout = {"tensor": 2, "expert": 2}
     one = traffic.predict(plan(4, parallel=layout, train={"micro_batch_size": 8}))
     two = traffic.predict(plan(4, parallel=layout, train={"micro_batch_size": 4}))
-    sizes_first = 2 * 2 * 4 * 8  # groups x layers x experts x bytes: who sends how much is told once a micro-batch
+    sizes_first = 2 * 2 * 4 * 8  # groups x layers x experts x bytes: who sends how much is sent once a micro-batch
     assert two["expert"]["tokens"] == one["expert"]["tokens"] + sizes_first
     assert two["tensor"]["activations"] == one["tensor"]["activations"]
     assert two["tensor"]["gradients"] == one["tensor"]["gradients"]

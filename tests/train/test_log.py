@@ -1,4 +1,4 @@
-"""What a run tells: rows of repeated steps are replaced, every sink of curves gets the same points."""
+"""What a run reports: rows of repeated steps are replaced, every sink of curves gets the same points."""
 
 import json
 import sys

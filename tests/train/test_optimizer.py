@@ -35,7 +35,7 @@ def trained(**optim: object) -> tuple[LLM, torch.optim.Optimizer]:
 
 
 def muon_describe(optimizer: torch.optim.Optimizer, flats: list[torch.Tensor], names: list[str]) -> None:
-    """Tell Muon that each flat tensor is one whole parameter."""
+    """Notify Muon that each flat tensor is one whole parameter."""
     from llm.parallel.engine.deepspeed_private import OwnedRange
 
     table = ParameterTable.of(ARGS)

@@ -124,9 +124,9 @@ def test_batches_are_read_as_rows_of_the_whole_job(tmp_path: Path) -> None:
     assert config_with(tmp_path).eval.rows == 512
     config = config_with(tmp_path, batches=3)
     assert config.eval.rows == 48
-    settled, told = settle_rows(config)
+    settled, reported = settle_rows(config)
     assert (settled.eval.rows, settled.eval.batches) == (48, None)
-    assert "3 x train.global_batch_size=16 rows" in told and "eval.rows=48" in told
+    assert "3 x train.global_batch_size=16 rows" in reported and "eval.rows=48" in reported
     assert config_with(tmp_path, batches=None).eval.rows is None, "what it meant: the whole held-out text"
     for resolved in (config, settled, config_with(tmp_path, rows=None), config_with(tmp_path, rows=5)):
         assert validate(resolved.model_dump(mode="json"), "again") == resolved

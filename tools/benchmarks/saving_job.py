@@ -37,7 +37,7 @@ from tools.benchmarks.parallel_job import batch_of
 
 Metrics = dict[str, float]
 BLOCK = 16 << 20
-"""In which reading beyond a share is told."""
+"""In which reading beyond a share is reported."""
 ALONE = 4
 """Steps of a round that nothing else runs beside."""
 BEFORE_SAVE = 2
@@ -166,7 +166,7 @@ class Bench:
         return CheckpointStore(self.folder / "ours", self.world, keep=1, keep_best=False)
 
     def _boundary(self, *flags: bool) -> list[float]:
-        """What ranks tell each other between two steps, saving or not."""
+        """What ranks exchange between two steps, saving or not."""
         return sum_over_ranks([float(flag) for flag in flags] or [0.0, 0.0], self.world)
 
     def _alone(self) -> Metrics:

@@ -64,7 +64,7 @@ class Partitioned:
 
 
 def describe(replica: Replica) -> None:
-    """Tell DeepSpeed how each parameter is cut, which ones it is to leave alone, and which one is a copy that another
+    """Notify DeepSpeed how each parameter is cut, which ones it is to leave alone, and which one is a copy that another
     rank steps on.
     """
     model, grid, table = replica.model, replica.grid, replica.table

@@ -49,8 +49,8 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[
 
 
 def mark(parameter: Tensor, tensor_parallel: bool, expert_ranks: int) -> None:
-    """Tell DeepSpeed how a parameter is cut: its gradient norm counts one that is not by the first tensor-parallel rank
-    alone, and gradients of experts are summed over the ranks that hold the same ones.
+    """Say to DeepSpeed how a parameter is cut: its gradient norm counts one that is not by the first tensor-parallel
+    rank alone, and gradients of experts are summed over the ranks that hold the same ones.
     """
     parameter.model_parallel = tensor_parallel  # type: ignore[attr-defined]
     if expert_ranks > 1:
@@ -304,7 +304,7 @@ def loss_scale_is_lowest(engine: Any) -> bool:
 
 def end_step(engine: Any) -> float:
     """After a step: the global 2-norm of its gradients, before clipping; inf where it was not applied because that was
-    not finite. fp16's loss scaler hears of a step that was.
+    not finite. fp16's loss scaler learns of a step that was.
     """
     norm, zero = float(engine.get_global_grad_norm()), engine.optimizer
     if math.isfinite(norm):

@@ -104,7 +104,7 @@ class Pipelined:
         one_or_nan = self._step.one_or_nan()
         gradients = (private.gradient(self.deepspeed, parameter) for parameter in self._replica.model.parameters())
         first = next((gradient for gradient in gradients if gradient is not None), None)
-        if first is not None:  # a stage without gradients hears of the others' in the norm
+        if first is not None:  # a stage without gradients learns the others' in the norm
             first.mul_(one_or_nan)
         self._step.before_change()  # nothing of ours comes between this and the optimizer
 

@@ -150,7 +150,7 @@ def run(main: Callable[[], None]) -> None:
     """Call `main`, then end the process: status 0, 2 after a UserError (one line), 1 after anything else (with its
     traceback).
 
-    A UserError in which all ranks agree is printed by rank 0 alone. torchrun hears of a failure through its error
+    A UserError in which all ranks agree is printed by rank 0 alone. torchrun learns of a failure through its error
     file, so that its own report repeats the line.
     """
     protect()  # what is printed must not end what is trained
@@ -169,7 +169,7 @@ def run(main: Callable[[], None]) -> None:
             _wait_for_the_end()  # rank 0 has probably found the same, and says it
         if rank == 0 or not error.agreed:
             _fail(line if rank == 0 else f"{line} ({_who(rank)})", EXIT_USER_ERROR)
-        _tell_torchrun(line)
+        _notify_torchrun(line)
         _leave(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         if rank == 0:
@@ -209,7 +209,7 @@ def end_with_torchrun() -> None:
 def _fail(line: str, status: int) -> NoReturn:
     """Say why this rank ends, to the user, to torchrun and to its peers, and end it."""
     print(line, file=sys.stderr)
-    _tell_torchrun(line)
+    _notify_torchrun(line)
     if _roll:
         _roll.failed(line.removeprefix("error: "))
     _leave(status)
@@ -228,7 +228,7 @@ def _fail_for_a_peer(error: BaseException, rank: int) -> NoReturn:
     why = met_as if reason is None else f"{reason.text}; met as {met_as}"
     line = f"error: {_who(rank)}: {why}"
     print(line, file=sys.stderr)
-    _tell_torchrun(line, met)
+    _notify_torchrun(line, met)
     if _roll:
         _roll.end_stopped()
     _leave(EXIT_FAILURE)
@@ -244,7 +244,7 @@ def _one_line(message: object) -> str:
     return " ".join(str(message).split())[:500]
 
 
-def _tell_torchrun(line: str, when: float | None = None) -> None:
+def _notify_torchrun(line: str, when: float | None = None) -> None:
     """Leave the line where torchrun looks for it; it reports the earliest failure, by whole seconds, as the cause."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:

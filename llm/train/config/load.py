@@ -97,12 +97,12 @@ def _complete_from_weights(raw: dict[str, Any], where: str) -> None:
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
     try:
-        own = args_of(source, tell=None).model_dump(mode="json")  # the run says them when it begins
+        own = args_of(source, notify=None).model_dump(mode="json")  # the run says them when it begins
         own = _with_its_head(own, model)
         groups = {key: own[key] | value for key, value in model.items() if _is_group(value) and _is_group(own.get(key))}
         raw["model"] = own | model | groups
         if "tokenizer" not in raw:
-            raw["tokenizer"] = tokenizer_config_of(source, tell=None).model_dump(mode="json")
+            raw["tokenizer"] = tokenizer_config_of(source, notify=None).model_dump(mode="json")
     except UserError as error:
         raise UserError(f"{where}: model.init_from: {error}") from None
 
