@@ -2,6 +2,8 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import yaml
 from llm import LLM, extensions
 from llm.args import ModelArgs
 from llm.args.layers import ACTIVATIONS, FFNS, POSITIONS
+from llm.checkpoint.run_folder import model_args
 from llm.cli import run_cli
 from llm.errors import UserError
 from llm.layers.feed_forwards import FeedForwardKind
@@ -126,3 +129,15 @@ def test_a_layer_has_the_feed_forward_that_a_pattern_names(monkeypatch: pytest.M
     assert model(torch.arange(6).view(2, 3)).logits.isfinite().all()  # type: ignore[union-attr]
     with pytest.raises(ValueError, match=r"unknown feed-forward \+wide; use dense, moe, none or narrow"):
         ModelArgs(dim=16, n_layers=2, n_heads=2, vocab_size=9, layer_pattern=["attn+wide"])
+
+
+def test_a_model_of_an_unknown_layer_is_refused_with_the_extensions_of_its_run() -> None:
+    model = {"dim": 64, "n_layers": 2, "n_heads": 4, "layer_pattern": ["attn", "mine"], "vocab_size": 9}
+    meta = {"config": {"model": model, "extensions": ["mine.py", "b.py"]}}
+    checkpoint: Any = SimpleNamespace(path=Path("runs/a"), meta=meta, meta_with=lambda *names: meta)
+    with pytest.raises(UserError, match=r"this version knows: .*unknown mixer 'mine'.*; its run had --extensions=mine"):
+        model_args(checkpoint)
+    del meta["config"]["extensions"]
+    with pytest.raises(UserError, match="unknown mixer") as refused:
+        model_args(checkpoint)
+    assert "--extensions" not in str(refused.value)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from llm.args import ModelArgs
@@ -31,10 +32,22 @@ def model_args(checkpoint: Checkpoint) -> ModelArgs:
         if "thresholds" in checkpoint.meta:
             model["route"] = {**model["route"], "thresholds": checkpoint.meta["thresholds"]}
         return ModelArgs.model_validate(model)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError) as error:
+        why = error.errors()[0]["msg"].removeprefix("Value error, ") if isinstance(error, ValidationError) else ""
         raise DamagedFile(
             f"{checkpoint.path / MANIFEST}: meta.config.model is no model that this version knows"
+            f"{f': {why}' if why else ''}{_had_extensions(checkpoint)}"
         ) from None
+
+
+def _had_extensions(checkpoint: Checkpoint) -> str:
+    """End of a message about a model that is not known: files that its run had, for the user to name, as nothing that
+    is read as data runs a file by itself."""
+    config = checkpoint.meta.get("config")
+    files = config.get("extensions") if isinstance(config, dict) else None
+    if not isinstance(files, list) or not files:
+        return ""
+    return f"; its run had --extensions={','.join(map(str, files))}"
 
 
 def fill_from_checkpoint(
