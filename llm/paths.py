@@ -11,6 +11,9 @@ from pydantic_core import PydanticCustomError
 from llm.errors import UserError
 
 VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
+ON_HUB = re.compile(r"[\w.-]*\w/[\w.-]*\w")
+USUAL_FOLDERS = ("runs", "models", "checkpoints", "out")
+"""That a relative path may begin with before they exist."""
 
 
 def expanded(text: str) -> str:
@@ -33,6 +36,15 @@ def expanded(text: str) -> str:
             {"name": variable[0]},
         )
     return path
+
+
+def hub_note(path: Path) -> str:
+    """What a message about a missing model goes on with where its path looks like a name on the Hugging Face hub; else
+    empty.
+    """
+    if not ON_HUB.fullmatch(str(path)) or path.parent.exists() or path.parts[0] in USUAL_FOLDERS:
+        return ""
+    return f"; models are read from folders here, and `hf download {path} --local-dir FOLDER` fetches one from the hub"
 
 
 def refuse_unwritable(folder: Path, name: str) -> None:

@@ -31,7 +31,7 @@ from llm.data.sources import SourceSpec, source_specs
 from llm.data.stream import Stream
 from llm.errors import UserError
 from llm.parallel.layout import Layout
-from llm.paths import PathText
+from llm.paths import PathText, hub_note
 from llm.train.config import RunConfig
 from llm.train.config.explain import section_of
 from llm.train.config.yaml_file import read_yaml
@@ -115,7 +115,7 @@ def _leftovers(folder: Path) -> tuple[list[str], list[str]]:
 def as_checkpoint(place: Path) -> Path:
     """The checkpoint folder meant by a checkpoint or its manifest; UserError that says what the path is instead."""
     if not place.exists():
-        raise UserError(f"{place}: no such file or folder")
+        raise UserError(f"{place}: no such file or folder{hub_note(place)}")
     folder = place if place.is_dir() else place.parent
     if (folder / SHARDS).is_dir():
         raise UserError(f"{place}: is a source of token shards; lattice shard check {folder} verifies it")

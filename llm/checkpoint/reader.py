@@ -20,6 +20,7 @@ from llm.checkpoint.assemble import Wanted, fill
 from llm.checkpoint.fragments import DTYPES, VERSION, FileRecord, Fragment, digest
 from llm.checkpoint.intersect import Part
 from llm.errors import DamagedFile, UserError
+from llm.paths import hub_note
 from llm.shipped import made_by
 
 FORMAT = "lattice-checkpoint"
@@ -260,7 +261,7 @@ def resolve(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder{made_by(path)}")
+        raise UserError(f"{path}: no such file or folder{made_by(path) or hub_note(path)}")
     if os.path.lexists(path / MANIFEST) or path.name.startswith("step_"):
         return Checkpoint.open(path)
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path

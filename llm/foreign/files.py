@@ -24,6 +24,7 @@ from llm.foreign.stored import Stored, StoredComputed
 from llm.foreign.transforms import BoxPair, Shape
 from llm.foreign.weight_files import WeightFiles, hugging_face_files, meta_files, read_json
 from llm.parameters import ParameterTable
+from llm.paths import hub_note
 from llm.safetensors_file import DTYPES
 
 LLAMA4_KEYS = {"moe_args", "use_qk_norm", "nope_layer_interval", "attention_chunk_size", "attn_temperature_tuning"}
@@ -112,7 +113,7 @@ def open_foreign(
     or config and tensors do not fit together, or it reads more than text and that is not asked for.
     """
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder")
+        raise UserError(f"{path}: no such folder{hub_note(path)}")
     notes: list[str] = []
     if (path / "config.json").is_file():
         file = path / "config.json"

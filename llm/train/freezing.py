@@ -13,6 +13,11 @@ from llm.train.config import RunConfig
 
 NEAREST = 3
 """Names that a line proposes."""
+ELSEWHERE = {
+    "q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo", "gate_proj": "w1", "up_proj": "w3",
+    "down_proj": "w2", "embed_tokens": "tok_embeddings", "lm_head": "output",
+}  # fmt: skip
+"""What transformers and PEFT call a weight -> its name here."""
 
 
 def parameter_table(config: RunConfig) -> ParameterTable:
@@ -43,7 +48,10 @@ def check_targets(args: ModelArgs, lora: LoraArgs) -> None:
     possible = dict.fromkeys(target_of(name) for name in adapters_in(ParameterTable.of(everything)))
     for target in lora.targets or ():
         if target not in possible:
-            raise UserError(f"lora.targets: no weight of this model is named {target!r}; it has {', '.join(possible)}")
+            ours = f", which is {ELSEWHERE[target]} here" if target in ELSEWHERE else ""
+            raise UserError(
+                f"lora.targets: no weight of this model is named {target!r}{ours}; it has {', '.join(possible)}"
+            )
     if lora.token_rows is not None and lora.token_rows[1] > args.vocab_size:
         raise UserError(f"lora.token_rows={list(lora.token_rows)}: the vocabulary has {args.vocab_size:,} tokens")
     if not adapters_in(ParameterTable.of(args)):

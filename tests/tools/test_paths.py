@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from llm.checkpoint.reader import resolve
 from llm.cli import bind
 from llm.errors import UserError
 from llm.jobs.generate import continue_prompt
@@ -77,3 +78,17 @@ def test_a_folder_that_cannot_be_made_is_said_before_the_work(tmp_path: Path) ->
     ):
         with pytest.raises(UserError, match="file: Not a directory; .*dst is to be there"):
             call()
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [("meta-llama/Llama-3.2-1B", True), ("runs/mine", False), ("there/mine", False), ("mine", False), ("/a/b", False)],
+)
+def test_a_missing_model_that_is_named_as_on_the_hub_is_to_be_fetched_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, where: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match="no such file or folder") as refused:
+        resolve(name)
+    assert (f"`hf download {name} --local-dir FOLDER`" in str(refused.value)) is where

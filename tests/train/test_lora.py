@@ -52,6 +52,11 @@ def test_a_target_that_names_nothing_is_refused_also_among_good_ones(targets: An
         parameter_table(config({"targets": targets}, **model))
 
 
+def test_a_target_by_its_name_elsewhere_is_refused_with_its_name_here() -> None:
+    with pytest.raises(UserError, match=r"^lora\.targets: no weight .* named 'o_proj', which is wo here; it has .*wo"):
+        parameter_table(config({"targets": ["wq", "o_proj"]}))
+
+
 VISION = {"image_size": 8, "patch_size": 2, "dim": 16, "n_layers": 2, "n_heads": 2, "output_dim": 16,
           "patch_token_id": 63}  # fmt: skip
 
