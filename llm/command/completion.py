@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 from llm.cli import run_cli
+from llm.command import source
 from llm.command.help import flags_of
-from llm.command.table import COMMANDS
+from llm.command.table import COMMANDS, RUN_KEYS
 from llm.shipped import short_names
 
 Shell = Literal["bash", "zsh", "fish"]
@@ -24,13 +25,15 @@ def completion(shell: Shell) -> None:
 
 
 def words_of() -> dict[str, tuple[list[str], list[str]]]:
-    """(words that may come first, flags) of each subcommand."""
+    """(words that may come first, flags and config keys) of each subcommand."""
     found = {}
     for command in COMMANDS:
         first = [word for word in command.described if word]
         if command.name == "completion":
             first = ["bash", "zsh", "fish"]
-        found[command.name] = (first, [f"--{name}" for name in dict.fromkeys([*flags_of(command), "help"])])
+        keys = [key.name for key in source.keys(RUN_KEYS)] if command.keys else []
+        names = dict.fromkeys([*flags_of(command), *keys, "help"])
+        found[command.name] = (first, [f"--{name}" for name in names])
     return found
 
 

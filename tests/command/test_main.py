@@ -89,17 +89,20 @@ def test_completion_has_every_command_and_flag(shell: "object") -> None:
         assert all(flag.removeprefix("--") in text for flag in flags)
 
 
-def test_bash_completes_a_command_and_a_flag(tmp_path: Path) -> None:
+def test_bash_completes_commands_flags_configs_and_keys(tmp_path: Path) -> None:
     script = tmp_path / "completion.bash"
     script.write_text(completion.bash())
     program = (
         f"source {script}; COMP_WORDS=(lattice surg); COMP_CWORD=1; _lattice; echo ${{COMPREPLY[@]}}; "
         "COMP_WORDS=(lattice train --replay); COMP_CWORD=2; _lattice; echo ${COMPREPLY[@]}; "
         "COMP_WORDS=(lattice quickstart pre); COMP_CWORD=2; _lattice; echo ${COMPREPLY[@]}; "
-        "COMP_WORDS=(lattice train --config quickstart_); COMP_CWORD=3; _lattice; echo ${COMPREPLY[@]}"
+        "COMP_WORDS=(lattice train --config quickstart_); COMP_CWORD=3; _lattice; echo ${COMPREPLY[@]}; "
+        "COMP_WORDS=(lattice finetune --optim.weight_); COMP_CWORD=2; _lattice; echo ${COMPREPLY[@]}"
     )
     done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, cwd=tmp_path)
-    assert done.stdout.split() == ["surgery", "--replay_step", "prepare", "quickstart_long"], done.stderr
+    assert done.stdout.split() == [
+        "surgery", "--replay_step", "prepare", "quickstart_long", "--optim.weight_decay",
+    ], done.stderr  # fmt: skip
 
 
 def test_a_config_is_found_by_name_and_the_users_own_goes_first(
