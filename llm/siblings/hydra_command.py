@@ -26,7 +26,7 @@ from llm.paths import PathText
 from llm.siblings.hydra_config import ModelType, TrainConfig, default_config, read_config
 from llm.siblings.hydra_data import data_folder, tokenizer_of
 from llm.siblings.hydra_model import create_model
-from llm.siblings.hydra_train import EpochTrainer, raw_config
+from llm.siblings.hydra_train import EpochTrainer, epochs_done, raw_config, rows_at_once
 from llm.tokenizer import load_tokenizer
 from llm.train.config import RunConfig, check_layout
 from llm.train.config.load import load_config, validate
@@ -128,11 +128,12 @@ def resume(
     last = list_steps(run / "checkpoints")[0][0]
     if going_on and checkpoint is not None and found.step != last:
         raise UserError(f"{given}: its run has gone on to step {last}; give --output_dir to go on from here elsewhere")
-    done = found.step // int(found.meta_with("config")["config"]["eval"]["interval"])
+    done = epochs_done(found)
 
     def made(ranks: int) -> tuple[dict[str, Any], list[str]]:
         raw = load_config(run / "config.yaml", {}).model_dump(mode="json", exclude_unset=True)
-        raw["train"] = {**raw["train"], "epochs": done + num_epochs, "steps": None}
+        at_once = rows_at_once(int(raw["train"]["global_batch_size"]), ranks)
+        raw["train"] |= {"epochs": done + num_epochs, "steps": None, "micro_batch_size": at_once}
         raw["checkpoint"] = {**raw["checkpoint"], "resume": "auto" if going_on else str(found.path)}
         return raw, [f"{found.path}: {done} epochs; {num_epochs} more"]
 

@@ -7,7 +7,8 @@ builds states from ever shorter streams.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
@@ -105,7 +106,12 @@ class TrainConfig:
             value: Any = getattr(self, one.name)
             kind: Any = type(one.default)
             if one.name in FREE:
+                if not FREE[one.name](value):
+                    raise ValueError(f"{one.name}={value!r}: expected {FREE_KINDS[one.name]}")
                 continue
+            if kind is float and isinstance(value, str) and EXPONENT.fullmatch(value):
+                value = float(value)
+                setattr(self, one.name, value)
             if type(value) is not kind and not (kind is float and type(value) is int):
                 raise ValueError(f"{one.name}={value!r}: expected {KINDS[kind]}")
             if kind in (int, float) and (value < 0 or (value == 0 and one.name not in MAY_BE_0)):
@@ -137,7 +143,18 @@ class TrainConfig:
         return [item.strip() for item in said.split(",")] if isinstance(said, str) else list(said)
 
 
-FREE = ("layer_pattern", "dataset_config")
+def _is_pattern(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+
+
+FREE: dict[str, Callable[[object], bool]] = {
+    "layer_pattern": _is_pattern,
+    "dataset_config": lambda value: value is None or isinstance(value, str),
+}
+"""Keys of several types, and whether a value is of one of them."""
+FREE_KINDS = {"layer_pattern": "text, or a list of texts", "dataset_config": "text"}
+EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+"""A number that YAML takes for text, for want of a point (3e-4) or of a sign."""
 MAY_BE_0 = ("num_workers", "dropout", "weight_decay", "grad_clip")
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 OURS = {

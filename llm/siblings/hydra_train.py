@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.atomic import write_file
+from llm.checkpoint.reader import Checkpoint, list_steps
 from llm.errors import UserError
 from llm.parallel.collectives import main_decides
 from llm.siblings.hydra_config import AT_ONCE, ModelType, TrainConfig
@@ -49,7 +50,7 @@ def raw_config(
         "train": {
             "epochs": config.num_epochs,
             "global_batch_size": config.batch_size,
-            "micro_batch_size": _at_once(config.batch_size, ranks),
+            "micro_batch_size": rows_at_once(config.batch_size, ranks),
             "seq_len": config.max_length,
             "precision": "auto" if config.use_mixed_precision else "fp32",
         },
@@ -63,7 +64,7 @@ def raw_config(
     return raw
 
 
-def _at_once(batch_size: int, ranks: int) -> int:
+def rows_at_once(batch_size: int, ranks: int) -> int:
     """Rows of a forward: as many as divide the batch of a process, at most AT_ONCE."""
     of_each = max(batch_size // ranks, 1)
     return max(n for n in range(1, min(of_each, AT_ONCE) + 1) if of_each % n == 0)
@@ -76,18 +77,30 @@ class EpochTrainer(Trainer):
         self, row: dict[str, Any], log: RunLog | None, notes: list[str], requests: Requests
     ) -> str | None:
         end = super()._after_step(row, log, notes, requests)
-        if self._is_due(self.run.config.eval.interval):
+        if self._is_due(0):
             self.saver.save_and_finish(log, last=end is not None)
             failed = main_decides(lambda: self._close_epoch(row, log), self.run.world)
             if failed:
                 raise UserError(failed)
         return end
 
+    def _is_due(self, interval: int) -> bool:
+        """Whether the last step ended a pass, or the run. No interval says it: where the batch does not divide the
+        rows, passes have not all as many steps."""
+        batch = self.run.config.train.global_batch_size
+        return self.progress.step == self.run.steps or self._passes() > self._passes(batch)
+
+    def _passes(self, before: int = 0) -> int:
+        """Whole passes over the training rows, of those that the run is to make; so many rows before its place."""
+        done = (self.progress.consumed_rows - before) // self.run.mixture.n_rows
+        return done if self.run.epochs is None else min(done, int(self.run.epochs))
+
     def _close_epoch(self, row: Mapping[str, Any], log: RunLog | None) -> str | None:
         """Write down what an epoch was, on the main process; why that failed, in a line."""
-        step, interval = self.progress.step, self.run.config.eval.interval
-        epoch = max(round(step / interval) - 1, 0)
-        said = summary(self.run.folder, epoch, step - interval, row)
+        step, n_rows, batch = self.progress.step, self.run.mixture.n_rows, self.run.config.train.global_batch_size
+        epoch = max(self._passes() - 1, 0)
+        steps_of_it = self.progress.consumed_rows // batch - -(-epoch * n_rows // batch)
+        said = summary(self.run.folder, epoch, step - steps_of_it, row)
         try:
             target = self.run.store.path(step)
             write_file(target / EPOCH, (json.dumps(said, indent=1) + "\n").encode())
@@ -98,6 +111,16 @@ class EpochTrainer(Trainer):
         if log:
             log.say(shown(said))
         return None
+
+
+def epochs_done(found: Checkpoint) -> int:
+    """Epochs that were closed at a checkpoint or before it, in its run or the one that this goes on from."""
+    run = found.path.resolve().parents[1]
+    for step, path in sorted(list_steps(run / "checkpoints"), reverse=True):
+        if step <= found.step and (path / EPOCH).is_file():
+            return int(json.loads((path / EPOCH).read_text())["epoch"]) + 1
+    began = Path(found.meta_with("config")["config"]["checkpoint"]["resume"])
+    return epochs_done(Checkpoint.open(began.resolve())) if (began / "manifest.json").is_file() else 0
 
 
 def summary(folder: Path, epoch: int, after: int, last: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from llm import LLM
 from llm.errors import UserError
 from llm.siblings.hydra import ModelType, TrainConfig, create_model, default_config, read_config
 from llm.siblings.hydra_data import data_folder, tokenizer_of
-from llm.siblings.hydra_train import raw_config, shown, summary
+from llm.siblings.hydra_train import EpochTrainer, epochs_done, raw_config, shown, summary
 from llm.tokenizer import TokenizerConfig
 from llm.train.config.load import validate
 from tests.distributed.harness import metrics, without_timing
@@ -209,3 +210,49 @@ def test_the_newest_whole_checkpoint_goes_on_and_a_damaged_one_is_skipped_by_nam
     more = command(tmp_path, "resume", "--checkpoint_dir", "out", "--num_epochs", "2")
     assert more.returncode == 0, more.stderr
     assert "skipped" in more.stdout and "1 epochs; 2 more" in more.stdout and "EPOCH 2 SUMMARY" in more.stdout
+
+
+def at_step(step: int, n_rows: int, batch: int, epochs: int) -> EpochTrainer:
+    """A trainer that stands after so many steps of a run, with nothing else of one."""
+    trainer = object.__new__(EpochTrainer)
+    train = SimpleNamespace(global_batch_size=batch)
+    trainer.run = cast(Any, SimpleNamespace(
+        config=SimpleNamespace(train=train), epochs=epochs, steps=-(-epochs * n_rows // batch),
+        mixture=SimpleNamespace(n_rows=n_rows),
+    ))  # fmt: skip
+    trainer.progress = cast(Any, SimpleNamespace(step=step, consumed_rows=step * batch))
+    return trainer
+
+
+@pytest.mark.parametrize(("n_rows", "batch", "epochs"), [(92, 8, 30), (24, 4, 3), (5, 8, 4), (9, 8, 20)])
+def test_an_epoch_ends_where_the_step_is_that_ends_its_pass(n_rows: int, batch: int, epochs: int) -> None:
+    """Also where the batch does not divide the rows: 12 steps for each would end the 24th of 30 epochs in the 25th."""
+    last = -(-epochs * n_rows // batch)
+    ends = [step for step in range(1, last + 1) if at_step(step, n_rows, batch, epochs)._is_due(0)]
+    assert ends == sorted({-(-epoch * n_rows // batch) for epoch in range(1, epochs + 1)})
+    assert at_step(last, n_rows, batch, epochs)._passes() == epochs
+
+
+def test_a_resume_counts_the_epochs_that_were_closed(tmp_path: Path) -> None:
+    """In a run, of a checkpoint in the middle of one, and of a run that goes on from another one elsewhere."""
+
+    def checkpoint(run: str, step: int, epoch: int | None, resume: str = "auto") -> Any:
+        path = tmp_path / run / "checkpoints" / f"step_{step:08}"
+        path.mkdir(parents=True)
+        if epoch is not None:
+            (path / "epoch.json").write_text(json.dumps({"epoch": epoch}))
+        config = {"config": {"checkpoint": {"resume": resume}}}
+        return SimpleNamespace(path=path, step=step, meta_with=lambda key: config)
+
+    first, middle, second = checkpoint("a", 12, 0), checkpoint("a", 20, None), checkpoint("a", 23, 1)
+    assert [epochs_done(one) for one in (first, middle, second)] == [1, 1, 2]
+    assert epochs_done(checkpoint("b", 3, None)) == 0
+
+
+def test_numbers_and_patterns_of_a_yaml_are_read_or_refused_by_key() -> None:
+    assert TrainConfig(**{"learning_rate": "3e-4"}).learning_rate == 3e-4  # what YAML makes of it, for want of a point
+    for key, value in (("layer_pattern", 5), ("layer_pattern", None), ("layer_pattern", ["ssm", 5])):
+        with pytest.raises(ValueError, match=r"layer_pattern=.*: expected text, or a list of texts"):
+            TrainConfig(**{key: value})
+    with pytest.raises(ValueError, match="dataset_config=2024: expected text"):
+        TrainConfig(**{"dataset_config": 2024})
