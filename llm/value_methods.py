@@ -63,9 +63,11 @@ class ValueMethods(nn.Module):
         rows_BTF = given if given.ndim == 3 else given[None]
         steps = rows_BTF.shape[1] + n - 1  # the last one is not read
         if steps > args.max_seq_len:
+            fewer = args.max_seq_len - rows_BTF.shape[1] + 1
             raise ValueError(
                 f"{rows_BTF.shape[1]} steps and {n} more are too many for the context of {args.max_seq_len} "
-                f"(model.max_seq_len); give at most {max(args.max_seq_len - n + 1, 0)}"
+                f"(model.max_seq_len); "
+                + (f"after so many it gives {fewer} at most" if fewer > 0 else "give fewer steps")
             )
         cache, made, trained = Cache(args, steps), [], self.training
         self.eval()

@@ -28,6 +28,7 @@ from llm.checkpoint.fragments import DTYPES
 from llm.checkpoint.run_folder import load_checkpoint
 from llm.checkpoint.weights import CheckpointWeights
 from llm.cli import HELP, run_cli
+from llm.datatypes import TransformerInput
 from llm.errors import UserError
 from llm.foreign.files import is_foreign, open_foreign
 from llm.paths import PathText, check_free
@@ -163,8 +164,9 @@ def _operate(
     for key, old, new in _changes(before.args, new_args):
         print(f"{key}: {old} -> {new}")
     print(f"parameters: {_count(before):,} -> {_count(after):,}, as {str(chosen).removeprefix('torch.')}")
+    what, read = ("logits", "tokens") if before.args.input_dim is None else ("outputs", "steps")
     print(
-        f"logits of {PROBE_TOKENS} random tokens change by at most {change:.1e}, the largest being {largest:.3g}"
+        f"{what} of {PROBE_TOKENS} random {read} change by at most {change:.1e}, the largest being {largest:.3g}"
         + ("" if note is None else f"; {note}")
     )
 
@@ -184,11 +186,20 @@ def _tokenizer(src: str) -> Tokenizer | None:
 
 
 def _difference(before: LLM, after: LLM) -> tuple[float, float]:
-    """Largest change of a logit of an old token, and the largest logit."""
-    vocab_size = before.args.vocab_size
-    row = torch.randint(vocab_size, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+    """Largest change of a logit of an old token, and the largest logit; of a model of values, of an output in the units
+    of the data. An encoder-decoder reads the tokens on both sides."""
+    args, noise = before.args, torch.Generator().manual_seed(0)
     with torch.no_grad():
-        expected, found = (model(row).logits[..., :vocab_size] for model in (before, after))
+        if args.input_dim is not None:
+            features = torch.randn((1, PROBE_TOKENS, args.input_dim), generator=noise)
+            read = TransformerInput.of_features(features)
+            expected, found = (model(read).outputs for model in (before, after))
+        else:
+            row = torch.randint(args.vocab_size, (1, PROBE_TOKENS), generator=noise)
+            if args.vision is not None:  # a slot would ask for a picture
+                row[row == args.vision.patch_token_id] = (args.vision.patch_token_id + 1) % args.vocab_size
+            read = TransformerInput(row, source=TransformerInput(row) if args.encoder_layers else None)
+            expected, found = (model(read).logits[..., : args.vocab_size] for model in (before, after))
     return float((found - expected).abs().max()), float(expected.abs().max())
 
 

@@ -18,10 +18,10 @@ LARGEST = float(np.finfo(np.float32).max)
 Floats = NDArray[np.float32]
 
 
-def values_of(value: Any, name: str, width: int) -> Floats:
+def values_of(value: Any, name: str, width: int, columns: Sequence[str] = ()) -> Floats:
     """(n, F) float32 of what a row has: a list of lists of F numbers; a list of numbers, which are a position each
     where F is 1, and else one position; or a single number. UserError saying what is wrong with it, `name` being its
-    column.
+    column. columns: what the items of the list are called, where each was a cell of its own.
     """
     if isinstance(value, np.ndarray):
         return value
@@ -36,7 +36,7 @@ def values_of(value: Any, name: str, width: int) -> Floats:
                 f"its {name} has {len(value)} numbers, and model.input_dim={width}: give so many, or a list of lists "
                 f"of so many"
             )
-        return _numbers(value, f"its {name}").reshape(-1, width)
+        return _numbers(value, f"its {name}", columns).reshape(-1, width)
     for place, (inner, is_list) in enumerate(zip(value, nested, strict=True), 1):
         if not is_list:
             raise UserError(f"its {name}: position {place} is {shown_value(inner)}, where a list of numbers must be")
@@ -46,24 +46,33 @@ def values_of(value: Any, name: str, width: int) -> Floats:
     return np.stack(rows)
 
 
-def _numbers(values: Sequence[Any], where: str) -> Floats:
-    """(n,) of so many numbers, or texts of them. UserError naming the first that is none."""
+def _numbers(values: Sequence[Any], where: str, columns: Sequence[str] = ()) -> Floats:
+    """(n,) of so many numbers, or texts of them. UserError naming the first that is none, by its column if it has one.
+    """
     if {type(value) for value in values} <= {int, float}:
         try:
-            found = np.array(values, dtype=np.float64)
+            whole = np.array(values, dtype=np.float64)
         except OverflowError:
-            found = np.array([math.inf])
-        if bool((np.abs(found) <= LARGEST).all()):
-            return found.astype(np.float32)
-    return np.array([_number(value, where, place) for place, value in enumerate(values, 1)], dtype=np.float32)
+            whole = np.array([math.inf])
+        if bool((np.abs(whole) <= LARGEST).all()):
+            return whole.astype(np.float32)
+    found = np.empty(len(values), dtype=np.float32)
+    for place, value in enumerate(values):
+        try:
+            found[place] = _number(value)
+        except ValueError as error:
+            name = f"its {columns[place]}" if columns else f"{where}: number {place + 1}"
+            raise UserError(f"{name} is {error}") from None
+    return found
 
 
-def _number(value: Any, where: str, place: int) -> float:
+def _number(value: Any) -> float:
+    """ValueError with what it is instead."""
     if is_missing(value):
-        raise UserError(f"{where}: number {place} is missing ({'nan' if value is not None else 'null'})")
+        raise ValueError(f"missing ({'nan' if value is not None else 'null'})")
     if isinstance(value, list | dict):
-        raise UserError(f"{where}: number {place} is {called(value)}, where a number must be")
+        raise ValueError(f"{called(value)}, where a number must be")
     try:
         return finite(value)
     except ValueError as error:
-        raise UserError(f"{where}: number {place} is {shown_value(value)}, {error}") from None
+        raise ValueError(f"{shown_value(value)}, {error}") from None

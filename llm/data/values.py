@@ -158,7 +158,8 @@ def _features(row: Any, columns: str | list[str], width: int) -> Floats:
             raise UserError(f"has no column {column!r} for its values (see columns); it has {columns_of(row)}")
     if isinstance(columns, str):
         return values_of(row[columns], columns, width)
-    return values_of([row[column] for column in columns], " and ".join([columns[0], *columns[-1:]]), width)
+    name = columns[0] if len(columns) == 1 else f"columns {columns[0]} to {columns[-1]}"
+    return values_of([row[column] for column in columns], name, width, columns)
 
 
 def _sample(features: Floats, weights: Floats, labels: Floats | None = None) -> Sample:

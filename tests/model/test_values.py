@@ -174,7 +174,7 @@ def test_predictions_of_rows_are_outputs_and_pooled_outputs_in_the_units_of_the_
         (dict(output_dim=3), [[1.0, 2.0, float("nan")]], 2, "values must be finite"),
         (dict(output_dim=3), [[1.0, 2.0, 3.0], [1.0]], 2, "values are no rows of as many numbers each"),
         (dict(output_dim=3), values(4, 3), 0, "n=0: must be a whole number of steps"),
-        (dict(output_dim=3, max_seq_len=8), values(4, 3), 6, "too many for the context of 8 .* give at most 3"),
+        (dict(output_dim=3, max_seq_len=8), values(4, 3), 6, "too many for the context of 8 .* it gives 5 at most"),
         (dict(output_dim=None, vocab_size=5), values(4, 3), 2, "model.output_dim is not set"),
         (dict(input_dim=None, output_dim=None, vocab_size=5), values(4, 3), 2, "model.input_dim is not set"),
     ],

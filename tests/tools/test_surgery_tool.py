@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm import LLM
+from llm import LLM, ModelArgs
 from llm.pretrained import tokenizer_of
 from llm.tokenizer import ByteTokenizer
 from tests.model.models import llama4
@@ -48,6 +48,30 @@ def test_the_folder_written_holds_the_same_function(command, flags, reported, so
     assert reported in out and "as bfloat16" in out
     assert command == "vocabulary" or "change by at most 0.0e+00" in out
     assert model.args != LLM.from_pretrained(source).args
+
+
+@pytest.mark.parametrize(
+    ("changes", "reported"),
+    [
+        ({"vocab_size": 11, "encoder_layers": 1}, "logits of 64 random tokens"),
+        ({"input_dim": 3, "output_dim": 2}, "outputs of 64 random steps"),
+        (
+            {
+                "vocab_size": 11,  # the token of a slot is surely among 64 random ones
+                "vision": {
+                    "image_size": 8, "patch_size": 2, "dim": 8, "n_layers": 1, "n_heads": 2, "output_dim": 8,
+                    "patch_token_id": 3,
+                },
+            },
+            "logits of 64 random tokens",
+        ),
+    ],
+    ids=["encoder", "values", "vision"],
+)  # fmt: skip
+def test_models_that_read_more_than_tokens_are_compared_too(changes, reported, tmp_path, capsys):
+    LLM(ModelArgs(dim=8, n_layers=2, n_heads=2, max_seq_len=64, **changes)).save_pretrained(tmp_path / "old")
+    main(["deepen", str(tmp_path / "old"), str(tmp_path / "new"), "--n_layers=4"])
+    assert f"{reported} change by at most 0.0e+00" in capsys.readouterr().out
 
 
 def test_flags_of_a_mixture_arrive(source, tmp_path):
