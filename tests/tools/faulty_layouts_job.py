@@ -2,7 +2,12 @@
 the gradient where tensor parallelism should sum it, and expert parallelism fails.
 """
 
+import sys
+from pathlib import Path
 from typing import Any
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from llm.parallel import build
 from llm.parallel.engine import partial_gradients
