@@ -19,6 +19,7 @@ from torch import Tensor
 from llm.args import LayerSpec, ModelArgs, MoEArgs
 from llm.args.layers import attention_specs
 from llm.errors import UserError
+from llm.layers.routed import thresholds_of
 from llm.model import LLM
 from llm.parameters import ParameterTable
 
@@ -195,8 +196,14 @@ def deepen(
     changes: dict[str, Any] = {"n_layers": n_layers}
     if args.moe is not None:
         changes["moe"] = args.moe.model_dump() | {"dense_layers": [new_of_old[i] for i in args.moe.dense_layers]}
+    if args.route is not None:  # those of the new layers are set when it is known of which these are copies
+        changes["route"] = args.route.model_dump() | {"thresholds": None}
     new = _changed(args, **changes)
     old_kinds, new_kinds = _kinds(args), _kinds(new)
+    new = _with_thresholds(args, new, [
+        source if source is not None else _twin(place, old_of_new, old_kinds, new_kinds[place])
+        for place, source in enumerate(old_of_new)
+    ])  # fmt: skip
     assert all(old_kinds[old] == new_kinds[place] for old, place in new_of_old.items())
 
     made = {name: tensor for name, tensor in state.items() if not name.startswith("layers.")}
@@ -219,6 +226,17 @@ def deepen(
             made[name] = _drawn(new, name, shape, seed, state["tok_embeddings.weight"])
     _check(new, made)
     return new, made
+
+
+def _with_thresholds(old: ModelArgs, new: ModelArgs, source_of: list[int | None]) -> ModelArgs:
+    """`new` with the thresholds of its routed layers, where they are known of `old`: each layer has that of its source,
+    one without a source 0, as in a new model."""
+    known = thresholds_of(old)
+    if not known or new.route is None:
+        return new
+    routed = [source for source, spec in zip(source_of, new.layer_specs(), strict=True) if spec.mixer.name == "routed"]
+    thresholds = tuple(0.0 if source is None else known[source] for source in routed)
+    return _changed(new, route=new.route.model_dump() | {"thresholds": thresholds})
 
 
 def _silent(args: ModelArgs, name: str) -> float | None:

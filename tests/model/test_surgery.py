@@ -228,6 +228,15 @@ def test_layers_in_between_that_would_change_old_ones_are_refused():
         deepen(before.args, before.state_dict(), 8, "middle")
 
 
+@pytest.mark.parametrize(("where", "expected"), [("spread", (0.3, 0.3, -0.2, -0.2)), ("end", (0.3, -0.2, -0.2, -0.2))])
+def test_new_routed_layers_have_the_thresholds_of_those_they_are_copies_of(where, expected):
+    routed = PLAIN | dict(layer_pattern=["ssm", "routed"], ssm={"head_width": 16})
+    before = trained(**routed, route={"thresholds": [0.3, -0.2], "max_rate": 1.0})
+    args, state = deepen(before.args, before.state_dict(), 8, where)
+    assert args.route is not None and args.route.thresholds == expected
+    assert torch.equal(logits(before), logits(build(args, state)))
+
+
 def test_a_layer_of_a_new_kind_is_drawn():
     before = llama4(n_layers=3)
     after = build(*deepen(before.args, before.state_dict(), 4, "end", seed=8))
