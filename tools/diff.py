@@ -28,6 +28,8 @@ TIMING = frozenset(
     ("tokens_per_s", "tokens_per_s_per_device", "step_time_s", "data_wait_s", "memory_gb", "mfu", "step")
 )
 """What depends on the clock and the machine; and the step, by which rows are found."""
+OF_RANKS = frozenset(("expert_rank_load", "tile_imbalance", "tile_imbalance_in_order"))
+"""How evenly the work of a step lay on its ranks, which another layout changes."""
 FP32_RTOL, BF16_RTOL = 1e-5, 1e-2
 GRADIENT_SLACK = 10
 """Gradients of queries and keys are the small rest of what cancels in the backward of the softmax: two sound float32
@@ -88,7 +90,8 @@ def diff(run_a: PathText, run_b: PathText, rtol: float | None = None, metrics: l
     run_b: the run folder to set beside it
     rtol: largest relative difference that counts as equal; default: none for the same layout and precision, else 1e-5
         (fp32) or 1e-2 (bf16, fp16)
-    metrics: names in metrics.jsonl to compare, separated by commas; default: all but times and memory
+    metrics: names in metrics.jsonl to compare, separated by commas; default: all but times and memory, and
+        between layouts how evenly their ranks were loaded
     """
     if rtol is not None and not (math.isfinite(rtol) and rtol >= 0):
         raise UserError(f"--rtol={rtol}: expected a number from 0 up")
@@ -108,6 +111,8 @@ def diff(run_a: PathText, run_b: PathText, rtol: float | None = None, metrics: l
         rtol, why = default_rtol(a, b, reasons)
     else:
         why = "--rtol"
+    if reasons and metrics is None:
+        names = [name for name in names if name not in OF_RANKS]
     print(f"compared {'bit by bit' if rtol == 0 else f'to within {rtol:g}'} ({why}): {', '.join(names)}")
     metrics_part = compare_metrics(a, b, common, names, rtol)
     trace_parts = compare_traces(a, b, rtol, metrics_part)

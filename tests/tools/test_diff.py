@@ -69,6 +69,16 @@ def test_equal_runs_agree_whatever_the_clock_says(tmp_path: Path, capsys: pytest
     assert "all 2 common step(s), 1-2, agree" in out and "all tensors of step(s) 1-2 agree" in out
 
 
+def test_how_even_the_ranks_were_is_compared_within_a_layout_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = write(tmp_path / "a", [row(1, expert_rank_load=1.0, tile_imbalance=1.0)])
+    for ranks, status in ((1, 1), (2, 0)):
+        b = write(tmp_path / f"b{ranks}", [row(1, ranks, expert_rank_load=1.9, tile_imbalance=1.1)])
+        assert compare(a, b, capsys)[0] == status
+    assert compare(a, b, capsys, metrics=["tile_imbalance"])[0] == 1
+
+
 def test_the_first_step_and_its_metrics_are_named_with_both_values(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
