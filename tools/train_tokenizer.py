@@ -91,6 +91,7 @@ def train(
         character_coverage=character_coverage,
         max_bytes=max_bytes,
         threads=threads,
+        name=f"--input={','.join(map(str, input))}",
     )
     _print_found(input, listings, inventory)
     write_file(Path(output), model)

@@ -59,7 +59,9 @@ def choose_family(args: ModelArgs, format: str, name: str | None = None) -> Fami
             reasons.append(str(error))
             continue
         return known[key]
-    raise UserError(f"no family of format {format} can say what this model is; the nearest: {min(reasons, key=len)}")
+    # what is wrong in a config that was only written to be compared is of no key that the user has given
+    of_keys = [reason for reason in reasons if not reason.startswith("config.json")] or reasons
+    raise UserError(f"no family of format {format} can say what this model is; the nearest: {min(of_keys, key=len)}")
 
 
 def fitting_family(args: ModelArgs, format: str, came_from: str | None) -> Family:

@@ -80,12 +80,12 @@ def trained(train: TrainConfig, vocab_size: int | None) -> tuple[TokenizerConfig
 
 def _trained(train: TrainConfig, wanted: int) -> bytes:
     try:
-        return train_sentencepiece(_texts(train), wanted)
+        return train_sentencepiece(_texts(train), wanted, name=train.train_path)
     except UserError as error:
         most = re.search(r"Please set it to a value <= (\d+)", str(error))
         if most is None or int(most[1]) >= wanted:
             raise
-        return train_sentencepiece(_texts(train), int(most[1]))
+        return train_sentencepiece(_texts(train), int(most[1]), name=train.train_path)
 
 
 def _texts(train: TrainConfig) -> Iterator[str]:

@@ -21,6 +21,7 @@ def train_sentencepiece(
     character_coverage: float = 0.9999,
     max_bytes: int = 100_000_000,
     threads: int = 1,
+    name: str = "the text",
 ) -> bytes:
     """Train a lossless SentencePiece model; returns the content of its .model file.
 
@@ -31,13 +32,14 @@ def train_sentencepiece(
         character_coverage: share of the text's characters that get a piece of their own; the others are written in
             bytes.
         max_bytes: text beyond this is sampled, evenly and repeatably.
+        name: of the text in an error.
 
     UserError when SentencePiece refuses (too little text for the vocabulary, ...).
     """
     output = io.BytesIO()
     sample = _sample(_chunks(texts), max(1, max_bytes // CHUNK_CHARACTERS))
     if not sample:
-        raise UserError("the text is empty, so there is nothing to train a tokenizer on")
+        raise UserError(f"{name} is empty, so there is nothing to train a tokenizer on")
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(sample),

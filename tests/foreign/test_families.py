@@ -412,3 +412,11 @@ UNSAYABLE = dict.fromkeys(CONFIGS, frozenset[str]()) | {
     "gpt_neox": frozenset({"wide heads"}), "mamba2": frozenset({"wide heads", "linear"}),
     "nemotron_h": frozenset({"theta", "linear", "tied"}),
 }  # fmt: skip
+
+
+def test_a_refused_model_is_refused_by_a_key_of_its_own() -> None:
+    """Not by what is wrong in a config that was only written to be compared."""
+    ssm = {"d_state": 16, "head_width": 16}
+    args = ModelArgs(dim=32, n_layers=4, n_heads=4, vocab_size=50, layer_pattern=["ssm", "ssm@2"], ssm=ssm)
+    with pytest.raises(UserError, match=r"the nearest: .* cannot say model.layer_pattern=\['ssm', 'ssm@2'\]"):
+        choose_family(args, "hf")

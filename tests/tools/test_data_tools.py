@@ -108,6 +108,9 @@ def test_a_tokenizer_is_not_written_over_its_text_or_below_a_file(tmp_path: Path
 def test_a_tokenizer_that_cannot_be_trained_leaves_no_file(jsonl: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="vocab_size=50000"):
         train([str(jsonl)], str(tmp_path / "t.model"), vocab_size=50_000)
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(UserError, match="--input=.*empty.jsonl is empty, so there is nothing to train a tokenizer on"):
+        train([str(tmp_path / "empty.jsonl")], str(tmp_path / "t.model"), vocab_size=300)
     assert not (tmp_path / "t.model").exists()
 
 
