@@ -128,7 +128,7 @@ class SourceFiles:
 
     def nothing(self, split: Split | None, noun: str = "document") -> UserError:
         """The error where there are no documents, or what else `noun` says."""
-        if split is None:
+        if split is None or (self.listing is not None and not self.listing.bytes):
             return UserError(f"{self.given}: has no {noun}s")
         what = "none is held out" if split.part == "valid" else "all are held out"
         more = f", the files to hold out, or for text files {option(self.key, 'separator')}"

@@ -108,6 +108,12 @@ def test_a_share_that_leaves_nothing_on_a_side_is_refused(tmp_path: Path, share:
         opened(tmp_path / "cache", path, share)
 
 
+def test_an_empty_file_is_not_refused_for_the_share(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(UserError, match=r"data\.train=.*a\.jsonl: has no documents"):
+        opened(tmp_path / "cache", str(tmp_path / "a.jsonl"), 0.1)
+
+
 def test_the_held_out_file_in_the_folder_is_left_out_and_said(tmp_path: Path) -> None:
     jsonl(tmp_path / "corp" / "a.jsonl", TEXTS[:300])
     valid = jsonl(tmp_path / "corp" / "held" / "valid.jsonl", TEXTS[300:])
