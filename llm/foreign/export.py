@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm.args import ModelArgs
+from llm.args import LayerSpec, ModelArgs
 from llm.args.layers import SumSpec, attention_specs
 from llm.args.model import OF_VALUES
 from llm.args.sum import SumArgs
@@ -80,11 +80,37 @@ def written_config(family: Family, args: ModelArgs) -> dict[str, Any]:
     config = family.write_config(args)
     said = ModelArgs.model_validate(family.read_config(config, lambda _: None))
     ours, theirs = meaning(args, family.format == "meta"), meaning(said, family.format == "meta")
-    unsaid = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    unsaid = [key for key in dict.fromkeys([*ours, *theirs]) if ours.get(key) != theirs.get(key)]
     if unsaid:
-        raise UserError(f"a {family.name} config cannot say {', '.join(f'{key} ({ours.get(key)})' for key in unsaid)}")
+        own = [key for key in unsaid if ours.get(key) is not None] or unsaid  # the rest follows from these
+        raise UserError(f"a {family.name} config cannot say {', '.join(_listed(own, ours, theirs))}")
     export_pairs(family, args, ParameterTable.of(args).shapes)
     return config
+
+
+def _listed(keys: Sequence[str], ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]:
+    """Keys of `meaning` with our values; of layers the parts that differ, once for all layers with the same ones."""
+    layers: dict[str, list[str]] = {}
+    for key in keys:
+        if not isinstance(ours.get(key), LayerSpec):
+            yield f"{key} ({ours.get(key)})"
+            continue
+        other = dict(_fields_of(theirs[key])) if key in theirs else {}
+        unlike = ((name, value) for name, value in _fields_of(ours[key]) if other.get(name, other) != value)
+        text = ", ".join(f"{name} ({value})" for name, value in unlike)
+        layers.setdefault(text, []).append(key.removeprefix("layer "))
+    for text, numbers in layers.items():
+        yield f"in layer{'s' * (len(numbers) > 1)} {', '.join(numbers)}: {text}"
+
+
+def _fields_of(spec: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of all that a layer is."""
+    for part in dataclasses.fields(spec):
+        value = getattr(spec, part.name)
+        if dataclasses.is_dataclass(value):
+            yield from _fields_of(value, f"{prefix}{part.name}.")
+        else:
+            yield f"{prefix}{part.name}", value
 
 
 def meaning(args: ModelArgs, settled_by_weights: bool = False) -> dict[str, Any]:

@@ -336,8 +336,8 @@ def test_rotation_is_turned_for_hugging_face_where_it_has_to_be(family, changes,
         ({"head_dim": 12}, r"head_width \(12\)"),
         ({"qkv_bias": True}, r"qkv_bias \(True\)"),
         ({"rope_scaling": {"kind": "linear", "factor": 2.0}}, "rope_scaling"),
-        ({"sliding_window": 8}, "layer 0"),
-        ({"moe": {"n_experts": 2}}, "layer 0"),
+        ({"sliding_window": 8}, r"in layers 0, 1: mixer\.mask \(window\), mixer\.span \(8\)$"),
+        ({"moe": {"n_experts": 2}}, r"in layers 0, 1: ffn \(moe\)$"),
     ],
 )
 def test_what_meta_s_params_cannot_say_is_refused(changes, named):
