@@ -80,7 +80,7 @@ def written_config(family: Family, args: ModelArgs) -> dict[str, Any]:
     config = family.write_config(args)
     said = ModelArgs.model_validate(family.read_config(config, lambda _: None))
     ours, theirs = meaning(args, family.format == "meta"), meaning(said, family.format == "meta")
-    unsaid = [key for key in dict.fromkeys([*ours, *theirs]) if ours.get(key) != theirs.get(key)]
+    unsaid = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
     if unsaid:
         own = [key for key in unsaid if ours.get(key) is not None] or unsaid  # the rest follows from these
         raise UserError(f"a {family.name} config cannot say {', '.join(_listed(own, ours, theirs))}")
@@ -100,7 +100,7 @@ def _listed(keys: Sequence[str], ours: Mapping[str, Any], theirs: Mapping[str, A
         text = ", ".join(f"{name} ({value})" for name, value in unlike)
         layers.setdefault(text, []).append(key.removeprefix("layer "))
     for text, numbers in layers.items():
-        yield f"in layer{'s' * (len(numbers) > 1)} {', '.join(numbers)}: {text}"
+        yield f"in layer{'s' * (len(numbers) > 1)} {', '.join(sorted(numbers, key=int))}: {text}"
 
 
 def _fields_of(spec: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
