@@ -107,10 +107,12 @@ DATA = (Plan("Passes over the data", "epochs", (("epoch", "epochs"),)),)
 SPEEDS = ("tokens_per_s", "step_time_s", "mfu")
 PASSED_OVER = "passed over"
 """What metrics.jsonl says of a step that was not computed."""
-PLAIN = ("batch_size", "seq_len", "expert_rank_load")
+PLAIN = ("batch_size", "seq_len", "expert_rank_load", "moe_balance_loss", "moe_z_loss")
 """Fields that say nothing where they never change."""
 UNSEEN = {"tokens", "targets", "routing_checksum", "tokens_per_s_per_device", "data_wait_s"}
 """Fields that are not drawn: sums that only grow, and what another field says better."""
+OF_VALUES = ("regression_loss", "autoregressive_loss")
+"""Fields of tasks whose losses are errors of numbers, and so no nats."""
 WORDS = {
     "ppl": "perplexity", "acc": "accuracy", "bits_per_byte": "bits per byte", "roc_auc": "ROC AUC", "f1": "F1",
     "lm": "LM", "mlm": "MLM", "dpo": "DPO", "moe_balance": "MoE balance", "moe_z": "MoE z",
@@ -125,7 +127,8 @@ def sections(runs: Sequence[RunFolder]) -> list[tuple[str, list[Chart]]]:
         wait = derived(of_run.column("data_wait_s"), of_run.column("step_time_s"))
         if len(wait.steps):
             of_run.columns[WAIT] = wait
-    names = list(dict.fromkeys(name for of_run in metrics for name in of_run.columns))
+    columns = dict.fromkeys(name for of_run in metrics for name in of_run.columns)
+    names = [name for name in columns if _is_worth_it(name, metrics)]
     found = []
     for title, plans in _planned(names, several=len(runs) > 1):
         charts = [chart for plan in plans if (chart := _chart(plan, runs)).curves]
@@ -181,7 +184,8 @@ def _words(name: str) -> str:
 
 
 def _chart(plan: Plan, runs: Sequence[RunFolder]) -> Chart:
-    chart = Chart(plan.title, plan.unit, plan.log)
+    of_values = any(name in run.metrics.columns for run in runs for name in OF_VALUES)
+    chart = Chart(plan.title, "" if of_values and plan.unit == "nats" else plan.unit, plan.log)
     several = len(runs) > 1
     fields = [(name, words) for name, words in plan.fields if _is_worth_it(name, [run.metrics for run in runs])]
     for place, run in enumerate(runs):

@@ -167,6 +167,28 @@ def test_the_speed_of_a_step_that_was_passed_over_is_not_drawn(tmp_path: Path) -
     assert "steps without an update: passed over 1" in text
 
 
+@pytest.mark.parametrize(
+    ("parts", "drawn", "unit"),
+    [
+        (["autoregressive", "moe_balance", "moe_z"], [], ""),
+        (["lm", "moe_balance"], [], "nats"),
+        (["lm", "mlm", "moe_z"], ["LM", "MLM"], "nats"),
+    ],
+)
+def test_losses_that_a_run_has_none_of_are_not_drawn_and_those_of_numbers_are_no_nats(
+    tmp_path: Path, parts: list[str], drawn: list[str], unit: str
+) -> None:
+    folder = write_run(tmp_path / "run", 20)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row |= {f"{part}_loss": 0.0 if part.startswith("moe") else row["loss"] for part in parts}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = page_of(folder)
+    assert chart(text, "Loss")["unit"] == unit
+    charts = [one for one in data_of(text)["charts"] if one["title"] == "Parts of the loss"]
+    assert [curve["name"] for one in charts for curve in one["curves"]] == drawn
+
+
 def test_many_runs_are_thinned_until_they_fit(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / f"run{n}", 3000) for n in range(3)]
     runs = [read_folder(folder) for folder in folders]
