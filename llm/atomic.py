@@ -3,7 +3,7 @@ renamed.
 
 A temporary name has a random part, so no two processes share one, whatever machine or container they are in. Its writer
 holds a lock (flock), which the kernel takes back however the process ends: what can be locked was left by a killed one.
-Where the file system has no flock nobody can notify, and what a killed process left there stays.
+Where the file system has no flock nobody can know, and what a killed process left there stays.
 """
 
 import errno

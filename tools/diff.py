@@ -56,7 +56,7 @@ class Run:
         return str(self.config.get("train", {}).get("precision"))
 
     def ranks(self, step: int) -> int | None:
-        """Number of processes that made a step; None where the row does not show."""
+        """Number of processes that made a step; None where the row does not say."""
         row = self.rows[step]
         whole, each = row.get("tokens_per_s"), row.get("tokens_per_s_per_device")
         return round(whole / each) if whole and each else None

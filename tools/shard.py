@@ -44,8 +44,8 @@ def shard(
     text_field: field of JSON and Parquet rows that holds the text
     shard_mb: a shard is closed once its tokens take this many MiB
     threads: threads the tokenizer may use; the shards do not depend on it
-    variant: llama3 or llama4, for --kind=tiktoken when the number of ranks does not show
-    bos: name of the token that begins a document, for --kind=hf when its usual names do not show
+    variant: llama3 or llama4, for --kind=tiktoken when the number of ranks leaves it open
+    bos: name of the token that begins a document, for --kind=hf when it is none of the usual ones
     eos: name of the token that ends a document, likewise
     separator: what ends a document in text files, as <|endoftext|>, and is no part of it; without it each is one
     lossy: accept a tokenizer that normalises text, for --kind=sentencepiece and hf

@@ -89,7 +89,7 @@ class EvalConfig(Section):
     """Whether the lowest or the highest eval.best is the best; null = known of the metrics of lm, mlm, prediction, dpo
     and eval.tasks."""
     tasks: Annotated[tuple[PathText, ...], BY_COMMAS] = ()
-    """Tasks that the model is evaluated on in between, as `lattice evaluate` --tasks takes them: paths of YAML files,
+    """Tasks that the model is evaluated on in between, as `lattice evaluate --tasks` takes them: paths of YAML files,
     or names of those in configs/evaluate/; with eval.at_start before the first step too."""
     tasks_interval: int | None = Field(None, ge=1)
     """Steps between evaluations on eval.tasks; the last step always gets one; null = eval.interval."""

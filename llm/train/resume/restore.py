@@ -133,7 +133,7 @@ class Restorer:
         progress.best, other_rows = best_on(run.followed, meta["best"])
         progress.guard.load(guard_state(meta, progress.step))
         progress.skipped.load(meta, progress.step)
-        # a checkpoint from before rows were kept does not show
+        # a checkpoint from before rows were kept does not say
         late = progress.skipped.missed(run.config.train, progress.step) if "skip_steps" in meta else []
         other_data = data_note(run.mixture, meta["data"])
         if other_data:
