@@ -7,6 +7,8 @@ samples a text.
 
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tokenize
@@ -82,8 +84,9 @@ def report(
     accepted = sum(is_python_line(line) for line in lines)
     print(f"\na sample at temperature {temperature}:\n\n{sample}\n")
     print(f"tokenize accepts {accepted} of its {len(lines)} lines")
+    first = "" if shutil.which("lattice") else f"after `. {os.path.relpath(sys.prefix)}/bin/activate`: "
     print(
-        f"curves: tensorboard --logdir {Path(run_dir) / 'tb'}; "
+        f"{first}curves: tensorboard --logdir {Path(run_dir) / 'tb'}; "
         f"more text: lattice generate --model {run_dir} --prompt 'class '; "
         f"next: lattice train --config quickstart_long, or your own text: lattice configs quickstart > mine.yaml"
     )
