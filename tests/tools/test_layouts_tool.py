@@ -21,8 +21,6 @@ from tools.shrink import alike, layers_of_every_kind, shrunk
 
 CONFIGS = [p for p in sorted((ROOT / "configs/pretrain").glob("*.yaml")) if "of 8 GPUs" not in p.read_text()]
 """But for those of released models, with thousands of layouts each: tests/docs/test_models.py has them."""
-OF_THE_SAME_KINDS = ("sort", "shakespeare_char_muon", "lm_mlm", "diabetes")
-"""Of these, with the kinds of layers of another one: reverse, shakespeare_char, mlm, friedman."""
 STAGES = (1, 2, 3)
 
 
@@ -80,10 +78,7 @@ def test_a_smaller_number_keeps_its_divisors(number: int, ranks: int) -> None:
     assert min(number, 16) <= small <= min(number, 16 * ranks * ranks)
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, marks=[pytest.mark.full] * (path.stem in OF_THE_SAME_KINDS), id=path.stem) for path in CONFIGS],
-)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_small_model_has_every_kind_of_layer_and_the_same_layouts(path: Path) -> None:
     config = load_config(path)
     small = shrunk(config, 8)
