@@ -53,15 +53,8 @@ def refuse(text: Path, tmp_path: Path, *flags: str, nproc: int | None = None, **
     [
         (["--train.stesp=3"], {}, "unknown key train.stesp; did you mean train.steps?"),
         ([], {"data": {"train": "no/such/file.jsonl"}}, "no/such/file.jsonl"),
-        pytest.param(
-            [], {"data": {"valid": "no/such/valid.jsonl"}}, "data.valid=no/such/valid.jsonl", marks=pytest.mark.full
-        ),
-        pytest.param(
-            [],
-            {"tokenizer": {"kind": "sentencepiece", "path": "no/such/file.model"}},
-            "no/such/file.model",
-            marks=pytest.mark.full,
-        ),
+        ([], {"data": {"valid": "no/such/valid.jsonl"}}, "data.valid=no/such/valid.jsonl"),
+        ([], {"tokenizer": {"kind": "sentencepiece", "path": "no/such/file.model"}}, "no/such/file.model"),
         (["--nproc=2", "--parallel.expert=2", "--parallel.zero_stage=3"], {}, "parallel.zero_stage=3 needs"),
         ([], {"model": {"max_seq_len": 10**6}, "train": {"seq_len": 500_000}}, "train.seq_len=500000"),
     ],
@@ -105,7 +98,6 @@ def test_a_layout_that_does_not_work_is_refused_before_the_ranks_meet(text: Path
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.full
 def test_torchrun_ends_a_layout_that_does_not_work_with_its_key(text: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "config.yaml", tiny_config(text, parallel={"tensor": 3}))
     done = run("launch/pretrain.py", "--config", str(config), "--run_dir", str(tmp_path / "run"), "--dry_run", nproc=2)

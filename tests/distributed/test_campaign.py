@@ -55,10 +55,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both runs of a short campaign on two tensor-parallel ranks, brought back by torchrun --max-restarts."""
     folder = tmp_path_factory.mktemp("campaign")
     write_text(folder, documents=100)
-    # one micro-batch a step: what four of them add up to is the sixty kills' to show
-    config = tiny_config(
-        folder, parallel={"tensor": 2}, checkpoint={"keep": 9}, train={"micro_batch_size": 16}
-    )
+    config = tiny_config(folder, parallel={"tensor": 2}, checkpoint={"keep": 9})
     write_config(folder / "config.yaml", config)
     words = ["--nproc", "2", "--kills", str(KILLS), "--restarts", "torchrun", "--keep_dir", str(folder / "runs")]
     report = campaign(folder, *words, "--data.valid=null", timeout=600)
